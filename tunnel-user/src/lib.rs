@@ -1,0 +1,6 @@
+//! `tunnel`: an eBPF-accelerated transparent tunnel proxy for Linux nodes.
+//!
+//! The library behind the `tunnel` program, its modules in the order a byte meets them.
+//! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
+
+pub mod flow;
