@@ -4,4 +4,6 @@
 //! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
 
 pub mod flow;
+pub mod relay;
+pub mod transport;
 pub mod capture;
