@@ -1,0 +1,146 @@
+//! Sink 1: a plain TCP connection to the target.
+//!
+//! Enters: a target that policy has allowed. Leaves: a connected socket, or which of the ways to fail it
+//! was. Invariant: every wait has a bound, and only addresses that the caller's filter passed are tried.
+//! It never falls back to another target.
+
+use std::{collections::VecDeque, io, net::SocketAddr, time::Duration};
+
+use tokio::{
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, sleep, timeout_at},
+};
+
+use crate::{
+    flow::Target,
+    transport::tcp::{self, Mark},
+};
+
+/// How long one address is tried before the next is tried beside it (RFC 8305 section 5, "Connection
+/// Attempt Delay").
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// The most addresses of one name that are tried: resolvers have been seen to return hundreds.
+const ADDRESSES_MAX: usize = 16;
+
+/// Why the target could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The name has no address, or the resolver failed.
+    #[error("{name} does not resolve: {source}")]
+    Resolve {
+        /// The name.
+        name: String,
+        /// What the resolver said.
+        #[source]
+        source: io::Error,
+    },
+    /// Nothing listens there.
+    #[error("{addr} refused the connection")]
+    Refused {
+        /// The last address tried.
+        addr: SocketAddr,
+    },
+    /// No route, or the network says so.
+    #[error("{addr} is unreachable: {source}")]
+    Unreachable {
+        /// The last address tried.
+        addr: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No answer within the time allowed.
+    #[error("no answer from {target} within {after:?}")]
+    Timeout {
+        /// The target.
+        target: Target,
+        /// The time allowed.
+        after: Duration,
+    },
+    /// This process could not make the attempt: out of descriptors, ports or memory.
+    #[error("this node could not connect to {addr}: {source}")]
+    Local {
+        /// The last address tried.
+        addr: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).
+pub async fn resolve(target: &Target) -> Result<Vec<SocketAddr>, DialError> {
+    let (name, port) = match target {
+        Target::Addr(addr) => return Ok(vec![*addr]),
+        Target::Name(name, port) => (name, *port),
+    };
+    let error = |source| DialError::Resolve { name: name.clone(), source };
+    let found = tokio::net::lookup_host((name.as_str(), port)).await.map_err(error)?;
+    let (mut v6, mut v4): (VecDeque<_>, VecDeque<_>) = found.partition(SocketAddr::is_ipv6);
+    let mut addrs = Vec::new();
+    while addrs.len() < ADDRESSES_MAX && !(v6.is_empty() && v4.is_empty()) {
+        addrs.extend(v6.pop_front());
+        addrs.extend(v4.pop_front());
+    }
+    if addrs.is_empty() {
+        return Err(error(io::Error::new(io::ErrorKind::NotFound, "no address")));
+    }
+    Ok(addrs)
+}
+
+/// Connects to the first address that answers: each gets a head start over the next (RFC 8305).
+pub async fn connect(
+    target: &Target,
+    addrs: &[SocketAddr],
+    mark: Mark,
+    deadline: Instant,
+    allowed: Duration,
+) -> Result<(TcpStream, SocketAddr), DialError> {
+    let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
+    if let [addr] = addrs {
+        let connected = timeout_at(deadline, tcp::connect(*addr, mark)).await.map_err(|_| timeout())?;
+        return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
+    }
+    timeout_at(deadline, race(addrs, mark)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
+}
+
+/// `None` for no addresses.
+async fn race(addrs: &[SocketAddr], mark: Mark) -> Option<Result<(TcpStream, SocketAddr), DialError>> {
+    let mut attempts = JoinSet::new();
+    let mut last = None;
+    let mut rest = addrs.iter().copied();
+    loop {
+        let next = rest.next();
+        if let Some(addr) = next {
+            attempts.spawn_local(async move { (addr, tcp::connect(addr, mark).await) });
+        }
+        let head_start = async {
+            match next {
+                Some(_) => sleep(ATTEMPT_DELAY).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            done = attempts.join_next() => match done {
+                Some(Ok((addr, Ok(stream)))) => return Some(Ok((stream, addr))),
+                Some(Ok((addr, Err(e)))) => last = Some(Err(classify(addr, e))),
+                // Only a panic or an abort ends an attempt without a result.
+                Some(Err(_)) => {}
+                None => return last,
+            },
+            () = head_start => {}
+        }
+    }
+}
+
+fn classify(addr: SocketAddr, source: io::Error) -> DialError {
+    use io::ErrorKind as K;
+    match source.kind() {
+        K::ConnectionRefused | K::ConnectionReset | K::ConnectionAborted => DialError::Refused { addr },
+        K::TimedOut | K::HostUnreachable | K::NetworkUnreachable | K::NetworkDown => {
+            DialError::Unreachable { addr, source }
+        }
+        _ => DialError::Local { addr, source },
+    }
+}

@@ -1,0 +1,476 @@
+//! The HTTP/2 connections of one worker.
+//!
+//! Enters: a key. Leaves: a place for one stream on a connection. Invariants, each with a test named
+//! after it:
+//! - a connection is shared only by flows whose whole key is equal;
+//! - for one key, never more dials are in flight than the waiting flows need;
+//! - a connection never carries more streams than its limit and the peer's;
+//! - a connection that got GOAWAY takes no new streams, and its old ones go on;
+//! - no lock is held across a handshake: a slow dial of one key holds up no other.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, VecDeque},
+    hash::{Hash, Hasher},
+    rc::{Rc, Weak},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{
+    PingPong,
+    client::{Connection, SendRequest},
+};
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::oneshot,
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout, timeout_at},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::{
+    dial::{self, DialError},
+    flow::{Identity, PeerAddr, Target},
+    transport::{identity::peer_identity, tcp::Mark, verify::explain},
+};
+
+/// What a peer may send on one stream before we have passed it on: 1 MiB carries 400 Mbit/s over 20 ms.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+/// What a peer may send on all streams of one connection: as much as its streams together, so that stuck
+/// streams never take the window from the others.
+pub const fn connection_window(streams: u32) -> u32 {
+    let all = STREAM_WINDOW as u64 * streams as u64;
+    // The most that HTTP/2 has (RFC 9113 section 6.9.1).
+    const MAX: u64 = (1 << 31) - 1;
+    if all > MAX { MAX as u32 } else { all as u32 }
+}
+/// The largest DATA frame we take: one read of the other leg.
+pub const FRAME: u32 = 64 * 1024;
+/// What one stream may have waiting for the socket.
+pub const SEND_BUFFER: usize = 256 * 1024;
+/// The most bytes of headers in one request or response.
+pub const HEADERS: u32 = 16 * 1024;
+/// Flows that wait for a connection to the same peer; more are refused at once.
+const WAITING_MAX: usize = 4096;
+/// Dials in flight to the same peer.
+const DIALING_MAX: usize = 4;
+/// A new connection is opened when fewer than one place in this many is free.
+const HEADROOM: usize = 10;
+
+/// Everything that makes one connection different from another.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// Where to.
+    pub endpoint: Target,
+    /// With which identity and which checks. Compared as what it is, an object: after a reload of the
+    /// certificates there is a new one, and connections made with the old take no new streams.
+    pub tls: Arc<ClientConfig>,
+    /// What is sent as SNI, and checked.
+    pub server_name: ServerName<'static>,
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.endpoint == other.endpoint
+            && Arc::ptr_eq(&self.tls, &other.tls)
+            && self.server_name == other.server_name
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.endpoint.hash(state);
+        Arc::as_ptr(&self.tls).hash(state);
+        self.server_name.hash(state);
+    }
+}
+
+/// How connections of one pool are made and kept.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Streams on one connection; the peer's limit counts too.
+    pub max_streams: usize,
+    /// From the first SYN until the peer has answered on HTTP/2.
+    pub connect_timeout: Duration,
+    /// A connection without streams is closed after this.
+    pub idle_timeout: Duration,
+    /// Between two PINGs.
+    pub keepalive_interval: Duration,
+    /// A PING unanswered for this long means that the connection is lost.
+    pub keepalive_timeout: Duration,
+    /// The mark of our own sockets.
+    pub mark: Mark,
+}
+
+/// Why there is no connection.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// TCP did not connect.
+    #[error("{0}")]
+    Dial(Rc<DialError>),
+    /// TLS failed: what failed, in a sentence.
+    #[error("TLS with {endpoint} failed: {why}")]
+    Tls {
+        /// The peer.
+        endpoint: Target,
+        /// Which check failed, and on which side.
+        why: String,
+    },
+    /// The peer does not speak HTTP/2, or not to us.
+    #[error("HTTP/2 with {endpoint} failed: {why}")]
+    H2 {
+        /// The peer.
+        endpoint: Target,
+        /// What it did.
+        why: String,
+    },
+    /// No answer in time.
+    #[error("{endpoint} did not complete the handshakes within {after:?}")]
+    Timeout {
+        /// The peer.
+        endpoint: Target,
+        /// The time allowed.
+        after: Duration,
+    },
+    /// Too many flows wait for this peer.
+    #[error("{WAITING_MAX} flows are waiting for a connection to {endpoint} already")]
+    Overflow {
+        /// The peer.
+        endpoint: Target,
+    },
+    /// The pool is gone.
+    #[error("shutting down")]
+    Shutdown,
+}
+
+/// The pool of one upstream on one worker. Dropped, it ends its connections.
+pub struct Pool(Rc<Inner>);
+
+struct Inner {
+    settings: Settings,
+    slots: RefCell<HashMap<Key, Rc<Slot>>>,
+    /// Dials and connections. They hold the pool weakly.
+    tasks: RefCell<JoinSet<()>>,
+    opened: Cell<u64>,
+}
+
+/// The connections of one key.
+#[derive(Default)]
+struct Slot {
+    connections: RefCell<Vec<Rc<Conn>>>,
+    dialing: Cell<usize>,
+    waiting: RefCell<VecDeque<oneshot::Sender<Result<Lease, ConnectError>>>>,
+}
+
+/// One connection.
+struct Conn {
+    /// `None` once retired for idleness.
+    send: RefCell<Option<SendRequest<Bytes>>>,
+    peer: PeerAddr,
+    identity: Option<Identity>,
+    max_streams: usize,
+    active: Cell<usize>,
+    idle_since: Cell<Instant>,
+    /// Got GOAWAY, failed, or is being closed for idleness.
+    retired: Cell<bool>,
+    /// Why the connection was lost, once it was.
+    lost: RefCell<Option<String>>,
+}
+
+impl Conn {
+    fn free(&self) -> usize {
+        let send = self.send.borrow();
+        let Some(send) = send.as_ref().filter(|_| !self.retired.get()) else { return 0 };
+        self.max_streams.min(send.current_max_send_streams()).saturating_sub(self.active.get())
+    }
+}
+
+/// A place for one stream; given back when dropped.
+pub struct Lease {
+    conn: Rc<Conn>,
+    slot: Weak<Slot>,
+}
+
+impl Lease {
+    fn take(conn: &Rc<Conn>, slot: &Rc<Slot>) -> Self {
+        conn.active.set(conn.active.get() + 1);
+        Self { conn: Rc::clone(conn), slot: Rc::downgrade(slot) }
+    }
+
+    /// A handle to open the stream with; `None` when the connection has just been closed for idleness.
+    pub fn sender(&self) -> Option<SendRequest<Bytes>> {
+        self.conn.send.borrow().clone()
+    }
+
+    /// The far end of the connection.
+    pub fn peer(&self) -> PeerAddr {
+        self.conn.peer
+    }
+
+    /// Who the far end has proved to be.
+    pub fn identity(&self) -> Option<Identity> {
+        self.conn.identity.clone()
+    }
+
+    /// The connection takes no new streams: it got GOAWAY, or failed.
+    pub fn retire(&self) {
+        self.conn.retired.set(true);
+    }
+
+    /// Why the connection was lost, if it was.
+    pub fn lost(&self) -> Option<String> {
+        self.conn.lost.borrow().clone()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.conn.active.set(self.conn.active.get() - 1);
+        if self.conn.active.get() == 0 {
+            self.conn.idle_since.set(Instant::now());
+        }
+        if let Some(slot) = self.slot.upgrade() {
+            slot.serve();
+        }
+    }
+}
+
+impl Slot {
+    /// A place on the first connection that has one: connections that are not needed become idle.
+    fn lease(self: &Rc<Self>) -> Option<Lease> {
+        let mut connections = self.connections.borrow_mut();
+        connections.retain(|c| !c.retired.get());
+        connections.iter().find(|c| c.free() > 0).map(|c| Lease::take(c, self))
+    }
+
+    fn free(&self) -> usize {
+        self.connections.borrow().iter().map(|c| c.free()).sum()
+    }
+
+    /// Gives free places to those who wait, in order.
+    fn serve(self: &Rc<Self>) {
+        loop {
+            if self.waiting.borrow().is_empty() {
+                return;
+            }
+            let Some(lease) = self.lease() else { return };
+            let next = self.waiting.borrow_mut().pop_front();
+            // A flow that went away while it waited gives the place back when the error is dropped; that
+            // drop calls us again, which is why no borrow is alive here.
+            if let Some(next) = next {
+                drop(next.send(Ok(lease)));
+            }
+        }
+    }
+
+    /// Everybody who waits gets the error.
+    fn fail(&self, why: &ConnectError) {
+        let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+        for next in waiting {
+            drop(next.send(Err(why.clone())));
+        }
+    }
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(settings: Settings) -> Self {
+        Self(Rc::new(Inner {
+            settings,
+            slots: RefCell::default(),
+            tasks: RefCell::default(),
+            opened: Cell::default(),
+        }))
+    }
+
+    /// Connections opened since the start.
+    pub fn opened(&self) -> u64 {
+        self.0.opened.get()
+    }
+
+    /// A place for one stream: at once where a connection has one, else when a dial is done.
+    pub async fn lease(&self, key: &Key) -> Result<Lease, ConnectError> {
+        let inner = &self.0;
+        let slot = inner.slot(key);
+        if let Some(lease) = slot.lease() {
+            if slot.dialing.get() == 0 && slot.free() < inner.settings.max_streams / HEADROOM {
+                inner.dial(key, &slot);
+            }
+            return Ok(lease);
+        }
+        if slot.waiting.borrow().len() >= WAITING_MAX {
+            return Err(ConnectError::Overflow { endpoint: key.endpoint.clone() });
+        }
+        let (tell, told) = oneshot::channel();
+        slot.waiting.borrow_mut().push_back(tell);
+        inner.dial_for_waiting(key, &slot);
+        told.await.unwrap_or(Err(ConnectError::Shutdown))
+    }
+}
+
+impl Inner {
+    fn slot(&self, key: &Key) -> Rc<Slot> {
+        let mut slots = self.slots.borrow_mut();
+        if let Some(slot) = slots.get(key) {
+            return Rc::clone(slot);
+        }
+        // A new key is rare: the time to forget those that nobody uses, such as those of old certificates.
+        slots.retain(|_, s| s.dialing.get() > 0 || !s.connections.borrow().is_empty());
+        Rc::clone(slots.entry(key.clone()).or_default())
+    }
+
+    /// As many dials as those who wait need.
+    fn dial_for_waiting(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
+        let needed = slot.waiting.borrow().len().div_ceil(self.settings.max_streams).min(DIALING_MAX);
+        while slot.dialing.get() < needed {
+            self.dial(key, slot);
+        }
+    }
+
+    /// Starts a dial; what comes of it serves those who wait.
+    fn dial(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
+        slot.dialing.set(slot.dialing.get() + 1);
+        let (key, slot, settings) = (key.clone(), Rc::clone(slot), self.settings.clone());
+        let pool = Rc::downgrade(self);
+        let mut tasks = self.tasks.borrow_mut();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_local(async move {
+            let dialled = open(&key, &settings).await;
+            slot.dialing.set(slot.dialing.get() - 1);
+            let (conn, connection, ping) = match dialled {
+                Ok(opened) => opened,
+                Err(why) => {
+                    tracing::debug!(endpoint = %key.endpoint, "dial failed: {why}");
+                    // Another dial may still succeed.
+                    if slot.dialing.get() == 0 {
+                        slot.fail(&why);
+                    }
+                    return;
+                }
+            };
+            let conn = Rc::new(conn);
+            slot.connections.borrow_mut().push(Rc::clone(&conn));
+            slot.serve();
+            let Some(inner) = pool.upgrade() else { return };
+            inner.opened.set(inner.opened.get() + 1);
+            // The peer may allow fewer streams than we thought.
+            inner.dial_for_waiting(&key, &slot);
+            drop(inner);
+            tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, "connection opened");
+            drive(connection, ping, &conn, &settings).await;
+            tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
+            slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
+            if let Some(inner) = pool.upgrade() {
+                inner.dial_for_waiting(&key, &slot);
+            }
+        });
+    }
+}
+
+type H2Connection = Connection<TlsStream<TcpStream>, Bytes>;
+
+/// Dials, shakes hands, and waits until the peer has answered a PING: in TLS 1.3 a server judges the
+/// client's certificate after the client has finished (RFC 8446 section 4.4.2), so only an answer says
+/// that we were let in; and its SETTINGS have come by then.
+async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, PingPong), ConnectError> {
+    let deadline = Instant::now() + settings.connect_timeout;
+    let shaken = timeout_at(deadline, async {
+        let dial = |e| ConnectError::Dial(Rc::new(e));
+        let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
+        let allowed = settings.connect_timeout;
+        let (tcp, addr) =
+            dial::connect(&key.endpoint, &addrs, settings.mark, deadline, allowed).await.map_err(dial)?;
+        let tls = TlsConnector::from(Arc::clone(&key.tls))
+            .connect(key.server_name.clone(), tcp)
+            .await
+            .map_err(|e| ConnectError::Tls { endpoint: key.endpoint.clone(), why: explain(&e) })?;
+        if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
+            let why = "the peer did not agree to speak h2 (ALPN)".to_owned();
+            return Err(ConnectError::H2 { endpoint: key.endpoint.clone(), why });
+        }
+        let identity = tls.get_ref().1.peer_certificates().and_then(peer_identity);
+        let (send, connection, ping) = handshake(tls, settings)
+            .await
+            .map_err(|why| ConnectError::H2 { endpoint: key.endpoint.clone(), why })?;
+        let conn = Conn {
+            send: RefCell::new(Some(send)),
+            peer: PeerAddr(addr),
+            identity,
+            max_streams: settings.max_streams,
+            active: Cell::new(0),
+            idle_since: Cell::new(Instant::now()),
+            retired: Cell::new(false),
+            lost: RefCell::default(),
+        };
+        Ok((conn, connection, ping))
+    });
+    shaken.await.unwrap_or_else(|_| {
+        Err(ConnectError::Timeout { endpoint: key.endpoint.clone(), after: settings.connect_timeout })
+    })
+}
+
+/// The error is one sentence: the peer's alert about our certificate comes as the first thing it sends.
+async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
+    io: T,
+    settings: &Settings,
+) -> Result<(SendRequest<Bytes>, Connection<T, Bytes>, PingPong), String> {
+    let streams = u32::try_from(settings.max_streams).unwrap_or(u32::MAX);
+    let (send, mut connection) = h2::client::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(connection_window(streams))
+        .max_frame_size(FRAME)
+        .max_header_list_size(HEADERS)
+        .max_send_buffer_size(SEND_BUFFER)
+        .enable_push(false)
+        .handshake::<_, Bytes>(io)
+        .await
+        .map_err(|e| explain(&e))?;
+    let Some(mut ping) = connection.ping_pong() else { return Err("no PING handle".to_owned()) };
+    tokio::select! {
+        biased;
+        ended = &mut connection => match ended {
+            Err(e) => return Err(explain(&e)),
+            Ok(()) => return Err("the peer closed the connection".to_owned()),
+        },
+        pong = ping.ping(h2::Ping::opaque()) => { pong.map_err(|e| explain(&e))?; }
+    }
+    Ok((send, connection, ping))
+}
+
+/// Runs a connection to its end: PINGs it, and closes it when it is idle.
+async fn drive(mut connection: H2Connection, mut ping: PingPong, conn: &Conn, settings: &Settings) {
+    let lost = loop {
+        let idle_at = conn.idle_since.get() + settings.idle_timeout;
+        let ping_at = Instant::now() + settings.keepalive_interval;
+        let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
+        tokio::select! {
+            biased;
+            ended = &mut connection => break ended.err().map(|e| explain(&e)),
+            () = sleep_until(wake_at) => {}
+        }
+        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= settings.idle_timeout {
+            conn.retired.set(true);
+            // Without a handle that could open a stream, the connection says GOAWAY and ends.
+            conn.send.borrow_mut().take();
+            let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
+            break None;
+        }
+        tokio::select! {
+            biased;
+            ended = &mut connection => break ended.err().map(|e| explain(&e)),
+            pong = timeout(settings.keepalive_timeout, ping.ping(h2::Ping::opaque())) => match pong {
+                Ok(Ok(_)) => {}
+                Ok(Err(e)) => break Some(explain(&e)),
+                Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
+            },
+        }
+    };
+    conn.retired.set(true);
+    *conn.lost.borrow_mut() = lost;
+}
