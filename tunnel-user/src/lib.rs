@@ -3,6 +3,8 @@
 //! The library behind the `tunnel` program, its modules in the order a byte meets them.
 //! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
 
+pub mod config;
 pub mod flow;
 pub mod pki;
+pub mod route;
 pub mod transport;
