@@ -3,10 +3,21 @@
 //! The library behind the `tunnel` program, its modules in the order a byte meets them.
 //! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
 
+pub mod app;
 pub mod capture;
+pub mod config;
 pub mod dial;
+pub mod drain;
+pub mod exec;
 pub mod flow;
+pub mod limits;
+pub mod listener;
 pub mod pki;
 pub mod relay;
+pub mod route;
+pub mod signal;
+pub mod stats;
+pub mod telemetry;
 pub mod transport;
 pub mod tunnel;
+pub mod worker;

@@ -6,10 +6,7 @@
 //!
 //! Which pattern wins: the longest prefix that speaks about the port; on the same prefix, exclude.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::collections::BTreeMap;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tunnel_common::{
@@ -140,29 +137,10 @@ fn subtract(a: Ports, b: &Ports) -> Ports {
     left
 }
 
-/// What is left alone unless a pattern names it: loopback, link-local (which is where metadata services
-/// are), multicast and the unspecified addresses.
-pub fn default_exclude() -> Vec<Pattern> {
-    let v4 = |a, b, len| (IpAddr::V4(Ipv4Addr::new(a, b, 0, 0)), len);
-    let v6 = |first, last, len| (IpAddr::from([first, 0, 0, 0, 0, 0, 0, last]), len);
-    [
-        v4(0, 0, 8),
-        v4(127, 0, 8),
-        v4(169, 254, 16),
-        v4(224, 0, 4),
-        v6(0, 0, 128),
-        v6(0, 1, 128),
-        v6(0xfe80, 0, 10),
-        v6(0xff00, 0, 8),
-    ]
-    .into_iter()
-    .filter_map(|(addr, len)| IpNet::new(addr, len).ok())
-    .map(|net| Pattern { net, ports: Ports::new() })
-    .collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
     use proptest::prelude::*;
 
     use super::*;

@@ -1,0 +1,171 @@
+//! The configurations that need no file: `tunnel exec --gateway` and `tunnel gateway`.
+//!
+//! Enters: flags, already typed. Leaves: the same [`Config`] that a file gives. Invariant: what flags
+//! build, a file could have said. It never captures loopback or link-local unless told to.
+
+use std::{net::SocketAddr, num::NonZeroUsize, time::Duration};
+
+use http::{HeaderName, HeaderValue};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use rustls_pki_types::ServerName;
+
+use super::{
+    Action, AddrPattern, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, OnFailure, Peers, Policy,
+    Route, TargetPattern, Upstream,
+};
+use crate::{
+    flow::Target,
+    route::Source,
+    transport::{identity::SanPattern, tls::IdentityFiles},
+};
+
+/// Every address of both families.
+pub(super) const EVERYTHING: [IpNet; 2] = [v4([0, 0, 0, 0], 0), v6([0; 8], 0)];
+
+/// What `exec` leaves alone unless told otherwise: addresses that mean this host, this link, or no single
+/// host. A gateway could not reach the same thing by the same address.
+pub const EXEC_EXCLUDED: [IpNet; 9] = [
+    v4([0, 0, 0, 0], 8),
+    v4([127, 0, 0, 0], 8),
+    v4([169, 254, 0, 0], 16),
+    v4([224, 0, 0, 0], 4),
+    v4([255, 255, 255, 255], 32),
+    v6([0; 8], 128),
+    v6([0, 0, 0, 0, 0, 0, 0, 1], 128),
+    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+    v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
+];
+
+const fn v4(a: [u8; 4], prefix: u8) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(
+        std::net::Ipv4Addr::new(a[0], a[1], a[2], a[3]),
+        prefix,
+    ))
+}
+
+const fn v6(a: [u16; 8], prefix: u8) -> IpNet {
+    let addr = std::net::Ipv6Addr::new(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+    IpNet::V6(Ipv6Net::new_assert(addr, prefix))
+}
+
+/// `tunnel exec` without a file.
+#[derive(Clone, Debug)]
+pub struct ExecOptions {
+    /// The gateway.
+    pub gateway: Target,
+    /// Who we are.
+    pub identity: IdentityFiles,
+    /// Names of which the gateway's certificate must carry one; empty: it must be valid for `sni` or the
+    /// dialled name or address.
+    pub verify: Vec<SanPattern>,
+    /// The name to ask for.
+    pub sni: Option<ServerName<'static>>,
+    /// What is captured. Empty: everything but [`EXEC_EXCLUDED`].
+    pub capture: Vec<AddrPattern>,
+    /// What is not.
+    pub exclude: Vec<AddrPattern>,
+    /// Added to every CONNECT request.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Worker threads.
+    pub workers: Option<NonZeroUsize>,
+}
+
+/// `tunnel gateway`.
+#[derive(Clone, Debug)]
+pub struct GatewayOptions {
+    /// Where to listen.
+    pub listen: Vec<SocketAddr>,
+    /// Who we are.
+    pub identity: IdentityFiles,
+    /// Names of which a client's certificate must carry one; empty: any.
+    pub verify: Vec<SanPattern>,
+    /// What every client may reach.
+    pub allow: Vec<TargetPattern>,
+    /// How long a dial to a target may take.
+    pub dial_timeout: Duration,
+    /// Worker threads.
+    pub workers: Option<NonZeroUsize>,
+}
+
+impl Capture {
+    /// What `exec` captures. The defaults (everything, but not [`EXEC_EXCLUDED`]) hold when `capture` is
+    /// empty. Otherwise exactly `capture` is included: an explicit 127.0.0.1/32:8080 is the longer prefix
+    /// than the excluded 127.0.0.0/8, so it wins; so would an explicit 127.0.0.0/8, because a default
+    /// exclusion that `capture` names itself is dropped. `exclude` wins over `capture` at the same prefix.
+    pub fn for_exec(capture: Vec<AddrPattern>, exclude: Vec<AddrPattern>) -> Self {
+        let named = |net: &IpNet| capture.iter().any(|c| c.net() == *net);
+        let defaults = EXEC_EXCLUDED
+            .into_iter()
+            .filter(|n| !named(n))
+            .map(AddrPattern::net_only);
+        let exclude = defaults.chain(exclude).collect();
+        let include = if capture.is_empty() {
+            EVERYTHING.map(AddrPattern::net_only).to_vec()
+        } else {
+            capture
+        };
+        Self {
+            cgroup: CgroupRef::Fresh,
+            include,
+            exclude,
+            on_failure: OnFailure::Closed,
+            proxy: None,
+        }
+    }
+}
+
+impl Config {
+    /// What `tunnel exec --gateway ..` means.
+    pub fn for_exec(o: ExecOptions) -> Self {
+        let mut upstream = Upstream::new("gateway".to_owned(), vec![o.gateway]);
+        upstream.sni = o.sni;
+        upstream.verify = o.verify;
+        upstream.headers = o.headers;
+        Self {
+            daemon: Daemon {
+                workers: o.workers,
+                drain_timeout: DRAIN_EXEC,
+                ..Daemon::default()
+            },
+            identity: Some(o.identity),
+            captures: vec![Capture::for_exec(o.capture, o.exclude)],
+            listeners: Vec::new(),
+            routes: vec![every(Source::Captured, Action::Upstreams(vec![(0, 1)]))],
+            upstreams: vec![upstream],
+            policies: Vec::new(),
+        }
+    }
+
+    /// What `tunnel gateway` means.
+    pub fn for_gateway(o: GatewayOptions) -> Self {
+        let listener = |address| Listener {
+            verify: o.verify.clone(),
+            dial_timeout: o.dial_timeout,
+            ..Listener::new(address)
+        };
+        Self {
+            daemon: Daemon {
+                workers: o.workers,
+                ..Daemon::default()
+            },
+            identity: Some(o.identity),
+            captures: Vec::new(),
+            listeners: o.listen.iter().copied().map(listener).collect(),
+            routes: vec![every(Source::Listener, Action::Direct)],
+            upstreams: Vec::new(),
+            policies: vec![Policy {
+                identity: Peers::Any,
+                target: o.allow,
+            }],
+        }
+    }
+}
+
+fn every(source: Source, to: Action) -> Route {
+    Route {
+        source: vec![source],
+        destination: Vec::new(),
+        host: Vec::new(),
+        to,
+    }
+}

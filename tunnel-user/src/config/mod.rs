@@ -1,0 +1,427 @@
+//! The configuration: what was typed, as types that are valid because they exist.
+//!
+//! Enters: a TOML file, or flags. Leaves: one [`Config`], or every mistake with its line and key.
+//! Invariant: what a `Config` names is there (a route's upstream, a listener's identity), and unknown keys
+//! are mistakes. It never reads the environment, and nothing is read again later.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    num::{NonZeroU32, NonZeroUsize},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use http::{HeaderName, HeaderValue};
+use rustls_pki_types::ServerName;
+
+mod flags;
+pub mod pattern;
+mod reader;
+mod schema;
+mod section;
+#[cfg(test)]
+mod tests;
+mod value;
+
+pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
+pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
+pub use schema::schema;
+pub use value::{
+    HeaderError, parse_duration, parse_header, parse_header_flag, parse_server_name, parse_socket_addr,
+};
+
+use crate::{
+    flow::{Identity, Target},
+    route::Source,
+    transport::{
+        identity::{San, SanPattern},
+        tls::IdentityFiles,
+        verify::{ClientCheck, ServerCheck},
+    },
+};
+
+/// The mark on our own sockets, by which the hooks tell them from the application's: "tunl" in ASCII, so
+/// that whoever meets it in `ss` or a rule set can tell whose it is.
+pub const MARK: NonZeroU32 = NonZeroU32::new(0x7475_6e6c).expect("not 0");
+/// Where systemd mounts bpffs.
+pub const BPFFS: &str = "/sys/fs/bpf";
+/// How long flows may go on after a daemon was told to stop. Twice the time in which interactive
+/// programs finish a request; systemd kills after 90 s.
+pub const DRAIN_RUN: Duration = Duration::from_secs(30);
+/// The same for `exec`, where the command has ended by itself and only left-overs can be in flight.
+pub const DRAIN_EXEC: Duration = Duration::from_secs(5);
+/// Flows of one process at a time. At two sockets each it asks for 20,000 file descriptors of the
+/// 524,288 that systemd's default hard limit gives.
+pub const MAX_FLOWS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not 0");
+/// How long a dial to a target may take; Linux sends its fourth SYN after 7 s (1 + 2 + 4).
+pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// CONNECT streams that a listener takes on one connection: twice what our own client opens.
+pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
+/// CONNECT streams on one connection to an upstream. RFC 9113 section 6.5.2 advises that peers allow no
+/// fewer than 100, so nobody should refuse it.
+pub const UPSTREAM_STREAMS: NonZeroU32 = NonZeroU32::new(100).expect("not 0");
+/// How long a connection to an endpoint may take, TLS included: endpoints are near, and the application
+/// waits.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection without streams is kept. Less than the 100 to 350 s after which firewalls and
+/// load balancers of the clouds forget connections.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+/// How often a quiet connection is asked whether it is alive (PING).
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long the answer to that may take.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an upstream may take to answer CONNECT: the gateway's dial timeout, and the way there.
+pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Everything that a process is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The process itself.
+    pub daemon: Daemon,
+    /// Who we are. Present whenever there is a listener or an upstream.
+    pub identity: Option<IdentityFiles>,
+    /// Whose connections are captured.
+    pub captures: Vec<Capture>,
+    /// Where CONNECT requests arrive.
+    pub listeners: Vec<Listener>,
+    /// Where flows go; the first match wins, no match is refused.
+    pub routes: Vec<Route>,
+    /// The gateways and proxies that flows are tunnelled through.
+    pub upstreams: Vec<Upstream>,
+    /// Who may reach what through our listeners; nothing is allowed until a rule says so.
+    pub policies: Vec<Policy>,
+}
+
+/// `[daemon]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Daemon {
+    /// Worker threads; `None`: one per core that this process may use.
+    pub workers: Option<NonZeroUsize>,
+    /// The mark on our own sockets.
+    pub mark: NonZeroU32,
+    /// The bpffs mount under which links and maps are pinned.
+    pub bpffs: PathBuf,
+    /// How long flows may go on after we were told to stop.
+    pub drain_timeout: Duration,
+    /// Flows at a time, in the whole process.
+    pub max_flows: NonZeroUsize,
+}
+
+impl Default for Daemon {
+    fn default() -> Self {
+        Self {
+            workers: None,
+            mark: MARK,
+            bpffs: PathBuf::from(BPFFS),
+            drain_timeout: DRAIN_RUN,
+            max_flows: MAX_FLOWS,
+        }
+    }
+}
+
+/// `[[capture]]`
+#[derive(Clone, Debug)]
+pub struct Capture {
+    /// Whose connections.
+    pub cgroup: CgroupRef,
+    /// Which of them. The longest prefix over both lists decides; at the same prefix, exclude wins.
+    pub include: Vec<AddrPattern>,
+    /// Which not.
+    pub exclude: Vec<AddrPattern>,
+    /// What captured applications get while no daemon runs.
+    pub on_failure: OnFailure,
+    /// Hand captured connections to this proxy, which asks SO_ORIGINAL_DST, and not to ourselves.
+    pub proxy: Option<SocketAddr>,
+}
+
+/// Which cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CgroupRef {
+    /// The one at this path.
+    Path(PathBuf),
+    /// The one of this systemd unit.
+    Unit(String),
+    /// A new one, made for the command that `exec` runs.
+    Fresh,
+}
+
+/// What captured applications get while no daemon runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// Their connections are refused: nothing leaves in plaintext.
+    #[default]
+    Closed,
+    /// Their connections go where they would without us.
+    Open,
+}
+
+/// An HTTP version that carries CONNECT.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// HTTP/2.
+    #[default]
+    H2,
+}
+
+/// Whether clients must present a certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClientAuth {
+    /// They must.
+    #[default]
+    Required,
+}
+
+/// `[[listener]]`
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What it speaks.
+    pub protocols: Vec<Protocol>,
+    /// Whether clients must present a certificate.
+    pub client_auth: ClientAuth,
+    /// Which names of clients are let in at all; empty: every name that our CA vouches for.
+    pub verify: Vec<SanPattern>,
+    /// How long a dial to a target may take.
+    pub dial_timeout: Duration,
+    /// How long a peer may take for its TLS handshake.
+    pub handshake_timeout: Duration,
+    /// CONNECT streams at a time on one connection.
+    pub max_streams: NonZeroU32,
+}
+
+impl Listener {
+    /// A listener with the defaults.
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            protocols: vec![Protocol::H2],
+            client_auth: ClientAuth::Required,
+            verify: Vec::new(),
+            dial_timeout: DIAL_TIMEOUT,
+            handshake_timeout: HANDSHAKE_TIMEOUT,
+            max_streams: LISTENER_STREAMS,
+        }
+    }
+
+    /// What its clients must prove.
+    pub fn check(&self) -> ClientCheck {
+        ClientCheck {
+            san: self.verify.clone(),
+        }
+    }
+}
+
+/// `[[route]]`
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Flows from where. Empty: from everywhere.
+    pub source: Vec<Source>,
+    /// Flows to which addresses. Empty (with `host` empty too): to everything.
+    pub destination: Vec<AddrPattern>,
+    /// Flows to which names. Never together with `destination`: a target is one or the other.
+    pub host: Vec<NamePattern>,
+    /// Where they go.
+    pub to: Action,
+}
+
+/// Where a route sends a flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Through one of these: an index into [`Config::upstreams`], and its weight. At least one weight is
+    /// not 0.
+    Upstreams(Vec<(usize, u32)>),
+    /// Dialled by ourselves.
+    Direct,
+    /// Refused.
+    Deny,
+}
+
+/// How an endpoint is picked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// The one with fewer streams, of two picked at random.
+    #[default]
+    LeastRequest,
+    /// Each in turn.
+    RoundRobin,
+}
+
+/// `[[upstream]]`
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    /// What routes call it.
+    pub name: String,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// Where it is; at least one.
+    pub endpoints: Vec<Target>,
+    /// How an endpoint is picked.
+    pub balance: Balance,
+    /// The name to ask for (SNI) and, when `verify` is empty, to verify. `None`: the endpoint's.
+    pub sni: Option<ServerName<'static>>,
+    /// The names of which its certificate must carry one.
+    pub verify: Vec<SanPattern>,
+    /// Added to every CONNECT request.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// CONNECT streams at a time on one connection.
+    pub max_streams: NonZeroU32,
+    /// How long a connection may take, TLS included.
+    pub connect_timeout: Duration,
+    /// How long a connection without streams is kept.
+    pub idle_timeout: Duration,
+    /// How often a quiet connection is asked whether it is alive.
+    pub keepalive_interval: Duration,
+    /// How long the answer to that may take.
+    pub keepalive_timeout: Duration,
+    /// How long the answer to CONNECT may take.
+    pub response_timeout: Duration,
+}
+
+impl Upstream {
+    /// An upstream with the defaults.
+    pub fn new(name: String, endpoints: Vec<Target>) -> Self {
+        Self {
+            name,
+            protocol: Protocol::H2,
+            endpoints,
+            balance: Balance::LeastRequest,
+            sni: None,
+            verify: Vec::new(),
+            headers: Vec::new(),
+            max_streams: UPSTREAM_STREAMS,
+            connect_timeout: CONNECT_TIMEOUT,
+            idle_timeout: IDLE_TIMEOUT,
+            keepalive_interval: KEEPALIVE_INTERVAL,
+            keepalive_timeout: KEEPALIVE_TIMEOUT,
+            response_timeout: RESPONSE_TIMEOUT,
+        }
+    }
+
+    /// What its endpoints must prove.
+    pub fn check(&self) -> ServerCheck {
+        ServerCheck {
+            name: self.sni.clone(),
+            san: self.verify.clone(),
+        }
+    }
+}
+
+/// `[[policy]]`: these peers may reach these targets.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Who.
+    pub identity: Peers,
+    /// What.
+    pub target: Vec<TargetPattern>,
+}
+
+/// Which peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peers {
+    /// Every one that was let in.
+    Any,
+    /// Those with one of these names.
+    Of(Vec<SanPattern>),
+}
+
+impl Peers {
+    /// Whether this peer is one of them. A peer without an identity is one of "any" only.
+    pub fn contains(&self, peer: Option<&Identity>) -> bool {
+        match (self, peer) {
+            (Self::Any, _) => true,
+            (Self::Of(_), None) => false,
+            (Self::Of(patterns), Some(peer)) => {
+                let name = San::from(peer);
+                patterns.iter().any(|p| p.matches(&name))
+            }
+        }
+    }
+}
+
+/// Whether files that a configuration names must exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckFiles {
+    /// They must, here and now.
+    Yes,
+    /// They may be missing: the configuration is for another machine.
+    No,
+}
+
+impl Config {
+    /// Reads a file; paths in it are relative to it.
+    pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        match std::fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text, file, CheckFiles::Yes),
+            Err(source) => Err(ConfigErrors {
+                file: file.to_owned(),
+                unreadable: Some(source),
+                mistakes: Vec::new(),
+            }),
+        }
+    }
+
+    /// Reads a text that stands in `file`.
+    pub fn parse(text: &str, file: &Path, check: CheckFiles) -> Result<Self, ConfigErrors> {
+        let base = file.parent().unwrap_or(Path::new(""));
+        reader::Document::read(text, base, check == CheckFiles::Yes).map_err(|mistakes| ConfigErrors {
+            file: file.to_owned(),
+            unreadable: None,
+            mistakes,
+        })
+    }
+}
+
+/// One mistake in a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// The key's path, such as `listener.address`; empty when the text is not TOML there.
+    pub key: String,
+    /// What is wrong.
+    pub message: String,
+}
+
+/// Everything that is wrong with a configuration file.
+#[derive(Debug)]
+pub struct ConfigErrors {
+    file: PathBuf,
+    unreadable: Option<std::io::Error>,
+    mistakes: Vec<Mistake>,
+}
+
+impl ConfigErrors {
+    /// The mistakes, in the order of the text. Empty when the file could not be read at all.
+    pub fn mistakes(&self) -> &[Mistake] {
+        &self.mistakes
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let file = self.file.display();
+        if let Some(e) = &self.unreadable {
+            return write!(f, "{file}: {e}");
+        }
+        for (i, m) in self.mistakes.iter().enumerate() {
+            let (newline, colon) = (
+                if i == 0 { "" } else { "\n" },
+                if m.key.is_empty() { "" } else { ": " },
+            );
+            write!(
+                f,
+                "{newline}{file}:{}:{}: {}{colon}{}",
+                m.line, m.column, m.key, m.message
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}

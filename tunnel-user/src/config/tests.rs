@@ -1,0 +1,424 @@
+//! The configuration file as its writer sees it: what is taken, what is said about mistakes.
+//!
+//! Enters: texts. Leaves: verdicts. Invariant: a message is compared whole where a person has to act on
+//! it. It never needs a file, but where the test is about files.
+
+use std::collections::BTreeSet;
+
+use super::*;
+
+const FILE: &str = "etc/agent.toml";
+
+fn parse(text: &str) -> Result<Config, ConfigErrors> {
+    Config::parse(text, Path::new(FILE), CheckFiles::No)
+}
+
+fn mistakes(text: &str) -> Vec<String> {
+    let Err(e) = parse(text) else {
+        panic!("it was taken")
+    };
+    e.to_string()
+        .lines()
+        .map(|l| l.strip_prefix("etc/agent.toml:").unwrap_or(l).to_owned())
+        .collect()
+}
+
+/// A configuration without a mistake, for tests to add one to.
+const GOOD: &str = r#"
+[identity]
+cert = "node.pem"
+key = "/abs/node-key.pem"
+ca = "ca.pem"
+
+[[capture]]
+unit = "legacy.service"
+
+[[route]]
+to = [{ upstream = "east", weight = 90 }, { upstream = "west" }]
+
+[[upstream]]
+name = "west"
+endpoints = ["10.9.0.2:15008"]
+
+[[upstream]]
+name = "east"
+endpoints = ["gw.east.internal:15008", "[fd00::1]:15008"]
+sni = "gw.east"
+verify = ["spiffe://example.org/gateway"]
+headers = { baggage = "k8s.cluster.name=a" }
+keepalive_interval = "250ms"
+max_streams = 1_0
+"#;
+
+#[test]
+fn what_is_written_is_what_is_meant() {
+    let c = parse(GOOD).unwrap();
+    let id = c.identity.unwrap();
+    assert_eq!(id.cert, Path::new("etc/node.pem"));
+    assert_eq!(id.key, Path::new("/abs/node-key.pem"));
+    assert_eq!(c.daemon, Daemon::default());
+    assert_eq!(c.captures[0].cgroup, CgroupRef::Unit("legacy.service".to_owned()));
+    assert_eq!(c.captures[0].include.len(), 2);
+    assert_eq!(c.routes[0].to, Action::Upstreams(vec![(1, 90), (0, 1)]));
+    let east = &c.upstreams[1];
+    assert_eq!(east.endpoints[1], "[fd00::1]:15008".parse().unwrap());
+    assert_eq!(east.headers[0].0, "baggage");
+    assert_eq!(east.keepalive_interval, Duration::from_millis(250));
+    assert_eq!(east.max_streams.get(), 10);
+    assert_eq!(east.check().server_name(&east.endpoints[1]).to_str(), "gw.east");
+}
+
+#[test]
+fn five_mistakes_of_five_kinds_are_reported_together() {
+    let text = r#"[identity]
+cert = "node.pem"
+key = "node-key.pem"
+ca = "ca.pem"
+
+[[listener]]
+adress = "0.0.0.0:15008"
+
+[[route]]
+match = { destination = ["10.0.0.1/8:80"] }
+to = [{ upstream = "est", weight = 90 }]
+
+[[upstream]]
+name = "east"
+endpoints = ["10.9.0.1:15008"]
+max_streams = "many"
+"#;
+    assert_eq!(
+        mistakes(text),
+        [
+            "6:1: listener.address: is missing",
+            "7:1: listener.adress: unknown key `adress`, did you mean `address`?",
+            "10:26: route.match.destination[0]: \"10.0.0.1/8:80\": bits are set beyond the prefix; 10.0.0.0/8 \
+             was probably meant, or a longer prefix",
+            "11:20: route.to[0].upstream: no upstream is named \"est\", did you mean \"east\"?",
+            "16:15: upstream.max_streams: must be an integer, not a string",
+        ]
+    );
+}
+
+/// `GOOD` with one more line in front of, or behind, a line of it.
+fn with(extra: &str, after: &str) -> String {
+    let at = GOOD.find(after).unwrap() + after.len();
+    format!("{}\n{extra}{}", &GOOD[..at], &GOOD[at..])
+}
+
+#[test]
+fn each_mistake_is_named() {
+    let upstream = "endpoints = [\"10.9.0.2:15008\"]";
+    let capture = "unit = \"legacy.service\"";
+    for (text, key, said) in [
+        (
+            with("via = \"outer\"", upstream),
+            "upstream.via",
+            "is not supported yet",
+        ),
+        (
+            with("bypass = \"auto\"", capture),
+            "capture.bypass",
+            "is not supported yet",
+        ),
+        (
+            with("protocol = \"h3\"", upstream),
+            "upstream.protocol",
+            "\"h3\" is not supported yet",
+        ),
+        (
+            with("balance = \"maglev\"", upstream),
+            "upstream.balance",
+            "\"maglev\" is not supported yet",
+        ),
+        (
+            with("balance = \"best\"", upstream),
+            "upstream.balance",
+            "must be \"least_request\" or \"round_robin\", not \"best\"",
+        ),
+        (
+            with("cgroup = \"/x\"", capture),
+            "capture.unit",
+            "stands beside cgroup",
+        ),
+        (with("include = []", capture), "capture.include", "is empty"),
+        (
+            with("proxy = \"127.0.0.1\"", capture),
+            "capture.proxy",
+            "\"127.0.0.1\" has no port",
+        ),
+        (
+            with("on_failure = true", capture),
+            "capture.on_failure",
+            "must be \"closed\" or \"open\", not a boolean",
+        ),
+        (
+            with("idle_timeout = 5", upstream),
+            "upstream.idle_timeout",
+            "must be a duration in quotes",
+        ),
+        (
+            with("idle_timeout = \"5\"", upstream),
+            "upstream.idle_timeout",
+            "must be a number and a unit",
+        ),
+        (
+            with("idle_timeout = \"0s\"", upstream),
+            "upstream.idle_timeout",
+            "longer than nothing",
+        ),
+        (
+            with("idle_timeout = \"25h\"", upstream),
+            "upstream.idle_timeout",
+            "at most a day",
+        ),
+        (
+            with("max_streams = 0", upstream),
+            "upstream.max_streams",
+            "must be from 1 to 4294967295, not 0",
+        ),
+        (
+            with("max_streams = -1", upstream),
+            "upstream.max_streams",
+            "must be from 1 to",
+        ),
+        (
+            with("verify = [\"spiffe://*/a\"]", upstream),
+            "upstream.verify[0]",
+            "a URI needs a scheme",
+        ),
+        (
+            with("headers = { \":path\" = \"/\" }", upstream),
+            "upstream.headers.:path",
+            "pseudo-header",
+        ),
+        (
+            with("headers = { TE = \"x\" }", upstream),
+            "upstream.headers.TE",
+            "set by the tunnel itself",
+        ),
+        (
+            with("headers = { Forwarded = \"x\" }", upstream),
+            "upstream.headers.Forwarded",
+            "set by the tunnel",
+        ),
+        (
+            with("headers = { a = \"x\\ny\" }", upstream),
+            "upstream.headers.a",
+            "no header can carry",
+        ),
+        (
+            GOOD.replace("\"10.9.0.2:15008\"", "\"10.9.0.2\""),
+            "upstream.endpoints[0]",
+            "authority has no port",
+        ),
+        (
+            GOOD.replace("\"10.9.0.2:15008\"", ""),
+            "upstream.endpoints",
+            "is empty",
+        ),
+        (
+            GOOD.replace("name = \"west\"", "name = \"east\""),
+            "upstream.name",
+            "another upstream is named",
+        ),
+        (
+            GOOD.replace("weight = 90 }, { upstream = \"west\" }", "weight = 0 }"),
+            "route.to",
+            "weights are all 0",
+        ),
+        (
+            GOOD.replace("[[route]]", "[route]"),
+            "route",
+            "write [[route]] in place of [route]",
+        ),
+        (
+            format!("{GOOD}\n[deamon]\nmark = 1"),
+            "deamon",
+            "did you mean `daemon`?",
+        ),
+        (
+            format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
+            "policy.identity",
+            "nobody",
+        ),
+    ] {
+        let found = mistakes(&text);
+        assert!(
+            found
+                .iter()
+                .any(|m| m.contains(&format!(": {key}: ")) && m.contains(said)),
+            "wanted {key}: {said}, found {found:#?}"
+        );
+    }
+}
+
+#[test]
+fn one_slip_gives_one_message() {
+    for (from, to) in [
+        ("\"west\"\nendpoints", "\"west\"\nendpoint"),
+        ("\"10.9.0.2:15008\"", "10"),
+        ("unit = \"legacy.service\"", "unit = 3"),
+        ("to = [", "to = [{}, "),
+        ("key = \"/abs", "kee = \"/abs"),
+    ] {
+        let found = mistakes(&GOOD.replace(from, to));
+        // A misspelt key that was needed is unknown and missing.
+        assert!(found.len() <= 2, "{to}: {found:#?}");
+    }
+}
+
+#[test]
+fn what_needs_another_section_says_which() {
+    assert_eq!(
+        mistakes("[daemon]\nworkers = 2\n"),
+        ["1:1: there is nothing to do: neither [[capture]] nor [[listener]] is there"]
+    );
+    assert_eq!(
+        mistakes("[[listener]]\naddress = \"[::]:15008\"\n"),
+        [
+            "1:1: listener: needs a certificate: [identity] is missing",
+            "1:1: listener: has no [[route]]: every request would be refused",
+        ]
+    );
+    assert_eq!(
+        mistakes("\n[[capture]]\ncgroup = \"/x\"\n"),
+        ["2:1: capture: has no [[route]] and no proxy: every captured connection would be refused"]
+    );
+    assert!(parse("[[capture]]\ncgroup = \"/x\"\nproxy = \"127.0.0.1:12345\"\n").is_ok());
+    assert_eq!(
+        mistakes("[[capture]]\nproxy = \"127.0.0.1:12345\"\n"),
+        ["1:1: capture.cgroup: is missing"]
+    );
+}
+
+#[test]
+fn text_that_is_not_toml_is_placed() {
+    let found = mistakes(&format!("{GOOD}balance = \n"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0].starts_with(&format!("{}:11: ", GOOD.lines().count() + 1)),
+        "{found:?}"
+    );
+    let twice = mistakes(&GOOD.replace("sni = \"gw.east\"", "sni = \"gw.east\"\nsni = \"gw.west\""));
+    assert!(twice[0].contains("duplicate key"), "{twice:?}");
+    assert_eq!(twice.len(), 1, "{twice:?}");
+}
+
+#[test]
+fn columns_count_characters() {
+    assert!(mistakes("é = 1 # é\n")[0].starts_with("1:1: "));
+    let found = mistakes(&GOOD.replace("{ baggage = \"k8s.cluster.name=a\" }", "{ \"é\" = \"x\", b = 1 }"));
+    assert!(
+        found.iter().any(|m| m.contains(":28: upstream.headers.b: ")),
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn files_that_do_not_exist_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("agent.toml");
+    std::fs::write(&file, GOOD).unwrap();
+    std::fs::write(dir.path().join("node.pem"), "").unwrap();
+    let keys: Vec<_> = Config::load(&file)
+        .unwrap_err()
+        .mistakes()
+        .iter()
+        .map(|m| m.key.clone())
+        .collect();
+    assert_eq!(keys, ["identity.key", "identity.ca"]);
+    let gone = Config::load(&dir.path().join("gone.toml"))
+        .unwrap_err()
+        .to_string();
+    assert!(gone.contains("gone.toml: No such file"), "{gone}");
+}
+
+/// Every key path in the schema.
+fn keys(schema: &serde_json::Value, path: &str, into: &mut BTreeSet<String>) {
+    for (key, inner) in schema["properties"].as_object().into_iter().flatten() {
+        let path = if path.is_empty() {
+            key.clone()
+        } else {
+            format!("{path}.{key}")
+        };
+        assert!(
+            inner["description"].as_str().is_some_and(|d| d.ends_with('.')),
+            "{path} is not described"
+        );
+        keys(inner, &path, into);
+        into.insert(path);
+    }
+    for inner in schema["anyOf"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .chain(schema.get("items"))
+    {
+        keys(inner, path, into);
+    }
+}
+
+#[test]
+fn the_schema_lists_every_key_that_the_parser_takes() {
+    let mut listed = BTreeSet::new();
+    keys(&schema(), "", &mut listed);
+    // Nothing else is taken: each of these is, and whatever is not listed is unknown.
+    let taken = "capture capture.cgroup capture.exclude capture.include capture.on_failure capture.proxy \
+        capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.workers \
+        identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
+        listener.dial_timeout listener.handshake_timeout listener.max_streams listener.protocols \
+        listener.verify policy policy.identity policy.target route route.match route.match.destination \
+        route.match.host route.match.source route.to route.to.upstream route.to.weight upstream \
+        upstream.balance upstream.connect_timeout upstream.endpoints upstream.headers \
+        upstream.idle_timeout upstream.keepalive_interval upstream.keepalive_timeout \
+        upstream.max_streams upstream.name upstream.protocol upstream.response_timeout upstream.sni \
+        upstream.verify";
+    assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
+    let all = schema();
+    assert_eq!(
+        all["properties"]["daemon"]["properties"]["drain_timeout"]["default"],
+        "30s"
+    );
+    assert_eq!(
+        all["properties"]["upstream"]["items"]["required"],
+        serde_json::json!(["name", "endpoints"])
+    );
+}
+
+#[test]
+fn exec_captures_the_world_but_not_this_host() {
+    let capture = Capture::for_exec(Vec::new(), Vec::new());
+    assert_eq!(capture.include.len(), 2);
+    for local in [
+        "127.0.0.1:80",
+        "169.254.169.254:80",
+        "[::1]:80",
+        "[fe80::1]:80",
+        "224.0.0.1:1",
+        "0.0.0.0:1",
+    ] {
+        let local = local.parse().unwrap();
+        assert!(capture.exclude.iter().any(|p| p.contains(local)), "{local}");
+    }
+    assert!(
+        !capture
+            .exclude
+            .iter()
+            .any(|p| p.contains("10.0.0.1:80".parse().unwrap()))
+    );
+
+    let net = |s: &str| s.parse::<AddrPattern>().unwrap();
+    let named = Capture::for_exec(vec![net("127.0.0.0/8:8080")], vec![net("10.0.0.0/8")]);
+    assert_eq!(named.include, [net("127.0.0.0/8:8080")]);
+    assert!(
+        !named.exclude.contains(&net("127.0.0.0/8")),
+        "what is named is not excluded by default"
+    );
+    assert!(named.exclude.contains(&net("10.0.0.0/8")));
+    let longer = Capture::for_exec(vec![net("127.0.0.1/32:8080")], Vec::new());
+    assert!(
+        longer.exclude.contains(&net("127.0.0.0/8")),
+        "the longer prefix wins by itself"
+    );
+}

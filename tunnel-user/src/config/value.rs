@@ -1,0 +1,475 @@
+//! What can stand behind a key: how each kind of value is read, and what the schema says of it.
+//!
+//! Enters: one TOML value. Leaves: a typed one, or the mistake in it. Invariant: the message names the
+//! text that was wrong. It never looks at other keys.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    num::{NonZeroU32, NonZeroUsize},
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use http::{HeaderName, HeaderValue};
+use rustls_pki_types::ServerName;
+use serde_json::{Value as Json, json};
+
+use super::{
+    Action, Balance, ClientAuth, OnFailure, Peers, Protocol,
+    pattern::{AddrPattern, NamePattern, TargetPattern},
+    reader::{At, Cell, Reader, Section, Value},
+};
+use crate::{flow::Target, route::Source, transport::identity::SanPattern};
+
+/// Headers that are ours to set, or that HTTP/2 has no place for (RFC 9113 section 8.2.2), or that would
+/// change what the request is.
+const RESERVED_HEADERS: [&str; 13] = [
+    "connection",
+    "content-length",
+    "expect",
+    "forwarded",
+    "host",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-status",
+    "te",
+    "traceparent",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// Reads a value out of a string by `FromStr`; its mistakes are the text and what is wrong with it.
+fn parsed<T>(cell: &Cell<'_>, wanted: &str) -> Option<T>
+where
+    T: FromStr,
+    T::Err: fmt::Display,
+{
+    let text = cell.text(wanted)?;
+    text.parse()
+        .map_or_else(|e| cell.wrong(format!("\"{text}\": {e}")), Some)
+}
+
+macro_rules! by_from_str {
+    ($($t:ty: $wanted:literal, $example:literal;)*) => {$(
+        impl Value for $t {
+            fn schema() -> Json {
+                json!({ "type": "string", "examples": [$example] })
+            }
+            fn read(cell: &Cell<'_>) -> Option<Self> {
+                parsed(cell, $wanted)
+            }
+            fn show(&self) -> Json {
+                json!(self.to_string())
+            }
+        }
+    )*};
+}
+by_from_str! {
+    AddrPattern: "a string, CIDR[:PORTS]", "10.0.0.0/8:80,8000-8999";
+    NamePattern: "a string, NAME[:PORTS]", "*.internal:443";
+    TargetPattern: "a string, CIDR[:PORTS] or NAME[:PORTS]", "10.0.0.0/8:80";
+    SanPattern: "a string: a URI, a DNS name or an address", "spiffe://example.org/ns/*/sa/web";
+    Target: "a string, HOST:PORT", "10.9.0.1:15008";
+}
+
+/// A word of a fixed few.
+trait Word: Copy + 'static {
+    /// What is taken.
+    const WORDS: &'static [(&'static str, Self)];
+    /// What the design has, and this version does not.
+    const LATER: &'static [&'static str] = &[];
+}
+
+macro_rules! by_word {
+    ($($t:ty),*) => {$(
+        impl Value for $t {
+            fn schema() -> Json {
+                json!({ "enum": <$t>::WORDS.iter().map(|(w, _)| *w).collect::<Vec<_>>() })
+            }
+            fn read(cell: &Cell<'_>) -> Option<Self> {
+                let words = <$t>::WORDS.iter().map(|(w, _)| format!("\"{w}\"")).collect::<Vec<_>>().join(" or ");
+                let text = cell.text(&words)?;
+                match <$t>::WORDS.iter().find(|(w, _)| *w == text) {
+                    Some((_, value)) => Some(*value),
+                    None if <$t>::LATER.contains(&text) => cell.wrong(format!("\"{text}\" is not supported yet")),
+                    None => cell.wrong(format!("must be {words}, not \"{text}\"")),
+                }
+            }
+            fn show(&self) -> Json {
+                json!(<$t>::WORDS.iter().find(|(_, v)| v == self).map(|(w, _)| *w))
+            }
+        }
+    )*};
+}
+by_word!(OnFailure, Protocol, ClientAuth, Balance, Source);
+
+impl Word for OnFailure {
+    const WORDS: &'static [(&'static str, Self)] = &[("closed", Self::Closed), ("open", Self::Open)];
+}
+impl Word for Protocol {
+    const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2)];
+    const LATER: &'static [&'static str] = &["h1", "h3"];
+}
+impl Word for ClientAuth {
+    const WORDS: &'static [(&'static str, Self)] = &[("required", Self::Required)];
+    const LATER: &'static [&'static str] = &["optional", "none"];
+}
+impl Word for Balance {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("least_request", Self::LeastRequest),
+        ("round_robin", Self::RoundRobin),
+    ];
+    const LATER: &'static [&'static str] = &["random", "ring_hash", "maglev"];
+}
+impl Word for Source {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("captured", Self::Captured), ("listener", Self::Listener)];
+}
+
+impl<T: Value> Value for Vec<T> {
+    fn schema() -> Json {
+        json!({ "type": "array", "items": T::schema() })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let items = cell.items("a list: [\"..\", \"..\"]")?;
+        // Each item reports its own mistake, so all are read before any is missed.
+        let read: Vec<_> = items.iter().map(T::read).collect();
+        read.into_iter().collect()
+    }
+    fn show(&self) -> Json {
+        self.iter().map(T::show).collect()
+    }
+}
+
+impl Value for String {
+    fn schema() -> Json {
+        json!({ "type": "string" })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a string")?;
+        if text.is_empty() {
+            cell.wrong("is empty")
+        } else {
+            Some(text.to_owned())
+        }
+    }
+    fn show(&self) -> Json {
+        json!(self)
+    }
+}
+
+impl Value for bool {
+    fn schema() -> Json {
+        json!({ "type": "boolean" })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        cell.boolean()
+    }
+    fn show(&self) -> Json {
+        json!(self)
+    }
+}
+
+impl Value for NonZeroU32 {
+    fn schema() -> Json {
+        json!({ "type": "integer", "minimum": 1, "maximum": u32::MAX })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let n = cell.integer(1, u64::from(u32::MAX))?;
+        u32::try_from(n).ok().and_then(Self::new)
+    }
+    fn show(&self) -> Json {
+        json!(self)
+    }
+}
+
+impl Value for NonZeroUsize {
+    fn schema() -> Json {
+        json!({ "type": "integer", "minimum": 1, "maximum": i32::MAX })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        // Counts of things that each cost memory: no machine has room for more than these.
+        let n = cell.integer(1, u64::from(i32::MAX.unsigned_abs()))?;
+        usize::try_from(n).ok().and_then(Self::new)
+    }
+    fn show(&self) -> Json {
+        json!(self)
+    }
+}
+
+/// How many parts of the whole an upstream of a route gets. 0 takes it out of use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weight(pub(crate) u32);
+
+impl Value for Weight {
+    fn schema() -> Json {
+        json!({ "type": "integer", "minimum": 0, "maximum": 10_000 })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        // Bounded so that the sum over a route's upstreams stays far inside a u32.
+        cell.integer(0, 10_000)
+            .and_then(|n| u32::try_from(n).ok())
+            .map(Self)
+    }
+    fn show(&self) -> Json {
+        json!(self.0)
+    }
+}
+
+impl Value for Duration {
+    fn schema() -> Json {
+        json!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h)$", "examples": ["250ms", "5s"] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a duration in quotes, such as \"5s\" or \"250ms\"")?;
+        parse_duration(text).map_or_else(|e| cell.wrong(format!("\"{text}\": {e}")), Some)
+    }
+    fn show(&self) -> Json {
+        let ms = self.as_millis();
+        if ms.is_multiple_of(1000) {
+            json!(format!("{}s", ms / 1000))
+        } else {
+            json!(format!("{ms}ms"))
+        }
+    }
+}
+
+/// Reads `250ms`, `5s`, `2m`, `1h`. Longer than nothing, and at most a day.
+pub fn parse_duration(text: &str) -> Result<Duration, &'static str> {
+    const WANTED: &str = "must be a number and a unit: 250ms, 5s, 2m, 1h";
+    // Every duration of ours is a wait of somebody's; a day is more than anyone waits.
+    const MAX: Duration = Duration::from_secs(24 * 60 * 60);
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let number: u64 = text[..digits].parse().map_err(|_| WANTED)?;
+    let unit = match &text[digits..] {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(WANTED),
+    };
+    let duration = Duration::from_millis(number.saturating_mul(unit));
+    match duration {
+        Duration::ZERO => Err("must be longer than nothing"),
+        d if d > MAX => Err("must be at most a day"),
+        d => Ok(d),
+    }
+}
+
+/// A path; relative ones start at the configuration file.
+#[derive(Clone, Debug)]
+pub(crate) struct FilePath(pub(crate) PathBuf);
+
+impl Value for FilePath {
+    fn schema() -> Json {
+        json!({ "type": "string" })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a path in quotes")?;
+        if text.is_empty() {
+            return cell.wrong("is empty");
+        }
+        let path = cell.doc.base.join(Path::new(text));
+        if cell.doc.check_files
+            && let Err(e) = path.metadata()
+        {
+            return cell.wrong(format!("{}: {e}", path.display()));
+        }
+        Some(Self(path))
+    }
+    fn show(&self) -> Json {
+        json!(self.0)
+    }
+}
+
+impl Value for SocketAddr {
+    fn schema() -> Json {
+        json!({ "type": "string", "examples": ["0.0.0.0:15008", "[::]:15008"] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a string, ADDRESS:PORT")?;
+        parse_socket_addr(text).map_or_else(|e| cell.wrong(format!("\"{text}\" {e}")), Some)
+    }
+    fn show(&self) -> Json {
+        json!(self)
+    }
+}
+
+/// Reads `ADDRESS:PORT`, and says what is missing.
+pub fn parse_socket_addr(text: &str) -> Result<SocketAddr, &'static str> {
+    match text.parse() {
+        Ok(addr) => Ok(addr),
+        Err(_) if text.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() => Err("has no port"),
+        Err(_) => Err("is not an address and port, such as 0.0.0.0:15008 or [::]:15008"),
+    }
+}
+
+impl Value for ServerName<'static> {
+    fn schema() -> Json {
+        json!({ "type": "string", "examples": ["gateway.internal"] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a string: a DNS name or an address")?;
+        parse_server_name(text).map_or_else(|e| cell.wrong(format!("\"{text}\" {e}")), Some)
+    }
+    fn show(&self) -> Json {
+        json!(self.to_str())
+    }
+}
+
+/// Reads the name that a server's certificate is to be valid for.
+pub fn parse_server_name(text: &str) -> Result<ServerName<'static>, &'static str> {
+    ServerName::try_from(text.to_owned()).map_err(|_| "is neither a DNS name nor an address")
+}
+
+/// Why a header cannot be added to CONNECT requests.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// Not `NAME=VALUE`.
+    #[error("must be NAME=VALUE")]
+    NoValue,
+    /// Not a name.
+    #[error("\"{0}\" is not a header name")]
+    Name(String),
+    /// `:authority` and the like.
+    #[error("\"{0}\" is a pseudo-header, which only the tunnel itself sets")]
+    Pseudo(String),
+    /// Ours, or connection-specific.
+    #[error("\"{0}\" is set by the tunnel itself, or has no place in a CONNECT request")]
+    Reserved(String),
+    /// Control characters in the value.
+    #[error("the value of \"{0}\" has characters that no header can carry")]
+    Value(String),
+}
+
+/// A header that may be added to CONNECT requests.
+pub fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), HeaderError> {
+    if name.starts_with(':') {
+        return Err(HeaderError::Pseudo(name.to_owned()));
+    }
+    let parsed = HeaderName::from_bytes(name.as_bytes()).map_err(|_| HeaderError::Name(name.to_owned()))?;
+    if RESERVED_HEADERS.contains(&parsed.as_str()) {
+        return Err(HeaderError::Reserved(name.to_owned()));
+    }
+    let value = HeaderValue::from_str(value).map_err(|_| HeaderError::Value(name.to_owned()))?;
+    Ok((parsed, value))
+}
+
+/// Reads `NAME=VALUE`.
+pub fn parse_header_flag(text: &str) -> Result<(HeaderName, HeaderValue), HeaderError> {
+    let (name, value) = text.split_once('=').ok_or(HeaderError::NoValue)?;
+    parse_header(name, value)
+}
+
+/// The headers of an upstream.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Headers(pub(crate) Vec<(HeaderName, HeaderValue)>);
+
+impl Value for Headers {
+    fn schema() -> Json {
+        json!({ "type": "object", "additionalProperties": { "type": "string" } })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let entries = cell.entries("a table of strings: { baggage = \"..\" }")?;
+        let header = |(name, cell): &(&str, Cell<'_>)| {
+            let value = cell.text("a string")?;
+            parse_header(name, value).map_or_else(|e| cell.wrong(e.to_string()), Some)
+        };
+        let read: Vec<_> = entries.iter().map(header).collect();
+        read.into_iter().collect::<Option<_>>().map(Self)
+    }
+    fn show(&self) -> Json {
+        json!({})
+    }
+}
+
+impl Value for Peers {
+    fn schema() -> Json {
+        json!({ "anyOf": [
+            { "const": "any" },
+            { "type": "array", "items": SanPattern::schema(), "minItems": 1 },
+        ] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        if cell.is_text() {
+            return match cell.text("")? {
+                "any" => Some(Self::Any),
+                other => cell.wrong(format!("must be a list of names, or \"any\", not \"{other}\"")),
+            };
+        }
+        match Vec::read(cell)? {
+            none if none.is_empty() => cell.wrong("is empty: nobody would match; \"any\" is every peer"),
+            some => Some(Self::Of(some)),
+        }
+    }
+    fn show(&self) -> Json {
+        match self {
+            Self::Any => json!("any"),
+            Self::Of(list) => list.show(),
+        }
+    }
+}
+
+/// Where a route goes, its upstreams still by name.
+pub(crate) enum ActionByName {
+    Upstreams(Vec<(At<String>, u32)>),
+    Fixed(Action),
+}
+
+struct Share {
+    upstream: At<String>,
+    weight: u32,
+}
+
+impl Section for Share {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let upstream = r.required("upstream", "Name of an upstream.");
+        let Weight(weight) = r.default(
+            "weight",
+            "Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.",
+            Weight(1),
+        );
+        Some(Self {
+            upstream: upstream?,
+            weight,
+        })
+    }
+}
+
+impl Value for ActionByName {
+    fn schema() -> Json {
+        json!({ "anyOf": [
+            { "enum": ["direct", "deny"] },
+            { "type": "array", "items": super::reader::schema_of::<Share>(), "minItems": 1 },
+        ] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        if cell.is_text() {
+            return match cell.text("")? {
+                "direct" => Some(Self::Fixed(Action::Direct)),
+                "deny" => Some(Self::Fixed(Action::Deny)),
+                other => cell.wrong(format!(
+                    "must be \"direct\", \"deny\" or [{{ upstream = \"{other}\" }}], not \"{other}\""
+                )),
+            };
+        }
+        let items = cell.items("\"direct\", \"deny\" or [{ upstream = \"..\" }]")?;
+        if items.is_empty() {
+            return cell.wrong("is empty; \"deny\" refuses");
+        }
+        let read: Vec<_> = items.iter().map(Cell::section::<Share>).collect();
+        let shares: Vec<Share> = read.into_iter().collect::<Option<_>>()?;
+        if shares.iter().all(|s| s.weight == 0) {
+            return cell.wrong("the weights are all 0; \"deny\" refuses");
+        }
+        Some(Self::Upstreams(
+            shares.into_iter().map(|s| (s.upstream, s.weight)).collect(),
+        ))
+    }
+    fn show(&self) -> Json {
+        Json::Null
+    }
+}

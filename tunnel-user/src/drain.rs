@@ -1,0 +1,88 @@
+//! Stopping: what is told to whom, and who owns the tasks.
+//!
+//! Enters: the order to stop. Leaves: workers that take nothing new, finish what they have, and drop the
+//! rest at a deadline. Invariant: every task is in a [`Tasks`], and dropping that ends it. Nothing waits
+//! for ever.
+
+use std::{cell::RefCell, future::Future};
+
+use tokio::{sync::watch, task::JoinSet};
+
+/// What the daemon is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Taking connections.
+    Run,
+    /// Taking none; those that are there go on.
+    Drain,
+    /// Dropping those that are left.
+    Stop,
+}
+
+/// Tells everybody.
+#[derive(Debug)]
+pub struct Trigger(watch::Sender<Phase>);
+
+/// Hears of it.
+#[derive(Clone, Debug)]
+pub struct Watch(watch::Receiver<Phase>);
+
+/// A trigger and its watch, in [`Phase::Run`].
+pub fn channel() -> (Trigger, Watch) {
+    let (tell, told) = watch::channel(Phase::Run);
+    (Trigger(tell), Watch(told))
+}
+
+impl Trigger {
+    /// Moves on. Nobody may be left to hear it.
+    pub fn enter(&self, phase: Phase) {
+        self.0.send_replace(phase);
+    }
+}
+
+impl Watch {
+    /// Ready once the phase is past [`Phase::Run`].
+    pub async fn draining(&mut self) {
+        // A trigger that is gone means stop.
+        let _gone = self.0.wait_for(|p| *p != Phase::Run).await;
+    }
+
+    /// Ready once the phase is [`Phase::Stop`].
+    pub async fn stopping(&mut self) {
+        let _gone = self.0.wait_for(|p| *p == Phase::Stop).await;
+    }
+}
+
+/// Tasks of one worker, ended when dropped.
+#[derive(Default)]
+pub struct Tasks(RefCell<JoinSet<()>>);
+
+impl Tasks {
+    /// Starts one.
+    pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.0.borrow_mut();
+        // Those that have ended, so that they do not pile up.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_local(task);
+    }
+
+    /// Ends all.
+    pub fn abort_all(&self) {
+        self.0.borrow_mut().abort_all();
+    }
+
+    /// Waits until none is left.
+    pub async fn ended(&self) {
+        std::future::poll_fn(|cx| {
+            let mut tasks = self.0.borrow_mut();
+            loop {
+                match tasks.poll_join_next(cx) {
+                    std::task::Poll::Ready(Some(_)) => {}
+                    std::task::Poll::Ready(None) => return std::task::Poll::Ready(()),
+                    std::task::Poll::Pending => return std::task::Poll::Pending,
+                }
+            }
+        })
+        .await;
+    }
+}

@@ -1,0 +1,282 @@
+//! What was carried.
+//!
+//! Enters: the end of each flow, and what was refused. Leaves: counters, and records for a table.
+//! Invariant: each worker writes its own counters only; nothing on the data path crosses a core. It
+//! never holds more than [`RECORDS_MAX`] records.
+
+use std::{
+    cell::{Cell, RefCell},
+    fmt::Write as _,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use crate::flow::{ClientAddr, Identity, PeerAddr, Target};
+
+/// Records that one worker keeps for `--stats`; later flows are counted only.
+pub const RECORDS_MAX: usize = 50_000;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Counters of one worker. Only that worker writes them; anybody may read.
+        #[derive(Debug, Default)]
+        #[repr(align(128))] // two cache lines: the prefetcher fetches pairs
+        pub struct Counters {
+            $($(#[$doc])* pub $name: Counter,)*
+        }
+
+        impl Counters {
+            /// Every counter with its name.
+            pub fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.get()),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Flows that reached their target.
+    flows,
+    /// Of those: ended by a reset.
+    flows_reset,
+    /// Bytes from clients to targets.
+    bytes_sent,
+    /// Bytes from targets to clients.
+    bytes_received,
+    /// Refused by policy or by a route.
+    denied,
+    /// Targets that could not be reached.
+    dial_failed,
+    /// Upstreams that could not be reached, or that refused.
+    tunnel_failed,
+    /// CONNECT requests that were none.
+    bad_requests,
+    /// Peers that failed the handshake or were not let in.
+    handshakes_failed,
+    /// Accepted connections without an original destination.
+    no_origin,
+    /// Connections refused because the limit of flows was reached.
+    over_limit,
+    /// Tunnel connections accepted.
+    tunnels_accepted,
+}
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds.
+    pub fn add(&self, n: u64) {
+        // One writer: a load and a store are enough, and no lock prefix is needed.
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Reads.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// How a flow left this process.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Via {
+    /// Dialled from here.
+    Direct,
+    /// In a stream of a connection to this peer.
+    Tunnel {
+        /// The upstream's name.
+        upstream: String,
+        /// Its endpoint.
+        peer: String,
+        /// The stream's number.
+        stream: u32,
+    },
+    /// It got nowhere.
+    Nowhere,
+}
+
+/// One flow, after its end.
+#[derive(Clone, Debug, Serialize)]
+pub struct Record {
+    /// Where it was to go.
+    pub destination: String,
+    /// Who asked for it.
+    pub client: String,
+    /// How it left.
+    pub via: Via,
+    /// Who the far end proved to be.
+    pub identity: Option<String>,
+    /// Bytes from the client.
+    pub sent: u64,
+    /// Bytes to the client.
+    pub received: u64,
+    /// From connect to end, in milliseconds.
+    pub duration_ms: f64,
+    /// How it ended.
+    pub outcome: String,
+}
+
+impl Record {
+    /// A record of a flow that got nowhere, to be filled in.
+    pub fn new(target: &Target, client: ClientAddr) -> Self {
+        Self {
+            destination: target.to_string(),
+            client: client.to_string(),
+            via: Via::Nowhere,
+            identity: None,
+            sent: 0,
+            received: 0,
+            duration_ms: 0.0,
+            outcome: String::new(),
+        }
+    }
+
+    /// It went through a tunnel.
+    pub fn through(&mut self, upstream: &str, peer: PeerAddr, stream: u32, identity: Option<&Identity>) {
+        self.via = Via::Tunnel { upstream: upstream.to_owned(), peer: peer.to_string(), stream };
+        self.identity = identity.map(ToString::to_string);
+    }
+
+    /// It took this long.
+    pub fn lasted(&mut self, duration: Duration) {
+        self.duration_ms = duration.as_secs_f64() * 1e3;
+    }
+}
+
+/// The records of one worker.
+#[derive(Debug, Default)]
+pub struct Records {
+    keep: bool,
+    records: RefCell<Vec<Record>>,
+    dropped: Cell<u64>,
+}
+
+impl Records {
+    /// Keeps records only if somebody will ask.
+    pub fn new(keep: bool) -> Self {
+        Self { keep, ..Self::default() }
+    }
+
+    /// Adds one.
+    pub fn push(&self, record: Record) {
+        if !self.keep {
+            return;
+        }
+        let mut records = self.records.borrow_mut();
+        if records.len() < RECORDS_MAX {
+            records.push(record);
+        } else {
+            self.dropped.set(self.dropped.get() + 1);
+        }
+    }
+
+    /// All of them, and how many there was no room for.
+    pub fn take(&self) -> (Vec<Record>, u64) {
+        (self.records.take(), self.dropped.take())
+    }
+}
+
+/// The table of `--stats`.
+pub fn table(records: &[Record], dropped: u64) -> String {
+    const HEAD: [&str; 8] =
+        ["DESTINATION", "GATEWAY", "STREAM", "IDENTITY", "SENT", "RECEIVED", "TIME", "OUTCOME"];
+    let rows: Vec<[String; 8]> = records
+        .iter()
+        .map(|r| {
+            let (gateway, stream) = match &r.via {
+                Via::Direct => ("direct".to_owned(), "-".to_owned()),
+                Via::Tunnel { peer, stream, .. } => (peer.clone(), stream.to_string()),
+                Via::Nowhere => ("-".to_owned(), "-".to_owned()),
+            };
+            [
+                r.destination.clone(),
+                gateway,
+                stream,
+                r.identity.clone().unwrap_or_else(|| "-".to_owned()),
+                bytes(r.sent),
+                bytes(r.received),
+                time(r.duration_ms),
+                r.outcome.clone(),
+            ]
+        })
+        .collect();
+    let mut widths = HEAD.map(str::len);
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut out = String::new();
+    for row in std::iter::once(HEAD.map(str::to_owned)).chain(rows) {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(widths)
+            .enumerate()
+            .map(|(i, (cell, width))| {
+                // Numbers to the right.
+                if matches!(i, 2 | 4..=6) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            })
+            .collect();
+        // Writing to a String does not fail.
+        let _written = writeln!(out, "{}", cells.join("  ").trim_end());
+    }
+    if dropped > 0 {
+        let _written = writeln!(out, "and {dropped} more");
+    }
+    out
+}
+
+/// Three digits and a unit, powers of 1024.
+fn bytes(n: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if n < 1024 {
+        return format!("{n} B");
+    }
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let mut value = n as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1000.0 && unit < UNITS.len() - 1 {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+fn time(ms: f64) -> String {
+    if ms < 1000.0 { format!("{ms:.1} ms") } else { format!("{:.2} s", ms / 1e3) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_lines_up_and_says_what_was_left_out() {
+        let mut record = Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        record.through("gateway", PeerAddr("10.77.0.2:15008".parse().unwrap()), 3, None);
+        (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".to_owned());
+        record.lasted(Duration::from_micros(1234));
+        let text = table(&[record], 2);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 3);
+        assert!(lines[1].starts_with("10.200.0.10:80  10.77.0.2:15008"), "{text}");
+        assert!(lines[1].contains("76 B") && lines[1].contains("50.0 MiB") && lines[1].contains("1.2 ms"), "{text}");
+        assert_eq!(lines[0].find("OUTCOME"), lines[1].find("closed"));
+        assert_eq!(lines[2], "and 2 more");
+    }
+
+    #[test]
+    fn records_are_bounded() {
+        let records = Records::new(true);
+        let one = Record::new(&"a:1".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        for _ in 0..RECORDS_MAX + 3 {
+            records.push(one.clone());
+        }
+        let (kept, dropped) = records.take();
+        assert_eq!((kept.len(), dropped), (RECORDS_MAX, 3));
+    }
+}
