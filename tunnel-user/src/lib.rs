@@ -3,8 +3,12 @@
 //! The library behind the `tunnel` program, its modules in the order a byte meets them.
 //! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
 
+pub mod cli;
 pub mod config;
+pub mod exit;
 pub mod flow;
 pub mod pki;
+pub mod policy;
 pub mod route;
+pub mod telemetry;
 pub mod transport;
