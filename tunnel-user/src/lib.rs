@@ -5,14 +5,17 @@
 
 pub mod app;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod dial;
 pub mod drain;
 pub mod exec;
+pub mod exit;
 pub mod flow;
 pub mod limits;
 pub mod listener;
 pub mod pki;
+pub mod policy;
 pub mod relay;
 pub mod route;
 pub mod signal;

@@ -1,2 +1,101 @@
-//! x
-fn main() {}
+//! The `tunnel` program: what was typed becomes a call into the library.
+//!
+//! Enters: arguments. Leaves: an exit code. Invariant: a failure is printed once, with its remedy, and the
+//! code says of which kind it was. It never holds logic of its own.
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory as _, Parser as _};
+use tunnel::{
+    cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand},
+    config::{Config, schema},
+    exit::{Cause, EXIT_CONFIG, Failure},
+    pki, telemetry,
+    transport::tls::TlsIdentity,
+};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Nowhere is left to say that this could not be said.
+            let _ = e.print();
+            return if e.use_stderr() {
+                ExitCode::from(EXIT_CONFIG)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    telemetry::init(&cli.log_filter(), cli.log_format);
+    dispatch(cli.command).unwrap_or_else(|failure| {
+        eprintln!("tunnel: {failure}");
+        ExitCode::from(&failure)
+    })
+}
+
+fn dispatch(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        // app: these four become calls into `tunnel::app`, `tunnel::exec` and `tunnel::doctor`.
+        Command::Exec(_) | Command::Run(_) | Command::Gateway(_) | Command::Doctor(_) => {
+            Err(Failure::Other(Cause::new("this command is not wired up yet", "")))
+        }
+        Command::Config(command) => config(command),
+        Command::Pki(command) => issue(command),
+        Command::Completions(CompletionsArgs { shell }) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tunnel", &mut script);
+            print(&script)
+        }
+        Command::Man(args) => man(args),
+    }
+}
+
+fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
+    match command {
+        ConfigCommand::Check { file } => {
+            let config = Config::load(&file)?;
+            if let Some(identity) = &config.identity {
+                TlsIdentity::load(identity)?;
+            }
+            print(format!("{}: no mistakes\n", file.display()).as_bytes())
+        }
+        ConfigCommand::Schema => print(format!("{:#}\n", schema()).as_bytes()),
+    }
+}
+
+fn issue(command: PkiCommand) -> Result<ExitCode, Failure> {
+    let files = match command {
+        PkiCommand::Init { dir, force } => pki::init(&dir, force)?,
+        PkiCommand::Issue(args) => pki::issue(&args.dir, &args.name, &args.to_request(), args.force)?,
+    };
+    print(format!("{}\n{}\n", files.cert.display(), files.key.display()).as_bytes())
+}
+
+fn man(args: ManArgs) -> Result<ExitCode, Failure> {
+    let failed = |e: io::Error| Failure::Other(Cause::new(format!("writing the manual page: {e}"), ""));
+    if let Some(dir) = args.dir {
+        std::fs::create_dir_all(&dir).map_err(failed)?;
+        clap_mangen::generate_to(Cli::command(), dir).map_err(failed)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Cli::command())
+        .render(&mut page)
+        .map_err(failed)?;
+    print(&page)
+}
+
+/// A reader that has gone (`tunnel config schema | head`) is no failure.
+fn print(bytes: &[u8]) -> Result<ExitCode, Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::Other(Cause::new(format!("standard output: {e}"), "")))
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}

@@ -354,25 +354,50 @@ pub enum CheckFiles {
 impl Config {
     /// Reads a file; paths in it are relative to it.
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
-        match std::fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file, CheckFiles::Yes),
-            Err(source) => Err(ConfigErrors {
-                file: file.to_owned(),
-                unreadable: Some(source),
-                mistakes: Vec::new(),
-            }),
+        Self::read(&text_of(file)?, file, CheckFiles::Yes, false)
+    }
+
+    /// Reads a file for `tunnel exec`: its routes, upstreams and identity hold; it serves no listener, and
+    /// the one capture is that of the command. What is captured say `capture` and `exclude` (see
+    /// [`Capture::for_exec`]), or when both are empty the file's first `[[capture]]`, if it has one.
+    pub fn load_for_exec(
+        file: &Path,
+        capture: Vec<AddrPattern>,
+        exclude: Vec<AddrPattern>,
+    ) -> Result<Self, ConfigErrors> {
+        let mut config = Self::read(&text_of(file)?, file, CheckFiles::Yes, true)?;
+        config.listeners.clear();
+        config.captures.truncate(1);
+        match config.captures.first_mut() {
+            Some(of_file) if capture.is_empty() && exclude.is_empty() => of_file.cgroup = CgroupRef::Fresh,
+            _ => config.captures = vec![Capture::for_exec(capture, exclude)],
         }
+        Ok(config)
     }
 
     /// Reads a text that stands in `file`.
     pub fn parse(text: &str, file: &Path, check: CheckFiles) -> Result<Self, ConfigErrors> {
+        Self::read(text, file, check, false)
+    }
+
+    fn read(text: &str, file: &Path, check: CheckFiles, for_exec: bool) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        reader::Document::read(text, base, check == CheckFiles::Yes).map_err(|mistakes| ConfigErrors {
-            file: file.to_owned(),
-            unreadable: None,
-            mistakes,
+        reader::Document::read(text, base, check == CheckFiles::Yes, for_exec).map_err(|mistakes| {
+            ConfigErrors {
+                file: file.to_owned(),
+                unreadable: None,
+                mistakes,
+            }
         })
     }
+}
+
+fn text_of(file: &Path) -> Result<String, ConfigErrors> {
+    std::fs::read_to_string(file).map_err(|source| ConfigErrors {
+        file: file.to_owned(),
+        unreadable: Some(source),
+        mistakes: Vec::new(),
+    })
 }
 
 /// One mistake in a configuration file.

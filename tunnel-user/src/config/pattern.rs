@@ -7,7 +7,6 @@
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
-    ops::RangeInclusive,
     str::FromStr,
 };
 
@@ -59,9 +58,9 @@ impl Ports {
         self.0.is_empty()
     }
 
-    /// The ranges, in order, disjoint, not adjacent. Empty: all ports.
-    pub fn ranges(&self) -> impl Iterator<Item = RangeInclusive<u16>> + '_ {
-        self.0.iter().map(|(from, to)| *from..=*to)
+    /// The ranges, both ends included, in order, disjoint, not adjacent. Empty: all ports.
+    pub fn ranges(&self) -> &[(u16, u16)] {
+        &self.0
     }
 
     fn merged(mut ranges: Vec<(u16, u16)>) -> Self {

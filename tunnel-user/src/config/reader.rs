@@ -39,6 +39,8 @@ pub(crate) struct Document<'a> {
     pub(crate) base: &'a Path,
     /// Whether files that are named must exist.
     pub(crate) check_files: bool,
+    /// Whether the configuration is for one command, which brings its own cgroup.
+    for_exec: bool,
     /// The parser had to guess: what seems missing may have been lost there.
     guessed: bool,
     mistakes: RefCell<Vec<Mistake>>,
@@ -50,6 +52,7 @@ impl<'a> Document<'a> {
         text: &'a str,
         base: &'a Path,
         check_files: bool,
+        for_exec: bool,
     ) -> Result<S, Vec<Mistake>> {
         let (root, errors) = DeTable::parse_recoverable(text);
         let guessed = !errors.is_empty();
@@ -58,6 +61,7 @@ impl<'a> Document<'a> {
             root: root.get_ref(),
             base,
             check_files,
+            for_exec,
             guessed,
             mistakes: RefCell::default(),
         };
@@ -323,6 +327,11 @@ impl<'a> Reader<'a> {
     /// Whether the key is there, with whatever behind it.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.cell(key).is_some()
+    }
+
+    /// Whether the configuration is for one command, which brings its own cgroup.
+    pub(crate) fn for_exec(&self) -> bool {
+        self.doc.is_some_and(|doc| doc.for_exec)
     }
 
     /// Whether the key is there at the top of the file.

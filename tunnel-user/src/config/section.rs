@@ -58,7 +58,7 @@ impl Section for Config {
 
 /// What no section can see by itself.
 fn check_together(r: &Reader<'_>, listeners: &[At<Listener>]) {
-    if !r.has("capture") && !r.has("listener") {
+    if !r.has("capture") && !r.has("listener") && !r.for_exec() {
         r.wrong(
             "",
             "there is nothing to do: neither [[capture]] nor [[listener]] is there",
@@ -68,6 +68,9 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>]) {
         if r.has(key) && !r.has("identity") {
             r.wrong(key, "needs a certificate: [identity] is missing");
         }
+    }
+    if r.for_exec() && !r.has("route") {
+        r.wrong("", "has no [[route]]: every captured connection would be refused");
     }
     if r.has("listener") && !r.has("route") {
         r.wrong("listener", "has no [[route]]: every request would be refused");
@@ -204,13 +207,14 @@ impl Section for Capture {
                 r.wrong("unit", "stands beside cgroup: only one of them can be meant");
                 None
             }
+            (false, false) if r.for_exec() => Some(CgroupRef::Fresh),
             (false, false) => {
                 r.demand("cgroup");
                 None
             }
             _ => path.map(|p| CgroupRef::Path(p.0)).or(unit.map(CgroupRef::Unit)),
         };
-        if proxy.is_none() && !r.has("proxy") && !r.root_has("route") {
+        if !r.for_exec() && !r.has("proxy") && !r.root_has("route") {
             r.wrong(
                 "",
                 "has no [[route]] and no proxy: every captured connection would be refused",

@@ -422,3 +422,51 @@ fn exec_captures_the_world_but_not_this_host() {
         "the longer prefix wins by itself"
     );
 }
+
+#[test]
+fn exec_takes_the_file_of_a_daemon_but_its_own_cgroup() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("agent.toml");
+    for name in ["node.pem", "node-key.pem", "ca.pem"] {
+        std::fs::write(dir.path().join(name), "").unwrap();
+    }
+    let text = GOOD
+        .replace("/abs/", "")
+        .replace("unit = \"legacy.service\"", "include = [\"10.0.0.0/8\"]");
+    std::fs::write(&file, &text).unwrap();
+    let of_file = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap();
+    assert_eq!(of_file.captures.len(), 1);
+    assert_eq!(of_file.captures[0].cgroup, CgroupRef::Fresh);
+    assert_eq!(of_file.captures[0].include, ["10.0.0.0/8".parse().unwrap()]);
+    let flags = Config::load_for_exec(&file, vec!["10.1.0.0/16".parse().unwrap()], Vec::new()).unwrap();
+    assert_eq!(flags.captures[0].include, ["10.1.0.0/16".parse().unwrap()]);
+
+    std::fs::write(&file, text.replace("[[capture]]\ninclude = [\"10.0.0.0/8\"]", "")).unwrap();
+    assert_eq!(
+        Config::load_for_exec(&file, Vec::new(), Vec::new())
+            .unwrap()
+            .captures[0]
+            .include
+            .len(),
+        2
+    );
+    assert!(Config::load(&file).is_err(), "a daemon would have nothing to do");
+}
+
+/// Every example of the repository. Files that they name are their reader's to provide.
+#[test]
+fn the_examples_are_configurations() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let file = entry.unwrap().path();
+        if file.extension().is_some_and(|e| e == "toml") {
+            let text = std::fs::read_to_string(&file).unwrap();
+            if let Err(e) = Config::parse(&text, &file, CheckFiles::No) {
+                panic!("{e}");
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= 4, "{seen} examples");
+}

@@ -1,0 +1,41 @@
+//! What the program says about itself while it runs.
+//!
+//! Enters: a filter and a format. Leaves: log lines on standard error. Invariant: standard output belongs
+//! to the command that is run, or to what was asked for. It never reads the environment: the command line
+//! has done so.
+
+use clap::ValueEnum;
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// A filter such as `info` or `warn,tunnel::relay=debug`, known to be one.
+#[derive(Clone, Debug)]
+pub struct LogFilter(String);
+
+impl std::str::FromStr for LogFilter {
+    type Err = tracing_subscriber::filter::ParseError;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        EnvFilter::builder().parse(s).map(|_| Self(s.to_owned()))
+    }
+}
+
+/// Starts logging, in the whole process. A second call changes nothing.
+pub fn init(filter: &LogFilter, format: LogFormat) {
+    let layer = fmt::layer().with_writer(std::io::stderr).with_target(true);
+    let registry = tracing_subscriber::registry().with(EnvFilter::new(&filter.0));
+    // It fails only when logging has been started: by an earlier call, or by a test.
+    let _ = match format {
+        LogFormat::Text => registry.with(layer).try_init(),
+        LogFormat::Json => registry.with(layer.json()).try_init(),
+    };
+}
