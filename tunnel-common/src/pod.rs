@@ -1,0 +1,27 @@
+//! `aya::Pod` for the types that cross into maps, with their sizes.
+
+use aya::Pod;
+
+use crate::{
+    addr::Endpoint,
+    capture::{Listener, PortRange, Rule},
+    flow::{FlowKey, Origin},
+};
+
+macro_rules! pod {
+    ($($t:ty = $size:literal),* $(,)?) => {$(
+        const _: () = assert!(size_of::<$t>() == $size);
+        // SAFETY: `repr(C)`, made of integers and byte arrays only, without padding (the size above is
+        // the sum of the fields), so every byte is initialised and every bit pattern is a valid value.
+        unsafe impl Pod for $t {}
+    )*};
+}
+
+pod! {
+    Endpoint = 18,
+    FlowKey = 48,
+    Origin = 32,
+    PortRange = 4,
+    Rule = 68,
+    Listener = 4,
+}

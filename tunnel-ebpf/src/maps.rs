@@ -1,0 +1,186 @@
+//! Every map and global of the programs, with typed accessors.
+//!
+//! Enters: keys and values of `tunnel_common`. Leaves: the same. Invariant: a name here is a name in
+//! `tunnel_common::names`. It decides nothing.
+
+use core::ptr;
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    btf_maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, lpm_trie::Key},
+    helpers::{
+        bpf_ktime_get_ns,
+        generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    },
+    macros::btf_map,
+};
+use tunnel_common::{
+    capture::{Listener, OnFailure, Rule},
+    flow::{FlowKey, Origin},
+    names::{COUNTERS_LEN, Counter, FLOWS_MAX, LISTENERS_MAX, RULES_MAX},
+};
+
+#[btf_map]
+static RULES_V4: LpmTrie<[u8; 4], Rule, RULES_MAX> = LpmTrie::new();
+#[btf_map]
+static RULES_V6: LpmTrie<[u8; 16], Rule, RULES_MAX> = LpmTrie::new();
+#[btf_map]
+static LISTENERS: HashMap<u64, Listener, LISTENERS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+// Allocates as it fills: most captures never see FLOWS_MAX connections at once.
+#[btf_map]
+static FLOWS: HashMap<FlowKey, Origin, FLOWS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+#[btf_map]
+static ORIGINS: SkStorage<Origin> = SkStorage::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, COUNTERS_LEN> = PerCpuArray::new();
+#[btf_map]
+static EVENTS: RingBuf<u64, 4096> = RingBuf::new();
+/// When each reason was last logged, per CPU, in nanoseconds since boot.
+#[btf_map]
+static LOGGED: PerCpuArray<u64, COUNTERS_LEN> = PerCpuArray::new();
+
+/// `SO_MARK` of the daemon's sockets. Zero marks nothing: every unmarked socket would be ours.
+#[unsafe(no_mangle)]
+static OUR_MARK: Global<u32> = Global::new(0);
+/// What to do while no listener is alive.
+#[unsafe(no_mangle)]
+static ON_FAILURE: Global<u32> = Global::new(tunnel_common::capture::ON_FAILURE_CLOSED);
+/// Whether a listener must carry our mark: without it, whoever takes the port of a daemon that died
+/// would be handed the applications' plaintext.
+#[unsafe(no_mangle)]
+static LISTENER_MARKED: Global<u32> = Global::new(1);
+
+/// At most one log line in this time per reason and CPU.
+const LOG_INTERVAL_NS: u64 = 1_000_000_000;
+
+#[inline(always)]
+pub(crate) fn our_mark() -> u32 {
+    OUR_MARK.load()
+}
+
+#[inline(always)]
+pub(crate) fn on_failure() -> OnFailure {
+    ON_FAILURE.load()
+}
+
+#[inline(always)]
+pub(crate) fn listener_is_marked() -> bool {
+    LISTENER_MARKED.load() != 0
+}
+
+#[inline(always)]
+pub(crate) fn rule_v4(addr: [u8; 4]) -> Option<&'static Rule> {
+    RULES_V4.get(&Key::new(32, addr))
+}
+
+#[inline(always)]
+pub(crate) fn rule_v6(addr: [u8; 16]) -> Option<&'static Rule> {
+    RULES_V6.get(&Key::new(128, addr))
+}
+
+#[inline(always)]
+pub(crate) fn listener(netns: u64) -> Option<&'static Listener> {
+    // SAFETY: an entry is four bytes that the daemon writes when it opens a listener and never changes
+    // while connections of that namespace are captured.
+    unsafe { LISTENERS.get(netns) }
+}
+
+/// Tells the daemon that a namespace has no listener. Lost when the daemon does not read: it also looks
+/// by itself.
+#[inline(always)]
+pub(crate) fn report_missing_listener(netns: u64) {
+    if let Some(entry) = EVENTS.reserve(0) {
+        let mut entry = entry;
+        entry.write(netns);
+        entry.submit(0);
+    }
+}
+
+/// Records a flow. A leftover entry under the same key belongs to a dead socket: live 4-tuples are unique.
+#[inline(always)]
+pub(crate) fn record_flow(key: &FlowKey, origin: &Origin) -> Result<(), i32> {
+    FLOWS.insert(key, origin, 0)
+}
+
+#[inline(always)]
+pub(crate) fn flow(key: &FlowKey) -> Option<&'static Origin> {
+    // SAFETY: an entry is written once and removed when its socket closes; a reader that races with the
+    // removal sees the old bytes, which name a connection that is gone.
+    unsafe { FLOWS.get(key) }
+}
+
+/// Forgets a flow, if it is still the one of socket `cookie`.
+#[inline(always)]
+pub(crate) fn forget_flow(key: &FlowKey, cookie: u64) {
+    if flow(key).is_some_and(|o| o.cookie() == cookie) {
+        let _gone = FLOWS.remove(key);
+    }
+}
+
+/// Keeps `origin` with the socket until it closes. `false` when the kernel has no memory for it.
+#[inline(always)]
+pub(crate) fn keep_origin(sk: *mut bpf_sock, origin: Origin) -> bool {
+    let mut origin = origin;
+    // SAFETY: `sk` is the context's socket, which the verifier knows to be valid; `origin` outlives the
+    // call, which copies it.
+    let kept = unsafe {
+        bpf_sk_storage_get(
+            (&raw const ORIGINS).cast_mut().cast(),
+            sk.cast(),
+            (&raw mut origin).cast(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+    }
+    .cast::<Origin>();
+    if kept.is_null() {
+        return false;
+    }
+    // An earlier connect on this socket failed and left its origin: the initial value is not copied then.
+    // SAFETY: not null, and the kernel made it for an Origin; only the thread inside connect() writes it.
+    unsafe { *kept = origin };
+    true
+}
+
+/// What [`keep_origin`] kept.
+#[inline(always)]
+pub(crate) fn origin(sk: *mut bpf_sock) -> Option<&'static Origin> {
+    // SAFETY: as above; without the create flag the value pointer is not read.
+    let kept = unsafe {
+        bpf_sk_storage_get((&raw const ORIGINS).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0)
+    }
+    .cast::<Origin>();
+    // SAFETY: null or valid for the duration of the program.
+    unsafe { kept.as_ref() }
+}
+
+/// Forgets what an earlier connect on this socket left.
+#[inline(always)]
+pub(crate) fn drop_origin(sk: *mut bpf_sock) {
+    // SAFETY: as above. An error means that there was none.
+    let _none = unsafe { bpf_sk_storage_delete((&raw const ORIGINS).cast_mut().cast(), sk.cast()) };
+}
+
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(n) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: this CPU's own slot.
+        unsafe { *n = (*n).wrapping_add(1) };
+    }
+}
+
+/// Whether it is time to log this reason again.
+#[inline(always)]
+pub(crate) fn may_log(reason: Counter) -> bool {
+    // SAFETY: takes nothing, returns a number.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let Some(last) = LOGGED.get_ptr_mut(reason as u32) else { return false };
+    // SAFETY: this CPU's own slot.
+    unsafe {
+        if now.wrapping_sub(*last) < LOG_INTERVAL_NS {
+            return false;
+        }
+        *last = now;
+    }
+    true
+}

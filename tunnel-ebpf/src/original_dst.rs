@@ -1,0 +1,156 @@
+//! `getpeername4/6`, and `getsockopt` for `SO_ORIGINAL_DST`.
+//!
+//! Enters: the questions by which programs learn where a connection went. Leaves: the address the
+//! application asked for. Invariant: whatever is not about a captured connection passes unchanged. It
+//! never makes a question fail that would have succeeded.
+
+use core::ptr;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{bpf_sock, bpf_sockopt},
+    helpers::bpf_get_netns_cookie,
+    programs::{SockAddrContext, SockoptContext},
+};
+use tunnel_common::{addr::Endpoint, flow::FlowKey, names::Counter};
+
+use crate::maps;
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const SOL_IP: i32 = 0;
+const SOL_IPV6: i32 = 41;
+/// `SO_ORIGINAL_DST` of `linux/netfilter_ipv4.h`; `IP6T_SO_ORIGINAL_DST` has the same number.
+const SO_ORIGINAL_DST: i32 = 80;
+/// `struct sockaddr_in`, `struct sockaddr_in6`.
+const SOCKADDR_IN: usize = 16;
+const SOCKADDR_IN6: usize = 28;
+/// Beyond it the kernel shows the program only a part of the answer, and wants `optlen` zero to keep its
+/// own (Documentation/bpf/prog_cgroup_sockopt.rst).
+const PAGE_SIZE: i32 = 4096;
+
+#[inline(always)]
+pub(crate) fn peer_name4(ctx: &SockAddrContext) {
+    // SAFETY: fields of the context, at the width that the verifier allows.
+    unsafe {
+        let Some(origin) = maps::origin((*ctx.sock_addr).__bindgen_anon_1.sk) else { return };
+        let dst = origin.dst();
+        (*ctx.sock_addr).user_ip4 = dst.v4_be();
+        (*ctx.sock_addr).user_port = u32::from(dst.port().to_be());
+    }
+    maps::count(Counter::PeerNames);
+}
+
+#[inline(always)]
+pub(crate) fn peer_name6(ctx: &SockAddrContext) {
+    // SAFETY: as above.
+    unsafe {
+        let Some(origin) = maps::origin((*ctx.sock_addr).__bindgen_anon_1.sk) else { return };
+        let dst = origin.dst();
+        let words = dst.v6_be();
+        (*ctx.sock_addr).user_ip6[0] = words[0];
+        (*ctx.sock_addr).user_ip6[1] = words[1];
+        (*ctx.sock_addr).user_ip6[2] = words[2];
+        (*ctx.sock_addr).user_ip6[3] = words[3];
+        (*ctx.sock_addr).user_port = u32::from(dst.port().to_be());
+    }
+    maps::count(Counter::PeerNames);
+}
+
+#[inline(always)]
+pub(crate) fn getsockopt(ctx: &SockoptContext) {
+    let opt = ctx.sockopt;
+    // SAFETY: fields of the context.
+    let (level, name, len) = unsafe { ((*opt).level, (*opt).optname, (*opt).optlen) };
+    if name != SO_ORIGINAL_DST || (level != SOL_IP && level != SOL_IPV6) {
+        if len > PAGE_SIZE {
+            // SAFETY: as above, for writing.
+            unsafe { (*opt).optlen = 0 };
+        }
+        return;
+    }
+    if let Some(dst) = original_dst(ctx)
+        && answer(opt, level, dst)
+    {
+        maps::count(Counter::OriginalDsts);
+    }
+}
+
+/// Where the connection of this socket was meant to go: the application's own socket, or the one that a
+/// proxy behind our capture accepted.
+#[inline(always)]
+fn original_dst(ctx: &SockoptContext) -> Option<Endpoint> {
+    // SAFETY: a field of the context; the verifier knows `sk` to be a valid socket, and which of its
+    // fields may be read at which width.
+    unsafe {
+        let sk: *mut bpf_sock = (*ctx.sockopt).__bindgen_anon_1.sk;
+        if sk.is_null() {
+            return None;
+        }
+        if let Some(origin) = maps::origin(sk) {
+            return Some(origin.dst());
+        }
+        let (own_port, peer_port) = ((*sk).src_port as u16, u16::from_be((*sk).dst_port));
+        let (own, peer) = match (*sk).family {
+            AF_INET => (
+                Endpoint::from_v4_be((*sk).src_ip4, own_port),
+                Endpoint::from_v4_be((*sk).dst_ip4, peer_port),
+            ),
+            AF_INET6 => (
+                Endpoint::from_v6_be(
+                    [(*sk).src_ip6[0], (*sk).src_ip6[1], (*sk).src_ip6[2], (*sk).src_ip6[3]],
+                    own_port,
+                ),
+                Endpoint::from_v6_be(
+                    [(*sk).dst_ip6[0], (*sk).dst_ip6[1], (*sk).dst_ip6[2], (*sk).dst_ip6[3]],
+                    peer_port,
+                ),
+            ),
+            _ => return None,
+        };
+        let key = FlowKey::new(bpf_get_netns_cookie(ctx.as_ptr()), peer, own);
+        maps::flow(&key).map(|origin| origin.dst())
+    }
+}
+
+/// Writes a socket address into the caller's buffer. `false` when it does not fit, or when the address is
+/// of the other family: the kernel's own answer then stands.
+#[inline(always)]
+fn answer(opt: *mut bpf_sockopt, level: i32, dst: Endpoint) -> bool {
+    let v4 = dst.is_v4();
+    if v4 != (level == SOL_IP) {
+        return false;
+    }
+    let size = if v4 { SOCKADDR_IN } else { SOCKADDR_IN6 };
+    // SAFETY: the verifier checks every store against `optval_end`. Volatile, because LLVM merges the
+    // stores to `optlen` and `retval` into one of eight bytes, which the verifier refuses.
+    unsafe {
+        let start = (*opt).__bindgen_anon_2.optval.cast::<u8>();
+        let end = (*opt).__bindgen_anon_3.optval_end.cast::<u8>();
+        if start.add(SOCKADDR_IN) > end {
+            return false;
+        }
+        if v4 {
+            ptr::write_volatile(start.cast::<u16>(), AF_INET as u16);
+            ptr::write_volatile(start.add(2).cast::<u16>(), dst.port().to_be());
+            ptr::write_volatile(start.add(4).cast::<u32>(), dst.v4_be());
+            ptr::write_volatile(start.add(8).cast::<u64>(), 0);
+        } else {
+            if start.add(SOCKADDR_IN6) > end {
+                return false;
+            }
+            let words = dst.v6_be();
+            ptr::write_volatile(start.cast::<u16>(), AF_INET6 as u16);
+            ptr::write_volatile(start.add(2).cast::<u16>(), dst.port().to_be());
+            ptr::write_volatile(start.add(4).cast::<u32>(), 0);
+            ptr::write_volatile(start.add(8).cast::<u32>(), words[0]);
+            ptr::write_volatile(start.add(12).cast::<u32>(), words[1]);
+            ptr::write_volatile(start.add(16).cast::<u32>(), words[2]);
+            ptr::write_volatile(start.add(20).cast::<u32>(), words[3]);
+            ptr::write_volatile(start.add(24).cast::<u32>(), 0);
+        }
+        ptr::write_volatile(&raw mut (*opt).optlen, size as i32);
+        ptr::write_volatile(&raw mut (*opt).retval, 0);
+    }
+    true
+}
