@@ -143,9 +143,15 @@ impl Toolchain {
         // BTF's line information names source files: neither the checkout's place, nor the user's, nor the
         // registry's (a folder per index or mirror) may show. Of two that match, the later one counts.
         let cargo_home = cargo_home()?;
-        let indexes = fs::read_dir(cargo_home.join("registry/src")).into_iter().flatten().flatten();
+        let indexes = fs::read_dir(cargo_home.join("registry/src"))
+            .into_iter()
+            .flatten()
+            .flatten();
         let indexes = indexes.map(|index| (index.path(), "/cargo/registry"));
-        let all = [(cargo_home, "/cargo")].into_iter().chain(indexes).chain([(checkout, "/tunnel")]);
+        let all = [(cargo_home, "/cargo")]
+            .into_iter()
+            .chain(indexes)
+            .chain([(checkout, "/tunnel")]);
         for (from, to) in all {
             flags.push("\x1f--remap-path-prefix=");
             flags.push(from);

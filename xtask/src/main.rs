@@ -58,7 +58,7 @@ fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(error) => {
-            eprintln!("{} {error:?}", run::red("error:"));
+            run::show_error(&error);
             ExitCode::FAILURE
         }
     }

@@ -41,8 +41,7 @@ pub(crate) struct Checkout {
 
 impl Checkout {
     pub(crate) fn find() -> Result<Self> {
-        let package = env::var_os("CARGO_MANIFEST_DIR").context("run this as `cargo xtask`")?;
-        let root = Path::new(&package)
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
             .parent()
             .context("xtask lies inside the checkout")?
             .to_owned();
@@ -251,6 +250,14 @@ pub(crate) fn sh(line: &str) -> Result<()> {
     let mut words = line.split_whitespace();
     let mut command = Command::new(words.next().context("an empty command")?);
     output(command.args(words)).map(drop)
+}
+
+/// An error and its causes, without the backtrace that `{:?}` would add.
+pub(crate) fn show_error(error: &anyhow::Error) {
+    eprintln!("{} {error}", red("error:"));
+    for cause in error.chain().skip(1) {
+        eprintln!("  because: {cause}");
+    }
 }
 
 /// Demands root, and says what for.

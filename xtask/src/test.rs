@@ -46,7 +46,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     // After failed tests above all: they are the ones that leave something.
     let clean = before.compare(checkout);
     if let (Err(_), Err(left)) = (&tested, &clean) {
-        eprintln!("{left:?}");
+        run::show_error(left);
     }
     tested?;
     clean?;
