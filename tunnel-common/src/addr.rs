@@ -7,76 +7,55 @@
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-/// The first twelve bytes of a v4-mapped address, `::ffff:0:0/96`.
-const V4_MAPPED: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+/// The third word of a v4-mapped address, `::ffff:0:0/96`; the first two are zero.
+const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
-/// An address and a port, in network order.
+/// An address and a port, in network order. Words, not bytes: that is how the contexts have them, and a
+/// program that takes them apart runs out of registers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
-    addr: [u8; 16],
-    port: [u8; 2],
+    addr: [u32; 4],
+    port: u16,
+    _zero: u16,
 }
 
 impl Endpoint {
-    /// From an IPv4 address as the kernel's contexts hold it: network order in memory.
+    /// From an IPv4 address as the kernel's contexts hold it (network order in memory) and a port in host
+    /// order.
     #[inline(always)]
     pub const fn from_v4_be(addr: u32, port: u16) -> Self {
-        let [a, b, c, d] = addr.to_ne_bytes();
-        let [e, f, g, h, i, j, k, l, m, n, o, p] = V4_MAPPED;
-        Self { addr: [e, f, g, h, i, j, k, l, m, n, o, p, a, b, c, d], port: port.to_be_bytes() }
+        Self::from_v6_be([0, 0, V4_MAPPED, addr], port)
     }
 
     /// From an IPv6 address as the kernel's contexts hold it: four words, each network order in memory.
     #[inline(always)]
-    pub const fn from_v6_be(words: [u32; 4], port: u16) -> Self {
-        let [a, b, c, d] = words[0].to_ne_bytes();
-        let [e, f, g, h] = words[1].to_ne_bytes();
-        let [i, j, k, l] = words[2].to_ne_bytes();
-        let [m, n, o, p] = words[3].to_ne_bytes();
-        Self { addr: [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p], port: port.to_be_bytes() }
+    pub const fn from_v6_be(addr: [u32; 4], port: u16) -> Self {
+        Self { addr, port: port.to_be(), _zero: 0 }
     }
 
     /// The port, in host order.
     #[inline(always)]
     pub const fn port(&self) -> u16 {
-        u16::from_be_bytes(self.port)
+        u16::from_be(self.port)
     }
 
     /// Whether this is an IPv4 address, mapped or not.
     #[inline(always)]
-    pub fn is_v4(&self) -> bool {
-        self.addr[..12] == V4_MAPPED
+    pub const fn is_v4(&self) -> bool {
+        self.addr[0] == 0 && self.addr[1] == 0 && self.addr[2] == V4_MAPPED
     }
 
-    /// The sixteen bytes of the address, in network order.
-    #[inline(always)]
-    pub const fn octets(&self) -> [u8; 16] {
-        self.addr
-    }
-
-    /// The last four bytes: the IPv4 address where [`Self::is_v4`] holds.
-    #[inline(always)]
-    pub const fn v4_octets(&self) -> [u8; 4] {
-        [self.addr[12], self.addr[13], self.addr[14], self.addr[15]]
-    }
-
-    /// The IPv4 address as a context's field takes it: network order in memory.
+    /// The IPv4 address where [`Self::is_v4`] holds, as a context's field takes it.
     #[inline(always)]
     pub const fn v4_be(&self) -> u32 {
-        u32::from_ne_bytes(self.v4_octets())
+        self.addr[3]
     }
 
     /// The IPv6 (or v4-mapped) address as a context's fields take it.
     #[inline(always)]
     pub const fn v6_be(&self) -> [u32; 4] {
-        let a = &self.addr;
-        [
-            u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
-            u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
-            u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
-            u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
-        ]
+        self.addr
     }
 }
 
@@ -86,14 +65,17 @@ impl From<SocketAddr> for Endpoint {
             IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
             IpAddr::V6(ip) => ip.octets(),
         };
-        Self { addr, port: a.port().to_be_bytes() }
+        let [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3] = addr;
+        let words = [[a0, a1, a2, a3], [b0, b1, b2, b3], [c0, c1, c2, c3], [d0, d1, d2, d3]];
+        Self::from_v6_be(words.map(u32::from_ne_bytes), a.port())
     }
 }
 
 impl From<Endpoint> for SocketAddr {
     /// A v4-mapped address comes out as the IPv4 address that it is.
     fn from(e: Endpoint) -> Self {
-        Self::new(Ipv6Addr::from(e.addr).to_canonical(), e.port())
+        let [a, b, c, d] = e.addr.map(|word| u128::from(u32::from_be(word)));
+        Self::new(Ipv6Addr::from_bits(a << 96 | b << 64 | c << 32 | d).to_canonical(), e.port())
     }
 }
 

@@ -17,7 +17,6 @@ pub struct FlowKey {
     netns: u64,
     local: Endpoint,
     remote: Endpoint,
-    _zero: [u8; 4],
 }
 
 impl FlowKey {
@@ -25,7 +24,7 @@ impl FlowKey {
     /// `local` is its peer and `remote` is its own address.
     #[inline(always)]
     pub const fn new(netns: u64, local: Endpoint, remote: Endpoint) -> Self {
-        Self { netns, local, remote, _zero: [0; 4] }
+        Self { netns, local, remote }
     }
 }
 
@@ -35,14 +34,14 @@ impl FlowKey {
 pub struct Origin {
     cookie: u64,
     dst: Endpoint,
-    _zero: [u8; 6],
+    _zero: [u8; 4],
 }
 
 impl Origin {
     /// `cookie` is the socket's own (`SO_COOKIE`): never reused while the node is up.
     #[inline(always)]
     pub const fn new(cookie: u64, dst: Endpoint) -> Self {
-        Self { cookie, dst, _zero: [0; 6] }
+        Self { cookie, dst, _zero: [0; 4] }
     }
 
     /// The cookie of the application's socket.

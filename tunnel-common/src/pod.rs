@@ -18,7 +18,7 @@ macro_rules! pod {
 }
 
 pod! {
-    Endpoint = 18,
+    Endpoint = 20,
     FlowKey = 48,
     Origin = 32,
     PortRange = 4,

@@ -60,7 +60,7 @@ pub(crate) fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
     let Some(sk) = candidate(sa) else { return Ok(()) };
     // SAFETY: fields of the context, at the width that the verifier allows.
     let dst = Endpoint::from_v4_be(unsafe { (*sa).user_ip4 }, port(sa));
-    let Some(to) = capture(ctx, sk, dst, true, maps::rule_v4(dst.v4_octets()))? else { return Ok(()) };
+    let Some(to) = capture(ctx, sk, dst, true, maps::rule_v4(dst.v4_be()))? else { return Ok(()) };
     // SAFETY: as above, for writing.
     unsafe {
         (*sa).user_ip4 = LOOPBACK_V4;
@@ -77,7 +77,7 @@ pub(crate) fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
     let words = unsafe { [(*sa).user_ip6[0], (*sa).user_ip6[1], (*sa).user_ip6[2], (*sa).user_ip6[3]] };
     let dst = Endpoint::from_v6_be(words, port(sa));
     let v4 = words[0] == 0 && words[1] == 0 && words[2] == V4_MAPPED_THIRD;
-    let rule = if v4 { maps::rule_v4(dst.v4_octets()) } else { maps::rule_v6(dst.octets()) };
+    let rule = if v4 { maps::rule_v4(dst.v4_be()) } else { maps::rule_v6(dst.v6_be()) };
     let Some(to) = capture(ctx, sk, dst, v4, rule)? else { return Ok(()) };
     // SAFETY: as above, for writing.
     unsafe {

@@ -4,6 +4,8 @@
 //! that lets the listener accept it goes out, `tcp_rcv_synsent_state_process`) until the socket closes.
 //! Invariant: only sockets with an origin have a flow. It never touches other sockets.
 
+use core::ptr;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
@@ -65,11 +67,30 @@ fn on_close(ctx: &SockOpsContext) {
 fn key(ctx: &SockOpsContext) -> FlowKey {
     // The context has the remote port in network order in the upper half (net/core/filter.c,
     // sock_ops_convert_ctx_access), the local one in host order.
-    let (local_port, remote_port) = (ctx.local_port() as u16, u32::from_be(ctx.remote_port()) as u16);
-    let (local, remote) = if ctx.family() == AF_INET {
-        (Endpoint::from_v4_be(ctx.local_ip4(), local_port), Endpoint::from_v4_be(ctx.remote_ip4(), remote_port))
+    let ops = ctx.ops;
+    // Every field is read before the branch, and volatile: LLVM otherwise makes the two branches share
+    // their loads through a pointer that it chose, and the verifier says "dereference of modified ctx ptr".
+    // SAFETY: fields of the context, each at its own width.
+    let (family, local_port, remote_port, local4, remote4, local6, remote6) = unsafe {
+        let read = |field: *const u32| ptr::read_volatile(field);
+        let read4 = |field: *const [u32; 4]| {
+            let word: *const u32 = field.cast();
+            [read(word), read(word.add(1)), read(word.add(2)), read(word.add(3))]
+        };
+        (
+            read(&raw const (*ops).family),
+            read(&raw const (*ops).local_port) as u16,
+            u32::from_be(read(&raw const (*ops).remote_port)) as u16,
+            read(&raw const (*ops).local_ip4),
+            read(&raw const (*ops).remote_ip4),
+            read4(&raw const (*ops).local_ip6),
+            read4(&raw const (*ops).remote_ip6),
+        )
+    };
+    let (local, remote) = if family == AF_INET {
+        (Endpoint::from_v4_be(local4, local_port), Endpoint::from_v4_be(remote4, remote_port))
     } else {
-        (Endpoint::from_v6_be(ctx.local_ip6(), local_port), Endpoint::from_v6_be(ctx.remote_ip6(), remote_port))
+        (Endpoint::from_v6_be(local6, local_port), Endpoint::from_v6_be(remote6, remote_port))
     };
     // SAFETY: the helper takes the context as it is.
     FlowKey::new(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }, local, remote)

@@ -22,9 +22,9 @@ use tunnel_common::{
 };
 
 #[btf_map]
-static RULES_V4: LpmTrie<[u8; 4], Rule, RULES_MAX> = LpmTrie::new();
+static RULES_V4: LpmTrie<u32, Rule, RULES_MAX> = LpmTrie::new();
 #[btf_map]
-static RULES_V6: LpmTrie<[u8; 16], Rule, RULES_MAX> = LpmTrie::new();
+static RULES_V6: LpmTrie<[u32; 4], Rule, RULES_MAX> = LpmTrie::new();
 #[btf_map]
 static LISTENERS: HashMap<u64, Listener, LISTENERS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 // Allocates as it fills: most captures never see FLOWS_MAX connections at once.
@@ -70,12 +70,12 @@ pub(crate) fn listener_is_marked() -> bool {
 }
 
 #[inline(always)]
-pub(crate) fn rule_v4(addr: [u8; 4]) -> Option<&'static Rule> {
+pub(crate) fn rule_v4(addr: u32) -> Option<&'static Rule> {
     RULES_V4.get(&Key::new(32, addr))
 }
 
 #[inline(always)]
-pub(crate) fn rule_v6(addr: [u8; 16]) -> Option<&'static Rule> {
+pub(crate) fn rule_v6(addr: [u32; 4]) -> Option<&'static Rule> {
     RULES_V6.get(&Key::new(128, addr))
 }
 

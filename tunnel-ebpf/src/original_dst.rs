@@ -80,37 +80,40 @@ pub(crate) fn getsockopt(ctx: &SockoptContext) {
 /// proxy behind our capture accepted.
 #[inline(always)]
 fn original_dst(ctx: &SockoptContext) -> Option<Endpoint> {
-    // SAFETY: a field of the context; the verifier knows `sk` to be a valid socket, and which of its
-    // fields may be read at which width.
-    unsafe {
-        let sk: *mut bpf_sock = (*ctx.sockopt).__bindgen_anon_1.sk;
-        if sk.is_null() {
-            return None;
-        }
-        if let Some(origin) = maps::origin(sk) {
-            return Some(origin.dst());
-        }
-        let (own_port, peer_port) = ((*sk).src_port as u16, u16::from_be((*sk).dst_port));
-        let (own, peer) = match (*sk).family {
-            AF_INET => (
-                Endpoint::from_v4_be((*sk).src_ip4, own_port),
-                Endpoint::from_v4_be((*sk).dst_ip4, peer_port),
-            ),
-            AF_INET6 => (
-                Endpoint::from_v6_be(
-                    [(*sk).src_ip6[0], (*sk).src_ip6[1], (*sk).src_ip6[2], (*sk).src_ip6[3]],
-                    own_port,
-                ),
-                Endpoint::from_v6_be(
-                    [(*sk).dst_ip6[0], (*sk).dst_ip6[1], (*sk).dst_ip6[2], (*sk).dst_ip6[3]],
-                    peer_port,
-                ),
-            ),
-            _ => return None,
-        };
-        let key = FlowKey::new(bpf_get_netns_cookie(ctx.as_ptr()), peer, own);
-        maps::flow(&key).map(|origin| origin.dst())
+    // SAFETY: a field of the context; the verifier knows `sk` to be a valid socket.
+    let sk: *mut bpf_sock = unsafe { (*ctx.sockopt).__bindgen_anon_1.sk };
+    if sk.is_null() {
+        return None;
     }
+    if let Some(origin) = maps::origin(sk) {
+        return Some(origin.dst());
+    }
+    // Read before the branch, and volatile, for the reason given in established.rs.
+    // SAFETY: fields of the socket, each at the width that the verifier allows.
+    let (family, own_port, peer_port, own4, peer4, own6, peer6) = unsafe {
+        let read = |field: *const u32| ptr::read_volatile(field);
+        let read4 = |field: *const [u32; 4]| {
+            let word: *const u32 = field.cast();
+            [read(word), read(word.add(1)), read(word.add(2)), read(word.add(3))]
+        };
+        (
+            read(&raw const (*sk).family),
+            read(&raw const (*sk).src_port) as u16,
+            u16::from_be(ptr::read_volatile(&raw const (*sk).dst_port)),
+            read(&raw const (*sk).src_ip4),
+            read(&raw const (*sk).dst_ip4),
+            read4(&raw const (*sk).src_ip6),
+            read4(&raw const (*sk).dst_ip6),
+        )
+    };
+    let (own, peer) = match family {
+        AF_INET => (Endpoint::from_v4_be(own4, own_port), Endpoint::from_v4_be(peer4, peer_port)),
+        AF_INET6 => (Endpoint::from_v6_be(own6, own_port), Endpoint::from_v6_be(peer6, peer_port)),
+        _ => return None,
+    };
+    // SAFETY: the helper takes the context as it is.
+    let key = FlowKey::new(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }, peer, own);
+    maps::flow(&key).map(|origin| origin.dst())
 }
 
 /// Writes a socket address into the caller's buffer. `false` when it does not fit, or when the address is

@@ -4,3 +4,4 @@
 //! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
 
 pub mod flow;
+pub mod capture;

@@ -335,14 +335,20 @@ impl Drop for Stage {
 
 /// Removes what a demo left that was killed with SIGKILL.
 fn sweep() -> Result<()> {
-    for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name
-            .strip_prefix("td-node-")
-            .or_else(|| name.strip_prefix("td-net-"));
-        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            sh(&format!("ip netns delete {name}"))?;
-        }
+    let orphans = |folder: &Path, prefixes: &[&str]| -> Vec<String> {
+        let names = fs::read_dir(folder).into_iter().flatten().flatten();
+        let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let of_dead = |name: &String| {
+            let owner = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix));
+            owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+        };
+        names.filter(of_dead).collect()
+    };
+    for name in orphans(Path::new("/run/netns"), &["td-node-", "td-net-"]) {
+        sh(&format!("ip netns delete {name}"))?;
+    }
+    for name in orphans(&std::env::temp_dir(), &["tunnel-demo-"]) {
+        fs::remove_dir_all(std::env::temp_dir().join(name))?;
     }
     Ok(())
 }

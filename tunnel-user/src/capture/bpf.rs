@@ -1,0 +1,391 @@
+//! Loads, attaches and detaches the kernel programs of one capture.
+//!
+//! Enters: a cgroup and what is to be captured in it. Leaves: attached programs, and typed handles on
+//! their maps. Invariant: the maps hold the rules before anything is attached, and a capture whose links
+//! are pinned is taken over without a moment in which nothing is attached. It never decides anything:
+//! the programs do.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+    programs::{
+        Program, ProgramError,
+    },
+};
+use tunnel_common::{
+    addr::Endpoint,
+    capture::{Listener, OnFailure, Rule},
+    flow::{FlowKey, Origin},
+    names::{self, Counter},
+};
+
+use super::{rules::Rules, sys, sys::AttachType};
+
+/// The programs, as the build script made or found them.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tunnel-ebpf.bpf.o"));
+
+/// Every program with the place it is attached to. `connect` comes last: until it is there nothing is
+/// captured, and what it captures needs the others.
+const PROGRAMS: [(&str, AttachType); 6] = [
+    (names::SOCKOPS, AttachType::SockOps),
+    (names::GETPEERNAME4, AttachType::Getpeername4),
+    (names::GETPEERNAME6, AttachType::Getpeername6),
+    (names::GETSOCKOPT, AttachType::Getsockopt),
+    (names::CONNECT4, AttachType::Connect4),
+    (names::CONNECT6, AttachType::Connect6),
+];
+
+/// What went wrong with the kernel side. None of it is the application's or a peer's fault.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    /// The object could not be parsed or its maps not be made.
+    #[error("loading the capture programs' maps failed: {0}")]
+    Load(#[source] Box<EbpfError>),
+    /// The verifier or the kernel refused a program.
+    #[error("the kernel refused program {name}: {source}")]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// The object has no such program or map: it was built from other sources than this daemon.
+    #[error("the BPF object has no {0}: it does not fit this daemon")]
+    Missing(&'static str),
+    /// A map refused an entry.
+    #[error("map {name}: {source}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: MapError,
+    },
+    /// A program could not be attached.
+    #[error("attaching {name} to the cgroup failed: {source}")]
+    Attach {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A pin could not be made, read or removed.
+    #[error("pin {}: {source}", path.display())]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BpfError {
+    /// Whether the kernel lacks something, rather than this process a privilege.
+    pub fn is_privilege(&self) -> bool {
+        let denied = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES));
+        match self {
+            Self::Attach { source, .. } | Self::Pin { source, .. } => denied(source),
+            other => {
+                let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(other);
+                while let Some(e) = cause {
+                    if e.downcast_ref::<io::Error>().is_some_and(|e| e.raw_os_error() == Some(libc::EPERM)) {
+                        return true;
+                    }
+                    cause = e.source();
+                }
+                false
+            }
+        }
+    }
+}
+
+/// How long the programs stay attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// As long as the cgroup: they outlive a daemon that is killed (its connections are then refused,
+    /// since no listener answers), and leave nothing behind when the cgroup is removed.
+    Cgroup,
+    /// Until detached: links and maps are pinned in this folder of a bpffs, and a later daemon finds them.
+    Pinned(PathBuf),
+}
+
+/// What to load.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// `SO_MARK` of the daemon's own sockets, never captured.
+    pub mark: u32,
+    /// What captured connections get while no listener is alive.
+    pub on_failure: OnFailure,
+    /// Whether the listener is ours, and so carries the mark.
+    pub listener_marked: bool,
+    /// How long the programs stay.
+    pub lifetime: Lifetime,
+}
+
+/// The programs and maps of one capture.
+pub struct Capture {
+    ebpf: Ebpf,
+    lifetime: Lifetime,
+    listeners: Mutex<HashMap<MapData, u64, Listener>>,
+    flows: FlowTable,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+/// Looks up where accepted connections wanted to go. Cheap to clone; every worker has one.
+#[derive(Clone)]
+pub struct FlowTable(Arc<HashMap<MapData, FlowKey, Origin>>);
+
+impl FlowTable {
+    /// The origin of the connection that `key` names, `None` if it was not captured.
+    pub fn origin(&self, key: &FlowKey) -> Option<Origin> {
+        self.0.get(key, 0).ok()
+    }
+
+    /// How many captured connections are alive.
+    pub fn len(&self) -> usize {
+        self.0.keys().filter(Result::is_ok).count()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Capture {
+    /// Loads every program and fills the rules. Nothing is attached yet.
+    pub fn load(spec: &Spec, rules: &Rules) -> Result<Self, BpfError> {
+        let mut loader = EbpfLoader::new();
+        let marked = u32::from(spec.listener_marked);
+        loader
+            .override_global(names::OUR_MARK, &spec.mark, true)
+            .override_global(names::ON_FAILURE, &spec.on_failure, true)
+            .override_global(names::LISTENER_MARKED, &marked, true);
+        if let Lifetime::Pinned(dir) = &spec.lifetime {
+            fs::create_dir_all(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
+            // What outlives a daemon: the flows of connections that live on, and the sockets' origins.
+            for name in [names::FLOWS, names::ORIGINS, names::LISTENERS, names::RULES_V4, names::RULES_V6] {
+                loader.map_pin_path(name, dir.join(name));
+            }
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+        for (name, _) in PROGRAMS {
+            load_program(&mut ebpf, name)?;
+        }
+        fill(take(&mut ebpf, names::RULES_V4)?, names::RULES_V4, rules.v4.iter().map(|(net, rule)| {
+            (Key::new(u32::from(net.prefix_len()), net.network().to_bits().to_be()), *rule)
+        }))?;
+        fill(take(&mut ebpf, names::RULES_V6)?, names::RULES_V6, rules.v6.iter().map(|(net, rule)| {
+            (Key::new(u32::from(net.prefix_len()), Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be()), *rule)
+        }))?;
+        let listeners = HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
+        let flows = HashMap::try_from(take(&mut ebpf, names::FLOWS)?).map_err(map(names::FLOWS))?;
+        let counters = PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
+        let mut capture = Self {
+            ebpf,
+            lifetime: spec.lifetime.clone(),
+            listeners: Mutex::new(listeners),
+            flows: FlowTable(Arc::new(flows)),
+            counters,
+        };
+        capture.forget_dead_listeners()?;
+        Ok(capture)
+    }
+
+    /// Listeners that an earlier daemon left in an adopted map: their processes are gone.
+    fn forget_dead_listeners(&mut self) -> Result<(), BpfError> {
+        let map_ = self.listeners.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let stale: Vec<u64> = map_.keys().filter_map(Result::ok).collect();
+        for netns in stale {
+            map_.remove(&netns).map_err(map(names::LISTENERS))?;
+        }
+        Ok(())
+    }
+
+    /// Says where connections of one network namespace go. May be called while attached.
+    pub fn set_listener(&self, netns_cookie: u64, listener: Listener) -> Result<(), BpfError> {
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        map_.insert(netns_cookie, listener, 0).map_err(map(names::LISTENERS))
+    }
+
+    /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned there.
+    /// If one fails, those before it are detached again.
+    pub fn attach(&mut self, cgroup: BorrowedFd<'_>) -> Result<(), BpfError> {
+        match self.lifetime.clone() {
+            Lifetime::Cgroup => {
+                for (name, at) in PROGRAMS {
+                    let fd = program_fd(&self.ebpf, name)?;
+                    sys::prog_attach(fd.as_fd(), cgroup, at).map_err(|source| BpfError::Attach { name, source })?;
+                }
+                Ok(())
+            }
+            Lifetime::Pinned(dir) => {
+                let attached = self.attach_pinned(cgroup, &dir);
+                if attached.is_err() {
+                    // A capture that is half attached captures without answering getpeername, or worse.
+                    let _best_effort = unpin(&dir);
+                }
+                attached
+            }
+        }
+    }
+
+    fn attach_pinned(&mut self, cgroup: BorrowedFd<'_>, dir: &Path) -> Result<(), BpfError> {
+        let id = fs::metadata(format!("/proc/self/fd/{}", cgroup.as_raw_fd()))
+            .map(|m| std::os::unix::fs::MetadataExt::ino(&m))
+            .map_err(|source| BpfError::Pin { path: dir.to_owned(), source })?;
+        for (name, at) in PROGRAMS {
+            let path = dir.join(format!("link_{name}"));
+            let pin_error = |source| BpfError::Pin { path: path.clone(), source };
+            let fd = program_fd(&self.ebpf, name)?;
+            match sys::obj_get(&path) {
+                Ok(link) if sys::link_cgroup(link.as_fd()).map_err(pin_error)? == id => {
+                    sys::link_update(link.as_fd(), fd.as_fd())
+                        .map_err(|source| BpfError::Attach { name, source })?;
+                    continue;
+                }
+                // The cgroup was removed and made again under the same name: the old link is dead.
+                Ok(_) => fs::remove_file(&path).map_err(pin_error)?,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(pin_error(e)),
+            }
+            let link = sys::link_create(fd.as_fd(), cgroup, at)
+                .map_err(|source| BpfError::Attach { name, source })?;
+            sys::obj_pin(link.as_fd(), &path).map_err(pin_error)?;
+        }
+        Ok(())
+    }
+
+    /// The flows, for the workers.
+    pub fn flows(&self) -> FlowTable {
+        self.flows.clone()
+    }
+
+    /// Every counter, summed over the CPUs.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        Counter::ALL
+            .into_iter()
+            .map(|(counter, name)| {
+                (name, self.counters.get(&(counter as u32), 0).map_or(0, |cpus| cpus.iter().sum()))
+            })
+            .collect()
+    }
+
+    /// The ring that tells of namespaces without a listener, once.
+    pub fn take_events(&mut self) -> Result<RingBuf<MapData>, BpfError> {
+        RingBuf::try_from(take(&mut self.ebpf, names::EVENTS)?).map_err(map(names::EVENTS))
+    }
+
+    /// What the programs log, through the `log` crate, once.
+    pub fn take_log(&mut self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
+        aya_log::EbpfLogger::init(&mut self.ebpf).ok()
+    }
+}
+
+/// Loads every program and throws it away: whether this kernel has what capture needs.
+pub fn probe() -> Result<(), BpfError> {
+    let spec = Spec { mark: 1, on_failure: 0, listener_marked: true, lifetime: Lifetime::Cgroup };
+    Capture::load(&spec, &Rules::default()).map(drop)
+}
+
+/// Detaches a pinned capture: removes its links first, then its maps and the folder. What is not there is
+/// no error.
+pub fn unpin(dir: &Path) -> Result<(), BpfError> {
+    let pin_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| BpfError::Pin { path, source }
+    };
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(pin_error(dir)(e)),
+    };
+    let mut paths: Vec<_> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    let is_link = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link_"));
+    // connect first: what is captured a moment longer would find no origin.
+    paths.sort_by_key(|p| (!is_link(p), !p.to_string_lossy().contains("connect")));
+    for path in paths {
+        fs::remove_file(&path).map_err(pin_error(&path))?;
+    }
+    fs::remove_dir(dir).map_err(pin_error(dir))
+}
+
+fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
+    move |source| BpfError::Map { name, source }
+}
+
+fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
+    ebpf.take_map(name).ok_or(BpfError::Missing(name))
+}
+
+/// Makes a trie hold exactly `wanted`: an adopted one may hold what an earlier configuration said.
+fn fill<K: aya::Pod + Eq + std::hash::Hash>(
+    trie: Map,
+    name: &'static str,
+    wanted: impl Iterator<Item = (Key<K>, Rule)>,
+) -> Result<(), BpfError> {
+    let mut trie: LpmTrie<MapData, K, Rule> = LpmTrie::try_from(trie).map_err(map(name))?;
+    let mut kept = std::collections::HashSet::new();
+    for (key, rule) in wanted {
+        trie.insert(&key, rule, 0).map_err(map(name))?;
+        kept.insert((key.prefix_len(), key.data()));
+    }
+    let stale: Vec<_> = trie.keys().filter_map(Result::ok).collect();
+    for key in stale.into_iter().filter(|k| !kept.contains(&(k.prefix_len(), k.data()))) {
+        trie.remove(&key).map_err(map(name))?;
+    }
+    Ok(())
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), BpfError> {
+    let program = ebpf.program_mut(name).ok_or(BpfError::Missing(name))?;
+    match program {
+        Program::CgroupSockAddr(p) => p.load(),
+        Program::CgroupSockopt(p) => p.load(),
+        Program::SockOps(p) => p.load(),
+        _ => return Err(BpfError::Missing(name)),
+    }
+    .map_err(|e| BpfError::Program { name, source: Box::new(e) })
+}
+
+fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a aya::programs::ProgramFd, BpfError> {
+    let fd = match ebpf.program(name) {
+        Some(Program::CgroupSockAddr(p)) => p.fd(),
+        Some(Program::CgroupSockopt(p)) => p.fd(),
+        Some(Program::SockOps(p)) => p.fd(),
+        _ => return Err(BpfError::Missing(name)),
+    };
+    fd.map_err(|e| BpfError::Program { name, source: Box::new(e) })
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_in_the_object_and_every_program_passes_the_verifier() {
+        assert!(nix::unistd::geteuid().is_root(), "loading programs takes root: run the tests as root");
+        probe().expect("this kernel has what capture needs");
+        let ebpf = aya_obj_names();
+        for name in names::MAPS {
+            assert!(ebpf.contains(&name.to_owned()), "no map {name}");
+        }
+    }
+
+    fn aya_obj_names() -> Vec<String> {
+        let ebpf = EbpfLoader::new().load(OBJECT).expect("maps can be made");
+        ebpf.maps().map(|(name, _)| name.to_owned()).collect()
+    }
+}

@@ -1,0 +1,191 @@
+//! The bpf(2) commands that aya keeps to itself.
+//!
+//! Enters: descriptors of programs, links and cgroups. Leaves: attachments. Invariant: every block of
+//! memory handed to the kernel lives for the call and is exactly as long as it says. It keeps no state.
+
+use std::{
+    ffi::CString,
+    io, mem,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+/// Commands and flags of `linux/bpf.h`.
+const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// `enum bpf_attach_type`: where on a cgroup a program sits.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachType {
+    /// `BPF_CGROUP_SOCK_OPS`
+    SockOps = 3,
+    /// `BPF_CGROUP_INET4_CONNECT`
+    Connect4 = 10,
+    /// `BPF_CGROUP_INET6_CONNECT`
+    Connect6 = 11,
+    /// `BPF_CGROUP_GETSOCKOPT`
+    Getsockopt = 21,
+    /// `BPF_CGROUP_INET4_GETPEERNAME`
+    Getpeername4 = 29,
+    /// `BPF_CGROUP_INET6_GETPEERNAME`
+    Getpeername6 = 30,
+}
+
+fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is a whole, initialised `repr(C)` prefix of `union bpf_attr`, valid for reads and
+    // writes of its size, which is what the kernel is told.
+    let ret = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+}
+
+/// Attaches a program to a cgroup without a link: it stays until the cgroup is removed, whoever dies.
+pub fn prog_attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        target_fd: i32,
+        attach_bpf_fd: i32,
+        attach_type: u32,
+        attach_flags: u32,
+    }
+    bpf(
+        BPF_PROG_ATTACH,
+        &mut Attr {
+            target_fd: cgroup.as_raw_fd(),
+            attach_bpf_fd: program.as_raw_fd(),
+            attach_type: at as u32,
+            attach_flags: BPF_F_ALLOW_MULTI,
+        },
+    )?;
+    Ok(())
+}
+
+/// Attaches a program to a cgroup for as long as the link's descriptor, or a pin of it, is there.
+/// Links are multi by nature and take no flag that says so.
+pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: i32,
+        target_fd: i32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let fd = bpf(
+        BPF_LINK_CREATE,
+        &mut Attr {
+            prog_fd: program.as_raw_fd(),
+            target_fd: cgroup.as_raw_fd(),
+            attach_type: at as u32,
+            flags: 0,
+        },
+    )?;
+    owned(fd)
+}
+
+/// Pins a link at `path`, in a bpffs.
+pub fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(
+        BPF_OBJ_PIN,
+        &mut ObjAttr {
+            pathname: path.as_ptr() as u64,
+            bpf_fd: object.as_raw_fd().cast_unsigned(),
+            file_flags: 0,
+        },
+    )?;
+    Ok(())
+}
+
+/// Puts another program behind a link, with no moment in which none is attached.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: i32,
+        new_prog_fd: i32,
+        flags: u32,
+        old_prog_fd: u32,
+    }
+    bpf(
+        BPF_LINK_UPDATE,
+        &mut Attr { link_fd: link.as_raw_fd(), new_prog_fd: program.as_raw_fd(), flags: 0, old_prog_fd: 0 },
+    )?;
+    Ok(())
+}
+
+/// Opens what is pinned at `path`.
+pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    owned(bpf(BPF_OBJ_GET, &mut ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })?)
+}
+
+#[repr(C)]
+struct ObjAttr {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+/// A descriptor that bpf(2) returned. The kernel sets close-on-exec on all of them.
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The cgroup a link is attached to (its inode number), as `struct bpf_link_info` tells; zero once that
+/// cgroup is gone.
+pub fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+    #[repr(C)]
+    struct Info {
+        link_type: u32,
+        id: u32,
+        prog_id: u32,
+        // The kernel's struct has a hole here: what follows is aligned to eight bytes.
+        _hole: u32,
+        cgroup_id: u64,
+        attach_type: u32,
+        _rest: [u32; 5],
+    }
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    // SAFETY: made of integers only.
+    let mut info: Info = unsafe { mem::zeroed() };
+    bpf(
+        BPF_OBJ_GET_INFO_BY_FD,
+        &mut Attr {
+            bpf_fd: link.as_raw_fd().cast_unsigned(),
+            info_len: u32::try_from(size_of::<Info>()).map_err(io::Error::other)?,
+            info: (&raw mut info) as u64,
+        },
+    )?;
+    Ok(info.cgroup_id)
+}
+
+/// `SO_NETNS_COOKIE`: the cookie of the network namespace that a socket lives in.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut len = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: `cookie` is valid for writes of `len` bytes.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
