@@ -26,12 +26,8 @@ pub(crate) const PREBUILT: &str = "tunnel-ebpf/prebuilt/tunnel-ebpf.bpf.o";
 pub(crate) const PROVENANCE: &str = "tunnel-ebpf/prebuilt/BUILT-FROM";
 
 /// Everything the object is made of, relative to the checkout; folders are taken whole.
-pub(crate) const SOURCES: [&str; 4] = [
-    "tunnel-common/Cargo.toml",
-    "tunnel-common/src",
-    "tunnel-ebpf/Cargo.toml",
-    "tunnel-ebpf/src",
-];
+pub(crate) const SOURCES: [&str; 4] =
+    ["tunnel-common/Cargo.toml", "tunnel-common/src", "tunnel-ebpf/Cargo.toml", "tunnel-ebpf/src"];
 
 const TARGET: &str = "bpfel-unknown-none";
 
@@ -65,12 +61,7 @@ impl Toolchain {
         let objcopy = in_folder(&llvm_prefix().join("bin"), "llvm-objcopy")
             .or_else(|| in_path("llvm-objcopy"))
             .context("no llvm-objcopy")?;
-        Ok(Self {
-            core,
-            rustc,
-            linker,
-            objcopy,
-        })
+        Ok(Self { core, rustc, linker, objcopy })
     }
 
     /// The versions that decide what the object looks like, one per line.
@@ -127,12 +118,7 @@ impl Toolchain {
             .args([&linked, &stripped])
             .status()
             .with_context(|| format!("{} does not start", self.objcopy.display()))?;
-        ensure!(
-            status.success(),
-            "{} failed on {}",
-            self.objcopy.display(),
-            linked.display()
-        );
+        ensure!(status.success(), "{} failed on {}", self.objcopy.display(), linked.display());
         fs::read(&stripped).with_context(|| format!("reading {}", stripped.display()))
     }
 
@@ -143,15 +129,9 @@ impl Toolchain {
         // BTF's line information names source files: neither the checkout's place, nor the user's, nor the
         // registry's (a folder per index or mirror) may show. Of two that match, the later one counts.
         let cargo_home = cargo_home()?;
-        let indexes = fs::read_dir(cargo_home.join("registry/src"))
-            .into_iter()
-            .flatten()
-            .flatten();
+        let indexes = fs::read_dir(cargo_home.join("registry/src")).into_iter().flatten().flatten();
         let indexes = indexes.map(|index| (index.path(), "/cargo/registry"));
-        let all = [(cargo_home, "/cargo")]
-            .into_iter()
-            .chain(indexes)
-            .chain([(checkout, "/tunnel")]);
+        let all = [(cargo_home, "/cargo")].into_iter().chain(indexes).chain([(checkout, "/tunnel")]);
         for (from, to) in all {
             flags.push("\x1f--remap-path-prefix=");
             flags.push(from);
@@ -211,13 +191,7 @@ fn in_folder(folder: &Path, name: &str) -> Option<PathBuf> {
 
 fn find_rustc() -> Option<(Core, PathBuf)> {
     let debian = PathBuf::from("/usr/bin/rustc");
-    if debian.is_file()
-        && sysroot(&debian)?
-            .join("lib/rustlib")
-            .join(TARGET)
-            .join("lib")
-            .is_dir()
-    {
+    if debian.is_file() && sysroot(&debian)?.join("lib/rustlib").join(TARGET).join("lib").is_dir() {
         return Some((Core::Prebuilt, debian));
     }
     let rustup = in_path("rustup")?;
@@ -229,10 +203,8 @@ fn find_rustc() -> Option<(Core, PathBuf)> {
         .output()
         .ok()?;
     let nightly = PathBuf::from(String::from_utf8(found.stdout).ok()?.trim_end());
-    let complete = found.status.success()
-        && sysroot(&nightly)?
-            .join("lib/rustlib/src/rust/library/core")
-            .is_dir();
+    let complete =
+        found.status.success() && sysroot(&nightly)?.join("lib/rustlib/src/rust/library/core").is_dir();
     complete.then_some((Core::Source, nightly))
 }
 
@@ -243,23 +215,13 @@ fn sysroot(rustc: &Path) -> Option<PathBuf> {
         command.env_remove(name);
     }
     let answer = command.output().ok()?;
-    answer
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&answer.stdout).trim_end().into())
+    answer.status.success().then(|| String::from_utf8_lossy(&answer.stdout).trim_end().into())
 }
 
 fn version(program: &Path) -> Result<String> {
-    let answer = Command::new(program)
-        .arg("--version")
-        .env_remove("LD_LIBRARY_PATH")
-        .output()?;
+    let answer = Command::new(program).arg("--version").env_remove("LD_LIBRARY_PATH").output()?;
     ensure!(answer.status.success(), "{} --version failed", program.display());
-    Ok(String::from_utf8(answer.stdout)?
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .to_owned())
+    Ok(String::from_utf8(answer.stdout)?.lines().next().unwrap_or_default().to_owned())
 }
 
 fn cargo_home() -> Result<PathBuf> {
@@ -276,13 +238,8 @@ fn cargo_home() -> Result<PathBuf> {
 /// Kept: where cargo's home and the registries are, proxies, and the job server.
 fn is_of_outer_build(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
-    const PREFIXES: [&str; 5] = [
-        "CARGO_BUILD_",
-        "CARGO_PROFILE_",
-        "CARGO_TARGET_",
-        "CARGO_UNSTABLE_",
-        "CARGO_ENCODED_",
-    ];
+    const PREFIXES: [&str; 5] =
+        ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_", "CARGO_ENCODED_"];
     const NAMES: [&str; 12] = [
         "CARGO_INCREMENTAL",
         "CLIPPY_ARGS",

@@ -28,11 +28,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     setup::ensure(checkout, &[setup::Group::Build])?;
     let toolchain = Toolchain::find(&checkout.root)?;
     let object = toolchain.build(&checkout.root, &checkout.target.join("bpf"))?;
-    let provenance = format!(
-        "{}\n{}",
-        bpf_build::sources_line(&checkout.root)?,
-        toolchain.versions()?
-    );
+    let provenance = format!("{}\n{}", bpf_build::sources_line(&checkout.root)?, toolchain.versions()?);
     let (object_path, provenance_path) = (checkout.root.join(PREBUILT), checkout.root.join(PROVENANCE));
 
     if args.check {

@@ -30,31 +30,13 @@ pub(crate) fn run(checkout: &Checkout) -> Result<()> {
     build::run(checkout, &build::Args::check())?;
 
     heading("host: lints");
-    let mut clippy = checkout.cargo([
-        "clippy",
-        "--locked",
-        "--workspace",
-        "--exclude",
-        "tunnel-ebpf",
-        "--all-targets",
-    ]);
-    foreground(
-        "clippy",
-        clippy.args(["--", "-D", "warnings"]).env("TUNNEL_BPF", "source"),
-    )?;
+    let mut clippy =
+        checkout.cargo(["clippy", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--all-targets"]);
+    foreground("clippy", clippy.args(["--", "-D", "warnings"]).env("TUNNEL_BPF", "source"))?;
 
     heading("documentation");
-    let mut doc = checkout.cargo([
-        "doc",
-        "--locked",
-        "--workspace",
-        "--exclude",
-        "tunnel-ebpf",
-        "--no-deps",
-    ]);
-    doc.args(["--document-private-items"])
-        .env("TUNNEL_BPF", "source")
-        .env("RUSTDOCFLAGS", "-D warnings");
+    let mut doc = checkout.cargo(["doc", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--no-deps"]);
+    doc.args(["--document-private-items"]).env("TUNNEL_BPF", "source").env("RUSTDOCFLAGS", "-D warnings");
     foreground("rustdoc", &mut doc)?;
 
     heading("dependencies: duplicates and bans, licences, sources");

@@ -53,9 +53,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     setup::ensure(checkout, &[Group::Demo])?;
     run::catch_interrupts()?;
     let tunnel = match &args.tunnel {
-        Some(program) => program
-            .canonicalize()
-            .with_context(|| format!("{}", program.display()))?,
+        Some(program) => program.canonicalize().with_context(|| format!("{}", program.display()))?,
         None => checkout.build_tunnel(args.release)?,
     };
     sweep()?;
@@ -65,11 +63,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     let clean = before.compare(checkout);
     played?;
     clean?;
-    println!(
-        "\n{} everything is put away again {}",
-        green("ok "),
-        dim(&took(started))
-    );
+    println!("\n{} everything is put away again {}", green("ok "), dim(&took(started)));
     Ok(())
 }
 
@@ -139,20 +133,9 @@ impl Stage {
         let pki = folder.join("pki");
         self.pki(&["init"], &[&pki])?;
         let dir = [Path::new("--dir"), &pki];
+        self.pki(&["issue", "--id", "spiffe://demo.tunnel/node", "--name", "node"], &dir)?;
         self.pki(
-            &["issue", "--id", "spiffe://demo.tunnel/node", "--name", "node"],
-            &dir,
-        )?;
-        self.pki(
-            &[
-                "issue",
-                "--id",
-                "spiffe://demo.tunnel/gateway",
-                "--name",
-                "gateway",
-                "--ip",
-                GATEWAY,
-            ],
+            &["issue", "--id", "spiffe://demo.tunnel/gateway", "--name", "gateway", "--ip", GATEWAY],
             &dir,
         )?;
 
@@ -161,22 +144,12 @@ impl Stage {
         fs::write(folder.join("www/index.html"), PAGE)?;
         let mut server = self.on(&self.net, "KILL");
         server
-            .args([
-                "python3",
-                "-m",
-                "http.server",
-                "80",
-                "--bind",
-                SERVER,
-                "--directory",
-            ])
+            .args(["python3", "-m", "http.server", "80", "--bind", SERVER, "--directory"])
             .arg(folder.join("www"));
         self.start("web server", server, 80)?;
 
         let mut gateway = self.on(&self.net, "TERM");
-        gateway
-            .arg(&self.tunnel)
-            .args(["gateway", "--listen", &format!("{GATEWAY}:{PORT}")]);
+        gateway.arg(&self.tunnel).args(["gateway", "--listen", &format!("{GATEWAY}:{PORT}")]);
         gateway.args(self.credentials("gateway")).args(["--allow", ALLOW]);
         show(&dim(&typed(&gateway, &self.folder)));
         self.start("gateway", gateway, PORT)
@@ -202,9 +175,7 @@ impl Stage {
 
         say("on the node, the same curl, its connections captured:");
         let mut captured = self.on(&self.node, "TERM");
-        captured
-            .arg(&self.tunnel)
-            .args(["exec", "--gateway", &format!("{GATEWAY}:{PORT}")]);
+        captured.arg(&self.tunnel).args(["exec", "--gateway", &format!("{GATEWAY}:{PORT}")]);
         captured.args(self.credentials("node")).args([
             "--verify",
             "spiffe://demo.tunnel/gateway",
@@ -218,24 +189,15 @@ impl Stage {
         show(&green(page.trim_end()));
         say("what was carried:");
         show(String::from_utf8_lossy(&fetched.stderr).trim_end());
-        ensure!(
-            fetched.status.success(),
-            "curl failed through the tunnel ({})",
-            fetched.status
-        );
-        ensure!(
-            page == PAGE,
-            "the page that came back is not the one that is served"
-        );
+        ensure!(fetched.status.success(), "curl failed through the tunnel ({})", fetched.status);
+        ensure!(page == PAGE, "the page that came back is not the one that is served");
         Ok(())
     }
 
     /// A command on a host: in its network, with the rest of this machine, and ended when the demo is killed.
     fn on(&self, namespace: &str, end_with: &str) -> Command {
         let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--net=/run/netns/{namespace}"))
-            .args(["setpriv", "--pdeathsig", end_with]);
+        command.arg(format!("--net=/run/netns/{namespace}")).args(["setpriv", "--pdeathsig", end_with]);
         command.stdin(Stdio::null());
         command
     }
@@ -263,9 +225,7 @@ impl Stage {
     fn start(&mut self, name: &'static str, mut command: Command, port: u16) -> Result<()> {
         let log = File::create(self.folder.join(format!("{name}.log")))?;
         command.stdout(log.try_clone()?).stderr(log);
-        let child = command
-            .spawn()
-            .with_context(|| format!("{name} does not start"))?;
+        let child = command.spawn().with_context(|| format!("{name} does not start"))?;
         self.daemons.push((name, child));
         let end = Instant::now() + START;
         loop {
@@ -275,10 +235,7 @@ impl Stage {
             {
                 return Ok(());
             }
-            let ended = self
-                .daemons
-                .last_mut()
-                .and_then(|(_, child)| child.try_wait().ok().flatten());
+            let ended = self.daemons.last_mut().and_then(|(_, child)| child.try_wait().ok().flatten());
             if let Some(status) = ended {
                 anyhow::bail!("the {name} ended at once ({status})");
             }
@@ -291,15 +248,9 @@ impl Stage {
     fn finish(&self, name: &str, mut command: Command) -> Result<Output> {
         let [out, err] = ["out", "err"].map(|kind| self.folder.join(format!("{name}.{kind}")));
         command.stdout(File::create(&out)?).stderr(File::create(&err)?);
-        let mut child = command
-            .spawn()
-            .with_context(|| format!("{name} does not start"))?;
+        let mut child = command.spawn().with_context(|| format!("{name} does not start"))?;
         let status = run::wait(&mut child, || ())?;
-        Ok(Output {
-            status,
-            stdout: fs::read(&out)?,
-            stderr: fs::read(&err)?,
-        })
+        Ok(Output { status, stdout: fs::read(&out)?, stderr: fs::read(&err)? })
     }
 
     fn show_logs(&self) {
@@ -368,19 +319,10 @@ fn typed(command: &Command, folder: &Path) -> String {
     let words: Vec<_> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|word| {
-            let word = word
-                .to_string_lossy()
-                .replace(&format!("{}/", folder.display()), "");
-            if word.ends_with("/tunnel") {
-                "tunnel".to_owned()
-            } else {
-                word
-            }
+            let word = word.to_string_lossy().replace(&format!("{}/", folder.display()), "");
+            if word.ends_with("/tunnel") { "tunnel".to_owned() } else { word }
         })
         .collect();
-    let own = words
-        .iter()
-        .position(|word| word == "--pdeathsig")
-        .map_or(0, |at| at + 2);
+    let own = words.iter().position(|word| word == "--pdeathsig").map_or(0, |at| at + 2);
     format!("$ {}", words[own..].join(" "))
 }

@@ -106,15 +106,9 @@ fn programs(found: &mut BTreeSet<String>) {
     let Ok(list) = run::output(Command::new(bpftool).args(["prog", "list"])) else {
         return;
     };
-    for line in list
-        .lines()
-        .filter(|line| line.starts_with(|first: char| first.is_ascii_digit()))
-    {
+    for line in list.lines().filter(|line| line.starts_with(|first: char| first.is_ascii_digit())) {
         let mut words = line.split_whitespace();
-        let (id, name) = (
-            words.next().unwrap_or_default(),
-            words.skip_while(|word| *word != "name").nth(1),
-        );
+        let (id, name) = (words.next().unwrap_or_default(), words.skip_while(|word| *word != "name").nth(1));
         if let Some(name) = name.filter(|name| begins(name, &OURS)) {
             found.insert(format!("kernel program {name} (id {})", id.trim_end_matches(':')));
         }
@@ -128,10 +122,8 @@ fn processes(checkout: &Checkout, found: &mut BTreeSet<String>) {
     for pid in names_in(Path::new("/proc")).filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
         let folder = Path::new("/proc").join(&pid);
         let ours = fs::read_link(folder.join("exe")).is_ok_and(|exe| exe.starts_with(&checkout.target));
-        let marked = fs::read(folder.join("environ")).is_ok_and(|all| {
-            all.split(|byte| *byte == 0)
-                .any(|one| one.starts_with(mark.as_bytes()))
-        });
+        let marked = fs::read(folder.join("environ"))
+            .is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one.starts_with(mark.as_bytes())));
         if pid == me || !(ours || marked) {
             continue;
         }
@@ -157,11 +149,7 @@ fn below(folder: &Path, depth: usize, visit: &mut dyn FnMut(&Path)) {
 }
 
 fn names_in(folder: &Path) -> impl Iterator<Item = String> {
-    fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| name_of(&entry.path()))
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| name_of(&entry.path()))
 }
 
 fn name_of(path: &Path) -> String {

@@ -71,10 +71,7 @@ impl Checkout {
             command.arg("--release");
         }
         foreground("building the tunnel program", &mut command)?;
-        Ok(self
-            .target
-            .join(if release { "release" } else { "debug" })
-            .join("tunnel"))
+        Ok(self.target.join(if release { "release" } else { "debug" }).join("tunnel"))
     }
 }
 
@@ -159,9 +156,7 @@ pub(crate) fn stop(child: &mut Child) -> Result<ExitStatus> {
 pub(crate) fn foreground(what: &str, command: &mut Command) -> Result<()> {
     let started = Instant::now();
     eprintln!("{} {what}", blue("==>"));
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("{} does not start", name_of(command)))?;
+    let mut child = command.spawn().with_context(|| format!("{} does not start", name_of(command)))?;
     let status = wait(&mut child, || ())?;
     ensure!(status.success(), "{what}: {} failed ({status})", name_of(command));
     eprintln!("{} {what} {}", green("ok "), dim(&took(started)));
@@ -176,13 +171,8 @@ pub(crate) fn quiet(what: &str, log: &Path, command: &mut Command) -> Result<()>
         fs::create_dir_all(folder)?;
     }
     let file = File::create(log).with_context(|| format!("creating {}", log.display()))?;
-    command
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
-        .stderr(file);
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("{} does not start", name_of(command)))?;
+    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    let mut child = command.spawn().with_context(|| format!("{} does not start", name_of(command)))?;
 
     let terminal = std::io::stderr().is_terminal();
     if !terminal {
@@ -190,22 +180,14 @@ pub(crate) fn quiet(what: &str, log: &Path, command: &mut Command) -> Result<()>
     }
     let mut said = Instant::now();
     let status = wait(&mut child, || {
-        let every = if terminal {
-            Duration::from_millis(200)
-        } else {
-            HEARTBEAT
-        };
+        let every = if terminal { Duration::from_millis(200) } else { HEARTBEAT };
         if said.elapsed() < every {
             return;
         }
         said = Instant::now();
         let last = last_line(log);
         if terminal {
-            eprint!(
-                "\r\x1b[K{} {what} {}",
-                blue("==>"),
-                dim(&format!("{} {last:.60}", took(started)))
-            );
+            eprint!("\r\x1b[K{} {what} {}", blue("==>"), dim(&format!("{} {last:.60}", took(started))));
             // A progress line that cannot be written is no reason to stop.
             let _ = std::io::stderr().flush();
         } else {
@@ -306,19 +288,12 @@ fn paint(code: &str, text: &str) -> String {
             && std::io::stderr().is_terminal()
             && std::io::stdout().is_terminal()
     });
-    if *colour {
-        format!("\x1b[{code}m{text}\x1b[0m")
-    } else {
-        text.to_owned()
-    }
+    if *colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
 }
 
 fn name_of(command: &Command) -> String {
     let program = Path::new(command.get_program());
-    let name = program
-        .file_name()
-        .unwrap_or(program.as_os_str())
-        .to_string_lossy();
+    let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy();
     match command.get_args().next() {
         Some(first) => format!("`{name} {} ..`", first.to_string_lossy()),
         None => format!("`{name}`"),
@@ -336,10 +311,7 @@ fn last_line(log: &Path) -> String {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
     let tail = tail().unwrap_or_default();
-    let line = tail
-        .split(['\n', '\r'])
-        .rfind(|line| !line.trim().is_empty())
-        .unwrap_or_default();
+    let line = tail.split(['\n', '\r']).rfind(|line| !line.trim().is_empty()).unwrap_or_default();
     line.trim().chars().filter(|c| !c.is_control()).collect()
 }
 
@@ -347,8 +319,5 @@ fn last_line(log: &Path) -> String {
 pub(crate) fn in_path_or_sbin(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
-    env::split_paths(&path)
-        .chain(sbin)
-        .map(|folder| folder.join(name))
-        .find(|file| file.is_file())
+    env::split_paths(&path).chain(sbin).map(|folder| folder.join(name)).find(|file| file.is_file())
 }

@@ -51,11 +51,7 @@ struct Package {
 }
 
 const fn package(name: &'static str, provides: &'static [&'static str], groups: &'static [Group]) -> Package {
-    Package {
-        name,
-        provides,
-        groups,
-    }
+    Package { name, provides, groups }
 }
 
 const PACKAGES: &[Package] = &[
@@ -114,21 +110,12 @@ const TOOLS: [Tool; 3] = [
         features: &["--no-default-features", "--features", "default-no-update"],
         group: Test,
     },
-    Tool {
-        name: "cargo-deny",
-        version: "0.20.2",
-        features: &[],
-        group: Lint,
-    },
+    Tool { name: "cargo-deny", version: "0.20.2", features: &[], group: Lint },
 ];
 
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     let started = Instant::now();
-    let groups = if args.only.is_empty() {
-        &ALL[..]
-    } else {
-        &args.only
-    };
+    let groups = if args.only.is_empty() { &ALL[..] } else { &args.only };
     if ensure(checkout, groups)? {
         println!("{} everything is installed {}", green("ok "), dim(&took(started)));
     } else {
@@ -139,10 +126,8 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
 
 /// Makes sure that what `groups` need is there; true when something had to be installed.
 pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
-    let tools: Vec<_> = TOOLS
-        .iter()
-        .filter(|tool| groups.contains(&tool.group) && !there(checkout, tool))
-        .collect();
+    let tools: Vec<_> =
+        TOOLS.iter().filter(|tool| groups.contains(&tool.group) && !there(checkout, tool)).collect();
     let packages = missing_packages(checkout, groups)?;
     if packages.is_empty() && tools.is_empty() {
         return Ok(false);
@@ -171,11 +156,7 @@ fn missing_packages(checkout: &Checkout, groups: &[Group]) -> Result<Vec<&'stati
         .iter()
         .filter(|package| package.groups.iter().any(|group| groups.contains(group)))
         .filter(|package| {
-            package.provides.is_empty()
-                || package
-                    .provides
-                    .iter()
-                    .any(|name| in_path_or_sbin(name).is_none())
+            package.provides.is_empty() || package.provides.iter().any(|name| in_path_or_sbin(name).is_none())
         })
         .map(|package| package.name)
         .collect();
@@ -218,26 +199,14 @@ fn apt_install(checkout: &Checkout, packages: &[&str]) -> Result<()> {
     }
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
-        command
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .args(["-o", "DPkg::Lock::Timeout=300"])
-            .args(args);
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=300"]).args(args);
         command
     };
     println!("{} {list}", bold("missing packages:"));
-    quiet(
-        "apt-get update",
-        &log(checkout, "apt-update"),
-        &mut apt(&["update"]),
-    )?;
+    quiet("apt-get update", &log(checkout, "apt-update"), &mut apt(&["update"]))?;
     let _quiet_services = NoServices::new()?;
     let mut install = apt(&["install", "--yes", "--no-install-recommends"]);
-    quiet(
-        "apt-get install",
-        &log(checkout, "apt-install"),
-        install.args(packages),
-    )
-    .with_context(|| {
+    quiet("apt-get install", &log(checkout, "apt-install"), install.args(packages)).with_context(|| {
         format!(
             "On a release whose archive has no rustc-web with LLVM {LLVM}, a nightly Rust will do: \
              rustup toolchain install nightly --component rust-src"
@@ -296,10 +265,7 @@ impl NoServices {
         if policy.exists() {
             return Ok(Self(None));
         }
-        fs::write(
-            &policy,
-            "#!/bin/sh\n# Made by `cargo xtask setup`, which removes it.\nexit 101\n",
-        )?;
+        fs::write(&policy, "#!/bin/sh\n# Made by `cargo xtask setup`, which removes it.\nexit 101\n")?;
         fs::set_permissions(&policy, fs::Permissions::from_mode(0o755))?;
         Ok(Self(Some(policy)))
     }

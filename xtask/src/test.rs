@@ -28,11 +28,7 @@ pub(crate) struct Args {
 impl Args {
     /// Every test.
     pub(crate) fn all() -> Self {
-        Self {
-            unit: false,
-            e2e: false,
-            nextest: Vec::new(),
-        }
+        Self { unit: false, e2e: false, nextest: Vec::new() }
     }
 }
 
@@ -98,9 +94,5 @@ fn from_source(command: &mut Command) -> &mut Command {
 /// `PATH` with the project's own tools first.
 pub(crate) fn path_with_tools(checkout: &Checkout) -> Result<std::ffi::OsString> {
     let path = env::var_os("PATH").context("PATH is not set")?;
-    Ok(env::join_paths(
-        [setup::tools_bin(checkout)]
-            .into_iter()
-            .chain(env::split_paths(&path)),
-    )?)
+    Ok(env::join_paths([setup::tools_bin(checkout)].into_iter().chain(env::split_paths(&path)))?)
 }
