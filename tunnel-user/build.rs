@@ -4,10 +4,7 @@
 //! default) builds it where a BPF toolchain is present and takes the committed object elsewhere, so that plain
 //! `cargo build` needs nothing but stable Rust and a C compiler.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the environment is cargo's interface to a build script"
-)]
+#![expect(clippy::disallowed_methods, reason = "the environment is cargo's interface to a build script")]
 
 use std::{
     env, fs,
@@ -30,12 +27,9 @@ fn main() -> Result<()> {
     for name in ["TUNNEL_BPF", "TUNNEL_TOOLS_DIR", "LLVM_PREFIX"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    for path in SOURCES.iter().chain(&[
-        "Cargo.lock",
-        PREBUILT,
-        "xtask/src/bpf_build.rs",
-        "tunnel-user/build.rs",
-    ]) {
+    for path in
+        SOURCES.iter().chain(&["Cargo.lock", PREBUILT, "xtask/src/bpf_build.rs", "tunnel-user/build.rs"])
+    {
         let path = checkout.join(path);
         // Cargo takes a file that is not there for one that always changes.
         if path.exists() {
