@@ -1,5 +1,11 @@
-//! Source 1: connections that the kernel programs redirect to us.
+//! Source 1: connections of a control group that the kernel programs redirect to us.
+//!
+//! Enters: control groups and patterns. Leaves: accepted sockets with their original destinations.
+//! Invariant: what is captured and cannot be carried is reset, never passed on as something else. It
+//! never decides where a flow goes.
 
+pub mod accept;
 pub mod bpf;
+pub mod cgroup;
 pub mod rules;
 pub mod sys;

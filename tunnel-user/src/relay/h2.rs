@@ -1,0 +1,120 @@
+//! One HTTP/2 CONNECT stream as a leg (RFC 9113 section 8.5).
+//!
+//! Enters: a stream after its 200. Leaves: DATA frames within the peer's windows. Invariant: the window is
+//! given back only as the other side accepts; capacity of the connection is reserved only for bytes that
+//! are in hand, so an idle stream takes none from the others.
+
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
+
+use super::{Broken, Cause, Leg, Queue};
+
+/// See the module.
+pub struct H2Leg {
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    /// What is sent when the other leg breaks.
+    on_abort: Reason,
+}
+
+impl H2Leg {
+    /// A stream that we opened: the other leg is the application, and CANCEL says it has gone.
+    pub fn client(send: SendStream<Bytes>, recv: RecvStream) -> Self {
+        Self { send, recv, on_abort: Reason::CANCEL }
+    }
+
+    /// A stream that we serve: a TCP error of the target's is CONNECT_ERROR (RFC 9113 section 8.5).
+    pub fn server(send: SendStream<Bytes>, recv: RecvStream) -> Self {
+        Self { send, recv, on_abort: Reason::CONNECT_ERROR }
+    }
+
+    /// The stream's number on its connection.
+    pub fn id(&self) -> u32 {
+        self.recv.stream_id().as_u32()
+    }
+
+    /// Ready when the peer resets the stream: for the time before the relay starts.
+    pub async fn broken(&mut self) -> Broken {
+        std::future::poll_fn(|cx| self.poll_broken(cx)).await
+    }
+}
+
+fn broken(e: &h2::Error) -> Broken {
+    match e.reason() {
+        Some(Reason::NO_ERROR) if e.is_reset() => Broken::Done,
+        Some(reason) if e.is_reset() => Broken::Reset(Cause::Stream(reason)),
+        _ => Broken::Reset(Cause::Connection(e.to_string())),
+    }
+}
+
+impl Leg for H2Leg {
+    const PREFETCH: bool = true;
+
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        match ready!(self.recv.poll_data(cx)) {
+            Some(Ok(chunk)) => Poll::Ready(Ok(Some(chunk))),
+            None => Poll::Ready(Ok(None)),
+            Some(Err(e)) => Poll::Ready(match broken(&e) {
+                // All that was sent has been received: END_STREAM came before the reset.
+                Broken::Done => Ok(None),
+                why => Err(why),
+            }),
+        }
+    }
+
+    fn accepted(&mut self, n: usize) {
+        // Fails only for more than was received.
+        let released = self.recv.flow_control().release_capacity(n);
+        debug_assert!(released.is_ok(), "released more than was received");
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
+        let want = queue.front_len();
+        self.send.reserve_capacity(want);
+        while self.send.capacity() == 0 {
+            match ready!(self.send.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(e)) => return Poll::Ready(Err(broken(&e))),
+                None => return Poll::Ready(Err(self.gone(cx))),
+            }
+        }
+        let chunk = queue.take(want.min(self.send.capacity()));
+        let n = chunk.len();
+        match self.send.send_data(chunk, false) {
+            Ok(()) => Poll::Ready(Ok(n)),
+            Err(_) => Poll::Ready(Err(self.gone(cx))),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Broken> {
+        // Fails only on a stream that is closed, which the receiving direction tells apart.
+        let _closed = self.send.send_data(Bytes::new(), true);
+        Ok(())
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        match ready!(self.send.poll_reset(cx)) {
+            Ok(Reason::NO_ERROR) => Poll::Ready(Broken::Done),
+            Ok(reason) => Poll::Ready(Broken::Reset(Cause::Stream(reason))),
+            Err(e) => Poll::Ready(broken(&e)),
+        }
+    }
+
+    fn close(&mut self) {}
+
+    fn abort(&mut self) {
+        self.send.send_reset(self.on_abort);
+    }
+}
+
+impl H2Leg {
+    /// Why a stream that takes no more bytes does not.
+    fn gone(&mut self, cx: &mut Context<'_>) -> Broken {
+        match self.poll_broken(cx) {
+            Poll::Ready(why) => why,
+            Poll::Pending => Broken::Reset(Cause::Stream(Reason::STREAM_CLOSED)),
+        }
+    }
+}

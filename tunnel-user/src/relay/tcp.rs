@@ -1,0 +1,156 @@
+//! A TCP socket as a leg.
+//!
+//! Enters: a connected socket. Leaves: the same, read and written when it is ready. Invariant: dropped
+//! before both directions ended, it sends RST, never a clean FIN. An idle leg holds no buffer.
+
+use std::{
+    future::Future,
+    io,
+    net::Shutdown,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use socket2::SockRef;
+use tokio::{io::Interest, net::TcpStream};
+
+use super::{Broken, Cause, Leg, Queue};
+
+/// The first read of a flow, and the least later ones: a request fits.
+const READ_MIN: usize = 4 * 1024;
+/// The most one read takes: four TLS records; beyond it the profile of a bulk flow no longer changes.
+const READ_MAX: usize = 64 * 1024;
+
+/// See the module.
+pub struct TcpLeg {
+    stream: Rc<TcpStream>,
+    next_read: usize,
+    clean: bool,
+    /// Waits for EPOLLERR; made when it is first needed.
+    error: Option<Pin<Box<dyn Future<Output = io::Error>>>>,
+}
+
+impl TcpLeg {
+    /// Takes over a connected socket.
+    pub fn new(stream: TcpStream) -> Self {
+        Self {
+            stream: Rc::new(stream),
+            next_read: READ_MIN,
+            clean: false,
+            error: None,
+        }
+    }
+
+    /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
+    pub async fn broken(&mut self) -> Broken {
+        std::future::poll_fn(|cx| self.poll_broken(cx)).await
+    }
+}
+
+fn reset(e: io::Error) -> Broken {
+    Broken::Reset(Cause::Tcp(e))
+}
+
+impl Leg for TcpLeg {
+    const PREFETCH: bool = false;
+
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        loop {
+            ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
+            let mut buf = BytesMut::with_capacity(self.next_read);
+            match self.stream.try_read_buf(&mut buf) {
+                Ok(0) => return Poll::Ready(Ok(None)),
+                Ok(n) => {
+                    if n < self.next_read {
+                        self.not_ready(Interest::READABLE);
+                    }
+                    if n == self.next_read {
+                        self.next_read = (self.next_read * 2).min(READ_MAX);
+                    } else if n < self.next_read / 4 {
+                        self.next_read = (self.next_read / 2).max(READ_MIN);
+                    }
+                    return Poll::Ready(Ok(Some(buf.freeze())));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(reset(e))),
+            }
+        }
+    }
+
+    fn accepted(&mut self, _n: usize) {
+        // The kernel's window follows what was read, and nothing is read ahead.
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
+        loop {
+            ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
+            match queue.with_slices(|slices| self.stream.try_write_vectored(slices)) {
+                Ok(n) => {
+                    queue.advance(n);
+                    if !queue.is_empty() {
+                        self.not_ready(Interest::WRITABLE);
+                    }
+                    return Poll::Ready(Ok(n));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(reset(e))),
+            }
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Broken> {
+        match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
+            // The peer closed both directions, and then the connection went away: nothing is lost.
+            Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
+            _ => Ok(()),
+        }
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        let error = self.error.get_or_insert_with(|| {
+            let stream = Rc::clone(&self.stream);
+            Box::pin(async move {
+                match stream.ready(Interest::ERROR).await {
+                    Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+                    Err(e) => e,
+                }
+            })
+        });
+        error.as_mut().poll(cx).map(reset)
+    }
+
+    fn close(&mut self) {
+        self.clean = true;
+    }
+
+    fn abort(&mut self) {
+        self.clean = false;
+    }
+}
+
+impl TcpLeg {
+    /// A short read or write has emptied or filled the socket: what comes next raises a new edge
+    /// (epoll(7), question 9), so the call that would only say EAGAIN is spared.
+    fn not_ready(&self, interest: Interest) {
+        let _cleared = self.stream.try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+    }
+}
+
+impl Drop for TcpLeg {
+    fn drop(&mut self) {
+        if !self.clean {
+            abort_on_close(&self.stream);
+        }
+    }
+}
+
+/// Makes close send RST and drop what is queued (socket(7), SO_LINGER with a timeout of zero).
+pub fn abort_on_close(stream: &TcpStream) {
+    // Fails only on a socket that is gone already.
+    let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}

@@ -1,0 +1,14 @@
+//! What carries bytes between us and a peer.
+//!
+//! Enters: addresses, certificates and keys. Leaves: connections whose far end has proved who it is.
+//! Invariant: there is no way to a peer's bytes around the checks that the configuration asks for. It
+//! never decides what a peer may reach; that is the policy's.
+
+pub mod identity;
+pub mod store;
+pub mod tcp;
+pub mod tls;
+pub mod verify;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,73 @@
+//! TCP sockets of ours.
+//!
+//! Enters: addresses. Leaves: connected or listening sockets with the options that every socket of the
+//! daemon has. Invariant: each carries the daemon's mark where the daemon may set it, so that it is never
+//! captured. It never resolves names.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+/// A peer that is silent this long is asked whether it is there. A closed application whose socket the
+/// kernel has forgotten (FIN-WAIT-2 ends after tcp_fin_timeout, 60 s) is found this way.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(75);
+/// Between two questions.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Unanswered questions before the connection is given up.
+const KEEPALIVE_RETRIES: u32 = 4;
+/// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// `SO_MARK` for the sockets of this process; `None` where nothing is captured here, or where the
+/// process may not set it.
+pub type Mark = Option<u32>;
+
+/// Connects. The caller bounds the time.
+pub async fn connect(addr: SocketAddr, mark: Mark) -> io::Result<TcpStream> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if let Some(mark) = mark {
+        SockRef::from(&socket).set_mark(mark)?;
+    }
+    let stream = socket.connect(addr).await?;
+    tune(&stream)?;
+    Ok(stream)
+}
+
+/// The options of every connected socket: no delay for small writes, and dead peers are found.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_IDLE)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_RETRIES),
+    )
+}
+
+/// Listening sockets that share one address, one for each worker. Port 0 is the same port for all.
+/// Fails where another process listens already, although the address could be shared with it too.
+pub fn listen(mut addr: SocketAddr, workers: usize, mark: Mark) -> io::Result<Vec<Socket>> {
+    if addr.port() != 0 {
+        let alone = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+        alone.set_reuse_address(true)?;
+        alone.bind(&addr.into())?;
+    }
+    (0..workers)
+        .map(|_| {
+            let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_nonblocking(true)?;
+            socket.set_reuse_address(true)?;
+            socket.set_reuse_port(true)?;
+            if let Some(mark) = mark {
+                socket.set_mark(mark)?;
+            }
+            socket.bind(&addr.into())?;
+            socket.listen(BACKLOG)?;
+            let bound = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+            addr.set_port(bound.port());
+            Ok(socket)
+        })
+        .collect()
+}
