@@ -1,2 +1,65 @@
-//! x
-fn main() {}
+//! `cargo xtask`: everything around the code that is not the code.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a build tool: its children's environment is its interface, and it waits"
+)]
+
+mod bpf_build;
+mod build;
+mod ci;
+mod demo;
+mod leftovers;
+mod run;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use run::{Checkout, Interrupted};
+
+/// Sets up, builds, demonstrates and tests `tunnel`.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Installs what building from source, testing and linting need; safe to repeat.
+    Setup(setup::Args),
+    /// Builds the kernel programs and rewrites the committed object.
+    BuildEbpf(build::Args),
+    /// Shows an unmodified curl reach a server it has no route to.
+    Demo(demo::Args),
+    /// Runs every test: unit, end-to-end, documentation.
+    Test(test::Args),
+    /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = Checkout::find().and_then(|checkout| match cli.task {
+        Task::Setup(args) => setup::run(&checkout, &args),
+        Task::BuildEbpf(args) => build::run(&checkout, &args),
+        Task::Demo(args) => demo::run(&checkout, &args),
+        Task::Test(args) => test::run(&checkout, &args),
+        Task::Ci => ci::run(&checkout),
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("interrupted");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            run::show_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

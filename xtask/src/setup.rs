@@ -1,0 +1,282 @@
+//! `cargo xtask setup`: what building from source, testing, demonstrating and linting need.
+//!
+//! Invariant: installs only what is missing; a second run changes nothing and takes no time.
+//! Never: it starts no service, and leaves none enabled; on a system it does not know, or without root, it
+//! changes nothing and prints what to install.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    bpf_build::{self, LLVM, Toolchain},
+    run::{self, Checkout, bold, dim, green, in_path_or_sbin, quiet, took},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only what this is for; may be given several times. Default: everything.
+    #[arg(long, value_enum)]
+    only: Vec<Group>,
+}
+
+/// What something is needed for.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Group {
+    /// Building the kernel programs from source.
+    Build,
+    /// `cargo xtask test`.
+    Test,
+    /// `cargo xtask demo`, with the committed kernel programs.
+    Demo,
+    /// What `cargo xtask ci` does before it tests.
+    Lint,
+}
+
+use Group::{Build, Demo, Lint, Test};
+
+const ALL: [Group; 4] = [Build, Test, Demo, Lint];
+
+/// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
+struct Package {
+    name: &'static str,
+    provides: &'static [&'static str],
+    groups: &'static [Group],
+}
+
+const fn package(name: &'static str, provides: &'static [&'static str], groups: &'static [Group]) -> Package {
+    Package { name, provides, groups }
+}
+
+const PACKAGES: &[Package] = &[
+    // A C compiler: aws-lc. It needs no cmake on the architectures that it ships assembly for.
+    package("build-essential", &["cc", "make"], &ALL),
+    package("bpftool", &["bpftool"], &[Test]),
+    package("curl", &["curl"], &[Test, Demo]),
+    package("iperf3", &["iperf3"], &[Test]),
+    package("iproute2", &["ip"], &[Test, Demo]),
+    package("iptables", &["iptables"], &[Test]),
+    package("openssl", &["openssl"], &[Test]),
+    package("postgresql", &[], &[Test]),
+    package("procps", &["ps"], &[Test]),
+    package("python3", &["python3"], &[Test, Demo]),
+    package("redis-server", &["redis-server"], &[Test]),
+    package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
+    package("redsocks", &["redsocks"], &[Test]),
+    package("util-linux", &["nsenter", "setpriv", "unshare"], &[Test, Demo]),
+    package("rust-web-clippy", &[], &[Lint]),
+];
+
+/// What a complete BPF toolchain consists of on Debian.
+const BPF_PACKAGES: [&str; 7] = [
+    "rustc-web",
+    "libstd-rust-web-dev-bpf",
+    // `LLVM` says which; its llvm-objcopy comes along.
+    "llvm-22-dev",
+    "libpolly-22-dev",
+    "zlib1g-dev",
+    "libzstd-dev",
+    "build-essential",
+];
+
+/// Services among the packages: wanted for their programs, not as services of this machine.
+const SERVICES: [&str; 4] = ["iperf3", "postgresql", "redis-server", "redsocks"];
+
+/// A program from crates.io, built into the project's tools folder.
+struct Tool {
+    name: &'static str,
+    /// What is installed when it is missing; any version that is there already will do.
+    version: &'static str,
+    features: &'static [&'static str],
+    group: Group,
+}
+
+const TOOLS: [Tool; 3] = [
+    Tool {
+        name: "bpf-linker",
+        version: "0.13.0",
+        features: &["--no-default-features", "--features", "llvm-22"],
+        group: Build,
+    },
+    Tool {
+        name: "cargo-nextest",
+        version: "0.9.143",
+        features: &["--no-default-features", "--features", "default-no-update"],
+        group: Test,
+    },
+    Tool { name: "cargo-deny", version: "0.20.2", features: &[], group: Lint },
+];
+
+pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
+    let started = Instant::now();
+    let groups = if args.only.is_empty() { &ALL[..] } else { &args.only };
+    if ensure(checkout, groups)? {
+        println!("{} everything is installed {}", green("ok "), dim(&took(started)));
+    } else {
+        println!("{} everything is there already", green("ok "));
+    }
+    Ok(())
+}
+
+/// Makes sure that what `groups` need is there; true when something had to be installed.
+pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
+    let tools: Vec<_> =
+        TOOLS.iter().filter(|tool| groups.contains(&tool.group) && !there(checkout, tool)).collect();
+    let packages = missing_packages(checkout, groups)?;
+    if packages.is_empty() && tools.is_empty() {
+        return Ok(false);
+    }
+    run::catch_interrupts()?;
+    if !packages.is_empty() {
+        apt_install(checkout, &packages)?;
+    }
+    for tool in tools {
+        cargo_install(checkout, tool)?;
+    }
+    Ok(true)
+}
+
+/// The folder of the project's own tools that belongs on `PATH`.
+pub(crate) fn tools_bin(checkout: &Checkout) -> PathBuf {
+    bpf_build::tools_dir(&checkout.root).join("bin")
+}
+
+fn there(checkout: &Checkout, tool: &Tool) -> bool {
+    tools_bin(checkout).join(tool.name).is_file() || in_path_or_sbin(tool.name).is_some()
+}
+
+fn missing_packages(checkout: &Checkout, groups: &[Group]) -> Result<Vec<&'static str>> {
+    let mut wanted: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|package| package.groups.iter().any(|group| groups.contains(group)))
+        .filter(|package| {
+            package.provides.is_empty() || package.provides.iter().any(|name| in_path_or_sbin(name).is_none())
+        })
+        .map(|package| package.name)
+        .collect();
+    // Whoever has another complete toolchain (nightly with rust-src) needs none of Debian's.
+    if groups.contains(&Build) && Toolchain::find(&checkout.root).is_err() {
+        wanted.extend(BPF_PACKAGES);
+    }
+    wanted.sort_unstable();
+    wanted.dedup();
+    if wanted.is_empty() || in_path_or_sbin("dpkg-query").is_none() {
+        return Ok(wanted);
+    }
+    // Exits 1 when it does not know one of the names, which is an answer as well.
+    let known = Command::new("dpkg-query")
+        .args(["--show", "--showformat", "${Package} ${db:Status-Status}\n"])
+        .args(&wanted)
+        .output()
+        .context("dpkg-query does not start")?;
+    let known = String::from_utf8_lossy(&known.stdout).into_owned();
+    let installed = |name: &str| known.lines().any(|line| line == format!("{name} installed"));
+    wanted.retain(|name| !installed(name));
+    Ok(wanted)
+}
+
+fn apt_install(checkout: &Checkout, packages: &[&str]) -> Result<()> {
+    let list = packages.join(" ");
+    if !is_debian() {
+        bail!(
+            "this system is neither Debian nor Ubuntu, so nothing was installed. Missing, by their names in Debian:\n  \
+             {list}\n\
+             In place of rustc-web and libstd-rust-web-dev-bpf, a nightly Rust will do: \
+             rustup toolchain install nightly --component rust-src"
+        );
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "packages are missing, and installing them needs root. Run this, then the same command again:\n  \
+             sudo apt-get update && sudo apt-get install --no-install-recommends {list}"
+        );
+    }
+    let apt = |args: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=300"]).args(args);
+        command
+    };
+    println!("{} {list}", bold("missing packages:"));
+    quiet("apt-get update", &log(checkout, "apt-update"), &mut apt(&["update"]))?;
+    let _quiet_services = NoServices::new()?;
+    let mut install = apt(&["install", "--yes", "--no-install-recommends"]);
+    quiet("apt-get install", &log(checkout, "apt-install"), install.args(packages)).with_context(|| {
+        format!(
+            "On a release whose archive has no rustc-web with LLVM {LLVM}, a nightly Rust will do: \
+             rustup toolchain install nightly --component rust-src"
+        )
+    })?;
+    if Path::new("/run/systemd/system").is_dir() {
+        for service in SERVICES.iter().filter(|service| packages.contains(service)) {
+            run::sh(&format!("systemctl --quiet disable {service}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn cargo_install(checkout: &Checkout, tool: &Tool) -> Result<()> {
+    let mut command = checkout.cargo(["install", "--locked", "--root"]);
+    command
+        .arg(bpf_build::tools_dir(&checkout.root))
+        .args(["--version", tool.version, tool.name])
+        .args(tool.features)
+        // Kept between attempts, so that an interrupted installation goes on where it was.
+        .arg("--target-dir")
+        .arg(checkout.target.join("tools"))
+        .env("LLVM_PREFIX", bpf_build::llvm_prefix())
+        // These run for seconds; what counts is how soon they are there.
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
+        .env("CARGO_PROFILE_RELEASE_LTO", "off")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "true");
+    let what = format!("cargo install {} {}", tool.name, tool.version);
+    quiet(&what, &log(checkout, tool.name), &mut command)?;
+    // Hundreds of megabytes that nothing needs any more.
+    fs::remove_dir_all(checkout.target.join("tools")).context("removing the tools' build folder")
+}
+
+fn log(checkout: &Checkout, name: &str) -> PathBuf {
+    checkout.target.join("xtask").join(format!("{name}.log"))
+}
+
+fn is_debian() -> bool {
+    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    text.lines()
+        .filter_map(|line| line.strip_prefix("ID=").or_else(|| line.strip_prefix("ID_LIKE=")))
+        .flat_map(|value| value.trim_matches('"').split(' '))
+        .any(|id| id == "debian" || id == "ubuntu")
+        && in_path_or_sbin("apt-get").is_some()
+}
+
+/// While it lives, packages do not start their services (Debian's policy-rc.d); a policy that was there before
+/// stays as it was.
+struct NoServices(Option<PathBuf>);
+
+impl NoServices {
+    fn new() -> Result<Self> {
+        let policy = PathBuf::from("/usr/sbin/policy-rc.d");
+        if policy.exists() {
+            return Ok(Self(None));
+        }
+        fs::write(&policy, "#!/bin/sh\n# Made by `cargo xtask setup`, which removes it.\nexit 101\n")?;
+        fs::set_permissions(&policy, fs::Permissions::from_mode(0o755))?;
+        Ok(Self(Some(policy)))
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if let Some(policy) = &self.0
+            && let Err(error) = fs::remove_file(policy)
+        {
+            eprintln!("remove {} by hand: {error}", policy.display());
+        }
+    }
+}

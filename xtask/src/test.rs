@@ -1,0 +1,98 @@
+//! `cargo xtask test`: every test, and the machine as it was before.
+
+use std::{env, process::Command};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    leftovers::{MARK, Snapshot},
+    run::{self, Checkout, blue, foreground, green},
+    setup::{self, Group},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only the tests that need no network namespaces.
+    #[arg(long, conflicts_with = "e2e")]
+    unit: bool,
+
+    /// Only the end-to-end tests.
+    #[arg(long)]
+    e2e: bool,
+
+    /// Passed to `cargo nextest run`: filters, --no-capture, ...
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    nextest: Vec<String>,
+}
+
+impl Args {
+    /// Every test.
+    pub(crate) fn all() -> Self {
+        Self { unit: false, e2e: false, nextest: Vec::new() }
+    }
+}
+
+pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
+    run::require_root("loading kernel programs and making network namespaces, which the tests do,")?;
+    setup::ensure(checkout, &[Group::Build, Group::Test])?;
+    run::catch_interrupts()?;
+    let before = Snapshot::take(checkout);
+
+    let tested = tests(checkout, args);
+    // After failed tests above all: they are the ones that leave something.
+    let clean = before.compare(checkout);
+    if let (Err(_), Err(left)) = (&tested, &clean) {
+        run::show_error(left);
+    }
+    tested?;
+    clean?;
+    println!("{} nothing was left behind", green("ok "));
+    Ok(())
+}
+
+fn tests(checkout: &Checkout, args: &Args) -> Result<()> {
+    // One selection of packages for everything, so that features are unified, and dependencies built, once.
+    const WORKSPACE: [&str; 3] = ["--workspace", "--exclude", "tunnel-ebpf"];
+    let mut build = checkout.cargo(["build", "--locked", "--bins"]);
+    foreground("building the programs", from_source(build.args(WORKSPACE)))?;
+
+    let mut nextest = checkout.cargo(["nextest", "run", "--locked"]);
+    match (args.unit, args.e2e) {
+        (true, _) => nextest.args(WORKSPACE).args(["--exclude", "tunnel-tests"]),
+        (_, true) => nextest.args(["--package", "tunnel-tests"]),
+        _ => nextest.args(WORKSPACE),
+    };
+    nextest
+        .args(&args.nextest)
+        .env("PATH", path_with_tools(checkout)?)
+        .env("TUNNEL_BIN", checkout.target.join("debug/tunnel"))
+        .env(MARK, std::process::id().to_string());
+    let ran = foreground("nextest", from_source(&mut nextest));
+
+    if args.e2e || !args.nextest.is_empty() {
+        return ran;
+    }
+    eprintln!("{} documentation tests", blue("==>"));
+    let mut doc = checkout.cargo([
+        "test",
+        "--locked",
+        "--doc",
+        "--package",
+        "tunnel-common",
+        "--package",
+        "tunnel-user",
+    ]);
+    let documented = foreground("documentation tests", from_source(doc.arg("--quiet")));
+    ran.and(documented)
+}
+
+/// Tests are of the sources, never of the committed object.
+fn from_source(command: &mut Command) -> &mut Command {
+    command.env("TUNNEL_BPF", "source")
+}
+
+/// `PATH` with the project's own tools first.
+pub(crate) fn path_with_tools(checkout: &Checkout) -> Result<std::ffi::OsString> {
+    let path = env::var_os("PATH").context("PATH is not set")?;
+    Ok(env::join_paths([setup::tools_bin(checkout)].into_iter().chain(env::split_paths(&path)))?)
+}
