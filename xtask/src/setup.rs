@@ -168,8 +168,10 @@ fn by_hand(packages: &[&str], tools: &[&Tool]) -> String {
     }
     for Tool { name, version, features, .. } in tools {
         let features = features.join(" ");
+        let prefix =
+            if *name == "bpf-linker" { format!("LLVM_PREFIX=/usr/lib/llvm-{LLVM} ") } else { String::new() };
         text.push_str(&format!(
-            "  cargo install --locked --root .tools --version {version} {name} {features}\n"
+            "  {prefix}cargo install --locked --root .tools --version {version} {name} {features}\n"
         ));
     }
     text.push_str("Then run the same command again.");
