@@ -1,0 +1,1 @@
+//! `tunnel exec`: one command, captured.
