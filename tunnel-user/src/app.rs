@@ -30,6 +30,7 @@ use crate::{
     limits,
     listener::h2 as h2_listener,
     policy::Policies,
+    privileges,
     route::Router,
     signal,
     stats::Counters,
@@ -73,6 +74,9 @@ struct ActiveCapture {
 
 /// Binds, loads, starts the workers, and attaches. `fresh` is the group that [`CgroupRef::Fresh`] means.
 pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Result<Running, Failure> {
+    if !config.captures.is_empty() {
+        privileges::require_for_capture()?;
+    }
     let nofile = limits::raise_nofile();
     let workers = config.daemon.workers.map_or_else(cores, Into::into);
     let capturing = !config.captures.is_empty();
@@ -324,7 +328,7 @@ fn load(wanted: &config::Capture, config: &Config, fresh: Option<&Fresh>) -> Res
         list.iter()
             .map(|p| Pattern {
                 net: p.net(),
-                ports: p.ports().ranges().map(|r| (*r.start(), *r.end())).collect(),
+                ports: p.ports().ranges().to_vec(),
             })
             .collect()
     };

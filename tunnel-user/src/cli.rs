@@ -94,6 +94,11 @@ pub enum Command {
     /// Listeners are bound and programs loaded before anything is captured. On SIGTERM new connections are
     /// refused, and those that are up may go on for daemon.drain_timeout.
     Run(RunArgs),
+    /// End the captures of a configuration, whether or not a daemon runs.
+    ///
+    /// A daemon that stops leaves its captures in place where on_failure is "closed": the connections that
+    /// they cover are refused until a daemon is back, or until this.
+    Detach(RunArgs),
     /// Run a gateway without a configuration file.
     ///
     /// Takes CONNECT requests (HTTP/2 over TLS 1.3) from clients with a certificate of the CA, and dials what

@@ -20,7 +20,7 @@ use socket2::Socket;
 use tokio::{
     net::TcpListener,
     runtime,
-    sync::mpsc,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::LocalSet,
     time::{sleep, timeout},
 };
@@ -52,6 +52,8 @@ use crate::{
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 /// Tunnel connections of one listener and worker whose handshake is not done; more wait in the backlog.
 const HANDSHAKES_MAX: usize = 256;
+/// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
+const TUNNELS_MAX: usize = 4096;
 /// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -229,18 +231,18 @@ async fn accept_tunnels(
     dial_timeout: Duration,
     flows: Rc<Tasks>,
 ) {
-    let handshakes = Rc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
     loop {
-        // Never closed.
-        let Ok(place) = Rc::clone(&handshakes).acquire_owned().await else { return };
+        // Neither is ever closed.
+        let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
+        let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await else { return };
         match socket.accept().await {
             Ok((stream, peer)) => {
                 let (worker, settings) = (Rc::clone(&worker), Arc::clone(&settings));
                 flows.spawn(async move {
-                    worker.counters.tunnels_accepted.add(1);
-                    let serve = worker.serve(&settings, stream, peer, dial_timeout);
-                    serve.await;
-                    drop(place);
+                    worker.serve(&settings, stream, peer, dial_timeout, handshake).await;
+                    drop(tunnel);
                 });
             }
             Err(e) => back_off(&e).await,
@@ -385,16 +387,20 @@ impl Worker {
         stream: tokio::net::TcpStream,
         peer: SocketAddr,
         dial_timeout: Duration,
+        handshake: OwnedSemaphorePermit,
     ) {
-        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
-        let served = h2_listener::serve(settings, stream, peer, self.watch.clone(), handle).await;
-        if let Err(e) = served {
-            if e.is_handshake() {
+        let tunnel = match h2_listener::handshake(settings, stream, peer).await {
+            Ok(tunnel) => tunnel,
+            Err(e) => {
                 self.counters.handshakes_failed.add(1);
-                tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
-            } else {
-                tracing::debug!(peer = %PeerAddr(peer), "tunnel ended: {e}");
+                return tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
             }
+        };
+        drop(handshake);
+        self.counters.tunnels_accepted.add(1);
+        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
+        if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
+            tracing::debug!(peer = %PeerAddr(peer), "tunnel ended: {e}");
         }
     }
 }
