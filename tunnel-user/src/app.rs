@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc;
@@ -46,6 +46,8 @@ use crate::{
 const MORE_MAX: usize = 64;
 /// How often captured groups are searched for network namespaces that appeared.
 const NAMESPACE_SCAN: Duration = Duration::from_secs(1);
+/// How often flows that nobody accepted are looked for.
+const SWEEP: Duration = Duration::from_secs(60);
 /// Between two PINGs to a tunnel peer, and how long its answer may take.
 const LISTENER_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
 
@@ -186,6 +188,7 @@ impl Running {
             }
         }
         let mut tick = tokio::time::interval(NAMESPACE_SCAN);
+        let mut swept = Instant::now();
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut events: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
         loop {
@@ -199,6 +202,13 @@ impl Running {
             }
             for active in &mut self.captures {
                 active.scan(&self.more, self.mark);
+            }
+            if swept.elapsed() >= SWEEP {
+                swept = Instant::now();
+                for active in &mut self.captures {
+                    let forgotten = active.capture.sweep();
+                    tracing::debug!(cgroup = active.name, forgotten, "swept flows that nobody accepted");
+                }
             }
         }
     }

@@ -74,8 +74,9 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
     let runtime = app::control_runtime()?;
     let (status, report) = runtime.block_on(async {
         let signals = SignalFd::with_flags(&forwarded, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-            .and_then(|s| AsyncFd::register(s).map_err(|_| nix::errno::Errno::EINVAL))
             .map_err(|e| os("signals", e.into()))?;
+        // SAFETY: the descriptor is the signalfd's own, and stays open and the same as long as it lives.
+        let signals = unsafe { AsyncFd::register(signals) }.map_err(|e| os("signals", e.into()))?;
         let mut running = app::start(config, Some(&group), records)?;
         let status = match spawn(&options.command, &group, before) {
             Ok(mut child) => tokio::select! {
