@@ -6,22 +6,26 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
+    fs,
+    future::poll_fn,
+    io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    task::Poll,
     thread,
     time::{Duration, Instant},
 };
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 use crate::{
     capture::{
         accept::{self, Sockets},
         bpf::{self, BpfError, Capture, Lifetime, Spec},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
+        ring::Wake,
         rules::{self, Pattern},
     },
     config::{self, AddrPattern, CgroupRef, Config, OnFailure},
@@ -181,24 +185,31 @@ impl Running {
 
     /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
     pub async fn watch_captures(&mut self) {
-        let mut rings = Vec::new();
-        for active in &mut self.captures {
-            if let Some(log) = active.capture.take_log() {
-                rings.push(log);
-            }
-        }
-        let mut tick = tokio::time::interval(NAMESPACE_SCAN);
-        let mut swept = Instant::now();
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut logs: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_log()).collect();
         let mut events: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
+        let wakes = logs.iter().map(Wake::new).chain(events.iter().map(Wake::new)).filter_map(|w| {
+            // Without it the ticks below still look.
+            w.map_err(|e| tracing::warn!("a ring of the kernel programs cannot be watched: {e}")).ok()
+        });
+        let wakes: Vec<_> = wakes.collect();
+        let mut swept = Instant::now();
+        let mut tick = tokio::time::interval(NAMESPACE_SCAN);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // The ring has no more to say than that it is time to look; it is looked at often enough.
+            let written = poll_fn(|cx| {
+                let ready = wakes.iter().filter(|w| w.poll(cx).is_ready()).count();
+                if ready > 0 { Poll::Ready(()) } else { Poll::Pending }
+            });
             tokio::select! {
                 _ = tick.tick() => {}
-                () = missing_listener(&mut events) => {}
+                () = written => {}
             }
-            for log in &mut rings {
+            for log in &mut logs {
                 log.flush();
+            }
+            for ring in &mut events {
+                // It has no more to say than that it is time to look.
+                while ring.next().is_some() {}
             }
             for active in &mut self.captures {
                 active.scan(&self.more, self.mark);
@@ -318,6 +329,7 @@ fn upstream(u: &config::Upstream, mark: tcp::Mark) -> tunnel::Settings {
     tunnel::Settings {
         name: u.name.clone(),
         endpoints: u.endpoints.clone(),
+        balance: u.balance,
         check: u.check(),
         headers: u.headers.clone(),
         response_timeout: u.response_timeout,
@@ -499,24 +511,6 @@ fn own_netns_cookie() -> Result<u64, Failure> {
     socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
         .and_then(|s| crate::capture::sys::netns_cookie(s.as_fd()))
         .map_err(|e| Failure::Kernel(Cause::new(format!("SO_NETNS_COOKIE: {e}"), "It takes Linux 5.14 or newer.")))
-}
-
-/// Ready when a program has reported a namespace without a listener.
-async fn missing_listener(events: &mut [aya::maps::RingBuf<aya::maps::MapData>]) {
-    /// How often the rings are looked at.
-    const LOOK: Duration = Duration::from_millis(20);
-    loop {
-        let mut some = false;
-        for ring in events.iter_mut() {
-            while ring.next().is_some() {
-                some = true;
-            }
-        }
-        if some {
-            return;
-        }
-        tokio::time::sleep(LOOK).await;
-    }
 }
 
 fn other(what: &str) -> Failure {
