@@ -559,17 +559,19 @@ fn capture_listener(e: &io::Error) -> Failure {
 
 /// What the kernel refused is a privilege of ours or a feature of its own.
 pub fn bpf_failure(e: BpfError) -> Failure {
+    // With what the verifier said.
+    tracing::debug!("{e}");
     if e.is_privilege() {
         return Failure::Privilege(Cause::new(
-            e,
+            e.summary(),
             "Loading and attaching BPF programs takes CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root.",
         ));
     }
     match e {
         BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
-            format!("{e:#}"),
+            e.summary(),
             "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",
         )),
-        _ => Failure::Other(Cause::new(e, "")),
+        _ => Failure::Other(Cause::new(e.summary(), "")),
     }
 }
