@@ -35,7 +35,7 @@ const TESTED: (u32, u32) = (6, 1);
 const SINCE: [((u32, u32), &str); 4] = [
     ((5, 18), "bpf_set_retval (a refused connect says ECONNREFUSED)"),
     ((5, 15), "bpf_get_netns_cookie in sockops and getsockopt programs"),
-    ((5, 14), "SO_NETNS_COOKIE"),
+    ((5, 14), "SO_NETNS_COOKIE, lookup-and-delete in hash maps"),
     ((5, 8), "getpeername programs, BPF ring buffers"),
 ];
 
