@@ -277,8 +277,19 @@ pub fn run(config: Config) -> Result<(), Failure> {
             () = running.watch_captures() => return Ok(()),
         };
         tracing::info!("{why}: draining");
-        running.stop();
-        Ok(())
+        let trigger = running.trigger.clone();
+        let again = signal::terminate();
+        let stopped = tokio::task::spawn_blocking(move || running.stop());
+        tokio::pin!(again, stopped);
+        let ended = tokio::select! {
+            ended = &mut stopped => ended,
+            _ = &mut again => {
+                tracing::info!("a second signal: no longer draining");
+                trigger.enter(Phase::Stop);
+                stopped.await
+            }
+        };
+        ended.map(drop).map_err(|e| other(&format!("stopping failed: {e}")))
     })
 }
 

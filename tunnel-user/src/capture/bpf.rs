@@ -360,7 +360,12 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
     for path in paths {
         fs::remove_file(&path).map_err(pin_error(&path))?;
     }
-    fs::remove_dir(dir).map_err(pin_error(dir))
+    fs::remove_dir(dir).map_err(pin_error(dir))?;
+    if let Some(ours) = dir.parent() {
+        // Fails while another capture has its folder there.
+        let _in_use = fs::remove_dir(ours);
+    }
+    Ok(())
 }
 
 fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
