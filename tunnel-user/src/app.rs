@@ -288,8 +288,19 @@ pub fn run(config: Config) -> Result<(), Failure> {
             () = running.watch_captures() => return Ok(()),
         };
         tracing::info!("{why}: draining");
-        running.stop();
-        Ok(())
+        let trigger = running.trigger.clone();
+        let again = signal::terminate();
+        let stopped = tokio::task::spawn_blocking(move || running.stop());
+        tokio::pin!(again, stopped);
+        let ended = tokio::select! {
+            ended = &mut stopped => ended,
+            _ = &mut again => {
+                tracing::info!("a second signal: no longer draining");
+                trigger.enter(Phase::Stop);
+                stopped.await
+            }
+        };
+        ended.map(drop).map_err(|e| other(&format!("stopping failed: {e}")))
     })
 }
 
@@ -553,17 +564,19 @@ fn capture_listener(e: &io::Error) -> Failure {
 
 /// What the kernel refused is a privilege of ours or a feature of its own.
 pub fn bpf_failure(e: BpfError) -> Failure {
+    // With what the verifier said.
+    tracing::debug!("{e}");
     if e.is_privilege() {
         return Failure::Privilege(Cause::new(
-            e,
+            e.summary(),
             "Loading and attaching BPF programs takes CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root.",
         ));
     }
     match e {
         BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
-            format!("{e:#}"),
+            e.summary(),
             "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",
         )),
-        _ => Failure::Other(Cause::new(e, "")),
+        _ => Failure::Other(Cause::new(e.summary(), "")),
     }
 }

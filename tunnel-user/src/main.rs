@@ -4,7 +4,7 @@
 //! code says of which kind it was. It never holds logic of its own.
 
 use std::{
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
 };
 
@@ -13,7 +13,7 @@ use tunnel::{
     app,
     cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand},
     config::{Config, schema},
-    exec,
+    doctor, exec,
     exit::{Cause, EXIT_CONFIG, Failure},
     pki, telemetry,
     transport::tls::TlsIdentity,
@@ -50,7 +50,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Run(args) => app::run(Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
         Command::Gateway(args) => app::run(args.to_config()).map(|()| ExitCode::SUCCESS),
         Command::Detach(args) => app::detach(&Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
-        Command::Doctor(_) => Err(Failure::Other(Cause::new("not wired", ""))),
+        Command::Doctor(args) => diagnose(args.json),
         Command::Config(command) => config(command),
         Command::Pki(command) => issue(command),
         Command::Completions(CompletionsArgs { shell }) => {
@@ -60,6 +60,17 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Man(args) => man(args),
     }
+}
+
+fn diagnose(as_json: bool) -> Result<ExitCode, Failure> {
+    let findings = doctor::examine();
+    let text = if as_json {
+        doctor::json(&findings)
+    } else {
+        doctor::text(&findings, io::stdout().is_terminal())
+    };
+    print(text.as_bytes())?;
+    Ok(ExitCode::from(doctor::exit_code(&findings)))
 }
 
 fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
