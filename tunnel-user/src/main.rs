@@ -25,11 +25,7 @@ fn main() -> ExitCode {
         Err(e) => {
             // Nowhere is left to say that this could not be said.
             let _ = e.print();
-            return if e.use_stderr() {
-                ExitCode::from(EXIT_CONFIG)
-            } else {
-                ExitCode::SUCCESS
-            };
+            return if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS };
         }
     };
     telemetry::init(&cli.log_filter(), cli.log_format);
@@ -64,11 +60,8 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
 
 fn diagnose(as_json: bool) -> Result<ExitCode, Failure> {
     let findings = doctor::examine();
-    let text = if as_json {
-        doctor::json(&findings)
-    } else {
-        doctor::text(&findings, io::stdout().is_terminal())
-    };
+    let text =
+        if as_json { doctor::json(&findings) } else { doctor::text(&findings, io::stdout().is_terminal()) };
     print(text.as_bytes())?;
     Ok(ExitCode::from(doctor::exit_code(&findings)))
 }
@@ -102,9 +95,7 @@ fn man(args: ManArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command())
-        .render(&mut page)
-        .map_err(failed)?;
+    clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(failed)?;
     print(&page)
 }
 

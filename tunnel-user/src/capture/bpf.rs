@@ -17,9 +17,7 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
-    programs::{
-        Program, ProgramError,
-    },
+    programs::{Program, ProgramError},
 };
 use tunnel_common::{
     addr::Endpoint,
@@ -214,19 +212,35 @@ impl Capture {
         for (name, _) in PROGRAMS {
             load_program(&mut ebpf, name)?;
         }
-        fill(take(&mut ebpf, names::RULES_V4)?, names::RULES_V4, rules.v4.iter().map(|(net, rule)| {
-            (Key::new(u32::from(net.prefix_len()), net.network().to_bits().to_be()), *rule)
-        }))?;
-        fill(take(&mut ebpf, names::RULES_V6)?, names::RULES_V6, rules.v6.iter().map(|(net, rule)| {
-            (Key::new(u32::from(net.prefix_len()), Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be()), *rule)
-        }))?;
-        let listeners = HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
+        fill(
+            take(&mut ebpf, names::RULES_V4)?,
+            names::RULES_V4,
+            rules.v4.iter().map(|(net, rule)| {
+                (Key::new(u32::from(net.prefix_len()), net.network().to_bits().to_be()), *rule)
+            }),
+        )?;
+        fill(
+            take(&mut ebpf, names::RULES_V6)?,
+            names::RULES_V6,
+            rules.v6.iter().map(|(net, rule)| {
+                (
+                    Key::new(
+                        u32::from(net.prefix_len()),
+                        Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be(),
+                    ),
+                    *rule,
+                )
+            }),
+        )?;
+        let listeners =
+            HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
         let flows = take(&mut ebpf, names::FLOWS)?;
         let Map::HashMap(data) = &flows else { return Err(BpfError::Missing(names::FLOWS)) };
         let flows_fd = data.fd().as_fd().try_clone_to_owned();
         let flows_fd = flows_fd.map_err(|e| map(names::FLOWS)(MapError::IoError(e)))?;
         let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
-        let counters = PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
+        let counters =
+            PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
         let mut capture = Self {
             ebpf,
             lifetime: spec.lifetime.clone(),
@@ -262,7 +276,8 @@ impl Capture {
             Lifetime::Cgroup => {
                 for (name, at) in PROGRAMS {
                     let fd = program_fd(&self.ebpf, name)?;
-                    sys::prog_attach(fd.as_fd(), cgroup, at).map_err(|source| BpfError::Attach { name, source })?;
+                    sys::prog_attach(fd.as_fd(), cgroup, at)
+                        .map_err(|source| BpfError::Attach { name, source })?;
                 }
                 Ok(())
             }
@@ -415,7 +430,6 @@ fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a aya::program
     };
     fd.map_err(|e| BpfError::Program { name, source: Box::new(e) })
 }
-
 
 #[cfg(test)]
 mod tests {

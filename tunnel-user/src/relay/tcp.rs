@@ -36,12 +36,7 @@ pub struct TcpLeg {
 impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
-        Self {
-            stream: Rc::new(stream),
-            next_read: READ_MIN,
-            clean: false,
-            error: None,
-        }
+        Self { stream: Rc::new(stream), next_read: READ_MIN, clean: false, error: None }
     }
 
     /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
@@ -122,7 +117,11 @@ impl Leg for TcpLeg {
             let stream = Rc::clone(&self.stream);
             Box::pin(async move {
                 match stream.ready(Interest::ERROR).await {
-                    Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+                    Ok(_) => stream
+                        .take_error()
+                        .ok()
+                        .flatten()
+                        .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
                     Err(e) => e,
                 }
             })
