@@ -294,7 +294,6 @@ impl Worker {
         allowed: impl Fn(SocketAddr) -> Result<(), String>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        #[expect(clippy::cast_possible_truncation, reason = "the upper half of 64 random bits")]
         let random = (self.trace.random() >> 32) as u32;
         match self.shared.router.decide(source, target, random) {
             Decision::Upstream(i) => {
