@@ -34,14 +34,14 @@ impl FlowKey {
 pub struct Origin {
     cookie: u64,
     dst: Endpoint,
-    _zero: [u8; 4],
+    closed: u32,
 }
 
 impl Origin {
     /// `cookie` is the socket's own (`SO_COOKIE`): never reused while the node is up.
     #[inline(always)]
     pub const fn new(cookie: u64, dst: Endpoint) -> Self {
-        Self { cookie, dst, _zero: [0; 4] }
+        Self { cookie, dst, closed: 0 }
     }
 
     /// The cookie of the application's socket.
@@ -54,5 +54,48 @@ impl Origin {
     #[inline(always)]
     pub const fn dst(&self) -> Endpoint {
         self.dst
+    }
+
+    /// The application's socket closed at `now`, in nanoseconds since boot. An application may connect,
+    /// write and close before anybody has accepted: its flow is still to be carried.
+    #[inline(always)]
+    pub const fn close(&mut self, now: u64) {
+        self.closed = Self::seconds(now);
+    }
+
+    /// Whether the socket closed so long before `now` (nanoseconds since boot) that nobody will accept
+    /// the connection any more.
+    pub const fn is_stale(&self, now: u64) -> bool {
+        self.closed != 0 && Self::seconds(now).saturating_sub(self.closed) > STALE_AFTER
+    }
+
+    /// Never 0, which says that the socket is open. Wraps after 136 years.
+    #[inline(always)]
+    const fn seconds(ns: u64) -> u32 {
+        (ns / 1_000_000_000) as u32 | 1
+    }
+}
+
+/// Seconds after which a closed connection that nobody has accepted is forgotten: longer than a SYN-ACK is
+/// retransmitted by default (tcp_synack_retries, 63 s).
+const STALE_AFTER: u32 = 90;
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+
+    #[test]
+    fn a_flow_is_stale_only_long_after_its_socket_closed() {
+        const SECOND: u64 = 1_000_000_000;
+        let dst = Endpoint::from(std::net::SocketAddr::from(([10, 0, 0, 1], 80)));
+        let mut origin = Origin::new(7, dst);
+        assert!(!origin.is_stale(u64::MAX));
+        origin.close(0);
+        assert!(!origin.is_stale(60 * SECOND));
+        assert!(origin.is_stale(100 * SECOND));
+        // A clock that seems to go backwards makes nothing stale.
+        origin.close(500 * SECOND);
+        assert!(!origin.is_stale(0));
     }
 }

@@ -1,8 +1,9 @@
 //! `sockops`: from the socket to the 4-tuple.
 //!
 //! Enters: TCP events of a captured cgroup. Leaves: a flow in the map from establishment (before the ACK
-//! that lets the listener accept it goes out, `tcp_rcv_synsent_state_process`) until the socket closes.
-//! Invariant: only sockets with an origin have a flow. It never touches other sockets.
+//! that lets the listener accept it goes out, `tcp_rcv_synsent_state_process`), and the note that its socket
+//! has closed. Invariant: only sockets with an origin have a flow. It never removes one: whoever accepts the
+//! connection may do so after the application has closed it.
 
 use core::ptr;
 
@@ -46,7 +47,7 @@ fn on_established(ctx: &SockOpsContext) {
         }
         return;
     }
-    // Without it the entry would stay until its 4-tuple is used again; the socket does have room for a flag.
+    // Without it an entry that nobody takes would stay until its 4-tuple is used again.
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     let _always = ctx.set_cb_flags(flags as i32);
 }
@@ -59,7 +60,7 @@ fn on_close(ctx: &SockOpsContext) {
         return;
     }
     if let Some(origin) = maps::origin(sk) {
-        maps::forget_flow(&key(ctx), origin.cookie());
+        maps::close_flow(&key(ctx), origin.cookie());
     }
 }
 

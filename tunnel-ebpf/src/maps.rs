@@ -110,11 +110,17 @@ pub(crate) fn flow(key: &FlowKey) -> Option<&'static Origin> {
     unsafe { FLOWS.get(key) }
 }
 
-/// Forgets a flow, if it is still the one of socket `cookie`.
+/// Notes that the socket of a flow has closed, if the flow is still that of socket `cookie`.
 #[inline(always)]
-pub(crate) fn forget_flow(key: &FlowKey, cookie: u64) {
-    if flow(key).is_some_and(|o| o.cookie() == cookie) {
-        let _gone = FLOWS.remove(key);
+pub(crate) fn close_flow(key: &FlowKey, cookie: u64) {
+    if let Some(origin) = FLOWS.get_ptr_mut(key) {
+        // SAFETY: the entry is there for the duration of the program; one aligned word is written, and
+        // only by the thread that closes this socket.
+        unsafe {
+            if (*origin).cookie() == cookie {
+                (*origin).close(bpf_ktime_get_ns());
+            }
+        }
     }
 }
 

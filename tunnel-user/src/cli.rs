@@ -94,6 +94,11 @@ pub enum Command {
     /// Listeners are bound and programs loaded before anything is captured. On SIGTERM new connections are
     /// refused, and those that are up may go on for daemon.drain_timeout.
     Run(RunArgs),
+    /// End the captures of a configuration, whether or not a daemon runs.
+    ///
+    /// A daemon that stops leaves its captures in place where on_failure is "closed": the connections that
+    /// they cover are refused until a daemon is back, or until this.
+    Detach(RunArgs),
     /// Run a gateway without a configuration file.
     ///
     /// Takes CONNECT requests (HTTP/2 over TLS 1.3) from clients with a certificate of the CA, and dials what
@@ -149,13 +154,13 @@ pub struct ExecArgs {
     /// The server name to ask the gateway for. Default: the host of --gateway.
     #[arg(long, value_name = "NAME", value_parser = parse_server_name, requires = "gateway")]
     pub sni: Option<ServerName<'static>>,
-    /// Capture only these, CIDR[:PORTS]: 10.0.0.0/8, 10.0.0.0/8:80,8000-8999, [fd00::/8]:443.
+    /// Capture only these, a network and optional ports: 10.0.0.0/8, 10.0.0.0/8:80,8000-8999, fd00::/8:443.
     ///
     /// Default: everything but loopback, link-local and multicast. The longest prefix over --capture and
     /// --exclude decides, so 127.0.0.1/32:8080 is captured although loopback is not.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub capture: Vec<AddrPattern>,
-    /// Leave these alone, CIDR[:PORTS]. At the same prefix, --exclude wins over --capture.
+    /// Leave these alone, a network and optional ports. At the same prefix, --exclude wins over --capture.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub exclude: Vec<AddrPattern>,
     /// Add a header to every CONNECT request, such as baggage=k8s.cluster.name=a.
@@ -237,7 +242,7 @@ pub struct GatewayArgs {
     /// A name that a client's certificate must carry; one of several is enough. Default: any name.
     #[arg(long, value_name = "SAN")]
     pub verify: Vec<SanPattern>,
-    /// What clients may reach: CIDR[:PORTS] or NAME[:PORTS], NAME may be *.suffix; may be repeated.
+    /// What clients may reach: a network or a name (or *.suffix), and optional ports; may be repeated.
     #[arg(long, value_name = "TARGET")]
     pub allow: Vec<TargetPattern>,
     /// How long a dial may take, such as 10s or 500ms.

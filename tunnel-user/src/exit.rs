@@ -89,8 +89,14 @@ impl std::error::Error for Failure {}
 
 impl From<ConfigErrors> for Failure {
     fn from(e: ConfigErrors) -> Self {
+        // Each mistake on a line of its own, from its start: editors jump by that.
+        let what = match e.mistakes().len() {
+            0 => e.to_string(),
+            1 => format!("1 mistake in the configuration:\n{e}"),
+            n => format!("{n} mistakes in the configuration:\n{e}"),
+        };
         Self::Config(Cause::new(
-            e,
+            what,
             "\"tunnel config schema\" lists every key with its meaning and default.",
         ))
     }

@@ -16,6 +16,7 @@ pub mod limits;
 pub mod listener;
 pub mod pki;
 pub mod policy;
+pub mod privileges;
 pub mod relay;
 pub mod route;
 pub mod signal;

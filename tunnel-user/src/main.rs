@@ -10,8 +10,10 @@ use std::{
 
 use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
+    app,
     cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand},
     config::{Config, schema},
+    exec,
     exit::{Cause, EXIT_CONFIG, Failure},
     pki, telemetry,
     transport::tls::TlsIdentity,
@@ -39,10 +41,16 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     match command {
-        // app: these four become calls into `tunnel::app`, `tunnel::exec` and `tunnel::doctor`.
-        Command::Exec(_) | Command::Run(_) | Command::Gateway(_) | Command::Doctor(_) => {
-            Err(Failure::Other(Cause::new("this command is not wired up yet", "")))
+        Command::Exec(args) => {
+            let config = args.to_config()?;
+            let options =
+                exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
+            exec::run(config, &options)
         }
+        Command::Run(args) => app::run(Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
+        Command::Gateway(args) => app::run(args.to_config()).map(|()| ExitCode::SUCCESS),
+        Command::Detach(args) => app::detach(&Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(_) => Err(Failure::Other(Cause::new("not wired", ""))),
         Command::Config(command) => config(command),
         Command::Pki(command) => issue(command),
         Command::Completions(CompletionsArgs { shell }) => {

@@ -19,7 +19,10 @@ use crate::{
 };
 
 /// Ranges that only a rule inside them opens.
-pub const GUARDED: [IpNet; 5] = [
+pub const GUARDED: [IpNet; 7] = [
+    // The gateway's own services, which trust whoever is on the same host.
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
     // Link-local; clouds serve credentials to whoever asks 169.254.169.254.
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16)),
     IpNet::V6(Ipv6Net::new_assert(

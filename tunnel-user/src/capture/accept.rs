@@ -105,7 +105,7 @@ impl Accept {
     pub async fn next(&self) -> io::Result<Option<Captured>> {
         let (stream, peer) = self.listener.accept().await?;
         let key = FlowKey::new(self.netns, peer.into(), self.local.into());
-        let Some(origin) = self.flows.origin(&key) else {
+        let Some(origin) = self.flows.take(&key)? else {
             abort_on_close(&stream);
             return Ok(None);
         };

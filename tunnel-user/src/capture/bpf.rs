@@ -8,9 +8,10 @@
 use std::{
     fs, io,
     net::SocketAddr,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use aya::{
@@ -139,27 +140,35 @@ pub struct Capture {
     lifetime: Lifetime,
     listeners: Mutex<HashMap<MapData, u64, Listener>>,
     flows: FlowTable,
+    sweeper: Sweeper,
     counters: PerCpuArray<MapData, u64>,
 }
 
-/// Looks up where accepted connections wanted to go. Cheap to clone; every worker has one.
+/// Where accepted connections wanted to go. Cheap to clone; every worker has one.
 #[derive(Clone)]
-pub struct FlowTable(Arc<HashMap<MapData, FlowKey, Origin>>);
+pub struct FlowTable(Arc<OwnedFd>);
 
 impl FlowTable {
-    /// The origin of the connection that `key` names, `None` if it was not captured.
-    pub fn origin(&self, key: &FlowKey) -> Option<Origin> {
-        self.0.get(key, 0).ok()
+    /// Takes the origin of the connection that `key` names; `None` if it was not captured.
+    pub fn take(&self, key: &FlowKey) -> io::Result<Option<Origin>> {
+        sys::map_take(self.0.as_fd(), key)
     }
+}
 
-    /// How many captured connections are alive.
-    pub fn len(&self) -> usize {
-        self.0.keys().filter(Result::is_ok).count()
-    }
+/// Forgets flows that nobody will accept any more: of connections that were dropped by a full backlog, or
+/// that died with a daemon.
+struct Sweeper(HashMap<MapData, FlowKey, Origin>);
 
-    /// Whether none is.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+impl Sweeper {
+    /// Goes through the table once; how many were forgotten.
+    fn sweep(&mut self) -> usize {
+        // Never fails: the clock is always there.
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
+            let since_boot = Duration::from(t);
+            u64::try_from(since_boot.as_nanos()).unwrap_or(u64::MAX)
+        });
+        let stale: Vec<_> = self.0.iter().filter_map(Result::ok).filter(|(_, o)| o.is_stale(now)).collect();
+        stale.iter().filter(|(key, _)| self.0.remove(key).is_ok()).count()
     }
 }
 
@@ -190,13 +199,18 @@ impl Capture {
             (Key::new(u32::from(net.prefix_len()), Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be()), *rule)
         }))?;
         let listeners = HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
-        let flows = HashMap::try_from(take(&mut ebpf, names::FLOWS)?).map_err(map(names::FLOWS))?;
+        let flows = take(&mut ebpf, names::FLOWS)?;
+        let Map::HashMap(data) = &flows else { return Err(BpfError::Missing(names::FLOWS)) };
+        let flows_fd = data.fd().as_fd().try_clone_to_owned();
+        let flows_fd = flows_fd.map_err(|e| map(names::FLOWS)(MapError::IoError(e)))?;
+        let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
         let counters = PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
         let mut capture = Self {
             ebpf,
             lifetime: spec.lifetime.clone(),
             listeners: Mutex::new(listeners),
-            flows: FlowTable(Arc::new(flows)),
+            flows: FlowTable(Arc::new(flows_fd)),
+            sweeper,
             counters,
         };
         capture.forget_dead_listeners()?;
@@ -270,6 +284,11 @@ impl Capture {
     /// The flows, for the workers.
     pub fn flows(&self) -> FlowTable {
         self.flows.clone()
+    }
+
+    /// Forgets flows that nobody will accept any more; how many. To be called now and then.
+    pub fn sweep(&mut self) -> usize {
+        self.sweeper.sweep()
     }
 
     /// Every counter, summed over the CPUs.

@@ -7,5 +7,6 @@
 pub mod accept;
 pub mod bpf;
 pub mod cgroup;
+pub mod ring;
 pub mod rules;
 pub mod sys;

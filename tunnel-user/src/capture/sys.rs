@@ -18,6 +18,7 @@ const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_F_ALLOW_MULTI: u32 = 2;
@@ -171,6 +172,32 @@ pub fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
         },
     )?;
     Ok(info.cgroup_id)
+}
+
+/// Takes an entry out of a hash map (Linux 5.14). `None` when it is not there.
+pub fn map_take<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        _hole: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let mut value = mem::MaybeUninit::<V>::uninit();
+    let mut attr = Attr {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        _hole: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) {
+        // SAFETY: the kernel has written a whole value; any bytes are a `Pod`.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// `SO_NETNS_COOKIE`: the cookie of the network namespace that a socket lives in.

@@ -9,11 +9,12 @@ use std::{future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::Request;
+use rustls_pki_types::UnixTime;
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{
     drain::{Tasks, Watch},
@@ -22,7 +23,7 @@ use crate::{
         identity::peer_identity,
         store::TlsStore,
         tcp,
-        verify::{ClientCheck, explain},
+        verify::{ClientCheck, check_expiry, explain},
     },
     tunnel::pool::{FRAME, HEADERS, SEND_BUFFER, STREAM_WINDOW, connection_window},
 };
@@ -67,13 +68,6 @@ pub enum ServeError {
     KeepaliveTimeout(Duration),
 }
 
-impl ServeError {
-    /// Whether the peer was never let in.
-    pub fn is_handshake(&self) -> bool {
-        matches!(self, Self::Tls(_) | Self::HandshakeTimeout(_))
-    }
-}
-
 /// One request.
 pub struct Incoming {
     /// Its head, and the bytes that follow.
@@ -86,28 +80,37 @@ pub struct Incoming {
     pub identity: Option<Identity>,
 }
 
-/// Serves one connection to its end. `handle` makes the task of each stream; they end with the connection.
-pub async fn serve<F: Future<Output = ()> + 'static>(
+/// A connection whose peer has been let in.
+pub struct Tunnel {
+    connection: h2::server::Connection<TlsStream<TcpStream>, Bytes>,
+    client: ClientAddr,
+    identity: Option<Identity>,
+}
+
+/// Shakes hands with a peer, on TLS and HTTP/2.
+pub async fn handshake(
     settings: &Settings,
-    tcp_stream: TcpStream,
+    stream: TcpStream,
     peer: SocketAddr,
-    mut drain: Watch,
-    handle: impl Fn(Incoming) -> F,
-) -> Result<(), ServeError> {
+) -> Result<Tunnel, ServeError> {
     let deadline = Instant::now() + settings.handshake_timeout;
     let slow = |_| ServeError::HandshakeTimeout(settings.handshake_timeout);
     // Fails only on a socket that is gone, which the handshake will find.
-    let _gone = tcp::tune(&tcp_stream);
+    let _gone = tcp::tune(&stream);
     let acceptor = TlsAcceptor::from(settings.tls.server_config(&settings.check));
-    let tls = timeout_at(deadline, acceptor.accept(tcp_stream))
+    let tls = timeout_at(deadline, acceptor.accept(stream))
         .await
         .map_err(slow)?
         .map_err(|e| ServeError::Tls(explain(&e)))?;
-    let identity = tls.get_ref().1.peer_certificates().and_then(peer_identity);
-    if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
+    let session = tls.get_ref().1;
+    let certificates = session.peer_certificates().unwrap_or_default();
+    // A resumed session brings its certificate along, and nobody has looked at the date since.
+    check_expiry(certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
+    let identity = peer_identity(certificates);
+    if session.alpn_protocol() != Some(b"h2") {
         return Err(ServeError::Tls("the peer did not offer h2 (ALPN)".to_owned()));
     }
-    let mut connection = timeout_at(
+    let connection = timeout_at(
         deadline,
         h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
@@ -124,7 +127,22 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
     .await
     .map_err(slow)?
     .map_err(|e| ServeError::H2(explain(&e)))?;
-    tracing::debug!(peer = %PeerAddr(peer), identity = identity.as_ref().map(tracing::field::display), "tunnel accepted");
+    tracing::debug!(
+        peer = %PeerAddr(peer),
+        identity = identity.as_ref().map(tracing::field::display),
+        "tunnel accepted"
+    );
+    Ok(Tunnel { connection, client: ClientAddr(peer), identity })
+}
+
+/// Serves a connection to its end. `handle` makes the task of each stream; they end with the connection.
+pub async fn serve<F: Future<Output = ()> + 'static>(
+    settings: &Settings,
+    tunnel: Tunnel,
+    mut drain: Watch,
+    handle: impl Fn(Incoming) -> F,
+) -> Result<(), ServeError> {
+    let Tunnel { mut connection, client, identity } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
     let mut ping = connection.ping_pong();
     let mut ping_at = Instant::now() + settings.keepalive_interval;
@@ -140,7 +158,7 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
                     streams.spawn(handle(Incoming {
                         request,
                         respond,
-                        client: ClientAddr(peer),
+                        client,
                         identity: identity.clone(),
                     }));
                 }

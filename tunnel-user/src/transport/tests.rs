@@ -572,3 +572,32 @@ fn a_watched_store_follows_a_symlink_swap() {
     drop(watch);
     assert!(told.recv().is_err(), "the watching thread has ended");
 }
+
+/// What a client of a tunnel sees when the server refuses its certificate: the handshake is over for it,
+/// and the alert arrives where h2 reads.
+#[tokio::test]
+async fn a_refusal_is_explained_through_h2() {
+    let (ours, theirs) = (ca(), ca());
+    let client = identity_of(&theirs, &request(CLIENT), &ours);
+    let server = identity_of(&ours, &request(SERVER), &ours);
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let accept = tokio_rustls::TlsAcceptor::from(server.server_config(&clients(&[]))).accept(far);
+    let connect = async {
+        let name = ServerName::try_from("10.9.0.1").unwrap();
+        let connector = tokio_rustls::TlsConnector::from(client.client_config(&servers(&[])));
+        let tls = connector.connect(name, near).await.unwrap();
+        let (_requests, connection) = h2::client::handshake(tls).await.unwrap();
+        connection.await.unwrap_err()
+    };
+    let (accepted, client_error) = tokio::join!(accept, connect);
+    let server_error = accepted.unwrap_err();
+    assert_eq!(
+        explain(&server_error),
+        "the peer's certificate failed the chain check: it is not from our CA"
+    );
+    assert_eq!(failed_check(&server_error), Some(Check::Chain));
+    assert_eq!(
+        explain(&client_error),
+        "the peer refused our certificate: it is not from the peer's CA (chain check)"
+    );
+}

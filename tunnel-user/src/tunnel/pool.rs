@@ -22,7 +22,10 @@ use h2::{
     PingPong,
     client::{Connection, SendRequest},
 };
-use rustls::{ClientConfig, pki_types::ServerName};
+use rustls::{
+    ClientConfig,
+    pki_types::{ServerName, UnixTime},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -35,7 +38,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::{
     dial::{self, DialError},
     flow::{Identity, PeerAddr, Target},
-    transport::{identity::peer_identity, tcp::Mark, verify::explain},
+    transport::{identity::peer_identity, tcp::Mark, verify::{check_expiry, explain}},
 };
 
 /// What a peer may send on one stream before we have passed it on: 1 MiB carries 400 Mbit/s over 20 ms.
@@ -394,7 +397,11 @@ async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, Pin
             let why = "the peer did not agree to speak h2 (ALPN)".to_owned();
             return Err(ConnectError::H2 { endpoint: key.endpoint.clone(), why });
         }
-        let identity = tls.get_ref().1.peer_certificates().and_then(peer_identity);
+        let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        // A resumed session brings its certificate along, and nobody has looked at the date since.
+        check_expiry(certificates, UnixTime::now())
+            .map_err(|e| ConnectError::Tls { endpoint: key.endpoint.clone(), why: e.to_string() })?;
+        let identity = peer_identity(certificates);
         let (send, connection, ping) = handshake(tls, settings)
             .await
             .map_err(|why| ConnectError::H2 { endpoint: key.endpoint.clone(), why })?;

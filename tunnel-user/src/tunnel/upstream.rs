@@ -22,6 +22,7 @@ use super::{
     pool::{self, ConnectError, Key, Lease, Pool},
 };
 use crate::{
+    config::Balance,
     flow::{ClientAddr, Identity, PeerAddr, Target},
     relay::H2Leg,
     transport::{store::TlsStore, verify::ServerCheck},
@@ -44,6 +45,8 @@ pub struct Settings {
     pub name: String,
     /// Where it is.
     pub endpoints: Vec<Target>,
+    /// Which endpoint is next.
+    pub balance: Balance,
     /// What its certificate must say.
     pub check: ServerCheck,
     /// Headers for every CONNECT request.
@@ -63,7 +66,26 @@ pub struct Stream {
     /// Who the endpoint has proved to be.
     pub identity: Option<Identity>,
     /// Held as long as the stream lives.
-    pub lease: Lease,
+    pub place: Place,
+}
+
+/// A stream's place on a connection, and among the streams of its endpoint.
+pub struct Place {
+    lease: Lease,
+    endpoint: Rc<Endpoint>,
+}
+
+impl Place {
+    fn new(lease: Lease, endpoint: &Rc<Endpoint>) -> Self {
+        endpoint.active.set(endpoint.active.get() + 1);
+        Self { lease, endpoint: Rc::clone(endpoint) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.endpoint.active.set(self.endpoint.active.get() - 1);
+    }
 }
 
 /// Why there is no stream.
@@ -128,8 +150,10 @@ pub enum TunnelError {
     },
 }
 
+/// One endpoint, and how it fares.
 struct Endpoint {
     target: Target,
+    active: Cell<usize>,
     failures: Cell<u32>,
     ejected: Cell<bool>,
     last: RefCell<String>,
@@ -152,6 +176,7 @@ impl Upstream {
         let endpoint = |target: &Target| {
             Rc::new(Endpoint {
                 target: target.clone(),
+                active: Cell::default(),
                 failures: Cell::default(),
                 ejected: Cell::default(),
                 last: RefCell::default(),
@@ -182,8 +207,8 @@ impl Upstream {
     pub async fn connect(&self, target: &Target, client: ClientAddr) -> Result<Stream, TunnelError> {
         let mut tries = 0;
         loop {
-            let lease = self.lease().await?;
-            match self.request(lease, target, client).await {
+            let place = self.place().await?;
+            match self.request(place, target, client).await {
                 Ok(stream) => return Ok(stream),
                 Err(Attempt::NotActedOn(_)) if tries < RETRIES => tries += 1,
                 Err(Attempt::NotActedOn(e) | Attempt::Failed(e)) => return Err(e),
@@ -192,22 +217,19 @@ impl Upstream {
     }
 
     /// A place on a connection to the next endpoint that is well.
-    async fn lease(&self) -> Result<Lease, TunnelError> {
-        let start = self.next.get();
-        self.next.set(start.wrapping_add(1));
+    async fn place(&self) -> Result<Place, TunnelError> {
         let mut failed = None;
-        for i in 0..self.endpoints.len() {
-            let endpoint = &self.endpoints[start.wrapping_add(i) % self.endpoints.len()];
+        for endpoint in self.in_order() {
             if endpoint.ejected.get() {
                 continue;
             }
             match self.pool.lease(&self.key(&endpoint.target)).await {
                 Ok(lease) => {
                     endpoint.failures.set(0);
-                    return Ok(lease);
+                    return Ok(Place::new(lease, &endpoint));
                 }
                 Err(e) => {
-                    self.note_failure(endpoint, &e);
+                    self.note_failure(&endpoint, &e);
                     failed = Some(e);
                 }
             }
@@ -220,6 +242,19 @@ impl Upstream {
                 TunnelError::NoEndpoint { upstream, last: last.unwrap_or_default() }
             }
         })
+    }
+
+    /// The endpoints in the order in which they are tried: in turn; with least_request those with fewer
+    /// streams of this worker first, in turn where they are level.
+    fn in_order(&self) -> Vec<Rc<Endpoint>> {
+        let n = self.endpoints.len();
+        let start = self.next.get() % n.max(1);
+        self.next.set(start + 1);
+        let mut order: Vec<_> = (0..n).map(|i| Rc::clone(&self.endpoints[(start + i) % n])).collect();
+        if self.settings.balance == Balance::LeastRequest {
+            order.sort_by_key(|e| e.active.get());
+        }
+        order
     }
 
     fn key(&self, endpoint: &Target) -> Key {
@@ -244,7 +279,8 @@ impl Upstream {
         ));
     }
 
-    async fn request(&self, lease: Lease, target: &Target, client: ClientAddr) -> Result<Stream, Attempt> {
+    async fn request(&self, place: Place, target: &Target, client: ClientAddr) -> Result<Stream, Attempt> {
+        let lease = &place.lease;
         let peer = lease.peer();
         let dropped = |why: String| TunnelError::Dropped { peer, target: target.clone(), why };
         let request = connect_request(target, client, &self.trace, &self.settings.headers).map_err(|e| {
@@ -288,7 +324,7 @@ impl Upstream {
             }));
         }
         let identity = lease.identity();
-        Ok(Stream { leg: H2Leg::client(send, response.into_body()), peer, identity, lease })
+        Ok(Stream { leg: H2Leg::client(send, response.into_body()), peer, identity, place })
     }
 }
 

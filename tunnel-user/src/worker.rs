@@ -1,0 +1,507 @@
+//! One core's share of the work: a thread, its runtime, its listeners, its pools.
+//!
+//! Enters: sockets and what the configuration says. Leaves: flows, carried. Invariant: a flow never
+//! changes worker, and nothing on its path takes a lock or crosses a core. It never opens a listener
+//! itself: those are bound before any worker starts.
+
+use std::{
+    cell::Cell,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use http::{Response, StatusCode};
+use socket2::Socket;
+use tokio::{
+    net::TcpListener,
+    runtime,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::LocalSet,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    capture::{
+        accept::{Accept, Captured},
+        bpf::FlowTable,
+    },
+    dial::{self, DialError},
+    drain::{Tasks, Watch},
+    flow::{ClientAddr, Identity, PeerAddr, Target},
+    listener::{
+        h2::{self as h2_listener, Incoming},
+        request::{self, Refusal},
+    },
+    policy::Policies,
+    relay::{H2Leg, Leg, Meter, Outcome, TcpLeg, relay},
+    route::{Decision, Router, Source},
+    stats::{Counters, Record, Records},
+    transport::{
+        store::TlsStore,
+        tcp::{self, Mark},
+    },
+    tunnel::{self, Upstream, headers::Trace},
+};
+
+/// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
+const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
+/// Tunnel connections of one listener and worker whose handshake is not done; more wait in the backlog.
+const HANDSHAKES_MAX: usize = 256;
+/// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
+const TUNNELS_MAX: usize = 4096;
+/// How long flows that were told to end may take for it.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What all workers share; nothing in it changes.
+pub struct Shared {
+    /// Where flows go.
+    pub router: Router,
+    /// Who may reach what through our listeners.
+    pub policies: Policies,
+    /// The upstreams, in the configuration's order.
+    pub upstreams: Vec<tunnel::Settings>,
+    /// Who we are.
+    pub tls: Option<Arc<TlsStore>>,
+    /// The mark of our own sockets.
+    pub mark: Mark,
+    /// How many flows one worker takes at once.
+    pub flows_max: usize,
+    /// How long a dial for a captured flow may take.
+    pub dial_timeout: Duration,
+    /// How long flows may go on after the order to stop.
+    pub drain_timeout: Duration,
+    /// Whether records of flows are kept.
+    pub keep_records: bool,
+}
+
+/// A redirected connections' listener, for one worker.
+pub struct CaptureSocket {
+    /// The listening socket.
+    pub socket: Socket,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+    /// Where its connections wanted to go.
+    pub flows: FlowTable,
+}
+
+/// A listener for CONNECT requests, for one worker.
+pub struct ConnectSocket {
+    /// The listening socket.
+    pub socket: Socket,
+    /// How it serves.
+    pub settings: Arc<h2_listener::Settings>,
+    /// How long a dial for one of its streams may take.
+    pub dial_timeout: Duration,
+}
+
+/// What one worker starts with.
+pub struct Start {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// Its own counters.
+    pub counters: Arc<Counters>,
+    /// Capture listeners opened later, for namespaces that appear.
+    pub more: mpsc::Receiver<CaptureSocket>,
+    /// Capture listeners.
+    pub captures: Vec<CaptureSocket>,
+    /// CONNECT listeners.
+    pub listeners: Vec<ConnectSocket>,
+    /// The order to stop.
+    pub watch: Watch,
+}
+
+/// What one worker leaves.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Its flows, if they were kept.
+    pub records: Vec<Record>,
+    /// Flows whose records there was no room for.
+    pub dropped: u64,
+    /// Tunnel connections that it opened.
+    pub connections_opened: u64,
+}
+
+/// Runs a worker on this thread until it is told to stop and its flows have ended.
+pub fn run(start: Start) -> io::Result<Report> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, work(start))
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    counters: Arc<Counters>,
+    upstreams: Vec<Upstream>,
+    records: Records,
+    trace: Trace,
+    active: Cell<usize>,
+    watch: Watch,
+}
+
+async fn work(start: Start) -> io::Result<Report> {
+    let Start { shared, counters, mut more, captures, listeners, mut watch } = start;
+    let upstreams = match &shared.tls {
+        Some(tls) => shared.upstreams.iter().map(|s| Upstream::new(s.clone(), Arc::clone(tls))).collect(),
+        None => Vec::new(),
+    };
+    let worker = Rc::new(Worker {
+        records: Records::new(shared.keep_records),
+        shared,
+        counters,
+        upstreams,
+        trace: Trace::default(),
+        active: Cell::default(),
+        watch: watch.clone(),
+    });
+    let flows = Rc::new(Tasks::default());
+    let accepting = Tasks::default();
+    for capture in captures {
+        let accept = Accept::new(capture.socket, capture.netns, capture.flows)?;
+        accepting.spawn(accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows)));
+    }
+    for listener in listeners {
+        let socket = TcpListener::from_std(listener.socket.into())?;
+        let accept = accept_tunnels(
+            Rc::clone(&worker),
+            socket,
+            listener.settings,
+            listener.dial_timeout,
+            Rc::clone(&flows),
+        );
+        accepting.spawn(accept);
+    }
+    loop {
+        tokio::select! {
+            () = watch.draining() => break,
+            Some(capture) = more.recv() => {
+                match Accept::new(capture.socket, capture.netns, capture.flows) {
+                    Ok(accept) => {
+                        accepting.spawn(accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows)));
+                    }
+                    Err(e) => tracing::error!("a capture listener could not be used: {e}"),
+                }
+            }
+        }
+    }
+    // Closes the listeners: the kernel programs see it at once.
+    drop(accepting);
+    let drained = async {
+        tokio::select! {
+            _ = timeout(worker.shared.drain_timeout, flows.ended()) => {}
+            () = watch.stopping() => {}
+        }
+    };
+    drained.await;
+    if worker.active.get() > 0 {
+        tracing::warn!("{} flows were reset at the drain deadline", worker.active.get());
+    }
+    flows.abort_all();
+    let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
+    let (records, dropped) = worker.records.take();
+    let connections_opened = worker.upstreams.iter().map(Upstream::connections_opened).sum();
+    Ok(Report { records, dropped, connections_opened })
+}
+
+/// Accepts until it is dropped.
+async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
+    loop {
+        match accept.next().await {
+            Ok(Some(captured)) => match worker.admit() {
+                Some(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
+                None => crate::relay::abort_on_close(&captured.stream),
+            },
+            Ok(None) => {
+                worker.counters.no_origin.add(1);
+                tracing::warn!("reset a connection to the capture listener that was not captured");
+            }
+            Err(e) => back_off(&e).await,
+        }
+    }
+}
+
+/// Accepts until it is dropped.
+async fn accept_tunnels(
+    worker: Rc<Worker>,
+    socket: TcpListener,
+    settings: Arc<h2_listener::Settings>,
+    dial_timeout: Duration,
+    flows: Rc<Tasks>,
+) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
+    loop {
+        // Neither is ever closed.
+        let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
+        let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await else { return };
+        match socket.accept().await {
+            Ok((stream, peer)) => {
+                let (worker, settings) = (Rc::clone(&worker), Arc::clone(&settings));
+                flows.spawn(async move {
+                    worker.serve(&settings, stream, peer, dial_timeout, handshake).await;
+                    drop(tunnel);
+                });
+            }
+            Err(e) => back_off(&e).await,
+        }
+    }
+}
+
+async fn back_off(e: &io::Error) {
+    // The connection was gone before it was accepted: nothing is wrong here.
+    if e.kind() != io::ErrorKind::ConnectionAborted {
+        tracing::warn!("accepting failed: {e}");
+        sleep(ACCEPT_BACK_OFF).await;
+    }
+}
+
+/// A place among the flows of a worker; given back when dropped.
+struct Place(Rc<Worker>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.active.set(self.0.active.get() - 1);
+    }
+}
+
+/// Where a flow goes on.
+enum Sink {
+    Direct(TcpLeg),
+    Tunnel(tunnel::Stream),
+}
+
+impl Worker {
+    /// `None`, and counted, at the limit.
+    fn admit(self: &Rc<Self>) -> Option<Place> {
+        if self.active.get() >= self.shared.flows_max {
+            self.counters.over_limit.add(1);
+            return None;
+        }
+        self.active.set(self.active.get() + 1);
+        Some(Place(Rc::clone(self)))
+    }
+
+    /// Reaches the target: through an upstream, or by dialling the addresses that `allowed` lets pass.
+    async fn reach(
+        &self,
+        source: Source,
+        target: &Target,
+        client: ClientAddr,
+        dial_timeout: Duration,
+        allowed: impl Fn(SocketAddr) -> Result<(), String>,
+        record: &mut Record,
+    ) -> Result<Sink, Refusal> {
+        #[expect(clippy::cast_possible_truncation, reason = "the upper half of 64 random bits")]
+        let random = (self.trace.random() >> 32) as u32;
+        match self.shared.router.decide(source, target, random) {
+            Decision::Upstream(i) => {
+                let upstream = self.upstreams.get(i).ok_or_else(|| denied(target, "its upstream is gone"))?;
+                let stream = upstream.connect(target, client).await?;
+                record.through(upstream.name(), stream.peer, stream.leg.id(), stream.identity.as_ref());
+                Ok(Sink::Tunnel(stream))
+            }
+            Decision::Direct => {
+                let deadline = tokio::time::Instant::now() + dial_timeout;
+                let resolved = tokio::time::timeout_at(deadline, dial::resolve(target)).await;
+                let timed_out = |_| DialError::Timeout { target: target.clone(), after: dial_timeout };
+                let mut addrs = resolved.map_err(timed_out)??;
+                let mut why = None;
+                addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
+                if let (true, Some(why)) = (addrs.is_empty(), why) {
+                    return Err(Refusal::Denied(why));
+                }
+                let dialled = dial::connect(target, &addrs, self.shared.mark, deadline, dial_timeout).await;
+                let (stream, addr) = dialled?;
+                record.via = crate::stats::Via::Direct;
+                tracing::trace!(%target, %addr, "dialled");
+                Ok(Sink::Direct(TcpLeg::new(stream)))
+            }
+            Decision::Deny => Err(denied(target, "a route denies it")),
+            Decision::NoRoute => Err(denied(target, "no route takes it")),
+        }
+    }
+
+    /// Relays to the end, and books it.
+    async fn relay(&self, client: &mut impl Leg, sink: Sink, mut record: Record, started: Instant) {
+        let meter = Meter::default();
+        let outcome = match sink {
+            Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
+            Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+        };
+        (record.sent, record.received) = (meter.sent.get(), meter.received.get());
+        record.outcome = outcome.to_string();
+        self.counters.flows.add(1);
+        self.counters.bytes_sent.add(record.sent);
+        self.counters.bytes_received.add(record.received);
+        if let Outcome::Reset(..) = outcome {
+            self.counters.flows_reset.add(1);
+        }
+        self.book(record, started);
+    }
+
+    fn book(&self, mut record: Record, started: Instant) {
+        record.lasted(started.elapsed());
+        tracing::info!(
+            target: "tunnel::flow",
+            destination = record.destination,
+            client = record.client,
+            identity = record.identity,
+            via = ?record.via,
+            sent = record.sent,
+            received = record.received,
+            ms = record.duration_ms,
+            "{}", record.outcome
+        );
+        self.records.push(record);
+    }
+
+    fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
+        let counter = match refusal {
+            Refusal::Method(_) | Refusal::Authority(_) => &self.counters.bad_requests,
+            Refusal::Denied(_) => &self.counters.denied,
+            Refusal::Dial(_) => &self.counters.dial_failed,
+            Refusal::Tunnel(_) => &self.counters.tunnel_failed,
+            Refusal::Limit(_) => &self.counters.over_limit,
+        };
+        counter.add(1);
+        record.outcome = format!("refused: {refusal}");
+        record.lasted(started.elapsed());
+        tracing::warn!(
+            target: "tunnel::flow",
+            destination = record.destination,
+            client = record.client,
+            identity = identity.map(tracing::field::display),
+            ms = record.duration_ms,
+            "{}", record.outcome
+        );
+        self.records.push(record);
+    }
+
+    /// Serves one tunnel connection.
+    async fn serve(
+        self: &Rc<Self>,
+        settings: &h2_listener::Settings,
+        stream: tokio::net::TcpStream,
+        peer: SocketAddr,
+        dial_timeout: Duration,
+        handshake: OwnedSemaphorePermit,
+    ) {
+        let tunnel = match h2_listener::handshake(settings, stream, peer).await {
+            Ok(tunnel) => tunnel,
+            Err(e) => {
+                self.counters.handshakes_failed.add(1);
+                return tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
+            }
+        };
+        drop(handshake);
+        self.counters.tunnels_accepted.add(1);
+        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
+        if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
+            tracing::debug!(peer = %PeerAddr(peer), "tunnel ended: {e}");
+        }
+    }
+}
+
+fn denied(target: &Target, why: &str) -> Refusal {
+    Refusal::Denied(format!("{target} is refused: {why}"))
+}
+
+/// captured → tunnel or dial.
+async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
+    let started = Instant::now();
+    let Captured { stream, client, original_dst } = captured;
+    // Fails only on a socket that is gone, which the relay will find.
+    let _gone = tcp::tune(&stream);
+    let target = Target::from(original_dst);
+    let mut record = Record::new(&target, client);
+    // Dropped without a clean end it resets the application's connection.
+    let mut leg = TcpLeg::new(stream);
+    let any = |_| Ok(());
+    let reached = {
+        let timeout = worker.shared.dial_timeout;
+        let reach = worker.reach(Source::Captured, &target, client, timeout, any, &mut record);
+        tokio::select! {
+            reached = reach => Some(reached),
+            _ = leg.broken() => None,
+        }
+    };
+    match reached {
+        Some(Ok(sink)) => worker.relay(&mut leg, sink, record, started).await,
+        Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
+        None => {
+            "the client left before the target answered".clone_into(&mut record.outcome);
+            worker.book(record, started);
+        }
+    }
+    drop(place);
+}
+
+/// listener → dial or tunnel.
+async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Duration) {
+    let started = Instant::now();
+    let Incoming { request, mut respond, client, identity } = incoming;
+    let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
+    let unknown = || {
+        let mut record = Record::new(&Target::Name(String::new(), 0), client);
+        record.destination.clone_from(&asked);
+        record
+    };
+    let Some(place) = worker.admit() else {
+        let refusal = Refusal::Limit(worker.shared.flows_max);
+        answer(&mut respond, refusal.response());
+        return worker.refused(&refusal, unknown(), identity.as_ref(), started);
+    };
+    let target = match request::target(&request) {
+        Ok(target) => target,
+        Err(refusal) => {
+            answer(&mut respond, refusal.response());
+            return worker.refused(&refusal, unknown(), identity.as_ref(), started);
+        }
+    };
+    let mut record = Record::new(&target, client);
+    record.identity = identity.as_ref().map(ToString::to_string);
+    let reached = match worker.shared.policies.check_target(identity.as_ref(), &target) {
+        Err(denied) => Some(Err(Refusal::Denied(denied.to_string()))),
+        Ok(permit) => {
+            let allowed = |addr| permit.allows_addr(addr).map_err(|e| e.to_string());
+            let reach = worker.reach(Source::Listener, &target, client, dial_timeout, allowed, &mut record);
+            tokio::select! {
+                reached = reach => Some(reached),
+                _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => None,
+            }
+        }
+    };
+    match reached {
+        Some(Ok(sink)) => {
+            let mut ok = Response::new(());
+            *ok.status_mut() = StatusCode::OK;
+            match respond.send_response(ok, false) {
+                Ok(send) => {
+                    let mut leg = H2Leg::server(send, request.into_body());
+                    worker.relay(&mut leg, sink, record, started).await;
+                }
+                Err(e) => {
+                    record.outcome = format!("the client left before the target answered: {e}");
+                    worker.book(record, started);
+                }
+            }
+        }
+        Some(Err(refusal)) => {
+            answer(&mut respond, refusal.response());
+            worker.refused(&refusal, record, identity.as_ref(), started);
+        }
+        None => {
+            "the client left before the target answered".clone_into(&mut record.outcome);
+            worker.book(record, started);
+        }
+    }
+    drop(place);
+}
+
+/// Fails only when the peer has reset the stream, and then nobody waits for the answer.
+fn answer(respond: &mut SendResponse<Bytes>, response: Response<()>) {
+    let _gone = respond.send_response(response, true);
+}
