@@ -21,7 +21,8 @@ impl Daemon {
     /// Writes `config` to a file and starts a daemon with it on `host`; returns when it has said that it is ready.
     pub fn start(world: &World, host: &NetNs, config: &str) -> Result<Self> {
         let mut daemon = Self::spawn(world, host, config)?;
-        daemon.process.wait_for_line(READY)?;
+        // Capture comes last; without one, listeners do.
+        daemon.process.wait_for_line(if config.contains("[[capture]]") { "capturing" } else { "listening" })?;
         Ok(daemon)
     }
 
@@ -51,9 +52,6 @@ impl Daemon {
         self.process.stderr()
     }
 }
-
-/// What a daemon logs when everything is bound, loaded and attached.
-const READY: &str = "ready";
 
 /// The tables of a configuration that sends everything captured to one gateway.
 pub fn through(gateway: SocketAddr, verify: &str) -> String {

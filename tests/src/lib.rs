@@ -16,7 +16,6 @@
 //! assert!(done.success(), "{done}");
 //! ```
 
-pub mod app;
 pub mod cgroup;
 pub mod daemon;
 pub mod exec;
