@@ -25,7 +25,7 @@ use crate::{
 /// HBONE's port.
 pub const PORT: u16 = 15008;
 /// Every address that a test has a target at, and the two at which none answers.
-const ALLOW: [&str; 4] = ["10.200.0.0/24", "[fd00:200::]/64", "10.201.0.0/24", "10.202.0.0/24"];
+const ALLOW: [&str; 4] = ["10.200.0.0/24", "fd00:200::/64", "10.201.0.0/24", "10.202.0.0/24"];
 
 /// How a gateway will run.
 #[derive(Clone)]

@@ -8,6 +8,7 @@ use std::{
     fs::File,
     future::Future,
     io,
+    net::IpAddr,
     os::{fd::AsFd as _, unix::process::CommandExt as _},
     panic,
     path::{Path, PathBuf},
@@ -91,6 +92,18 @@ impl NetNs {
             host.ip(&format!("link set {end} up"))?;
         }
         Ok(())
+    }
+
+    /// A network that takes what is sent to `address`, and never answers.
+    pub fn add_hole(&self, network: &str, address: IpAddr) -> Result<()> {
+        let number = next();
+        let (mouth, end) = (format!("tt{}a{number}", getpid()), format!("tt{}b{number}", getpid()));
+        self.ip(&format!("link add {mouth} type veth peer name {end}"))?;
+        self.ip(&format!("link set {end} up"))?;
+        self.ip(&format!("link set {mouth} up"))?;
+        self.ip(&format!("route add {network} dev {mouth}"))?;
+        // Nobody has this hardware address, so nobody takes the packets; and nobody is asked for it.
+        self.ip(&format!("neigh add {address} lladdr 02:00:00:00:00:99 dev {mouth}")).map(drop)
     }
 
     /// Gives a device an address, usable at once.

@@ -72,11 +72,10 @@ impl World {
         )?;
         net.add_address(&format!("{TARGET4}/32"), "lo")?;
         net.add_address(&format!("{TARGET6}/128"), "lo")?;
-        // A dummy device asks nobody for a hardware address and drops what it is given.
-        let hole = format!("tt{}h", nix::unistd::getpid());
-        net.ip(&format!("link add {hole} type dummy"))?;
-        net.ip(&format!("link set {hole} up"))?;
-        net.ip(&format!("route add 10.201.0.0/24 dev {hole}"))?;
+        // As if the targets were on hosts of their own: they see the gateway's address, not their own.
+        net.ip(&format!("route replace local {TARGET4} dev lo table local proto kernel scope host src {NET4}"))?;
+        net.ip(&format!("route replace local {TARGET6} dev lo table local proto kernel src {NET6}"))?;
+        net.add_hole("10.201.0.0/24", BLACKHOLE)?;
         let pki = Pki::new(&folder.path().join("pki"))?;
         pki.issue("node", NODE_ID, &[])?;
         pki.issue("gateway", GATEWAY_ID, &["--ip", &NET4.to_string(), "--ip", &NET6.to_string()])?;
