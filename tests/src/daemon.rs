@@ -5,6 +5,7 @@ use std::{fs, net::SocketAddr, path::PathBuf};
 use anyhow::Result;
 
 use crate::{
+    gateway::LOG,
     netns::NetNs,
     process::Process,
     programs,
@@ -32,7 +33,7 @@ impl Daemon {
         let (_, path) = file.keep()?;
         fs::write(&path, config)?;
         let mut command = host.command_ended_by(programs::tunnel()?, nix::sys::signal::Signal::SIGTERM);
-        command.args(["run", "--log", "debug", "--config"]).arg(&path);
+        command.args(["run", "--log", LOG, "--config"]).arg(&path);
         let process = Process::spawn("daemon", world.folder(), command)?;
         Ok(Self { process, config: path })
     }

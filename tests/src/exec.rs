@@ -211,6 +211,11 @@ impl Running {
     /// Ends its standard input and waits for its end.
     pub fn finish(mut self) -> Result<Finished> {
         self.process.hang_up();
+        self.ended()
+    }
+
+    /// Waits for its end, which something else brings about.
+    pub fn ended(mut self) -> Result<Finished> {
         let status = self.process.wait(self.limit)?;
         let stats = std::fs::read_to_string(&self.stats).unwrap_or_default();
         Ok(Finished {

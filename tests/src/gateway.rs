@@ -24,6 +24,8 @@ use crate::{
 
 /// HBONE's port.
 pub const PORT: u16 = 15008;
+/// What daemons log: everything of theirs, little of the libraries'.
+pub const LOG: &str = "info,tunnel=debug";
 /// Every address that a test has a target at, and the two at which none answers.
 const ALLOW: [&str; 4] = ["10.200.0.0/24", "fd00:200::/64", "10.201.0.0/24", "10.202.0.0/24"];
 
@@ -102,7 +104,7 @@ impl<'w> Builder<'w> {
 
     fn command(&self) -> Result<Command> {
         let mut command = self.world.net().command(programs::tunnel()?);
-        command.args(["gateway", "--log", "debug", "--listen", &self.listen.to_string()]);
+        command.args(["gateway", "--log", LOG, "--listen", &self.listen.to_string()]);
         command.args(self.credentials.flags()).args(&self.flags);
         for target in &self.allow {
             command.args(["--allow", target]);

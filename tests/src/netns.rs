@@ -122,6 +122,8 @@ impl NetNs {
     pub fn command_ended_by(&self, program: impl AsRef<Path>, signal: Signal) -> Command {
         let mut command = Command::new(program.as_ref());
         command.stdin(Stdio::null());
+        // What is logged is searched.
+        command.env("NO_COLOR", "1");
         let (namespace, parent) = (Arc::clone(&self.file), getpid());
         let enter = move || enter(&namespace, parent, signal);
         // SAFETY: between fork and exec the closure makes system calls only; it does not allocate.

@@ -13,7 +13,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
-    thread,
     time::Duration,
 };
 
@@ -23,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::wait::{PATIENCE, wait_for};
+use crate::wait::{self, PATIENCE, wait_for};
 
 /// How long a process may take to go by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -191,7 +190,7 @@ impl fmt::Debug for Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if thread::panicking() {
+        if wait::failing() {
             eprintln!("{self}");
         }
         if let Err(e) = self.stop() {

@@ -23,7 +23,7 @@ use nix::sys::socket::{setsockopt, shutdown, sockopt};
 use crate::{
     netns::NetNs,
     pattern::{CHUNK, DOWN, UP},
-    wait::{PATIENCE, wait_for},
+    wait::{self, PATIENCE, wait_for},
 };
 
 /// A conversation with one client.
@@ -104,7 +104,7 @@ impl Drop for Target {
             drop(stream);
             let _panicked = conversation.join();
         }
-        if thread::panicking() {
+        if wait::failing() {
             let failed: Vec<_> =
                 lock(&self.shared.outcomes).iter().filter_map(|o| o.clone().err()).take(10).collect();
             let peers = lock(&self.shared.peers).len();
@@ -190,11 +190,12 @@ pub fn reset_after(bytes: u64) -> impl Handler {
     }
 }
 
-/// Expects the client to reset the connection after `bytes`.
-pub fn expect_reset(bytes: u64) -> impl Handler {
+/// Receives `bytes`, says so with one byte, and expects the client to reset the connection.
+pub fn expect_reset_after(bytes: u64) -> impl Handler {
     move |stream: &TcpStream| {
-        let mut from = stream;
+        let (mut from, mut to) = (stream, stream);
         UP.receive(&mut from, bytes)?;
+        to.write_all(&[0])?;
         match from.read(&mut [0]) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(()),
             Err(e) => Err(e),

@@ -1,6 +1,7 @@
 //! Waiting for what has no event that one could wait for.
 
 use std::{
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -13,6 +14,14 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How often it is looked.
 const POLL: Duration = Duration::from_millis(5);
 
+/// Whether a wait was in vain: what is known about the processes is shown then, as when a test panics.
+static FAILED: AtomicBool = AtomicBool::new(false);
+
+/// Whether this test is failing, as far as can be known before it returns.
+pub fn failing() -> bool {
+    thread::panicking() || FAILED.load(Ordering::Relaxed)
+}
+
 /// Looks until `look` returns something; fails, saying `what`, when that takes longer than `limit`.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> Result<T> {
     let end = Instant::now() + limit;
@@ -21,6 +30,7 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option
             return Ok(found);
         }
         if Instant::now() > end {
+            FAILED.store(true, Ordering::Relaxed);
             bail!("waited {limit:?} for {what}, in vain");
         }
         pause(POLL);

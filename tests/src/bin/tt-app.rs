@@ -238,10 +238,14 @@ fn expect_reset(addr: &str, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Sends, hears one byte, and resets the connection.
+/// Sends, hears one byte, and resets the connection when it is told to.
 fn reset_after(stream: &TcpStream, bytes: u64) -> Result<()> {
-    let mut to = stream;
+    let (mut from, mut to) = (stream, stream);
     UP.send(&mut to, bytes)?;
+    from.read_exact(&mut [0])?;
+    say("answered=1");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
     reset(stream)?;
     println!("reset=1");
     Ok(())
