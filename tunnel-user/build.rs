@@ -9,6 +9,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    process::ExitCode,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -19,13 +20,23 @@ mod bpf_build;
 
 use bpf_build::{PREBUILT, PROVENANCE, SOURCES, Toolchain};
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("cargo::error={error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR")?);
     let package = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").context("CARGO_MANIFEST_DIR")?);
     let checkout = package.parent().context("the package lies inside the checkout")?;
 
     for name in ["TUNNEL_BPF", "TUNNEL_TOOLS_DIR", "LLVM_PREFIX"] {
-        println!("cargo:rerun-if-env-changed={name}");
+        println!("cargo::rerun-if-env-changed={name}");
     }
     for path in
         SOURCES.iter().chain(&["Cargo.lock", PREBUILT, "xtask/src/bpf_build.rs", "tunnel-user/build.rs"])
@@ -33,7 +44,7 @@ fn main() -> Result<()> {
         let path = checkout.join(path);
         // Cargo takes a file that is not there for one that always changes.
         if path.exists() {
-            println!("cargo:rerun-if-changed={}", path.display());
+            println!("cargo::rerun-if-changed={}", path.display());
         }
     }
 
@@ -56,7 +67,7 @@ fn from_either(checkout: &Path, out_dir: &Path) -> Result<Vec<u8>> {
         Ok(Ok(object)) => Ok(object),
         Ok(Err(error)) if unchanged => {
             println!(
-                "cargo:warning=building the kernel programs failed, the committed object is used: {error:#}"
+                "cargo::warning=building the kernel programs failed, the committed object is used: {error:#}"
             );
             committed(checkout)
         }
@@ -64,7 +75,7 @@ fn from_either(checkout: &Path, out_dir: &Path) -> Result<Vec<u8>> {
         Err(missing) => {
             if !unchanged {
                 println!(
-                    "cargo:warning=the kernel programs' sources have changed, but the committed object is used: \
+                    "cargo::warning=the kernel programs' sources have changed, but the committed object is used: \
                      {missing:#}; `cargo xtask setup --only build` installs it"
                 );
             }

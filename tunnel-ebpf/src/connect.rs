@@ -147,7 +147,10 @@ fn capture(
             maps::report_missing_listener(netns);
             maps::count(Counter::LeftOpen);
             if maps::may_log(Counter::LeftOpen) {
-                warn!(ctx, "no listener in network namespace {}: left in PLAINTEXT, as on_failure says", netns);
+                warn!(
+                    ctx,
+                    "no listener in network namespace {}: left in PLAINTEXT, as on_failure says", netns
+                );
             }
             Ok(None)
         }

@@ -152,10 +152,9 @@ pub(crate) fn keep_origin(sk: *mut bpf_sock, origin: Origin) -> bool {
 #[inline(always)]
 pub(crate) fn origin(sk: *mut bpf_sock) -> Option<&'static Origin> {
     // SAFETY: as above; without the create flag the value pointer is not read.
-    let kept = unsafe {
-        bpf_sk_storage_get((&raw const ORIGINS).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0)
-    }
-    .cast::<Origin>();
+    let kept =
+        unsafe { bpf_sk_storage_get((&raw const ORIGINS).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0) }
+            .cast::<Origin>();
     // SAFETY: null or valid for the duration of the program.
     unsafe { kept.as_ref() }
 }

@@ -186,7 +186,8 @@ impl Running {
     /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
     pub async fn watch_captures(&mut self) {
         let mut logs: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_log()).collect();
-        let mut events: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
+        let mut events: Vec<_> =
+            self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
         let wakes = logs.iter().map(Wake::new).chain(events.iter().map(Wake::new)).filter_map(|w| {
             // Without it the ticks below still look.
             w.map_err(|e| tracing::warn!("a ring of the kernel programs cannot be watched: {e}")).ok()
@@ -288,8 +289,19 @@ pub fn run(config: Config) -> Result<(), Failure> {
             () = running.watch_captures() => return Ok(()),
         };
         tracing::info!("{why}: draining");
-        running.stop();
-        Ok(())
+        let trigger = running.trigger.clone();
+        let again = signal::terminate();
+        let stopped = tokio::task::spawn_blocking(move || running.stop());
+        tokio::pin!(again, stopped);
+        let ended = tokio::select! {
+            ended = &mut stopped => ended,
+            _ = &mut again => {
+                tracing::info!("a second signal: no longer draining");
+                trigger.enter(Phase::Stop);
+                stopped.await
+            }
+        };
+        ended.map(drop).map_err(|e| other(&format!("stopping failed: {e}")))
     })
 }
 
@@ -317,7 +329,8 @@ fn cores() -> usize {
 
 /// Whether this process may set the mark (CAP_NET_ADMIN in the namespace of the socket).
 fn may_mark(mark: u32) -> bool {
-    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).is_ok_and(|s| s.set_mark(mark).is_ok())
+    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+        .is_ok_and(|s| s.set_mark(mark).is_ok())
 }
 
 fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
@@ -347,15 +360,11 @@ fn upstream(u: &config::Upstream, mark: tcp::Mark) -> tunnel::Settings {
 /// Loads the programs of one capture, with their rules.
 fn load(wanted: &config::Capture, config: &Config, fresh: Option<&Fresh>) -> Result<ActiveCapture, Failure> {
     let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
-        list.iter()
-            .map(|p| Pattern {
-                net: p.net(),
-                ports: p.ports().ranges().to_vec(),
-            })
-            .collect()
+        list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
     };
-    let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude))
-        .map_err(|e| Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes.")))?;
+    let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
+        Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
+    })?;
     let (group, name) = group(&wanted.cgroup, fresh)?;
     let pins = pin_dir(config, wanted);
     if pins.is_some() {
@@ -439,10 +448,14 @@ fn ensure_bpffs(path: &Path) -> Result<(), Failure> {
         return Ok(());
     }
     let mounted = fs::create_dir_all(path).and_then(|()| {
-        rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), None).map_err(io::Error::from)
+        rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), None)
+            .map_err(io::Error::from)
     });
     mounted.map_err(|e| {
-        let remedy = format!("Mount it as root, `mount -t bpf bpf {}`, or set daemon.bpffs to where it is.", path.display());
+        let remedy = format!(
+            "Mount it as root, `mount -t bpf bpf {}`, or set daemon.bpffs to where it is.",
+            path.display()
+        );
         let what = format!("{} is no bpffs, and mounting one failed: {e}", path.display());
         if e.kind() == io::ErrorKind::PermissionDenied {
             Failure::Privilege(Cause::new(what, remedy))
@@ -510,7 +523,9 @@ fn proxy_listener(proxy: SocketAddr) -> tunnel_common::capture::Listener {
 fn own_netns_cookie() -> Result<u64, Failure> {
     socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
         .and_then(|s| crate::capture::sys::netns_cookie(s.as_fd()))
-        .map_err(|e| Failure::Kernel(Cause::new(format!("SO_NETNS_COOKIE: {e}"), "It takes Linux 5.14 or newer.")))
+        .map_err(|e| {
+            Failure::Kernel(Cause::new(format!("SO_NETNS_COOKIE: {e}"), "It takes Linux 5.14 or newer."))
+        })
 }
 
 fn other(what: &str) -> Failure {
@@ -553,17 +568,19 @@ fn capture_listener(e: &io::Error) -> Failure {
 
 /// What the kernel refused is a privilege of ours or a feature of its own.
 pub fn bpf_failure(e: BpfError) -> Failure {
+    // With what the verifier said.
+    tracing::debug!("{e}");
     if e.is_privilege() {
         return Failure::Privilege(Cause::new(
-            e,
+            e.summary(),
             "Loading and attaching BPF programs takes CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root.",
         ));
     }
     match e {
         BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
-            format!("{e:#}"),
+            e.summary(),
             "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",
         )),
-        _ => Failure::Other(Cause::new(e, "")),
+        _ => Failure::Other(Cause::new(e.summary(), "")),
     }
 }

@@ -41,23 +41,10 @@ pub struct Cli {
     /// What to log: error, warn, info, debug or trace, or a filter such as warn,tunnel::relay=debug.
     ///
     /// Log lines go to standard error. Default: info, and warn for exec.
-    #[arg(
-        long,
-        global = true,
-        env = "TUNNEL_LOG",
-        value_name = "LEVEL|FILTER",
-        help_heading = "Logging"
-    )]
+    #[arg(long, global = true, env = "TUNNEL_LOG", value_name = "LEVEL|FILTER", help_heading = "Logging")]
     pub log: Option<LogFilter>,
     /// How log lines look.
-    #[arg(
-        long,
-        global = true,
-        value_enum,
-        default_value_t,
-        value_name = "FORMAT",
-        help_heading = "Logging"
-    )]
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT", help_heading = "Logging")]
     pub log_format: LogFormat,
     /// What to do.
     #[command(subcommand)]
@@ -67,14 +54,8 @@ pub struct Cli {
 impl Cli {
     /// What to log, when nothing was said: a command's own output should not drown.
     pub fn log_filter(&self) -> LogFilter {
-        let default = if matches!(self.command, Command::Exec(_)) {
-            "warn"
-        } else {
-            "info"
-        };
-        self.log
-            .clone()
-            .unwrap_or_else(|| default.parse().expect("a level is a filter"))
+        let default = if matches!(self.command, Command::Exec(_)) { "warn" } else { "info" };
+        self.log.clone().unwrap_or_else(|| default.parse().expect("a level is a filter"))
     }
 }
 
@@ -188,15 +169,8 @@ impl ExecArgs {
         }
         let file = |f: &Option<PathBuf>| f.clone().expect("--gateway requires it");
         Ok(Config::for_exec(ExecOptions {
-            gateway: self
-                .gateway
-                .clone()
-                .expect("required where --config is not there"),
-            identity: IdentityFiles {
-                cert: file(&self.cert),
-                key: file(&self.key),
-                ca: file(&self.ca),
-            },
+            gateway: self.gateway.clone().expect("required where --config is not there"),
+            identity: IdentityFiles { cert: file(&self.cert), key: file(&self.key), ca: file(&self.ca) },
             verify: self.verify.clone(),
             sni: self.sni.clone(),
             capture: self.capture.clone(),
@@ -256,11 +230,7 @@ pub struct GatewayArgs {
 impl GatewayArgs {
     /// The configuration that the flags mean.
     pub fn to_config(&self) -> Config {
-        let identity = IdentityFiles {
-            cert: self.cert.clone(),
-            key: self.key.clone(),
-            ca: self.ca.clone(),
-        };
+        let identity = IdentityFiles { cert: self.cert.clone(), key: self.key.clone(), ca: self.ca.clone() };
         Config::for_gateway(GatewayOptions {
             listen: self.listen.clone(),
             identity,
@@ -404,28 +374,16 @@ mod tests {
         let mut leaves = 0;
         let mut open = vec![Cli::command()];
         while let Some(command) = open.pop() {
-            assert!(
-                command.get_about().is_some(),
-                "{} has no about",
-                command.get_name()
-            );
+            assert!(command.get_about().is_some(), "{} has no about", command.get_name());
             if command.has_subcommands() {
                 open.extend(command.get_subcommands().cloned());
                 continue;
             }
             leaves += 1;
-            let help = command
-                .get_after_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("tunnel "), "{} has no examples", command.get_name());
             for arg in command.get_arguments() {
-                assert!(
-                    arg.get_help().is_some(),
-                    "{} {} has no help",
-                    command.get_name(),
-                    arg.get_id()
-                );
+                assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
             }
         }
         assert_eq!(leaves, 10);
@@ -437,40 +395,23 @@ mod tests {
         let exec = parse(&format!(
             "exec --gateway gw:15008 {id} --header baggage=a=b --verify spiffe://a/b --sni gw -- curl -s x"
         ));
-        let Command::Exec(args) = exec.unwrap().command else {
-            panic!("not exec")
-        };
+        let Command::Exec(args) = exec.unwrap().command else { panic!("not exec") };
         assert_eq!(args.command, ["curl", "-s", "x"]);
         let config = args.to_config().unwrap();
         assert_eq!(config.captures[0].cgroup, CgroupRef::Fresh);
         assert_eq!(config.routes[0].to, Action::Upstreams(vec![(0, 1)]));
         assert_eq!(config.upstreams[0].headers[0].1, "a=b");
-        assert_eq!(
-            config.upstreams[0]
-                .check()
-                .server_name(&args.gateway.unwrap())
-                .to_str(),
-            "gw"
-        );
+        assert_eq!(config.upstreams[0].check().server_name(&args.gateway.unwrap()).to_str(), "gw");
         assert_eq!(config.identity.unwrap().key, PathBuf::from("k.pem"));
 
         for (wrong, said) in [
             ("exec -- curl".to_owned(), "--config"),
             ("exec --gateway gw:15008 -- curl".to_owned(), "--ca"),
             (format!("exec --gateway gw {id} -- curl"), "no port"),
-            (
-                format!("exec --gateway gw:1 {id} --config f -- curl"),
-                "cannot be used with",
-            ),
+            (format!("exec --gateway gw:1 {id} --config f -- curl"), "cannot be used with"),
             (format!("exec --gateway gw:1 {id}"), "CMD"),
-            (
-                format!("exec --gateway gw:1 {id} --header :path=x -- curl"),
-                "pseudo",
-            ),
-            (
-                format!("exec --gateway gw:1 {id} --capture 10.0.0.1/8 -- curl"),
-                "10.0.0.0/8",
-            ),
+            (format!("exec --gateway gw:1 {id} --header :path=x -- curl"), "pseudo"),
+            (format!("exec --gateway gw:1 {id} --capture 10.0.0.1/8 -- curl"), "10.0.0.0/8"),
             (format!("exec --gateway gw:1 {id} --log ,,=,x -- curl"), "--log"),
         ] {
             let e = parse(&wrong).unwrap_err().to_string();
@@ -484,17 +425,13 @@ mod tests {
             "gateway --listen [::]:15008 --listen 10.0.0.1:1 --ca a --cert b --key c --allow 10.0.0.0/8 \
              --allow *.internal:80 --dial-timeout 500ms",
         );
-        let Command::Gateway(args) = args.unwrap().command else {
-            panic!("not gateway")
-        };
+        let Command::Gateway(args) = args.unwrap().command else { panic!("not gateway") };
         let config = args.to_config();
         assert_eq!(config.listeners.len(), 2);
         assert_eq!(config.listeners[1].dial_timeout, Duration::from_millis(500));
         assert_eq!(config.policies[0].target.len(), 2);
         assert_eq!(config.routes[0].to, Action::Direct);
-        let e = parse("gateway --listen 0.0.0.0 --ca a --cert b --key c")
-            .unwrap_err()
-            .to_string();
+        let e = parse("gateway --listen 0.0.0.0 --ca a --cert b --key c").unwrap_err().to_string();
         assert!(e.contains("it has no port"), "{e}");
     }
 }

@@ -9,7 +9,7 @@ use std::{cell::RefCell, future::Future};
 use tokio::{sync::watch, task::JoinSet};
 
 /// What the daemon is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Taking connections.
     Run,
@@ -20,7 +20,7 @@ pub enum Phase {
 }
 
 /// Tells everybody.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Trigger(watch::Sender<Phase>);
 
 /// Hears of it.
@@ -34,9 +34,13 @@ pub fn channel() -> (Trigger, Watch) {
 }
 
 impl Trigger {
-    /// Moves on. Nobody may be left to hear it.
+    /// Moves on, never back. Nobody may be left to hear it.
     pub fn enter(&self, phase: Phase) {
-        self.0.send_replace(phase);
+        self.0.send_if_modified(|now| {
+            let on = *now < phase;
+            *now = phase.max(*now);
+            on
+        });
     }
 }
 
@@ -84,5 +88,19 @@ impl Tasks {
             }
         })
         .await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_order_to_stop_is_not_taken_back_by_a_later_order_to_drain() {
+        let (trigger, mut watch) = channel();
+        trigger.clone().enter(Phase::Stop);
+        trigger.enter(Phase::Drain);
+        watch.draining().await;
+        watch.stopping().await;
     }
 }

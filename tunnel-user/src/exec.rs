@@ -69,7 +69,8 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
     // Before any thread starts: threads inherit the mask, and one descriptor then gets every signal.
     let forwarded: SigSet = FORWARDED.into_iter().collect();
     let mut before = SigSet::empty();
-    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&forwarded), Some(&mut before)).map_err(|e| os("signals", e.into()))?;
+    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&forwarded), Some(&mut before))
+        .map_err(|e| os("signals", e.into()))?;
     let mut group = Hierarchy::open().and_then(|h| h.create_fresh()).map_err(cgroup_failure)?;
     let runtime = app::control_runtime()?;
     let (status, report) = runtime.block_on(async {
@@ -197,7 +198,8 @@ fn exit_byte(status: ExitStatus) -> u8 {
 }
 
 fn write_json(path: &PathBuf, records: &[Record]) -> Result<(), Failure> {
-    let written = File::create(path).and_then(|f| serde_json::to_writer_pretty(f, records).map_err(io::Error::from));
+    let written =
+        File::create(path).and_then(|f| serde_json::to_writer_pretty(f, records).map_err(io::Error::from));
     written.map_err(|e| os(&path.display().to_string(), e))
 }
 

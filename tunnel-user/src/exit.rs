@@ -42,10 +42,7 @@ pub struct Cause {
 impl Cause {
     /// From an error, with its sources, and a remedy ("" for none).
     pub fn new(what: impl fmt::Display, remedy: impl Into<String>) -> Self {
-        Self {
-            what: what.to_string(),
-            remedy: remedy.into(),
-        }
+        Self { what: what.to_string(), remedy: remedy.into() }
     }
 }
 
@@ -77,11 +74,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Cause { what, remedy } = self.cause();
         f.write_str(what)?;
-        if remedy.is_empty() {
-            Ok(())
-        } else {
-            write!(f, "\n  {remedy}")
-        }
+        if remedy.is_empty() { Ok(()) } else { write!(f, "\n  {remedy}") }
     }
 }
 
@@ -104,10 +97,7 @@ impl From<ConfigErrors> for Failure {
 
 impl From<TlsError> for Failure {
     fn from(e: TlsError) -> Self {
-        Self::Config(Cause::new(
-            e,
-            "For trying, \"tunnel pki issue\" makes a certificate and its key.",
-        ))
+        Self::Config(Cause::new(e, "For trying, \"tunnel pki issue\" makes a certificate and its key."))
     }
 }
 

@@ -79,11 +79,7 @@ impl FromStr for Target {
         if port.is_empty() || !port.bytes().all(|b| b.is_ascii_digit()) {
             return Err(TargetError::Port);
         }
-        let port = port
-            .parse::<u16>()
-            .ok()
-            .filter(|p| *p != 0)
-            .ok_or(TargetError::Port)?;
+        let port = port.parse::<u16>().ok().filter(|p| *p != 0).ok_or(TargetError::Port)?;
         if let Some(v6) = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
             let ip = v6.parse::<std::net::Ipv6Addr>().map_err(|_| TargetError::Host)?;
             return Ok(Self::Addr(SocketAddr::from((ip, port))));
@@ -92,9 +88,7 @@ impl FromStr for Target {
             return Ok(Self::Addr(SocketAddr::from((ip, port))));
         }
         let name = host.strip_suffix('.').unwrap_or(host);
-        is_host_name(name)
-            .then(|| Self::Name(name.to_ascii_lowercase(), port))
-            .ok_or(TargetError::Host)
+        is_host_name(name).then(|| Self::Name(name.to_ascii_lowercase(), port)).ok_or(TargetError::Host)
     }
 }
 
@@ -106,8 +100,7 @@ pub(crate) fn is_host_name(s: &str) -> bool {
             && l.len() <= LABEL_MAX
             && !l.starts_with('-')
             && !l.ends_with('-')
-            && l.bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
     };
     let last = s.rsplit('.').next().unwrap_or_default();
     s.len() <= HOST_MAX
@@ -155,11 +148,7 @@ mod tests {
             ("a_b.example:1", "a_b.example:1"),
             ("localhost:65535", "localhost:65535"),
         ] {
-            assert_eq!(
-                text.parse::<Target>().map(|t| t.to_string()),
-                Ok(shown.to_owned()),
-                "{text}"
-            );
+            assert_eq!(text.parse::<Target>().map(|t| t.to_string()), Ok(shown.to_owned()), "{text}");
         }
     }
 

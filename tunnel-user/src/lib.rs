@@ -8,6 +8,7 @@ pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod dial;
+pub mod doctor;
 pub mod drain;
 pub mod exec;
 pub mod exit;

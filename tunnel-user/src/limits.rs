@@ -19,6 +19,11 @@ pub fn raise_nofile() -> u64 {
     soft
 }
 
+/// The limit of descriptors that so many flows take.
+pub fn nofile_for(flows: usize) -> u64 {
+    RESERVED + PER_FLOW * flows as u64
+}
+
 /// How many flows one of `workers` takes at once.
 pub fn flows_per_worker(configured: usize, nofile: u64, workers: usize) -> usize {
     let possible = usize::try_from(nofile.saturating_sub(RESERVED) / PER_FLOW).unwrap_or(usize::MAX);
@@ -34,5 +39,6 @@ mod tests {
         assert_eq!(flows_per_worker(1_000_000, 20_512, 2), 5_000);
         assert_eq!(flows_per_worker(100, 20_512, 2), 50);
         assert_eq!(flows_per_worker(100, 10, 8), 1);
+        assert_eq!(flows_per_worker(1_000_000, nofile_for(10_000), 1), 10_000);
     }
 }

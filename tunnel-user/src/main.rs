@@ -4,7 +4,7 @@
 //! code says of which kind it was. It never holds logic of its own.
 
 use std::{
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
 };
 
@@ -13,7 +13,7 @@ use tunnel::{
     app,
     cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand},
     config::{Config, schema},
-    exec,
+    doctor, exec,
     exit::{Cause, EXIT_CONFIG, Failure},
     pki, telemetry,
     transport::tls::TlsIdentity,
@@ -25,11 +25,7 @@ fn main() -> ExitCode {
         Err(e) => {
             // Nowhere is left to say that this could not be said.
             let _ = e.print();
-            return if e.use_stderr() {
-                ExitCode::from(EXIT_CONFIG)
-            } else {
-                ExitCode::SUCCESS
-            };
+            return if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS };
         }
     };
     telemetry::init(&cli.log_filter(), cli.log_format);
@@ -50,7 +46,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Run(args) => app::run(Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
         Command::Gateway(args) => app::run(args.to_config()).map(|()| ExitCode::SUCCESS),
         Command::Detach(args) => app::detach(&Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
-        Command::Doctor(_) => Err(Failure::Other(Cause::new("not wired", ""))),
+        Command::Doctor(args) => diagnose(args.json),
         Command::Config(command) => config(command),
         Command::Pki(command) => issue(command),
         Command::Completions(CompletionsArgs { shell }) => {
@@ -60,6 +56,14 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Man(args) => man(args),
     }
+}
+
+fn diagnose(as_json: bool) -> Result<ExitCode, Failure> {
+    let findings = doctor::examine();
+    let text =
+        if as_json { doctor::json(&findings) } else { doctor::text(&findings, io::stdout().is_terminal()) };
+    print(text.as_bytes())?;
+    Ok(ExitCode::from(doctor::exit_code(&findings)))
 }
 
 fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
@@ -91,9 +95,7 @@ fn man(args: ManArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command())
-        .render(&mut page)
-        .map_err(failed)?;
+    clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(failed)?;
     print(&page)
 }
 

@@ -85,19 +85,13 @@ impl Validity {
     /// From now (less some clock skew) for `days` days.
     pub fn days(days: u32) -> Self {
         let now = SystemTime::now();
-        Self {
-            not_before: now - CLOCK_SKEW,
-            not_after: now + DAY * days,
-        }
+        Self { not_before: now - CLOCK_SKEW, not_after: now + DAY * days }
     }
 
     /// A day that ended yesterday; tests of expiry want it.
     pub fn past() -> Self {
         let now = SystemTime::now();
-        Self {
-            not_before: now - DAY * 2,
-            not_after: now - DAY,
-        }
+        Self { not_before: now - DAY * 2, not_after: now - DAY }
     }
 }
 
@@ -118,12 +112,7 @@ pub struct IssueRequest {
 impl IssueRequest {
     /// A certificate for `id`, valid for [`LEAF_DAYS`].
     pub fn new(id: SpiffeId) -> Self {
-        Self {
-            id: Some(id),
-            dns: Vec::new(),
-            ip: Vec::new(),
-            validity: Validity::days(LEAF_DAYS),
-        }
+        Self { id: Some(id), dns: Vec::new(), ip: Vec::new(), validity: Validity::days(LEAF_DAYS) }
     }
 }
 
@@ -149,32 +138,17 @@ impl Ca {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         // Two CAs must differ in name, or a chain from the wrong one looks like a bad signature.
-        let mark: String = params
-            .key_identifier(&key)
-            .iter()
-            .take(4)
-            .map(|b| format!("{b:02x}"))
-            .collect();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, format!("tunnel throwaway CA {mark}"));
+        let mark: String = params.key_identifier(&key).iter().take(4).map(|b| format!("{b:02x}")).collect();
+        params.distinguished_name.push(DnType::CommonName, format!("tunnel throwaway CA {mark}"));
         let cert_pem = params.self_signed(&key)?.pem();
-        Ok(Self {
-            cert_pem,
-            issuer: Issuer::new(params, key),
-        })
+        Ok(Self { cert_pem, issuer: Issuer::new(params, key) })
     }
 
     /// The one that [`init`] left in `dir`.
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         let cert_pem = read_ca(&dir.join(CA_CERT))?;
         let key_path = dir.join(CA_KEY);
-        let bad = |path: PathBuf| {
-            move |e: rcgen::Error| PkiError::BadCa {
-                path,
-                why: e.to_string(),
-            }
-        };
+        let bad = |path: PathBuf| move |e: rcgen::Error| PkiError::BadCa { path, why: e.to_string() };
         let key = KeyPair::from_pem(&read_ca(&key_path)?).map_err(bad(key_path))?;
         let issuer = Issuer::from_ca_cert_pem(&cert_pem, key).map_err(bad(dir.join(CA_CERT)))?;
         Ok(Self { cert_pem, issuer })
@@ -191,16 +165,11 @@ impl Ca {
         let mut params = params(request.validity);
         params.distinguished_name.push(DnType::CommonName, "tunnel");
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.subject_alt_names = names(request)?;
         let cert = params.signed_by(&key, &self.issuer)?;
-        Ok(Issued {
-            cert_pem: cert.pem(),
-            key_pem: key.serialize_pem(),
-        })
+        Ok(Issued { cert_pem: cert.pem(), key_pem: key.serialize_pem() })
     }
 }
 
@@ -237,10 +206,7 @@ fn names(request: &IssueRequest) -> Result<Vec<SanType>, PkiError> {
 fn read_ca(path: &Path) -> Result<String, PkiError> {
     fs::read_to_string(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => PkiError::NoCa(path.to_owned()),
-        _ => PkiError::Io {
-            path: path.to_owned(),
-            source,
-        },
+        _ => PkiError::Io { path: path.to_owned(), source },
     })
 }
 
@@ -255,22 +221,11 @@ pub struct PairFiles {
 
 /// `tunnel pki init`: writes `ca.pem` and `ca-key.pem` into `dir`, which is made when it is missing.
 pub fn init(dir: &Path, force: bool) -> Result<PairFiles, PkiError> {
-    fs::create_dir_all(dir).map_err(|source| PkiError::Io {
-        path: dir.to_owned(),
-        source,
-    })?;
-    let files = PairFiles {
-        cert: dir.join(CA_CERT),
-        key: dir.join(CA_KEY),
-    };
+    fs::create_dir_all(dir).map_err(|source| PkiError::Io { path: dir.to_owned(), source })?;
+    let files = PairFiles { cert: dir.join(CA_CERT), key: dir.join(CA_KEY) };
     refuse_existing(&files, force)?;
     let ca = Ca::generate(Validity::days(CA_DAYS))?;
-    write(
-        &files.key,
-        ca.issuer.key().serialize_pem().as_bytes(),
-        KEY_MODE,
-        force,
-    )?;
+    write(&files.key, ca.issuer.key().serialize_pem().as_bytes(), KEY_MODE, force)?;
     write(&files.cert, ca.cert_pem.as_bytes(), CERT_MODE, force)?;
     Ok(files)
 }
@@ -281,10 +236,7 @@ pub fn issue(dir: &Path, name: &str, request: &IssueRequest, force: bool) -> Res
     if name.is_empty() || name == "ca" || name.starts_with('.') || !name.bytes().all(plain) {
         return Err(PkiError::BadName(name.to_owned()));
     }
-    let files = PairFiles {
-        cert: dir.join(format!("{name}.pem")),
-        key: dir.join(format!("{name}-key.pem")),
-    };
+    let files = PairFiles { cert: dir.join(format!("{name}.pem")), key: dir.join(format!("{name}-key.pem")) };
     refuse_existing(&files, force)?;
     let issued = Ca::load(dir)?.issue(request)?;
     write(&files.key, issued.key_pem.as_bytes(), KEY_MODE, force)?;
@@ -313,23 +265,12 @@ fn write(path: &Path, bytes: &[u8], mode: u32, force: bool) -> Result<(), PkiErr
     };
     let io_error = |source: io::Error| match source.kind() {
         io::ErrorKind::AlreadyExists => PkiError::Exists(path.to_owned()),
-        _ => PkiError::Io {
-            path: path.to_owned(),
-            source,
-        },
+        _ => PkiError::Io { path: path.to_owned(), source },
     };
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(&fresh)
-        .map_err(io_error)?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&fresh).map_err(io_error)?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    let done = if force {
-        written.and_then(|()| fs::rename(&fresh, path))
-    } else {
-        written
-    };
+    let done = if force { written.and_then(|()| fs::rename(&fresh, path)) } else { written };
     done.map_err(|e| {
         // Ours alone: it was made with O_EXCL a moment ago. That it cannot be removed adds nothing to `e`.
         let _ = fs::remove_file(&fresh);
@@ -371,10 +312,7 @@ mod tests {
                 San::Ip("fd00::1".parse().unwrap()),
             ]
         );
-        assert_eq!(
-            peer_identity(&[cert]),
-            Some(Identity("spiffe://example.org/web".into()))
-        );
+        assert_eq!(peer_identity(&[cert]), Some(Identity("spiffe://example.org/web".into())));
     }
 
     #[test]
@@ -404,19 +342,12 @@ mod tests {
         }
         let before = fs::read(&ca.cert).unwrap();
         assert!(matches!(init(dir.path(), false), Err(PkiError::Exists(_))));
-        assert!(matches!(
-            issue(dir.path(), "web", &request, false),
-            Err(PkiError::Exists(_))
-        ));
+        assert!(matches!(issue(dir.path(), "web", &request, false), Err(PkiError::Exists(_))));
         assert_eq!(fs::read(&ca.cert).unwrap(), before);
         init(dir.path(), true).unwrap();
         assert_ne!(fs::read(&ca.cert).unwrap(), before);
         assert_eq!(fs::metadata(&ca.key).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(
-            fs::read_dir(dir.path()).unwrap().count(),
-            4,
-            "no file is left over"
-        );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4, "no file is left over");
     }
 
     #[test]
@@ -434,10 +365,6 @@ mod tests {
         fs::write(dir.path().join("ca-key.pem"), "nonsense").unwrap();
         request.dns.clear();
         assert!(said("web", &request).contains("ca-key.pem: "));
-        assert_eq!(
-            fs::read_dir(dir.path()).unwrap().count(),
-            2,
-            "no half of a pair is left"
-        );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no half of a pair is left");
     }
 }

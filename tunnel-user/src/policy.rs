@@ -25,15 +25,9 @@ pub const GUARDED: [IpNet; 7] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
     // Link-local; clouds serve credentials to whoever asks 169.254.169.254.
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16)),
-    IpNet::V6(Ipv6Net::new_assert(
-        Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0),
-        10,
-    )),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10)),
     // The same credentials over IPv6 (AWS).
-    IpNet::V6(Ipv6Net::new_assert(
-        Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254),
-        128,
-    )),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), 128)),
     // "This host" (RFC 1122 section 3.2.1.3): Linux connects it to loopback.
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 8)),
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 128)),
@@ -85,15 +79,8 @@ impl Policies {
     /// The rules of the configuration, and the addresses that our listeners are bound to (with the ports
     /// that they got, where the configuration says 0).
     pub fn new(rules: Vec<Policy>, listeners: &[SocketAddr]) -> Self {
-        let listeners = listeners
-            .iter()
-            .map(|l| SocketAddr::new(l.ip().to_canonical(), l.port()))
-            .collect();
-        Self {
-            rules,
-            listeners,
-            local: local_addresses,
-        }
+        let listeners = listeners.iter().map(|l| SocketAddr::new(l.ip().to_canonical(), l.port())).collect();
+        Self { rules, listeners, local: local_addresses }
     }
 
     /// Whether this peer may ask for this target. A yes is a [`Permit`], which every address has to pass
@@ -104,12 +91,7 @@ impl Policies {
         who: Option<&'a Identity>,
         target: &'a Target,
     ) -> Result<Permit<'a>, Denied> {
-        let permit = |by_name| Permit {
-            policies: self,
-            who,
-            target,
-            by_name,
-        };
+        let permit = |by_name| Permit { policies: self, who, target, by_name };
         let for_peer = || self.patterns_of(who);
         match target {
             Target::Addr(addr) => {
@@ -122,20 +104,13 @@ impl Policies {
                 // Resolving is for those only whom some address could admit.
                 let some =
                     for_peer().any(|p| matches!(p, TargetPattern::Addr(a) if a.ports().contains(*port)));
-                if some {
-                    Ok(permit(false))
-                } else {
-                    Err(no_rule(who, target))
-                }
+                if some { Ok(permit(false)) } else { Err(no_rule(who, target)) }
             }
         }
     }
 
     fn patterns_of<'a>(&'a self, who: Option<&'a Identity>) -> impl Iterator<Item = &'a TargetPattern> {
-        self.rules
-            .iter()
-            .filter(move |r| r.identity.contains(who))
-            .flat_map(|r| &r.target)
+        self.rules.iter().filter(move |r| r.identity.contains(who)).flat_map(|r| &r.target)
     }
 
     fn addr_patterns_of<'a>(&'a self, who: Option<&'a Identity>) -> impl Iterator<Item = &'a AddrPattern> {
@@ -148,15 +123,12 @@ impl Policies {
     /// Whether a connection to `addr` (canonical) would arrive at one of our listeners.
     fn is_own(&self, addr: SocketAddr) -> bool {
         let ip = addr.ip();
-        self.listeners
-            .iter()
-            .filter(|l| l.port() == addr.port())
-            .any(|l| {
-                // Linux connects the unspecified address to loopback.
-                let same = l.ip() == ip || (ip.is_unspecified() && l.ip().is_loopback());
-                let everywhere = l.ip().is_unspecified() && (l.is_ipv6() || ip.is_ipv4());
-                same || (everywhere && self.is_local(ip))
-            })
+        self.listeners.iter().filter(|l| l.port() == addr.port()).any(|l| {
+            // Linux connects the unspecified address to loopback.
+            let same = l.ip() == ip || (ip.is_unspecified() && l.ip().is_loopback());
+            let everywhere = l.ip().is_unspecified() && (l.is_ipv6() || ip.is_ipv4());
+            same || (everywhere && self.is_local(ip))
+        })
     }
 
     /// Whether `ip` is this host's. When that cannot be found out, it is: the safe mistake.
@@ -178,11 +150,7 @@ impl Permit<'_> {
     /// Whether `addr`, to which the target resolved or which it is, may be dialled.
     pub fn allows_addr(&self, addr: SocketAddr) -> Result<(), Denied> {
         let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());
-        let rules = || {
-            self.policies
-                .addr_patterns_of(self.who)
-                .filter(|p| p.contains(addr))
-        };
+        let rules = || self.policies.addr_patterns_of(self.who).filter(|p| p.contains(addr));
         // An exact rule is inside every range that it could concern.
         if let Some(range) = GUARDED.into_iter().find(|g| g.contains(&addr.ip()))
             && !rules().any(|p| range.contains(&p.net()))
@@ -197,20 +165,15 @@ impl Permit<'_> {
         }
         Err(match self.target {
             Target::Addr(_) => no_rule(self.who, self.target),
-            Target::Name(..) => Denied::Resolved {
-                who: name_of(self.who),
-                target: self.target.clone(),
-                addr,
-            },
+            Target::Name(..) => {
+                Denied::Resolved { who: name_of(self.who), target: self.target.clone(), addr }
+            }
         })
     }
 }
 
 fn no_rule(who: Option<&Identity>, target: &Target) -> Denied {
-    Denied::NoRule {
-        who: name_of(who),
-        target: target.clone(),
-    }
+    Denied::NoRule { who: name_of(who), target: target.clone() }
 }
 
 fn name_of(who: Option<&Identity>) -> String {
@@ -283,29 +246,18 @@ mod tests {
     fn nothing_is_allowed_until_a_rule_says_so() {
         let none = policies(&[], &[]);
         assert!(matches!(addr(&none, "10.0.0.1:80"), Err(Denied::NoRule { .. })));
-        assert!(matches!(
-            reach(&none, "web.internal:80", "10.0.0.1:80"),
-            Err(Denied::NoRule { .. })
-        ));
+        assert!(matches!(reach(&none, "web.internal:80", "10.0.0.1:80"), Err(Denied::NoRule { .. })));
 
         let web = "spiffe://example.org/ns/*/sa/web";
-        let p = policies(
-            &[
-                (web, &["10.0.0.0/8:80"]),
-                ("spiffe://example.org/db", &["10.0.0.0/8:5432"]),
-            ],
-            &[],
-        );
+        let p =
+            policies(&[(web, &["10.0.0.0/8:80"]), ("spiffe://example.org/db", &["10.0.0.0/8:5432"])], &[]);
         assert_eq!(addr(&p, "10.0.0.1:80"), Ok(()));
         assert_eq!(addr(&p, "[::ffff:10.0.0.1]:80"), Ok(()));
         assert_eq!(
             addr(&p, "10.0.0.1:5432").unwrap_err().to_string(),
             "no policy lets spiffe://example.org/ns/a/sa/web reach 10.0.0.1:5432"
         );
-        assert!(
-            p.check_target(None, &"10.0.0.1:80".parse().unwrap()).is_err(),
-            "nobody is not web"
-        );
+        assert!(p.check_target(None, &"10.0.0.1:80".parse().unwrap()).is_err(), "nobody is not web");
     }
 
     #[test]
@@ -313,27 +265,18 @@ mod tests {
         let by_name = policies(&[("any", &["*.internal:80"])], &[]);
         assert_eq!(reach(&by_name, "web.internal:80", "203.0.113.1:80"), Ok(()));
         assert!(reach(&by_name, "web.internal:81", "203.0.113.1:81").is_err());
-        assert!(
-            addr(&by_name, "203.0.113.1:80").is_err(),
-            "a name rule admits no literal address"
-        );
+        assert!(addr(&by_name, "203.0.113.1:80").is_err(), "a name rule admits no literal address");
 
         let by_addr = policies(&[("any", &["10.0.0.0/8:80"])], &[]);
         assert_eq!(reach(&by_addr, "web.internal:80", "10.0.0.1:80"), Ok(()));
-        assert!(matches!(
-            reach(&by_addr, "web.internal:80", "203.0.113.1:80"),
-            Err(Denied::Resolved { .. })
-        ));
+        assert!(matches!(reach(&by_addr, "web.internal:80", "203.0.113.1:80"), Err(Denied::Resolved { .. })));
         let web: Target = "web.internal:81".parse().unwrap();
         assert!(by_addr.check_target(None, &web).is_err(), "not even resolved");
     }
 
     #[test]
     fn link_local_opens_only_to_a_rule_inside_it() {
-        let broad = policies(
-            &[("any", &["0.0.0.0/0", "::/0", "169.0.0.0/8", "*.internal"])],
-            &[],
-        );
+        let broad = policies(&[("any", &["0.0.0.0/0", "::/0", "169.0.0.0/8", "*.internal"])], &[]);
         for guarded in [
             "169.254.169.254:80",
             "[::ffff:169.254.169.254]:80",
@@ -344,27 +287,15 @@ mod tests {
             "[::]:80",
             "[::ffff:0.0.0.0]:80",
         ] {
+            assert!(matches!(addr(&broad, guarded), Err(Denied::Guarded { .. })), "{guarded}");
             assert!(
-                matches!(addr(&broad, guarded), Err(Denied::Guarded { .. })),
-                "{guarded}"
-            );
-            assert!(
-                matches!(
-                    reach(&broad, "rebound.internal:80", guarded),
-                    Err(Denied::Guarded { .. })
-                ),
+                matches!(reach(&broad, "rebound.internal:80", guarded), Err(Denied::Guarded { .. })),
                 "a name that resolves to {guarded}"
             );
         }
-        let narrow = policies(
-            &[("any", &["169.254.169.254:80", "fe80::/10", "*.internal"])],
-            &[],
-        );
+        let narrow = policies(&[("any", &["169.254.169.254:80", "fe80::/10", "*.internal"])], &[]);
         assert_eq!(addr(&narrow, "169.254.169.254:80"), Ok(()));
-        assert_eq!(
-            reach(&narrow, "metadata.internal:80", "169.254.169.254:80"),
-            Ok(())
-        );
+        assert_eq!(reach(&narrow, "metadata.internal:80", "169.254.169.254:80"), Ok(()));
         assert_eq!(addr(&narrow, "[fe80::1]:22"), Ok(()));
         assert!(addr(&narrow, "169.254.169.254:81").is_err());
         assert!(addr(&narrow, "169.254.1.1:80").is_err());
@@ -382,54 +313,30 @@ mod tests {
             "[fd00::1]:15009",
         ] {
             assert!(matches!(addr(&p, own), Err(Denied::OwnListener(_))), "{own}");
-            assert!(
-                matches!(reach(&p, "me.internal:15008", own), Err(Denied::OwnListener(_))),
-                "{own}"
-            );
+            assert!(matches!(reach(&p, "me.internal:15008", own), Err(Denied::OwnListener(_))), "{own}");
         }
-        for other in [
-            "10.9.0.2:15008",
-            "10.9.0.1:15009",
-            "[fd00::9]:15008",
-            "[fd00::2]:15009",
-        ] {
+        for other in ["10.9.0.2:15008", "10.9.0.1:15009", "[fd00::9]:15008", "[fd00::2]:15009"] {
             assert_eq!(addr(&p, other), Ok(()), "{other}");
         }
         let dual = policies(all, &["[::]:15008"]);
-        for own in [
-            "10.9.0.1:15008",
-            "[fd00::9]:15008",
-            "[::1]:15008",
-            "127.0.0.1:15008",
-        ] {
+        for own in ["10.9.0.1:15008", "[fd00::9]:15008", "[::1]:15008", "127.0.0.1:15008"] {
             assert!(matches!(addr(&dual, own), Err(Denied::OwnListener(_))), "{own}");
         }
-        let lo = policies(
-            &[("any", &["0.0.0.0/8", "10.9.0.1:15008", "127.0.0.0/8:15008"])],
-            &["127.0.0.1:15008"],
-        );
+        let lo =
+            policies(&[("any", &["0.0.0.0/8", "10.9.0.1:15008", "127.0.0.0/8:15008"])], &["127.0.0.1:15008"]);
         assert!(matches!(addr(&lo, "0.0.0.0:15008"), Err(Denied::OwnListener(_))));
-        assert!(matches!(
-            addr(&lo, "127.0.0.1:15008"),
-            Err(Denied::OwnListener(_))
-        ));
+        assert!(matches!(addr(&lo, "127.0.0.1:15008"), Err(Denied::OwnListener(_))));
 
         let exact = policies(&[("any", &["10.9.0.1:15008", "127.0.0.1"])], &["0.0.0.0:15008"]);
         assert_eq!(addr(&exact, "10.9.0.1:15008"), Ok(()));
-        assert!(
-            addr(&exact, "127.0.0.1:15008").is_err(),
-            "the port has to be stated"
-        );
+        assert!(addr(&exact, "127.0.0.1:15008").is_err(), "the port has to be stated");
     }
 
     #[test]
     fn unknown_local_addresses_count_as_ours() {
         let mut p = policies(&[("any", &["0.0.0.0/0"])], &["0.0.0.0:15008"]);
         p.local = || None;
-        assert!(matches!(
-            addr(&p, "203.0.113.1:15008"),
-            Err(Denied::OwnListener(_))
-        ));
+        assert!(matches!(addr(&p, "203.0.113.1:15008"), Err(Denied::OwnListener(_))));
         assert_eq!(addr(&p, "203.0.113.1:15009"), Ok(()));
         assert!(local_addresses().is_some_and(|l| l.contains(&IpAddr::from([127, 0, 0, 1]))));
     }

@@ -30,6 +30,11 @@ pub fn missing_for_capture() -> Vec<(&'static str, &'static str)> {
         .collect()
 }
 
+/// The capabilities that capturing takes.
+pub fn names_for_capture() -> [&'static str; 3] {
+    FOR_CAPTURE.map(|(_, name, _)| name)
+}
+
 /// Fails with the names of what is missing.
 pub fn require_for_capture() -> Result<(), Failure> {
     let missing = missing_for_capture();

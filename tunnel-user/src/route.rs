@@ -45,12 +45,7 @@ impl Router {
 
     /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
     pub fn decide(&self, source: Source, target: &Target, random: u32) -> Decision {
-        match self
-            .routes
-            .iter()
-            .find(|r| matches(r, source, target))
-            .map(|r| &r.to)
-        {
+        match self.routes.iter().find(|r| matches(r, source, target)).map(|r| &r.to) {
             None => Decision::NoRoute,
             Some(Action::Deny) => Decision::Deny,
             Some(Action::Direct) => Decision::Direct,
@@ -106,21 +101,13 @@ mod tests {
     fn the_first_match_wins_and_no_match_is_refused() {
         let router = Router::new(vec![
             route(&[], &["10.1.0.0/16"], &[], Action::Deny),
-            route(
-                &[Source::Captured],
-                &["10.0.0.0/8:80"],
-                &[],
-                Action::Upstreams(vec![(3, 1)]),
-            ),
+            route(&[Source::Captured], &["10.0.0.0/8:80"], &[], Action::Upstreams(vec![(3, 1)])),
             route(&[Source::Listener], &[], &["*.internal"], Action::Direct),
         ]);
         let decide = |source, target: &str| router.decide(source, &target.parse().unwrap(), 0);
         assert_eq!(decide(Source::Captured, "10.1.0.1:80"), Decision::Deny);
         assert_eq!(decide(Source::Captured, "10.2.0.1:80"), Decision::Upstream(3));
-        assert_eq!(
-            decide(Source::Captured, "[::ffff:10.2.0.1]:80"),
-            Decision::Upstream(3)
-        );
+        assert_eq!(decide(Source::Captured, "[::ffff:10.2.0.1]:80"), Decision::Upstream(3));
         assert_eq!(decide(Source::Captured, "10.2.0.1:81"), Decision::NoRoute);
         assert_eq!(decide(Source::Listener, "10.2.0.1:80"), Decision::NoRoute);
         assert_eq!(decide(Source::Listener, "a.internal:80"), Decision::Direct);
@@ -129,12 +116,8 @@ mod tests {
 
     #[test]
     fn weights_divide_the_flows_exactly() {
-        let router = Router::new(vec![route(
-            &[],
-            &[],
-            &[],
-            Action::Upstreams(vec![(0, 90), (1, 0), (2, 10)]),
-        )]);
+        let router =
+            Router::new(vec![route(&[], &[], &[], Action::Upstreams(vec![(0, 90), (1, 0), (2, 10)]))]);
         let target = "10.0.0.1:80".parse().unwrap();
         let mut count = [0; 3];
         for i in 0..1000u32 {
@@ -146,9 +129,6 @@ mod tests {
         }
         assert_eq!(count[1], 0);
         assert!((899..=901).contains(&count[0]), "{count:?}");
-        assert_eq!(
-            router.decide(Source::Captured, &target, u32::MAX),
-            Decision::Upstream(2)
-        );
+        assert_eq!(router.decide(Source::Captured, &target, u32::MAX), Decision::Upstream(2));
     }
 }

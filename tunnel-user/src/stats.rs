@@ -256,7 +256,8 @@ mod tests {
 
     #[test]
     fn the_table_lines_up_and_says_what_was_left_out() {
-        let mut record = Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        let mut record =
+            Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
         record.through("gateway", PeerAddr("10.77.0.2:15008".parse().unwrap()), 3, None);
         (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".to_owned());
         record.lasted(Duration::from_micros(1234));
@@ -264,7 +265,10 @@ mod tests {
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 3);
         assert!(lines[1].starts_with("10.200.0.10:80  10.77.0.2:15008"), "{text}");
-        assert!(lines[1].contains("76 B") && lines[1].contains("50.0 MiB") && lines[1].contains("1.2 ms"), "{text}");
+        assert!(
+            lines[1].contains("76 B") && lines[1].contains("50.0 MiB") && lines[1].contains("1.2 ms"),
+            "{text}"
+        );
         assert_eq!(lines[0].find("OUTCOME"), lines[1].find("closed"));
         assert_eq!(lines[2], "and 2 more");
     }

@@ -4,6 +4,8 @@
 //! to the command that is run, or to what was asked for. It never reads the environment: the command line
 //! has done so.
 
+use std::io::IsTerminal as _;
+
 use clap::ValueEnum;
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
@@ -31,7 +33,9 @@ impl std::str::FromStr for LogFilter {
 
 /// Starts logging, in the whole process. A second call changes nothing.
 pub fn init(filter: &LogFilter, format: LogFormat) {
-    let layer = fmt::layer().with_writer(std::io::stderr).with_target(true);
+    // Colours would be rubbish in a file or a journal.
+    let colours = std::io::stderr().is_terminal();
+    let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_target(true);
     let registry = tracing_subscriber::registry().with(EnvFilter::new(&filter.0));
     // It fails only when logging has been started: by an earlier call, or by a test.
     let _ = match format {

@@ -11,11 +11,7 @@ use std::{
 
 fn tunnel(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tunnel"));
-    command
-        .args(args)
-        .env_remove("TUNNEL_LOG")
-        .output()
-        .expect("the program starts")
+    command.args(args).env_remove("TUNNEL_LOG").output().expect("the program starts")
 }
 
 fn said(output: &Output) -> (Option<i32>, String, String) {
@@ -41,35 +37,18 @@ fn five_mistakes_are_all_reported_and_the_status_is_64() {
         ":6:20: route.to[0].upstream: no upstream is named \"east\"",
         ":9:11: daemon.workers: must be an integer, not a boolean",
     ] {
-        assert!(
-            err.lines().any(|l| l.starts_with(&format!("{file}{mistake}"))),
-            "{mistake} not in:\n{err}"
-        );
+        assert!(err.lines().any(|l| l.starts_with(&format!("{file}{mistake}"))), "{mistake} not in:\n{err}");
     }
 }
 
 #[test]
 fn what_was_typed_wrong_is_64_and_help_is_0() {
-    for wrong in [
-        &["exec"][..],
-        &["no-such"],
-        &[],
-        &["gateway", "--listen", "0.0.0.0"],
-    ] {
+    for wrong in [&["exec"][..], &["no-such"], &[], &["gateway", "--listen", "0.0.0.0"]] {
         let (status, out, err) = said(&tunnel(wrong));
         assert_eq!((status, out.as_str()), (Some(64), ""), "{wrong:?}");
-        assert!(
-            err.contains("--help") || err.contains("Usage"),
-            "{wrong:?}: {err}"
-        );
+        assert!(err.contains("--help") || err.contains("Usage"), "{wrong:?}: {err}");
     }
-    for right in [
-        &["--help"][..],
-        &["exec", "--help"],
-        &["--version"],
-        &["completions", "zsh"],
-        &["man"],
-    ] {
+    for right in [&["--help"][..], &["exec", "--help"], &["--version"], &["completions", "zsh"], &["man"]] {
         let (status, out, err) = said(&tunnel(right));
         assert_eq!((status, err.as_str()), (Some(0), ""), "{right:?}");
         assert!(out.contains("tunnel"), "{right:?}");
@@ -92,16 +71,8 @@ fn a_made_identity_passes_the_check_of_a_configuration() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     assert_eq!(said(&tunnel(&["pki", "init", &path("")])).0, Some(0));
-    let issue = [
-        "pki",
-        "issue",
-        "--id",
-        "spiffe://example.org/gateway",
-        "--dir",
-        &path(""),
-        "--name",
-        "gateway",
-    ];
+    let issue =
+        ["pki", "issue", "--id", "spiffe://example.org/gateway", "--dir", &path(""), "--name", "gateway"];
     assert_eq!(said(&tunnel(&issue)).0, Some(0));
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/gateway.toml");
     fs::copy(example, path("gateway.toml")).unwrap();
@@ -117,8 +88,5 @@ fn a_made_identity_passes_the_check_of_a_configuration() {
 
     let (status, _, err) = said(&tunnel(&["pki", "init", &path("")]));
     assert_eq!(status, Some(64));
-    assert!(
-        err.contains("ca.pem exists already; --force replaces it"),
-        "{err}"
-    );
+    assert!(err.contains("ca.pem exists already; --force replaces it"), "{err}");
 }

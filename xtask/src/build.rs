@@ -35,11 +35,20 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         let committed = fs::read(&object_path).unwrap_or_default();
         let recorded = fs::read_to_string(&provenance_path).unwrap_or_default();
         if committed != object || recorded != provenance {
+            let (was, is) = (recorded.split_once('\n'), provenance.split_once('\n'));
+            let why = match (was, is) {
+                (None, _) => "it was never committed: run `cargo xtask build-ebpf` and commit the result",
+                (Some(was), Some(is)) if was.0 != is.0 => {
+                    "the sources have changed: run `cargo xtask build-ebpf` and commit the result"
+                }
+                (Some(was), Some(is)) if was.1 != is.1 => {
+                    "it was built with other tools, so nothing can be said"
+                }
+                _ => "sources and tools are the same, so the build has ceased to be reproducible",
+            };
             bail!(
-                "{PREBUILT} ({} bytes) is not what the sources give ({} bytes).\n\
-                 The committed one was built from and with:\n{recorded}\nhere:\n{provenance}\n\
-                 With the same tools, run `cargo xtask build-ebpf` and commit the result; with others, \
-                 nothing can be said.",
+                "{PREBUILT} ({} bytes) is not what is built here ({} bytes): {why}.\n\
+                 committed:\n{recorded}here:\n{provenance}",
                 committed.len(),
                 object.len(),
             );

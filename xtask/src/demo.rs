@@ -314,8 +314,9 @@ fn show(text: &str) {
     }
 }
 
-/// A command as it would be typed on its host.
+/// A command as it would be typed on its host, folded before options.
 fn typed(command: &Command, folder: &Path) -> String {
+    const WIDTH: usize = 96;
     let words: Vec<_> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|word| {
@@ -324,5 +325,17 @@ fn typed(command: &Command, folder: &Path) -> String {
         })
         .collect();
     let own = words.iter().position(|word| word == "--pdeathsig").map_or(0, |at| at + 2);
-    format!("$ {}", words[own..].join(" "))
+    let mut lines = vec!["$".to_owned()];
+    for (at, word) in words.iter().enumerate().skip(own) {
+        let value = words.get(at + 1).filter(|next| !next.starts_with('-')).map_or(0, String::len);
+        let line = lines.last().map_or(0, |line| line.chars().count());
+        if word.starts_with('-') && line + word.len() + value > WIDTH {
+            lines.push("   ".to_owned());
+        }
+        if let Some(line) = lines.last_mut() {
+            line.push(' ');
+            line.push_str(word);
+        }
+    }
+    lines.join(" \\\n")
 }

@@ -246,7 +246,7 @@ pub(crate) fn show_error(error: &anyhow::Error) {
 pub(crate) fn require_root(what_for: &str) -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
-        "{what_for} needs root. Run the same command as root, for example in `sudo -s`"
+        "{what_for} needs root. Run it as root, with your Rust: sudo -E env \"PATH=$PATH\" cargo xtask .."
     );
     Ok(())
 }

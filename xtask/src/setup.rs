@@ -85,6 +85,9 @@ const BPF_PACKAGES: [&str; 7] = [
     "build-essential",
 ];
 
+/// The other toolchain that will do.
+const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src --component clippy";
+
 /// Services among the packages: wanted for their programs, not as services of this machine.
 const SERVICES: [&str; 4] = ["iperf3", "postgresql", "redis-server", "redsocks"];
 
@@ -132,6 +135,19 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     if packages.is_empty() && tools.is_empty() {
         return Ok(false);
     }
+    if !packages.is_empty() && !is_debian() {
+        bail!(
+            "this system is neither Debian nor Ubuntu, so nothing was installed. Missing:\n{}",
+            by_hand(&packages, &tools)
+        );
+    }
+    if !packages.is_empty() && !nix::unistd::geteuid().is_root() {
+        bail!(
+            "installing packages needs root, so nothing was installed. Run this, then the same command again:\n  \
+             sudo apt-get update && sudo apt-get install --no-install-recommends {}",
+            packages.join(" ")
+        );
+    }
     run::catch_interrupts()?;
     if !packages.is_empty() {
         apt_install(checkout, &packages)?;
@@ -140,6 +156,26 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
         cargo_install(checkout, tool)?;
     }
     Ok(true)
+}
+
+/// What to install where this program cannot do it.
+fn by_hand(packages: &[&str], tools: &[&Tool]) -> String {
+    let mut text = format!("  packages, by their names in Debian: {}\n", packages.join(" "));
+    if packages.contains(&"rustc-web") {
+        text.push_str("  or, in place of rustc-web and libstd-rust-web-dev-bpf, a nightly Rust: ");
+        text.push_str(NIGHTLY);
+        text.push('\n');
+    }
+    for Tool { name, version, features, .. } in tools {
+        let features = features.join(" ");
+        let prefix =
+            if *name == "bpf-linker" { format!("LLVM_PREFIX=/usr/lib/llvm-{LLVM} ") } else { String::new() };
+        text.push_str(&format!(
+            "  {prefix}cargo install --locked --root .tools --version {version} {name} {features}\n"
+        ));
+    }
+    text.push_str("Then run the same command again.");
+    text
 }
 
 /// The folder of the project's own tools that belongs on `PATH`.
@@ -182,35 +218,17 @@ fn missing_packages(checkout: &Checkout, groups: &[Group]) -> Result<Vec<&'stati
 }
 
 fn apt_install(checkout: &Checkout, packages: &[&str]) -> Result<()> {
-    let list = packages.join(" ");
-    if !is_debian() {
-        bail!(
-            "this system is neither Debian nor Ubuntu, so nothing was installed. Missing, by their names in Debian:\n  \
-             {list}\n\
-             In place of rustc-web and libstd-rust-web-dev-bpf, a nightly Rust will do: \
-             rustup toolchain install nightly --component rust-src"
-        );
-    }
-    if !nix::unistd::geteuid().is_root() {
-        bail!(
-            "packages are missing, and installing them needs root. Run this, then the same command again:\n  \
-             sudo apt-get update && sudo apt-get install --no-install-recommends {list}"
-        );
-    }
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=300"]).args(args);
         command
     };
-    println!("{} {list}", bold("missing packages:"));
+    println!("{} {}", bold("missing packages:"), packages.join(" "));
     quiet("apt-get update", &log(checkout, "apt-update"), &mut apt(&["update"]))?;
     let _quiet_services = NoServices::new()?;
     let mut install = apt(&["install", "--yes", "--no-install-recommends"]);
     quiet("apt-get install", &log(checkout, "apt-install"), install.args(packages)).with_context(|| {
-        format!(
-            "On a release whose archive has no rustc-web with LLVM {LLVM}, a nightly Rust will do: \
-             rustup toolchain install nightly --component rust-src"
-        )
+        format!("where the archive has no rustc-web with LLVM {LLVM}, a nightly Rust will do: {NIGHTLY}")
     })?;
     if Path::new("/run/systemd/system").is_dir() {
         for service in SERVICES.iter().filter(|service| packages.contains(service)) {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     leftovers::{MARK, Snapshot},
-    run::{self, Checkout, blue, foreground, green},
+    run::{self, Checkout, foreground, green},
     setup::{self, Group},
 };
 
@@ -56,6 +56,9 @@ fn tests(checkout: &Checkout, args: &Args) -> Result<()> {
     let mut build = checkout.cargo(["build", "--locked", "--bins"]);
     foreground("building the programs", from_source(build.args(WORKSPACE)))?;
 
+    // Before the rest, so that what nextest sums up stands at the end.
+    let documented = if args.e2e || !args.nextest.is_empty() { Ok(()) } else { documentation(checkout) };
+
     let mut nextest = checkout.cargo(["nextest", "run", "--locked"]);
     match (args.unit, args.e2e) {
         (true, _) => nextest.args(WORKSPACE).args(["--exclude", "tunnel-tests"]),
@@ -67,23 +70,13 @@ fn tests(checkout: &Checkout, args: &Args) -> Result<()> {
         .env("PATH", path_with_tools(checkout)?)
         .env("TUNNEL_BIN", checkout.target.join("debug/tunnel"))
         .env(MARK, std::process::id().to_string());
-    let ran = foreground("nextest", from_source(&mut nextest));
+    foreground("nextest", from_source(&mut nextest)).and(documented)
+}
 
-    if args.e2e || !args.nextest.is_empty() {
-        return ran;
-    }
-    eprintln!("{} documentation tests", blue("==>"));
-    let mut doc = checkout.cargo([
-        "test",
-        "--locked",
-        "--doc",
-        "--package",
-        "tunnel-common",
-        "--package",
-        "tunnel-user",
-    ]);
-    let documented = foreground("documentation tests", from_source(doc.arg("--quiet")));
-    ran.and(documented)
+fn documentation(checkout: &Checkout) -> Result<()> {
+    let mut doc = checkout.cargo(["test", "--locked", "--doc", "--quiet"]);
+    doc.args(["--package", "tunnel-common", "--package", "tunnel-user"]);
+    foreground("documentation tests", from_source(&mut doc))
 }
 
 /// Tests are of the sources, never of the committed object.

@@ -46,7 +46,8 @@ pub fn listen(workers: usize, mark: u32) -> io::Result<Sockets> {
         capture::Listener::new(port_of(first), v6.first().and_then(port_of)),
     );
     let mut v6 = v6.into_iter();
-    let per_worker = v4.into_iter().map(|socket| std::iter::once(socket).chain(v6.next()).collect()).collect();
+    let per_worker =
+        v4.into_iter().map(|socket| std::iter::once(socket).chain(v6.next()).collect()).collect();
     Ok(Sockets { netns, listener, per_worker })
 }
 

@@ -17,9 +17,7 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
-    programs::{
-        Program, ProgramError,
-    },
+    programs::{Program, ProgramError},
 };
 use tunnel_common::{
     addr::Endpoint,
@@ -111,6 +109,28 @@ impl BpfError {
     }
 }
 
+impl BpfError {
+    /// What went wrong with all its causes in one line, without the verifier's pages.
+    pub fn summary(&self) -> String {
+        let mut out = String::new();
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(e) = cause {
+            let text = e.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            let line = line.split(" Verifier output:").next().unwrap_or_default();
+            // Many errors repeat their source.
+            if !out.contains(line) {
+                if !out.is_empty() {
+                    out.push_str(": ");
+                }
+                out.push_str(line);
+            }
+            cause = e.source();
+        }
+        out
+    }
+}
+
 /// How long the programs stay attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lifetime {
@@ -192,19 +212,35 @@ impl Capture {
         for (name, _) in PROGRAMS {
             load_program(&mut ebpf, name)?;
         }
-        fill(take(&mut ebpf, names::RULES_V4)?, names::RULES_V4, rules.v4.iter().map(|(net, rule)| {
-            (Key::new(u32::from(net.prefix_len()), net.network().to_bits().to_be()), *rule)
-        }))?;
-        fill(take(&mut ebpf, names::RULES_V6)?, names::RULES_V6, rules.v6.iter().map(|(net, rule)| {
-            (Key::new(u32::from(net.prefix_len()), Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be()), *rule)
-        }))?;
-        let listeners = HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
+        fill(
+            take(&mut ebpf, names::RULES_V4)?,
+            names::RULES_V4,
+            rules.v4.iter().map(|(net, rule)| {
+                (Key::new(u32::from(net.prefix_len()), net.network().to_bits().to_be()), *rule)
+            }),
+        )?;
+        fill(
+            take(&mut ebpf, names::RULES_V6)?,
+            names::RULES_V6,
+            rules.v6.iter().map(|(net, rule)| {
+                (
+                    Key::new(
+                        u32::from(net.prefix_len()),
+                        Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be(),
+                    ),
+                    *rule,
+                )
+            }),
+        )?;
+        let listeners =
+            HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
         let flows = take(&mut ebpf, names::FLOWS)?;
         let Map::HashMap(data) = &flows else { return Err(BpfError::Missing(names::FLOWS)) };
         let flows_fd = data.fd().as_fd().try_clone_to_owned();
         let flows_fd = flows_fd.map_err(|e| map(names::FLOWS)(MapError::IoError(e)))?;
         let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
-        let counters = PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
+        let counters =
+            PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
         let mut capture = Self {
             ebpf,
             lifetime: spec.lifetime.clone(),
@@ -240,7 +276,8 @@ impl Capture {
             Lifetime::Cgroup => {
                 for (name, at) in PROGRAMS {
                     let fd = program_fd(&self.ebpf, name)?;
-                    sys::prog_attach(fd.as_fd(), cgroup, at).map_err(|source| BpfError::Attach { name, source })?;
+                    sys::prog_attach(fd.as_fd(), cgroup, at)
+                        .map_err(|source| BpfError::Attach { name, source })?;
                 }
                 Ok(())
             }
@@ -312,10 +349,11 @@ impl Capture {
     }
 }
 
-/// Loads every program and throws it away: whether this kernel has what capture needs.
-pub fn probe() -> Result<(), BpfError> {
-    let spec = Spec { mark: 1, on_failure: 0, listener_marked: true, lifetime: Lifetime::Cgroup };
-    Capture::load(&spec, &Rules::default()).map(drop)
+/// Loads every program and throws it away: whether this kernel has what capture needs. The error is that
+/// of the maps, without which no program can be tried.
+pub fn probe() -> Result<Vec<(&'static str, Result<(), BpfError>)>, BpfError> {
+    let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+    Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
 }
 
 /// Detaches a pinned capture: removes its links first, then its maps and the folder. What is not there is
@@ -337,7 +375,12 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
     for path in paths {
         fs::remove_file(&path).map_err(pin_error(&path))?;
     }
-    fs::remove_dir(dir).map_err(pin_error(dir))
+    fs::remove_dir(dir).map_err(pin_error(dir))?;
+    if let Some(ours) = dir.parent() {
+        // Fails while another capture has its folder there.
+        let _in_use = fs::remove_dir(ours);
+    }
+    Ok(())
 }
 
 fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
@@ -388,7 +431,6 @@ fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a aya::program
     fd.map_err(|e| BpfError::Program { name, source: Box::new(e) })
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -396,7 +438,11 @@ mod tests {
     #[test]
     fn every_name_is_in_the_object_and_every_program_passes_the_verifier() {
         assert!(nix::unistd::geteuid().is_root(), "loading programs takes root: run the tests as root");
-        probe().expect("this kernel has what capture needs");
+        for (name, loaded) in probe().expect("this kernel has the maps that capture needs") {
+            loaded.unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
+        let spec = Spec { mark: 1, on_failure: 0, listener_marked: true, lifetime: Lifetime::Cgroup };
+        Capture::load(&spec, &Rules::default()).expect("maps and globals have the types of this daemon");
         let ebpf = aya_obj_names();
         for name in names::MAPS {
             assert!(ebpf.contains(&name.to_owned()), "no map {name}");

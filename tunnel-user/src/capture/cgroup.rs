@@ -254,7 +254,7 @@ pub fn mount_point(kind: &str) -> Option<PathBuf> {
 }
 
 /// Mounts a file system without a place: it is gone when the descriptor is.
-fn detached_mount(kind: &str) -> io::Result<OwnedFd> {
+pub fn detached_mount(kind: &str) -> io::Result<OwnedFd> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&context)?;
     Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)

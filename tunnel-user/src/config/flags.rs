@@ -37,10 +37,7 @@ pub const EXEC_EXCLUDED: [IpNet; 9] = [
 ];
 
 const fn v4(a: [u8; 4], prefix: u8) -> IpNet {
-    IpNet::V4(Ipv4Net::new_assert(
-        std::net::Ipv4Addr::new(a[0], a[1], a[2], a[3]),
-        prefix,
-    ))
+    IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::new(a[0], a[1], a[2], a[3]), prefix))
 }
 
 const fn v6(a: [u16; 8], prefix: u8) -> IpNet {
@@ -94,23 +91,11 @@ impl Capture {
     /// exclusion that `capture` names itself is dropped. `exclude` wins over `capture` at the same prefix.
     pub fn for_exec(capture: Vec<AddrPattern>, exclude: Vec<AddrPattern>) -> Self {
         let named = |net: &IpNet| capture.iter().any(|c| c.net() == *net);
-        let defaults = EXEC_EXCLUDED
-            .into_iter()
-            .filter(|n| !named(n))
-            .map(AddrPattern::net_only);
+        let defaults = EXEC_EXCLUDED.into_iter().filter(|n| !named(n)).map(AddrPattern::net_only);
         let exclude = defaults.chain(exclude).collect();
-        let include = if capture.is_empty() {
-            EVERYTHING.map(AddrPattern::net_only).to_vec()
-        } else {
-            capture
-        };
-        Self {
-            cgroup: CgroupRef::Fresh,
-            include,
-            exclude,
-            on_failure: OnFailure::Closed,
-            proxy: None,
-        }
+        let include =
+            if capture.is_empty() { EVERYTHING.map(AddrPattern::net_only).to_vec() } else { capture };
+        Self { cgroup: CgroupRef::Fresh, include, exclude, on_failure: OnFailure::Closed, proxy: None }
     }
 }
 
@@ -122,11 +107,7 @@ impl Config {
         upstream.verify = o.verify;
         upstream.headers = o.headers;
         Self {
-            daemon: Daemon {
-                workers: o.workers,
-                drain_timeout: DRAIN_EXEC,
-                ..Daemon::default()
-            },
+            daemon: Daemon { workers: o.workers, drain_timeout: DRAIN_EXEC, ..Daemon::default() },
             identity: Some(o.identity),
             captures: vec![Capture::for_exec(o.capture, o.exclude)],
             listeners: Vec::new(),
@@ -144,28 +125,17 @@ impl Config {
             ..Listener::new(address)
         };
         Self {
-            daemon: Daemon {
-                workers: o.workers,
-                ..Daemon::default()
-            },
+            daemon: Daemon { workers: o.workers, ..Daemon::default() },
             identity: Some(o.identity),
             captures: Vec::new(),
             listeners: o.listen.iter().copied().map(listener).collect(),
             routes: vec![every(Source::Listener, Action::Direct)],
             upstreams: Vec::new(),
-            policies: vec![Policy {
-                identity: Peers::Any,
-                target: o.allow,
-            }],
+            policies: vec![Policy { identity: Peers::Any, target: o.allow }],
         }
     }
 }
 
 fn every(source: Source, to: Action) -> Route {
-    Route {
-        source: vec![source],
-        destination: Vec::new(),
-        host: Vec::new(),
-        to,
-    }
+    Route { source: vec![source], destination: Vec::new(), host: Vec::new(), to }
 }

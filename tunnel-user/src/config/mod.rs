@@ -209,9 +209,7 @@ impl Listener {
 
     /// What its clients must prove.
     pub fn check(&self) -> ClientCheck {
-        ClientCheck {
-            san: self.verify.clone(),
-        }
+        ClientCheck { san: self.verify.clone() }
     }
 }
 
@@ -303,10 +301,7 @@ impl Upstream {
 
     /// What its endpoints must prove.
     pub fn check(&self) -> ServerCheck {
-        ServerCheck {
-            name: self.sni.clone(),
-            san: self.verify.clone(),
-        }
+        ServerCheck { name: self.sni.clone(), san: self.verify.clone() }
     }
 }
 
@@ -382,13 +377,8 @@ impl Config {
 
     fn read(text: &str, file: &Path, check: CheckFiles, for_exec: bool) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        reader::Document::read(text, base, check == CheckFiles::Yes, for_exec).map_err(|mistakes| {
-            ConfigErrors {
-                file: file.to_owned(),
-                unreadable: None,
-                mistakes,
-            }
-        })
+        reader::Document::read(text, base, check == CheckFiles::Yes, for_exec)
+            .map_err(|mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes })
     }
 }
 
@@ -435,15 +425,8 @@ impl fmt::Display for ConfigErrors {
             return write!(f, "{file}: {e}");
         }
         for (i, m) in self.mistakes.iter().enumerate() {
-            let (newline, colon) = (
-                if i == 0 { "" } else { "\n" },
-                if m.key.is_empty() { "" } else { ": " },
-            );
-            write!(
-                f,
-                "{newline}{file}:{}:{}: {}{colon}{}",
-                m.line, m.column, m.key, m.message
-            )?;
+            let (newline, colon) = (if i == 0 { "" } else { "\n" }, if m.key.is_empty() { "" } else { ": " });
+            write!(f, "{newline}{file}:{}:{}: {}{colon}{}", m.line, m.column, m.key, m.message)?;
         }
         Ok(())
     }

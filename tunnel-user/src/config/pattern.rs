@@ -82,24 +82,14 @@ impl FromStr for Ports {
     fn from_str(s: &str) -> Result<Self, PatternError> {
         let port = |s: &str| {
             let digits = !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
-            s.parse()
-                .ok()
-                .filter(|p| digits && *p != 0u16)
-                .ok_or(PatternError::Ports)
+            s.parse().ok().filter(|p| digits && *p != 0u16).ok_or(PatternError::Ports)
         };
         let range = |s: &str| {
             let (from, to) = s.split_once('-').unwrap_or((s, s));
             let (from, to) = (port(from)?, port(to)?);
-            if from <= to {
-                Ok((from, to))
-            } else {
-                Err(PatternError::PortOrder(from, to))
-            }
+            if from <= to { Ok((from, to)) } else { Err(PatternError::PortOrder(from, to)) }
         };
-        s.split(',')
-            .map(range)
-            .collect::<Result<_, _>>()
-            .map(Self::merged)
+        s.split(',').map(range).collect::<Result<_, _>>().map(Self::merged)
     }
 }
 
@@ -130,10 +120,7 @@ pub struct AddrPattern {
 impl AddrPattern {
     /// Every port of `net`, whose bits beyond the prefix are cleared.
     pub fn net_only(net: IpNet) -> Self {
-        Self {
-            net: net.trunc(),
-            ports: Ports::default(),
-        }
+        Self { net: net.trunc(), ports: Ports::default() }
     }
 
     /// The network.
@@ -160,10 +147,7 @@ impl FromStr for AddrPattern {
             return Err(PatternError::Empty);
         }
         let (net, ports) = split_addr(s)?;
-        Ok(Self {
-            net: net_from(net)?,
-            ports: ports.map(str::parse).transpose()?.unwrap_or_default(),
-        })
+        Ok(Self { net: net_from(net)?, ports: ports.map(str::parse).transpose()?.unwrap_or_default() })
     }
 }
 
@@ -206,11 +190,7 @@ fn net_from(s: &str) -> Result<IpNet, PatternError> {
     {
         return Err(PatternError::Mapped(v4));
     }
-    if net.trunc() == net {
-        Ok(net)
-    } else {
-        Err(PatternError::HostBits(net.trunc()))
-    }
+    if net.trunc() == net { Ok(net) } else { Err(PatternError::HostBits(net.trunc())) }
 }
 
 /// The IPv4 network that a network inside `::ffff:0:0/96` maps.
@@ -223,11 +203,7 @@ fn mapped(net: Ipv6Net) -> Option<IpNet> {
 impl fmt::Display for AddrPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let host = self.net.prefix_len() == self.net.max_prefix_len();
-        let net = if host {
-            self.net.addr().to_string()
-        } else {
-            self.net.to_string()
-        };
+        let net = if host { self.net.addr().to_string() } else { self.net.to_string() };
         match (self.ports.is_all(), self.net) {
             (true, _) => f.write_str(&net),
             (false, IpNet::V4(_)) => write!(f, "{net}:{}", self.ports),
@@ -252,8 +228,7 @@ impl NamePattern {
         let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
         let named = if self.below {
             // More than the dot has to be left.
-            name.strip_suffix(&self.name)
-                .is_some_and(|front| front.len() > 1 && front.ends_with('.'))
+            name.strip_suffix(&self.name).is_some_and(|front| front.len() > 1 && front.ends_with('.'))
         } else {
             name == self.name
         };
@@ -275,11 +250,7 @@ impl FromStr for NamePattern {
             return Err(PatternError::Name);
         }
         let ports = ports.map(str::parse).transpose()?.unwrap_or_default();
-        Ok(Self {
-            name: name.to_ascii_lowercase(),
-            below,
-            ports,
-        })
+        Ok(Self { name: name.to_ascii_lowercase(), below, ports })
     }
 }
 
@@ -287,11 +258,7 @@ impl fmt::Display for NamePattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let star = if self.below { "*." } else { "" };
         write!(f, "{star}{}", self.name)?;
-        if self.ports.is_all() {
-            Ok(())
-        } else {
-            write!(f, ":{}", self.ports)
-        }
+        if self.ports.is_all() { Ok(()) } else { write!(f, ":{}", self.ports) }
     }
 }
 
@@ -364,11 +331,7 @@ mod tests {
             ("[fd00::1]", "fd00::1"),
             ("fd00::1:80", "fd00::1:80"),
         ] {
-            assert_eq!(
-                text.parse::<AddrPattern>().map(|p| p.to_string()),
-                Ok(shown.to_owned()),
-                "{text}"
-            );
+            assert_eq!(text.parse::<AddrPattern>().map(|p| p.to_string()), Ok(shown.to_owned()), "{text}");
             assert!(matches!(text.parse(), Ok(TargetPattern::Addr(_))), "{text}");
         }
         for text in ["web.internal", "web.internal:80", "*.internal:1-9", "localhost"] {
@@ -402,15 +365,7 @@ mod tests {
         for text in ["*", "*.", "a.*.b", "-a", "a b", "web..internal"] {
             assert_eq!(text.parse::<TargetPattern>(), Err(PatternError::Name), "{text}");
         }
-        assert_eq!(
-            "10.0.0.1/8:80"
-                .parse::<TargetPattern>()
-                .unwrap_err()
-                .to_string()
-                .split(';')
-                .count(),
-            2
-        );
+        assert_eq!("10.0.0.1/8:80".parse::<TargetPattern>().unwrap_err().to_string().split(';').count(), 2);
     }
 
     #[test]

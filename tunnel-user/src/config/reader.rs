@@ -82,13 +82,7 @@ impl<'a> Document<'a> {
     }
 
     fn table<S: Section>(&self, table: &DeTable<'_>, span: Range<usize>, path: String) -> Option<S> {
-        let mut r = Reader {
-            doc: Some(self),
-            table: Some(table),
-            span,
-            path,
-            keys: Vec::new(),
-        };
+        let mut r = Reader { doc: Some(self), table: Some(table), span, path, keys: Vec::new() };
         let read = S::read(&mut r);
         r.report_unknown();
         read
@@ -180,15 +174,7 @@ impl<'a> Cell<'a> {
         };
         let cell = |(k, v): (&'a Spanned<std::borrow::Cow<'a, str>>, &'a Spanned<DeValue<'a>>)| {
             let key = format!("{}.{}", self.key, k.get_ref());
-            (
-                k.get_ref().as_ref(),
-                Cell {
-                    doc: self.doc,
-                    value: v.get_ref(),
-                    span: v.span(),
-                    key,
-                },
-            )
+            (k.get_ref().as_ref(), Cell { doc: self.doc, value: v.get_ref(), span: v.span(), key })
         };
         Some(table.iter().map(cell).collect())
     }
@@ -214,11 +200,7 @@ impl<T: Value> Value for At<T> {
         T::schema()
     }
     fn read(cell: &Cell<'_>) -> Option<Self> {
-        Some(Self {
-            value: T::read(cell)?,
-            span: cell.span.clone(),
-            key: cell.key.clone(),
-        })
+        Some(Self { value: T::read(cell)?, span: cell.span.clone(), key: cell.key.clone() })
     }
     fn show(&self) -> Json {
         self.value.show()
@@ -274,9 +256,7 @@ impl<'a> Reader<'a> {
 
     /// Tables: `[[key]]`.
     pub(crate) fn sections<S: Section>(&mut self, key: &'static str, doc: &str) -> Vec<S> {
-        self.note(key, false, || {
-            described(json!({ "type": "array", "items": schema_of::<S>() }), doc)
-        });
+        self.note(key, false, || described(json!({ "type": "array", "items": schema_of::<S>() }), doc));
         let tables = self.cell(key).and_then(|c| {
             if c.value.is_table() {
                 return c.wrong(format!("is one of several: write [[{key}]] in place of [{key}]"));
@@ -284,24 +264,13 @@ impl<'a> Reader<'a> {
             c.items(&format!("tables, each headed [[{key}]]"))
         });
         // By the line rather than by a number: that is how a reader finds the table.
-        let unnumbered = |c: Cell<'a>| Cell {
-            key: self.path_of(key),
-            ..c
-        };
-        tables
-            .into_iter()
-            .flatten()
-            .filter_map(|c| unnumbered(c).section())
-            .collect()
+        let unnumbered = |c: Cell<'a>| Cell { key: self.path_of(key), ..c };
+        tables.into_iter().flatten().filter_map(|c| unnumbered(c).section()).collect()
     }
 
     /// A key of the design that this version does not take yet.
     pub(crate) fn later(&mut self, key: &'static str) {
-        self.keys.push(Key {
-            name: key,
-            schema: None,
-            required: false,
-        });
+        self.keys.push(Key { name: key, schema: None, required: false });
         if let Some(cell) = self.cell(key) {
             cell.wrong::<()>("is not supported yet");
         }
@@ -315,11 +284,7 @@ impl<'a> Reader<'a> {
         let text = |t: &Spanned<DeValue<'_>>| {
             let value = t.get_ref().get(inner)?;
             let key = format!("{}.{inner}", self.path_of(key));
-            Some(At {
-                value: value.get_ref().as_str()?.to_owned(),
-                span: value.span(),
-                key,
-            })
+            Some(At { value: value.get_ref().as_str()?.to_owned(), span: value.span(), key })
         };
         tables.iter().filter_map(text).collect()
     }
@@ -336,18 +301,13 @@ impl<'a> Reader<'a> {
 
     /// Whether the key is there at the top of the file.
     pub(crate) fn root_has(&self, key: &str) -> bool {
-        self.doc
-            .is_some_and(|doc| doc.root.keys().any(|k| k.get_ref() == key))
+        self.doc.is_some_and(|doc| doc.root.keys().any(|k| k.get_ref() == key))
     }
 
     /// `value`, with the place of `key`.
     pub(crate) fn at<T>(&self, key: &str, value: T) -> At<T> {
         let span = self.cell(key).map_or(self.span.clone(), |c| c.span);
-        At {
-            value,
-            span,
-            key: self.path_of(key),
-        }
+        At { value, span, key: self.path_of(key) }
     }
 
     /// Reports a mistake that is about several keys, at `key` if it is there, else at the table.
@@ -378,21 +338,12 @@ impl<'a> Reader<'a> {
 
     fn note(&mut self, name: &'static str, required: bool, schema: impl FnOnce() -> Json) {
         let schema = if self.doc.is_none() { schema() } else { Json::Null };
-        self.keys.push(Key {
-            name,
-            schema: Some(schema),
-            required,
-        });
+        self.keys.push(Key { name, schema: Some(schema), required });
     }
 
     fn cell(&self, key: &str) -> Option<Cell<'a>> {
         let (_, value) = self.table?.iter().find(|(k, _)| k.get_ref() == key)?;
-        Some(Cell {
-            doc: self.doc?,
-            value: value.get_ref(),
-            span: value.span(),
-            key: self.path_of(key),
-        })
+        Some(Cell { doc: self.doc?, value: value.get_ref(), span: value.span(), key: self.path_of(key) })
     }
 
     fn path_of(&self, key: &str) -> String {
@@ -424,21 +375,11 @@ impl<'a> Reader<'a> {
 
 /// The JSON Schema of a section.
 pub(crate) fn schema_of<S: Section>() -> Json {
-    let mut r = Reader {
-        doc: None,
-        table: None,
-        span: 0..0,
-        path: String::new(),
-        keys: Vec::new(),
-    };
+    let mut r = Reader { doc: None, table: None, span: 0..0, path: String::new(), keys: Vec::new() };
     // Nothing is there to be read, so there is nothing to come back: the keys asked for are the answer.
     let _ = S::read(&mut r);
     let required: Vec<_> = r.keys.iter().filter(|k| k.required).map(|k| k.name).collect();
-    let properties: BTreeMap<_, _> = r
-        .keys
-        .into_iter()
-        .filter_map(|k| Some((k.name, k.schema?)))
-        .collect();
+    let properties: BTreeMap<_, _> = r.keys.into_iter().filter_map(|k| Some((k.name, k.schema?))).collect();
     let mut schema = json!({ "type": "object", "additionalProperties": false, "properties": properties });
     if !required.is_empty() {
         schema["required"] = json!(required);
@@ -455,11 +396,7 @@ fn described(mut schema: Json, doc: &str) -> Json {
 pub(crate) fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     // One slip per three letters: two short words that differ in two are two words.
     let limit = (word.chars().count() / 3).max(1);
-    known
-        .map(|k| (distance(word, k), k))
-        .filter(|(d, _)| *d <= limit)
-        .min()
-        .map(|(_, k)| k)
+    known.map(|k| (distance(word, k), k)).filter(|(d, _)| *d <= limit).min().map(|(_, k)| k)
 }
 
 /// Levenshtein distance.

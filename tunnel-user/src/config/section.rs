@@ -30,10 +30,8 @@ impl Section for Config {
         );
         let captures: Vec<Capture> = r.sections("capture", "A cgroup whose TCP connections are captured.");
         let listeners: Vec<At<Listener>> = r.sections("listener", "Where CONNECT requests arrive.");
-        let routes: Vec<RouteByName> = r.sections(
-            "route",
-            "Where flows go. The first match wins; no match is refused.",
-        );
+        let routes: Vec<RouteByName> =
+            r.sections("route", "Where flows go. The first match wins; no match is refused.");
         let upstreams: Vec<Upstream> =
             r.sections("upstream", "A gateway or proxy that flows are tunnelled through.");
         let policies = r.sections(
@@ -44,25 +42,14 @@ impl Section for Config {
         check_together(r, &listeners);
         let routes = resolve(r, routes);
         let listeners = listeners.into_iter().map(|l| l.value).collect();
-        Some(Self {
-            daemon,
-            identity,
-            captures,
-            listeners,
-            routes: routes?,
-            upstreams,
-            policies,
-        })
+        Some(Self { daemon, identity, captures, listeners, routes: routes?, upstreams, policies })
     }
 }
 
 /// What no section can see by itself.
 fn check_together(r: &Reader<'_>, listeners: &[At<Listener>]) {
     if !r.has("capture") && !r.has("listener") && !r.for_exec() {
-        r.wrong(
-            "",
-            "there is nothing to do: neither [[capture]] nor [[listener]] is there",
-        );
+        r.wrong("", "there is nothing to do: neither [[capture]] nor [[listener]] is there");
     }
     for key in ["listener", "upstream"] {
         if r.has(key) && !r.has("identity") {
@@ -84,10 +71,7 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>]) {
     let mut seen = BTreeMap::<String, ()>::new();
     for name in r.texts_in("upstream", "name") {
         if seen.insert(name.value.clone(), ()).is_some() {
-            r.wrong_at(
-                &name,
-                format!("another upstream is named \"{}\" already", name.value),
-            );
+            r.wrong_at(&name, format!("another upstream is named \"{}\" already", name.value));
         }
     }
 }
@@ -100,9 +84,7 @@ fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Route>> {
         let found = names.iter().position(|n| n.value == name.value);
         if found.is_none() {
             let near = super::reader::nearest(&name.value, names.iter().map(|n| n.value.as_str()));
-            let hint = near
-                .map(|n| format!(", did you mean \"{n}\"?"))
-                .unwrap_or_default();
+            let hint = near.map(|n| format!(", did you mean \"{n}\"?")).unwrap_or_default();
             r.wrong_at(&name, format!("no upstream is named \"{}\"{hint}", name.value));
         }
         found.map(|i| (i, weight))
@@ -115,17 +97,8 @@ fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Route>> {
         }
     };
     let route = |route: RouteByName| {
-        let RouteMatch {
-            source,
-            destination,
-            host,
-        } = route.matches;
-        Some(Route {
-            source,
-            destination,
-            host,
-            to: action(route.to)?,
-        })
+        let RouteMatch { source, destination, host } = route.matches;
+        Some(Route { source, destination, host, to: action(route.to)? })
     };
     let resolved: Vec<_> = routes.into_iter().map(route).collect();
     resolved.into_iter().collect()
@@ -139,48 +112,29 @@ impl Section for Daemon {
             "The SO_MARK of our own sockets, by which the hooks leave them alone. Any number that nothing else on the node uses.",
             MARK,
         );
-        let bpffs = r
-            .default("bpffs", "The bpffs mount.", FilePath(PathBuf::from(BPFFS)))
-            .0;
-        let drain_timeout = r.default(
-            "drain_timeout",
-            "How long flows may go on after we were told to stop.",
-            DRAIN_RUN,
-        );
+        let bpffs = r.default("bpffs", "The bpffs mount.", FilePath(PathBuf::from(BPFFS))).0;
+        let drain_timeout =
+            r.default("drain_timeout", "How long flows may go on after we were told to stop.", DRAIN_RUN);
         let max_flows = r.default("max_flows", "Flows at a time; more are refused.", MAX_FLOWS);
-        Some(Self {
-            workers,
-            mark,
-            bpffs,
-            drain_timeout,
-            max_flows,
-        })
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows })
     }
 }
 
 impl Section for IdentityFiles {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let cert = r.required::<FilePath>(
-            "cert",
-            "Our certificate, PEM; the leaf first, intermediates after it.",
-        );
+        let cert =
+            r.required::<FilePath>("cert", "Our certificate, PEM; the leaf first, intermediates after it.");
         let key = r.required::<FilePath>("key", "Its private key, PEM.");
         let ca = r.required::<FilePath>("ca", "The CA certificates that peers are verified against, PEM.");
-        Some(Self {
-            cert: cert?.0,
-            key: key?.0,
-            ca: ca?.0,
-        })
+        Some(Self { cert: cert?.0, key: key?.0, ca: ca?.0 })
     }
 }
 
 impl Section for Capture {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let path = r.optional::<FilePath>("cgroup", "Path of a cgroup (version 2). This, or unit.");
-        let unit = r.optional::<String>(
-            "unit",
-            "Name of a systemd unit, such as legacy.service. This, or cgroup.",
-        );
+        let unit =
+            r.optional::<String>("unit", "Name of a systemd unit, such as legacy.service. This, or cgroup.");
         let everything = || super::flags::EVERYTHING.map(AddrPattern::net_only).to_vec();
         let include = r.default("include", "What is captured: CIDR[:PORTS].", everything());
         let exclude: Vec<AddrPattern> = r.default(
@@ -215,18 +169,9 @@ impl Section for Capture {
             _ => path.map(|p| CgroupRef::Path(p.0)).or(unit.map(CgroupRef::Unit)),
         };
         if !r.for_exec() && !r.has("proxy") && !r.root_has("route") {
-            r.wrong(
-                "",
-                "has no [[route]] and no proxy: every captured connection would be refused",
-            );
+            r.wrong("", "has no [[route]] and no proxy: every captured connection would be refused");
         }
-        Some(Self {
-            cgroup: cgroup?,
-            include,
-            exclude,
-            on_failure,
-            proxy,
-        })
+        Some(Self { cgroup: cgroup?, include, exclude, on_failure, proxy })
     }
 }
 
@@ -234,31 +179,21 @@ impl Section for Listener {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let address = r.required("address", "Where to listen: ADDRESS:PORT.");
         let protocols = r.default("protocols", "The HTTP versions to take.", vec![Protocol::H2]);
-        let client_auth = r.default(
-            "client_auth",
-            "Whether clients must present a certificate.",
-            ClientAuth::Required,
-        );
+        let client_auth =
+            r.default("client_auth", "Whether clients must present a certificate.", ClientAuth::Required);
         let verify = r.default(
             "verify",
             "Names of which a client's certificate must carry one, to be let in at all. Empty: every name that the CA vouches for.",
             Vec::new(),
         );
-        let dial_timeout = r.default(
-            "dial_timeout",
-            "How long a dial to a target may take.",
-            DIAL_TIMEOUT,
-        );
+        let dial_timeout = r.default("dial_timeout", "How long a dial to a target may take.", DIAL_TIMEOUT);
         let handshake_timeout = r.default(
             "handshake_timeout",
             "How long a peer may take for its TLS handshake.",
             HANDSHAKE_TIMEOUT,
         );
-        let max_streams = r.default(
-            "max_streams",
-            "CONNECT streams at a time on one connection.",
-            LISTENER_STREAMS,
-        );
+        let max_streams =
+            r.default("max_streams", "CONNECT streams at a time on one connection.", LISTENER_STREAMS);
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
@@ -292,27 +227,15 @@ struct RouteMatch {
 impl Section for RouteMatch {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let source = r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
-        let destination = r.default(
-            "destination",
-            "Flows to which addresses: CIDR[:PORTS].",
-            Vec::new(),
-        );
-        let host = r.default(
-            "host",
-            "Flows to which names: NAME[:PORTS], NAME may be *.suffix.",
-            Vec::new(),
-        );
+        let destination = r.default("destination", "Flows to which addresses: CIDR[:PORTS].", Vec::new());
+        let host = r.default("host", "Flows to which names: NAME[:PORTS], NAME may be *.suffix.", Vec::new());
         if r.has("host") && r.has("destination") {
             r.wrong(
                 "host",
                 "beside destination is not supported yet: a target is an address or a name, write two routes",
             );
         }
-        Some(Self {
-            source,
-            destination,
-            host,
-        })
+        Some(Self { source, destination, host })
     }
 }
 
@@ -328,11 +251,7 @@ impl Section for RouteByName {
             "to",
             "Where they go: \"direct\" (dialled by this process), \"deny\", or upstreams by weight.",
         );
-        let matches = if r.has("match") {
-            matches?
-        } else {
-            RouteMatch::default()
-        };
+        let matches = if r.has("match") { matches? } else { RouteMatch::default() };
         Some(Self { matches, to: to? })
     }
 }
@@ -343,52 +262,30 @@ impl Section for Upstream {
         let protocol = r.default("protocol", "The HTTP version to speak.", Protocol::H2);
         let endpoints: Option<Vec<Target>> = r.required("endpoints", "Where it is: HOST:PORT.");
         let balance = r.default("balance", "How an endpoint is picked.", Balance::LeastRequest);
-        let sni = r.optional(
-            "sni",
-            "The name to ask for and, without verify, to verify. Default: the endpoint's.",
-        );
+        let sni =
+            r.optional("sni", "The name to ask for and, without verify, to verify. Default: the endpoint's.");
         let verify = r.default(
             "verify",
             "Names of which its certificate must carry one. Empty: the certificate must be valid for sni or the endpoint.",
             Vec::new(),
         );
-        let headers = r
-            .default(
-                "headers",
-                "Added to every CONNECT request, such as baggage.",
-                Headers::default(),
-            )
-            .0;
-        let max_streams: NonZeroU32 = r.default(
-            "max_streams",
-            "CONNECT streams at a time on one connection.",
-            UPSTREAM_STREAMS,
-        );
-        let connect_timeout = r.default(
-            "connect_timeout",
-            "How long a connection may take, TLS included.",
-            CONNECT_TIMEOUT,
-        );
-        let idle_timeout = r.default(
-            "idle_timeout",
-            "How long a connection without streams is kept.",
-            IDLE_TIMEOUT,
-        );
+        let headers =
+            r.default("headers", "Added to every CONNECT request, such as baggage.", Headers::default()).0;
+        let max_streams: NonZeroU32 =
+            r.default("max_streams", "CONNECT streams at a time on one connection.", UPSTREAM_STREAMS);
+        let connect_timeout =
+            r.default("connect_timeout", "How long a connection may take, TLS included.", CONNECT_TIMEOUT);
+        let idle_timeout =
+            r.default("idle_timeout", "How long a connection without streams is kept.", IDLE_TIMEOUT);
         let keepalive_interval = r.default(
             "keepalive_interval",
             "How often a quiet connection is asked whether it is alive.",
             KEEPALIVE_INTERVAL,
         );
-        let keepalive_timeout = r.default(
-            "keepalive_timeout",
-            "How long the answer to that may take.",
-            KEEPALIVE_TIMEOUT,
-        );
-        let response_timeout = r.default(
-            "response_timeout",
-            "How long the answer to CONNECT may take.",
-            RESPONSE_TIMEOUT,
-        );
+        let keepalive_timeout =
+            r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
+        let response_timeout =
+            r.default("response_timeout", "How long the answer to CONNECT may take.", RESPONSE_TIMEOUT);
         r.later("via");
 
         if endpoints.as_ref().is_some_and(Vec::is_empty) {
@@ -415,16 +312,11 @@ impl Section for Upstream {
 impl Section for Policy {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let identity: Option<Peers> = r.required("identity", "Who: a list of names, or \"any\".");
-        let target: Option<Vec<TargetPattern>> = r.required(
-            "target",
-            "What: CIDR[:PORTS] or NAME[:PORTS], NAME may be *.suffix.",
-        );
+        let target: Option<Vec<TargetPattern>> =
+            r.required("target", "What: CIDR[:PORTS] or NAME[:PORTS], NAME may be *.suffix.");
         if target.as_ref().is_some_and(Vec::is_empty) {
             r.wrong("target", "is empty: it would allow nothing");
         }
-        Some(Self {
-            identity: identity?,
-            target: target?,
-        })
+        Some(Self { identity: identity?, target: target? })
     }
 }

@@ -14,13 +14,8 @@ fn parse(text: &str) -> Result<Config, ConfigErrors> {
 }
 
 fn mistakes(text: &str) -> Vec<String> {
-    let Err(e) = parse(text) else {
-        panic!("it was taken")
-    };
-    e.to_string()
-        .lines()
-        .map(|l| l.strip_prefix("etc/agent.toml:").unwrap_or(l).to_owned())
-        .collect()
+    let Err(e) = parse(text) else { panic!("it was taken") };
+    e.to_string().lines().map(|l| l.strip_prefix("etc/agent.toml:").unwrap_or(l).to_owned()).collect()
 }
 
 /// A configuration without a mistake, for tests to add one to.
@@ -111,132 +106,52 @@ fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
     let capture = "unit = \"legacy.service\"";
     for (text, key, said) in [
-        (
-            with("via = \"outer\"", upstream),
-            "upstream.via",
-            "is not supported yet",
-        ),
-        (
-            with("bypass = \"auto\"", capture),
-            "capture.bypass",
-            "is not supported yet",
-        ),
-        (
-            with("protocol = \"h3\"", upstream),
-            "upstream.protocol",
-            "\"h3\" is not supported yet",
-        ),
-        (
-            with("balance = \"maglev\"", upstream),
-            "upstream.balance",
-            "\"maglev\" is not supported yet",
-        ),
+        (with("via = \"outer\"", upstream), "upstream.via", "is not supported yet"),
+        (with("bypass = \"auto\"", capture), "capture.bypass", "is not supported yet"),
+        (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
+        (with("balance = \"maglev\"", upstream), "upstream.balance", "\"maglev\" is not supported yet"),
         (
             with("balance = \"best\"", upstream),
             "upstream.balance",
             "must be \"least_request\" or \"round_robin\", not \"best\"",
         ),
-        (
-            with("cgroup = \"/x\"", capture),
-            "capture.unit",
-            "stands beside cgroup",
-        ),
+        (with("cgroup = \"/x\"", capture), "capture.unit", "stands beside cgroup"),
         (with("include = []", capture), "capture.include", "is empty"),
-        (
-            with("proxy = \"127.0.0.1\"", capture),
-            "capture.proxy",
-            "\"127.0.0.1\" has no port",
-        ),
+        (with("proxy = \"127.0.0.1\"", capture), "capture.proxy", "\"127.0.0.1\" has no port"),
         (
             with("on_failure = true", capture),
             "capture.on_failure",
             "must be \"closed\" or \"open\", not a boolean",
         ),
-        (
-            with("idle_timeout = 5", upstream),
-            "upstream.idle_timeout",
-            "must be a duration in quotes",
-        ),
-        (
-            with("idle_timeout = \"5\"", upstream),
-            "upstream.idle_timeout",
-            "must be a number and a unit",
-        ),
-        (
-            with("idle_timeout = \"0s\"", upstream),
-            "upstream.idle_timeout",
-            "longer than nothing",
-        ),
-        (
-            with("idle_timeout = \"25h\"", upstream),
-            "upstream.idle_timeout",
-            "at most a day",
-        ),
-        (
-            with("max_streams = 0", upstream),
-            "upstream.max_streams",
-            "must be from 1 to 4294967295, not 0",
-        ),
-        (
-            with("max_streams = -1", upstream),
-            "upstream.max_streams",
-            "must be from 1 to",
-        ),
-        (
-            with("verify = [\"spiffe://*/a\"]", upstream),
-            "upstream.verify[0]",
-            "a URI needs a scheme",
-        ),
-        (
-            with("headers = { \":path\" = \"/\" }", upstream),
-            "upstream.headers.:path",
-            "pseudo-header",
-        ),
-        (
-            with("headers = { TE = \"x\" }", upstream),
-            "upstream.headers.TE",
-            "set by the tunnel itself",
-        ),
+        (with("idle_timeout = 5", upstream), "upstream.idle_timeout", "must be a duration in quotes"),
+        (with("idle_timeout = \"5\"", upstream), "upstream.idle_timeout", "must be a number and a unit"),
+        (with("idle_timeout = \"0s\"", upstream), "upstream.idle_timeout", "longer than nothing"),
+        (with("idle_timeout = \"25h\"", upstream), "upstream.idle_timeout", "at most a day"),
+        (with("max_streams = 0", upstream), "upstream.max_streams", "must be from 1 to 4294967295, not 0"),
+        (with("max_streams = -1", upstream), "upstream.max_streams", "must be from 1 to"),
+        (with("verify = [\"spiffe://*/a\"]", upstream), "upstream.verify[0]", "a URI needs a scheme"),
+        (with("headers = { \":path\" = \"/\" }", upstream), "upstream.headers.:path", "pseudo-header"),
+        (with("headers = { TE = \"x\" }", upstream), "upstream.headers.TE", "set by the tunnel itself"),
         (
             with("headers = { Forwarded = \"x\" }", upstream),
             "upstream.headers.Forwarded",
             "set by the tunnel",
         ),
-        (
-            with("headers = { a = \"x\\ny\" }", upstream),
-            "upstream.headers.a",
-            "no header can carry",
-        ),
+        (with("headers = { a = \"x\\ny\" }", upstream), "upstream.headers.a", "no header can carry"),
         (
             GOOD.replace("\"10.9.0.2:15008\"", "\"10.9.0.2\""),
             "upstream.endpoints[0]",
             "authority has no port",
         ),
-        (
-            GOOD.replace("\"10.9.0.2:15008\"", ""),
-            "upstream.endpoints",
-            "is empty",
-        ),
-        (
-            GOOD.replace("name = \"west\"", "name = \"east\""),
-            "upstream.name",
-            "another upstream is named",
-        ),
+        (GOOD.replace("\"10.9.0.2:15008\"", ""), "upstream.endpoints", "is empty"),
+        (GOOD.replace("name = \"west\"", "name = \"east\""), "upstream.name", "another upstream is named"),
         (
             GOOD.replace("weight = 90 }, { upstream = \"west\" }", "weight = 0 }"),
             "route.to",
             "weights are all 0",
         ),
-        (
-            GOOD.replace("[[route]]", "[route]"),
-            "route",
-            "write [[route]] in place of [route]",
-        ),
-        (
-            format!("{GOOD}\n[deamon]\nmark = 1"),
-            "deamon",
-            "did you mean `daemon`?",
-        ),
+        (GOOD.replace("[[route]]", "[route]"), "route", "write [[route]] in place of [route]"),
+        (format!("{GOOD}\n[deamon]\nmark = 1"), "deamon", "did you mean `daemon`?"),
         (
             format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
             "policy.identity",
@@ -245,9 +160,7 @@ fn each_mistake_is_named() {
     ] {
         let found = mistakes(&text);
         assert!(
-            found
-                .iter()
-                .any(|m| m.contains(&format!(": {key}: ")) && m.contains(said)),
+            found.iter().any(|m| m.contains(&format!(": {key}: ")) && m.contains(said)),
             "wanted {key}: {said}, found {found:#?}"
         );
     }
@@ -286,20 +199,14 @@ fn what_needs_another_section_says_which() {
         ["2:1: capture: has no [[route]] and no proxy: every captured connection would be refused"]
     );
     assert!(parse("[[capture]]\ncgroup = \"/x\"\nproxy = \"127.0.0.1:12345\"\n").is_ok());
-    assert_eq!(
-        mistakes("[[capture]]\nproxy = \"127.0.0.1:12345\"\n"),
-        ["1:1: capture.cgroup: is missing"]
-    );
+    assert_eq!(mistakes("[[capture]]\nproxy = \"127.0.0.1:12345\"\n"), ["1:1: capture.cgroup: is missing"]);
 }
 
 #[test]
 fn text_that_is_not_toml_is_placed() {
     let found = mistakes(&format!("{GOOD}balance = \n"));
     assert_eq!(found.len(), 1, "{found:?}");
-    assert!(
-        found[0].starts_with(&format!("{}:11: ", GOOD.lines().count() + 1)),
-        "{found:?}"
-    );
+    assert!(found[0].starts_with(&format!("{}:11: ", GOOD.lines().count() + 1)), "{found:?}");
     let twice = mistakes(&GOOD.replace("sni = \"gw.east\"", "sni = \"gw.east\"\nsni = \"gw.west\""));
     assert!(twice[0].contains("duplicate key"), "{twice:?}");
     assert_eq!(twice.len(), 1, "{twice:?}");
@@ -309,10 +216,7 @@ fn text_that_is_not_toml_is_placed() {
 fn columns_count_characters() {
     assert!(mistakes("é = 1 # é\n")[0].starts_with("1:1: "));
     let found = mistakes(&GOOD.replace("{ baggage = \"k8s.cluster.name=a\" }", "{ \"é\" = \"x\", b = 1 }"));
-    assert!(
-        found.iter().any(|m| m.contains(":28: upstream.headers.b: ")),
-        "{found:#?}"
-    );
+    assert!(found.iter().any(|m| m.contains(":28: upstream.headers.b: ")), "{found:#?}");
 }
 
 #[test]
@@ -321,40 +225,21 @@ fn files_that_do_not_exist_are_named() {
     let file = dir.path().join("agent.toml");
     std::fs::write(&file, GOOD).unwrap();
     std::fs::write(dir.path().join("node.pem"), "").unwrap();
-    let keys: Vec<_> = Config::load(&file)
-        .unwrap_err()
-        .mistakes()
-        .iter()
-        .map(|m| m.key.clone())
-        .collect();
+    let keys: Vec<_> = Config::load(&file).unwrap_err().mistakes().iter().map(|m| m.key.clone()).collect();
     assert_eq!(keys, ["identity.key", "identity.ca"]);
-    let gone = Config::load(&dir.path().join("gone.toml"))
-        .unwrap_err()
-        .to_string();
+    let gone = Config::load(&dir.path().join("gone.toml")).unwrap_err().to_string();
     assert!(gone.contains("gone.toml: No such file"), "{gone}");
 }
 
 /// Every key path in the schema.
 fn keys(schema: &serde_json::Value, path: &str, into: &mut BTreeSet<String>) {
     for (key, inner) in schema["properties"].as_object().into_iter().flatten() {
-        let path = if path.is_empty() {
-            key.clone()
-        } else {
-            format!("{path}.{key}")
-        };
-        assert!(
-            inner["description"].as_str().is_some_and(|d| d.ends_with('.')),
-            "{path} is not described"
-        );
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        assert!(inner["description"].as_str().is_some_and(|d| d.ends_with('.')), "{path} is not described");
         keys(inner, &path, into);
         into.insert(path);
     }
-    for inner in schema["anyOf"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .chain(schema.get("items"))
-    {
+    for inner in schema["anyOf"].as_array().into_iter().flatten().chain(schema.get("items")) {
         keys(inner, path, into);
     }
 }
@@ -376,51 +261,29 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         upstream.verify";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
-    assert_eq!(
-        all["properties"]["daemon"]["properties"]["drain_timeout"]["default"],
-        "30s"
-    );
-    assert_eq!(
-        all["properties"]["upstream"]["items"]["required"],
-        serde_json::json!(["name", "endpoints"])
-    );
+    assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");
+    assert_eq!(all["properties"]["upstream"]["items"]["required"], serde_json::json!(["name", "endpoints"]));
 }
 
 #[test]
 fn exec_captures_the_world_but_not_this_host() {
     let capture = Capture::for_exec(Vec::new(), Vec::new());
     assert_eq!(capture.include.len(), 2);
-    for local in [
-        "127.0.0.1:80",
-        "169.254.169.254:80",
-        "[::1]:80",
-        "[fe80::1]:80",
-        "224.0.0.1:1",
-        "0.0.0.0:1",
-    ] {
+    for local in
+        ["127.0.0.1:80", "169.254.169.254:80", "[::1]:80", "[fe80::1]:80", "224.0.0.1:1", "0.0.0.0:1"]
+    {
         let local = local.parse().unwrap();
         assert!(capture.exclude.iter().any(|p| p.contains(local)), "{local}");
     }
-    assert!(
-        !capture
-            .exclude
-            .iter()
-            .any(|p| p.contains("10.0.0.1:80".parse().unwrap()))
-    );
+    assert!(!capture.exclude.iter().any(|p| p.contains("10.0.0.1:80".parse().unwrap())));
 
     let net = |s: &str| s.parse::<AddrPattern>().unwrap();
     let named = Capture::for_exec(vec![net("127.0.0.0/8:8080")], vec![net("10.0.0.0/8")]);
     assert_eq!(named.include, [net("127.0.0.0/8:8080")]);
-    assert!(
-        !named.exclude.contains(&net("127.0.0.0/8")),
-        "what is named is not excluded by default"
-    );
+    assert!(!named.exclude.contains(&net("127.0.0.0/8")), "what is named is not excluded by default");
     assert!(named.exclude.contains(&net("10.0.0.0/8")));
     let longer = Capture::for_exec(vec![net("127.0.0.1/32:8080")], Vec::new());
-    assert!(
-        longer.exclude.contains(&net("127.0.0.0/8")),
-        "the longer prefix wins by itself"
-    );
+    assert!(longer.exclude.contains(&net("127.0.0.0/8")), "the longer prefix wins by itself");
 }
 
 #[test]
@@ -430,9 +293,7 @@ fn exec_takes_the_file_of_a_daemon_but_its_own_cgroup() {
     for name in ["node.pem", "node-key.pem", "ca.pem"] {
         std::fs::write(dir.path().join(name), "").unwrap();
     }
-    let text = GOOD
-        .replace("/abs/", "")
-        .replace("unit = \"legacy.service\"", "include = [\"10.0.0.0/8\"]");
+    let text = GOOD.replace("/abs/", "").replace("unit = \"legacy.service\"", "include = [\"10.0.0.0/8\"]");
     std::fs::write(&file, &text).unwrap();
     let of_file = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap();
     assert_eq!(of_file.captures.len(), 1);
@@ -442,14 +303,7 @@ fn exec_takes_the_file_of_a_daemon_but_its_own_cgroup() {
     assert_eq!(flags.captures[0].include, ["10.1.0.0/16".parse().unwrap()]);
 
     std::fs::write(&file, text.replace("[[capture]]\ninclude = [\"10.0.0.0/8\"]", "")).unwrap();
-    assert_eq!(
-        Config::load_for_exec(&file, Vec::new(), Vec::new())
-            .unwrap()
-            .captures[0]
-            .include
-            .len(),
-        2
-    );
+    assert_eq!(Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap().captures[0].include.len(), 2);
     assert!(Config::load(&file).is_err(), "a daemon would have nothing to do");
 }
 

@@ -48,8 +48,7 @@ where
     T::Err: fmt::Display,
 {
     let text = cell.text(wanted)?;
-    text.parse()
-        .map_or_else(|e| cell.wrong(format!("\"{text}\": {e}")), Some)
+    text.parse().map_or_else(|e| cell.wrong(format!("\"{text}\": {e}")), Some)
 }
 
 macro_rules! by_from_str {
@@ -118,10 +117,8 @@ impl Word for ClientAuth {
     const LATER: &'static [&'static str] = &["optional", "none"];
 }
 impl Word for Balance {
-    const WORDS: &'static [(&'static str, Self)] = &[
-        ("least_request", Self::LeastRequest),
-        ("round_robin", Self::RoundRobin),
-    ];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("least_request", Self::LeastRequest), ("round_robin", Self::RoundRobin)];
     const LATER: &'static [&'static str] = &["random", "ring_hash", "maglev"];
 }
 impl Word for Source {
@@ -150,11 +147,7 @@ impl Value for String {
     }
     fn read(cell: &Cell<'_>) -> Option<Self> {
         let text = cell.text("a string")?;
-        if text.is_empty() {
-            cell.wrong("is empty")
-        } else {
-            Some(text.to_owned())
-        }
+        if text.is_empty() { cell.wrong("is empty") } else { Some(text.to_owned()) }
     }
     fn show(&self) -> Json {
         json!(self)
@@ -210,9 +203,7 @@ impl Value for Weight {
     }
     fn read(cell: &Cell<'_>) -> Option<Self> {
         // Bounded so that the sum over a route's upstreams stays far inside a u32.
-        cell.integer(0, 10_000)
-            .and_then(|n| u32::try_from(n).ok())
-            .map(Self)
+        cell.integer(0, 10_000).and_then(|n| u32::try_from(n).ok()).map(Self)
     }
     fn show(&self) -> Json {
         json!(self.0)
@@ -229,11 +220,7 @@ impl Value for Duration {
     }
     fn show(&self) -> Json {
         let ms = self.as_millis();
-        if ms.is_multiple_of(1000) {
-            json!(format!("{}s", ms / 1000))
-        } else {
-            json!(format!("{ms}ms"))
-        }
+        if ms.is_multiple_of(1000) { json!(format!("{}s", ms / 1000)) } else { json!(format!("{ms}ms")) }
     }
 }
 
@@ -432,10 +419,7 @@ impl Section for Share {
             "Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.",
             Weight(1),
         );
-        Some(Self {
-            upstream: upstream?,
-            weight,
-        })
+        Some(Self { upstream: upstream?, weight })
     }
 }
 
@@ -465,9 +449,7 @@ impl Value for ActionByName {
         if shares.iter().all(|s| s.weight == 0) {
             return cell.wrong("the weights are all 0; \"deny\" refuses");
         }
-        Some(Self::Upstreams(
-            shares.into_iter().map(|s| (s.upstream, s.weight)).collect(),
-        ))
+        Some(Self::Upstreams(shares.into_iter().map(|s| (s.upstream, s.weight)).collect()))
     }
     fn show(&self) -> Json {
         Json::Null

@@ -56,7 +56,9 @@ impl Refusal {
             }
             // The next hop's word is passed on.
             Self::Tunnel(TunnelError::Refused { status, .. }) => (*status, "http_response_incomplete"),
-            Self::Tunnel(TunnelError::Timeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout"),
+            Self::Tunnel(TunnelError::Timeout { .. }) => {
+                (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout")
+            }
             Self::Tunnel(TunnelError::Dropped { .. }) => (StatusCode::BAD_GATEWAY, "connection_terminated"),
             Self::Tunnel(TunnelError::Request { .. }) => (StatusCode::BAD_REQUEST, "http_request_error"),
             Self::Limit(_) => (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached"),

@@ -134,15 +134,15 @@ pub async fn relay<C: Leg, T: Leg>(client: &mut C, target: &mut T, meter: &Meter
     let mut up = Direction::default();
     let mut down = Direction::default();
     let ended = poll_fn(|cx| {
-        let sent = up.poll(cx, client, target, &meter.sent).map_err(|(at_source, why)| {
-            (if at_source { Side::Client } else { Side::Target }, why)
-        });
+        let sent = up
+            .poll(cx, client, target, &meter.sent)
+            .map_err(|(at_source, why)| (if at_source { Side::Client } else { Side::Target }, why));
         if let Err(reset) = sent {
             return Poll::Ready(Err(reset));
         }
-        let received = down.poll(cx, target, client, &meter.received).map_err(|(at_source, why)| {
-            (if at_source { Side::Target } else { Side::Client }, why)
-        });
+        let received = down
+            .poll(cx, target, client, &meter.received)
+            .map_err(|(at_source, why)| (if at_source { Side::Target } else { Side::Client }, why));
         if let Err(reset) = received {
             return Poll::Ready(Err(reset));
         }

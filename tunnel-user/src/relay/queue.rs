@@ -53,9 +53,7 @@ impl Queue {
 
     /// Calls `write` with the front of the queue as slices.
     pub fn with_slices<R>(&mut self, write: impl FnOnce(&[IoSlice<'_>]) -> R) -> R {
-        if self.chunks.is_empty() {
-            self.close();
-        }
+        self.close();
         let mut slices = [IoSlice::new(&[]); SLICES];
         let mut n = 0;
         for (slot, chunk) in slices.iter_mut().zip(&self.chunks) {

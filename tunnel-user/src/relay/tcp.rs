@@ -36,12 +36,7 @@ pub struct TcpLeg {
 impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
-        Self {
-            stream: Rc::new(stream),
-            next_read: READ_MIN,
-            clean: false,
-            error: None,
-        }
+        Self { stream: Rc::new(stream), next_read: READ_MIN, clean: false, error: None }
     }
 
     /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
@@ -88,10 +83,16 @@ impl Leg for TcpLeg {
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
             ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
-            match queue.with_slices(|slices| self.stream.try_write_vectored(slices)) {
-                Ok(n) => {
+            let written = queue.with_slices(|slices| {
+                let offered: usize = slices.iter().map(|s| s.len()).sum();
+                self.stream.try_write_vectored(slices).map(|n| (n, offered))
+            });
+            match written {
+                Ok((n, offered)) => {
                     queue.advance(n);
-                    if !queue.is_empty() {
+                    // Not by what is left in the queue: that may never have been offered, and a socket that
+                    // was never full raises no edge.
+                    if n < offered {
                         self.not_ready(Interest::WRITABLE);
                     }
                     return Poll::Ready(Ok(n));
@@ -116,7 +117,11 @@ impl Leg for TcpLeg {
             let stream = Rc::clone(&self.stream);
             Box::pin(async move {
                 match stream.ready(Interest::ERROR).await {
-                    Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+                    Ok(_) => stream
+                        .take_error()
+                        .ok()
+                        .flatten()
+                        .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
                     Err(e) => e,
                 }
             })

@@ -71,11 +71,7 @@ impl FromStr for SpiffeId {
         if path.is_empty() {
             return Err(SpiffeIdError::NoPath);
         }
-        if path.split('/').all(is_spiffe_segment) {
-            Ok(Self(s.to_owned()))
-        } else {
-            Err(SpiffeIdError::Path)
-        }
+        if path.split('/').all(is_spiffe_segment) { Ok(Self(s.to_owned())) } else { Err(SpiffeIdError::Path) }
     }
 }
 
@@ -84,8 +80,7 @@ fn is_spiffe_segment(s: &str) -> bool {
     !s.is_empty()
         && s != "."
         && s != ".."
-        && s.bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+        && s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
 }
 
 impl fmt::Display for SpiffeId {
@@ -120,8 +115,7 @@ impl From<&Identity> for San {
         if id.0.contains("://") {
             Self::Uri(id.0.to_string())
         } else {
-            id.0.parse()
-                .map_or_else(|_| Self::Dns(id.0.to_ascii_lowercase()), Self::Ip)
+            id.0.parse().map_or_else(|_| Self::Dns(id.0.to_ascii_lowercase()), Self::Ip)
         }
     }
 }
@@ -209,9 +203,9 @@ impl SanPattern {
                 None => pattern == dns,
                 // A wildcard in the certificate is a name of that one spelling: it never widens what the
                 // pattern says.
-                Some(suffix) => dns
-                    .split_once('.')
-                    .is_some_and(|(label, rest)| !label.is_empty() && rest == suffix),
+                Some(suffix) => {
+                    dns.split_once('.').is_some_and(|(label, rest)| !label.is_empty() && rest == suffix)
+                }
             },
             (Self::Ip(wanted), San::Ip(ip)) => wanted == ip,
             _ => false,
@@ -230,10 +224,8 @@ fn uri_matches(pattern: &str, uri: &str) -> bool {
         return false;
     };
     let (mut p, mut u) = (p_rest.split('/'), u_rest.split('/'));
-    let same_authority = p
-        .next()
-        .zip(u.next())
-        .is_some_and(|(p_host, u_host)| p_host.eq_ignore_ascii_case(u_host));
+    let same_authority =
+        p.next().zip(u.next()).is_some_and(|(p_host, u_host)| p_host.eq_ignore_ascii_case(u_host));
     if !same_authority || !p_scheme.eq_ignore_ascii_case(u_scheme) {
         return false;
     }
@@ -262,20 +254,14 @@ impl FromStr for SanPattern {
         }
         let lower = s.to_ascii_lowercase();
         let name = lower.strip_prefix("*.").unwrap_or(&lower);
-        if crate::flow::is_host_name(name) {
-            Ok(Self::Dns(lower))
-        } else {
-            Err(SanPatternError::Dns)
-        }
+        if crate::flow::is_host_name(name) { Ok(Self::Dns(lower)) } else { Err(SanPatternError::Dns) }
     }
 }
 
 fn uri_pattern(scheme: &str, rest: &str) -> Result<(), SanPatternError> {
     let (authority, path) = rest.split_once('/').map_or((rest, None), |(a, p)| (a, Some(p)));
     let scheme_ok = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
-        && scheme
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'));
+        && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'));
     if !scheme_ok || authority.is_empty() || authority.contains('*') {
         return Err(SanPatternError::Authority);
     }
@@ -305,10 +291,7 @@ mod tests {
 
     #[test]
     fn spiffe_ids_are_those_of_the_specification() {
-        for ok in [
-            "spiffe://example.org/web",
-            "spiffe://a_b-c.1/ns/default/sa/Web_1.x",
-        ] {
+        for ok in ["spiffe://example.org/web", "spiffe://a_b-c.1/ns/default/sa/Web_1.x"] {
             assert_eq!(ok.parse::<SpiffeId>().map(|id| id.to_string()), Ok(ok.to_owned()));
         }
         let long = format!("spiffe://example.org/{}", "a".repeat(SPIFFE_MAX));
@@ -339,41 +322,13 @@ mod tests {
         let uri = |s: &str| San::Uri(s.to_owned());
         let dns = |s: &str| San::Dns(s.to_owned());
         for (pattern, name, takes) in [
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://example.org/ns/a/sa/web"),
-                true,
-            ),
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://EXAMPLE.org/ns/a/sa/web"),
-                true,
-            ),
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://example.org/ns/a/sa/Web"),
-                false,
-            ),
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://example.org/ns/a/b/sa/web"),
-                false,
-            ),
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://example.org/ns//sa/web"),
-                false,
-            ),
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://example.org/ns/a/sa/web/x"),
-                false,
-            ),
-            (
-                "spiffe://example.org/ns/*/sa/web",
-                uri("spiffe://example.net/ns/a/sa/web"),
-                false,
-            ),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://example.org/ns/a/sa/web"), true),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://EXAMPLE.org/ns/a/sa/web"), true),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://example.org/ns/a/sa/Web"), false),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://example.org/ns/a/b/sa/web"), false),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://example.org/ns//sa/web"), false),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://example.org/ns/a/sa/web/x"), false),
+            ("spiffe://example.org/ns/*/sa/web", uri("spiffe://example.net/ns/a/sa/web"), false),
             ("spiffe://example.org/*", uri("spiffe://example.org/a"), true),
             ("spiffe://example.org/*", uri("spiffe://example.org/a/b"), false),
             ("spiffe://example.org/*", uri("spiffe://example.org/"), false),
@@ -390,11 +345,7 @@ mod tests {
             ("10.0.0.1", dns("10.0.0.1"), false),
             ("fd00:0::1", San::Ip("fd00::1".parse().unwrap()), true),
         ] {
-            assert_eq!(
-                pattern.parse::<SanPattern>().unwrap().matches(&name),
-                takes,
-                "{pattern} {name}"
-            );
+            assert_eq!(pattern.parse::<SanPattern>().unwrap().matches(&name), takes, "{pattern} {name}");
         }
     }
 

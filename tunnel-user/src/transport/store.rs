@@ -115,10 +115,7 @@ pub fn watch(store: Arc<TlsStore>, on_reload: impl Fn() + Send + 'static) -> Res
         .name("identity-watch".to_owned())
         .spawn(move || follow(&store, &changes, on_reload))
         .map_err(notify::Error::io)?;
-    Ok(Watch {
-        watcher: Some(watcher),
-        thread: Some(thread),
-    })
+    Ok(Watch { watcher: Some(watcher), thread: Some(thread) })
 }
 
 fn dirs(files: &IdentityFiles) -> BTreeSet<PathBuf> {

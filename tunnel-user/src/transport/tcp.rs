@@ -17,7 +17,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Unanswered questions before the connection is given up.
 const KEEPALIVE_RETRIES: u32 = 4;
 /// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
+pub const BACKLOG: i32 = 4096;
 
 /// `SO_MARK` for the sockets of this process; `None` where nothing is captured here, or where the
 /// process may not set it.

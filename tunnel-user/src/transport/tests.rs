@@ -37,11 +37,8 @@ fn request(id: &str) -> IssueRequest {
 }
 
 fn put(dir: &Path, issued: &Issued, ca_pem: &str) -> IdentityFiles {
-    let files = IdentityFiles {
-        cert: dir.join("cert.pem"),
-        key: dir.join("key.pem"),
-        ca: dir.join("ca.pem"),
-    };
+    let files =
+        IdentityFiles { cert: dir.join("cert.pem"), key: dir.join("key.pem"), ca: dir.join("ca.pem") };
     fs::write(&files.cert, &issued.cert_pem).unwrap();
     fs::write(&files.key, &issued.key_pem).unwrap();
     fs::write(&files.ca, ca_pem).unwrap();
@@ -54,16 +51,11 @@ fn identity_of(ca: &Ca, request: &IssueRequest, trusts: &Ca) -> TlsIdentity {
 }
 
 fn servers(san: &[&str]) -> ServerCheck {
-    ServerCheck {
-        name: None,
-        san: san.iter().map(|s| s.parse().unwrap()).collect(),
-    }
+    ServerCheck { name: None, san: san.iter().map(|s| s.parse().unwrap()).collect() }
 }
 
 fn clients(san: &[&str]) -> ClientCheck {
-    ClientCheck {
-        san: san.iter().map(|s| s.parse().unwrap()).collect(),
-    }
+    ClientCheck { san: san.iter().map(|s| s.parse().unwrap()).collect() }
 }
 
 /// A handshake, to its end or its failure.
@@ -121,122 +113,59 @@ where
 }
 
 fn shake(client: &TlsIdentity, wants: &ServerCheck, server: &TlsIdentity, takes: &ClientCheck) -> Shaken {
-    Shaken::new(
-        client.client_config(wants),
-        server.server_config(takes),
-        "10.9.0.1",
-    )
+    Shaken::new(client.client_config(wants), server.server_config(takes), "10.9.0.1")
 }
 
 #[test]
 fn both_sides_know_each_other_and_speak_h2_over_tls_1_3() {
     let ca = ca();
-    let (client, server) = (
-        identity_of(&ca, &request(CLIENT), &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
     for (wants, takes) in [
         (servers(&[]), clients(&[])),
-        (
-            servers(&[SERVER]),
-            clients(&["spiffe://example.org/ns/*/sa/client"]),
-        ),
-        (
-            servers(&["spiffe://example.org/other", "gw.internal"]),
-            clients(&["10.9.0.1"]),
-        ),
+        (servers(&[SERVER]), clients(&["spiffe://example.org/ns/*/sa/client"])),
+        (servers(&["spiffe://example.org/other", "gw.internal"]), clients(&["10.9.0.1"])),
     ] {
         let s = shake(&client, &wants, &server, &takes);
         assert!(s.passed(), "{:?}", s.said());
-        assert_eq!(
-            peer_identity(s.client.peer_certificates().unwrap())
-                .unwrap()
-                .0
-                .as_ref(),
-            SERVER
-        );
-        assert_eq!(
-            peer_identity(s.server.peer_certificates().unwrap())
-                .unwrap()
-                .0
-                .as_ref(),
-            CLIENT
-        );
+        assert_eq!(peer_identity(s.client.peer_certificates().unwrap()).unwrap().0.as_ref(), SERVER);
+        assert_eq!(peer_identity(s.server.peer_certificates().unwrap()).unwrap().0.as_ref(), CLIENT);
         assert_eq!(s.client.alpn_protocol(), Some(&b"h2"[..]));
-        assert_eq!(
-            s.server.protocol_version(),
-            Some(rustls::ProtocolVersion::TLSv1_3)
-        );
+        assert_eq!(s.server.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     }
 }
 
 #[test]
 fn a_resumed_session_still_knows_its_peer() {
     let ca = ca();
-    let (client, server) = (
-        identity_of(&ca, &request(CLIENT), &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
     shake(&client, &servers(&[SERVER]), &server, &clients(&[CLIENT]));
     let s = shake(&client, &servers(&[SERVER]), &server, &clients(&[CLIENT]));
     assert_eq!(s.server.handshake_kind(), Some(HandshakeKind::Resumed));
-    assert_eq!(
-        peer_identity(s.server.peer_certificates().unwrap())
-            .unwrap()
-            .0
-            .as_ref(),
-        CLIENT
-    );
-    assert_eq!(
-        peer_identity(s.client.peer_certificates().unwrap())
-            .unwrap()
-            .0
-            .as_ref(),
-        SERVER
-    );
+    assert_eq!(peer_identity(s.server.peer_certificates().unwrap()).unwrap().0.as_ref(), CLIENT);
+    assert_eq!(peer_identity(s.client.peer_certificates().unwrap()).unwrap().0.as_ref(), SERVER);
 }
 
 #[test]
 fn a_session_made_under_one_check_is_not_resumed_under_another() {
     let ca = ca();
-    let (client, server) = (
-        identity_of(&ca, &request(CLIENT), &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
     let wants = servers(&[SERVER]);
     assert!(shake(&client, &wants, &server, &clients(&[])).passed());
-    let s = shake(
-        &client,
-        &wants,
-        &server,
-        &clients(&["spiffe://example.org/other"]),
-    );
-    assert_eq!(
-        s.server_error.as_ref().and_then(|e| failed_check(e)),
-        Some(Check::San)
-    );
+    let s = shake(&client, &wants, &server, &clients(&["spiffe://example.org/other"]));
+    assert_eq!(s.server_error.as_ref().and_then(|e| failed_check(e)), Some(Check::San));
 }
 
 #[test]
 fn a_client_without_a_certificate_is_told_so() {
     let ca = ca();
-    let (client, server) = (
-        identity_of(&ca, &request(CLIENT), &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
     let mut bare = (*client.client_config(&servers(&[]))).clone();
     bare.client_auth_cert_resolver = Arc::new(NoCert);
     let s = Shaken::new(Arc::new(bare), server.server_config(&clients(&[])), "10.9.0.1");
     let (server_said, client_said) = s.said();
-    assert_eq!(
-        server_said,
-        "the peer's certificate failed the presence check: it presented none"
-    );
+    assert_eq!(server_said, "the peer's certificate failed the presence check: it presented none");
     assert_eq!(client_said, "the peer wants a certificate, and we presented none");
-    assert_eq!(
-        s.server_error.as_ref().and_then(|e| failed_check(e)),
-        Some(Check::Missing)
-    );
+    assert_eq!(s.server_error.as_ref().and_then(|e| failed_check(e)), Some(Check::Missing));
 }
 
 #[derive(Debug)]
@@ -258,14 +187,8 @@ fn another_ca_fails_the_chain_check_at_the_server() {
     let client = identity_of(&theirs, &request(CLIENT), &ours);
     let server = identity_of(&ours, &request(SERVER), &ours);
     let (server_said, client_said) = shake(&client, &servers(&[]), &server, &clients(&[])).said();
-    assert_eq!(
-        server_said,
-        "the peer's certificate failed the chain check: it is not from our CA"
-    );
-    assert_eq!(
-        client_said,
-        "the peer refused our certificate: it is not from the peer's CA (chain check)"
-    );
+    assert_eq!(server_said, "the peer's certificate failed the chain check: it is not from our CA");
+    assert_eq!(client_said, "the peer refused our certificate: it is not from the peer's CA (chain check)");
 }
 
 #[test]
@@ -276,18 +199,12 @@ fn another_ca_fails_the_chain_check_at_the_client() {
     for san in [&[][..], &[SERVER]] {
         let s = shake(&client, &servers(san), &server, &clients(&[]));
         let (server_said, client_said) = s.said();
-        assert_eq!(
-            client_said,
-            "the peer's certificate failed the chain check: it is not from our CA"
-        );
+        assert_eq!(client_said, "the peer's certificate failed the chain check: it is not from our CA");
         assert_eq!(
             server_said,
             "the peer refused our certificate: it is not from the peer's CA (chain check)"
         );
-        assert_eq!(
-            s.client_error.as_ref().and_then(|e| failed_check(e)),
-            Some(Check::Chain)
-        );
+        assert_eq!(s.client_error.as_ref().and_then(|e| failed_check(e)), Some(Check::Chain));
     }
 }
 
@@ -296,19 +213,10 @@ fn an_expired_client_fails_the_expiry_check() {
     let ca = ca();
     let mut old = request(CLIENT);
     old.validity = Validity::past();
-    let (client, server) = (
-        identity_of(&ca, &old, &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let (client, server) = (identity_of(&ca, &old, &ca), identity_of(&ca, &request(SERVER), &ca));
     let (server_said, client_said) = shake(&client, &servers(&[]), &server, &clients(&[])).said();
-    assert_eq!(
-        server_said,
-        "the peer's certificate failed the expiry check: it expired 24 h ago"
-    );
-    assert_eq!(
-        client_said,
-        "the peer refused our certificate: expired, or not valid yet (expiry check)"
-    );
+    assert_eq!(server_said, "the peer's certificate failed the expiry check: it expired 24 h ago");
+    assert_eq!(client_said, "the peer refused our certificate: expired, or not valid yet (expiry check)");
 }
 
 #[test]
@@ -316,38 +224,21 @@ fn an_expired_server_fails_the_expiry_check() {
     let ca = ca();
     let mut old = request(SERVER);
     old.validity = Validity::past();
-    let (client, server) = (
-        identity_of(&ca, &request(CLIENT), &ca),
-        identity_of(&ca, &old, &ca),
-    );
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &old, &ca));
     for san in [&[][..], &[SERVER]] {
         let (server_said, client_said) = shake(&client, &servers(san), &server, &clients(&[])).said();
-        assert_eq!(
-            client_said,
-            "the peer's certificate failed the expiry check: it expired 24 h ago"
-        );
-        assert_eq!(
-            server_said,
-            "the peer refused our certificate: expired, or not valid yet (expiry check)"
-        );
+        assert_eq!(client_said, "the peer's certificate failed the expiry check: it expired 24 h ago");
+        assert_eq!(server_said, "the peer refused our certificate: expired, or not valid yet (expiry check)");
     }
 }
 
 #[test]
 fn the_wrong_name_fails_the_san_check_and_says_both() {
     let ca = ca();
-    let (client, server) = (
-        identity_of(&ca, &request(CLIENT), &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
     let names = |id: &str| format!("{id} or gw.internal or 10.9.0.1");
 
-    let s = shake(
-        &client,
-        &servers(&["spiffe://example.org/east"]),
-        &server,
-        &clients(&[]),
-    );
+    let s = shake(&client, &servers(&["spiffe://example.org/east"]), &server, &clients(&[]));
     let (server_said, client_said) = s.said();
     assert_eq!(
         client_said,
@@ -371,12 +262,8 @@ fn the_wrong_name_fails_the_san_check_and_says_both() {
         )
     );
 
-    let s = shake(
-        &client,
-        &servers(&[]),
-        &server,
-        &clients(&["spiffe://example.org/ns/*/sa/db", "db.internal"]),
-    );
+    let s =
+        shake(&client, &servers(&[]), &server, &clients(&["spiffe://example.org/ns/*/sa/db", "db.internal"]));
     let (server_said, client_said) = s.said();
     assert_eq!(
         server_said,
@@ -392,16 +279,8 @@ fn the_wrong_name_fails_the_san_check_and_says_both() {
 #[test]
 fn a_client_without_any_name_fails_the_san_check() {
     let ca = ca();
-    let nobody = IssueRequest {
-        id: None,
-        dns: Vec::new(),
-        ip: Vec::new(),
-        validity: Validity::days(1),
-    };
-    let (client, server) = (
-        identity_of(&ca, &nobody, &ca),
-        identity_of(&ca, &request(SERVER), &ca),
-    );
+    let nobody = IssueRequest { id: None, dns: Vec::new(), ip: Vec::new(), validity: Validity::days(1) };
+    let (client, server) = (identity_of(&ca, &nobody, &ca), identity_of(&ca, &request(SERVER), &ca));
     assert_eq!(client.identity(), None);
     assert_eq!(
         shake(&client, &servers(&[]), &server, &clients(&[])).said().0,
@@ -445,9 +324,7 @@ fn load_after(spoil: impl Fn(&IdentityFiles)) -> String {
     let ca = ca();
     let files = put(dir.path(), &ca.issue(&request(CLIENT)).unwrap(), ca.cert_pem());
     spoil(&files);
-    let Err(e) = TlsIdentity::load(&files) else {
-        panic!("it loaded")
-    };
+    let Err(e) = TlsIdentity::load(&files) else { panic!("it loaded") };
     e.to_string().replace(&format!("{}/", dir.path().display()), "")
 }
 
@@ -482,20 +359,11 @@ impl Rotation {
         let (ca, dir) = (ca(), tempfile::tempdir().unwrap());
         let files = put(dir.path(), &ca.issue(&request(CLIENT)).unwrap(), ca.cert_pem());
         let peer = identity_of(&ca, &request(SERVER), &ca);
-        Self {
-            store: TlsStore::load(files).unwrap(),
-            ca,
-            dir,
-            peer,
-        }
+        Self { store: TlsStore::load(files).unwrap(), ca, dir, peer }
     }
 
     fn rotate(&self, id: &str) {
-        put(
-            self.dir.path(),
-            &self.ca.issue(&request(id)).unwrap(),
-            self.ca.cert_pem(),
-        );
+        put(self.dir.path(), &self.ca.issue(&request(id)).unwrap(), self.ca.cert_pem());
     }
 
     fn shake(&self) -> (String, Option<HandshakeKind>) {
@@ -527,11 +395,7 @@ fn after_a_rotation_nothing_of_before_is_resumed() {
 #[test]
 fn a_bad_rotation_keeps_the_old_identity() {
     let r = Rotation::new();
-    fs::write(
-        r.dir.path().join("key.pem"),
-        ca().issue(&request(CLIENT)).unwrap().key_pem,
-    )
-    .unwrap();
+    fs::write(r.dir.path().join("key.pem"), ca().issue(&request(CLIENT)).unwrap().key_pem).unwrap();
     assert!(matches!(r.store.reload(), Err(TlsError::KeyMismatch { .. })));
     assert_eq!(r.shake().0, CLIENT);
 }
@@ -542,11 +406,7 @@ fn a_watched_store_follows_a_symlink_swap() {
     // As a Kubernetes secret volume: cert.pem -> ..data/cert.pem, ..data -> a folder per version.
     let version = |name: &str, id: &str| {
         fs::create_dir(dir.path().join(name)).unwrap();
-        put(
-            &dir.path().join(name),
-            &ca.issue(&request(id)).unwrap(),
-            ca.cert_pem(),
-        );
+        put(&dir.path().join(name), &ca.issue(&request(id)).unwrap(), ca.cert_pem());
         std::os::unix::fs::symlink(name, dir.path().join("..data_tmp")).unwrap();
         fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
     };
@@ -555,19 +415,14 @@ fn a_watched_store_follows_a_symlink_swap() {
         std::os::unix::fs::symlink(format!("..data/{name}"), dir.path().join(name)).unwrap();
     }
     let file = |name: &str| dir.path().join(name);
-    let files = IdentityFiles {
-        cert: file("cert.pem"),
-        key: file("key.pem"),
-        ca: file("ca.pem"),
-    };
+    let files = IdentityFiles { cert: file("cert.pem"), key: file("key.pem"), ca: file("ca.pem") };
     let store = TlsStore::load(files).unwrap();
     let (tell, told) = mpsc::channel();
     let watch = watch(Arc::clone(&store), move || tell.send(()).unwrap()).unwrap();
 
     let renewed = "spiffe://example.org/ns/a/sa/renewed";
     version("..2", renewed);
-    told.recv_timeout(Duration::from_secs(10))
-        .expect("the swap is noticed");
+    told.recv_timeout(Duration::from_secs(10)).expect("the swap is noticed");
     assert_eq!(store.identity().unwrap().0.as_ref(), renewed);
     drop(watch);
     assert!(told.recv().is_err(), "the watching thread has ended");

@@ -127,28 +127,18 @@ impl TlsIdentity {
     pub fn load(files: &IdentityFiles) -> Result<Self, TlsError> {
         let (cert_pem, key_pem, ca_pem) = (read(&files.cert)?, read(&files.key)?, read(&files.ca)?);
         let chain = certificates(&files.cert, &cert_pem)?;
-        let bad_cert = |path: &Path, why: String| TlsError::BadCertificate {
-            path: path.to_owned(),
-            why,
-        };
+        let bad_cert = |path: &Path, why: String| TlsError::BadCertificate { path: path.to_owned(), why };
 
         let key = PrivateKeyDer::from_pem_slice(&key_pem).map_err(|source| match source {
             pem::Error::NoItemsFound => TlsError::NoKey(files.key.clone()),
-            source => TlsError::Pem {
-                path: files.key.clone(),
-                source,
-            },
+            source => TlsError::Pem { path: files.key.clone(), source },
         })?;
         let key = CertifiedKey::from_der(chain, key, &provider()).map_err(|e| match e {
-            rustls::Error::InconsistentKeys(_) => TlsError::KeyMismatch {
-                key: files.key.clone(),
-                cert: files.cert.clone(),
-            },
+            rustls::Error::InconsistentKeys(_) => {
+                TlsError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() }
+            }
             rustls::Error::InvalidCertificate(why) => bad_cert(&files.cert, why.to_string()),
-            other => TlsError::BadKey {
-                path: files.key.clone(),
-                why: other.to_string(),
-            },
+            other => TlsError::BadKey { path: files.key.clone(), why: other.to_string() },
         })?;
 
         let mut roots = RootCertStore::empty();
@@ -225,10 +215,7 @@ impl TlsIdentity {
         if let Some(config) = made.get(check) {
             return Arc::clone(config);
         }
-        let verifier = Arc::new(ClientVerifier::new(
-            Arc::clone(&self.client_verifier),
-            check.san.clone(),
-        ));
+        let verifier = Arc::new(ClientVerifier::new(Arc::clone(&self.client_verifier), check.san.clone()));
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
             .expect("aws-lc-rs has cipher suites and key exchanges for TLS 1.3")
@@ -247,24 +234,14 @@ impl TlsIdentity {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    fs::read(path).map_err(|source| TlsError::Read {
-        path: path.to_owned(),
-        source,
-    })
+    fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
 }
 
 fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let certs = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|source| TlsError::Pem {
-            path: path.to_owned(),
-            source,
-        })?;
-    if certs.is_empty() {
-        Err(TlsError::NoCertificate(path.to_owned()))
-    } else {
-        Ok(certs)
-    }
+        .map_err(|source| TlsError::Pem { path: path.to_owned(), source })?;
+    if certs.is_empty() { Err(TlsError::NoCertificate(path.to_owned())) } else { Ok(certs) }
 }
 
 /// Tells changed files from unchanged ones. Nobody gains by a collision: who can write the files needs

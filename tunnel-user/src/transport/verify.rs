@@ -48,9 +48,8 @@ impl ServerCheck {
             Target::Addr(a) => ServerName::IpAddress(a.ip().into()),
             // What `Target` takes for a name, rustls takes for one. If it ever did not: this address is
             // reserved for documentation (RFC 6666), no certificate is valid for it, the check fails.
-            Target::Name(name, _) => ServerName::try_from(name.clone()).unwrap_or(ServerName::IpAddress(
-                std::net::Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0).into(),
-            )),
+            Target::Name(name, _) => ServerName::try_from(name.clone())
+                .unwrap_or(ServerName::IpAddress(std::net::Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0).into())),
         }
     }
 }
@@ -102,15 +101,8 @@ pub struct PeerRejected {
 
 impl PeerRejected {
     fn san(wanted: &str, presented: &[San]) -> Self {
-        let presented = if presented.is_empty() {
-            "no name at all".to_owned()
-        } else {
-            list(presented)
-        };
-        Self {
-            check: Check::San,
-            detail: format!("wanted {wanted}, presented {presented}"),
-        }
+        let presented = if presented.is_empty() { "no name at all".to_owned() } else { list(presented) };
+        Self { check: Check::San, detail: format!("wanted {wanted}, presented {presented}") }
     }
 
     fn into_rustls(self) -> rustls::Error {
@@ -127,18 +119,12 @@ fn check_names(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Result<(), rust
     let taken = if san.is_empty() {
         !names.is_empty()
     } else {
-        names
-            .iter()
-            .any(|name| san.iter().any(|pattern| pattern.matches(name)))
+        names.iter().any(|name| san.iter().any(|pattern| pattern.matches(name)))
     };
     if taken {
         return Ok(());
     }
-    let wanted = if san.is_empty() {
-        "a URI, DNS or IP name".to_owned()
-    } else {
-        list(san)
-    };
+    let wanted = if san.is_empty() { "a URI, DNS or IP name".to_owned() } else { list(san) };
     Err(PeerRejected::san(&wanted, &names).into_rustls())
 }
 
@@ -158,12 +144,7 @@ impl ServerVerifier {
         provider: Arc<CryptoProvider>,
         san: Vec<SanPattern>,
     ) -> Self {
-        Self {
-            webpki,
-            roots,
-            provider,
-            san,
-        }
+        Self { webpki, roots, provider, san }
     }
 }
 
@@ -177,15 +158,14 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         if self.san.is_empty() {
-            return self
-                .webpki
-                .verify_server_cert(leaf, intermediates, name, ocsp, now)
-                .map_err(|e| match e {
+            return self.webpki.verify_server_cert(leaf, intermediates, name, ocsp, now).map_err(
+                |e| match e {
                     rustls::Error::InvalidCertificate(
                         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
                     ) => PeerRejected::san(&name.to_str(), &names_of(leaf)).into_rustls(),
                     other => other,
-                });
+                },
+            );
         }
         let parsed = ParsedCertificate::try_from(leaf)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
@@ -286,26 +266,15 @@ impl ClientCertVerifier for ClientVerifier {
 pub fn check_expiry(certs: &[CertificateDer<'_>], now: UnixTime) -> Result<(), PeerRejected> {
     use x509_parser::prelude::{FromDer as _, X509Certificate};
     let Some(leaf) = certs.first() else {
-        return Err(PeerRejected {
-            check: Check::Missing,
-            detail: "it presented none".to_owned(),
-        });
+        return Err(PeerRejected { check: Check::Missing, detail: "it presented none".to_owned() });
     };
     let Ok((_, cert)) = X509Certificate::from_der(leaf) else {
-        return Err(PeerRejected {
-            check: Check::Chain,
-            detail: "it cannot be read".to_owned(),
-        });
+        return Err(PeerRejected { check: Check::Chain, detail: "it cannot be read".to_owned() });
     };
     let after = cert.validity().not_after.timestamp();
-    let age = i64::try_from(now.as_secs())
-        .unwrap_or(i64::MAX)
-        .saturating_sub(after);
+    let age = i64::try_from(now.as_secs()).unwrap_or(i64::MAX).saturating_sub(after);
     match u64::try_from(age) {
-        Ok(age) if age > 0 => Err(PeerRejected {
-            check: Check::Expiry,
-            detail: expired(age),
-        }),
+        Ok(age) if age > 0 => Err(PeerRejected { check: Check::Expiry, detail: expired(age) }),
         _ => Ok(()),
     }
 }
@@ -389,9 +358,7 @@ const ALERTS: [AlertDescription; 13] = [
 
 fn alert_in(text: &str) -> Option<AlertDescription> {
     let name = text.split_once("received fatal alert: ")?.1;
-    ALERTS
-        .into_iter()
-        .find(|alert| name.starts_with(&format!("{alert:?}")))
+    ALERTS.into_iter().find(|alert| name.starts_with(&format!("{alert:?}")))
 }
 
 fn explain_tls(e: &rustls::Error) -> String {
@@ -424,17 +391,13 @@ fn rejected(e: &rustls::Error) -> Option<PeerRejected> {
             Some(rejected) => Some(rejected.clone()),
             None => reject(Check::Chain, inner.to_string()),
         },
-        CertificateError::ExpiredContext { time, not_after } => reject(
-            Check::Expiry,
-            expired(time.as_secs().saturating_sub(not_after.as_secs())),
-        ),
+        CertificateError::ExpiredContext { time, not_after } => {
+            reject(Check::Expiry, expired(time.as_secs().saturating_sub(not_after.as_secs())))
+        }
         CertificateError::Expired => reject(Check::Expiry, "it has expired".to_owned()),
         CertificateError::NotValidYetContext { time, not_before } => {
             let wait = Duration::from_secs(not_before.as_secs().saturating_sub(time.as_secs()));
-            reject(
-                Check::Expiry,
-                format!("it is valid only in {}; is a clock wrong?", rough(wait)),
-            )
+            reject(Check::Expiry, format!("it is valid only in {}; is a clock wrong?", rough(wait)))
         }
         CertificateError::NotValidYet => reject(Check::Expiry, "it is not valid yet".to_owned()),
         CertificateError::UnknownIssuer => reject(Check::Chain, "it is not from our CA".to_owned()),

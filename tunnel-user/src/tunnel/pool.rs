@@ -38,7 +38,11 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::{
     dial::{self, DialError},
     flow::{Identity, PeerAddr, Target},
-    transport::{identity::peer_identity, tcp::Mark, verify::{check_expiry, explain}},
+    transport::{
+        identity::peer_identity,
+        tcp::Mark,
+        verify::{check_expiry, explain},
+    },
 };
 
 /// What a peer may send on one stream before we have passed it on: 1 MiB carries 400 Mbit/s over 20 ms.
