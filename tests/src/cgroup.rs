@@ -66,10 +66,16 @@ impl Drop for Cgroup {
 
 /// Where cgroup2 hierarchies are mounted.
 pub fn mounts() -> Vec<PathBuf> {
+    mounted("cgroup2")
+}
+
+/// Where file systems of a kind are mounted.
+pub fn mounted(kind: &str) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let point = |line: &str| {
         let (left, right) = line.split_once(" - ")?;
-        right.starts_with("cgroup2 ").then(|| left.split(' ').nth(4).map(PathBuf::from))?
+        let same = right.split(' ').next() == Some(kind);
+        same.then(|| left.split(' ').nth(4).map(PathBuf::from))?
     };
     table.lines().filter_map(point).collect()
 }

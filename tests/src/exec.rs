@@ -135,17 +135,23 @@ impl<'w> Exec<'w> {
         self.spawn(&words)
     }
 
+    /// The command line of `tunnel exec`, for a test that arranges its input and output itself. Its process
+    /// is to be told to [`World::note_exec`].
+    pub fn command<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Command> {
+        self.build(&self.world.folder().join("stats.json"), words)
+    }
+
     /// Starts a command.
     pub fn spawn<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Running> {
         let stats = tempfile::Builder::new().prefix("stats-").suffix(".json").tempfile_in(self.world.folder())?;
         let (_, stats) = stats.keep()?;
-        let command = self.command(&stats, words)?;
+        let command = self.build(&stats, words)?;
         let process = Process::spawn_with_input("exec", self.world.folder(), command)?;
         self.world.note_exec(process.id());
         Ok(Running { process, stats, started: Instant::now(), limit: self.limit })
     }
 
-    fn command<S: AsRef<OsStr>>(&self, stats: &Path, words: &[S]) -> Result<Command> {
+    fn build<S: AsRef<OsStr>>(&self, stats: &Path, words: &[S]) -> Result<Command> {
         let tunnel = programs::tunnel()?;
         // SIGTERM when the test dies: it takes its application along and removes its cgroup.
         let host = self.world.node();

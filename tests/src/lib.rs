@@ -16,6 +16,7 @@
 //! assert!(done.success(), "{done}");
 //! ```
 
+pub mod bpffs;
 pub mod cgroup;
 pub mod daemon;
 pub mod exec;

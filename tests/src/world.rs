@@ -136,7 +136,8 @@ impl World {
         Target::start(&self.net, (ip, 0).into(), handler)
     }
 
-    pub(crate) fn note_exec(&self, pid: u32) {
+    /// Has it checked that the group of a `tunnel exec` is gone in the end.
+    pub fn note_exec(&self, pid: u32) {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
     }
 

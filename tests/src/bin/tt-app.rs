@@ -373,10 +373,14 @@ fn udp(addr: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Offers `bytes` to a target that does not read; when nothing more is taken, pings another one; waits for
-/// a line; offers the rest.
+/// Offers `bytes` to a target that does not read; when nothing more is taken, pings another one; then offers
+/// the rest. Waits for a line before each step.
 fn offer(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
     let (stream, friend) = (open(addr)?, open(pinged)?);
+    pace(&friend)?;
+    let mut line = String::new();
+    say("ready=1");
+    io::stdin().read_line(&mut line)?;
     stream.set_nonblocking(true)?;
     let mut to = &stream;
     let mut written = 0;
@@ -399,7 +403,6 @@ fn offer(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
     }
     pace(&friend)?;
     say(&format!("written={written}"));
-    let mut line = String::new();
     io::stdin().read_line(&mut line)?;
     stream.set_nonblocking(false)?;
     UP.send_from(&mut to, written, bytes).context("the rest")?;
@@ -409,14 +412,20 @@ fn offer(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Is offered `bytes` and reads nothing; pings another target meanwhile; waits for a line; reads everything.
+/// Is offered `bytes` and reads nothing; pings another target meanwhile; then reads everything. Waits for a
+/// line before each step.
 fn read_late(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
-    let (stream, friend) = (open(addr)?, open(pinged)?);
+    let friend = open(pinged)?;
     pace(&friend)?;
-    say("waiting=1");
     let mut line = String::new();
+    say("ready=1");
+    io::stdin().read_line(&mut line)?;
+    let stream = open(addr)?;
+    say("waiting=1");
     io::stdin().read_line(&mut line)?;
     pace(&friend)?;
+    say("paced=1");
+    io::stdin().read_line(&mut line)?;
     let mut from = &stream;
     let read = DOWN.receive_to_end(&mut from)?;
     ensure!(read == bytes, "{read} bytes of {bytes}");
