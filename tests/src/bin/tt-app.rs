@@ -1,0 +1,495 @@
+//! The application of the tests: it connects, and knows nothing of tunnels.
+//!
+//! Enters: a subcommand. Leaves: lines `KEY=VALUE` on standard output, and an exit status that is 0 only if
+//! everything went as the subcommand says. Invariant: it uses ordinary system calls, as any program would.
+
+use std::{
+    collections::HashMap,
+    env,
+    io::{self, BufRead as _, Read as _, Write as _},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
+    process::{Command, ExitCode},
+    sync::{Arc, Barrier},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    errno::Errno,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{
+            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt, setsockopt,
+            socket, sockopt,
+        },
+    },
+};
+use tunnel_tests::{
+    pattern::{CHUNK, DOWN, UP},
+    target::reset,
+};
+
+/// No answer by then is none.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            println!("failed={e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["duplex", addr, bytes] => duplex(&open(addr)?, bytes.parse()?),
+        ["hold", addr] => hold(addr),
+        ["many", addr, connections, bytes] => many(addr.parse()?, connections.parse()?, bytes.parse()?),
+        ["half-close", addr, bytes] => half_close(&open(addr)?, bytes.parse()?),
+        ["hear-end-first", addr, bytes] => hear_end_first(&open(addr)?, bytes.parse()?),
+        ["expect-reset", addr, bytes] => expect_reset(addr, bytes.parse()?),
+        ["reset", addr, bytes] => reset_after(&open(addr)?, bytes.parse()?),
+        ["names", addr] => names(&open(addr)?),
+        ["connect-error", addr] => connect_error(addr.parse()?),
+        ["v4mapped", addr, bytes] => duplex(&v4mapped(addr.parse()?)?, bytes.parse()?),
+        ["nonblocking", addr, bytes] => duplex(&nonblocking(addr.parse()?)?, bytes.parse()?),
+        ["bound", addr, local, bytes] => duplex(&bound(addr.parse()?, local.parse()?)?, bytes.parse()?),
+        ["fastopen", addr, bytes] => duplex(&fastopen(addr.parse()?)?, bytes.parse()?),
+        ["tree", addr, bytes, depth] => tree(addr, bytes, depth.parse()?),
+        ["udp", addr] => udp(addr.parse()?),
+        ["offer", addr, ping, bytes] => offer(addr, ping, bytes.parse()?),
+        ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
+        ["reconnect", addr] => reconnect(addr),
+        ["original-dst", listen] => original_dst(listen.parse()?),
+        _ => bail!("unknown: {words:?}"),
+    }
+}
+
+fn open(addr: &str) -> Result<TcpStream> {
+    let stream = TcpStream::connect(addr.parse::<SocketAddr>()?).with_context(|| format!("connect to {addr}"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Both directions at once, every byte checked.
+fn duplex(stream: &TcpStream, bytes: u64) -> Result<()> {
+    let (mut from, mut to) = (stream, stream);
+    let (sent, received) = thread::scope(|scope| {
+        let sending = scope.spawn(move || UP.send(&mut to, bytes));
+        let received = DOWN.receive(&mut from, bytes);
+        (sending.join(), received)
+    });
+    sent.ok().context("the sender panicked")?.context("sending")?;
+    received.context("receiving")?;
+    stream.shutdown(Shutdown::Write)?;
+    expect_end(stream)?;
+    println!("duplex={bytes}");
+    Ok(())
+}
+
+/// Connects, then does what it is told by lines: "send" and "recv" exchange one byte, "read" reads on.
+fn hold(addr: &str) -> Result<()> {
+    let stream = open(addr)?;
+    say("held=1");
+    for line in io::stdin().lines() {
+        match line?.as_str() {
+            "ping" => say(&format!("ping={}", result(ping(&stream)))),
+            "read" => say(&format!("read={}", result(read_on(&stream)))),
+            "connect" => say(&format!("connect={}", result(TcpStream::connect(addr).map(drop)))),
+            other => bail!("unknown: {other}"),
+        }
+    }
+    Ok(())
+}
+
+fn ping(mut stream: &TcpStream) -> io::Result<()> {
+    stream.write_all(b"p")?;
+    let mut answer = [0];
+    stream.read_exact(&mut answer)?;
+    if answer == *b"p" { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+/// What ends the connection: an end is an error too, called by its name.
+fn read_on(mut stream: &TcpStream) -> io::Result<()> {
+    loop {
+        if stream.read(&mut [0; 4096])? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+/// "ok", or the error's name.
+fn result<T>(outcome: io::Result<T>) -> String {
+    match outcome {
+        Ok(_) => "ok".to_owned(),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => "EOF".to_owned(),
+        Err(e) => e.raw_os_error().map_or_else(|| e.to_string(), |n| format!("{:?}", Errno::from_raw(n))),
+    }
+}
+
+/// N connections from N threads, all up at once: each echoes half of its bytes, all wait for a line on
+/// standard input, each echoes the other half.
+fn many(addr: SocketAddr, connections: usize, bytes: u64) -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let (up, go) = (Arc::new(Barrier::new(connections + 1)), Arc::new(Barrier::new(connections + 1)));
+    let mut threads = Vec::new();
+    for _ in 0..connections {
+        let (up, go) = (Arc::clone(&up), Arc::clone(&go));
+        let talk = move || -> io::Result<()> {
+            let first = TcpStream::connect(addr).and_then(|stream| {
+                stream.set_read_timeout(Some(PATIENCE))?;
+                echo_range(&stream, 0, bytes / 2)?;
+                Ok(stream)
+            });
+            // Whatever happened: who does not come to a barrier stops everybody.
+            up.wait();
+            go.wait();
+            let stream = first?;
+            echo_range(&stream, bytes / 2, bytes)?;
+            stream.shutdown(Shutdown::Write)?;
+            if (&stream).read(&mut [0])? == 0 { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+        };
+        threads.push(thread::Builder::new().stack_size(256 * 1024).spawn(talk)?);
+    }
+    up.wait();
+    say(&format!("held={connections}"));
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    go.wait();
+    let mut failures: HashMap<String, usize> = HashMap::new();
+    for thread in threads {
+        let outcome = thread.join().ok().context("a thread panicked")?;
+        if let Err(e) = outcome {
+            *failures.entry(e.to_string()).or_default() += 1;
+        }
+    }
+    ensure!(failures.is_empty(), "of {connections} connections: {failures:?}");
+    println!("many={connections}");
+    Ok(())
+}
+
+/// Sends a range of the pattern to an echo, and checks what comes back.
+fn echo_range(stream: &TcpStream, from: u64, to: u64) -> io::Result<()> {
+    let (mut reader, mut writer) = (stream, stream);
+    // Less than any socket buffer: the echo cannot block us.
+    const STEP: u64 = 16 * 1024;
+    let mut at = from;
+    while at < to {
+        let next = to.min(at + STEP);
+        UP.send_from(&mut writer, at, next)?;
+        UP.receive_from(&mut reader, at, next)?;
+        at = next;
+    }
+    Ok(())
+}
+
+/// Sends, ends, and only then gets an answer.
+fn half_close(stream: &TcpStream, bytes: u64) -> Result<()> {
+    let (mut from, mut to) = (stream, stream);
+    UP.send(&mut to, bytes).context("sending")?;
+    stream.shutdown(Shutdown::Write)?;
+    let answer = DOWN.receive_to_end(&mut from).context("receiving")?;
+    println!("answer={answer}");
+    ensure!(answer == bytes, "the answer has {answer} bytes of {bytes}");
+    Ok(())
+}
+
+/// Receives and hears the end, and only then sends.
+fn hear_end_first(stream: &TcpStream, bytes: u64) -> Result<()> {
+    let (mut from, mut to) = (stream, stream);
+    let heard = DOWN.receive_to_end(&mut from).context("receiving")?;
+    ensure!(heard == bytes, "heard {heard} bytes of {bytes}");
+    UP.send(&mut to, bytes).context("sending")?;
+    stream.shutdown(Shutdown::Write)?;
+    println!("heard={heard}");
+    Ok(())
+}
+
+/// Says how connect went, sends, and says what ends the connection and after how many bytes.
+fn expect_reset(addr: &str, bytes: u64) -> Result<()> {
+    let started = Instant::now();
+    let stream = match TcpStream::connect(addr) {
+        Ok(stream) => stream,
+        Err(e) => {
+            println!("connect={}", result::<()>(Err(e)));
+            return Ok(());
+        }
+    };
+    println!("connect=ok");
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let (mut from, mut to) = (&stream, &stream);
+    println!("send={}", result(UP.send(&mut to, bytes)));
+    let mut received = 0;
+    let ended = loop {
+        match from.read(&mut [0; 4096]) {
+            Ok(0) => break Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => received += n,
+            Err(e) => break Err::<(), _>(e),
+        }
+    };
+    println!("received={received}\nended={}\nafter_ms={}", result(ended), started.elapsed().as_millis());
+    Ok(())
+}
+
+/// Sends, hears one byte, and resets the connection when it is told to.
+fn reset_after(stream: &TcpStream, bytes: u64) -> Result<()> {
+    let (mut from, mut to) = (stream, stream);
+    UP.send(&mut to, bytes)?;
+    from.read_exact(&mut [0])?;
+    say("answered=1");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    reset(stream)?;
+    println!("reset=1");
+    Ok(())
+}
+
+/// What the system says about the connection, and what the target sends in one line.
+fn names(stream: &TcpStream) -> Result<()> {
+    println!("peer={}\nlocal={}", stream.peer_addr()?, stream.local_addr()?);
+    let mut line = String::new();
+    io::BufReader::new(stream).read_line(&mut line)?;
+    println!("seen={}", line.trim_end());
+    Ok(())
+}
+
+/// How connect fails.
+fn connect_error(addr: SocketAddr) -> Result<()> {
+    println!("connect={}", result(TcpStream::connect(addr).map(drop)));
+    Ok(())
+}
+
+fn tcp(family: AddressFamily, flags: SockFlag) -> Result<OwnedFd> {
+    Ok(socket(family, SockType::Stream, flags | SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+fn stream(fd: OwnedFd) -> Result<TcpStream> {
+    // SAFETY: the descriptor is an open TCP socket, and ours.
+    let stream = unsafe { TcpStream::from_raw_fd(fd.into_raw_fd()) };
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+fn family(addr: SocketAddr) -> AddressFamily {
+    if addr.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+/// An IPv6 socket that connects to an IPv4 address.
+fn v4mapped(addr: SocketAddr) -> Result<TcpStream> {
+    let IpAddr::V4(ip) = addr.ip() else { bail!("{addr} is not IPv4") };
+    let fd = tcp(AddressFamily::Inet6, SockFlag::empty())?;
+    let mapped: SockaddrIn6 = std::net::SocketAddrV6::new(ip.to_ipv6_mapped(), addr.port(), 0, 0).into();
+    connect(fd.as_raw_fd(), &mapped).context("connect")?;
+    let stream = stream(fd)?;
+    println!("peer={}", stream.peer_addr()?);
+    Ok(stream)
+}
+
+/// connect() that returns at once, poll(), SO_ERROR.
+fn nonblocking(addr: SocketAddr) -> Result<TcpStream> {
+    let fd = tcp(family(addr), SockFlag::SOCK_NONBLOCK)?;
+    match connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)) {
+        Err(Errno::EINPROGRESS) => println!("connect=EINPROGRESS"),
+        other => println!("connect={other:?}"),
+    }
+    wait_writable(&fd)?;
+    let error = getsockopt(&fd, sockopt::SocketError)?;
+    println!("so_error={error}");
+    ensure!(error == 0, "SO_ERROR: {}", Errno::from_raw(error));
+    let stream = stream(fd)?;
+    println!("peer={}", stream.peer_addr()?);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+fn wait_writable(fd: &OwnedFd) -> Result<()> {
+    let mut asked = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let patience = i32::try_from(PATIENCE.as_millis())?;
+    // SAFETY: one valid pollfd.
+    let ready = unsafe { libc::poll(&raw mut asked, 1, patience) };
+    ensure!(ready == 1, "not writable within {PATIENCE:?}");
+    Ok(())
+}
+
+/// bind() before connect().
+fn bound(addr: SocketAddr, local: SocketAddr) -> Result<TcpStream> {
+    let fd = tcp(family(addr), SockFlag::empty())?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(local)).with_context(|| format!("bind to {local}"))?;
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).context("connect")?;
+    let stream = stream(fd)?;
+    println!("peer={}\nlocal={}", stream.peer_addr()?, stream.local_addr()?);
+    Ok(stream)
+}
+
+/// TCP_FASTOPEN_CONNECT: connect() returns at once, and the SYN leaves with the first bytes.
+fn fastopen(addr: SocketAddr) -> Result<TcpStream> {
+    let fd = tcp(family(addr), SockFlag::empty())?;
+    let on: libc::c_int = 1;
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT);
+    // SAFETY: the option's value is one int.
+    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const on).cast(), length) };
+    ensure!(set == 0, "TCP_FASTOPEN_CONNECT: {}", io::Error::last_os_error());
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).context("connect")?;
+    stream(fd)
+}
+
+/// A process that starts a process that starts a process; the last one connects.
+fn tree(addr: &str, bytes: &str, depth: u32) -> Result<()> {
+    if depth == 0 {
+        return duplex(&open(addr)?, bytes.parse()?);
+    }
+    let mut child = Command::new("/bin/sh");
+    child.args(["-c", "\"$0\" \"$@\" & wait $!"]).arg(env::current_exe()?);
+    let status = child.args(["tree", addr, bytes, &(depth - 1).to_string()]).status()?;
+    ensure!(status.success(), "at depth {depth}: {status}");
+    Ok(())
+}
+
+/// A datagram and its answer, over a socket that is connected, and one that is not.
+fn udp(addr: SocketAddr) -> Result<()> {
+    let any = if addr.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let mut buf = [0; 16];
+    let loose = socket.send_to(b"ping", addr).and_then(|_| socket.recv_from(&mut buf));
+    match loose {
+        Ok((_, peer)) => println!("loose=ok\nfrom={peer}"),
+        Err(e) => println!("loose={}", result::<()>(Err(e))),
+    }
+    let joined = socket.connect(addr).and_then(|()| socket.send(b"ping")).and_then(|_| socket.recv(&mut buf));
+    println!("joined={}", result(joined));
+    if let Ok(peer) = socket.peer_addr() {
+        println!("peer={peer}");
+    }
+    Ok(())
+}
+
+/// Offers `bytes` to a target that does not read; when nothing more is taken, pings another one; then offers
+/// the rest. Waits for a line before each step.
+fn offer(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
+    let (stream, friend) = (open(addr)?, open(pinged)?);
+    pace(&friend)?;
+    let mut line = String::new();
+    say("ready=1");
+    io::stdin().read_line(&mut line)?;
+    stream.set_nonblocking(true)?;
+    let mut to = &stream;
+    let mut written = 0;
+    let mut buf = vec![0; CHUNK];
+    let stuck = Duration::from_secs(2);
+    'offering: while written < bytes {
+        let n = usize::try_from(bytes - written).map_or(buf.len(), |left| left.min(buf.len()));
+        UP.fill(written, &mut buf[..n]);
+        match to.write(&buf[..n]) {
+            Ok(n) => written += n as u64,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let mut asked = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+                // SAFETY: one valid pollfd.
+                if unsafe { libc::poll(&raw mut asked, 1, i32::try_from(stuck.as_millis())?) } == 0 {
+                    break 'offering;
+                }
+            }
+            Err(e) => return Err(e).context("offering"),
+        }
+    }
+    pace(&friend)?;
+    say(&format!("written={written}"));
+    io::stdin().read_line(&mut line)?;
+    stream.set_nonblocking(false)?;
+    UP.send_from(&mut to, written, bytes).context("the rest")?;
+    stream.shutdown(Shutdown::Write)?;
+    expect_end(&stream)?;
+    println!("offered={bytes}");
+    Ok(())
+}
+
+/// Is offered `bytes` and reads nothing; pings another target meanwhile; then reads everything. Waits for a
+/// line before each step.
+fn read_late(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
+    let friend = open(pinged)?;
+    pace(&friend)?;
+    let mut line = String::new();
+    say("ready=1");
+    io::stdin().read_line(&mut line)?;
+    let stream = open(addr)?;
+    say("waiting=1");
+    io::stdin().read_line(&mut line)?;
+    pace(&friend)?;
+    say("paced=1");
+    io::stdin().read_line(&mut line)?;
+    let mut from = &stream;
+    let read = DOWN.receive_to_end(&mut from)?;
+    ensure!(read == bytes, "{read} bytes of {bytes}");
+    println!("read={read}");
+    Ok(())
+}
+
+/// 200 round trips; the slowest and the median, in milliseconds.
+fn pace(friend: &TcpStream) -> Result<()> {
+    let mut times = Vec::new();
+    for _ in 0..200 {
+        let start = Instant::now();
+        ping(friend).context("pinging")?;
+        times.push(start.elapsed());
+    }
+    times.sort();
+    println!("pings={}\nmedian_ms={}\nslowest_ms={}", times.len(), times[100].as_millis(), times[199].as_millis());
+    Ok(())
+}
+
+/// Connects, echoes one byte, and hangs up, once for every line of standard input; says how it went.
+fn reconnect(addr: &str) -> Result<()> {
+    say("ready=1");
+    for line in io::stdin().lines() {
+        let _any = line?;
+        let outcome = TcpStream::connect(addr).and_then(|stream| {
+            stream.set_read_timeout(Some(PATIENCE))?;
+            ping(&stream)
+        });
+        say(&format!("once={}", result(outcome)));
+    }
+    Ok(())
+}
+
+/// A proxy's first question: accepts one connection and asks where it wanted to go; then echoes.
+fn original_dst(listen: SocketAddr) -> Result<()> {
+    let listener = TcpListener::bind(listen)?;
+    say(&format!("listening={}", listener.local_addr()?));
+    let (stream, peer) = listener.accept()?;
+    println!("client={peer}");
+    let original = match listen.ip() {
+        IpAddr::V4(_) => {
+            let found = getsockopt(&stream, sockopt::OriginalDst)?;
+            SocketAddr::from((u32::from_be(found.sin_addr.s_addr).to_be_bytes(), u16::from_be(found.sin_port)))
+        }
+        IpAddr::V6(_) => {
+            let found = getsockopt(&stream, sockopt::Ip6tOriginalDst)?;
+            SocketAddr::from((found.sin6_addr.s6_addr, u16::from_be(found.sin6_port)))
+        }
+    };
+    say(&format!("original={original}"));
+    let (mut from, mut to) = (&stream, &stream);
+    io::copy(&mut from, &mut to)?;
+    Ok(())
+}
+
+fn expect_end(mut stream: &TcpStream) -> Result<()> {
+    ensure!(stream.read(&mut [0]).context("waiting for the end")? == 0, "more bytes than there should be");
+    Ok(())
+}
+
+/// Prints a line that somebody waits for.
+fn say(line: &str) {
+    println!("{line}");
+    // Who does not listen any more has ended.
+    let _gone = io::stdout().flush();
+}

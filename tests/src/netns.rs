@@ -1,0 +1,221 @@
+//! A host: one network namespace.
+//!
+//! Enters: a role. Leaves: commands, threads and futures that run there. Invariant: it is called
+//! `tt-PID-N-ROLE`, by which `cargo xtask test` finds what a test left; it goes when its guard is dropped
+//! or the test's process dies. It never touches the namespace of the test itself.
+
+use std::{
+    fs::File,
+    future::Future,
+    io,
+    net::IpAddr,
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
+    panic,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::{prctl::set_pdeathsig, signal::Signal},
+    unistd::{Pid, getpid, getppid},
+};
+
+use crate::{
+    janitor::Janitor,
+    leftovers,
+    sockets::{self, Socket},
+};
+
+/// Where `ip netns` keeps its names.
+const FOLDER: &str = "/run/netns";
+/// Whoever is still there is killed by id, so that the name's removal frees the namespace.
+const CLEAN_UP: &str = r#"pids=$(ip netns pids "$1"); [ -z "$pids" ] || kill -9 $pids; ip netns delete "$1""#;
+
+/// A network namespace.
+#[derive(Debug)]
+pub struct NetNs {
+    name: String,
+    file: Arc<File>,
+    janitor: Janitor,
+}
+
+/// A number for names, unique in this process.
+fn next() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+impl NetNs {
+    /// Makes one, with its loopback up.
+    pub fn new(role: &str) -> Result<Self> {
+        let name = format!("tt-{}-{}-{role}", getpid(), next());
+        let mut janitor = Janitor::new(CLEAN_UP, &name)?;
+        if let Err(e) = run(&["netns", "add", &name]) {
+            // There is nothing to remove, and it says so.
+            let _failed = janitor.finish();
+            return Err(e);
+        }
+        let file = File::open(Path::new(FOLDER).join(&name))?;
+        let host = Self { name, file: Arc::new(file), janitor };
+        host.ip("link set lo up")?;
+        Ok(host)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs `ip`, with words as they would be typed, in it.
+    pub fn ip(&self, words: &str) -> Result<String> {
+        let mut args = vec!["-n", &self.name];
+        args.extend(words.split_whitespace());
+        run(&args)
+    }
+
+    /// Joins two hosts with a cable; each end has these addresses.
+    pub fn join(&self, mine: &[&str], other: &Self, theirs: &[&str]) -> Result<()> {
+        let number = next();
+        let ends = [format!("tt{}a{number}", getpid()), format!("tt{}b{number}", getpid())];
+        self.ip(&format!("link add {} type veth peer name {} netns {}", ends[0], ends[1], other.name))?;
+        for (host, end, addresses) in [(self, &ends[0], mine), (other, &ends[1], theirs)] {
+            for address in addresses {
+                host.add_address(address, end)?;
+            }
+            host.ip(&format!("link set {end} up"))?;
+        }
+        Ok(())
+    }
+
+    /// A network that takes what is sent to `address`, and never answers.
+    pub fn add_hole(&self, network: &str, address: IpAddr) -> Result<()> {
+        let number = next();
+        let (mouth, end) = (format!("tt{}a{number}", getpid()), format!("tt{}b{number}", getpid()));
+        self.ip(&format!("link add {mouth} type veth peer name {end}"))?;
+        self.ip(&format!("link set {end} up"))?;
+        self.ip(&format!("link set {mouth} up"))?;
+        self.ip(&format!("route add {network} dev {mouth}"))?;
+        // Nobody has this hardware address, so nobody takes the packets; and nobody is asked for it.
+        self.ip(&format!("neigh add {address} lladdr 02:00:00:00:00:99 dev {mouth}")).map(drop)
+    }
+
+    /// Gives a device an address, usable at once.
+    pub fn add_address(&self, address: &str, device: &str) -> Result<()> {
+        let nodad = if address.contains(':') { "nodad" } else { "" };
+        self.ip(&format!("address add {address} dev {device} {nodad}")).map(drop)
+    }
+
+    /// A command that will run in it, and be killed with the thread that spawned it (the kernel's
+    /// definition of a parent, see prctl(2)). Everything but the network is this machine's, `/sys` included.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        self.command_ended_by(program, Signal::SIGKILL)
+    }
+
+    /// Like [`command`](Self::command), for a program that cleans up on another signal.
+    pub fn command_ended_by(&self, program: impl AsRef<Path>, signal: Signal) -> Command {
+        let mut command = Command::new(program.as_ref());
+        command.stdin(Stdio::null());
+        // What is logged is searched.
+        command.env("NO_COLOR", "1");
+        let (namespace, parent) = (Arc::clone(&self.file), getpid());
+        let enter = move || enter(&namespace, parent, signal);
+        // SAFETY: between fork and exec the closure makes system calls only; it does not allocate.
+        unsafe { command.pre_exec(enter) };
+        command
+    }
+
+    /// Runs `work` in it, on a thread of its own.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = &self.file;
+        thread::scope(|scope| {
+            let inside = scope.spawn(move || {
+                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).expect("root may enter a namespace");
+                work()
+            });
+            inside.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
+        })
+    }
+
+    /// Starts a thread in it; threads that it starts are there too.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<thread::JoinHandle<T>> {
+        let namespace = Arc::clone(&self.file);
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).expect("root may enter a namespace");
+            // The thread must not keep the namespace longer than its own network does.
+            drop(namespace);
+            work()
+        })
+    }
+
+    /// Runs a future to its end in it, on a current-thread runtime.
+    pub fn block_on<F: Future>(&self, future: impl FnOnce() -> F + Send) -> F::Output
+    where
+        F::Output: Send,
+    {
+        self.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.expect("a runtime takes two descriptors");
+            tokio::task::LocalSet::new().block_on(&runtime, future())
+        })
+    }
+
+    /// Its TCP sockets.
+    pub fn sockets(&self) -> Result<Vec<Socket>> {
+        self.run(sockets::table)
+    }
+
+    /// Whether something listens on `port`.
+    pub fn listens(&self, port: u16) -> Result<bool> {
+        Ok(self.sockets()?.iter().any(|s| s.listens() && s.local.port() == port))
+    }
+
+    /// The processes that are in it.
+    pub fn processes(&self) -> Result<Vec<leftovers::Found>> {
+        leftovers::in_namespace(&self.file)
+    }
+}
+
+impl Drop for NetNs {
+    fn drop(&mut self) {
+        let cleaned = self.janitor.finish().and_then(|()| {
+            let path = PathBuf::from(FOLDER).join(&self.name);
+            ensure!(!path.exists(), "{} is still there", path.display());
+            Ok(())
+        });
+        leftovers::report(&self.name, cleaned);
+    }
+}
+
+/// What a child does before it becomes the program.
+fn enter(namespace: &File, parent: Pid, signal: Signal) -> io::Result<()> {
+    setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
+    set_pdeathsig(signal)?;
+    // The parent may have died before the line above.
+    if getppid() != parent {
+        return Err(io::ErrorKind::Interrupted.into());
+    }
+    Ok(())
+}
+
+/// Runs `ip`.
+fn run(args: &[&str]) -> Result<String> {
+    let output = Command::new("ip").args(args).stdin(Stdio::null()).output().context("ip (iproute2) does not start")?;
+    ensure!(
+        output.status.success(),
+        "ip {}: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim_end()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,178 @@
+//! Every way in which a program connects is carried, and what is not TCP is left alone.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::Result;
+use tunnel_tests::{
+    BLACKHOLE, Finished, NET4, NET6, NODE4, TARGET4, TARGET6, Target, World,
+    target::{self, UdpTarget},
+};
+
+const BYTES: u64 = 100_000;
+
+/// Runs the application with `words`, in which `ADDR` stands for a target at `ip`; every byte is checked at
+/// both ends, and the target sees the gateway.
+fn carried(ip: IpAddr, words: &[&str]) -> Result<(Finished, SocketAddr)> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(ip, target::duplex(BYTES))?;
+    let (addr, bytes) = (target.addr().to_string(), BYTES.to_string());
+    let put = |&word: &&str| match word {
+        "ADDR" => addr.clone(),
+        "BYTES" => bytes.clone(),
+        word => word.to_owned(),
+    };
+    let words: Vec<String> = words.iter().map(put).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let done = world.exec(&gateway).run_app(&words)?;
+    assert!(done.success(), "{done}");
+    assert_eq!(target.outcomes(1)?, [Ok(())], "{done}");
+    let gateway_address = if ip.is_ipv4() { NET4 } else { NET6 };
+    assert_eq!(target.peers().iter().map(SocketAddr::ip).collect::<Vec<_>>(), [gateway_address], "{done}");
+    assert_eq!(done.flows()?.len(), 1, "{done}");
+    Ok((done, target.addr()))
+}
+
+#[test]
+fn ipv6_is_carried() -> Result<()> {
+    carried(TARGET6, &["duplex", "ADDR", "BYTES"]).map(drop)
+}
+
+#[test]
+fn getpeername_shows_the_ipv6_target() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET6, target::name_the_peer())?;
+    let done = world.exec(&gateway).run_app(&["names", &target.addr().to_string()])?;
+    assert_eq!(done.value("peer")?, target.addr().to_string());
+    assert_eq!(done.value("seen")?.parse::<SocketAddr>()?.ip(), NET6);
+    Ok(())
+}
+
+#[test]
+fn an_ipv6_socket_that_connects_to_a_v4_mapped_address_is_carried() -> Result<()> {
+    let (done, target) = carried(TARGET4, &["v4mapped", "ADDR", "BYTES"])?;
+    assert_eq!(done.value("peer")?, format!("[::ffff:{}]:{}", target.ip(), target.port()));
+    Ok(())
+}
+
+#[test]
+fn a_non_blocking_connect_is_carried() -> Result<()> {
+    for ip in [TARGET4, TARGET6] {
+        let (done, target) = carried(ip, &["nonblocking", "ADDR", "BYTES"])?;
+        assert_eq!(done.value("connect")?, "EINPROGRESS");
+        assert_eq!(done.value("so_error")?, "0");
+        assert_eq!(done.value("peer")?, target.to_string());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_socket_bound_before_it_connects_is_carried() -> Result<()> {
+    let (done, target) = carried(TARGET4, &["bound", "ADDR", "0.0.0.0:4567", "BYTES"])?;
+    assert_eq!(done.value("peer")?, target.to_string());
+    let local: SocketAddr = done.value("local")?.parse()?;
+    assert_eq!(local.port(), 4567, "the port that it was bound to");
+    Ok(())
+}
+
+#[test]
+fn a_socket_bound_to_an_address_of_the_node_before_it_connects_is_carried() -> Result<()> {
+    let (done, target) = carried(TARGET4, &["bound", "ADDR", &format!("{NODE4}:0"), "BYTES"])?;
+    assert_eq!(done.value("peer")?, target.to_string());
+    assert_eq!(done.value("local")?.parse::<SocketAddr>()?.ip(), NODE4);
+    Ok(())
+}
+
+#[test]
+fn tcp_fastopen_connect_is_carried() -> Result<()> {
+    for ip in [TARGET4, TARGET6] {
+        carried(ip, &["fastopen", "ADDR", "BYTES"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_process_tree_is_carried() -> Result<()> {
+    carried(TARGET4, &["tree", "ADDR", "BYTES", "3"]).map(drop)
+}
+
+#[test]
+fn many_threads_that_connect_at_once_are_carried() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let done = world.exec(&gateway).run_app(&["many", &target.addr().to_string(), "100", "10000"])?;
+    assert!(done.success(), "{done}");
+    let outcomes = target.outcomes(100)?;
+    assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    assert_eq!(done.flows()?.len(), 100);
+    Ok(())
+}
+
+#[test]
+fn loopback_is_left_alone_unless_it_is_asked_for() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().allow("127.0.0.1/32").start()?;
+    let own = Target::start(world.node(), "127.0.0.1:0".parse()?, target::duplex(BYTES))?;
+    let (addr, bytes) = (own.addr().to_string(), BYTES.to_string());
+    let done = world.exec(&gateway).run_app(&["duplex", &addr, &bytes])?;
+    assert!(done.success(), "{done}");
+    assert_eq!(done.flows()?.len(), 0, "{done}");
+    drop(own);
+
+    // The gateway's loopback, not the node's.
+    let far = Target::start(world.net(), addr.parse()?, target::duplex(BYTES))?;
+    let capture = format!("127.0.0.1/32:{}", far.addr().port());
+    let done = world.exec(&gateway).flag("--capture", capture).run_app(&["duplex", &addr, &bytes])?;
+    assert!(done.success(), "{done}");
+    assert_eq!(far.outcomes(1)?, [Ok(())]);
+    assert_eq!(done.flows()?.len(), 1, "{done}");
+    Ok(())
+}
+
+#[test]
+fn what_is_excluded_goes_its_own_way() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().allow("10.77.0.0/30").start()?;
+    let target = Target::start(world.net(), SocketAddr::new(NET4, 0), target::name_the_peer())?;
+    let addr = target.addr().to_string();
+    let through = world.exec(&gateway).run_app(&["names", &addr])?;
+    assert_eq!(through.value("seen")?.parse::<SocketAddr>()?.ip(), NET4, "captured: the gateway dials");
+    let direct = world.exec(&gateway).flag("--exclude", format!("{NET4}/32")).run_app(&["names", &addr])?;
+    assert_eq!(direct.value("seen")?.parse::<SocketAddr>()?.ip(), NODE4, "excluded: the node connects");
+    assert_eq!(direct.flows()?.len(), 0, "{direct}");
+    Ok(())
+}
+
+#[test]
+fn udp_is_left_alone() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    for ip in [NET4, NET6] {
+        let target = UdpTarget::start(world.net(), SocketAddr::new(ip, 0))?;
+        let done = world.exec(&gateway).run_app(&["udp", &target.addr().to_string()])?;
+        assert_eq!(done.value("loose")?, "ok", "{done}");
+        assert_eq!(done.value("from")?, target.addr().to_string());
+        assert_eq!(done.value("joined")?, "ok", "{done}");
+        assert_eq!(done.value("peer")?, target.addr().to_string());
+        assert_eq!(done.flows()?.len(), 0, "{done}");
+    }
+    // Where TCP would be carried, a datagram fails as it would without us.
+    let done = world.exec(&gateway).run_app(&["udp", &format!("{TARGET4}:53")])?;
+    assert_eq!((done.value("loose")?, done.value("joined")?), ("ENETUNREACH", "ENETUNREACH"), "{done}");
+    Ok(())
+}
+
+#[test]
+fn a_connect_to_where_nobody_answers_holds_up_no_other() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().flag("--workers", "1").start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let script = "\"$0\" expect-reset \"$1\" 0 >/dev/null & \"$0\" many \"$2\" 20 1000; s=$?; kill $!; exit $s";
+    let app = tunnel_tests::programs::app()?;
+    let words = ["sh", "-c", script, &app.display().to_string(), &format!("{BLACKHOLE}:80"), &target.addr().to_string()];
+    let done = world.exec(&gateway).flag("--workers", "1").run(&words)?;
+    assert!(done.success(), "{done}");
+    Ok(())
+}
