@@ -10,7 +10,9 @@ use std::{
 
 use anyhow::Result;
 use tunnel_tests::{
-    Exec, Finished, Gateway, PATIENCE, TARGET4, World, exec::Running, gateway,
+    Exec, Finished, Gateway, PATIENCE, TARGET4, World,
+    exec::Running,
+    gateway,
     target::{self, Gate},
     wait_for,
 };
@@ -38,7 +40,8 @@ fn heavy_a_thousand_connections_are_carried_on_at_most_twelve_tunnels() -> Resul
     let done = app.finish()?;
     assert!(done.success(), "{done}");
     assert_eq!(done.flows()?.len(), 1000);
-    let wrong: Vec<_> = done.flows()?.iter().filter(|f| f["sent"] != 20000 || f["received"] != 20000).collect();
+    let wrong: Vec<_> =
+        done.flows()?.iter().filter(|f| f["sent"] != 20000 || f["received"] != 20000).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(echo.outcomes(1000)?.iter().all(Result::is_ok));
     Ok(())
@@ -47,7 +50,10 @@ fn heavy_a_thousand_connections_are_carried_on_at_most_twelve_tunnels() -> Resul
 /// One worker on each side: the streams share one HTTP/2 connection.
 fn one_connection<'w>(world: &'w World) -> Result<(Gateway<'w>, Box<dyn Fn(&Gateway<'_>) -> Exec<'w> + 'w>)> {
     let gateway = world.gateway().flag("--workers", "1").start()?;
-    Ok((gateway, Box::new(|gateway| world.exec(gateway).flag("--workers", "1").limit(Duration::from_secs(120)))))
+    Ok((
+        gateway,
+        Box::new(|gateway| world.exec(gateway).flag("--workers", "1").limit(Duration::from_secs(120))),
+    ))
 }
 
 /// What both processes hold in memory of their own.
@@ -59,7 +65,8 @@ fn memory(gateway: &mut Gateway<'_>, app: &mut Running) -> Result<u64> {
 fn in_kernel(world: &World) -> Result<u64> {
     let mut queued = 0;
     for host in [world.node(), world.net()] {
-        queued += host.sockets()?.iter().filter(|s| !s.listens()).map(|s| s.send_queue + s.recv_queue).sum::<u64>();
+        queued +=
+            host.sockets()?.iter().filter(|s| !s.listens()).map(|s| s.send_queue + s.recv_queue).sum::<u64>();
     }
     Ok(queued)
 }
@@ -82,14 +89,18 @@ fn assert_pace(done: &Finished, rounds: usize) -> Result<()> {
         .map(str::parse)
         .collect::<Result<_, _>>()?;
     assert_eq!(slowest.len(), rounds, "{done}");
-    assert!(slowest.iter().all(|&ms| ms < ROUND_TRIP_MAX_MS), "the slowest of 200 round trips: {slowest:?} ms");
+    assert!(
+        slowest.iter().all(|&ms| ms < ROUND_TRIP_MAX_MS),
+        "the slowest of 200 round trips: {slowest:?} ms"
+    );
     assert_eq!(tunnels(done)?, 1, "the streams must share one connection for this to mean anything");
     Ok(())
 }
 
 /// How many HTTP/2 connections the flows were on: no stream's number occurs twice on one.
 fn tunnels(done: &Finished) -> Result<usize> {
-    let mut streams: Vec<_> = done.flows()?.iter().map(|f| f["via"]["tunnel"]["stream"].to_string()).collect();
+    let mut streams: Vec<_> =
+        done.flows()?.iter().map(|f| f["via"]["tunnel"]["stream"].to_string()).collect();
     streams.sort();
     let all = streams.len();
     streams.dedup();
@@ -122,7 +133,8 @@ fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_
 }
 
 #[test]
-fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()> {
+fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()>
+{
     let world = World::new()?;
     let (mut gateway, exec) = one_connection(&world)?;
     let taken = Arc::new(AtomicU64::new(0));

@@ -69,8 +69,9 @@ impl Origin {
         self.closed != 0 && Self::seconds(now).saturating_sub(self.closed) > STALE_AFTER
     }
 
-    /// Never 0, which says that the socket is open. Wraps after 136 years.
+    /// Never 0, which says that the socket is open.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "136 years of uptime")]
     const fn seconds(ns: u64) -> u32 {
         (ns / 1_000_000_000) as u32 | 1
     }

@@ -32,6 +32,9 @@ const LOOPBACK_V6_LAST: u32 = u32::from_ne_bytes([0, 0, 0, 1]);
 /// The third word of `::ffff:0:0/96` in network order.
 const V4_MAPPED_THIRD: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 const ECONNREFUSED: i32 = 111;
+/// The parts of `struct bpf_sock_tuple` for each family: two addresses and two ports.
+const TUPLE_V4: u32 = 12;
+const TUPLE_V6: u32 = 36;
 
 /// Why a connection that is to be captured fails instead.
 pub(crate) enum Refused {
@@ -111,7 +114,7 @@ fn candidate(sa: *mut bpf_sock_addr) -> Option<*mut bpf_sock> {
 #[inline(always)]
 fn port(sa: *mut bpf_sock_addr) -> u16 {
     // SAFETY: a field of the context.
-    u16::from_be((unsafe { (*sa).user_port } & 0xffff) as u16)
+    u16::from_be(maps::low_half(unsafe { (*sa).user_port }))
 }
 
 /// Decides, and records the original destination. `Some(port)` of the listener when captured.
@@ -176,13 +179,13 @@ fn listener_is_alive(ctx: &SockAddrContext, v4: bool, port: u16) -> bool {
         let size = if v4 {
             tuple.__bindgen_anon_1.ipv4.daddr = LOOPBACK_V4;
             tuple.__bindgen_anon_1.ipv4.dport = port.to_be();
-            size_of_val(&tuple.__bindgen_anon_1.ipv4)
+            TUPLE_V4
         } else {
             tuple.__bindgen_anon_1.ipv6.daddr[3] = LOOPBACK_V6_LAST;
             tuple.__bindgen_anon_1.ipv6.dport = port.to_be();
-            size_of_val(&tuple.__bindgen_anon_1.ipv6)
+            TUPLE_V6
         };
-        bpf_sk_lookup_tcp(ctx.as_ptr(), &raw mut tuple, size as u32, BPF_F_CURRENT_NETNS as u64, 0)
+        bpf_sk_lookup_tcp(ctx.as_ptr(), &raw mut tuple, size, BPF_F_CURRENT_NETNS as u64, 0)
     };
     if sk.is_null() {
         return false;

@@ -49,7 +49,7 @@ fn on_established(ctx: &SockOpsContext) {
     }
     // Without it an entry that nobody takes would stay until its 4-tuple is used again.
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
-    let _always = ctx.set_cb_flags(flags as i32);
+    let _always = ctx.set_cb_flags(flags.cast_signed());
 }
 
 #[inline(always)]
@@ -80,8 +80,8 @@ fn key(ctx: &SockOpsContext) -> FlowKey {
         };
         (
             read(&raw const (*ops).family),
-            read(&raw const (*ops).local_port) as u16,
-            u32::from_be(read(&raw const (*ops).remote_port)) as u16,
+            maps::low_half(read(&raw const (*ops).local_port)),
+            maps::low_half(u32::from_be(read(&raw const (*ops).remote_port))),
             read(&raw const (*ops).local_ip4),
             read(&raw const (*ops).remote_ip4),
             read4(&raw const (*ops).local_ip6),

@@ -54,6 +54,13 @@ static LISTENER_MARKED: Global<u32> = Global::new(1);
 /// At most one log line in this time per reason and CPU.
 const LOG_INTERVAL_NS: u64 = 1_000_000_000;
 
+/// The lower half: contexts keep ports and families in 32-bit fields.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "what it is for")]
+pub(crate) const fn low_half(word: u32) -> u16 {
+    word as u16
+}
+
 #[inline(always)]
 pub(crate) fn our_mark() -> u32 {
     OUR_MARK.load()

@@ -23,8 +23,8 @@ const SOL_IPV6: i32 = 41;
 /// `SO_ORIGINAL_DST` of `linux/netfilter_ipv4.h`; `IP6T_SO_ORIGINAL_DST` has the same number.
 const SO_ORIGINAL_DST: i32 = 80;
 /// `struct sockaddr_in`, `struct sockaddr_in6`.
-const SOCKADDR_IN: usize = 16;
-const SOCKADDR_IN6: usize = 28;
+const SOCKADDR_IN: i32 = 16;
+const SOCKADDR_IN6: i32 = 28;
 /// Beyond it the kernel shows the program only a part of the answer, and wants `optlen` zero to keep its
 /// own (Documentation/bpf/prog_cgroup_sockopt.rst).
 const PAGE_SIZE: i32 = 4096;
@@ -98,7 +98,7 @@ fn original_dst(ctx: &SockoptContext) -> Option<Endpoint> {
         };
         (
             read(&raw const (*sk).family),
-            read(&raw const (*sk).src_port) as u16,
+            maps::low_half(read(&raw const (*sk).src_port)),
             u16::from_be(ptr::read_volatile(&raw const (*sk).dst_port)),
             read(&raw const (*sk).src_ip4),
             read(&raw const (*sk).dst_ip4),
@@ -130,20 +130,20 @@ fn answer(opt: *mut bpf_sockopt, level: i32, dst: Endpoint) -> bool {
     unsafe {
         let start = (*opt).__bindgen_anon_2.optval.cast::<u8>();
         let end = (*opt).__bindgen_anon_3.optval_end.cast::<u8>();
-        if start.add(SOCKADDR_IN) > end {
+        if start.add(SOCKADDR_IN as usize) > end {
             return false;
         }
         if v4 {
-            ptr::write_volatile(start.cast::<u16>(), AF_INET as u16);
+            ptr::write_volatile(start.cast::<u16>(), maps::low_half(AF_INET));
             ptr::write_volatile(start.add(2).cast::<u16>(), dst.port().to_be());
             ptr::write_volatile(start.add(4).cast::<u32>(), dst.v4_be());
             ptr::write_volatile(start.add(8).cast::<u64>(), 0);
         } else {
-            if start.add(SOCKADDR_IN6) > end {
+            if start.add(SOCKADDR_IN6 as usize) > end {
                 return false;
             }
             let words = dst.v6_be();
-            ptr::write_volatile(start.cast::<u16>(), AF_INET6 as u16);
+            ptr::write_volatile(start.cast::<u16>(), maps::low_half(AF_INET6));
             ptr::write_volatile(start.add(2).cast::<u16>(), dst.port().to_be());
             ptr::write_volatile(start.add(4).cast::<u32>(), 0);
             ptr::write_volatile(start.add(8).cast::<u32>(), words[0]);
@@ -152,7 +152,7 @@ fn answer(opt: *mut bpf_sockopt, level: i32, dst: Endpoint) -> bool {
             ptr::write_volatile(start.add(20).cast::<u32>(), words[3]);
             ptr::write_volatile(start.add(24).cast::<u32>(), 0);
         }
-        ptr::write_volatile(&raw mut (*opt).optlen, size as i32);
+        ptr::write_volatile(&raw mut (*opt).optlen, size);
         ptr::write_volatile(&raw mut (*opt).retval, 0);
     }
     true

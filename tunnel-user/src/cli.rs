@@ -79,11 +79,12 @@ pub enum Command {
     ///
     /// A daemon that stops leaves its captures in place where on_failure is "closed": the connections that
     /// they cover are refused until a daemon is back, or until this.
-    Detach(RunArgs),
+    Detach(DetachArgs),
     /// Run a gateway without a configuration file.
     ///
     /// Takes CONNECT requests (HTTP/2 over TLS 1.3) from clients with a certificate of the CA, and dials what
-    /// they ask for, as far as --allow goes. Nothing is allowed until a rule says so; link-local and metadata
+    /// they ask for, as far as --allow goes. Nothing is allowed until a rule says so; loopback, link-local and
+    /// metadata
     /// addresses and the gateway's own listeners only when a rule names them.
     Gateway(GatewayArgs),
     /// Say what this kernel, cgroup set-up and privilege allow, each with its remedy.
@@ -189,6 +190,17 @@ Examples:
   tunnel run --config gateway.toml --log debug --log-format json")]
 pub struct RunArgs {
     /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// What `tunnel detach` is told.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo tunnel detach --config /etc/tunnel/agent.toml")]
+pub struct DetachArgs {
+    /// The configuration file whose captures end.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 }
@@ -386,7 +398,7 @@ mod tests {
                 assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
             }
         }
-        assert_eq!(leaves, 10);
+        assert_eq!(leaves, 11);
     }
 
     #[test]

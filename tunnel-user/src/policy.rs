@@ -147,18 +147,27 @@ pub struct Permit<'a> {
 }
 
 impl Permit<'_> {
+    /// Whether the target may be passed on to a next hop, which resolves a name itself: a name that only
+    /// its addresses could admit may not.
+    pub fn allows_unresolved(&self) -> Result<(), Denied> {
+        match self.target {
+            Target::Name(..) if !self.by_name => Err(no_rule(self.who, self.target)),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether `addr`, to which the target resolved or which it is, may be dialled.
     pub fn allows_addr(&self, addr: SocketAddr) -> Result<(), Denied> {
         let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());
         let rules = || self.policies.addr_patterns_of(self.who).filter(|p| p.contains(addr));
+        if self.policies.is_own(addr) && !rules().any(|p| is_exactly(p, addr)) {
+            return Err(Denied::OwnListener(addr));
+        }
         // An exact rule is inside every range that it could concern.
         if let Some(range) = GUARDED.into_iter().find(|g| g.contains(&addr.ip()))
             && !rules().any(|p| range.contains(&p.net()))
         {
             return Err(Denied::Guarded { addr, range });
-        }
-        if self.policies.is_own(addr) && !rules().any(|p| is_exactly(p, addr)) {
-            return Err(Denied::OwnListener(addr));
         }
         if self.by_name || rules().next().is_some() {
             return Ok(());
@@ -330,6 +339,18 @@ mod tests {
         let exact = policies(&[("any", &["10.9.0.1:15008", "127.0.0.1"])], &["0.0.0.0:15008"]);
         assert_eq!(addr(&exact, "10.9.0.1:15008"), Ok(()));
         assert!(addr(&exact, "127.0.0.1:15008").is_err(), "the port has to be stated");
+    }
+
+    #[test]
+    fn a_name_is_passed_on_unresolved_only_by_a_rule_for_names() {
+        let p = policies(&[("any", &["10.0.0.0/8", "*.internal"])], &[]);
+        let passed = |text: &str| {
+            let target: Target = text.parse().unwrap();
+            p.check_target(None, &target).and_then(|permit| permit.allows_unresolved())
+        };
+        assert_eq!(passed("web.internal:80"), Ok(()));
+        assert_eq!(passed("10.1.2.3:80"), Ok(()));
+        assert!(matches!(passed("web.example:80"), Err(Denied::NoRule { .. })));
     }
 
     #[test]

@@ -37,7 +37,7 @@ use crate::{
         h2::{self as h2_listener, Incoming},
         request::{self, Refusal},
     },
-    policy::Policies,
+    policy::{Permit, Policies},
     relay::{H2Leg, Leg, Meter, Outcome, TcpLeg, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
@@ -284,20 +284,23 @@ impl Worker {
         Some(Place(Rc::clone(self)))
     }
 
-    /// Reaches the target: through an upstream, or by dialling the addresses that `allowed` lets pass.
+    /// Reaches the target: through an upstream, or by dialling. What came through a listener does so only as
+    /// far as `permit` goes; captured applications are the operator's own.
     async fn reach(
         &self,
         source: Source,
         target: &Target,
         client: ClientAddr,
         dial_timeout: Duration,
-        allowed: impl Fn(SocketAddr) -> Result<(), String>,
+        permit: Option<Permit<'_>>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        #[expect(clippy::cast_possible_truncation, reason = "the upper half of 64 random bits")]
         let random = (self.trace.random() >> 32) as u32;
         match self.shared.router.decide(source, target, random) {
             Decision::Upstream(i) => {
+                if let Some(permit) = permit {
+                    permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
+                }
                 let upstream = self.upstreams.get(i).ok_or_else(|| denied(target, "its upstream is gone"))?;
                 let stream = upstream.connect(target, client).await?;
                 record.through(upstream.name(), stream.peer, stream.leg.id(), stream.identity.as_ref());
@@ -309,9 +312,11 @@ impl Worker {
                 let timed_out = |_| DialError::Timeout { target: target.clone(), after: dial_timeout };
                 let mut addrs = resolved.map_err(timed_out)??;
                 let mut why = None;
-                addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
+                if let Some(permit) = permit {
+                    addrs.retain(|addr| permit.allows_addr(*addr).map_err(|e| why = Some(e)).is_ok());
+                }
                 if let (true, Some(why)) = (addrs.is_empty(), why) {
-                    return Err(Refusal::Denied(why));
+                    return Err(Refusal::Denied(why.to_string()));
                 }
                 let dialled = dial::connect(target, &addrs, self.shared.mark, deadline, dial_timeout).await;
                 let (stream, addr) = dialled?;
@@ -419,10 +424,9 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
     let mut record = Record::new(&target, client);
     // Dropped without a clean end it resets the application's connection.
     let mut leg = TcpLeg::new(stream);
-    let any = |_| Ok(());
     let reached = {
         let timeout = worker.shared.dial_timeout;
-        let reach = worker.reach(Source::Captured, &target, client, timeout, any, &mut record);
+        let reach = worker.reach(Source::Captured, &target, client, timeout, None, &mut record);
         tokio::select! {
             reached = reach => Some(reached),
             _ = leg.broken() => None,
@@ -466,8 +470,8 @@ async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Dura
     let reached = match worker.shared.policies.check_target(identity.as_ref(), &target) {
         Err(denied) => Some(Err(Refusal::Denied(denied.to_string()))),
         Ok(permit) => {
-            let allowed = |addr| permit.allows_addr(addr).map_err(|e| e.to_string());
-            let reach = worker.reach(Source::Listener, &target, client, dial_timeout, allowed, &mut record);
+            let reach =
+                worker.reach(Source::Listener, &target, client, dial_timeout, Some(permit), &mut record);
             tokio::select! {
                 reached = reach => Some(reached),
                 _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => None,

@@ -21,8 +21,8 @@ use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
         socket::{
-            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt, setsockopt,
-            socket, sockopt,
+            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt,
+            setsockopt, socket, sockopt,
         },
     },
 };
@@ -72,7 +72,8 @@ fn run(words: &[&str]) -> Result<()> {
 }
 
 fn open(addr: &str) -> Result<TcpStream> {
-    let stream = TcpStream::connect(addr.parse::<SocketAddr>()?).with_context(|| format!("connect to {addr}"))?;
+    let stream =
+        TcpStream::connect(addr.parse::<SocketAddr>()?).with_context(|| format!("connect to {addr}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
@@ -442,7 +443,12 @@ fn pace(friend: &TcpStream) -> Result<()> {
         times.push(start.elapsed());
     }
     times.sort();
-    println!("pings={}\nmedian_ms={}\nslowest_ms={}", times.len(), times[100].as_millis(), times[199].as_millis());
+    println!(
+        "pings={}\nmedian_ms={}\nslowest_ms={}",
+        times.len(),
+        times[100].as_millis(),
+        times[199].as_millis()
+    );
     Ok(())
 }
 
@@ -469,7 +475,10 @@ fn original_dst(listen: SocketAddr) -> Result<()> {
     let original = match listen.ip() {
         IpAddr::V4(_) => {
             let found = getsockopt(&stream, sockopt::OriginalDst)?;
-            SocketAddr::from((u32::from_be(found.sin_addr.s_addr).to_be_bytes(), u16::from_be(found.sin_port)))
+            SocketAddr::from((
+                u32::from_be(found.sin_addr.s_addr).to_be_bytes(),
+                u16::from_be(found.sin_port),
+            ))
         }
         IpAddr::V6(_) => {
             let found = getsockopt(&stream, sockopt::Ip6tOriginalDst)?;

@@ -349,9 +349,12 @@ impl Capture {
     }
 }
 
+/// A program by its name, and whether this kernel takes it.
+pub type Probed = (&'static str, Result<(), BpfError>);
+
 /// Loads every program and throws it away: whether this kernel has what capture needs. The error is that
 /// of the maps, without which no program can be tried.
-pub fn probe() -> Result<Vec<(&'static str, Result<(), BpfError>)>, BpfError> {
+pub fn probe() -> Result<Vec<Probed>, BpfError> {
     let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
     Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
 }

@@ -177,7 +177,10 @@ impl Fresh {
             match remove_tree(&self.parent, &self.name) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => return Ok(()),
                 Err(rustix::io::Errno::BUSY) if Instant::now() < deadline => {
-                    // The kernel signals nothing when the last dead process has left.
+                    #[expect(
+                        clippy::disallowed_methods,
+                        reason = "the kernel signals nothing when the last dead process has left"
+                    )]
                     thread::sleep(Duration::from_millis(5));
                 }
                 Err(e) => return Err(error(e.into())),

@@ -50,10 +50,10 @@ pub const STREAM_WINDOW: u32 = 1 << 20;
 /// What a peer may send on all streams of one connection: as much as its streams together, so that stuck
 /// streams never take the window from the others.
 pub const fn connection_window(streams: u32) -> u32 {
-    let all = STREAM_WINDOW as u64 * streams as u64;
-    // The most that HTTP/2 has (RFC 9113 section 6.9.1).
-    const MAX: u64 = (1 << 31) - 1;
-    if all > MAX { MAX as u32 } else { all as u32 }
+    /// The most that HTTP/2 has (RFC 9113 section 6.9.1).
+    const MAX: u32 = (1 << 31) - 1;
+    let all = STREAM_WINDOW.saturating_mul(streams);
+    if all > MAX { MAX } else { all }
 }
 /// The largest DATA frame we take: one read of the other leg.
 pub const FRAME: u32 = 64 * 1024;
