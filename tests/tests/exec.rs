@@ -14,9 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::{pty::openpty, sys::signal::Signal};
-use tunnel_tests::{
-    Finished, PATIENCE, TARGET4, World, leftovers, process, programs, target, wait_for,
-};
+use tunnel_tests::{Finished, PATIENCE, TARGET4, World, leftovers, process, programs, target, wait_for};
 
 /// Runs `sh -c SCRIPT` with a gateway that it does not need.
 fn shell(script: &str) -> Result<Finished> {
@@ -176,7 +174,11 @@ fn when_we_are_killed_the_commands_connections_are_reset_and_refused_and_never_p
     let group = format!("tunnel-exec-{pid}");
     leftovers::gone("processes", || {
         let groups = leftovers::cgroups(std::slice::from_ref(&group));
-        groups.iter().filter(|g| !fs::read_to_string(g.join("cgroup.procs")).unwrap_or_default().is_empty()).cloned().collect()
+        groups
+            .iter()
+            .filter(|g| !fs::read_to_string(g.join("cgroup.procs")).unwrap_or_default().is_empty())
+            .cloned()
+            .collect()
     })?;
     // The next one removes what the killed one left.
     let done = world.exec(&gateway).run(&["true"])?;
@@ -190,12 +192,19 @@ fn stats_are_a_table_on_standard_error() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::duplex(2048))?;
-    let done = world.exec(&gateway).switch("--stats").run_app(&["duplex", &target.addr().to_string(), "2048"])?;
+    let done =
+        world.exec(&gateway).switch("--stats").run_app(&["duplex", &target.addr().to_string(), "2048"])?;
     assert_eq!(done.stdout, "duplex=2048\n");
     let lines: Vec<&str> = done.stderr.lines().collect();
     assert_eq!(lines.len(), 2, "{done}");
     assert!(lines[0].starts_with("DESTINATION"), "{done}");
-    for word in [&target.addr().to_string(), &gateway.addr().to_string(), tunnel_tests::pki::GATEWAY_ID, "2.0 KiB", "closed"] {
+    for word in [
+        &target.addr().to_string(),
+        &gateway.addr().to_string(),
+        tunnel_tests::pki::GATEWAY_ID,
+        "2.0 KiB",
+        "closed",
+    ] {
         assert!(lines[1].contains(word), "no {word}: {done}");
     }
     Ok(())
@@ -262,7 +271,10 @@ fn on_terminal(world: &World, words: &[&str]) -> Result<(Terminal, Child)> {
     let gateway = world.gateway().start()?;
     let (terminal, slave) = Terminal::open()?;
     let mut command = world.exec(&gateway).command(words)?;
-    command.stdin(Stdio::from(slave.try_clone()?)).stdout(Stdio::from(slave.try_clone()?)).stderr(Stdio::from(slave));
+    command
+        .stdin(Stdio::from(slave.try_clone()?))
+        .stdout(Stdio::from(slave.try_clone()?))
+        .stderr(Stdio::from(slave));
     let start = || {
         nix::unistd::setsid()?;
         // SAFETY: TIOCSCTTY takes an int; standard input is the terminal.

@@ -8,8 +8,12 @@ use std::{env, fs, path::Path, process::Command};
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    Gateway, NODE4, PATIENCE, Process, TARGET4, World, bpffs::BpfFs, cgroup::{self, Cgroup}, daemon::Daemon,
-    exec::Running, leftovers, servers, target, wait_for,
+    Gateway, NODE4, PATIENCE, Process, TARGET4, World,
+    bpffs::BpfFs,
+    cgroup::{self, Cgroup},
+    daemon::Daemon,
+    exec::Running,
+    leftovers, servers, target, wait_for,
 };
 
 /// Everything that any test makes, running; then `end`, with what keeps it alive.
@@ -64,9 +68,13 @@ fn left_by(pid: u32, folder: Option<&str>) -> Vec<String> {
         found.extend(entry.file_name().into_string().ok().filter(|name| name.starts_with(&own)));
     }
     for entry in fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
-        found.extend(entry.file_name().into_string().ok().filter(|name| name.starts_with(&format!("tt{pid}"))));
+        found.extend(
+            entry.file_name().into_string().ok().filter(|name| name.starts_with(&format!("tt{pid}"))),
+        );
     }
-    found.extend(leftovers::cgroups(&[format!("tunnel-test-{pid}-0")]).iter().map(|path| path.display().to_string()));
+    found.extend(
+        leftovers::cgroups(&[format!("tunnel-test-{pid}-0")]).iter().map(|path| path.display().to_string()),
+    );
     if let Some(folder) = folder {
         found.extend(leftovers::started_with(folder).iter().map(ToString::to_string));
         let mounts = cgroup::mounted("bpf").into_iter().filter(|point| point.starts_with(folder));
@@ -86,9 +94,13 @@ fn made_by(process: &mut Process) -> Result<(String, Vec<String>)> {
     let folder = folder_of(process)?;
     let made = left_by(process.id(), Some(&folder));
     for what in ["node", "net", "tunnel-test", "tunnel gateway", "tunnel run", "tunnel exec", "bpffs"] {
-        ensure!(made.iter().any(|one| one.contains(what)), "this shows less than it could: no {what} in {made:?}");
+        ensure!(
+            made.iter().any(|one| one.contains(what)),
+            "this shows less than it could: no {what} in {made:?}"
+        );
     }
-    let execs = leftovers::started_with(&folder).into_iter().filter(|found| found.command.contains("tunnel exec"));
+    let execs =
+        leftovers::started_with(&folder).into_iter().filter(|found| found.command.contains("tunnel exec"));
     let groups: Vec<_> = execs.map(|found| format!("tunnel-exec-{}", found.pid)).collect();
     ensure!(leftovers::cgroups(&groups).len() == 1, "one group of tunnel exec");
     Ok((folder, groups))

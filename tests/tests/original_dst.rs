@@ -7,8 +7,8 @@ use std::{
 
 use anyhow::Result;
 use tunnel_tests::{
-    NET4, NetNs, Process, TARGET4, TARGET6, Target, World, bpffs::BpfFs, cgroup::Cgroup, daemon::Daemon, process,
-    programs, target,
+    NET4, NetNs, Process, TARGET4, TARGET6, Target, World, bpffs::BpfFs, cgroup::Cgroup, daemon::Daemon,
+    process, programs, target,
 };
 
 /// A configuration that hands what the group connects to to a proxy.
@@ -35,7 +35,8 @@ fn asks_for_original_dst(proxy: &str, target: SocketAddr) -> Result<()> {
     let mut server = Process::spawn("proxy", world.folder(), listen)?;
     server.wait_for_line("listening")?;
     let _daemon = Daemon::start(&world, world.node(), &hand_over(&group, &bpffs, proxy))?;
-    let client = process::output(&mut app(world.node(), &group, &["many", &target.to_string(), "1", "1000"])?)?;
+    let client =
+        process::output(&mut app(world.node(), &group, &["many", &target.to_string(), "1", "1000"])?)?;
     assert!(client.contains("many=1"), "{client}");
     assert_eq!(server.wait_for_line("original=")?, format!("original={target}"));
     assert!(server.wait(tunnel_tests::PATIENCE)?.success());
@@ -72,7 +73,9 @@ fn an_unmodified_redsocks_carries_what_we_capture() -> Result<()> {
     group.adopt(&mut redsocks)?;
     let mut redsocks = Process::spawn("redsocks", world.folder(), redsocks)?;
     tunnel_tests::wait_for("redsocks to listen", tunnel_tests::PATIENCE, || {
-        (world.node().listens(12345).is_ok_and(|listens| listens) || redsocks.ended().is_ok_and(|e| e.is_some())).then_some(())
+        (world.node().listens(12345).is_ok_and(|listens| listens)
+            || redsocks.ended().is_ok_and(|e| e.is_some()))
+        .then_some(())
     })?;
     let _daemon = Daemon::start(&world, world.node(), &hand_over(&group, &bpffs, "127.0.0.1:12345"))?;
 
