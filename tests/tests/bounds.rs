@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Result;
 use tunnel_tests::{
-    Exec, Finished, Gateway, PATIENCE, TARGET4, World,
+    Finished, Gateway, PATIENCE, TARGET4, World,
     exec::Running,
     gateway,
     target::{self, Gate},
@@ -47,13 +47,12 @@ fn heavy_a_thousand_connections_are_carried_on_at_most_twelve_tunnels() -> Resul
     Ok(())
 }
 
-/// One worker on each side: the streams share one HTTP/2 connection.
-fn one_connection<'w>(world: &'w World) -> Result<(Gateway<'w>, Box<dyn Fn(&Gateway<'_>) -> Exec<'w> + 'w>)> {
+/// An application whose streams share one HTTP/2 connection: there is one worker on each side.
+fn on_one_connection<'w>(world: &'w World, words: &[&str]) -> Result<(Gateway<'w>, Running)> {
     let gateway = world.gateway().flag("--workers", "1").start()?;
-    Ok((
-        gateway,
-        Box::new(|gateway| world.exec(gateway).flag("--workers", "1").limit(Duration::from_secs(120))),
-    ))
+    let exec = world.exec(&gateway).flag("--workers", "1").limit(Duration::from_secs(120));
+    let app = exec.spawn_app(words)?;
+    Ok((gateway, app))
 }
 
 /// What both processes hold in memory of their own.
@@ -110,12 +109,11 @@ fn tunnels(done: &Finished) -> Result<usize> {
 #[test]
 fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()> {
     let world = World::new()?;
-    let (mut gateway, exec) = one_connection(&world)?;
     let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
     let stuck = world.serve(TARGET4, target::slow_reader(&gate, &read))?;
     let echo = world.serve(TARGET4, target::echo())?;
     let words = ["offer", &stuck.addr().to_string(), &echo.addr().to_string(), &OFFERED.to_string()];
-    let mut app = exec(&gateway).spawn_app(&words)?;
+    let (mut gateway, mut app) = on_one_connection(&world, &words)?;
     app.says("ready")?;
     let before = memory(&mut gateway, &mut app)?;
     app.tell("offer")?;
@@ -136,12 +134,11 @@ fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_
 fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()>
 {
     let world = World::new()?;
-    let (mut gateway, exec) = one_connection(&world)?;
     let taken = Arc::new(AtomicU64::new(0));
     let source = world.serve(TARGET4, target::offer(OFFERED, &taken))?;
     let echo = world.serve(TARGET4, target::echo())?;
     let words = ["read-late", &source.addr().to_string(), &echo.addr().to_string(), &OFFERED.to_string()];
-    let mut app = exec(&gateway).spawn_app(&words)?;
+    let (mut gateway, mut app) = on_one_connection(&world, &words)?;
     app.says("ready")?;
     let before = memory(&mut gateway, &mut app)?;
     app.tell("connect")?;

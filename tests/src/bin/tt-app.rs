@@ -334,10 +334,10 @@ fn bound(addr: SocketAddr, local: SocketAddr) -> Result<TcpStream> {
 fn fastopen(addr: SocketAddr) -> Result<TcpStream> {
     let fd = tcp(family(addr), SockFlag::empty())?;
     let on: libc::c_int = 1;
-    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    const LENGTH: libc::socklen_t = 4;
     let (level, name) = (libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT);
-    // SAFETY: the option's value is one int.
-    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const on).cast(), length) };
+    // SAFETY: the option's value is one int, of four bytes.
+    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const on).cast(), LENGTH) };
     ensure!(set == 0, "TCP_FASTOPEN_CONNECT: {}", io::Error::last_os_error());
     connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).context("connect")?;
     stream(fd)
