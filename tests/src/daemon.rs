@@ -4,13 +4,7 @@ use std::{fs, net::SocketAddr, path::PathBuf};
 
 use anyhow::Result;
 
-use crate::{
-    gateway::LOG,
-    netns::NetNs,
-    process::Process,
-    programs,
-    world::World,
-};
+use crate::{gateway::LOG, netns::NetNs, process::Process, programs, world::World};
 
 /// A running daemon.
 pub struct Daemon {
@@ -23,7 +17,11 @@ impl Daemon {
     pub fn start(world: &World, host: &NetNs, config: &str) -> Result<Self> {
         let mut daemon = Self::spawn(world, host, config)?;
         // Capture comes last; without one, listeners do.
-        daemon.process.wait_for_line(if config.contains("[[capture]]") { "capturing" } else { "listening" })?;
+        daemon.process.wait_for_line(if config.contains("[[capture]]") {
+            "capturing"
+        } else {
+            "listening"
+        })?;
         Ok(daemon)
     }
 

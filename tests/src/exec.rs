@@ -143,7 +143,8 @@ impl<'w> Exec<'w> {
 
     /// Starts a command.
     pub fn spawn<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Running> {
-        let stats = tempfile::Builder::new().prefix("stats-").suffix(".json").tempfile_in(self.world.folder())?;
+        let stats =
+            tempfile::Builder::new().prefix("stats-").suffix(".json").tempfile_in(self.world.folder())?;
         let (_, stats) = stats.keep()?;
         let command = self.build(&stats, words)?;
         let process = Process::spawn_with_input("exec", self.world.folder(), command)?;

@@ -8,11 +8,15 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Result, bail};
 
-use crate::wait::{PATIENCE, wait_for};
+use crate::wait::wait_for;
+
+/// The kernel frees namespaces and groups a little after their last user is gone.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,15 +48,11 @@ pub fn in_namespace(namespace: &fs::File) -> Result<Vec<Found>> {
     Ok(found)
 }
 
-/// The children of this process that are neither reaped nor `expected`.
-pub fn children(expected: &[u32]) -> Vec<Found> {
-    let me = std::process::id().to_string();
-    let is_ours = |pid: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)) == Some(&me)
-    };
-    let ours = pids().into_iter().filter(|pid| !expected.contains(pid)).filter(is_ours);
-    ours.filter_map(|pid| Some(Found { pid, command: command_of(pid)? })).collect()
+/// The processes with `text` in their command line, this one left out.
+pub fn started_with(text: &str) -> Vec<Found> {
+    let others = pids().into_iter().filter(|pid| *pid != std::process::id());
+    let all = others.filter_map(|pid| Some(Found { pid, command: command_of(pid)? }));
+    all.filter(|found| found.command.contains(text)).collect()
 }
 
 /// The control groups of these names, wherever they are in the hierarchies that are mounted.
@@ -71,7 +71,7 @@ pub fn cgroups(names: &[String]) -> Vec<PathBuf> {
 /// Fails when the groups or processes that `look` finds do not go within a short time.
 pub fn gone<T: fmt::Debug>(what: &str, mut look: impl FnMut() -> Vec<T>) -> Result<()> {
     let mut left = Vec::new();
-    let waited = wait_for(what, PATIENCE, || {
+    let waited = wait_for(what, SETTLE, || {
         left = look();
         left.is_empty().then_some(())
     });

@@ -210,7 +210,11 @@ fn enter(namespace: &File, parent: Pid, signal: Signal) -> io::Result<()> {
 
 /// Runs `ip`.
 fn run(args: &[&str]) -> Result<String> {
-    let output = Command::new("ip").args(args).stdin(Stdio::null()).output().context("ip (iproute2) does not start")?;
+    let output = Command::new("ip")
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .context("ip (iproute2) does not start")?;
     ensure!(
         output.status.success(),
         "ip {}: {}",

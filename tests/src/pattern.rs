@@ -102,7 +102,9 @@ impl Pattern {
 
     /// splitmix64: every bit of the word depends on every bit of its number.
     fn word(self, number: u64) -> u64 {
-        let mut z = number.wrapping_add(self.0.wrapping_mul(0xd6e8_feb8_6659_fd93)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut z = number
+            .wrapping_add(self.0.wrapping_mul(0xd6e8_feb8_6659_fd93))
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)

@@ -62,7 +62,16 @@ pub fn http(world: &World, files: &Path) -> Result<Server> {
 pub fn redis(world: &World) -> Result<Server> {
     const PORT: u16 = 6379;
     let mut command = world.net().command(programs::system("redis-server")?);
-    command.args(["--bind", &TARGET4.to_string(), "--port", &PORT.to_string(), "--save", "", "--protected-mode", "no"]);
+    command.args([
+        "--bind",
+        &TARGET4.to_string(),
+        "--port",
+        &PORT.to_string(),
+        "--save",
+        "",
+        "--protected-mode",
+        "no",
+    ]);
     command.current_dir(world.folder());
     Server::start(world, "redis-server", PORT, command)
 }
@@ -71,7 +80,8 @@ pub fn redis(world: &World) -> Result<Server> {
 pub fn postgres(world: &World) -> Result<Server> {
     const PORT: u16 = 5432;
     let programs = postgres_programs()?;
-    let user = User::from_name("postgres")?.or(User::from_name("nobody")?).context("no user for PostgreSQL")?;
+    let user =
+        User::from_name("postgres")?.or(User::from_name("nobody")?).context("no user for PostgreSQL")?;
     let data = world.folder().join("postgres");
     fs::create_dir(&data)?;
     // Another user has to get through to it.
@@ -80,7 +90,12 @@ pub fn postgres(world: &World) -> Result<Server> {
     let as_user = |mut command: Command, program: &str| {
         command.args(["--reuid", &user.uid.to_string(), "--regid", &user.gid.to_string(), "--clear-groups"]);
         // Changing the user clears the death signal (prctl(2)).
-        command.args(["--pdeathsig", "INT"]).arg(programs.join(program)).arg("-D").arg(&data).current_dir("/");
+        command
+            .args(["--pdeathsig", "INT"])
+            .arg(programs.join(program))
+            .arg("-D")
+            .arg(&data)
+            .current_dir("/");
         command
     };
     let mut init = as_user(Command::new("setpriv"), "initdb");

@@ -80,7 +80,8 @@ mod tests {
 
     #[test]
     fn a_line_of_the_kernel_is_understood() {
-        let line = "   0: 0100007F:1F90 020011AC:A001 01 00000010:00000001 00:00000000 00000000     0        0 1";
+        let line =
+            "   0: 0100007F:1F90 020011AC:A001 01 00000010:00000001 00:00000000 00000000     0        0 1";
         let socket = parse(line).unwrap();
         assert_eq!(socket.local, "127.0.0.1:8080".parse().unwrap());
         assert_eq!(socket.remote, "172.17.0.2:40961".parse().unwrap());

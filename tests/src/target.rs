@@ -349,11 +349,12 @@ fn end(mut stream: &TcpStream) -> io::Result<()> {
 /// Makes the kernel send RST: close with SO_LINGER 0 needs the last descriptor, disconnecting does not.
 pub fn reset(stream: &TcpStream) -> io::Result<()> {
     setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
-    let nobody = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
-    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: the address is valid for `length` bytes and the descriptor is open.
+    // AF_UNSPEC is 0 (linux/socket.h).
+    let nobody = libc::sockaddr { sa_family: 0, sa_data: [0; 14] };
+    const LENGTH: libc::socklen_t = 16;
+    // SAFETY: the address is valid for `LENGTH` bytes and the descriptor is open.
     // tcp_disconnect (net/ipv4/tcp.c) sends RST on a connection that is up.
-    match unsafe { libc::connect(stream.as_raw_fd(), &raw const nobody, length) } {
+    match unsafe { libc::connect(stream.as_raw_fd(), &raw const nobody, LENGTH) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

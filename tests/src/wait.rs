@@ -38,7 +38,10 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option
 }
 
 /// Between two looks. Nothing else here may sleep.
-#[expect(clippy::disallowed_methods, reason = "a thread of a test, not a worker; always in a loop with a deadline")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a thread of a test, not a worker; always in a loop with a deadline"
+)]
 fn pause(length: Duration) {
     thread::sleep(length);
 }

@@ -73,7 +73,9 @@ impl World {
         net.add_address(&format!("{TARGET4}/32"), "lo")?;
         net.add_address(&format!("{TARGET6}/128"), "lo")?;
         // As if the targets were on hosts of their own: they see the gateway's address, not their own.
-        net.ip(&format!("route replace local {TARGET4} dev lo table local proto kernel scope host src {NET4}"))?;
+        net.ip(&format!(
+            "route replace local {TARGET4} dev lo table local proto kernel scope host src {NET4}"
+        ))?;
         net.ip(&format!("-6 route delete local {TARGET6} dev lo table local"))?;
         net.ip(&format!("-6 route add local {TARGET6} dev lo table local src {NET6}"))?;
         net.add_hole("10.201.0.0/24", BLACKHOLE)?;

@@ -88,7 +88,9 @@ fn what_policy_does_not_allow_is_403_http_request_denied() -> Result<()> {
     let gateway = world.gateway().hosts(&format!("{TARGET4} web.internal\n"))?;
     let gateway = gateway.allow_only(&["10.200.0.0/24:80", "*.allowed:82"]).start()?;
     // The last two are refused before anybody is asked for their addresses: no rule takes their port.
-    for authority in ["10.200.0.10:81", "10.9.9.9:80", "[fd00:200::10]:80", "web.internal:81", "web.elsewhere:82"] {
+    for authority in
+        ["10.200.0.10:81", "10.9.9.9:80", "[fd00:200::10]:80", "web.internal:81", "web.elsewhere:82"]
+    {
         let answer = ask(&world, &gateway, authority)?;
         assert_eq!(parts(&answer), (403, "tunnel; error=http_request_denied"), "{authority}: {answer:?}");
     }
@@ -101,7 +103,9 @@ fn metadata_and_link_local_addresses_and_our_own_listeners_are_403_under_any_wid
     let gateway = world.gateway().hosts("169.254.169.254 metadata.internal\n")?;
     let gateway = gateway.allow_only(&["0.0.0.0/0", "::/0", "*.internal"]).start()?;
     let own = format!("{NET4}:{}", gateway.addr().port());
-    for authority in ["169.254.169.254:80", "[fe80::1]:80", "[::ffff:169.254.169.254]:80", "metadata.internal:80", &own] {
+    for authority in
+        ["169.254.169.254:80", "[fe80::1]:80", "[::ffff:169.254.169.254]:80", "metadata.internal:80", &own]
+    {
         let answer = ask(&world, &gateway, authority)?;
         assert_eq!(parts(&answer), (403, "tunnel; error=http_request_denied"), "{authority}: {answer:?}");
     }

@@ -10,7 +10,9 @@ use std::{
 
 use anyhow::Result;
 use tunnel_tests::{
-    Exec, Finished, Gateway, PATIENCE, TARGET4, World, exec::Running, gateway,
+    Finished, Gateway, PATIENCE, TARGET4, World,
+    exec::Running,
+    gateway,
     target::{self, Gate},
     wait_for,
 };
@@ -38,16 +40,19 @@ fn heavy_a_thousand_connections_are_carried_on_at_most_twelve_tunnels() -> Resul
     let done = app.finish()?;
     assert!(done.success(), "{done}");
     assert_eq!(done.flows()?.len(), 1000);
-    let wrong: Vec<_> = done.flows()?.iter().filter(|f| f["sent"] != 20000 || f["received"] != 20000).collect();
+    let wrong: Vec<_> =
+        done.flows()?.iter().filter(|f| f["sent"] != 20000 || f["received"] != 20000).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(echo.outcomes(1000)?.iter().all(Result::is_ok));
     Ok(())
 }
 
-/// One worker on each side: the streams share one HTTP/2 connection.
-fn one_connection<'w>(world: &'w World) -> Result<(Gateway<'w>, Box<dyn Fn(&Gateway<'_>) -> Exec<'w> + 'w>)> {
+/// An application whose streams share one HTTP/2 connection: there is one worker on each side.
+fn on_one_connection<'w>(world: &'w World, words: &[&str]) -> Result<(Gateway<'w>, Running)> {
     let gateway = world.gateway().flag("--workers", "1").start()?;
-    Ok((gateway, Box::new(|gateway| world.exec(gateway).flag("--workers", "1").limit(Duration::from_secs(120)))))
+    let exec = world.exec(&gateway).flag("--workers", "1").limit(Duration::from_secs(120));
+    let app = exec.spawn_app(words)?;
+    Ok((gateway, app))
 }
 
 /// What both processes hold in memory of their own.
@@ -59,7 +64,8 @@ fn memory(gateway: &mut Gateway<'_>, app: &mut Running) -> Result<u64> {
 fn in_kernel(world: &World) -> Result<u64> {
     let mut queued = 0;
     for host in [world.node(), world.net()] {
-        queued += host.sockets()?.iter().filter(|s| !s.listens()).map(|s| s.send_queue + s.recv_queue).sum::<u64>();
+        queued +=
+            host.sockets()?.iter().filter(|s| !s.listens()).map(|s| s.send_queue + s.recv_queue).sum::<u64>();
     }
     Ok(queued)
 }
@@ -82,14 +88,18 @@ fn assert_pace(done: &Finished, rounds: usize) -> Result<()> {
         .map(str::parse)
         .collect::<Result<_, _>>()?;
     assert_eq!(slowest.len(), rounds, "{done}");
-    assert!(slowest.iter().all(|&ms| ms < ROUND_TRIP_MAX_MS), "the slowest of 200 round trips: {slowest:?} ms");
+    assert!(
+        slowest.iter().all(|&ms| ms < ROUND_TRIP_MAX_MS),
+        "the slowest of 200 round trips: {slowest:?} ms"
+    );
     assert_eq!(tunnels(done)?, 1, "the streams must share one connection for this to mean anything");
     Ok(())
 }
 
 /// How many HTTP/2 connections the flows were on: no stream's number occurs twice on one.
 fn tunnels(done: &Finished) -> Result<usize> {
-    let mut streams: Vec<_> = done.flows()?.iter().map(|f| f["via"]["tunnel"]["stream"].to_string()).collect();
+    let mut streams: Vec<_> =
+        done.flows()?.iter().map(|f| f["via"]["tunnel"]["stream"].to_string()).collect();
     streams.sort();
     let all = streams.len();
     streams.dedup();
@@ -99,12 +109,11 @@ fn tunnels(done: &Finished) -> Result<usize> {
 #[test]
 fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()> {
     let world = World::new()?;
-    let (mut gateway, exec) = one_connection(&world)?;
     let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
     let stuck = world.serve(TARGET4, target::slow_reader(&gate, &read))?;
     let echo = world.serve(TARGET4, target::echo())?;
     let words = ["offer", &stuck.addr().to_string(), &echo.addr().to_string(), &OFFERED.to_string()];
-    let mut app = exec(&gateway).spawn_app(&words)?;
+    let (mut gateway, mut app) = on_one_connection(&world, &words)?;
     app.says("ready")?;
     let before = memory(&mut gateway, &mut app)?;
     app.tell("offer")?;
@@ -122,14 +131,14 @@ fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_
 }
 
 #[test]
-fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()> {
+fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()>
+{
     let world = World::new()?;
-    let (mut gateway, exec) = one_connection(&world)?;
     let taken = Arc::new(AtomicU64::new(0));
     let source = world.serve(TARGET4, target::offer(OFFERED, &taken))?;
     let echo = world.serve(TARGET4, target::echo())?;
     let words = ["read-late", &source.addr().to_string(), &echo.addr().to_string(), &OFFERED.to_string()];
-    let mut app = exec(&gateway).spawn_app(&words)?;
+    let (mut gateway, mut app) = on_one_connection(&world, &words)?;
     app.says("ready")?;
     let before = memory(&mut gateway, &mut app)?;
     app.tell("connect")?;

@@ -30,7 +30,8 @@ fn curl_fetches_50_mb_unchanged_from_a_server_that_the_node_has_no_route_to() ->
     assert!(format!("{failed}").contains("curl: (7)"), "{failed}");
 
     let out = fetched.to_str().expect("the path of a temporary file is text");
-    let done = world.exec(&gateway).run(&["curl", "--silent", "--show-error", "--fail", "--output", out, &url])?;
+    let done =
+        world.exec(&gateway).run(&["curl", "--silent", "--show-error", "--fail", "--output", out, &url])?;
     assert!(done.success(), "{done}");
     assert!(fs::read(&fetched)? == original, "the file has changed on its way");
 

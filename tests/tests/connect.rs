@@ -169,9 +169,17 @@ fn a_connect_to_where_nobody_answers_holds_up_no_other() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().flag("--workers", "1").start()?;
     let target = world.serve(TARGET4, target::echo())?;
-    let script = "\"$0\" expect-reset \"$1\" 0 >/dev/null & \"$0\" many \"$2\" 20 1000; s=$?; kill $!; exit $s";
+    let script =
+        "\"$0\" expect-reset \"$1\" 0 >/dev/null & \"$0\" many \"$2\" 20 1000; s=$?; kill $!; exit $s";
     let app = tunnel_tests::programs::app()?;
-    let words = ["sh", "-c", script, &app.display().to_string(), &format!("{BLACKHOLE}:80"), &target.addr().to_string()];
+    let words = [
+        "sh",
+        "-c",
+        script,
+        &app.display().to_string(),
+        &format!("{BLACKHOLE}:80"),
+        &target.addr().to_string(),
+    ];
     let done = world.exec(&gateway).flag("--workers", "1").run(&words)?;
     assert!(done.success(), "{done}");
     Ok(())

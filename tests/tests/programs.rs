@@ -32,7 +32,8 @@ fn psql_works_with_a_postgresql_that_the_node_has_no_route_to() -> Result<()> {
     let done = run(&["--command", &copy])?;
     assert!(done.success() && done.stdout.contains("COPY 20000"), "{done}");
     let again = format!("\\copy numbers from '{}' csv", file.display());
-    let done = run(&["--command", &again, "--command", "select count(*) from numbers where md5(n::text) = hash"])?;
+    let done =
+        run(&["--command", &again, "--command", "select count(*) from numbers where md5(n::text) = hash"])?;
     assert!(done.success() && done.stdout.contains("40000"), "{done}");
     Ok(())
 }
@@ -44,7 +45,8 @@ fn heavy_redis_benchmark_works_with_a_redis_that_the_node_has_no_route_to() -> R
     let server = servers::redis(&world)?;
     let (host, port) = (server.addr().ip().to_string(), server.addr().port().to_string());
     let benchmark = system("redis-benchmark")?.display().to_string();
-    let words = [&benchmark, "-h", &host, "-p", &port, "-c", "50", "-n", "20000", "-q", "-t", "ping,set,get,lpush"];
+    let words =
+        [&benchmark, "-h", &host, "-p", &port, "-c", "50", "-n", "20000", "-q", "-t", "ping,set,get,lpush"];
     let done = world.exec(&gateway).run(&words)?;
     assert!(done.success(), "{done}");
     for test in ["PING_INLINE", "PING_MBULK", "SET", "GET", "LPUSH"] {
@@ -52,7 +54,10 @@ fn heavy_redis_benchmark_works_with_a_redis_that_the_node_has_no_route_to() -> R
     }
     assert!(done.flows()?.len() >= 4 * 50, "{}", done.flows()?.len());
 
-    let pipelined = [&benchmark, "-h", &host, "-p", &port, "-c", "10", "-n", "50000", "-P", "64", "-d", "1000", "-q", "-t", "set,get"];
+    let pipelined = [
+        &benchmark, "-h", &host, "-p", &port, "-c", "10", "-n", "50000", "-P", "64", "-d", "1000", "-q",
+        "-t", "set,get",
+    ];
     let done = world.exec(&gateway).run(&pipelined)?;
     assert!(done.success(), "{done}");
     let cli = system("redis-cli")?.display().to_string();

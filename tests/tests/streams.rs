@@ -83,7 +83,8 @@ fn an_application_that_resets_resets_the_target() -> Result<()> {
     let gateway = world.gateway().start()?;
     for bytes in [1, 200_000] {
         let target = world.serve(TARGET4, target::expect_reset_after(bytes))?;
-        let mut app = world.exec(&gateway).spawn_app(&["reset", &target.addr().to_string(), &bytes.to_string()])?;
+        let mut app =
+            world.exec(&gateway).spawn_app(&["reset", &target.addr().to_string(), &bytes.to_string()])?;
         // Only when everything has arrived: a reset may overtake what is on its way.
         app.says("answered")?;
         app.tell("reset")?;

@@ -21,8 +21,8 @@ use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
         socket::{
-            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt, setsockopt,
-            socket, sockopt,
+            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt,
+            setsockopt, socket, sockopt,
         },
     },
 };
@@ -72,7 +72,8 @@ fn run(words: &[&str]) -> Result<()> {
 }
 
 fn open(addr: &str) -> Result<TcpStream> {
-    let stream = TcpStream::connect(addr.parse::<SocketAddr>()?).with_context(|| format!("connect to {addr}"))?;
+    let stream =
+        TcpStream::connect(addr.parse::<SocketAddr>()?).with_context(|| format!("connect to {addr}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
@@ -336,10 +337,10 @@ fn bound(addr: SocketAddr, local: SocketAddr) -> Result<TcpStream> {
 fn fastopen(addr: SocketAddr) -> Result<TcpStream> {
     let fd = tcp(family(addr), SockFlag::empty())?;
     let on: libc::c_int = 1;
-    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    const LENGTH: libc::socklen_t = 4;
     let (level, name) = (libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT);
-    // SAFETY: the option's value is one int.
-    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const on).cast(), length) };
+    // SAFETY: the option's value is one int, of four bytes.
+    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const on).cast(), LENGTH) };
     ensure!(set == 0, "TCP_FASTOPEN_CONNECT: {}", io::Error::last_os_error());
     connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).context("connect")?;
     stream(fd)
@@ -445,7 +446,12 @@ fn pace(friend: &TcpStream) -> Result<()> {
         times.push(start.elapsed());
     }
     times.sort();
-    println!("pings={}\nmedian_ms={}\nslowest_ms={}", times.len(), times[100].as_millis(), times[199].as_millis());
+    println!(
+        "pings={}\nmedian_ms={}\nslowest_ms={}",
+        times.len(),
+        times[100].as_millis(),
+        times[199].as_millis()
+    );
     Ok(())
 }
 
@@ -475,7 +481,10 @@ fn original_dst(listen: SocketAddr) -> Result<()> {
     let original = match listen.ip() {
         IpAddr::V4(_) => {
             let found = getsockopt(&stream, sockopt::OriginalDst)?;
-            SocketAddr::from((u32::from_be(found.sin_addr.s_addr).to_be_bytes(), u16::from_be(found.sin_port)))
+            SocketAddr::from((
+                u32::from_be(found.sin_addr.s_addr).to_be_bytes(),
+                u16::from_be(found.sin_port),
+            ))
         }
         IpAddr::V6(_) => {
             let found = getsockopt(&stream, sockopt::Ip6tOriginalDst)?;

@@ -1,0 +1,326 @@
+//! `tunnel exec` is not there, as far as the command and its caller can tell.
+
+use std::{
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    },
+    process::{Child, Stdio},
+    sync::mpsc,
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use nix::{pty::openpty, sys::signal::Signal};
+use tunnel_tests::{Finished, PATIENCE, TARGET4, World, leftovers, process, programs, target, wait_for};
+
+/// Runs `sh -c SCRIPT` with a gateway that it does not need.
+fn shell(script: &str) -> Result<Finished> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    world.exec(&gateway).run(&["sh", "-c", script])
+}
+
+#[test]
+fn the_commands_status_is_ours() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    for status in [0, 1, 64, 77, 255] {
+        let done = world.exec(&gateway).run(&["sh", "-c", &format!("exit {status}")])?;
+        assert_eq!(done.status.code(), Some(status), "{done}");
+        assert_eq!((done.stdout.as_str(), done.stderr.as_str()), ("", ""), "we say nothing ourselves");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_command_that_a_signal_ends_is_128_and_the_signal() -> Result<()> {
+    for (signal, code) in [("KILL", 137), ("TERM", 143), ("SEGV", 139)] {
+        let done = shell(&format!("kill -{signal} $$"))?;
+        assert_eq!(done.status.code(), Some(code), "{done}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_command_that_is_not_there_is_127_and_one_that_cannot_be_run_126() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let done = world.exec(&gateway).run(&["no-such-command"])?;
+    assert_eq!(done.status.code(), Some(127), "{done}");
+    assert!(done.stderr.contains("no-such-command") && done.stderr.contains("not found"), "{done}");
+    let file = world.file("not-a-program", "text")?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+    let done = world.exec(&gateway).run(&[&file])?;
+    assert_eq!(done.status.code(), Some(126), "{done}");
+    assert!(done.stderr.contains("not-a-program"), "{done}");
+    Ok(())
+}
+
+#[test]
+fn the_command_has_our_environment_folder_and_standard_input() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let folder = world.folder().join("here");
+    fs::create_dir(&folder)?;
+    let exec = world.exec(&gateway).env("COLOUR", "blue and green").folder(&folder);
+    let mut app = exec.spawn(&["sh", "-c", "echo \"$COLOUR\"; pwd; cat; echo said >&2"])?;
+    app.tell("from standard input")?;
+    let done = app.finish()?;
+    let said = format!("blue and green\n{}\nfrom standard input\n", folder.canonicalize()?.display());
+    assert_eq!((done.stdout, done.stderr), (said, "said\n".to_owned()));
+    Ok(())
+}
+
+#[test]
+fn signals_reach_the_command() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    use Signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+    for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2] {
+        let name = signal.as_str().trim_start_matches("SIG");
+        let script = format!("trap 'echo got {name}; exit 9' {name}; echo ready; read forever");
+        let mut app = world.exec(&gateway).spawn(&["sh", "-c", &script])?;
+        app.says("ready")?;
+        app.process().signal(signal)?;
+        app.says(&format!("got {name}"))?;
+        let done = app.ended()?;
+        assert_eq!(done.status.code(), Some(9), "{done}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_command_without_a_handler_is_ended_by_the_signal() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let mut app = world.exec(&gateway).spawn(&["sh", "-c", "echo ready; exec cat"])?;
+    app.says("ready")?;
+    app.process().signal(Signal::SIGINT)?;
+    assert_eq!(app.ended()?.status.code(), Some(130));
+    Ok(())
+}
+
+#[test]
+fn the_command_runs_in_a_group_of_its_own_that_is_gone_afterwards() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let mut app = world.exec(&gateway).spawn(&["sh", "-c", "cat /proc/self/cgroup; echo ready; read x"])?;
+    app.says("ready")?;
+    let name = format!("tunnel-exec-{}", app.process().id());
+    assert!(app.process().stdout().contains(&name), "{}", app.process());
+    assert_eq!(leftovers::cgroups(std::slice::from_ref(&name)).len(), 1);
+    // Its end of input makes `read` fail, which nobody minds.
+    let _done = app.finish()?;
+    assert_eq!(leftovers::cgroups(&[name]), [""; 0].map(std::path::PathBuf::from));
+    Ok(())
+}
+
+#[test]
+fn what_the_command_leaves_running_is_ended_and_named() -> Result<()> {
+    let done = shell("sleep 1000 & echo pid=$!; sleep 1001 >/dev/null 2>&1 & exit 3")?;
+    assert_eq!(done.status.code(), Some(3), "{done}");
+    let pid = done.value("pid")?;
+    assert!(done.stderr.contains("ended 2 processes") && done.stderr.contains(pid), "{done}");
+    leftovers::gone("processes", || {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if command.starts_with(b"sleep") { vec![pid] } else { Vec::new() }
+    })
+}
+
+#[test]
+fn it_works_where_ip_netns_exec_has_replaced_sys() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::duplex(1000))?;
+    let exec = world.exec(&gateway).by_ip_netns_exec();
+    let seen = exec.run(&["sh", "-c", "grep -c cgroup2 /proc/mounts; ls /sys/fs/cgroup | wc -l"])?;
+    assert_eq!(seen.stdout, "0\n0\n", "this shows nothing: a cgroup2 hierarchy is in sight");
+    let done = exec.run_app(&["duplex", &target.addr().to_string(), "1000"])?;
+    assert!(done.success(), "{done}");
+    assert_eq!(done.flows()?.len(), 1, "{done}");
+    Ok(())
+}
+
+#[test]
+fn when_we_are_killed_the_commands_connections_are_reset_and_refused_and_never_plaintext() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().allow("10.77.0.0/30").start()?;
+    // One that the node could reach by itself.
+    let target = tunnel_tests::Target::start(world.net(), (tunnel_tests::NET4, 0).into(), target::echo())?;
+    let mut app = world.exec(&gateway).spawn_app(&["hold", &target.addr().to_string()])?;
+    app.says("held")?;
+    app.tell("ping")?;
+    app.says("ping=ok")?;
+    let pid = app.process().id();
+    app.process().kill()?;
+
+    // The application is an orphan now; its input and output are still ours.
+    let mut says = |command: &str, key: &str| {
+        app.tell(command)?;
+        let what = format!("the orphan to answer {command}");
+        wait_for(&what, PATIENCE, || {
+            let out = app.process().stdout();
+            let line = out.lines().rfind(|line| line.starts_with(key)).map(str::to_owned);
+            line.filter(|line| line != "ping=ok")
+        })
+    };
+    assert_eq!(says("connect", "connect=")?, "connect=ECONNREFUSED");
+    assert_eq!(says("read", "read=")?, "read=ECONNRESET");
+    assert_eq!(target.peers().len(), 1, "only what was carried");
+    app.process().hang_up();
+    let group = format!("tunnel-exec-{pid}");
+    leftovers::gone("processes", || {
+        let groups = leftovers::cgroups(std::slice::from_ref(&group));
+        groups
+            .iter()
+            .filter(|g| !fs::read_to_string(g.join("cgroup.procs")).unwrap_or_default().is_empty())
+            .cloned()
+            .collect()
+    })?;
+    // The next one removes what the killed one left.
+    let done = world.exec(&gateway).run(&["true"])?;
+    assert!(done.success(), "{done}");
+    assert!(leftovers::cgroups(&[group]).is_empty());
+    Ok(())
+}
+
+#[test]
+fn stats_are_a_table_on_standard_error() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::duplex(2048))?;
+    let done =
+        world.exec(&gateway).switch("--stats").run_app(&["duplex", &target.addr().to_string(), "2048"])?;
+    assert_eq!(done.stdout, "duplex=2048\n");
+    let lines: Vec<&str> = done.stderr.lines().collect();
+    assert_eq!(lines.len(), 2, "{done}");
+    assert!(lines[0].starts_with("DESTINATION"), "{done}");
+    for word in [
+        &target.addr().to_string(),
+        &gateway.addr().to_string(),
+        tunnel_tests::pki::GATEWAY_ID,
+        "2.0 KiB",
+        "closed",
+    ] {
+        assert!(lines[1].contains(word), "no {word}: {done}");
+    }
+    Ok(())
+}
+
+#[test]
+fn two_at_a_time_do_not_disturb_each_other() -> Result<()> {
+    let world = World::new()?;
+    let (one, two) = (world.gateway().start()?, world.gateway().listen("10.77.0.2:15009".parse()?).start()?);
+    let target = world.serve(TARGET4, target::echo())?;
+    let addr = target.addr().to_string();
+    let mut first = world.exec(&one).spawn_app(&["hold", &addr])?;
+    let mut second = world.exec(&two).spawn_app(&["hold", &addr])?;
+    for app in [&mut first, &mut second] {
+        app.says("held")?;
+        app.tell("ping")?;
+        app.says("ping=ok")?;
+    }
+    let done = first.finish()?;
+    assert!(done.success(), "{done}");
+    second.tell("connect")?;
+    second.says("connect=ok")?;
+    assert_eq!(second.finish()?.flows()?.len(), 2);
+    Ok(())
+}
+
+/// What a terminal's user would see.
+struct Terminal {
+    keys: File,
+    screen: mpsc::Receiver<Vec<u8>>,
+    seen: String,
+}
+
+impl Terminal {
+    fn open() -> Result<(Self, OwnedFd)> {
+        let pty = openpty(None, None)?;
+        let keys = File::from(pty.master);
+        let mut reader = keys.try_clone()?;
+        let (tell, screen) = mpsc::channel();
+        // It ends with EIO when the last process has closed the other end.
+        thread::spawn(move || {
+            let mut buf = [0; 4096];
+            while let Ok(n) = reader.read(&mut buf) {
+                if n == 0 || tell.send(buf[..n].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((Self { keys, screen, seen: String::new() }, pty.slave))
+    }
+
+    fn shows(&mut self, text: &str) -> Result<()> {
+        while !self.seen.contains(text) {
+            let more = self.screen.recv_timeout(PATIENCE);
+            let more = more.with_context(|| format!("no \"{text}\" on the screen: {:?}", self.seen))?;
+            self.seen.push_str(&String::from_utf8_lossy(&more));
+        }
+        Ok(())
+    }
+}
+
+/// Starts `tunnel exec` with a terminal, as a shell's job in the foreground.
+fn on_terminal(world: &World, words: &[&str]) -> Result<(Terminal, Child)> {
+    let gateway = world.gateway().start()?;
+    let (terminal, slave) = Terminal::open()?;
+    let mut command = world.exec(&gateway).command(words)?;
+    command
+        .stdin(Stdio::from(slave.try_clone()?))
+        .stdout(Stdio::from(slave.try_clone()?))
+        .stderr(Stdio::from(slave));
+    let start = || {
+        nix::unistd::setsid()?;
+        // SAFETY: TIOCSCTTY takes an int; standard input is the terminal.
+        match unsafe { libc::ioctl(std::io::stdin().as_raw_fd(), libc::TIOCSCTTY, 0) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec the closure makes two system calls; it does not allocate.
+    unsafe { command.pre_exec(start) };
+    let child = command.spawn()?;
+    world.note_exec(child.id());
+    Ok((terminal, child))
+}
+
+fn status(child: &mut Child) -> Result<i32> {
+    let status = wait_for("tunnel exec to end", PATIENCE, || child.try_wait().transpose())?;
+    Ok(process::code(status?))
+}
+
+#[test]
+fn the_command_has_our_terminal() -> Result<()> {
+    let world = World::new()?;
+    let script = "test -t 0 && test -t 1 && test -t 2 && : </dev/tty && echo terminal; read line; echo \"heard $line\"";
+    let (mut terminal, mut child) = on_terminal(&world, &["sh", "-c", script])?;
+    terminal.shows("terminal")?;
+    terminal.keys.write_all(b"keys\n")?;
+    terminal.shows("heard keys")?;
+    assert_eq!(status(&mut child)?, 0);
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_ends_the_command_once_and_we_end_with_its_status() -> Result<()> {
+    let world = World::new()?;
+    let script = "trap 'echo interrupted; n=1$n' INT; echo ready; while [ -z \"$n\" ]; do read line; done; echo times $n";
+    let (mut terminal, mut child) = on_terminal(&world, &["sh", "-c", script])?;
+    terminal.shows("ready")?;
+    terminal.keys.write_all(&[3])?;
+    terminal.shows("times 1\r\n")?;
+    assert_eq!(status(&mut child)?, 0);
+
+    let app = programs::app()?.display().to_string();
+    let (mut terminal, mut child) = on_terminal(&world, &[&app, "reconnect", "127.0.0.1:1"])?;
+    terminal.shows("ready")?;
+    terminal.keys.write_all(&[3])?;
+    assert_eq!(status(&mut child)?, 130);
+    Ok(())
+}
