@@ -7,11 +7,11 @@ use h2::client::SendRequest;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use tunnel_tests::{
-    Exec, Finished, Gateway, Target, World,
+    Exec, Finished, Gateway, PATIENCE, TARGET4, Target, World,
     dialogue::{ask, lines_with},
     peer,
     pki::{Credentials, GATEWAY_ID, NODE_ID},
-    target, wait_for, PATIENCE, TARGET4,
+    target, wait_for,
 };
 
 /// The application is connected and reset, and nobody has come to the target.
@@ -74,7 +74,8 @@ fn a_client_with_the_wrong_san_is_not_let_in() -> Result<()> {
     assert_client_refused(&world, &mut gateway, node, "SAN")?;
     let wanted = world.pki().issue("web", "spiffe://test.tunnel/ns/prod/sa/web", &[])?;
     let target = world.serve(TARGET4, target::echo())?;
-    let done = world.exec(&gateway).credentials(wanted).run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+    let done =
+        world.exec(&gateway).credentials(wanted).run_app(&["many", &target.addr().to_string(), "1", "64"])?;
     assert!(done.success(), "who has the right one is let in: {done}");
     Ok(())
 }

@@ -108,7 +108,8 @@ fn the_daemons_own_connections_are_not_captured_although_it_runs_in_the_captured
 }
 
 #[test]
-fn while_no_daemon_runs_captured_connections_are_refused_and_the_next_daemon_carries_them_again() -> Result<()> {
+fn while_no_daemon_runs_captured_connections_are_refused_and_the_next_daemon_carries_them_again() -> Result<()>
+{
     let world = World::new()?;
     let gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::echo())?;
@@ -146,9 +147,8 @@ fn with_on_failure_open_connections_go_out_as_if_there_were_no_capture_while_no_
     let config = node.config(&gateway, "", "on_failure = \"open\"");
     let mut daemon = node.daemon(&config)?;
     node.hold(&near)?;
-    let came_from = |n: usize| {
-        wait_for("a connection", PATIENCE, || near.peers().get(n).map(std::net::SocketAddr::ip))
-    };
+    let came_from =
+        |n: usize| wait_for("a connection", PATIENCE, || near.peers().get(n).map(std::net::SocketAddr::ip));
     assert_eq!(came_from(0)?, NET4, "through the gateway");
 
     daemon.process().kill()?;
@@ -200,7 +200,8 @@ fn flows_that_outlast_the_drain_timeout_are_reset_and_a_second_signal_does_not_w
     let target = world.serve(TARGET4, target::echo())?;
     for (timeout, signals) in [("200ms", 1), ("10m", 2)] {
         let node = Node::new(&world)?;
-        let mut daemon = node.daemon(&node.config(&gateway, &format!("drain_timeout = \"{timeout}\""), ""))?;
+        let mut daemon =
+            node.daemon(&node.config(&gateway, &format!("drain_timeout = \"{timeout}\""), ""))?;
         let mut app = node.hold(&target)?;
         for _ in 0..signals {
             daemon.process().signal(Signal::SIGTERM)?;
@@ -214,7 +215,8 @@ fn flows_that_outlast_the_drain_timeout_are_reset_and_a_second_signal_does_not_w
 }
 
 #[test]
-fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kinds_of_flows_go_on() -> Result<()> {
+fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kinds_of_flows_go_on()
+-> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::echo())?;

@@ -103,7 +103,9 @@ fn hold(addr: &str) -> Result<()> {
         match line?.as_str() {
             "ping" => say(&format!("ping={}", result(ping(&stream)))),
             "read" => say(&format!("read={}", result(read_on(&stream)))),
-            "peer" => say(&format!("peer={}", stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string()))),
+            "peer" => {
+                say(&format!("peer={}", stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())))
+            }
             "again" => say(&format!("again={}", result(once(addr)))),
             "connect" => say(&format!("connect={}", result(TcpStream::connect(addr).map(drop)))),
             other => bail!("unknown: {other}"),
