@@ -105,7 +105,10 @@ fn hold(addr: &str) -> Result<()> {
             "ping" => say(&format!("ping={}", result(ping(&stream)))),
             "read" => say(&format!("read={}", result(read_on(&stream)))),
             "peer" => {
-                say(&format!("peer={}", stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())));
+                say(&format!(
+                    "peer={}",
+                    stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())
+                ));
             }
             "again" => say(&format!("again={}", result(once(addr)))),
             "connect" => say(&format!("connect={}", result(TcpStream::connect(addr).map(drop)))),
