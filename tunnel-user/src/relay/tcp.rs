@@ -1,7 +1,8 @@
 //! A TCP socket as a leg.
 //!
-//! Enters: a connected socket. Leaves: the same, read and written when it is ready. Invariant: dropped
-//! before both directions ended, it sends RST, never a clean FIN. An idle leg holds no buffer.
+//! Enters: a connected socket. Leaves: the same, read and written when it is ready. Invariant: closed before
+//! both directions ended, be it by a drop or by the death of this process, it sends RST, never a clean FIN.
+//! An idle leg holds no buffer.
 
 use std::{
     future::Future,
@@ -28,7 +29,6 @@ const READ_MAX: usize = 64 * 1024;
 pub struct TcpLeg {
     stream: Rc<TcpStream>,
     next_read: usize,
-    clean: bool,
     /// Waits for EPOLLERR; made when it is first needed.
     error: Option<Pin<Box<dyn Future<Output = io::Error>>>>,
 }
@@ -36,7 +36,8 @@ pub struct TcpLeg {
 impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
-        Self { stream: Rc::new(stream), next_read: READ_MIN, clean: false, error: None }
+        abort_on_close(&stream);
+        Self { stream: Rc::new(stream), next_read: READ_MIN, error: None }
     }
 
     /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
@@ -130,11 +131,12 @@ impl Leg for TcpLeg {
     }
 
     fn close(&mut self) {
-        self.clean = true;
+        // What is queued still has to arrive. Fails only on a socket that is gone already.
+        let _gone = SockRef::from(&*self.stream).set_linger(None);
     }
 
     fn abort(&mut self) {
-        self.clean = false;
+        // The drop does it.
     }
 }
 
@@ -146,15 +148,8 @@ impl TcpLeg {
     }
 }
 
-impl Drop for TcpLeg {
-    fn drop(&mut self) {
-        if !self.clean {
-            abort_on_close(&self.stream);
-        }
-    }
-}
-
-/// Makes close send RST and drop what is queued (socket(7), SO_LINGER with a timeout of zero).
+/// Makes close send RST and drop what is queued (socket(7), SO_LINGER with a timeout of zero), also when it
+/// is the kernel that closes.
 pub fn abort_on_close(stream: &TcpStream) {
     // Fails only on a socket that is gone already.
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));

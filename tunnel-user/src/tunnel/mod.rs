@@ -8,4 +8,7 @@ pub mod headers;
 pub mod pool;
 pub mod upstream;
 
+#[cfg(test)]
+mod tests;
+
 pub use upstream::{Settings, Stream, TunnelError, Upstream};

@@ -1,7 +1,7 @@
 //! The HTTP/2 connections of one worker.
 //!
 //! Enters: a key. Leaves: a place for one stream on a connection. Invariants, each with a test named
-//! after it:
+//! after it in `tests.rs`:
 //! - a connection is shared only by flows whose whole key is equal;
 //! - for one key, never more dials are in flight than the waiting flows need;
 //! - a connection never carries more streams than its limit and the peer's;
@@ -29,7 +29,7 @@ use rustls::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    sync::oneshot,
+    sync::{Notify, oneshot},
     task::JoinSet,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
@@ -184,6 +184,8 @@ struct Conn {
     max_streams: usize,
     active: Cell<usize>,
     idle_since: Cell<Instant>,
+    /// The last stream has ended.
+    idle: Notify,
     /// Got GOAWAY, failed, or is being closed for idleness.
     retired: Cell<bool>,
     /// Why the connection was lost, once it was.
@@ -191,10 +193,15 @@ struct Conn {
 }
 
 impl Conn {
-    fn free(&self) -> usize {
+    /// Streams that it may carry: our limit and the peer's. None once it is retired.
+    fn limit(&self) -> usize {
         let send = self.send.borrow();
         let Some(send) = send.as_ref().filter(|_| !self.retired.get()) else { return 0 };
-        self.max_streams.min(send.current_max_send_streams()).saturating_sub(self.active.get())
+        self.max_streams.min(send.current_max_send_streams())
+    }
+
+    fn free(&self) -> usize {
+        self.limit().saturating_sub(self.active.get())
     }
 }
 
@@ -241,6 +248,7 @@ impl Drop for Lease {
         self.conn.active.set(self.conn.active.get() - 1);
         if self.conn.active.get() == 0 {
             self.conn.idle_since.set(Instant::now());
+            self.conn.idle.notify_one();
         }
         if let Some(slot) = self.slot.upgrade() {
             slot.serve();
@@ -256,8 +264,11 @@ impl Slot {
         connections.iter().find(|c| c.free() > 0).map(|c| Lease::take(c, self))
     }
 
-    fn free(&self) -> usize {
-        self.connections.borrow().iter().map(|c| c.free()).sum()
+    /// Whether it is time to open the next connection: fewer places are free than one connection's share.
+    fn is_nearly_full(&self) -> bool {
+        let connections = self.connections.borrow();
+        let limit = connections.iter().map(|c| c.limit()).max().unwrap_or(0);
+        connections.iter().map(|c| c.free()).sum::<usize>() < limit / HEADROOM
     }
 
     /// Gives free places to those who wait, in order.
@@ -301,12 +312,17 @@ impl Pool {
         self.0.opened.get()
     }
 
+    /// Connections that are open, all keys together.
+    pub fn connections(&self) -> usize {
+        self.0.slots.borrow().values().map(|s| s.connections.borrow().len()).sum()
+    }
+
     /// A place for one stream: at once where a connection has one, else when a dial is done.
     pub async fn lease(&self, key: &Key) -> Result<Lease, ConnectError> {
         let inner = &self.0;
         let slot = inner.slot(key);
         if let Some(lease) = slot.lease() {
-            if slot.dialing.get() == 0 && slot.free() < inner.settings.max_streams / HEADROOM {
+            if slot.dialing.get() == 0 && slot.is_nearly_full() {
                 inner.dial(key, &slot);
             }
             return Ok(lease);
@@ -416,6 +432,7 @@ async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, Pin
             max_streams: settings.max_streams,
             active: Cell::new(0),
             idle_since: Cell::new(Instant::now()),
+            idle: Notify::new(),
             retired: Cell::new(false),
             lost: RefCell::default(),
         };
@@ -456,14 +473,15 @@ async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
 
 /// Runs a connection to its end: PINGs it, and closes it when it is idle.
 async fn drive(mut connection: H2Connection, mut ping: PingPong, conn: &Conn, settings: &Settings) {
+    let mut ping_at = Instant::now() + settings.keepalive_interval;
     let lost = loop {
         let idle_at = conn.idle_since.get() + settings.idle_timeout;
-        let ping_at = Instant::now() + settings.keepalive_interval;
         let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
         tokio::select! {
             biased;
             ended = &mut connection => break ended.err().map(|e| explain(&e)),
             () = sleep_until(wake_at) => {}
+            () = conn.idle.notified() => continue,
         }
         if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= settings.idle_timeout {
             conn.retired.set(true);
@@ -471,6 +489,9 @@ async fn drive(mut connection: H2Connection, mut ping: PingPong, conn: &Conn, se
             conn.send.borrow_mut().take();
             let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
             break None;
+        }
+        if Instant::now() < ping_at {
+            continue;
         }
         tokio::select! {
             biased;
@@ -481,6 +502,7 @@ async fn drive(mut connection: H2Connection, mut ping: PingPong, conn: &Conn, se
                 Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
             },
         }
+        ping_at = Instant::now() + settings.keepalive_interval;
     };
     conn.retired.set(true);
     *conn.lost.borrow_mut() = lost;

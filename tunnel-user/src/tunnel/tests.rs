@@ -1,0 +1,287 @@
+//! The pool's promises, against a real peer on loopback: TLS, HTTP/2, and a script.
+//!
+//! Enters: leases. Leaves: what the peer saw. Invariant: each test is named after the promise it keeps.
+
+use std::{
+    cell::{Cell, RefCell},
+    fs,
+    future::{Future, pending},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Method, Request, Response};
+use tokio::{
+    net::TcpListener,
+    sync::Notify,
+    task::{LocalSet, spawn_local},
+    time::timeout,
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::pool::{ConnectError, Key, Lease, Pool, Settings};
+use crate::{
+    flow::Target,
+    pki::{Ca, IssueRequest, Validity},
+    transport::{
+        store::TlsStore,
+        tls::IdentityFiles,
+        verify::{ClientCheck, ServerCheck},
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn settings(max_streams: usize) -> Settings {
+    Settings {
+        max_streams,
+        connect_timeout: PATIENCE,
+        idle_timeout: PATIENCE,
+        keepalive_interval: PATIENCE,
+        keepalive_timeout: PATIENCE,
+        mark: None,
+    }
+}
+
+fn identity() -> Arc<TlsStore> {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = Ca::generate(Validity::days(1)).unwrap();
+    let mut request = IssueRequest::new("spiffe://t.test/both".parse().unwrap());
+    request.ip = vec!["127.0.0.1".parse().unwrap()];
+    let issued = ca.issue(&request).unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let files = IdentityFiles {
+        cert: file("cert.pem", &issued.cert_pem),
+        key: file("key.pem", &issued.key_pem),
+        ca: file("ca.pem", ca.cert_pem()),
+    };
+    TlsStore::load(files).unwrap()
+}
+
+/// What the peer does with a connection once it has a stream.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Script {
+    /// Answers 200 and keeps the stream open.
+    Serve,
+    /// The same, and says GOAWAY when told to.
+    GoAway,
+    /// Never finishes the TLS handshake.
+    Silent,
+}
+
+struct Peer {
+    addr: SocketAddr,
+    accepted: Rc<Cell<usize>>,
+    say_goaway: Rc<Notify>,
+    held: Rc<RefCell<Vec<h2::SendStream<Bytes>>>>,
+}
+
+impl Peer {
+    async fn start(tls: &Arc<TlsStore>, script: Script, max_streams: u32) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = Self {
+            addr: listener.local_addr().unwrap(),
+            accepted: Rc::default(),
+            say_goaway: Rc::default(),
+            held: Rc::default(),
+        };
+        let acceptor = TlsAcceptor::from(tls.server_config(&ClientCheck::default()));
+        let (accepted, goaway, held) =
+            (Rc::clone(&peer.accepted), Rc::clone(&peer.say_goaway), Rc::clone(&peer.held));
+        spawn_local(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                accepted.set(accepted.get() + 1);
+                let (acceptor, goaway, held) = (acceptor.clone(), Rc::clone(&goaway), Rc::clone(&held));
+                spawn_local(async move {
+                    if script == Script::Silent {
+                        let _keep = stream;
+                        return pending().await;
+                    }
+                    let tls = acceptor.accept(stream).await.unwrap();
+                    let mut h2 = h2::server::Builder::new()
+                        .max_concurrent_streams(max_streams)
+                        .handshake::<_, Bytes>(tls)
+                        .await
+                        .unwrap();
+                    let mut told = false;
+                    loop {
+                        tokio::select! {
+                            request = h2.accept() => match request {
+                                Some(Ok((_, mut respond))) => {
+                                    held.borrow_mut().push(respond.send_response(Response::new(()), false).unwrap());
+                                }
+                                _ => return,
+                            },
+                            () = goaway.notified(), if script == Script::GoAway && !told => {
+                                told = true;
+                                h2.graceful_shutdown();
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        peer
+    }
+
+    fn key(&self, tls: &Arc<TlsStore>) -> Key {
+        let check = ServerCheck::default();
+        let endpoint = Target::Addr(self.addr);
+        Key { server_name: check.server_name(&endpoint), tls: tls.client_config(&check), endpoint }
+    }
+}
+
+async fn open(lease: &Lease) -> (h2::SendStream<Bytes>, h2::RecvStream) {
+    let mut sender = lease.sender().unwrap().ready().await.unwrap();
+    let request = Request::builder().method(Method::CONNECT).uri("a:1").body(()).unwrap();
+    let (response, send) = sender.send_request(request, false).unwrap();
+    (send, response.await.unwrap().into_body())
+}
+
+fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    LocalSet::new().block_on(&runtime, async { timeout(PATIENCE * 2, test).await.expect("in time") });
+}
+
+#[test]
+fn a_connection_is_shared_only_by_flows_whose_whole_key_is_equal() {
+    run(async {
+        let (tls, other) = (identity(), identity());
+        let peer = Peer::start(&tls, Script::Serve, 100).await;
+        let pool = Pool::new(settings(100));
+        let key = peer.key(&tls);
+        let first = pool.lease(&key).await.unwrap();
+        let _second = pool.lease(&key.clone()).await.unwrap();
+        assert_eq!(peer.accepted.get(), 1);
+        // Another check, another name, another identity: each a connection of its own, or none.
+        let san = ServerCheck { name: None, san: vec!["spiffe://t.test/both".parse().unwrap()] };
+        let checked = Key { tls: tls.client_config(&san), ..key.clone() };
+        let _third = pool.lease(&checked).await.unwrap();
+        assert_eq!(peer.accepted.get(), 2);
+        let foreign = Key { tls: other.client_config(&ServerCheck::default()), ..key };
+        let refused = pool.lease(&foreign).await.map(drop).unwrap_err();
+        assert!(matches!(refused, ConnectError::Tls { .. }), "{refused}");
+        assert_eq!(peer.accepted.get(), 3);
+        drop(first);
+    });
+}
+
+#[test]
+fn never_more_dials_are_in_flight_than_the_waiting_flows_need() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Serve, 100).await;
+        let pool = Rc::new(Pool::new(settings(100)));
+        let key = peer.key(&tls);
+        let flows: Vec<_> = (0..90)
+            .map(|_| {
+                let (pool, key) = (Rc::clone(&pool), key.clone());
+                spawn_local(async move { pool.lease(&key).await.unwrap() })
+            })
+            .collect();
+        let mut leases = Vec::new();
+        for flow in flows {
+            leases.push(flow.await.unwrap());
+        }
+        assert_eq!((peer.accepted.get(), pool.opened()), (1, 1));
+        // The last tenth opens the next connection before it is needed, and only one.
+        let _ninety_first = pool.lease(&key).await.unwrap();
+        let _ninety_second = pool.lease(&key).await.unwrap();
+        while pool.opened() < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(peer.accepted.get(), 2);
+    });
+}
+
+#[test]
+fn a_connection_never_carries_more_streams_than_its_limit_and_the_peers() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Serve, 3).await;
+        let pool = Rc::new(Pool::new(settings(100)));
+        let key = peer.key(&tls);
+        let mut open_streams = Vec::new();
+        for _ in 0..9 {
+            let lease = pool.lease(&key).await.unwrap();
+            let stream = open(&lease).await;
+            open_streams.push((lease, stream));
+        }
+        // Three each: the peer would refuse or hold up a fourth.
+        assert_eq!(peer.accepted.get(), 3);
+        assert_eq!(peer.held.borrow().len(), 9);
+    });
+}
+
+#[test]
+fn a_connection_that_got_goaway_takes_no_new_streams_and_its_old_ones_go_on() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::GoAway, 100).await;
+        let pool = Pool::new(settings(100));
+        let key = peer.key(&tls);
+        let old = pool.lease(&key).await.unwrap();
+        let (_old_send, mut old_recv) = open(&old).await;
+        peer.say_goaway.notify_one();
+        // Until the GOAWAY has come, a lease may still be of the old connection; its stream then fails and
+        // says that it was not acted on, and the upstream tries again.
+        let fresh = loop {
+            let lease = pool.lease(&key).await.unwrap();
+            match lease.sender().unwrap().ready().await {
+                Ok(_) if peer.accepted.get() > 1 => break lease,
+                Ok(_) => tokio::task::yield_now().await,
+                Err(_) => lease.retire(),
+            }
+        };
+        let _fresh_stream = open(&fresh).await;
+        assert_eq!(peer.accepted.get(), 2);
+        // The old stream still carries bytes.
+        let mut held = peer.held.borrow_mut().remove(0);
+        held.send_data(Bytes::from_static(b"still here"), true).unwrap();
+        assert_eq!(old_recv.data().await.unwrap().unwrap(), "still here");
+    });
+}
+
+#[test]
+fn a_slow_dial_of_one_key_holds_up_no_other() {
+    run(async {
+        let tls = identity();
+        let silent = Peer::start(&tls, Script::Silent, 100).await;
+        let well = Peer::start(&tls, Script::Serve, 100).await;
+        let pool = Rc::new(Pool::new(settings(100)));
+        let stuck = {
+            let (pool, key) = (Rc::clone(&pool), silent.key(&tls));
+            spawn_local(async move { pool.lease(&key).await.map(drop) })
+        };
+        while silent.accepted.get() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let lease = pool.lease(&well.key(&tls)).await.unwrap();
+        let _stream = open(&lease).await;
+        assert!(!stuck.is_finished());
+    });
+}
+
+#[test]
+fn an_idle_connection_is_closed_and_a_new_one_opened_when_needed() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Serve, 100).await;
+        let pool = Pool::new(Settings { idle_timeout: Duration::from_millis(20), ..settings(100) });
+        let key = peer.key(&tls);
+        drop(pool.lease(&key).await.unwrap());
+        while pool.connections() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let _again = pool.lease(&key).await.unwrap();
+        assert_eq!(peer.accepted.get(), 2);
+    });
+}
