@@ -47,7 +47,13 @@ impl BpfFs {
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
                 let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-                if is_folder { folders.push(entry.path()) } else { found.push(entry.path()) }
+                // The kernel puts maps.debug and progs.debug into every bpffs.
+                let is_kernels = entry.path().extension().is_some_and(|e| e == "debug");
+                if is_folder {
+                    folders.push(entry.path());
+                } else if !is_kernels {
+                    found.push(entry.path());
+                }
             }
         }
         found

@@ -19,6 +19,7 @@
 pub mod bpffs;
 pub mod cgroup;
 pub mod daemon;
+pub mod dialogue;
 pub mod exec;
 pub mod gateway;
 pub mod janitor;

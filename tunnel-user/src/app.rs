@@ -23,7 +23,7 @@ use tokio::{sync::mpsc, time::MissedTickBehavior};
 use crate::{
     capture::{
         accept::{self, Sockets},
-        bpf::{self, BpfError, Capture, Lifetime, Spec},
+        bpf::{self, BpfError, Capture, Lifetime, Owner, Spec},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         ring::Wake,
         rules::{self, Pattern},
@@ -114,6 +114,9 @@ pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Resul
         }
     }
 
+    // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
+    let pinning = config.captures.iter().any(|c| pin_dir(&config, c).is_some());
+    let _lock = pinning.then(|| lock_pins(&config.daemon.bpffs)).transpose()?;
     let mut captures = Vec::new();
     let mut sockets: Vec<Vec<CaptureSocket>> = (0..workers).map(|_| Vec::new()).collect();
     for wanted in &config.captures {
@@ -228,6 +231,12 @@ impl Running {
     /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator
     /// wants captured connections refused rather than let through.
     pub fn stop(self) -> Report {
+        for active in self.captures.iter().filter(|a| a.on_failure == OnFailure::Open) {
+            active.tidy(|a| match a.capture.owner() {
+                Owner::Us => a.capture.detach_connect(),
+                Owner::Another | Owner::Nobody => Ok(()),
+            });
+        }
         self.trigger.enter(Phase::Drain);
         let mut report = Report::default();
         for thread in self.threads {
@@ -245,18 +254,21 @@ impl Running {
         for active in &self.captures {
             let counters: Vec<_> = active.capture.counters().into_iter().filter(|(_, n)| *n > 0).collect();
             tracing::info!(cgroup = active.name, ?counters, "kernel counters");
-            let Some(pins) = &active.pins else { continue };
-            if active.on_failure == OnFailure::Open {
-                if let Err(e) = bpf::unpin(pins) {
-                    tracing::warn!("{e}");
+            active.tidy(|a| match (a.capture.owner(), a.on_failure) {
+                (Owner::Another, _) => {
+                    tracing::info!(cgroup = a.name, "another daemon has taken over");
+                    Ok(())
                 }
-            } else {
-                tracing::warn!(
-                    cgroup = active.name,
-                    "its captured connections are refused until the daemon is back (on_failure = \"closed\"); \
-                     `tunnel detach` ends the capture"
-                );
-            }
+                (_, OnFailure::Open) => a.pins.as_deref().map_or(Ok(()), bpf::unpin),
+                (_, OnFailure::Closed) => {
+                    tracing::warn!(
+                        cgroup = a.name,
+                        "its captured connections are refused until the daemon is back \
+                         (on_failure = \"closed\"); `tunnel detach` ends the capture"
+                    );
+                    Ok(())
+                }
+            });
         }
         let mut sums: Vec<(&'static str, u64)> = Vec::new();
         for counters in &self.counters {
@@ -308,7 +320,8 @@ pub fn run(config: Config) -> Result<(), Failure> {
 /// `tunnel detach`: ends the captures of a configuration, whether or not a daemon runs.
 pub fn detach(config: &Config) -> Result<(), Failure> {
     for capture in &config.captures {
-        if let Some(dir) = pin_dir(config, capture) {
+        if let Some(dir) = pin_dir(config, capture).filter(|dir| dir.exists()) {
+            let _lock = bpf::lock(&config.daemon.bpffs).map_err(bpf_failure)?;
             bpf::unpin(&dir).map_err(bpf_failure)?;
         }
     }
@@ -367,9 +380,6 @@ fn load(wanted: &config::Capture, config: &Config, fresh: Option<&Fresh>) -> Res
     })?;
     let (group, name) = group(&wanted.cgroup, fresh)?;
     let pins = pin_dir(config, wanted);
-    if pins.is_some() {
-        ensure_bpffs(&config.daemon.bpffs)?;
-    }
     let spec = Spec {
         mark: config.daemon.mark.get(),
         on_failure: match wanted.on_failure {
@@ -433,6 +443,11 @@ fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
 }
 
+fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
+    ensure_bpffs(bpffs)?;
+    bpf::lock(bpffs).map_err(bpf_failure)
+}
+
 /// Mounts a bpffs where the configuration says there is one and there is none.
 fn ensure_bpffs(path: &Path) -> Result<(), Failure> {
     /// `BPF_FS_MAGIC` of `linux/magic.h`.
@@ -466,6 +481,14 @@ fn ensure_bpffs(path: &Path) -> Result<(), Failure> {
 }
 
 impl ActiveCapture {
+    /// Does something to what is pinned, if anything is, while no other daemon does.
+    fn tidy(&self, work: impl FnOnce(&Self) -> Result<(), BpfError>) {
+        let Some(bpffs) = self.pins.as_deref().and_then(Path::parent).and_then(Path::parent) else { return };
+        if let Err(e) = bpf::lock(bpffs).and_then(|_lock| work(self)) {
+            tracing::warn!(cgroup = self.name, "{e}");
+        }
+    }
+
     /// Opens listeners in network namespaces of captured processes that have none yet.
     fn scan(&mut self, more: &[mpsc::Sender<CaptureSocket>], mark: u32) {
         if self.third_party {

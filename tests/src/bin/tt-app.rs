@@ -95,7 +95,8 @@ fn duplex(stream: &TcpStream, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Connects, then does what it is told by lines: "send" and "recv" exchange one byte, "read" reads on.
+/// Connects, then does what it is told by lines: "ping" exchanges one byte, "read" reads on, "peer" asks who
+/// the peer is, "connect" connects once more, "again" does so and exchanges one byte there.
 fn hold(addr: &str) -> Result<()> {
     let stream = open(addr)?;
     say("held=1");
@@ -103,6 +104,10 @@ fn hold(addr: &str) -> Result<()> {
         match line?.as_str() {
             "ping" => say(&format!("ping={}", result(ping(&stream)))),
             "read" => say(&format!("read={}", result(read_on(&stream)))),
+            "peer" => {
+                say(&format!("peer={}", stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())))
+            }
+            "again" => say(&format!("again={}", result(once(addr)))),
             "connect" => say(&format!("connect={}", result(TcpStream::connect(addr).map(drop)))),
             other => bail!("unknown: {other}"),
         }
@@ -462,13 +467,16 @@ fn reconnect(addr: &str) -> Result<()> {
     say("ready=1");
     for line in io::stdin().lines() {
         let _any = line?;
-        let outcome = TcpStream::connect(addr).and_then(|stream| {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            ping(&stream)
-        });
-        say(&format!("once={}", result(outcome)));
+        say(&format!("once={}", result(once(addr))));
     }
     Ok(())
+}
+
+/// A connection for one byte.
+fn once(addr: &str) -> io::Result<()> {
+    let stream = TcpStream::connect(addr)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    ping(&stream)
 }
 
 /// A proxy's first question: accepts one connection and asks where it wanted to go; then echoes.

@@ -297,11 +297,11 @@ impl Capture {
             .map(|m| std::os::unix::fs::MetadataExt::ino(&m))
             .map_err(|source| BpfError::Pin { path: dir.to_owned(), source })?;
         for (name, at) in PROGRAMS {
-            let path = dir.join(format!("link_{name}"));
+            let path = link_path(dir, name);
             let pin_error = |source| BpfError::Pin { path: path.clone(), source };
             let fd = program_fd(&self.ebpf, name)?;
             match sys::obj_get(&path) {
-                Ok(link) if sys::link_cgroup(link.as_fd()).map_err(pin_error)? == id => {
+                Ok(link) if sys::link_info(link.as_fd()).map_err(pin_error)?.cgroup == id => {
                     sys::link_update(link.as_fd(), fd.as_fd())
                         .map_err(|source| BpfError::Attach { name, source })?;
                     continue;
@@ -314,6 +314,37 @@ impl Capture {
             let link = sys::link_create(fd.as_fd(), cgroup, at)
                 .map_err(|source| BpfError::Attach { name, source })?;
             sys::obj_pin(link.as_fd(), &path).map_err(pin_error)?;
+        }
+        Ok(())
+    }
+
+    /// Whose programs are behind the pinned links.
+    pub fn owner(&self) -> Owner {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Owner::Nobody };
+        let behind =
+            sys::obj_get(&link_path(dir, names::CONNECT4)).and_then(|link| sys::link_info(link.as_fd()));
+        let ours = match self.ebpf.program(names::CONNECT4) {
+            Some(Program::CgroupSockAddr(p)) => p.info().map(|i| i.id()).ok(),
+            _ => None,
+        };
+        match behind {
+            Ok(link) if Some(link.program) == ours => Owner::Us,
+            Ok(_) => Owner::Another,
+            Err(_) => Owner::Nobody,
+        }
+    }
+
+    /// Captures no new connections; what is captured goes on, and still has its answers.
+    pub fn detach_connect(&self) -> Result<(), BpfError> {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
+        for name in [names::CONNECT4, names::CONNECT6] {
+            let path = link_path(dir, name);
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(BpfError::Pin { path, source });
+                }
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -357,6 +388,29 @@ pub type Probed = (&'static str, Result<(), BpfError>);
 pub fn probe() -> Result<Vec<Probed>, BpfError> {
     let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
     Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
+}
+
+/// Whose programs are attached through pinned links.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// This daemon's.
+    Us,
+    /// A later daemon's, which has adopted them.
+    Another,
+    /// There are none.
+    Nobody,
+}
+
+fn link_path(dir: &Path, program: &str) -> PathBuf {
+    dir.join(format!("link_{program}"))
+}
+
+/// Keeps other daemons from changing what is pinned in this bpffs, as long as the descriptor is open.
+pub fn lock(bpffs: &Path) -> Result<OwnedFd, BpfError> {
+    let pin_error = |source| BpfError::Pin { path: bpffs.to_owned(), source };
+    let dir = fs::File::open(bpffs).map_err(pin_error)?;
+    rustix::fs::flock(&dir, rustix::fs::FlockOperation::LockExclusive).map_err(|e| pin_error(e.into()))?;
+    Ok(dir.into())
 }
 
 /// Detaches a pinned capture: removes its links first, then its maps and the folder. What is not there is

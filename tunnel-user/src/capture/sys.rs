@@ -158,9 +158,17 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The cgroup a link is attached to (its inode number), as `struct bpf_link_info` tells; zero once that
-/// cgroup is gone.
-pub fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+/// What is known of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// The id of the program behind it.
+    pub program: u32,
+    /// The cgroup that it is attached to (its inode number); zero once that is gone.
+    pub cgroup: u64,
+}
+
+/// What `struct bpf_link_info` tells of a link to a cgroup.
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     #[repr(C)]
     struct Info {
         link_type: u32,
@@ -188,7 +196,7 @@ pub fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
             info: (&raw mut info) as u64,
         },
     )?;
-    Ok(info.cgroup_id)
+    Ok(LinkInfo { program: info.prog_id, cgroup: info.cgroup_id })
 }
 
 /// Takes an entry out of a hash map (Linux 5.14). `None` when it is not there.

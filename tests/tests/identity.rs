@@ -1,0 +1,200 @@
+//! Who is not who they have to be gets nothing: no byte passes, and the log names the check.
+
+use std::{fs, sync::Arc};
+
+use anyhow::{Result, ensure};
+use h2::client::SendRequest;
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+use tunnel_tests::{
+    Exec, Finished, Gateway, PATIENCE, TARGET4, Target, World,
+    dialogue::{ask, lines_with},
+    peer,
+    pki::{Credentials, GATEWAY_ID, NODE_ID},
+    target, wait_for,
+};
+
+/// The application is connected and reset, and nobody has come to the target.
+fn assert_no_byte_passes(exec: &Exec<'_>, target: &Target) -> Result<Finished> {
+    let done = exec.run_app(&["expect-reset", &target.addr().to_string(), "100"])?;
+    assert_eq!(done.value("connect")?, "ok", "{done}");
+    assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
+    assert_eq!(done.value("received")?, "0", "{done}");
+    assert_eq!(target.peers(), [], "{done}");
+    Ok(done)
+}
+
+/// A node with `credentials` does not get in; both logs say why.
+fn assert_client_refused(
+    world: &World,
+    gateway: &mut Gateway<'_>,
+    credentials: Credentials,
+    check: &str,
+) -> Result<()> {
+    let target = world.serve(TARGET4, target::echo())?;
+    let done = assert_no_byte_passes(&world.exec(gateway).credentials(credentials), &target)?;
+    let said = gateway.logs("not let in")?;
+    assert!(said.contains(&format!("failed the {check} check")), "{said}");
+    ensure!(done.stderr.contains("our certificate"), "the node does not say that it was its own: {done}");
+    Ok(())
+}
+
+/// A gateway with `credentials` gets nothing; the node's log says why.
+fn assert_gateway_refused(world: &World, credentials: Credentials, check: &str) -> Result<()> {
+    let gateway = world.gateway().credentials(credentials).start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let done = assert_no_byte_passes(&world.exec(&gateway), &target)?;
+    let wanted = format!("failed the {check} check");
+    assert!(!lines_with(&done.stderr, &["refused", &wanted]).is_empty(), "no \"{wanted}\" in {done}");
+    Ok(())
+}
+
+#[test]
+fn a_client_of_another_ca_is_not_let_in() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    // It believes ours, so that only the gateway has something to object to.
+    let stranger = world.stranger(NODE_ID)?.believing(&world.pki().ca());
+    assert_client_refused(&world, &mut gateway, stranger, "chain")
+}
+
+#[test]
+fn a_client_whose_certificate_has_expired_is_not_let_in() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let expired = world.pki().issue_expired("old", NODE_ID)?;
+    assert_client_refused(&world, &mut gateway, expired, "expiry")
+}
+
+#[test]
+fn a_client_with_the_wrong_san_is_not_let_in() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = world.gateway().flag("--verify", "spiffe://test.tunnel/ns/*/sa/web").start()?;
+    let node = world.pki().named("node");
+    assert_client_refused(&world, &mut gateway, node, "SAN")?;
+    let wanted = world.pki().issue("web", "spiffe://test.tunnel/ns/prod/sa/web", &[])?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let done =
+        world.exec(&gateway).credentials(wanted).run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+    assert!(done.success(), "who has the right one is let in: {done}");
+    Ok(())
+}
+
+#[test]
+fn a_client_without_a_certificate_is_not_let_in() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let config = without_certificate(&world.pki().named("node"))?;
+    let (addr, authority) = (gateway.addr(), target.addr().to_string());
+    let answered = world.net().block_on(|| async move {
+        // A client of TLS 1.3 has finished before the server has judged it (RFC 8446 section 4.4.2).
+        let (mut requests, connection) = peer::connect(addr, config).await?;
+        let driving = tokio::task::spawn_local(connection);
+        let answer = request(&mut requests, &authority).await;
+        let driven = driving.await?;
+        anyhow::Ok((answer.is_ok(), driven.is_ok()))
+    });
+    // Either the connection fails already, or nothing on it succeeds.
+    assert!(!matches!(answered, Ok((true, _) | (_, true))), "{answered:?}");
+    let said = gateway.logs("not let in")?;
+    assert!(said.contains("failed the presence check"), "{said}");
+    assert_eq!(target.peers(), []);
+    Ok(())
+}
+
+async fn request(requests: &mut SendRequest<bytes::Bytes>, authority: &str) -> Result<()> {
+    let (response, mut body) = requests.send_request(peer::connect_request(authority)?, false)?;
+    body.send_data("a secret".into(), false)?;
+    response.await?;
+    Ok(())
+}
+
+fn without_certificate(who: &Credentials) -> Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(&fs::read(&who.ca)?)?)?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
+}
+
+#[test]
+fn a_gateway_with_the_wrong_san_gets_no_byte() -> Result<()> {
+    let world = World::new()?;
+    let other = world.pki().issue("other", "spiffe://test.tunnel/imposter", &["--ip", "10.77.0.2"])?;
+    assert_gateway_refused(&world, other, "SAN")
+}
+
+#[test]
+fn a_gateway_of_another_ca_gets_no_byte() -> Result<()> {
+    let world = World::new()?;
+    // It believes ours, so that only the node has something to object to.
+    let stranger = world.stranger(GATEWAY_ID)?.believing(&world.pki().ca());
+    assert_gateway_refused(&world, stranger, "chain")
+}
+
+#[test]
+fn a_gateway_whose_certificate_has_expired_gets_no_byte() -> Result<()> {
+    let world = World::new()?;
+    let expired = world.pki().issue_expired("old", GATEWAY_ID)?;
+    assert_gateway_refused(&world, expired, "expiry")
+}
+
+#[test]
+fn without_verify_the_gateway_must_be_valid_for_the_address_that_was_dialled() -> Result<()> {
+    let world = World::new()?;
+    let elsewhere = world.pki().issue("elsewhere", GATEWAY_ID, &["--ip", "10.99.0.1"])?;
+    let gateway = world.gateway().credentials(elsewhere).start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let done = assert_no_byte_passes(&world.exec(&gateway).verify(None), &target)?;
+    assert!(done.stderr.contains("failed the SAN check"), "{done}");
+    Ok(())
+}
+
+#[test]
+fn new_connections_use_rotated_certificates_and_old_flows_go_on() -> Result<()> {
+    const ROTATED: &str = "spiffe://test.tunnel/node-rotated";
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let exec = world.exec(&gateway).flag("--log", "info");
+    let mut app = exec.spawn_app(&["hold", &target.addr().to_string()])?;
+    app.says("held=1")?;
+    assert_eq!(ask(app.process(), "ping")?, "ok");
+    gateway.logs(&format!("identity={NODE_ID}"))?;
+
+    world.pki().issue("node", ROTATED, &["--force"])?;
+    wait_for("the new identity", PATIENCE, || app.process().stderr().contains(ROTATED).then_some(()))?;
+    assert_eq!(ask(app.process(), "connect")?, "ok");
+    let log = gateway.logs(&format!("identity={ROTATED}"))?;
+    assert!(log.contains("tunnel accepted"), "{log}");
+    assert_eq!(ask(app.process(), "ping")?, "ok", "the old flow goes on");
+
+    // The gateway's own: a node that wants the new name finds it there, without a restart.
+    world.pki().issue("gateway", "spiffe://test.tunnel/gateway-rotated", &["--force"])?;
+    gateway.logs("identity=\"spiffe://test.tunnel/gateway-rotated\"")?;
+    let other = world.exec(&gateway).verify(Some("spiffe://test.tunnel/gateway-rotated"));
+    let done = other.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+    assert!(done.success(), "{done}");
+    assert_eq!(ask(app.process(), "ping")?, "ok", "the old flow goes on");
+    assert!(app.finish()?.success());
+    Ok(())
+}
+
+#[test]
+fn half_written_certificates_do_not_replace_good_ones() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let gw = world.pki().named("gateway");
+    let whole = fs::read(&gw.cert)?;
+    fs::write(&gw.cert, &whole[..whole.len() / 2])?;
+    gateway.logs("the old one stays in use")?;
+    let done = world.exec(&gateway).run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+    assert!(done.success(), "{done}");
+    Ok(())
+}

@@ -1,0 +1,357 @@
+//! `tunnel run`: a daemon, the captures that outlive it, and the daemon after it.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
+use tunnel_tests::{
+    Gateway, NetNs, PATIENCE, Process, TARGET4, Target, World,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
+    daemon::{Daemon, through},
+    dialogue::ask,
+    pki::GATEWAY_ID,
+    process, programs, target, wait_for,
+    world::{NET4, NODE4},
+};
+
+/// A node whose group is captured by a daemon.
+struct Node<'w> {
+    world: &'w World,
+    cgroup: Cgroup,
+    bpffs: BpfFs,
+}
+
+impl<'w> Node<'w> {
+    fn new(world: &'w World) -> Result<Self> {
+        Ok(Self { world, cgroup: Cgroup::new()?, bpffs: BpfFs::new(world)? })
+    }
+
+    /// `daemon` and `capture` are more keys of those sections.
+    fn config(&self, gateway: &Gateway<'_>, daemon: &str, capture: &str) -> String {
+        format!(
+            "[daemon]\n{}{daemon}\n{}[[capture]]\ncgroup = \"{}\"\n{capture}\n{}",
+            self.bpffs.toml(),
+            self.world.pki().named("node").toml(),
+            self.cgroup.path().display(),
+            through(gateway.addr(), GATEWAY_ID),
+        )
+    }
+
+    fn daemon(&self, config: &str) -> Result<Daemon> {
+        Daemon::start(self.world, self.world.node(), config)
+    }
+
+    /// An application in the group.
+    fn app(&self, words: &[&str]) -> Result<Process> {
+        self.app_on(self.world.node(), words)
+    }
+
+    fn app_on(&self, host: &NetNs, words: &[&str]) -> Result<Process> {
+        let mut command = host.command(programs::app()?);
+        command.args(words);
+        self.cgroup.adopt(&mut command)?;
+        Process::spawn_with_input("app", self.world.folder(), command)
+    }
+
+    /// An application in the group that has connected to `target` and exchanged a byte with it.
+    fn hold(&self, target: &Target) -> Result<Process> {
+        let mut app = self.app(&["hold", &target.addr().to_string()])?;
+        app.wait_for_line("held=1")?;
+        assert_eq!(ask(&mut app, "ping")?, "ok");
+        Ok(app)
+    }
+
+    /// What connect(2) says to an application in the group.
+    fn connect_error(&self, target: &Target) -> Result<String> {
+        let mut app = self.app(&["connect-error", &target.addr().to_string()])?;
+        let line = app.wait_for_line("connect=")?;
+        app.wait(PATIENCE)?;
+        Ok(line.trim_start_matches("connect=").to_owned())
+    }
+}
+
+fn detach(config: &Path) -> Result<String> {
+    process::output(Command::new(programs::tunnel()?).args(["detach", "--config"]).arg(config))
+}
+
+/// The kernel's counter of this name, as the daemon logs it at its end.
+fn counter(log: &str, name: &str) -> Option<u64> {
+    let (_, rest) = log.split_once(&format!("(\"{name}\", "))?;
+    rest.split_once(')')?.0.parse().ok()
+}
+
+#[test]
+fn the_daemons_own_connections_are_not_captured_although_it_runs_in_the_captured_group() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let config = world.file("inside.toml", node.config(&gateway, "", ""))?;
+    let mut command = world.node().command_ended_by(programs::tunnel()?, Signal::SIGTERM);
+    command.args(["run", "--config"]).arg(config);
+    node.cgroup.adopt(&mut command)?;
+    let mut daemon = Process::spawn("daemon", world.folder(), command)?;
+    daemon.wait_for_line("capturing")?;
+
+    let mut app = node.hold(&target)?;
+    assert_eq!(ask(&mut app, "peer")?, target.addr().to_string());
+    let seen = target.peers();
+    assert_eq!(seen.iter().map(|p| p.ip()).collect::<Vec<_>>(), [NET4], "it came through the gateway");
+    app.hang_up();
+    app.wait(PATIENCE)?;
+    daemon.stop()?;
+    let log = daemon.stderr();
+    assert_eq!(counter(&log, "captured"), Some(1), "{log}");
+    assert!(counter(&log, "own_sockets") >= Some(1), "{log}");
+    Ok(())
+}
+
+#[test]
+fn while_no_daemon_runs_captured_connections_are_refused_and_the_next_daemon_carries_them_again() -> Result<()>
+{
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let config = node.config(&gateway, "", "");
+    let mut daemon = node.daemon(&config)?;
+    let mut app = node.hold(&target)?;
+    let pinned = node.bpffs.pins();
+
+    daemon.process().kill()?;
+    assert_eq!(ask(&mut app, "read")?, "ECONNRESET", "a killed daemon is no clean end");
+    for _ in 0..3 {
+        assert_eq!(node.connect_error(&target)?, "ECONNREFUSED");
+    }
+    assert_eq!(node.bpffs.pins(), pinned);
+    // It would reach this one by itself: still nothing leaves in plaintext.
+    let near = world.serve(NET4, target::echo())?;
+    assert_eq!(node.connect_error(&near)?, "ECONNREFUSED");
+    assert_eq!(near.peers(), []);
+
+    let mut daemon = node.daemon(&config)?;
+    node.hold(&target)?;
+    assert_eq!(node.bpffs.pins(), pinned, "the pins were adopted");
+    daemon.process().stop()?;
+    assert_eq!(node.connect_error(&target)?, "ECONNREFUSED", "also after an orderly end");
+    Ok(())
+}
+
+#[test]
+fn with_on_failure_open_connections_go_out_as_if_there_were_no_capture_while_no_daemon_runs() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().allow("10.77.0.0/30").start()?;
+    let near = world.serve(NET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let config = node.config(&gateway, "", "on_failure = \"open\"");
+    let mut daemon = node.daemon(&config)?;
+    node.hold(&near)?;
+    let came_from =
+        |n: usize| wait_for("a connection", PATIENCE, || near.peers().get(n).map(std::net::SocketAddr::ip));
+    assert_eq!(came_from(0)?, NET4, "through the gateway");
+
+    daemon.process().kill()?;
+    let mut app = node.hold(&near)?;
+    assert_eq!(came_from(1)?, NODE4, "by itself");
+    assert_eq!(ask(&mut app, "peer")?, near.addr().to_string());
+
+    let mut daemon = node.daemon(&config)?;
+    node.hold(&near)?;
+    assert_eq!(came_from(2)?, NET4, "through the gateway again");
+    assert_eq!(ask(&mut app, "ping")?, "ok", "what went out by itself goes on by itself");
+    daemon.process().stop()?;
+    assert_eq!(node.bpffs.pins(), Vec::<std::path::PathBuf>::new(), "an orderly end ends an open capture");
+    node.hold(&near)?;
+    assert_eq!(came_from(3)?, NODE4, "by itself");
+    Ok(())
+}
+
+#[test]
+fn on_sigterm_established_flows_finish_and_new_connections_are_refused() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let mut daemon = node.daemon(&node.config(&gateway, "drain_timeout = \"60s\"", ""))?;
+    let mut app = node.hold(&target)?;
+    daemon.process().signal(Signal::SIGTERM)?;
+    daemon.process().wait_for_line("draining")?;
+    wait_for("new connections to be refused", PATIENCE, || {
+        (node.connect_error(&target).ok()? == "ECONNREFUSED").then_some(())
+    })?;
+    for _ in 0..3 {
+        assert_eq!(ask(&mut app, "ping")?, "ok");
+    }
+    assert_eq!(ask(&mut app, "peer")?, target.addr().to_string());
+    assert!(daemon.process().ended()?.is_none(), "it waits for the flow");
+    app.hang_up();
+    app.wait(PATIENCE)?;
+    // Long before drain_timeout.
+    assert!(daemon.process().wait(PATIENCE)?.success());
+    assert!(daemon.log().contains(" closed destination="), "{}", daemon.log());
+    Ok(())
+}
+
+#[test]
+fn flows_that_outlast_the_drain_timeout_are_reset_and_a_second_signal_does_not_wait_for_it() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    for (timeout, signals) in [("200ms", 1), ("10m", 2)] {
+        let node = Node::new(&world)?;
+        let mut daemon =
+            node.daemon(&node.config(&gateway, &format!("drain_timeout = \"{timeout}\""), ""))?;
+        let mut app = node.hold(&target)?;
+        for _ in 0..signals {
+            daemon.process().signal(Signal::SIGTERM)?;
+            daemon.process().wait_for_line("draining")?;
+        }
+        assert_eq!(ask(&mut app, "read")?, "ECONNRESET");
+        assert!(daemon.process().wait(PATIENCE)?.success());
+        assert!(daemon.log().contains("1 flows were reset at the drain deadline"), "{}", daemon.log());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kinds_of_flows_go_on()
+-> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    for on_failure in ["closed", "open"] {
+        let node = Node::new(&world)?;
+        let capture = format!("on_failure = \"{on_failure}\"");
+        let config = node.config(&gateway, "drain_timeout = \"60s\"", &capture);
+        let mut old = node.daemon(&config)?;
+        let mut before = node.hold(&target)?;
+        old.process().signal(Signal::SIGTERM)?;
+        old.process().wait_for_line("draining")?;
+        let new = node.daemon(&config)?;
+        let mut after = node.hold(&target)?;
+        for app in [&mut before, &mut after] {
+            assert_eq!(ask(app, "ping")?, "ok");
+            assert_eq!(ask(app, "peer")?, target.addr().to_string(), "{on_failure}");
+        }
+        before.hang_up();
+        before.wait(PATIENCE)?;
+        assert!(old.process().wait(PATIENCE)?.success());
+        // The end of the old one took nothing from the new one.
+        assert_eq!(ask(&mut after, "again")?, "ok", "{on_failure}");
+        let carried = new.log().lines().filter(|l| l.contains(" closed destination=")).count();
+        assert_eq!(carried, 1, "{on_failure}: {}", new.log());
+    }
+    Ok(())
+}
+
+#[test]
+fn detach_leaves_no_pins_and_connections_go_their_own_way() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let mut daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    assert!(!node.bpffs.pins().is_empty());
+    daemon.process().stop()?;
+    assert_eq!(node.connect_error(&target)?, "ECONNREFUSED");
+    detach(daemon.config())?;
+    assert_eq!(node.bpffs.pins(), Vec::<std::path::PathBuf>::new());
+    // The node has no route: it is the kernel's own answer.
+    assert_eq!(node.connect_error(&target)?, "ENETUNREACH");
+    // A second time there is nothing to do, which is no mistake.
+    detach(daemon.config())?;
+    Ok(())
+}
+
+#[test]
+fn a_process_of_another_network_namespace_in_the_group_is_captured_too() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    // It has no network at all, but its own loopback.
+    let pod = NetNs::new("pod")?;
+    let node = Node::new(&world)?;
+    let mut daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    let mut app = node.app_on(&pod, &["reconnect", &target.addr().to_string()])?;
+    app.wait_for_line("ready=1")?;
+    daemon.process().wait_for_line("capturing in a network namespace")?;
+    for _ in 0..10 {
+        assert_eq!(ask(&mut app, "once")?, "ok");
+    }
+    let seen = target.peers();
+    assert!(seen.len() == 10 && seen.iter().all(|p| p.ip() == NET4), "{seen:?}");
+    // Beside it the daemon's own namespace goes on.
+    node.hold(&target)?;
+    Ok(())
+}
+
+#[test]
+fn a_namespace_that_appears_later_is_refused_for_a_moment_and_never_left_in_plaintext() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let _daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    let pod = NetNs::new("pod")?;
+    let mut app = node.app_on(&pod, &["reconnect", &target.addr().to_string()])?;
+    let mut said = Vec::new();
+    wait_for("a connection", Duration::from_secs(5), || {
+        let outcome = ask(&mut app, "once").context("the application").ok()?;
+        said.push(outcome.clone());
+        (outcome == "ok").then_some(())
+    })?;
+    said.pop();
+    assert!(said.iter().all(|s| s == "ECONNREFUSED"), "{said:?}");
+    Ok(())
+}
+
+#[test]
+fn a_daemon_without_privilege_ends_with_77_and_one_with_five_mistakes_with_64() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let node = Node::new(&world)?;
+    let run = |program: &Path, config: &Path, as_nobody: bool| -> Result<std::process::Output> {
+        let mut command = Command::new(if as_nobody { Path::new("setpriv") } else { program });
+        if as_nobody {
+            command.args(["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]).arg(program);
+        }
+        Ok(command.args(["run", "--config"]).arg(config).output()?)
+    };
+    // Where nobody may read.
+    let open = tempfile::tempdir()?;
+    let program = open.path().join("tunnel");
+    std::fs::copy(programs::tunnel()?, &program)?;
+    let copies = world.pki().named("node");
+    for (from, to) in [(&copies.cert, "node.pem"), (&copies.key, "node-key.pem"), (&copies.ca, "ca.pem")] {
+        std::fs::copy(from, open.path().join(to))?;
+        process::output(Command::new("chmod").arg("644").arg(open.path().join(to)))?;
+    }
+    process::output(Command::new("chmod").arg("755").arg(open.path()))?;
+    let own = node.config(&gateway, "", "");
+    let (_, rest) = own.split_once("[[capture]]").context("it has a capture")?;
+    let config = open.path().join("agent.toml");
+    let identity = "[identity]\ncert = \"node.pem\"\nkey = \"node-key.pem\"\nca = \"ca.pem\"\n";
+    std::fs::write(&config, format!("{identity}[[capture]]{rest}"))?;
+    let output = run(&program, &config, true)?;
+    assert_eq!(output.status.code(), Some(77), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("CAP_NET_ADMIN") && said.contains("CAP_BPF"), "{said}");
+
+    let wrong = "[daemon]\nworkers = 0\n[[capture]]\ncgroup = \"/a\"\ninclude = [\"10.0.0.1/8\"]\n\
+                 onfailure = \"open\"\n[[route]]\nto = [{ upstream = \"east\" }]\n[[listener]]\naddress = \"here\"\n";
+    let config = world.file("wrong.toml", wrong)?;
+    let output = run(&programs::tunnel()?, &config, false)?;
+    assert_eq!(output.status.code(), Some(64), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    for mistake in [
+        ":2:11: daemon.workers",
+        ":5:12: capture.include[0]",
+        ":6:1: capture.onfailure",
+        ":8:20: route.to[0].upstream",
+        ":10:11: listener.address",
+    ] {
+        assert!(said.lines().any(|l| l.contains(mistake)), "no {mistake} in:\n{said}");
+    }
+    Ok(())
+}
