@@ -6,6 +6,7 @@
 
 use std::{
     cell::Cell,
+    collections::HashMap,
     io,
     net::SocketAddr,
     rc::Rc,
@@ -89,6 +90,14 @@ pub struct CaptureSocket {
     pub flows: FlowTable,
 }
 
+/// News about network namespaces.
+pub enum More {
+    /// One has appeared.
+    Listen(CaptureSocket),
+    /// One has gone: its listeners, by its cookie, keep it alive.
+    Forget(u64),
+}
+
 /// A listener for CONNECT requests, for one worker.
 pub struct ConnectSocket {
     /// The listening socket.
@@ -105,8 +114,8 @@ pub struct Start {
     pub shared: Arc<Shared>,
     /// Its own counters.
     pub counters: Arc<Counters>,
-    /// Capture listeners opened later, for namespaces that appear.
-    pub more: mpsc::Receiver<CaptureSocket>,
+    /// Namespaces that appear and go later.
+    pub more: mpsc::Receiver<More>,
     /// Capture listeners.
     pub captures: Vec<CaptureSocket>,
     /// CONNECT listeners.
@@ -163,9 +172,12 @@ async fn work(start: Start) -> io::Result<Report> {
     });
     let flows = Rc::new(Tasks::default());
     let accepting = Tasks::default();
+    let mut capturing: HashMap<u64, Tasks> = HashMap::new();
     for capture in captures {
-        let accept = Accept::new(capture.socket, capture.netns, capture.flows)?;
-        accepting.spawn(accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows)));
+        let netns = capture.netns;
+        let accept = Accept::new(capture.socket, netns, capture.flows)?;
+        let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+        capturing.entry(netns).or_default().spawn(accept);
     }
     for listener in listeners {
         let socket = TcpListener::from_std(listener.socket.into())?;
@@ -181,18 +193,26 @@ async fn work(start: Start) -> io::Result<Report> {
     loop {
         tokio::select! {
             () = watch.draining() => break,
-            Some(capture) = more.recv() => {
-                match Accept::new(capture.socket, capture.netns, capture.flows) {
-                    Ok(accept) => {
-                        accepting.spawn(accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows)));
+            Some(news) = more.recv() => match news {
+                More::Listen(CaptureSocket { socket, netns, flows: table }) => {
+                    match Accept::new(socket, netns, table) {
+                        Ok(accept) => {
+                            let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+                            capturing.entry(netns).or_default().spawn(accept);
+                        }
+                        Err(e) => tracing::error!("a capture listener could not be used: {e}"),
                     }
-                    Err(e) => tracing::error!("a capture listener could not be used: {e}"),
                 }
-            }
+                More::Forget(netns) => drop(capturing.remove(&netns)),
+            },
         }
     }
-    // Closes the listeners: the kernel programs see it at once.
     drop(accepting);
+    // These take what is waiting, and end. The kernel programs see at once that a listener is closed.
+    for tasks in capturing.values() {
+        let _late = timeout(STOP_PATIENCE, tasks.ended()).await;
+    }
+    drop(capturing);
     let drained = async {
         tokio::select! {
             _ = timeout(worker.shared.drain_timeout, flows.ended()) => {}
@@ -217,10 +237,22 @@ async fn work(start: Start) -> io::Result<Report> {
     Ok(Report { records, dropped, connections_opened })
 }
 
-/// Accepts until it is dropped.
+/// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
+/// that they are connected.
 async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
+    let mut watch = worker.watch.clone();
+    let mut draining = false;
     loop {
-        match accept.next().await {
+        let accepted = tokio::select! {
+            biased;
+            accepted = accept.next() => accepted,
+            () = watch.draining(), if !draining => {
+                draining = true;
+                continue;
+            }
+            () = std::future::ready(()), if draining => return,
+        };
+        match accepted {
             Ok(Some(captured)) => match worker.admit() {
                 Some(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
                 None => crate::relay::abort_on_close(&captured.stream),
