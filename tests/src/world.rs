@@ -24,6 +24,7 @@ use crate::{
     netns::NetNs,
     pki::{Credentials, GATEWAY_ID, NODE_ID, Pki},
     target::{Handler, Target},
+    wait::{PATIENCE, wait_for},
 };
 
 /// The node's end of the cable.
@@ -76,7 +77,10 @@ impl World {
         net.ip(&format!(
             "route replace local {TARGET4} dev lo table local proto kernel scope host src {NET4}"
         ))?;
-        net.ip(&format!("-6 route delete local {TARGET6} dev lo table local"))?;
+        // The kernel makes this route when it gets around to it (addrconf_dad_work).
+        wait_for("the kernel's route to an IPv6 address of its own", PATIENCE, || {
+            net.ip(&format!("-6 route delete local {TARGET6} dev lo table local")).ok()
+        })?;
         net.ip(&format!("-6 route add local {TARGET6} dev lo table local src {NET6}"))?;
         net.add_hole("10.201.0.0/24", BLACKHOLE)?;
         let pki = Pki::new(&folder.path().join("pki"))?;

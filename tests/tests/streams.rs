@@ -2,8 +2,16 @@
 //!
 //! End, reset and abort are three things; each arrives as what it was.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
 use anyhow::Result;
-use tunnel_tests::{BLACKHOLE, Finished, NOWHERE, TARGET4, World, target};
+use tunnel_tests::{
+    BLACKHOLE, Finished, NOWHERE, TARGET4, World,
+    target::{self, Gate},
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -52,12 +60,31 @@ fn a_target_that_answers_after_the_applications_end_is_heard() -> Result<()> {
 fn an_application_that_answers_after_the_targets_end_is_heard() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
-    for bytes in [0, 1, 300_000] {
+    // The last ones are the ones that a process that ends too early would take along.
+    for bytes in [0, 1, 300_000, 300_000, 300_000, 4 * MIB] {
         let target = world.serve(TARGET4, target::end_then_listen(bytes))?;
         let addr = target.addr().to_string();
         let done = world.exec(&gateway).run_app(&["hear-end-first", &addr, &bytes.to_string()])?;
         assert!(done.success(), "{bytes} bytes: {done}");
         assert_eq!(target.outcomes(1)?, [Ok(())], "{bytes} bytes");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_command_wrote_before_it_ended_arrives() -> Result<()> {
+    const BYTES: u64 = 8 * MIB;
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    for _ in 0..5 {
+        let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
+        let target = world.serve(TARGET4, target::slow_reader(&gate, &read))?;
+        gate.open();
+        let done =
+            world.exec(&gateway).run_app(&["write", &target.addr().to_string(), &BYTES.to_string()])?;
+        assert!(done.success(), "{done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "{} bytes arrived: {done}", read.load(Ordering::Relaxed));
+        assert_eq!(read.load(Ordering::Relaxed), BYTES);
     }
     Ok(())
 }

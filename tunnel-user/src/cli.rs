@@ -187,11 +187,17 @@ impl ExecArgs {
 #[command(after_help = "\
 Examples:
   tunnel run --config /etc/tunnel/agent.toml
-  tunnel run --config gateway.toml --log debug --log-format json")]
+  tunnel run --config gateway.toml --log debug --log-format json
+  tunnel run --config /etc/tunnel/agent.toml --takeover")]
 pub struct RunArgs {
     /// The configuration file.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
+    /// Replace the daemon that runs with the same configuration file, without refusing a connection.
+    ///
+    /// Its listeners pass to the new daemon with the connections that wait in them; then it drains.
+    #[arg(long)]
+    pub takeover: bool,
 }
 
 /// What `tunnel detach` is told.

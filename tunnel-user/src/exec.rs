@@ -78,11 +78,13 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
             .map_err(|e| os("signals", e.into()))?;
         // SAFETY: the descriptor is the signalfd's own, and stays open and the same as long as it lives.
         let signals = unsafe { AsyncFd::register(signals) }.map_err(|e| os("signals", e.into()))?;
-        let mut running = app::start(config, Some(&group), records)?;
+        let start = app::Options { group: Some(&group), keep_records: records, ..Default::default() };
+        let mut running = app::start(config, start)?;
+        let mut rings = running.rings();
         let status = match spawn(&options.command, &group, before) {
             Ok(mut child) => tokio::select! {
                 status = wait(&mut child, &signals) => status.map_err(|e| os("waiting for the command", e))?,
-                () = running.watch_captures() => return Err(Failure::Other(Cause::new("the capture ended", ""))),
+                () = running.watch_captures(&mut rings) => return Err(Failure::Other(Cause::new("the capture ended", ""))),
             },
             Err(failed) => {
                 running.stop();

@@ -22,6 +22,7 @@ pub mod relay;
 pub mod route;
 pub mod signal;
 pub mod stats;
+pub mod takeover;
 pub mod telemetry;
 pub mod transport;
 pub mod tunnel;

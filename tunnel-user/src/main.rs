@@ -43,8 +43,9 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
                 exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
             exec::run(config, &options)
         }
-        Command::Run(args) => app::run(Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
-        Command::Gateway(args) => app::run(args.to_config()).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => app::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
+            .map(|()| ExitCode::SUCCESS),
+        Command::Gateway(args) => app::run(args.to_config(), None, false).map(|()| ExitCode::SUCCESS),
         Command::Detach(args) => app::detach(&Config::load(&args.config)?).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => diagnose(args.json),
         Command::Config(command) => config(command),

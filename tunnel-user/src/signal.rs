@@ -1,18 +1,29 @@
 //! Signals that this process receives.
 //!
-//! Enters: what the kernel delivers. Leaves: the one that ends the daemon. Invariant: a second one does
-//! not wait for anything. It never handles what a command in the foreground should get.
+//! Enters: what the kernel delivers. Leaves: the one that ends the daemon. Invariant: from the moment that
+//! it is made, none is lost. It never handles what a command in the foreground should get.
 
 use std::io;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Waits for SIGTERM or SIGINT, and says which.
-pub async fn terminate() -> io::Result<&'static str> {
-    let mut term = signal(SignalKind::terminate())?;
-    let mut int = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = term.recv() => Ok("SIGTERM"),
-        _ = int.recv() => Ok("SIGINT"),
+/// SIGTERM and SIGINT.
+pub struct Terminate {
+    term: Signal,
+    int: Signal,
+}
+
+impl Terminate {
+    /// Catches them from now on, in a runtime.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for the next one, and says which it was.
+    pub async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
+        }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::{
     cell::Cell,
+    collections::HashMap,
     io,
     net::SocketAddr,
     rc::Rc,
@@ -31,7 +32,7 @@ use crate::{
         bpf::FlowTable,
     },
     dial::{self, DialError},
-    drain::{Tasks, Watch},
+    drain::{self, Phase, Tasks, Watch},
     flow::{ClientAddr, Identity, PeerAddr, Target},
     listener::{
         h2::{self as h2_listener, Incoming},
@@ -54,7 +55,7 @@ const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 const HANDSHAKES_MAX: usize = 256;
 /// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
 const TUNNELS_MAX: usize = 4096;
-/// How long flows that were told to end may take for it.
+/// How long flows that were told to end, and connections that are closed, may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What all workers share; nothing in it changes.
@@ -89,6 +90,14 @@ pub struct CaptureSocket {
     pub flows: FlowTable,
 }
 
+/// News about network namespaces.
+pub enum More {
+    /// One has appeared.
+    Listen(CaptureSocket),
+    /// One has gone: its listeners, by its cookie, keep it alive.
+    Forget(u64),
+}
+
 /// A listener for CONNECT requests, for one worker.
 pub struct ConnectSocket {
     /// The listening socket.
@@ -105,8 +114,8 @@ pub struct Start {
     pub shared: Arc<Shared>,
     /// Its own counters.
     pub counters: Arc<Counters>,
-    /// Capture listeners opened later, for namespaces that appear.
-    pub more: mpsc::Receiver<CaptureSocket>,
+    /// Namespaces that appear and go later.
+    pub more: mpsc::Receiver<More>,
     /// Capture listeners.
     pub captures: Vec<CaptureSocket>,
     /// CONNECT listeners.
@@ -140,6 +149,8 @@ struct Worker {
     trace: Trace,
     active: Cell<usize>,
     watch: Watch,
+    /// Told when the flows that are left are to end.
+    stop: Watch,
 }
 
 async fn work(start: Start) -> io::Result<Report> {
@@ -148,6 +159,7 @@ async fn work(start: Start) -> io::Result<Report> {
         Some(tls) => shared.upstreams.iter().map(|s| Upstream::new(s.clone(), Arc::clone(tls))).collect(),
         None => Vec::new(),
     };
+    let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
         shared,
@@ -156,12 +168,16 @@ async fn work(start: Start) -> io::Result<Report> {
         trace: Trace::default(),
         active: Cell::default(),
         watch: watch.clone(),
+        stop: stopped,
     });
     let flows = Rc::new(Tasks::default());
     let accepting = Tasks::default();
+    let mut capturing: HashMap<u64, Tasks> = HashMap::new();
     for capture in captures {
-        let accept = Accept::new(capture.socket, capture.netns, capture.flows)?;
-        accepting.spawn(accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows)));
+        let netns = capture.netns;
+        let accept = Accept::new(capture.socket, netns, capture.flows)?;
+        let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+        capturing.entry(netns).or_default().spawn(accept);
     }
     for listener in listeners {
         let socket = TcpListener::from_std(listener.socket.into())?;
@@ -177,18 +193,26 @@ async fn work(start: Start) -> io::Result<Report> {
     loop {
         tokio::select! {
             () = watch.draining() => break,
-            Some(capture) = more.recv() => {
-                match Accept::new(capture.socket, capture.netns, capture.flows) {
-                    Ok(accept) => {
-                        accepting.spawn(accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows)));
+            Some(news) = more.recv() => match news {
+                More::Listen(CaptureSocket { socket, netns, flows: table }) => {
+                    match Accept::new(socket, netns, table) {
+                        Ok(accept) => {
+                            let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+                            capturing.entry(netns).or_default().spawn(accept);
+                        }
+                        Err(e) => tracing::error!("a capture listener could not be used: {e}"),
                     }
-                    Err(e) => tracing::error!("a capture listener could not be used: {e}"),
                 }
-            }
+                More::Forget(netns) => drop(capturing.remove(&netns)),
+            },
         }
     }
-    // Closes the listeners: the kernel programs see it at once.
     drop(accepting);
+    // These take what is waiting, and end. The kernel programs see at once that a listener is closed.
+    for tasks in capturing.values() {
+        let _late = timeout(STOP_PATIENCE, tasks.ended()).await;
+    }
+    drop(capturing);
     let drained = async {
         tokio::select! {
             _ = timeout(worker.shared.drain_timeout, flows.ended()) => {}
@@ -199,17 +223,36 @@ async fn work(start: Start) -> io::Result<Report> {
     if worker.active.get() > 0 {
         tracing::warn!("{} flows were reset at the drain deadline", worker.active.get());
     }
-    flows.abort_all();
+    stop.enter(Phase::Stop);
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
+    // What the flows have handed over is not on the wire yet.
+    let _closed = timeout(STOP_PATIENCE, async {
+        for upstream in &worker.upstreams {
+            upstream.close().await;
+        }
+    })
+    .await;
     let (records, dropped) = worker.records.take();
     let connections_opened = worker.upstreams.iter().map(Upstream::connections_opened).sum();
     Ok(Report { records, dropped, connections_opened })
 }
 
-/// Accepts until it is dropped.
+/// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
+/// that they are connected.
 async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
+    let mut watch = worker.watch.clone();
+    let mut draining = false;
     loop {
-        match accept.next().await {
+        let accepted = tokio::select! {
+            biased;
+            accepted = accept.next() => accepted,
+            () = watch.draining(), if !draining => {
+                draining = true;
+                continue;
+            }
+            () = std::future::ready(()), if draining => return,
+        };
+        match accepted {
             Ok(Some(captured)) => match worker.admit() {
                 Some(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
                 None => crate::relay::abort_on_close(&captured.stream),
@@ -332,16 +375,25 @@ impl Worker {
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, sink: Sink, mut record: Record, started: Instant) {
         let meter = Meter::default();
-        let outcome = match sink {
-            Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
-            Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+        let relayed = async {
+            match sink {
+                Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
+                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+            }
+        };
+        let mut stop = self.stop.clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = relayed => outcome,
+            // Both legs are dropped before their ends: both are reset.
+            () = stop.stopping() => Outcome::Stopped,
         };
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
         record.outcome = outcome.to_string();
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
-        if let Outcome::Reset(..) = outcome {
+        if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }
         self.book(record, started);

@@ -54,6 +54,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["half-close", addr, bytes] => half_close(&open(addr)?, bytes.parse()?),
         ["hear-end-first", addr, bytes] => hear_end_first(&open(addr)?, bytes.parse()?),
         ["expect-reset", addr, bytes] => expect_reset(addr, bytes.parse()?),
+        ["write", addr, bytes] => Ok(UP.send(&mut &open(addr)?, bytes.parse()?)?),
         ["reset", addr, bytes] => reset_after(&open(addr)?, bytes.parse()?),
         ["names", addr] => names(&open(addr)?),
         ["connect-error", addr] => connect_error(addr.parse()?),
@@ -235,9 +236,13 @@ fn expect_reset(addr: &str, bytes: u64) -> Result<()> {
     println!("connect=ok");
     stream.set_read_timeout(Some(PATIENCE))?;
     let (mut from, mut to) = (&stream, &stream);
-    println!("send={}", result(UP.send(&mut to, bytes)));
+    let sent = UP.send(&mut to, bytes);
     let mut received = 0;
     let ended = loop {
+        if sent.is_err() {
+            // An error is reported once: a read would not see it again.
+            break sent;
+        }
         match from.read(&mut [0; 4096]) {
             Ok(0) => break Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => received += n,

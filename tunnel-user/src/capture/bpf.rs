@@ -241,26 +241,31 @@ impl Capture {
         let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
         let counters =
             PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
-        let mut capture = Self {
+        Ok(Self {
             ebpf,
             lifetime: spec.lifetime.clone(),
             listeners: Mutex::new(listeners),
             flows: FlowTable(Arc::new(flows_fd)),
             sweeper,
             counters,
-        };
-        capture.forget_dead_listeners()?;
-        Ok(capture)
+        })
     }
 
-    /// Listeners that an earlier daemon left in an adopted map: their processes are gone.
-    fn forget_dead_listeners(&mut self) -> Result<(), BpfError> {
-        let map_ = self.listeners.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let stale: Vec<u64> = map_.keys().filter_map(Result::ok).collect();
-        for netns in stale {
+    /// Forgets every listener but those of these namespaces: what an earlier daemon left in an adopted map.
+    /// Until then they harm nobody, since a listener that is not alive is not used.
+    pub fn keep_listeners(&self, netns_cookies: &[u64]) -> Result<(), BpfError> {
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: Vec<u64> = map_.keys().filter_map(Result::ok).collect();
+        for netns in all.into_iter().filter(|netns| !netns_cookies.contains(netns)) {
             map_.remove(&netns).map_err(map(names::LISTENERS))?;
         }
         Ok(())
+    }
+
+    /// Forgets the listener of a namespace: its connections are refused from now on.
+    pub fn remove_listener(&self, netns_cookie: u64) -> Result<(), BpfError> {
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        map_.remove(&netns_cookie).map_err(map(names::LISTENERS))
     }
 
     /// Says where connections of one network namespace go. May be called while attached.

@@ -48,13 +48,18 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
 
 /// Listening sockets that share one address, one for each worker. Port 0 is the same port for all.
 /// Fails where another process listens already, although the address could be shared with it too.
-pub fn listen(mut addr: SocketAddr, workers: usize, mark: Mark) -> io::Result<Vec<Socket>> {
+pub fn listen(addr: SocketAddr, workers: usize, mark: Mark) -> io::Result<Vec<Socket>> {
     if addr.port() != 0 {
         let alone = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
         alone.set_reuse_address(true)?;
         alone.bind(&addr.into())?;
     }
-    (0..workers)
+    listen_beside(addr, workers, mark)
+}
+
+/// The same, beside sockets that listen there already.
+pub fn listen_beside(mut addr: SocketAddr, count: usize, mark: Mark) -> io::Result<Vec<Socket>> {
+    (0..count)
         .map(|_| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_nonblocking(true)?;

@@ -4,31 +4,31 @@
 //! binds, loads and verifies everything before it attaches to a cgroup, and attaches last. Only this file
 //! wires rooms together.
 
+mod captures;
+
 use std::{
-    collections::HashMap,
-    fs,
     future::poll_fn,
     io,
     net::SocketAddr,
-    os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
+    os::unix::net::UnixStream,
+    path::Path,
     sync::Arc,
     task::Poll,
     thread,
     time::{Duration, Instant},
 };
 
+use socket2::{Domain, Socket, Type};
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
+use self::captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir};
 use crate::{
     capture::{
-        accept::{self, Sockets},
-        bpf::{self, BpfError, Capture, Lifetime, Owner, Spec},
-        cgroup::{self, CgroupError, Fresh, Hierarchy},
+        bpf::{self, Owner},
+        cgroup::Fresh,
         ring::Wake,
-        rules::{self, Pattern},
     },
-    config::{self, AddrPattern, CgroupRef, Config, OnFailure},
+    config::{self, Config, OnFailure},
     drain::{self, Phase, Trigger},
     exit::{Cause, Failure},
     limits,
@@ -36,14 +36,15 @@ use crate::{
     policy::Policies,
     privileges,
     route::Router,
-    signal,
+    signal::Terminate,
     stats::Counters,
+    takeover::{self, Listeners, Offer, TakeoverError},
     transport::{
         store::{self, TlsStore},
         tcp,
     },
     tunnel::{self, pool},
-    worker::{self, CaptureSocket, ConnectSocket, Report, Shared, Start},
+    worker::{self, CaptureSocket, ConnectSocket, More, Report, Shared, Start},
 };
 
 /// New namespaces that a worker has not taken up yet.
@@ -61,25 +62,28 @@ pub struct Running {
     threads: Vec<thread::JoinHandle<io::Result<Report>>>,
     counters: Vec<Arc<Counters>>,
     captures: Vec<ActiveCapture>,
-    more: Vec<mpsc::Sender<CaptureSocket>>,
+    more: Vec<mpsc::Sender<More>>,
     mark: u32,
     addresses: Vec<SocketAddr>,
+    /// The CONNECT listeners by the address that is configured, for a daemon that replaces this one.
+    listeners: Vec<(SocketAddr, Vec<Socket>)>,
     _watch: Option<store::Watch>,
 }
 
-struct ActiveCapture {
-    capture: Capture,
-    group: OwnedFd,
-    name: String,
-    on_failure: OnFailure,
-    pins: Option<PathBuf>,
-    /// Network namespaces (by inode) that have listeners, and those that could not have any.
-    namespaces: HashMap<u64, bool>,
-    third_party: bool,
+/// What a start needs besides the configuration.
+#[derive(Default)]
+pub struct Options<'a> {
+    /// The group that [`config::CgroupRef::Fresh`] means.
+    pub group: Option<&'a Fresh>,
+    /// Whether records of flows are kept, for [`Running::stop`] to return.
+    pub keep_records: bool,
+    /// Sockets of a daemon that this one replaces: used where their addresses are configured.
+    pub taken: Listeners,
 }
 
-/// Binds, loads, starts the workers, and attaches. `fresh` is the group that [`CgroupRef::Fresh`] means.
-pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Result<Running, Failure> {
+/// Binds, loads, starts the workers, and attaches.
+pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
+    let Options { keep_records, mut taken, .. } = options;
     if !config.captures.is_empty() {
         privileges::require_for_capture()?;
     }
@@ -93,13 +97,15 @@ pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Resul
     let watch = tls.as_ref().map(watch_identity).transpose()?;
 
     let mut addresses = Vec::new();
+    let mut kept_listeners = Vec::new();
     let mut listeners: Vec<Vec<ConnectSocket>> = (0..workers).map(|_| Vec::new()).collect();
     for listener in &config.listeners {
         let Some(tls) = &tls else { return Err(no_identity()) };
-        let sockets = tcp::listen(listener.address, workers, socket_mark)
-            .map_err(|e| cannot_listen(listener.address, &e))?;
+        let sockets = listen(listener.address, workers, socket_mark, &mut taken)?;
         let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket());
         addresses.push(bound.unwrap_or(listener.address));
+        let kept: io::Result<Vec<_>> = sockets.iter().map(Socket::try_clone).collect();
+        kept_listeners.push((listener.address, kept.map_err(|e| cannot_listen(listener.address, &e))?));
         let settings = Arc::new(h2_listener::Settings {
             tls: Arc::clone(tls),
             check: listener.check(),
@@ -108,9 +114,13 @@ pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Resul
             keepalive_interval: LISTENER_KEEPALIVE.0,
             keepalive_timeout: LISTENER_KEEPALIVE.1,
         });
-        for (own, socket) in listeners.iter_mut().zip(sockets) {
+        for (i, socket) in sockets.into_iter().enumerate() {
             let dial_timeout = listener.dial_timeout;
-            own.push(ConnectSocket { socket, settings: Arc::clone(&settings), dial_timeout });
+            listeners[i % workers].push(ConnectSocket {
+                socket,
+                settings: Arc::clone(&settings),
+                dial_timeout,
+            });
         }
     }
 
@@ -120,15 +130,9 @@ pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Resul
     let mut captures = Vec::new();
     let mut sockets: Vec<Vec<CaptureSocket>> = (0..workers).map(|_| Vec::new()).collect();
     for wanted in &config.captures {
-        let mut active = load(wanted, &config, fresh)?;
-        if let Some(proxy) = wanted.proxy {
-            active.capture.set_listener(own_netns_cookie()?, proxy_listener(proxy)).map_err(bpf_failure)?;
-        } else {
-            let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
-            active.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), true);
-            for (own, socket) in sockets.iter_mut().zip(hand_out(&active.capture, opened)?) {
-                own.extend(socket);
-            }
+        let mut active = captures::load(wanted, &config, options.group)?;
+        for (own, socket) in sockets.iter_mut().zip(active.listen_here(wanted, workers, mark)?) {
+            own.extend(socket);
         }
         captures.push(active);
     }
@@ -153,6 +157,7 @@ pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Resul
         more: Vec::new(),
         mark,
         addresses,
+        listeners: kept_listeners,
         _watch: watch,
     };
     for (i, (captures, listeners)) in sockets.into_iter().zip(listeners).enumerate() {
@@ -174,10 +179,17 @@ pub fn start(config: Config, fresh: Option<&Fresh>, keep_records: bool) -> Resul
     // Last: from here on connections are captured.
     for active in &mut running.captures {
         active.scan(&running.more, running.mark);
-        active.capture.attach(active.group.as_fd()).map_err(bpf_failure)?;
+        active.attach()?;
         tracing::info!(cgroup = active.name, "capturing");
     }
     Ok(running)
+}
+
+/// Rings that the kernel programs of all captures write to.
+pub struct Rings {
+    logs: Vec<aya_log::EbpfLogger<&'static dyn log::Log>>,
+    events: Vec<aya::maps::RingBuf<aya::maps::MapData>>,
+    wakes: Vec<Wake>,
 }
 
 impl Running {
@@ -186,16 +198,20 @@ impl Running {
         &self.addresses
     }
 
-    /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
-    pub async fn watch_captures(&mut self) {
-        let mut logs: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_log()).collect();
-        let mut events: Vec<_> =
-            self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
+    /// What the kernel programs write to, once.
+    pub fn rings(&mut self) -> Rings {
+        let logs: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_log()).collect();
+        let events: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
         let wakes = logs.iter().map(Wake::new).chain(events.iter().map(Wake::new)).filter_map(|w| {
-            // Without it the ticks below still look.
+            // Without it the ticks of `watch_captures` still look.
             w.map_err(|e| tracing::warn!("a ring of the kernel programs cannot be watched: {e}")).ok()
         });
-        let wakes: Vec<_> = wakes.collect();
+        Rings { wakes: wakes.collect(), logs, events }
+    }
+
+    /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
+    pub async fn watch_captures(&mut self, rings: &mut Rings) {
+        let Rings { logs, events, wakes } = rings;
         let mut swept = Instant::now();
         let mut tick = tokio::time::interval(NAMESPACE_SCAN);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -208,10 +224,10 @@ impl Running {
                 _ = tick.tick() => {}
                 () = written => {}
             }
-            for log in &mut logs {
+            for log in &mut *logs {
                 log.flush();
             }
-            for ring in &mut events {
+            for ring in &mut *events {
                 // It has no more to say than that it is time to look.
                 while ring.next().is_some() {}
             }
@@ -228,9 +244,24 @@ impl Running {
         }
     }
 
+    /// Gives the listeners to a daemon that replaces this one.
+    async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
+        // Blocks until the other one runs; the workers go on meanwhile.
+        let listeners = std::mem::take(&mut self.listeners);
+        let given = tokio::task::spawn_blocking(move || {
+            let given = takeover::give(&stream, &listeners);
+            (listeners, given)
+        });
+        let (listeners, given) = given.await.map_err(io::Error::other)?;
+        self.listeners = listeners;
+        given
+    }
+
     /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator
     /// wants captured connections refused rather than let through.
-    pub fn stop(self) -> Report {
+    pub fn stop(mut self) -> Report {
+        // A copy would go on listening, with nobody to accept.
+        self.listeners.clear();
         for active in self.captures.iter().filter(|a| a.on_failure == OnFailure::Open) {
             active.tidy(|a| match a.capture.owner() {
                 Owner::Us => a.capture.detach_connect(),
@@ -285,29 +316,54 @@ impl Running {
     }
 }
 
-/// `tunnel run` and `tunnel gateway`: until a signal ends it. A second signal ends the draining.
-pub fn run(config: Config) -> Result<(), Failure> {
+/// `tunnel run` and `tunnel gateway`: until a signal ends it, or another daemon takes over. A second signal
+/// ends the draining. `file` names the daemon: the one that replaces it is started with the same.
+pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), Failure> {
     let runtime = control_runtime()?;
     runtime.block_on(async {
-        // Before anything is bound, so that no signal is lost.
-        let stop = signal::terminate();
-        tokio::pin!(stop);
-        let mut running = start(config, None, false)?;
+        let mut signals = Terminate::new().map_err(|e| other(&format!("signals: {e}")))?;
+        let old = match file {
+            Some(file) if take_over => takeover::take(file).map_err(|e| other(&e.to_string()))?,
+            _ => None,
+        };
+        if take_over && old.is_none() {
+            tracing::warn!("no daemon runs with this configuration file: nothing to take over");
+        }
+        let (taken, old) = old.map(takeover::Taken::split).unzip();
+        let options = Options { taken: taken.unwrap_or_default(), ..Options::default() };
+        let mut running = start(config, options)?;
         for address in running.addresses() {
             tracing::info!(%address, "listening");
         }
-        let why = tokio::select! {
-            why = &mut stop => why.map_err(|e| other(&format!("signals: {e}")))?,
-            () = running.watch_captures() => return Ok(()),
+        if let Some(old) = old {
+            old.done().map_err(|e| other(&format!("the old daemon went away: {e}")))?;
+            tracing::info!("took over from the old daemon");
+        }
+        let offer = file.and_then(offer_takeover);
+        let mut rings = running.rings();
+        let why = loop {
+            let wanted = tokio::select! {
+                why = signals.next() => break why,
+                () = running.watch_captures(&mut rings) => return Ok(()),
+                wanted = requested(offer.as_ref()) => wanted,
+            };
+            let given = match wanted {
+                Ok(stream) => running.give(stream).await,
+                Err(e) => Err(e),
+            };
+            match given {
+                Ok(()) => break "another daemon has taken over",
+                Err(e) => tracing::warn!("{e}"),
+            }
         };
+        drop(offer);
         tracing::info!("{why}: draining");
         let trigger = running.trigger.clone();
-        let again = signal::terminate();
         let stopped = tokio::task::spawn_blocking(move || running.stop());
-        tokio::pin!(again, stopped);
+        tokio::pin!(stopped);
         let ended = tokio::select! {
             ended = &mut stopped => ended,
-            _ = &mut again => {
+            _ = signals.next() => {
                 tracing::info!("a second signal: no longer draining");
                 trigger.enter(Phase::Stop);
                 stopped.await
@@ -315,6 +371,35 @@ pub fn run(config: Config) -> Result<(), Failure> {
         };
         ended.map(drop).map_err(|e| other(&format!("stopping failed: {e}")))
     })
+}
+
+fn offer_takeover(file: &Path) -> Option<Offer> {
+    let offer = Offer::open(file);
+    offer.map_err(|e| tracing::warn!("no other daemon can take over from this one: {e}")).ok()
+}
+
+async fn requested(offer: Option<&Offer>) -> Result<UnixStream, TakeoverError> {
+    match offer {
+        Some(offer) => offer.requested().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The sockets of one listener: those that were taken over, and as many more as there are workers.
+fn listen(
+    address: SocketAddr,
+    workers: usize,
+    mark: tcp::Mark,
+    taken: &mut Listeners,
+) -> Result<Vec<Socket>, Failure> {
+    let failed = |e: io::Error| cannot_listen(address, &e);
+    let Some(mut sockets) = taken.remove(&address) else {
+        return tcp::listen(address, workers, mark).map_err(failed);
+    };
+    let missing = workers.saturating_sub(sockets.len());
+    let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(address);
+    sockets.extend(tcp::listen_beside(bound, missing, mark).map_err(failed)?);
+    Ok(sockets)
 }
 
 /// `tunnel detach`: ends the captures of a configuration, whether or not a daemon runs.
@@ -342,8 +427,7 @@ fn cores() -> usize {
 
 /// Whether this process may set the mark (CAP_NET_ADMIN in the namespace of the socket).
 fn may_mark(mark: u32) -> bool {
-    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
-        .is_ok_and(|s| s.set_mark(mark).is_ok())
+    Socket::new(Domain::IPV4, Type::STREAM, None).is_ok_and(|s| s.set_mark(mark).is_ok())
 }
 
 fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
@@ -370,187 +454,6 @@ fn upstream(u: &config::Upstream, mark: tcp::Mark) -> tunnel::Settings {
     }
 }
 
-/// Loads the programs of one capture, with their rules.
-fn load(wanted: &config::Capture, config: &Config, fresh: Option<&Fresh>) -> Result<ActiveCapture, Failure> {
-    let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
-        list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
-    };
-    let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
-        Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
-    })?;
-    let (group, name) = group(&wanted.cgroup, fresh)?;
-    let pins = pin_dir(config, wanted);
-    let spec = Spec {
-        mark: config.daemon.mark.get(),
-        on_failure: match wanted.on_failure {
-            OnFailure::Closed => tunnel_common::capture::ON_FAILURE_CLOSED,
-            OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
-        },
-        listener_marked: wanted.proxy.is_none(),
-        lifetime: pins.clone().map_or(Lifetime::Cgroup, Lifetime::Pinned),
-    };
-    Ok(ActiveCapture {
-        capture: Capture::load(&spec, &rules).map_err(bpf_failure)?,
-        group,
-        name,
-        on_failure: wanted.on_failure,
-        pins,
-        namespaces: HashMap::new(),
-        third_party: wanted.proxy.is_some(),
-    })
-}
-
-fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
-    let missing = |e: &CgroupError| {
-        Failure::Other(Cause::new(e, "`tunnel doctor` shows where cgroup2 is mounted on this system."))
-    };
-    match wanted {
-        CgroupRef::Path(path) => {
-            cgroup::open_path(path).map(|fd| (fd, path.display().to_string())).map_err(|e| missing(&e))
-        }
-        CgroupRef::Unit(unit) => Hierarchy::open()
-            .and_then(|h| h.of_unit(unit))
-            .map(|fd| (fd, unit.clone()))
-            .map_err(|e| missing(&e)),
-        CgroupRef::Fresh => {
-            let fresh = fresh.ok_or_else(|| other("this capture needs a command: use `tunnel exec`"))?;
-            let fd = fresh.fd().try_clone_to_owned().map_err(|e| other(&e.to_string()))?;
-            Ok((fd, "of the command".to_owned()))
-        }
-    }
-}
-
-/// Where a capture is pinned: a folder named after the group, so that the next daemon finds it.
-fn pin_dir(config: &Config, capture: &config::Capture) -> Option<PathBuf> {
-    let name = match &capture.cgroup {
-        CgroupRef::Path(path) => path.display().to_string(),
-        CgroupRef::Unit(unit) => unit.clone(),
-        CgroupRef::Fresh => return None,
-    };
-    // bpffs allows no dots in names; every other byte that is not a letter or digit goes the same way,
-    // and the hash keeps names apart that would become one.
-    let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
-    let plain = plain.trim_matches('_');
-    let tail = &plain[plain.len().saturating_sub(PIN_NAME_MAX)..];
-    Some(config.daemon.bpffs.join("tunnel").join(format!("{tail}_{:016x}", fnv1a(name.as_bytes()))))
-}
-
-/// The most of a group's name that its folder shows.
-const PIN_NAME_MAX: usize = 64;
-
-/// FNV-1a: stable between versions of this program, which the standard library's hashes are not.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
-}
-
-fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
-    ensure_bpffs(bpffs)?;
-    bpf::lock(bpffs).map_err(bpf_failure)
-}
-
-/// Mounts a bpffs where the configuration says there is one and there is none.
-fn ensure_bpffs(path: &Path) -> Result<(), Failure> {
-    /// `BPF_FS_MAGIC` of `linux/magic.h`.
-    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-    let is_bpffs = || {
-        rustix::fs::statfs(path).is_ok_and(|s| {
-            #[expect(clippy::unnecessary_cast, reason = "its width depends on the architecture")]
-            let kind = s.f_type as i64;
-            kind == BPF_FS_MAGIC
-        })
-    };
-    if is_bpffs() {
-        return Ok(());
-    }
-    let mounted = fs::create_dir_all(path).and_then(|()| {
-        rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), None)
-            .map_err(io::Error::from)
-    });
-    mounted.map_err(|e| {
-        let remedy = format!(
-            "Mount it as root, `mount -t bpf bpf {}`, or set daemon.bpffs to where it is.",
-            path.display()
-        );
-        let what = format!("{} is no bpffs, and mounting one failed: {e}", path.display());
-        if e.kind() == io::ErrorKind::PermissionDenied {
-            Failure::Privilege(Cause::new(what, remedy))
-        } else {
-            Failure::Other(Cause::new(what, remedy))
-        }
-    })
-}
-
-impl ActiveCapture {
-    /// Does something to what is pinned, if anything is, while no other daemon does.
-    fn tidy(&self, work: impl FnOnce(&Self) -> Result<(), BpfError>) {
-        let Some(bpffs) = self.pins.as_deref().and_then(Path::parent).and_then(Path::parent) else { return };
-        if let Err(e) = bpf::lock(bpffs).and_then(|_lock| work(self)) {
-            tracing::warn!(cgroup = self.name, "{e}");
-        }
-    }
-
-    /// Opens listeners in network namespaces of captured processes that have none yet.
-    fn scan(&mut self, more: &[mpsc::Sender<CaptureSocket>], mark: u32) {
-        if self.third_party {
-            return;
-        }
-        for pid in cgroup::processes(self.group.as_fd()) {
-            let Ok(inode) = accept::netns_inode(pid) else { continue };
-            if self.namespaces.contains_key(&inode) {
-                continue;
-            }
-            let opened = accept::open_netns(pid)
-                .and_then(|ns| accept::listen_in(ns, more.len(), mark))
-                .map_err(|e| e.to_string())
-                .and_then(|sockets| hand_out(&self.capture, sockets).map_err(|e| e.to_string()));
-            self.namespaces.insert(inode, opened.is_ok());
-            match opened {
-                Ok(per_worker) => {
-                    tracing::info!(cgroup = self.name, netns = inode, "capturing in a network namespace");
-                    for (tell, socket) in more.iter().zip(per_worker) {
-                        for socket in socket {
-                            if tell.try_send(socket).is_err() {
-                                tracing::error!("a worker takes up no more namespaces");
-                            }
-                        }
-                    }
-                }
-                Err(e) => tracing::error!(
-                    cgroup = self.name,
-                    netns = inode,
-                    "no listener can be opened there, its connections are refused: {e}"
-                ),
-            }
-        }
-    }
-}
-
-/// Tells the programs of new listeners; the sockets, for each worker.
-fn hand_out(capture: &Capture, sockets: Sockets) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
-    let Sockets { netns, listener, per_worker } = sockets;
-    capture.set_listener(netns, listener).map_err(bpf_failure)?;
-    let wrap = |socket| CaptureSocket { socket, netns, flows: capture.flows() };
-    Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
-}
-
-fn proxy_listener(proxy: SocketAddr) -> tunnel_common::capture::Listener {
-    let port = Some(proxy.port());
-    // A proxy on `[::1]` takes IPv6 only; one on `[::]` takes both.
-    match proxy {
-        SocketAddr::V4(_) => tunnel_common::capture::Listener::new(port, None),
-        SocketAddr::V6(a) if a.ip().is_unspecified() => tunnel_common::capture::Listener::new(port, port),
-        SocketAddr::V6(_) => tunnel_common::capture::Listener::new(None, port),
-    }
-}
-
-fn own_netns_cookie() -> Result<u64, Failure> {
-    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
-        .and_then(|s| crate::capture::sys::netns_cookie(s.as_fd()))
-        .map_err(|e| {
-            Failure::Kernel(Cause::new(format!("SO_NETNS_COOKIE: {e}"), "It takes Linux 5.14 or newer."))
-        })
-}
-
 fn other(what: &str) -> Failure {
     Failure::Other(Cause::new(what, ""))
 }
@@ -571,39 +474,5 @@ fn cannot_listen(address: SocketAddr, e: &io::Error) -> Failure {
             format!("Another process listens there: `ss -tlnp sport = :{}` names it.", address.port()),
         )),
         _ => Failure::Other(Cause::new(what, "")),
-    }
-}
-
-fn capture_listener(e: &io::Error) -> Failure {
-    let what = format!("the capture listener could not be opened: {e}");
-    match e.kind() {
-        io::ErrorKind::PermissionDenied => Failure::Privilege(Cause::new(
-            what,
-            "Marking sockets (SO_MARK) takes CAP_NET_ADMIN: run as root.",
-        )),
-        io::ErrorKind::AddrNotAvailable => Failure::Other(Cause::new(
-            what,
-            "The loopback interface of this network namespace is down: `ip link set lo up`.",
-        )),
-        _ => Failure::Other(Cause::new(what, "")),
-    }
-}
-
-/// What the kernel refused is a privilege of ours or a feature of its own.
-pub fn bpf_failure(e: BpfError) -> Failure {
-    // With what the verifier said.
-    tracing::debug!("{e}");
-    if e.is_privilege() {
-        return Failure::Privilege(Cause::new(
-            e.summary(),
-            "Loading and attaching BPF programs takes CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root.",
-        ));
-    }
-    match e {
-        BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
-            e.summary(),
-            "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",
-        )),
-        _ => Failure::Other(Cause::new(e.summary(), "")),
     }
 }

@@ -1,0 +1,347 @@
+//! The captures of a daemon: which group, which namespaces, which pins.
+//!
+//! Enters: `[[capture]]` sections. Leaves: loaded programs with listeners to send connections to, and the
+//! care for both. Invariant: a network namespace of a captured process has listeners or its connections are
+//! refused, and one that no captured process is in is not kept alive. It never attaches by itself.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc;
+
+use super::other;
+use crate::{
+    capture::{
+        accept::{self, Sockets},
+        bpf::{self, BpfError, Capture, Lifetime, Spec},
+        cgroup::{self, CgroupError, Fresh, Hierarchy},
+        rules::{self, Pattern},
+        sys,
+    },
+    config::{self, AddrPattern, CgroupRef, Config, OnFailure},
+    exit::{Cause, Failure},
+    worker::{CaptureSocket, More},
+};
+
+/// A namespace in which no listener could be opened is tried again after this.
+const RETRY: Duration = Duration::from_secs(5);
+/// A namespace that no captured process is in is given up after this: a container that restarts finds its
+/// listeners still there.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// One capture of a running daemon.
+pub(super) struct ActiveCapture {
+    pub(super) capture: Capture,
+    pub(super) group: OwnedFd,
+    pub(super) name: String,
+    pub(super) on_failure: OnFailure,
+    pub(super) pins: Option<PathBuf>,
+    /// By inode number: unique among namespaces that are alive, and ours are, by their listeners.
+    namespaces: HashMap<u64, Namespace>,
+    third_party: bool,
+}
+
+/// What is known of one network namespace.
+enum Namespace {
+    /// The daemon's own.
+    Own { cookie: u64 },
+    /// It has listeners; a captured process was last seen in it then.
+    Captured { cookie: u64, seen: Instant },
+    /// No listener could be opened then.
+    Failed { at: Instant },
+}
+
+/// Loads the programs of one capture, with their rules.
+pub(super) fn load(
+    wanted: &config::Capture,
+    config: &Config,
+    fresh: Option<&Fresh>,
+) -> Result<ActiveCapture, Failure> {
+    let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
+        list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
+    };
+    let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
+        Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
+    })?;
+    let (group, name) = group(&wanted.cgroup, fresh)?;
+    let pins = pin_dir(config, wanted);
+    let spec = Spec {
+        mark: config.daemon.mark.get(),
+        on_failure: match wanted.on_failure {
+            OnFailure::Closed => tunnel_common::capture::ON_FAILURE_CLOSED,
+            OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
+        },
+        listener_marked: wanted.proxy.is_none(),
+        lifetime: pins.clone().map_or(Lifetime::Cgroup, Lifetime::Pinned),
+    };
+    Ok(ActiveCapture {
+        capture: Capture::load(&spec, &rules).map_err(bpf_failure)?,
+        group,
+        name,
+        on_failure: wanted.on_failure,
+        pins,
+        namespaces: HashMap::new(),
+        third_party: wanted.proxy.is_some(),
+    })
+}
+
+fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
+    let missing = |e: &CgroupError| {
+        Failure::Other(Cause::new(e, "`tunnel doctor` shows where cgroup2 is mounted on this system."))
+    };
+    match wanted {
+        CgroupRef::Path(path) => {
+            cgroup::open_path(path).map(|fd| (fd, path.display().to_string())).map_err(|e| missing(&e))
+        }
+        CgroupRef::Unit(unit) => Hierarchy::open()
+            .and_then(|h| h.of_unit(unit))
+            .map(|fd| (fd, unit.clone()))
+            .map_err(|e| missing(&e)),
+        CgroupRef::Fresh => {
+            let fresh = fresh.ok_or_else(|| other("this capture needs a command: use `tunnel exec`"))?;
+            let fd = fresh.fd().try_clone_to_owned().map_err(|e| other(&e.to_string()))?;
+            Ok((fd, "of the command".to_owned()))
+        }
+    }
+}
+
+/// Where a capture is pinned: a folder named after the group, so that the next daemon finds it.
+pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<PathBuf> {
+    let name = match &capture.cgroup {
+        CgroupRef::Path(path) => path.display().to_string(),
+        CgroupRef::Unit(unit) => unit.clone(),
+        CgroupRef::Fresh => return None,
+    };
+    // bpffs allows no dots in names; every other byte that is not a letter or digit goes the same way,
+    // and the hash keeps names apart that would become one.
+    let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    let plain = plain.trim_matches('_');
+    let tail = &plain[plain.len().saturating_sub(PIN_NAME_MAX)..];
+    Some(config.daemon.bpffs.join("tunnel").join(format!("{tail}_{:016x}", fnv1a(name.as_bytes()))))
+}
+
+/// The most of a group's name that its folder shows.
+const PIN_NAME_MAX: usize = 64;
+
+/// FNV-1a: stable between versions of this program, which the standard library's hashes are not.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+pub(super) fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
+    ensure_bpffs(bpffs)?;
+    bpf::lock(bpffs).map_err(bpf_failure)
+}
+
+/// Mounts a bpffs where the configuration says there is one and there is none.
+fn ensure_bpffs(path: &Path) -> Result<(), Failure> {
+    /// `BPF_FS_MAGIC` of `linux/magic.h`.
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let is_bpffs = || {
+        rustix::fs::statfs(path).is_ok_and(|s| {
+            #[expect(clippy::unnecessary_cast, reason = "its width depends on the architecture")]
+            let kind = s.f_type as i64;
+            kind == BPF_FS_MAGIC
+        })
+    };
+    if is_bpffs() {
+        return Ok(());
+    }
+    let mounted = fs::create_dir_all(path).and_then(|()| {
+        rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), None)
+            .map_err(io::Error::from)
+    });
+    mounted.map_err(|e| {
+        let remedy = format!(
+            "Mount it as root, `mount -t bpf bpf {}`, or set daemon.bpffs to where it is.",
+            path.display()
+        );
+        let what = format!("{} is no bpffs, and mounting one failed: {e}", path.display());
+        if e.kind() == io::ErrorKind::PermissionDenied {
+            Failure::Privilege(Cause::new(what, remedy))
+        } else {
+            Failure::Other(Cause::new(what, remedy))
+        }
+    })
+}
+
+impl ActiveCapture {
+    /// Does something to what is pinned, if anything is, while no other daemon does.
+    pub(super) fn tidy(&self, work: impl FnOnce(&Self) -> Result<(), BpfError>) {
+        let Some(bpffs) = self.pins.as_deref().and_then(Path::parent).and_then(Path::parent) else { return };
+        if let Err(e) = bpf::lock(bpffs).and_then(|_lock| work(self)) {
+            tracing::warn!(cgroup = self.name, "{e}");
+        }
+    }
+
+    /// Opens listeners in network namespaces of captured processes that have none yet, and gives up those in
+    /// namespaces that no captured process is in any more.
+    pub(super) fn scan(&mut self, more: &[mpsc::Sender<More>], mark: u32) {
+        if self.third_party {
+            return;
+        }
+        let now = Instant::now();
+        for pid in cgroup::processes(self.group.as_fd()) {
+            // It may have ended just now.
+            let Ok(inode) = accept::netns_inode(pid) else { continue };
+            match self.namespaces.get_mut(&inode) {
+                Some(Namespace::Own { .. }) => continue,
+                Some(Namespace::Captured { seen, .. }) => {
+                    *seen = now;
+                    continue;
+                }
+                Some(Namespace::Failed { at }) if now.duration_since(*at) < RETRY => continue,
+                Some(Namespace::Failed { .. }) | None => {}
+            }
+            let namespace = match self.enter(pid, more, mark) {
+                Ok(cookie) => {
+                    tracing::info!(cgroup = self.name, netns = inode, "capturing in a network namespace");
+                    Namespace::Captured { cookie, seen: now }
+                }
+                Err(e) => {
+                    tracing::error!(
+                        cgroup = self.name,
+                        netns = inode,
+                        "no listener can be opened there, its connections are refused: {e}"
+                    );
+                    Namespace::Failed { at: now }
+                }
+            };
+            self.namespaces.insert(inode, namespace);
+        }
+        let capture = &self.capture;
+        self.namespaces.retain(|inode, namespace| match namespace {
+            Namespace::Own { .. } => true,
+            Namespace::Failed { at } => now.duration_since(*at) < LINGER,
+            Namespace::Captured { seen, .. } if now.duration_since(*seen) < LINGER => true,
+            Namespace::Captured { cookie, .. } => {
+                tracing::info!(netns = inode, "no captured process is there any more");
+                if let Err(e) = capture.remove_listener(*cookie) {
+                    tracing::warn!("{e}");
+                }
+                more.iter().for_each(|worker| tell(worker, More::Forget(*cookie)));
+                false
+            }
+        });
+    }
+
+    /// Attaches the programs, and forgets what an earlier daemon left in their maps.
+    pub(super) fn attach(&mut self) -> Result<(), Failure> {
+        self.capture.attach(self.group.as_fd()).map_err(bpf_failure)?;
+        if self.third_party {
+            return Ok(());
+        }
+        let cookies: Vec<u64> = self
+            .namespaces
+            .values()
+            .filter_map(|n| match n {
+                Namespace::Own { cookie } | Namespace::Captured { cookie, .. } => Some(*cookie),
+                Namespace::Failed { .. } => None,
+            })
+            .collect();
+        self.capture.keep_listeners(&cookies).map_err(bpf_failure)
+    }
+
+    /// Opens listeners in the network namespace of process `pid`; its cookie.
+    fn enter(&self, pid: u32, more: &[mpsc::Sender<More>], mark: u32) -> Result<u64, String> {
+        let sockets = accept::open_netns(pid)
+            .and_then(|ns| accept::listen_in(ns, more.len(), mark))
+            .map_err(|e| e.to_string())?;
+        let cookie = sockets.netns;
+        let per_worker = hand_out(&self.capture, sockets).map_err(|e| e.to_string())?;
+        for (worker, sockets) in more.iter().zip(per_worker) {
+            sockets.into_iter().for_each(|socket| tell(worker, More::Listen(socket)));
+        }
+        Ok(cookie)
+    }
+
+    /// Opens listeners in the daemon's own network namespace, or says where the proxy listens that takes
+    /// their place; the sockets, for each worker.
+    pub(super) fn listen_here(
+        &mut self,
+        wanted: &config::Capture,
+        workers: usize,
+        mark: u32,
+    ) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
+        if let Some(proxy) = wanted.proxy {
+            self.capture.set_listener(own_netns_cookie()?, proxy_listener(proxy)).map_err(bpf_failure)?;
+            return Ok((0..workers).map(|_| Vec::new()).collect());
+        }
+        let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
+        let own = Namespace::Own { cookie: opened.netns };
+        self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), own);
+        hand_out(&self.capture, opened)
+    }
+}
+
+fn tell(worker: &mpsc::Sender<More>, what: More) {
+    if worker.try_send(what).is_err() {
+        tracing::error!("a worker does not keep up with network namespaces that come and go");
+    }
+}
+
+/// Tells the programs of new listeners; the sockets, for each worker.
+fn hand_out(capture: &Capture, sockets: Sockets) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
+    let Sockets { netns, listener, per_worker } = sockets;
+    capture.set_listener(netns, listener).map_err(bpf_failure)?;
+    let wrap = |socket| CaptureSocket { socket, netns, flows: capture.flows() };
+    Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
+}
+
+fn proxy_listener(proxy: SocketAddr) -> tunnel_common::capture::Listener {
+    let port = Some(proxy.port());
+    // A proxy on `[::1]` takes IPv6 only; one on `[::]` takes both.
+    match proxy {
+        SocketAddr::V4(_) => tunnel_common::capture::Listener::new(port, None),
+        SocketAddr::V6(a) if a.ip().is_unspecified() => tunnel_common::capture::Listener::new(port, port),
+        SocketAddr::V6(_) => tunnel_common::capture::Listener::new(None, port),
+    }
+}
+
+fn own_netns_cookie() -> Result<u64, Failure> {
+    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+        .and_then(|s| sys::netns_cookie(s.as_fd()))
+        .map_err(|e| {
+            Failure::Kernel(Cause::new(format!("SO_NETNS_COOKIE: {e}"), "It takes Linux 5.14 or newer."))
+        })
+}
+
+fn capture_listener(e: &io::Error) -> Failure {
+    let what = format!("the capture listener could not be opened: {e}");
+    match e.kind() {
+        io::ErrorKind::PermissionDenied => Failure::Privilege(Cause::new(
+            what,
+            "Marking sockets (SO_MARK) takes CAP_NET_ADMIN: run as root.",
+        )),
+        io::ErrorKind::AddrNotAvailable => Failure::Other(Cause::new(
+            what,
+            "The loopback interface of this network namespace is down: `ip link set lo up`.",
+        )),
+        _ => Failure::Other(Cause::new(what, "")),
+    }
+}
+
+/// What the kernel refused is a privilege of ours or a feature of its own.
+pub(super) fn bpf_failure(e: BpfError) -> Failure {
+    // With what the verifier said.
+    tracing::debug!("{e}");
+    if e.is_privilege() {
+        return Failure::Privilege(Cause::new(
+            e.summary(),
+            "Loading and attaching BPF programs takes CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root.",
+        ));
+    }
+    match e {
+        BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
+            e.summary(),
+            "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",
+        )),
+        _ => Failure::Other(Cause::new(e.summary(), "")),
+    }
+}
