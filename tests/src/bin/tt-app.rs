@@ -10,7 +10,10 @@ use std::{
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
     process::{Command, ExitCode},
-    sync::{Arc, Barrier},
+    sync::{
+        Arc, Barrier, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -68,6 +71,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
         ["swarm", addr, connections] => swarm(addr, connections.parse()?),
+        ["knock", addr, threads] => knock(addr, threads.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }
@@ -505,6 +509,39 @@ fn swarm(addr: &str, connections: usize) -> Result<()> {
         let _any = line?;
         say(&format!("again={}", result(once(addr))));
     }
+    Ok(())
+}
+
+/// Connects, exchanges a byte and hangs up, over and over in every thread, until standard input ends; says how
+/// often that worked, and how it failed.
+fn knock(addr: &str, threads: usize) -> Result<()> {
+    let stop = AtomicBool::new(false);
+    let (well, ill) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    match once(addr) {
+                        Ok(()) => {
+                            if well.fetch_add(1, Ordering::Relaxed) == 0 {
+                                say("knocking=1");
+                            }
+                        }
+                        Err(e) => ill.lock().unwrap_or_else(PoisonError::into_inner).push(result::<()>(Err(e))),
+                    }
+                }
+            });
+        }
+        for line in io::stdin().lines() {
+            if line.is_err() {
+                break;
+            }
+            say(&format!("line={}", well.load(Ordering::Relaxed)));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let ill = ill.into_inner().unwrap_or_else(PoisonError::into_inner);
+    println!("well={}\nill={}", well.into_inner(), ill.join(","));
     Ok(())
 }
 
