@@ -51,6 +51,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["duplex", addr, bytes] => duplex(&open(addr)?, bytes.parse()?),
         ["hold", addr] => hold(addr),
         ["many", addr, connections, bytes] => many(addr.parse()?, connections.parse()?, bytes.parse()?),
+        ["keep-connecting", addr] => keep_connecting(addr),
         ["half-close", addr, bytes] => half_close(&open(addr)?, bytes.parse()?),
         ["hear-end-first", addr, bytes] => hear_end_first(&open(addr)?, bytes.parse()?),
         ["expect-reset", addr, bytes] => expect_reset(addr, bytes.parse()?),
@@ -194,6 +195,33 @@ fn echo_range(stream: &TcpStream, from: u64, to: u64) -> io::Result<()> {
         UP.receive_from(&mut reader, at, next)?;
         at = next;
     }
+    Ok(())
+}
+
+/// One connection after the other, a kilobyte there and back on each, until standard input ends.
+fn keep_connecting(addr: &str) -> Result<()> {
+    const BYTES: usize = 1024;
+    let end = thread::spawn(|| io::stdin().lines().count());
+    let (mut made, mut failed) = (0, Vec::new());
+    while !end.is_finished() {
+        let once = || -> Result<()> {
+            let mut stream = open(addr)?;
+            stream.write_all(&[7; BYTES])?;
+            let mut back = [0; BYTES];
+            stream.read_exact(&mut back)?;
+            ensure!(back == [7; BYTES], "other bytes came back");
+            Ok(())
+        };
+        made += 1;
+        if let Err(e) = once() {
+            failed.push(format!("{made}: {e:#}"));
+        }
+        if made == 1 {
+            println!("started=1");
+        }
+    }
+    println!("made={made}\nfailed={}", failed.len());
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
 }
 
