@@ -70,11 +70,6 @@ impl Tasks {
         tasks.spawn_local(task);
     }
 
-    /// Ends all.
-    pub fn abort_all(&self) {
-        self.0.borrow_mut().abort_all();
-    }
-
     /// Waits until none is left.
     pub async fn ended(&self) {
         std::future::poll_fn(|cx| {

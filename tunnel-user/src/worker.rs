@@ -31,7 +31,7 @@ use crate::{
         bpf::FlowTable,
     },
     dial::{self, DialError},
-    drain::{Tasks, Watch},
+    drain::{self, Phase, Tasks, Watch},
     flow::{ClientAddr, Identity, PeerAddr, Target},
     listener::{
         h2::{self as h2_listener, Incoming},
@@ -54,7 +54,7 @@ const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 const HANDSHAKES_MAX: usize = 256;
 /// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
 const TUNNELS_MAX: usize = 4096;
-/// How long flows that were told to end may take for it.
+/// How long flows that were told to end, and connections that are closed, may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What all workers share; nothing in it changes.
@@ -140,6 +140,8 @@ struct Worker {
     trace: Trace,
     active: Cell<usize>,
     watch: Watch,
+    /// Told when the flows that are left are to end.
+    stop: Watch,
 }
 
 async fn work(start: Start) -> io::Result<Report> {
@@ -148,6 +150,7 @@ async fn work(start: Start) -> io::Result<Report> {
         Some(tls) => shared.upstreams.iter().map(|s| Upstream::new(s.clone(), Arc::clone(tls))).collect(),
         None => Vec::new(),
     };
+    let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
         shared,
@@ -156,6 +159,7 @@ async fn work(start: Start) -> io::Result<Report> {
         trace: Trace::default(),
         active: Cell::default(),
         watch: watch.clone(),
+        stop: stopped,
     });
     let flows = Rc::new(Tasks::default());
     let accepting = Tasks::default();
@@ -199,8 +203,15 @@ async fn work(start: Start) -> io::Result<Report> {
     if worker.active.get() > 0 {
         tracing::warn!("{} flows were reset at the drain deadline", worker.active.get());
     }
-    flows.abort_all();
+    stop.enter(Phase::Stop);
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
+    // What the flows have handed over is not on the wire yet.
+    let _closed = timeout(STOP_PATIENCE, async {
+        for upstream in &worker.upstreams {
+            upstream.close().await;
+        }
+    })
+    .await;
     let (records, dropped) = worker.records.take();
     let connections_opened = worker.upstreams.iter().map(Upstream::connections_opened).sum();
     Ok(Report { records, dropped, connections_opened })
@@ -332,16 +343,25 @@ impl Worker {
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, sink: Sink, mut record: Record, started: Instant) {
         let meter = Meter::default();
-        let outcome = match sink {
-            Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
-            Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+        let relayed = async {
+            match sink {
+                Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
+                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+            }
+        };
+        let mut stop = self.stop.clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = relayed => outcome,
+            // Both legs are dropped before their ends: both are reset.
+            () = stop.stopping() => Outcome::Stopped,
         };
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
         record.outcome = outcome.to_string();
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
-        if let Outcome::Reset(..) = outcome {
+        if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }
         self.book(record, started);

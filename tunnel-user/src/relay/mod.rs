@@ -72,8 +72,6 @@ pub enum Cause {
     Stream(::h2::Reason),
     /// The HTTP/2 connection failed.
     Connection(String),
-    /// This process gave up.
-    Shutdown,
 }
 
 impl fmt::Display for Broken {
@@ -83,7 +81,6 @@ impl fmt::Display for Broken {
             Self::Reset(Cause::Tcp(e)) => write!(f, "{e}"),
             Self::Reset(Cause::Stream(reason)) => write!(f, "stream reset: {reason}"),
             Self::Reset(Cause::Connection(e)) => write!(f, "tunnel connection lost: {e}"),
-            Self::Reset(Cause::Shutdown) => f.write_str("shut down"),
         }
     }
 }
@@ -104,12 +101,15 @@ pub enum Outcome {
     Closed,
     /// One leg was reset, so the other was too.
     Reset(Side, Broken),
+    /// This process stopped, so both were reset.
+    Stopped,
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Closed => f.write_str("closed"),
+            Self::Stopped => f.write_str("reset: stopped at the drain deadline"),
             Self::Reset(Side::Client, why) => write!(f, "reset by client: {why}"),
             Self::Reset(Side::Target, why) => write!(f, "reset by target: {why}"),
         }

@@ -165,6 +165,8 @@ struct Inner {
     /// Dials and connections. They hold the pool weakly.
     tasks: RefCell<JoinSet<()>>,
     opened: Cell<u64>,
+    /// A connection has ended.
+    closed: Notify,
 }
 
 /// The connections of one key.
@@ -304,6 +306,7 @@ impl Pool {
             slots: RefCell::default(),
             tasks: RefCell::default(),
             opened: Cell::default(),
+            closed: Notify::new(),
         }))
     }
 
@@ -315,6 +318,23 @@ impl Pool {
     /// Connections that are open, all keys together.
     pub fn connections(&self) -> usize {
         self.0.slots.borrow().values().map(|s| s.connections.borrow().len()).sum()
+    }
+
+    /// Closes every connection once what its streams have handed over is on the wire: the end of a stream is
+    /// not the end of its bytes. Ready when all are closed; the caller bounds the time.
+    pub async fn close(&self) {
+        loop {
+            for slot in self.0.slots.borrow().values() {
+                for conn in slot.connections.borrow().iter() {
+                    conn.retired.set(true);
+                    conn.send.borrow_mut().take();
+                }
+            }
+            if self.connections() == 0 {
+                return;
+            }
+            self.0.closed.notified().await;
+        }
     }
 
     /// A place for one stream: at once where a connection has one, else when a dial is done.
@@ -390,6 +410,7 @@ impl Inner {
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
             if let Some(inner) = pool.upgrade() {
+                inner.closed.notify_one();
                 inner.dial_for_waiting(&key, &slot);
             }
         });

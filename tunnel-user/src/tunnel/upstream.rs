@@ -203,6 +203,12 @@ impl Upstream {
         self.pool.opened()
     }
 
+    /// Closes its connections; see [`Pool::close`].
+    pub async fn close(&self) {
+        self.probes.borrow_mut().abort_all();
+        self.pool.close().await;
+    }
+
     /// Opens a stream to `target`.
     pub async fn connect(&self, target: &Target, client: ClientAddr) -> Result<Stream, TunnelError> {
         let mut tries = 0;
