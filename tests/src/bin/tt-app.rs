@@ -21,8 +21,8 @@ use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
         socket::{
-            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt,
-            setsockopt, socket, sockopt,
+            AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect,
+            getsockopt, setsockopt, socket, sockopt,
         },
     },
 };
@@ -63,6 +63,9 @@ fn run(words: &[&str]) -> Result<()> {
         ["nonblocking", addr, bytes] => duplex(&nonblocking(addr.parse()?)?, bytes.parse()?),
         ["bound", addr, local, bytes] => duplex(&bound(addr.parse()?, local.parse()?)?, bytes.parse()?),
         ["fastopen", addr, bytes] => duplex(&fastopen(addr.parse()?)?, bytes.parse()?),
+        ["fastopen-sendto", addr, bytes] => duplex(&fastopen_sendto(addr.parse()?)?, bytes.parse()?),
+        ["mptcp", addr] => mptcp(addr.parse()?),
+        ["again", first, second] => again(first.parse()?, second.parse()?),
         ["tree", addr, bytes, depth] => tree(addr, bytes, depth.parse()?),
         ["udp", addr] => udp(addr.parse()?),
         ["offer", addr, ping, bytes] => offer(addr, ping, bytes.parse()?),
@@ -342,6 +345,8 @@ fn nonblocking(addr: SocketAddr) -> Result<TcpStream> {
     let error = getsockopt(&fd, sockopt::SocketError)?;
     println!("so_error={error}");
     ensure!(error == 0, "SO_ERROR: {}", Errno::from_raw(error));
+    // How some event loops ask whether it is done.
+    println!("connect_again={:?}", connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).err());
     let stream = stream(fd)?;
     println!("peer={}", stream.peer_addr()?);
     stream.set_nonblocking(false)?;
@@ -379,6 +384,48 @@ fn fastopen(addr: SocketAddr) -> Result<TcpStream> {
     ensure!(set == 0, "TCP_FASTOPEN_CONNECT: {}", io::Error::last_os_error());
     connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).context("connect")?;
     stream(fd)
+}
+
+/// MSG_FASTOPEN: sendto() connects. Of a pattern that has not begun it sends nothing yet.
+fn fastopen_sendto(addr: SocketAddr) -> Result<TcpStream> {
+    let fd = tcp(family(addr), SockFlag::empty())?;
+    let to = SockaddrStorage::from(addr);
+    nix::sys::socket::sendto(fd.as_raw_fd(), &[], &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
+        .context("sendto")?;
+    let stream = stream(fd)?;
+    println!("peer={}", stream.peer_addr()?);
+    Ok(stream)
+}
+
+/// A Multipath TCP socket; says what the kernel makes of it.
+fn mptcp(addr: SocketAddr) -> Result<()> {
+    let domain = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: socket(2) takes three numbers.
+    let fd = unsafe { libc::socket(domain, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP) };
+    if fd < 0 {
+        println!("socket={}", result::<()>(Err(io::Error::last_os_error())));
+        return Ok(());
+    }
+    println!("socket=ok");
+    // SAFETY: it was just opened, and nobody else has it.
+    let stream = unsafe { TcpStream::from_raw_fd(fd) };
+    let connected = connect(stream.as_raw_fd(), &SockaddrStorage::from(addr)).map_err(io::Error::from);
+    println!("connect={}", result(connected));
+    stream.set_read_timeout(Some(PATIENCE))?;
+    names(&stream)
+}
+
+/// One socket that connects to `first`, is disconnected, and connects to `second`.
+fn again(first: SocketAddr, second: SocketAddr) -> Result<()> {
+    let fd = tcp(family(first), SockFlag::empty())?;
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(first)).context("connect")?;
+    let stream = stream(fd)?;
+    names(&stream)?;
+    reset(&stream)?;
+    println!("between={}", result(stream.peer_addr()));
+    connect(stream.as_raw_fd(), &SockaddrStorage::from(second)).context("connect again")?;
+    println!("then");
+    names(&stream)
 }
 
 /// A process that starts a process that starts a process; the last one connects.
