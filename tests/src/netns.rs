@@ -35,8 +35,10 @@ use crate::{
 
 /// Where `ip netns` keeps its names.
 const FOLDER: &str = "/run/netns";
-/// Whoever is still there is killed by id, so that the name's removal frees the namespace.
-const CLEAN_UP: &str = r#"pids=$(ip netns pids "$1"); [ -z "$pids" ] || kill -9 $pids; ip netns delete "$1""#;
+/// Who was told to end by the test's death has five seconds to do so; whoever is there then is killed by
+/// id, so that the name's removal frees the namespace.
+const CLEAN_UP: &str = r#"i=0; while [ -n "$(ip netns pids "$1")" ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done
+pids=$(ip netns pids "$1"); [ -z "$pids" ] || kill -9 $pids; ip netns delete "$1""#;
 
 /// A network namespace.
 #[derive(Debug)]

@@ -72,6 +72,12 @@ impl Target {
         lock(&self.shared.peers).clone()
     }
 
+    /// Waits until `n` clients have connected.
+    pub fn connected(&self, n: usize) -> Result<()> {
+        let what = format!("{n} clients of {}", self.addr);
+        wait_for(&what, PATIENCE, || (lock(&self.shared.peers).len() >= n).then_some(()))
+    }
+
     /// Waits until `n` conversations have ended, and says how.
     pub fn outcomes(&self, n: usize) -> Result<Vec<Result<(), String>>> {
         let what = format!("{n} conversations to end at {}", self.addr);

@@ -62,6 +62,8 @@ fn a_non_blocking_connect_is_carried() -> Result<()> {
         let (done, target) = carried(ip, &["nonblocking", "ADDR", "BYTES"])?;
         assert_eq!(done.value("connect")?, "EINPROGRESS");
         assert_eq!(done.value("so_error")?, "0");
+        // Once it is up, Linux says so to the first that asks in this way.
+        assert_eq!(done.value("connect_again")?, "None");
         assert_eq!(done.value("peer")?, target.to_string());
     }
     Ok(())
@@ -88,6 +90,70 @@ fn a_socket_bound_to_an_address_of_the_node_before_it_connects_is_carried() -> R
 fn tcp_fastopen_connect_is_carried() -> Result<()> {
     for ip in [TARGET4, TARGET6] {
         carried(ip, &["fastopen", "ADDR", "BYTES"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn sendto_with_msg_fastopen_is_carried() -> Result<()> {
+    for ip in [TARGET4, TARGET6] {
+        let (done, target) = carried(ip, &["fastopen-sendto", "ADDR", "BYTES"])?;
+        assert_eq!(done.value("peer")?, target.to_string());
+    }
+    Ok(())
+}
+
+/// Whom a target at an address that the node reaches by itself sees: a program that escapes shows itself.
+fn seen(world: &World, ip: IpAddr, words: &[&str]) -> Result<Finished> {
+    let gateway = world.gateway().allow("10.77.0.0/30").allow("fd77::/64").start()?;
+    let target = Target::start(world.net(), SocketAddr::new(ip, 0), target::name_the_peer())?;
+    let addr = target.addr().to_string();
+    let words: Vec<&str> = words.iter().map(|&word| if word == "ADDR" { &addr } else { word }).collect();
+    world.exec(&gateway).run_app(&words)
+}
+
+#[test]
+fn mptcp_does_not_escape() -> Result<()> {
+    for ip in [NET4, NET6] {
+        let world = World::new()?;
+        let done = seen(&world, ip, &["mptcp", "ADDR"])?;
+        // Carried or refused; never past us. A kernel without MPTCP refuses by itself.
+        if done.value("socket")? == "ok" && done.value("connect")? == "ok" {
+            assert_eq!(done.value("seen")?.parse::<SocketAddr>()?.ip(), ip, "{done}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_socket_that_connects_twice_goes_where_it_was_told_last() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let one = world.serve(TARGET4, target::name_the_peer())?;
+    let two = world.serve(TARGET4, target::name_the_peer())?;
+    let loopback = Target::start(world.node(), "127.0.0.1:0".parse()?, target::name_the_peer())?;
+    for (first, second, carried) in [(&one, &two, 2), (&one, &loopback, 1), (&loopback, &two, 1)] {
+        let (first, second) = (first.addr().to_string(), second.addr().to_string());
+        let done = world.exec(&gateway).run_app(&["again", &first, &second])?;
+        assert!(done.success(), "{done}");
+        let peers: Vec<_> = done.stdout.lines().filter_map(|line| line.strip_prefix("peer=")).collect();
+        assert_eq!(peers, [&first, &second], "{done}");
+        assert_eq!(done.value("between")?, "ENOTCONN", "{done}");
+        assert_eq!(done.flows()?.len(), carried, "{done}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_unspecified_address_is_this_host_and_left_alone() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    for (own, typed) in [("127.0.0.1:0", "0.0.0.0"), ("[::1]:0", "[::]")] {
+        let target = Target::start(world.node(), own.parse()?, target::name_the_peer())?;
+        let done = world.exec(&gateway).run_app(&["names", &format!("{typed}:{}", target.addr().port())])?;
+        assert!(done.success(), "{done}");
+        assert_eq!(done.value("peer")?, target.addr().to_string(), "{done}");
+        assert_eq!(done.flows()?.len(), 0, "{done}");
     }
     Ok(())
 }

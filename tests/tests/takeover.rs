@@ -1,119 +1,83 @@
-//! `tunnel run --takeover`: the new daemon takes the listeners, the old one drains, and nobody notices.
+//! `tunnel run --takeover`: a new daemon in place of an old one, under load.
 
-use std::{net::SocketAddr, path::Path};
+use std::path::Path;
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    NetNs, PATIENCE, Process, TARGET4, World,
-    bpffs::BpfFs,
-    cgroup::Cgroup,
-    daemon::through,
-    dialogue::ask,
-    gateway,
-    pki::GATEWAY_ID,
-    programs, target, wait_for,
-    world::NET4,
+    NetNs, PATIENCE, Process, TARGET4, World, bpffs::BpfFs, cgroup::Cgroup, daemon::through, dialogue::ask,
+    pki::GATEWAY_ID, programs, target, world::NET4,
 };
 
-/// How often one daemon replaces another.
-const TIMES: usize = 3;
+const PORT: u16 = 15008;
 
 fn daemon(world: &World, host: &NetNs, config: &Path, flags: &[&str]) -> Result<Process> {
     let mut command = host.command_ended_by(programs::tunnel()?, Signal::SIGTERM);
-    command.args(["run", "--log", gateway::LOG, "--config"]).arg(config).args(flags);
+    command.args(["run", "--config"]).arg(config).args(flags);
     Process::spawn("daemon", world.folder(), command)
 }
 
-/// How often it has knocked with success so far.
-fn knocks(app: &mut Process) -> Result<u64> {
-    Ok(ask(app, "line")?.parse()?)
-}
-
-/// Replaces a daemon under load, several times; not one connection fails.
-fn replace_under_load(
-    world: &World,
-    host: &NetNs,
-    config: &Path,
-    mut old: Process,
-    knock: &mut Process,
-    hold: &mut Process,
-) -> Result<()> {
-    // Only the first has a flow that lasts, so it stays; the others end when they have been replaced.
-    let mut first = None;
-    for _ in 0..TIMES {
-        let before = knocks(knock)?;
-        wait_for("the load", PATIENCE, || (knocks(knock).ok()? > before + 20).then_some(()))?;
-        let mut new = daemon(world, host, config, &["--takeover"])?;
-        new.wait_for_line("took over from the old daemon")?;
-        old.wait_for_line("another daemon has taken over: draining")?;
-        let before = knocks(knock)?;
-        wait_for("the load to go on", PATIENCE, || (knocks(knock).ok()? > before + 20).then_some(()))?;
-        assert_eq!(ask(hold, "ping")?, "ok", "the flow on the first daemon goes on");
-        let mut replaced = std::mem::replace(&mut old, new);
-        if first.is_none() {
-            assert!(replaced.ended()?.is_none());
-            first = Some(replaced);
-        } else {
-            assert!(replaced.wait(PATIENCE)?.success());
-        }
-    }
-    knock.hang_up();
-    assert!(knock.wait(PATIENCE)?.success());
-    assert!(knock.stdout().contains("\nill=\n"), "{knock}");
-    Ok(())
-}
-
 #[test]
-fn no_connection_is_refused_while_one_gateway_replaces_another() -> Result<()> {
+fn a_daemon_that_takes_over_refuses_no_connection_and_breaks_no_flow() -> Result<()> {
     let world = World::new()?;
-    let addr = SocketAddr::new(NET4, gateway::PORT);
-    let config = format!(
-        "[daemon]\ndrain_timeout = \"60s\"\n{}[[listener]]\naddress = \"{addr}\"\n[[route]]\nto = \"direct\"\n\
-         [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
-        world.pki().named("gateway").toml()
-    );
-    let config = world.file("gateway.toml", config)?;
-    let mut first = daemon(&world, world.net(), &config, &[])?;
-    first.wait_for_line("listening")?;
     let target = world.serve(TARGET4, target::echo())?;
-    let agent = format!("{}{}", world.pki().named("node").toml(), through(addr, GATEWAY_ID));
-    let agent = world.file("agent.toml", agent)?;
-    let mut hold = world.exec_with(&agent).spawn_app(&["hold", &target.addr().to_string()])?;
-    hold.says("held=1")?;
-    let mut knock = world.exec_with(&agent).spawn_app(&["knock", &target.addr().to_string(), "4"])?;
-    knock.says("knocking=1")?;
-    replace_under_load(&world, world.net(), &config, first, knock.process(), hold.process())
-}
-
-#[test]
-fn no_captured_connection_is_refused_while_one_agent_replaces_another() -> Result<()> {
-    let world = World::new()?;
-    let gateway = world.gateway().start()?;
-    let target = world.serve(TARGET4, target::echo())?;
+    let gateway = world.file(
+        "gateway.toml",
+        format!(
+            "[[listener]]\naddress = \"{NET4}:{PORT}\"\n[[route]]\nto = \"direct\"\n\
+             [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/16\"]\n{}",
+            world.pki().named("gateway").toml()
+        ),
+    )?;
     let (cgroup, bpffs) = (Cgroup::new()?, BpfFs::new(&world)?);
-    let config = format!(
-        "[daemon]\n{}drain_timeout = \"60s\"\n{}[[capture]]\ncgroup = \"{}\"\n{}",
-        bpffs.toml(),
-        world.pki().named("node").toml(),
-        cgroup.path().display(),
-        through(gateway.addr(), GATEWAY_ID),
-    );
-    let config = world.file("agent.toml", config)?;
-    let mut first = daemon(&world, world.node(), &config, &[])?;
-    first.wait_for_line("capturing")?;
+    let agent = world.file(
+        "agent.toml",
+        format!(
+            "[daemon]\n{}{}[[capture]]\ncgroup = \"{}\"\n{}",
+            bpffs.toml(),
+            world.pki().named("node").toml(),
+            cgroup.path().display(),
+            through((NET4, PORT).into(), GATEWAY_ID),
+        ),
+    )?;
+    let mut old_gateway = daemon(&world, world.net(), &gateway, &[])?;
+    old_gateway.wait_for_line("listening")?;
+    let mut old_agent = daemon(&world, world.node(), &agent, &[])?;
+    old_agent.wait_for_line("capturing")?;
+
     let app = |words: &[&str]| -> Result<Process> {
         let mut command = world.node().command(programs::app()?);
-        command.args(words);
+        command.args(words).arg(target.addr().to_string());
         cgroup.adopt(&mut command)?;
         Process::spawn_with_input("app", world.folder(), command)
     };
-    let addr = target.addr().to_string();
-    let mut hold = app(&["hold", &addr])?;
-    hold.wait_for_line("held=1")?;
-    let mut knock = app(&["knock", &addr, "4"])?;
-    knock.wait_for_line("knocking=1")?;
-    replace_under_load(&world, world.node(), &config, first, &mut knock, &mut hold)?;
-    assert_eq!(ask(&mut hold, "peer")?, addr, "it still sees the address that it asked for");
+    let mut held = app(&["hold"])?;
+    held.wait_for_line("held=1")?;
+    assert_eq!(ask(&mut held, "ping")?, "ok");
+    let mut busy = app(&["keep-connecting"])?;
+    busy.wait_for_line("started=1")?;
+
+    let mut new_agent = daemon(&world, world.node(), &agent, &["--takeover"])?;
+    new_agent.wait_for_line("took over")?;
+    old_agent.wait_for_line("another daemon has taken over: draining")?;
+    let mut new_gateway = daemon(&world, world.net(), &gateway, &["--takeover"])?;
+    new_gateway.wait_for_line("took over")?;
+    old_gateway.wait_for_line("another daemon has taken over: draining")?;
+    // Through both old daemons, which are draining.
+    assert_eq!(ask(&mut held, "ping")?, "ok");
+    // Through both new ones.
+    let mut late = app(&["hold"])?;
+    late.wait_for_line("held=1")?;
+
+    busy.hang_up();
+    assert!(busy.wait(PATIENCE)?.success(), "{}", busy.stdout());
+    held.hang_up();
+    assert!(held.wait(PATIENCE)?.success());
+    // The last flow has ended: the old daemons have nothing left to wait for.
+    assert!(old_agent.wait(PATIENCE)?.success());
+    assert!(old_gateway.wait(PATIENCE)?.success());
+    assert_eq!(ask(&mut late, "ping")?, "ok");
+    new_agent.stop()?;
+    new_gateway.stop()?;
     Ok(())
 }

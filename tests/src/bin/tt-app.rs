@@ -10,10 +10,7 @@ use std::{
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
     process::{Command, ExitCode},
-    sync::{
-        Arc, Barrier, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::{Arc, Barrier},
     thread,
     time::{Duration, Instant},
 };
@@ -24,8 +21,8 @@ use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
         socket::{
-            AddressFamily, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect, getsockopt,
-            setsockopt, socket, sockopt,
+            AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn6, SockaddrStorage, bind, connect,
+            getsockopt, setsockopt, socket, sockopt,
         },
     },
 };
@@ -54,6 +51,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["duplex", addr, bytes] => duplex(&open(addr)?, bytes.parse()?),
         ["hold", addr] => hold(addr),
         ["many", addr, connections, bytes] => many(addr.parse()?, connections.parse()?, bytes.parse()?),
+        ["keep-connecting", addr] => keep_connecting(addr),
         ["half-close", addr, bytes] => half_close(&open(addr)?, bytes.parse()?),
         ["hear-end-first", addr, bytes] => hear_end_first(&open(addr)?, bytes.parse()?),
         ["expect-reset", addr, bytes] => expect_reset(addr, bytes.parse()?),
@@ -65,13 +63,15 @@ fn run(words: &[&str]) -> Result<()> {
         ["nonblocking", addr, bytes] => duplex(&nonblocking(addr.parse()?)?, bytes.parse()?),
         ["bound", addr, local, bytes] => duplex(&bound(addr.parse()?, local.parse()?)?, bytes.parse()?),
         ["fastopen", addr, bytes] => duplex(&fastopen(addr.parse()?)?, bytes.parse()?),
+        ["fastopen-sendto", addr, bytes] => duplex(&fastopen_sendto(addr.parse()?)?, bytes.parse()?),
+        ["mptcp", addr] => mptcp(addr.parse()?),
+        ["again", first, second] => again(first.parse()?, second.parse()?),
         ["tree", addr, bytes, depth] => tree(addr, bytes, depth.parse()?),
         ["udp", addr] => udp(addr.parse()?),
         ["offer", addr, ping, bytes] => offer(addr, ping, bytes.parse()?),
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
         ["swarm", addr, connections] => swarm(addr, connections.parse()?),
-        ["knock", addr, threads] => knock(addr, threads.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }
@@ -205,6 +205,33 @@ fn echo_range(stream: &TcpStream, from: u64, to: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// One connection after the other, a kilobyte there and back on each, until standard input ends.
+fn keep_connecting(addr: &str) -> Result<()> {
+    const BYTES: usize = 1024;
+    let end = thread::spawn(|| io::stdin().lines().count());
+    let (mut made, mut failed) = (0, Vec::new());
+    while !end.is_finished() {
+        let once = || -> Result<()> {
+            let mut stream = open(addr)?;
+            stream.write_all(&[7; BYTES])?;
+            let mut back = [0; BYTES];
+            stream.read_exact(&mut back)?;
+            ensure!(back == [7; BYTES], "other bytes came back");
+            Ok(())
+        };
+        made += 1;
+        if let Err(e) = once() {
+            failed.push(format!("{made}: {e:#}"));
+        }
+        if made == 1 {
+            println!("started=1");
+        }
+    }
+    println!("made={made}\nfailed={}", failed.len());
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
+}
+
 /// Sends, ends, and only then gets an answer.
 fn half_close(stream: &TcpStream, bytes: u64) -> Result<()> {
     let (mut from, mut to) = (stream, stream);
@@ -322,6 +349,8 @@ fn nonblocking(addr: SocketAddr) -> Result<TcpStream> {
     let error = getsockopt(&fd, sockopt::SocketError)?;
     println!("so_error={error}");
     ensure!(error == 0, "SO_ERROR: {}", Errno::from_raw(error));
+    // How some event loops ask whether it is done.
+    println!("connect_again={:?}", connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).err());
     let stream = stream(fd)?;
     println!("peer={}", stream.peer_addr()?);
     stream.set_nonblocking(false)?;
@@ -359,6 +388,48 @@ fn fastopen(addr: SocketAddr) -> Result<TcpStream> {
     ensure!(set == 0, "TCP_FASTOPEN_CONNECT: {}", io::Error::last_os_error());
     connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)).context("connect")?;
     stream(fd)
+}
+
+/// MSG_FASTOPEN: sendto() connects. Of a pattern that has not begun it sends nothing yet.
+fn fastopen_sendto(addr: SocketAddr) -> Result<TcpStream> {
+    let fd = tcp(family(addr), SockFlag::empty())?;
+    let to = SockaddrStorage::from(addr);
+    nix::sys::socket::sendto(fd.as_raw_fd(), &[], &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
+        .context("sendto")?;
+    let stream = stream(fd)?;
+    println!("peer={}", stream.peer_addr()?);
+    Ok(stream)
+}
+
+/// A Multipath TCP socket; says what the kernel makes of it.
+fn mptcp(addr: SocketAddr) -> Result<()> {
+    let domain = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: socket(2) takes three numbers.
+    let fd = unsafe { libc::socket(domain, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP) };
+    if fd < 0 {
+        println!("socket={}", result::<()>(Err(io::Error::last_os_error())));
+        return Ok(());
+    }
+    println!("socket=ok");
+    // SAFETY: it was just opened, and nobody else has it.
+    let stream = unsafe { TcpStream::from_raw_fd(fd) };
+    let connected = connect(stream.as_raw_fd(), &SockaddrStorage::from(addr)).map_err(io::Error::from);
+    println!("connect={}", result(connected));
+    stream.set_read_timeout(Some(PATIENCE))?;
+    names(&stream)
+}
+
+/// One socket that connects to `first`, is disconnected, and connects to `second`.
+fn again(first: SocketAddr, second: SocketAddr) -> Result<()> {
+    let fd = tcp(family(first), SockFlag::empty())?;
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(first)).context("connect")?;
+    let stream = stream(fd)?;
+    names(&stream)?;
+    reset(&stream)?;
+    println!("between={}", result(stream.peer_addr()));
+    connect(stream.as_raw_fd(), &SockaddrStorage::from(second)).context("connect again")?;
+    println!("then");
+    names(&stream)
 }
 
 /// A process that starts a process that starts a process; the last one connects.
@@ -509,39 +580,6 @@ fn swarm(addr: &str, connections: usize) -> Result<()> {
         let _any = line?;
         say(&format!("again={}", result(once(addr))));
     }
-    Ok(())
-}
-
-/// Connects, exchanges a byte and hangs up, over and over in every thread, until standard input ends; says how
-/// often that worked, and how it failed.
-fn knock(addr: &str, threads: usize) -> Result<()> {
-    let stop = AtomicBool::new(false);
-    let (well, ill) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    match once(addr) {
-                        Ok(()) => {
-                            if well.fetch_add(1, Ordering::Relaxed) == 0 {
-                                say("knocking=1");
-                            }
-                        }
-                        Err(e) => ill.lock().unwrap_or_else(PoisonError::into_inner).push(result::<()>(Err(e))),
-                    }
-                }
-            });
-        }
-        for line in io::stdin().lines() {
-            if line.is_err() {
-                break;
-            }
-            say(&format!("line={}", well.load(Ordering::Relaxed)));
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    let ill = ill.into_inner().unwrap_or_else(PoisonError::into_inner);
-    println!("well={}\nill={}", well.into_inner(), ill.join(","));
     Ok(())
 }
 

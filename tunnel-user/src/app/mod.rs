@@ -339,7 +339,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
             old.done().map_err(|e| other(&format!("the old daemon went away: {e}")))?;
             tracing::info!("took over from the old daemon");
         }
-        let offer = file.and_then(offer_takeover);
+        let mut offer = file.and_then(offer_takeover);
         let mut rings = running.rings();
         let why = loop {
             let wanted = tokio::select! {
@@ -348,12 +348,19 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
                 wanted = requested(offer.as_ref()) => wanted,
             };
             let given = match wanted {
-                Ok(stream) => running.give(stream).await,
+                Ok(stream) => {
+                    // The new daemon makes the same offer as soon as it runs.
+                    offer = None;
+                    running.give(stream).await
+                }
                 Err(e) => Err(e),
             };
             match given {
                 Ok(()) => break "another daemon has taken over",
                 Err(e) => tracing::warn!("{e}"),
+            }
+            if offer.is_none() {
+                offer = file.and_then(offer_takeover);
             }
         };
         drop(offer);
