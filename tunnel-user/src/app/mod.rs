@@ -53,6 +53,8 @@ const MORE_MAX: usize = 64;
 const NAMESPACE_SCAN: Duration = Duration::from_secs(1);
 /// How often flows that nobody accepted are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
+/// How often the place where the next daemon can take over is tried, while the last one has it.
+const OFFER_RETRY: Duration = Duration::from_millis(100);
 /// Between two PINGs to a tunnel peer, and how long its answer may take.
 const LISTENER_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
 
@@ -339,28 +341,21 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
             old.done().map_err(|e| other(&format!("the old daemon went away: {e}")))?;
             tracing::info!("took over from the old daemon");
         }
-        let mut offer = file.and_then(offer_takeover);
+        let mut offer = None;
         let mut rings = running.rings();
         let why = loop {
             let wanted = tokio::select! {
                 why = signals.next() => break why,
                 () = running.watch_captures(&mut rings) => return Ok(()),
-                wanted = requested(offer.as_ref()) => wanted,
+                wanted = requested(file, &mut offer) => wanted,
             };
             let given = match wanted {
-                Ok(stream) => {
-                    // The new daemon makes the same offer as soon as it runs.
-                    offer = None;
-                    running.give(stream).await
-                }
+                Ok(stream) => running.give(stream).await,
                 Err(e) => Err(e),
             };
             match given {
                 Ok(()) => break "another daemon has taken over",
                 Err(e) => tracing::warn!("{e}"),
-            }
-            if offer.is_none() {
-                offer = file.and_then(offer_takeover);
             }
         };
         drop(offer);
@@ -380,15 +375,18 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
     })
 }
 
-fn offer_takeover(file: &Path) -> Option<Offer> {
-    let offer = Offer::open(file);
-    offer.map_err(|e| tracing::warn!("no other daemon can take over from this one: {e}")).ok()
-}
-
-async fn requested(offer: Option<&Offer>) -> Result<UnixStream, TakeoverError> {
-    match offer {
-        Some(offer) => offer.requested().await,
-        None => std::future::pending().await,
+/// Waits for a daemon that wants to take over.
+async fn requested(file: Option<&Path>, offer: &mut Option<Offer>) -> Result<UnixStream, TakeoverError> {
+    let Some(file) = file else { return std::future::pending().await };
+    loop {
+        if let Some(offer) = offer {
+            return offer.requested().await;
+        }
+        match Offer::open(file) {
+            Ok(open) => *offer = Some(open),
+            // The daemon that this one has replaced has not let go yet.
+            Err(_) => tokio::time::sleep(OFFER_RETRY).await,
+        }
     }
 }
 

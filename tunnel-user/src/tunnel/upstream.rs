@@ -225,7 +225,16 @@ impl Upstream {
     /// A place on a connection to the next endpoint that is well.
     async fn place(&self) -> Result<Place, TunnelError> {
         let mut failed = None;
-        for endpoint in self.in_order() {
+        let order = self.in_order();
+        let again = order.clone();
+        // Once more where a connection was closed before it was ready, as by a gateway that is being
+        // replaced: nothing was asked on it yet.
+        let closed = |e: &Option<ConnectError>| matches!(e, Some(ConnectError::H2 { .. }));
+        let rest = order.into_iter().chain(again).enumerate();
+        for (i, endpoint) in rest {
+            if i >= self.endpoints.len() && !closed(&failed) {
+                break;
+            }
             if endpoint.ejected.get() {
                 continue;
             }
