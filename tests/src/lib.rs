@@ -30,6 +30,7 @@ pub mod peer;
 pub mod pki;
 pub mod process;
 pub mod programs;
+pub mod raw;
 pub mod servers;
 pub mod sockets;
 pub mod target;

@@ -336,7 +336,8 @@ impl Gate {
         self.0.1.notify_all();
     }
 
-    fn wait(&self) {
+    /// Waits until it opens.
+    pub fn wait(&self) {
         let mut open = lock(&self.0.0);
         while !*open {
             open = self.0.1.wait(open).unwrap_or_else(PoisonError::into_inner);

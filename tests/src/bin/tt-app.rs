@@ -71,6 +71,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["offer", addr, ping, bytes] => offer(addr, ping, bytes.parse()?),
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
+        ["swarm", addr, connections] => swarm(addr, connections.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }
@@ -109,7 +110,10 @@ fn hold(addr: &str) -> Result<()> {
             "ping" => say(&format!("ping={}", result(ping(&stream)))),
             "read" => say(&format!("read={}", result(read_on(&stream)))),
             "peer" => {
-                say(&format!("peer={}", stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())))
+                say(&format!(
+                    "peer={}",
+                    stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())
+                ));
             }
             "again" => say(&format!("again={}", result(once(addr)))),
             "connect" => say(&format!("connect={}", result(TcpStream::connect(addr).map(drop)))),
@@ -552,6 +556,31 @@ fn once(addr: &str) -> io::Result<()> {
     let stream = TcpStream::connect(addr)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     ping(&stream)
+}
+
+/// So many connections that exchange bytes until each ends; says how they ended. Then, for every line of
+/// standard input, connects once more.
+fn swarm(addr: &str, connections: usize) -> Result<()> {
+    let streams = (0..connections).map(|_| open(addr)).collect::<Result<Vec<_>>>()?;
+    for stream in &streams {
+        ping(stream).context("the first byte")?;
+    }
+    say(&format!("swarm={connections}"));
+    let busy = |stream: TcpStream| loop {
+        if let Err(e) = ping(&stream) {
+            break result::<()>(Err(e));
+        }
+    };
+    let threads: Vec<_> = streams.into_iter().map(|stream| thread::spawn(move || busy(stream))).collect();
+    let mut ends: Vec<String> = threads.into_iter().filter_map(|t| t.join().ok()).collect();
+    ends.sort();
+    ends.dedup();
+    say(&format!("ends={}", ends.join(",")));
+    for line in io::stdin().lines() {
+        let _any = line?;
+        say(&format!("again={}", result(once(addr))));
+    }
+    Ok(())
 }
 
 /// A proxy's first question: accepts one connection and asks where it wanted to go; then echoes.

@@ -1,0 +1,138 @@
+//! A peer that speaks HTTP/2 frame by frame, and need not mean well (RFC 9113 section 4.1).
+//!
+//! Enters: frames, good and bad. Leaves: what the other side answered. It keeps no rule by itself.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result};
+use rustls_pki_types::ServerName;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::{PATIENCE, peer, pki::Credentials, world::NET4};
+
+/// DATA.
+pub const DATA: u8 = 0;
+/// HEADERS.
+pub const HEADERS: u8 = 1;
+/// RST_STREAM.
+pub const RST_STREAM: u8 = 3;
+/// SETTINGS.
+pub const SETTINGS: u8 = 4;
+/// GOAWAY.
+pub const GOAWAY: u8 = 7;
+/// CONTINUATION.
+pub const CONTINUATION: u8 = 9;
+/// The flag of DATA and HEADERS.
+pub const END_STREAM: u8 = 1;
+/// The flag of HEADERS and CONTINUATION.
+pub const END_HEADERS: u8 = 4;
+
+/// One frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Its type.
+    pub kind: u8,
+    /// Its flags.
+    pub flags: u8,
+    /// The stream it is on.
+    pub stream: u32,
+    /// What it carries.
+    pub payload: Vec<u8>,
+}
+
+impl Frame {
+    /// The error code of a RST_STREAM or GOAWAY frame.
+    pub fn code(&self) -> Option<u32> {
+        let at = match self.kind {
+            RST_STREAM => 0,
+            GOAWAY => 4,
+            _ => return None,
+        };
+        Some(u32::from_be_bytes(self.payload.get(at..at + 4)?.try_into().ok()?))
+    }
+}
+
+/// The half that sends.
+pub struct Sender(WriteHalf<TlsStream<TcpStream>>);
+
+/// The half that receives.
+pub struct Receiver(ReadHalf<TlsStream<TcpStream>>);
+
+/// TLS, the preface, and empty SETTINGS.
+pub async fn connect(gateway: SocketAddr, who: &Credentials) -> Result<(Sender, Receiver)> {
+    let tcp = TcpStream::connect(gateway).await?;
+    tcp.set_nodelay(true)?;
+    let name = ServerName::IpAddress(NET4.into());
+    let tls = TlsConnector::from(peer::tls(who)?).connect(name, tcp).await.context("TLS")?;
+    let (read, write) = tokio::io::split(tls);
+    let mut sender = Sender(write);
+    sender.bytes(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    sender.frame(SETTINGS, 0, 0, &[]).await?;
+    Ok((sender, Receiver(read)))
+}
+
+impl Sender {
+    /// Sends bytes as they are.
+    pub async fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        timeout(PATIENCE, self.0.write_all(bytes)).await.context("the peer takes no more")??;
+        timeout(PATIENCE, self.0.flush()).await.context("the peer takes no more")??;
+        Ok(())
+    }
+
+    /// Sends a frame.
+    pub async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Result<()> {
+        self.bytes(&encode(kind, flags, stream, payload)).await
+    }
+}
+
+/// A frame's bytes.
+pub fn encode(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("frames are short").to_be_bytes();
+    let mut out = vec![length[1], length[2], length[3], kind, flags];
+    out.extend(stream.to_be_bytes());
+    out.extend(payload);
+    out
+}
+
+/// The header block of a CONNECT request (RFC 7541: literals without indexing, no Huffman code).
+pub fn connect_block(authority: &str) -> Vec<u8> {
+    // The static table has :authority at 1 and :method at 2.
+    let mut out = vec![2, 7];
+    out.extend(b"CONNECT");
+    out.push(1);
+    out.push(u8::try_from(authority.len()).expect("authorities are short"));
+    out.extend(authority.as_bytes());
+    out
+}
+
+impl Receiver {
+    /// The next frame; `None` when the peer has closed the connection, in whatever way.
+    pub async fn frame(&mut self) -> Result<Option<Frame>> {
+        let mut head = [0; 9];
+        let got = timeout(PATIENCE, self.0.read_exact(&mut head)).await.context("waiting for a frame")?;
+        if got.is_err() {
+            return Ok(None);
+        }
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; usize::try_from(length)?];
+        if timeout(PATIENCE, self.0.read_exact(&mut payload)).await.context("waiting for a frame")?.is_err() {
+            return Ok(None);
+        }
+        let stream = u32::from_be_bytes([head[5] & 0x7f, head[6], head[7], head[8]]);
+        Ok(Some(Frame { kind: head[3], flags: head[4], stream, payload }))
+    }
+
+    /// Every frame until the peer closes the connection.
+    pub async fn to_the_end(mut self) -> Result<Vec<Frame>> {
+        let mut frames = Vec::new();
+        while let Some(frame) = self.frame().await? {
+            frames.push(frame);
+        }
+        Ok(frames)
+    }
+}

@@ -1,0 +1,284 @@
+//! Endpoints that fail, connections that end, limits that are reached.
+
+use std::{
+    net::SocketAddr,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use h2::server::SendResponse;
+use rustls::ServerConfig;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use tokio::{net::TcpListener, sync::watch};
+use tokio_rustls::TlsAcceptor;
+use tunnel_tests::{
+    PATIENCE, Process, TARGET4, World,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
+    daemon::{Daemon, through},
+    dialogue::ask,
+    gateway,
+    pki::{Credentials, GATEWAY_ID},
+    programs, target, wait_for,
+    world::NET4,
+};
+
+/// For `tunnel exec`: one worker, so that what one flow finds out holds for the next.
+fn agent(world: &World, endpoints: &[SocketAddr]) -> Result<std::path::PathBuf> {
+    let endpoints: Vec<_> = endpoints.iter().map(|e| format!("\"{e}\"")).collect();
+    let config = format!(
+        "[daemon]\nworkers = 1\n{}[[route]]\nto = [{{ upstream = \"gateway\" }}]\n[[upstream]]\nname = \"gateway\"\n\
+         endpoints = [{}]\nverify = [\"{GATEWAY_ID}\"]\nbalance = \"round_robin\"\n",
+        world.pki().named("node").toml(),
+        endpoints.join(", ")
+    );
+    world.file("agent.toml", config)
+}
+
+#[test]
+fn a_dead_endpoint_is_passed_over_ejected_and_found_again_when_it_is_back() -> Result<()> {
+    let world = World::new()?;
+    let (a, b) = (SocketAddr::new(NET4, gateway::PORT), SocketAddr::new(NET4, gateway::PORT + 1));
+    let mut alive = world.gateway().listen(a).start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let exec = world.exec_with(&agent(&world, &[a, b])?).flag("--log", "info");
+    let mut app = exec.spawn_app(&["reconnect", &target.addr().to_string()])?;
+    app.says("ready=1")?;
+    // Nobody listens at b: no flow notices.
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    assert!(app.says("ejected")?.contains(&b.to_string()));
+    // Now b is there, and a goes.
+    let mut second = world.gateway().listen(b).start()?;
+    assert!(app.says("well again")?.contains(&b.to_string()));
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    second.logs(" closed destination=")?;
+    alive.kill()?;
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    // And when b goes too, flows fail at once, and the log says that none is left.
+    second.kill()?;
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ECONNRESET");
+    }
+    app.says("no endpoint is left")?;
+    alive.start_again()?;
+    wait_for("a flow", PATIENCE, || (ask(app.process(), "once").ok()? == "ok").then_some(()))?;
+    assert!(app.finish()?.success());
+    Ok(())
+}
+
+/// A gateway that does what it is told: it answers 200, echoes, and says GOAWAY when `leave` says so.
+async fn scripted(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    leave: watch::Receiver<usize>,
+    connections: Arc<AtomicUsize>,
+) -> Result<()> {
+    loop {
+        let (tcp, _) = listener.accept().await?;
+        let number = connections.fetch_add(1, Ordering::Relaxed) + 1;
+        let (acceptor, mut leave) = (acceptor.clone(), leave.clone());
+        tokio::task::spawn_local(async move {
+            let tls = acceptor.accept(tcp).await?;
+            let mut connection = h2::server::handshake(tls).await?;
+            let mut leaving = false;
+            loop {
+                tokio::select! {
+                    stream = connection.accept() => match stream {
+                        Some(stream) => {
+                            let (request, respond) = stream?;
+                            tokio::task::spawn_local(echo(request.into_body(), respond));
+                        }
+                        None => return anyhow::Ok(()),
+                    },
+                    _ = leave.wait_for(|n| *n >= number), if !leaving => {
+                        leaving = true;
+                        connection.graceful_shutdown();
+                    }
+                }
+            }
+        });
+    }
+}
+
+async fn echo(mut body: h2::RecvStream, mut respond: SendResponse<Bytes>) -> Result<()> {
+    let mut send = respond.send_response(http::Response::new(()), false)?;
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk?;
+        body.flow_control().release_capacity(chunk.len())?;
+        send.send_data(chunk, false)?;
+    }
+    send.send_data(Bytes::new(), true)?;
+    Ok(())
+}
+
+fn acceptor(who: &Credentials) -> Result<TlsAcceptor> {
+    let chain = CertificateDer::pem_slice_iter(&std::fs::read(&who.cert)?).collect::<Result<Vec<_>, _>>()?;
+    let key = PrivateKeyDer::from_pem_slice(&std::fs::read(&who.key)?)?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+#[test]
+fn after_goaway_new_streams_take_another_connection_and_old_ones_finish() -> Result<()> {
+    let world = World::new()?;
+    let addr = SocketAddr::new(NET4, gateway::PORT);
+    let acceptor = acceptor(&world.pki().named("gateway"))?;
+    let connections = Arc::new(AtomicUsize::new(0));
+    let (tell, told) = watch::channel(0);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let counted = Arc::clone(&connections);
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let server = world.net().spawn("scripted", move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let listener = TcpListener::bind(addr).await?;
+            let _test = ready.send(());
+            tokio::select! {
+                served = scripted(listener, acceptor, told, counted) => served,
+                _ = stopped => Ok(()),
+            }
+        })
+    })?;
+    is_ready.recv_timeout(PATIENCE).context("the scripted gateway does not listen")?;
+
+    // What it is asked for does not matter to the scripted gateway.
+    let mut app = world.exec_with(&agent(&world, &[addr])?).spawn_app(&["hold", "10.200.0.10:80"])?;
+    app.says("held=1")?;
+    assert_eq!(ask(app.process(), "ping")?, "ok");
+    assert_eq!(ask(app.process(), "again")?, "ok");
+    assert_eq!(connections.load(Ordering::Relaxed), 1, "both streams are on one connection");
+    for leaving in 1..4 {
+        tell.send_replace(leaving);
+        // GOAWAY may be on its way: a request that crosses it is sent again.
+        assert_eq!(ask(app.process(), "again")?, "ok");
+        wait_for("a new connection", PATIENCE, || {
+            let _answer = ask(app.process(), "again").ok()?;
+            (connections.load(Ordering::Relaxed) == leaving + 1).then_some(())
+        })?;
+        assert_eq!(ask(app.process(), "again")?, "ok");
+        assert_eq!(ask(app.process(), "ping")?, "ok", "the stream on the first connection goes on");
+    }
+    let done = app.finish()?;
+    assert!(done.success(), "{done}");
+    assert!(!done.stdout.contains("ECONNRESET"), "not one flow failed: {done}");
+    let _ended = stop.send(());
+    server.join().ok().context("the scripted gateway panicked")??;
+    Ok(())
+}
+
+/// A daemon with one worker that captures a group on the node; `limit` is put in front of it.
+fn limited(world: &World, keys: &str, limit: &[&str]) -> Result<(Cgroup, BpfFs, Process)> {
+    let (cgroup, bpffs) = (Cgroup::new()?, BpfFs::new(world)?);
+    let config = format!(
+        "[daemon]\nworkers = 1\n{}{keys}\n{}[[capture]]\ncgroup = \"{}\"\n{}",
+        bpffs.toml(),
+        world.pki().named("node").toml(),
+        cgroup.path().display(),
+        through(SocketAddr::new(NET4, gateway::PORT), GATEWAY_ID),
+    );
+    let config = world.file("limited.toml", config)?;
+    let words: Vec<_> = limit.iter().map(std::path::PathBuf::from).chain([programs::tunnel()?]).collect();
+    let mut command = world.node().command_ended_by(&words[0], nix::sys::signal::Signal::SIGTERM);
+    command.args(&words[1..]).args(["run", "--config"]).arg(config);
+    let mut daemon = Process::spawn("daemon", world.folder(), command)?;
+    daemon.wait_for_line("capturing")?;
+    Ok((cgroup, bpffs, daemon))
+}
+
+/// Holds connections until one more is refused; how many there were. They all live on.
+fn fill(world: &World, cgroup: &Cgroup, addr: SocketAddr, most: usize) -> Result<usize> {
+    let app = |word: &str| -> Result<Process> {
+        let mut command: Command = world.node().command(programs::app()?);
+        command.args([word, &addr.to_string()]);
+        cgroup.adopt(&mut command)?;
+        Process::spawn_with_input("app", world.folder(), command)
+    };
+    let mut held = Vec::new();
+    let refused = loop {
+        let mut one = app("hold")?;
+        one.wait_for_line("held=1")?;
+        match ask(&mut one, "ping")?.as_str() {
+            "ok" => held.push(one),
+            other => break other.to_owned(),
+        }
+        anyhow::ensure!(held.len() <= most, "{} flows and no end", held.len());
+    };
+    assert_eq!(refused, "ECONNRESET");
+    for one in &mut held {
+        assert_eq!(ask(one, "ping")?, "ok", "an established flow lives on");
+    }
+    // A place that becomes free is taken again.
+    let mut last = held.pop().context("there is one")?;
+    last.hang_up();
+    last.wait(PATIENCE)?;
+    let mut next = app("reconnect")?;
+    next.wait_for_line("ready=1")?;
+    wait_for("a place", PATIENCE, || (ask(&mut next, "once").ok()? == "ok").then_some(()))?;
+    Ok(held.len() + 1)
+}
+
+#[test]
+fn at_the_limit_of_flows_new_connections_are_refused_and_established_ones_live_on() -> Result<()> {
+    let world = World::new()?;
+    let _gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let (cgroup, _bpffs, mut daemon) = limited(&world, "max_flows = 5", &["env"])?;
+    assert_eq!(fill(&world, &cgroup, target.addr(), 5)?, 5);
+    daemon.stop()?;
+    assert!(daemon.stderr().contains("(\"over_limit\", "), "{}", daemon.stderr());
+    Ok(())
+}
+
+#[test]
+fn at_the_limit_of_descriptors_new_connections_are_refused_and_established_ones_live_on() -> Result<()> {
+    let world = World::new()?;
+    let _gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    // 512 are kept for everything else, a flow may take two.
+    let (cgroup, _bpffs, mut daemon) = limited(&world, "", &["prlimit", "--nofile=528:528"])?;
+    assert_eq!(fill(&world, &cgroup, target.addr(), 8)?, 8);
+    daemon.stop()?;
+    assert!(daemon.stderr().contains("(\"over_limit\", "), "{}", daemon.stderr());
+    Ok(())
+}
+
+#[test]
+fn at_a_gateways_limit_of_flows_requests_are_503_and_established_ones_live_on() -> Result<()> {
+    let world = World::new()?;
+    let addr = SocketAddr::new(NET4, gateway::PORT);
+    let config = format!(
+        "[daemon]\nworkers = 1\nmax_flows = 3\n{}[[listener]]\naddress = \"{addr}\"\n[[route]]\nto = \"direct\"\n\
+         [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
+        world.pki().named("gateway").toml()
+    );
+    let _daemon = Daemon::start(&world, world.net(), &config)?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let mut app =
+        world.exec_with(&agent(&world, &[addr])?).spawn_app(&["swarm", &target.addr().to_string(), "3"])?;
+    app.says("swarm=3")?;
+    let more = world.exec_with(&agent(&world, &[addr])?).run_app(&[
+        "expect-reset",
+        &target.addr().to_string(),
+        "1",
+    ])?;
+    assert_eq!(more.value("ended")?, "ECONNRESET", "{more}");
+    assert!(more.stderr.contains("503") && more.stderr.contains("connection_limit_reached"), "{more}");
+    assert!(app.process().ended()?.is_none() && !app.process().stdout().contains("ends="));
+    Ok(())
+}
