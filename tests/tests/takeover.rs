@@ -1,15 +1,16 @@
-//! `tunnel run --takeover`: a new daemon in place of an old one, under load.
+//! `tunnel run --takeover`, again and again: a daemon that has taken over can be replaced in its turn.
 
-use std::path::Path;
+use std::{net::SocketAddr, path::Path};
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    NetNs, PATIENCE, Process, TARGET4, World, bpffs::BpfFs, cgroup::Cgroup, daemon::through, dialogue::ask,
-    pki::GATEWAY_ID, programs, target, world::NET4,
+    NetNs, PATIENCE, Process, TARGET4, Target, World, bpffs::BpfFs, cgroup::Cgroup, daemon::through,
+    dialogue::ask, gateway, pki::GATEWAY_ID, programs, target, wait_for, world::NET4,
 };
 
-const PORT: u16 = 15008;
+/// How often one daemon replaces another.
+const TIMES: usize = 3;
 
 fn daemon(world: &World, host: &NetNs, config: &Path, flags: &[&str]) -> Result<Process> {
     let mut command = host.command_ended_by(programs::tunnel()?, Signal::SIGTERM);
@@ -17,69 +18,96 @@ fn daemon(world: &World, host: &NetNs, config: &Path, flags: &[&str]) -> Result<
     Process::spawn("daemon", world.folder(), command)
 }
 
-#[test]
-fn a_daemon_that_takes_over_refuses_no_connection_and_breaks_no_flow() -> Result<()> {
-    let world = World::new()?;
-    let target = world.serve(TARGET4, target::echo())?;
-    let gateway = world.file(
-        "gateway.toml",
-        format!(
-            "[[listener]]\naddress = \"{NET4}:{PORT}\"\n[[route]]\nto = \"direct\"\n\
-             [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/16\"]\n{}",
-            world.pki().named("gateway").toml()
-        ),
-    )?;
-    let (cgroup, bpffs) = (Cgroup::new()?, BpfFs::new(&world)?);
-    let agent = world.file(
-        "agent.toml",
-        format!(
-            "[daemon]\n{}{}[[capture]]\ncgroup = \"{}\"\n{}",
-            bpffs.toml(),
-            world.pki().named("node").toml(),
-            cgroup.path().display(),
-            through((NET4, PORT).into(), GATEWAY_ID),
-        ),
-    )?;
-    let mut old_gateway = daemon(&world, world.net(), &gateway, &[])?;
-    old_gateway.wait_for_line("listening")?;
-    let mut old_agent = daemon(&world, world.node(), &agent, &[])?;
-    old_agent.wait_for_line("capturing")?;
+/// Under load: a number of connections have come and gone.
+fn load(target: &Target) -> Result<()> {
+    let before = target.peers().len();
+    wait_for("the load", PATIENCE, || (target.peers().len() > before + 20).then_some(()))
+}
 
+/// Replaces a daemon under load, several times; `hold` has a flow on the first.
+fn replace(
+    world: &World,
+    host: &NetNs,
+    config: &Path,
+    mut old: Process,
+    target: &Target,
+    hold: &mut Process,
+) -> Result<()> {
+    // Only the first has a flow that lasts, so it stays; the others end when they have been replaced.
+    let mut first = None;
+    for _ in 0..TIMES {
+        load(target)?;
+        let mut new = daemon(world, host, config, &["--takeover"])?;
+        new.wait_for_line("took over from the old daemon")?;
+        old.wait_for_line("another daemon has taken over: draining")?;
+        load(target)?;
+        assert_eq!(ask(hold, "ping")?, "ok", "the flow on the first daemon goes on");
+        let mut replaced = std::mem::replace(&mut old, new);
+        if first.is_none() {
+            assert!(replaced.ended()?.is_none());
+            first = Some(replaced);
+        } else {
+            assert!(replaced.wait(PATIENCE)?.success());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn no_connection_is_refused_while_one_gateway_replaces_another_again_and_again() -> Result<()> {
+    let world = World::new()?;
+    let addr = SocketAddr::new(NET4, gateway::PORT);
+    let config = format!(
+        "[daemon]\ndrain_timeout = \"60s\"\n{}[[listener]]\naddress = \"{addr}\"\n[[route]]\nto = \"direct\"\n\
+         [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
+        world.pki().named("gateway").toml()
+    );
+    let config = world.file("gateway.toml", config)?;
+    let mut first = daemon(&world, world.net(), &config, &[])?;
+    first.wait_for_line("listening")?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let agent = format!("{}{}", world.pki().named("node").toml(), through(addr, GATEWAY_ID));
+    let agent = world.file("agent.toml", agent)?;
+    let mut hold = world.exec_with(&agent).spawn_app(&["hold", &target.addr().to_string()])?;
+    hold.says("held=1")?;
+    let mut busy = world.exec_with(&agent).spawn_app(&["keep-connecting", &target.addr().to_string()])?;
+    busy.says("started=1")?;
+    replace(&world, world.net(), &config, first, &target, hold.process())?;
+    let done = busy.finish()?;
+    assert!(done.success(), "{done}");
+    Ok(())
+}
+
+#[test]
+fn no_captured_connection_is_refused_while_one_agent_replaces_another_again_and_again() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let (cgroup, bpffs) = (Cgroup::new()?, BpfFs::new(&world)?);
+    let config = format!(
+        "[daemon]\n{}drain_timeout = \"60s\"\n{}[[capture]]\ncgroup = \"{}\"\n{}",
+        bpffs.toml(),
+        world.pki().named("node").toml(),
+        cgroup.path().display(),
+        through(gateway.addr(), GATEWAY_ID),
+    );
+    let config = world.file("agent.toml", config)?;
+    let mut first = daemon(&world, world.node(), &config, &[])?;
+    first.wait_for_line("capturing")?;
     let app = |words: &[&str]| -> Result<Process> {
         let mut command = world.node().command(programs::app()?);
-        command.args(words).arg(target.addr().to_string());
+        command.args(words);
         cgroup.adopt(&mut command)?;
         Process::spawn_with_input("app", world.folder(), command)
     };
-    let mut held = app(&["hold"])?;
-    held.wait_for_line("held=1")?;
-    assert_eq!(ask(&mut held, "ping")?, "ok");
-    let mut busy = app(&["keep-connecting"])?;
+    let addr = target.addr().to_string();
+    let mut hold = app(&["hold", &addr])?;
+    hold.wait_for_line("held=1")?;
+    let mut busy = app(&["keep-connecting", &addr])?;
     busy.wait_for_line("started=1")?;
-
-    let mut new_agent = daemon(&world, world.node(), &agent, &["--takeover"])?;
-    new_agent.wait_for_line("took over")?;
-    old_agent.wait_for_line("another daemon has taken over: draining")?;
-    let mut new_gateway = daemon(&world, world.net(), &gateway, &["--takeover"])?;
-    new_gateway.wait_for_line("took over")?;
-    old_gateway.wait_for_line("another daemon has taken over: draining")?;
-    // Through both old daemons, which are draining.
-    assert_eq!(ask(&mut held, "ping")?, "ok");
-    // Through the new agent; the old gateway serves what it took before the agent had heard its GOAWAY.
-    let mut late = app(&["hold"])?;
-    late.wait_for_line("held=1")?;
-    assert_eq!(ask(&mut late, "ping")?, "ok");
-
+    replace(&world, world.node(), &config, first, &target, &mut hold)?;
     busy.hang_up();
-    assert!(busy.wait(PATIENCE)?.success(), "{}", busy.stdout());
-    for mut flow in [held, late] {
-        flow.hang_up();
-        assert!(flow.wait(PATIENCE)?.success());
-    }
-    // The last flow has ended: the old daemons have nothing left to wait for.
-    assert!(old_agent.wait(PATIENCE)?.success());
-    assert!(old_gateway.wait(PATIENCE)?.success());
-    new_agent.stop()?;
-    new_gateway.stop()?;
+    assert!(busy.wait(PATIENCE)?.success(), "{busy}");
+    assert_eq!(ask(&mut hold, "peer")?, addr, "it still sees the address that it asked for");
     Ok(())
 }

@@ -350,19 +350,12 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
                 wanted = requested(file, &mut offer) => wanted,
             };
             let given = match wanted {
-                Ok(stream) => {
-                    // The new daemon makes the same offer as soon as it runs.
-                    offer = None;
-                    running.give(stream).await
-                }
+                Ok(stream) => running.give(stream).await,
                 Err(e) => Err(e),
             };
             match given {
                 Ok(()) => break "another daemon has taken over",
                 Err(e) => tracing::warn!("{e}"),
-            }
-            if offer.is_none() {
-                offer = file.and_then(offer_takeover);
             }
         };
         drop(offer);
