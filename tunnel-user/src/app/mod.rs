@@ -361,9 +361,6 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
                 Ok(()) => break "another daemon has taken over",
                 Err(e) => tracing::warn!("{e}"),
             }
-            if offer.is_none() {
-                offer = file.and_then(offer_takeover);
-            }
         };
         drop(offer);
         tracing::info!("{why}: draining");
