@@ -350,7 +350,11 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
                 wanted = requested(file, &mut offer) => wanted,
             };
             let given = match wanted {
-                Ok(stream) => running.give(stream).await,
+                Ok(stream) => {
+                    // The new daemon makes the same offer as soon as it runs.
+                    offer = None;
+                    running.give(stream).await
+                }
                 Err(e) => Err(e),
             };
             match given {
