@@ -21,6 +21,7 @@ use crate::{
     flow::{ClientAddr, Identity, PeerAddr},
     transport::{
         identity::peer_identity,
+        io::LastReader,
         store::TlsStore,
         tcp,
         verify::{ClientCheck, check_expiry, explain},
@@ -34,6 +35,9 @@ const PENDING_RESETS_MAX: usize = 20;
 const RESET_STREAMS_MAX: usize = 50;
 /// Errors that the peer may make us answer with a reset.
 const LOCAL_ERRORS_MAX: usize = 256;
+
+/// How long a peer that has ended its tunnel may take to close its side.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// How one listener serves.
 pub struct Settings {
@@ -83,6 +87,7 @@ pub struct Incoming {
 /// A connection whose peer has been let in.
 pub struct Tunnel {
     connection: h2::server::Connection<TlsStream<TcpStream>, Bytes>,
+    last: LastReader,
     client: ClientAddr,
     identity: Option<Identity>,
 }
@@ -97,6 +102,7 @@ pub async fn handshake(
     let slow = |_| ServeError::HandshakeTimeout(settings.handshake_timeout);
     // Fails only on a socket that is gone, which the handshake will find.
     let _gone = tcp::tune(&stream);
+    let last = LastReader::new(&stream).map_err(|e| ServeError::Tls(e.to_string()))?;
     let acceptor = TlsAcceptor::from(settings.tls.server_config(&settings.check));
     let tls = timeout_at(deadline, acceptor.accept(stream))
         .await
@@ -132,7 +138,7 @@ pub async fn handshake(
         identity = identity.as_ref().map(tracing::field::display),
         "tunnel accepted"
     );
-    Ok(Tunnel { connection, client: ClientAddr(peer), identity })
+    Ok(Tunnel { connection, last, client: ClientAddr(peer), identity })
 }
 
 /// Serves a connection to its end. `handle` makes the task of each stream; they end with the connection.
@@ -142,7 +148,7 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
     mut drain: Watch,
     handle: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
-    let Tunnel { mut connection, client, identity } = tunnel;
+    let Tunnel { mut connection, last, client, identity } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
     let mut ping = connection.ping_pong();
     let mut ping_at = Instant::now() + settings.keepalive_interval;
@@ -189,6 +195,8 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
     // Streams that are finishing have their last frames on the wire already; what they still do is
     // write to their targets.
     let _rest = timeout(settings.keepalive_timeout, streams.ended()).await;
+    drop(connection);
+    last.linger(LINGER).await;
     Ok(())
 }
 
