@@ -24,7 +24,7 @@ fn load(target: &Target) -> Result<()> {
     wait_for("the load", PATIENCE, || (target.peers().len() > before + 20).then_some(()))
 }
 
-/// Replaces a daemon under load, several times; `hold` has a flow on the first. The last one, and the first.
+/// Replaces a daemon under load, several times; `hold` has a flow on the first. The first and the last daemon.
 fn replace(
     world: &World,
     host: &NetNs,
@@ -32,10 +32,11 @@ fn replace(
     mut old: Process,
     target: &Target,
     hold: &mut Process,
-) -> Result<(Process, Option<Process>)> {
+) -> Result<[Process; 2]> {
     // Only the first has a flow that lasts, so it stays; the others end when they have been replaced.
     let mut first = None;
-    for _ in 0..TIMES {
+    let mut turns = 0;
+    loop {
         load(target)?;
         let mut new = daemon(world, host, config, &["--takeover"])?;
         new.wait_for_line("took over from the old daemon")?;
@@ -43,14 +44,21 @@ fn replace(
         load(target)?;
         assert_eq!(ask(hold, "ping")?, "ok", "the flow on the first daemon goes on");
         let mut replaced = std::mem::replace(&mut old, new);
-        if first.is_none() {
-            assert!(replaced.ended()?.is_none());
-            first = Some(replaced);
-        } else {
-            assert!(replaced.wait(PATIENCE)?.success());
+        turns += 1;
+        match first.take() {
+            None => {
+                assert!(replaced.ended()?.is_none());
+                first = Some(replaced);
+            }
+            Some(stays) => {
+                assert!(replaced.wait(PATIENCE)?.success());
+                if turns == TIMES {
+                    return Ok([stays, old]);
+                }
+                first = Some(stays);
+            }
         }
     }
-    Ok((old, first))
 }
 
 #[test]
@@ -72,7 +80,7 @@ fn no_connection_is_refused_while_one_gateway_replaces_another_again_and_again()
     hold.says("held=1")?;
     let mut busy = world.exec_with(&agent).spawn_app(&["keep-connecting", &target.addr().to_string()])?;
     busy.says("started=1")?;
-    let _daemons = replace(&world, world.net(), &config, first, &target, hold.process())?;
+    let _both = replace(&world, world.net(), &config, first, &target, hold.process())?;
     let done = busy.finish()?;
     assert!(done.success(), "{done}");
     Ok(())
@@ -105,7 +113,7 @@ fn no_captured_connection_is_refused_while_one_agent_replaces_another_again_and_
     hold.wait_for_line("held=1")?;
     let mut busy = app(&["keep-connecting", &addr])?;
     busy.wait_for_line("started=1")?;
-    let _daemons = replace(&world, world.node(), &config, first, &target, &mut hold)?;
+    let _both = replace(&world, world.node(), &config, first, &target, &mut hold)?;
     busy.hang_up();
     assert!(busy.wait(PATIENCE)?.success(), "{busy}");
     assert_eq!(ask(&mut hold, "peer")?, addr, "it still sees the address that it asked for");
