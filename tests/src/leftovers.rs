@@ -17,6 +17,8 @@ use crate::wait::wait_for;
 
 /// The kernel frees namespaces and groups a little after their last user is gone.
 const SETTLE: Duration = Duration::from_secs(5);
+/// Nothing has to be found this often in a row: what /proc says of a process is not said at one moment.
+const CERTAIN: u32 = 3;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,9 +73,14 @@ pub fn cgroups(names: &[String]) -> Vec<PathBuf> {
 /// Fails when the groups or processes that `look` finds do not go within a short time.
 pub fn gone<T: fmt::Debug>(what: &str, mut look: impl FnMut() -> Vec<T>) -> Result<()> {
     let mut left = Vec::new();
+    let mut nothing = 0;
     let waited = wait_for(what, SETTLE, || {
-        left = look();
-        left.is_empty().then_some(())
+        let found = look();
+        nothing = if found.is_empty() { nothing + 1 } else { 0 };
+        if !found.is_empty() {
+            left = found;
+        }
+        (nothing == CERTAIN).then_some(())
     });
     if waited.is_err() {
         bail!("{what} left behind: {left:?}");

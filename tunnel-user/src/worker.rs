@@ -55,7 +55,7 @@ const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 const HANDSHAKES_MAX: usize = 256;
 /// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
 const TUNNELS_MAX: usize = 4096;
-/// How long flows that were told to end, and connections that are closed, may take for it.
+/// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What all workers share; nothing in it changes.
@@ -226,12 +226,15 @@ async fn work(start: Start) -> io::Result<Report> {
     stop.enter(Phase::Stop);
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
     // What the flows have handed over is not on the wire yet.
-    let _closed = timeout(STOP_PATIENCE, async {
+    let closed = async {
         for upstream in &worker.upstreams {
             upstream.close().await;
         }
-    })
-    .await;
+    };
+    tokio::select! {
+        _ = timeout(worker.shared.drain_timeout, closed) => {}
+        () = watch.stopping() => {}
+    }
     let (records, dropped) = worker.records.take();
     let connections_opened = worker.upstreams.iter().map(Upstream::connections_opened).sum();
     Ok(Report { records, dropped, connections_opened })

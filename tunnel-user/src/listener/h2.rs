@@ -22,6 +22,7 @@ use crate::{
     flow::{ClientAddr, Identity, PeerAddr},
     transport::{
         identity::peer_identity,
+        io::LastReader,
         store::TlsStore,
         tcp,
         verify::{ClientCheck, check_expiry, explain},
@@ -36,10 +37,10 @@ const RESET_STREAMS_MAX: usize = 50;
 /// Errors that the peer may make us answer with a reset.
 const LOCAL_ERRORS_MAX: usize = 256;
 
-/// How long, and how much, a refused peer is listened to, until it has heard that it was refused: a round trip
-/// around the world, and the frames that clients open a connection with.
-const HEAR_OUT: Duration = Duration::from_secs(1);
-const HEAR_OUT_BYTES: u64 = 64 * 1024;
+/// How long a peer that has ended its tunnel, or was refused, may take to close its side.
+const LINGER: Duration = Duration::from_secs(1);
+/// How much a refused peer may still send: the frames that clients open a connection with.
+const LAST_WORDS: u64 = 64 * 1024;
 
 /// How one listener serves.
 pub struct Settings {
@@ -89,6 +90,7 @@ pub struct Incoming {
 /// A connection whose peer has been let in.
 pub struct Tunnel {
     connection: h2::server::Connection<TlsStream<TcpStream>, Bytes>,
+    last: LastReader,
     client: ClientAddr,
     identity: Option<Identity>,
 }
@@ -103,6 +105,7 @@ pub async fn handshake(
     let slow = |_| ServeError::HandshakeTimeout(settings.handshake_timeout);
     // Fails only on a socket that is gone, which the handshake will find.
     let _gone = tcp::tune(&stream);
+    let last = LastReader::new(&stream).map_err(|e| ServeError::Tls(e.to_string()))?;
     let acceptor = TlsAcceptor::from(settings.tls.server_config(&settings.check));
     let accepted = timeout_at(deadline, acceptor.accept(stream).into_fallible()).await.map_err(slow)?;
     let tls = match accepted {
@@ -142,7 +145,7 @@ pub async fn handshake(
         identity = identity.as_ref().map(tracing::field::display),
         "tunnel accepted"
     );
-    Ok(Tunnel { connection, client: ClientAddr(peer), identity })
+    Ok(Tunnel { connection, last, client: ClientAddr(peer), identity })
 }
 
 /// Closes the connection of a peer that was refused so that it hears why. A client of TLS 1.3 may have sent
@@ -151,8 +154,8 @@ pub async fn handshake(
 async fn hear_out(mut stream: TcpStream) {
     // Fails only on a socket that is gone.
     let _gone = stream.shutdown().await;
-    let mut rest = stream.take(HEAR_OUT_BYTES);
-    let _late = timeout(HEAR_OUT, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+    let mut rest = stream.take(LAST_WORDS);
+    let _late = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
 }
 
 /// Serves a connection to its end. `handle` makes the task of each stream; they end with the connection.
@@ -162,7 +165,7 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
     mut drain: Watch,
     handle: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
-    let Tunnel { mut connection, client, identity } = tunnel;
+    let Tunnel { mut connection, last, client, identity } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
     let mut ping = connection.ping_pong();
     let mut ping_at = Instant::now() + settings.keepalive_interval;
@@ -209,6 +212,8 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
     // Streams that are finishing have their last frames on the wire already; what they still do is
     // write to their targets.
     let _rest = timeout(settings.keepalive_timeout, streams.ended()).await;
+    drop(connection);
+    last.linger(LINGER).await;
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 //! never decides what a peer may reach; that is the policy's.
 
 pub mod identity;
+pub mod io;
 pub mod store;
 pub mod tcp;
 pub mod tls;

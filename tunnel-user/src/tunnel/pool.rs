@@ -40,6 +40,7 @@ use crate::{
     flow::{Identity, PeerAddr, Target},
     transport::{
         identity::peer_identity,
+        io::{AlertFirst, LastReader},
         tcp::Mark,
         verify::{check_expiry, explain},
     },
@@ -61,6 +62,8 @@ pub const FRAME: u32 = 64 * 1024;
 pub const SEND_BUFFER: usize = 256 * 1024;
 /// The most bytes of headers in one request or response.
 pub const HEADERS: u32 = 16 * 1024;
+/// How long a peer that we have said goodbye to may take to close its side.
+const LINGER: Duration = Duration::from_secs(1);
 /// Flows that wait for a connection to the same peer; more are refused at once.
 const WAITING_MAX: usize = 4096;
 /// Dials in flight to the same peer.
@@ -386,7 +389,7 @@ impl Inner {
         tasks.spawn_local(async move {
             let dialled = open(&key, &settings).await;
             slot.dialing.set(slot.dialing.get() - 1);
-            let (conn, connection, ping) = match dialled {
+            let Opened { conn, connection, ping, last } = match dialled {
                 Ok(opened) => opened,
                 Err(why) => {
                     tracing::debug!(endpoint = %key.endpoint, "dial failed: {why}");
@@ -406,7 +409,7 @@ impl Inner {
             inner.dial_for_waiting(&key, &slot);
             drop(inner);
             tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, "connection opened");
-            drive(connection, ping, &conn, &settings).await;
+            drive(connection, ping, last, &conn, &settings).await;
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
             if let Some(inner) = pool.upgrade() {
@@ -417,12 +420,20 @@ impl Inner {
     }
 }
 
-type H2Connection = Connection<TlsStream<TcpStream>, Bytes>;
+/// A connection that a peer has let us in on.
+struct Opened {
+    conn: Conn,
+    connection: H2Connection,
+    ping: PingPong,
+    last: LastReader,
+}
+
+type H2Connection = Connection<AlertFirst<TlsStream<TcpStream>>, Bytes>;
 
 /// Dials, shakes hands, and waits until the peer has answered a PING: in TLS 1.3 a server judges the
 /// client's certificate after the client has finished (RFC 8446 section 4.4.2), so only an answer says
 /// that we were let in; and its SETTINGS have come by then.
-async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, PingPong), ConnectError> {
+async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
     let deadline = Instant::now() + settings.connect_timeout;
     let shaken = timeout_at(deadline, async {
         let dial = |e| ConnectError::Dial(Rc::new(e));
@@ -430,6 +441,7 @@ async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, Pin
         let allowed = settings.connect_timeout;
         let (tcp, addr) =
             dial::connect(&key.endpoint, &addrs, settings.mark, deadline, allowed).await.map_err(dial)?;
+        let last = LastReader::new(&tcp).map_err(|source| dial(DialError::Local { addr, source }))?;
         let tls = TlsConnector::from(Arc::clone(&key.tls))
             .connect(key.server_name.clone(), tcp)
             .await
@@ -443,7 +455,7 @@ async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, Pin
         check_expiry(certificates, UnixTime::now())
             .map_err(|e| ConnectError::Tls { endpoint: key.endpoint.clone(), why: e.to_string() })?;
         let identity = peer_identity(certificates);
-        let (send, connection, ping) = handshake(tls, settings)
+        let (send, connection, ping) = handshake(AlertFirst::new(tls), settings)
             .await
             .map_err(|why| ConnectError::H2 { endpoint: key.endpoint.clone(), why })?;
         let conn = Conn {
@@ -457,7 +469,7 @@ async fn open(key: &Key, settings: &Settings) -> Result<(Conn, H2Connection, Pin
             retired: Cell::new(false),
             lost: RefCell::default(),
         };
-        Ok((conn, connection, ping))
+        Ok(Opened { conn, connection, ping, last })
     });
     shaken.await.unwrap_or_else(|_| {
         Err(ConnectError::Timeout { endpoint: key.endpoint.clone(), after: settings.connect_timeout })
@@ -493,7 +505,13 @@ async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Runs a connection to its end: PINGs it, and closes it when it is idle.
-async fn drive(mut connection: H2Connection, mut ping: PingPong, conn: &Conn, settings: &Settings) {
+async fn drive(
+    mut connection: H2Connection,
+    mut ping: PingPong,
+    last: LastReader,
+    conn: &Conn,
+    settings: &Settings,
+) {
     let mut ping_at = Instant::now() + settings.keepalive_interval;
     let lost = loop {
         let idle_at = conn.idle_since.get() + settings.idle_timeout;
@@ -526,5 +544,11 @@ async fn drive(mut connection: H2Connection, mut ping: PingPong, conn: &Conn, se
         ping_at = Instant::now() + settings.keepalive_interval;
     };
     conn.retired.set(true);
+    // Clean: GOAWAY and close_notify are on their way.
+    let clean = lost.is_none();
     *conn.lost.borrow_mut() = lost;
+    drop(connection);
+    if clean {
+        last.linger(LINGER).await;
+    }
 }

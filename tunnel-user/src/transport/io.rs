@@ -1,0 +1,124 @@
+//! The byte stream under HTTP/2, and its end.
+//!
+//! Enters: a TLS stream. Leaves: the same, whose errors say what the peer said, and whose close loses
+//! nothing. Invariant: a peer's alert is not hidden by the broken pipe that comes with it; a connection that
+//! ended cleanly is closed only once the peer has closed it too. It adds no buffer.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use socket2::{SockRef, Socket};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// Reads the peer's alert when writing fails: a peer that refuses our certificate says so and closes, and
+/// what we write next fails before we have read why.
+pub struct AlertFirst<T> {
+    inner: T,
+    /// Why writing failed, until the peer's word on it has been looked for.
+    failed: Option<io::Error>,
+}
+
+impl<T> AlertFirst<T> {
+    /// Over a TLS stream.
+    pub fn new(inner: T) -> Self {
+        Self { inner, failed: None }
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> AlertFirst<T> {
+    fn write<R>(
+        &mut self,
+        cx: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut T>, &mut Context<'_>) -> Poll<io::Result<R>>,
+    ) -> Poll<io::Result<R>> {
+        if self.failed.is_none() {
+            match write(Pin::new(&mut self.inner), cx) {
+                Poll::Ready(Err(e)) => self.failed = Some(e),
+                other => return other,
+            }
+        }
+        let mut scratch = [0; 1024];
+        loop {
+            let mut buf = ReadBuf::new(&mut scratch);
+            // A socket that cannot be written to any more is readable, if only for its error: this does not
+            // wait for ever.
+            match ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buf)) {
+                // Nobody will read what came before the alert: the connection has failed.
+                Ok(()) if !buf.filled().is_empty() => {}
+                Err(alert) if alert.kind() == io::ErrorKind::InvalidData => return Poll::Ready(Err(alert)),
+                _ => {
+                    let failed = self.failed.take();
+                    return Poll::Ready(Err(failed.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into())));
+                }
+            }
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for AlertFirst<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(cx, buf)
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for AlertFirst<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.write(cx, |inner, cx| inner.poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.write(cx, |inner, cx| inner.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.write(cx, |inner, cx| inner.poll_flush(cx))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// Holds a connection open beyond the HTTP/2 connection on it.
+///
+/// Closing a socket that has bytes unread sends RST (RFC 9293 section 3.10.4), and RST takes along what the
+/// peer has not read yet: our last DATA frames, for a WINDOW_UPDATE that we did not need any more.
+pub struct LastReader(Socket);
+
+impl LastReader {
+    /// To be made before the stream goes into TLS.
+    pub fn new(stream: &TcpStream) -> io::Result<Self> {
+        SockRef::from(stream).try_clone().map(Self)
+    }
+
+    /// After a clean end, both sides' directions having been shut: reads and drops what still comes, until
+    /// the peer closes, for `limit` at most.
+    pub async fn linger(self, limit: Duration) {
+        // Fails only on a socket that is gone.
+        let Ok(mut stream) = TcpStream::from_std(self.0.into()) else { return };
+        let mut scratch = [0; 1024];
+        let until_closed = async { while stream.read(&mut scratch).await.is_ok_and(|n| n > 0) {} };
+        // The peer does not close: neither do we owe it more.
+        let _gave_up = timeout(limit, until_closed).await;
+    }
+}
