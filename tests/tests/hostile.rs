@@ -313,6 +313,27 @@ fn silence_before_and_after_tls_is_ended_after_the_handshake_timeout() -> Result
 }
 
 #[test]
+fn silent_connections_do_not_keep_others_out() -> Result<()> {
+    // More than two workers have places for handshakes, and each would stay for ten seconds.
+    const SILENT: usize = 1500;
+    let world = World::new()?;
+    let mut gateway = world.gateway().flag("--workers", "2").start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let mut old = Neighbour::new(&world, &gateway, &target)?;
+    let addr = gateway.addr();
+    let silent =
+        world.node().run(|| (0..SILENT).map(|_| TcpStream::connect(addr)).collect::<Result<Vec<_>, _>>())?;
+    let start = Instant::now();
+    let mut new = Neighbour::new(&world, &gateway, &target)?;
+    assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
+    old.does_not_notice()?;
+    new.does_not_notice()?;
+    gateway.logs("not let in")?;
+    drop(silent);
+    Ok(())
+}
+
+#[test]
 fn garbage_is_answered_by_the_end_of_the_connection() -> Result<()> {
     use std::io::Write as _;
     let world = World::new()?;

@@ -21,7 +21,7 @@ use socket2::Socket;
 use tokio::{
     net::TcpListener,
     runtime,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{Semaphore, mpsc},
     task::LocalSet,
     time::{sleep, timeout},
 };
@@ -35,7 +35,8 @@ use crate::{
     drain::{self, Phase, Tasks, Watch},
     flow::{ClientAddr, Identity, PeerAddr, Target},
     listener::{
-        h2::{self as h2_listener, Incoming},
+        h2::{self as h2_listener, Incoming, ServeError},
+        handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
     policy::{Permit, Policies},
@@ -51,8 +52,6 @@ use crate::{
 
 /// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
-/// Tunnel connections of one listener and worker whose handshake is not done; more wait in the backlog.
-const HANDSHAKES_MAX: usize = 256;
 /// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
 const TUNNELS_MAX: usize = 4096;
 /// How long flows that were told to end may take for it.
@@ -277,17 +276,17 @@ async fn accept_tunnels(
     dial_timeout: Duration,
     flows: Rc<Tasks>,
 ) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let handshakes = Handshakes::default();
     let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
     loop {
-        // Neither is ever closed.
+        // It is never closed.
         let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
-        let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await else { return };
         match socket.accept().await {
             Ok((stream, peer)) => {
                 let (worker, settings) = (Rc::clone(&worker), Arc::clone(&settings));
+                let place = handshakes.place();
                 flows.spawn(async move {
-                    worker.serve(&settings, stream, peer, dial_timeout, handshake).await;
+                    worker.serve(&settings, stream, peer, dial_timeout, place).await;
                     drop(tunnel);
                 });
             }
@@ -447,16 +446,20 @@ impl Worker {
         stream: tokio::net::TcpStream,
         peer: SocketAddr,
         dial_timeout: Duration,
-        handshake: OwnedSemaphorePermit,
+        mut place: handshakes::Place,
     ) {
-        let tunnel = match h2_listener::handshake(settings, stream, peer).await {
+        let shaken = tokio::select! {
+            shaken = h2_listener::handshake(settings, stream, peer) => shaken,
+            () = place.needed() => Err(ServeError::Crowded),
+        };
+        let tunnel = match shaken {
             Ok(tunnel) => tunnel,
             Err(e) => {
                 self.counters.handshakes_failed.add(1);
                 return tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
             }
         };
-        drop(handshake);
+        drop(place);
         self.counters.tunnels_accepted.add(1);
         let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
         if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {

@@ -70,6 +70,9 @@ pub enum ServeError {
     /// The peer took too long.
     #[error("no complete handshake within {0:?}")]
     HandshakeTimeout(Duration),
+    /// Too many others were in the middle of theirs.
+    #[error("its handshake was not done when its place was needed for another")]
+    Crowded,
     /// The peer does not answer.
     #[error("no answer to PING within {0:?}")]
     KeepaliveTimeout(Duration),

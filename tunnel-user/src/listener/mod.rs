@@ -5,4 +5,5 @@
 //! peer's misbehaviour ends its own connection only. It never decides who may reach what.
 
 pub mod h2;
+pub mod handshakes;
 pub mod request;
