@@ -344,7 +344,7 @@ impl Capture {
         let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
         for name in [names::CONNECT4, names::CONNECT6] {
             let path = link_path(dir, name);
-            match fs::remove_file(&path) {
+            match remove_link(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(BpfError::Pin { path, source });
                 }
@@ -410,6 +410,14 @@ fn link_path(dir: &Path, program: &str) -> PathBuf {
     dir.join(format!("link_{program}"))
 }
 
+/// Detaches what is behind a pinned link, and removes the pin.
+fn remove_link(path: &Path) -> io::Result<()> {
+    let link = sys::obj_get(path)?;
+    // Fails where its cgroup is gone, and then there is nothing to detach.
+    let _detached = sys::link_detach(link.as_fd());
+    fs::remove_file(path)
+}
+
 /// Keeps other daemons from changing what is pinned in this bpffs, as long as the descriptor is open.
 pub fn lock(bpffs: &Path) -> Result<OwnedFd, BpfError> {
     let pin_error = |source| BpfError::Pin { path: bpffs.to_owned(), source };
@@ -435,7 +443,8 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
     // connect first: what is captured a moment longer would find no origin.
     paths.sort_by_key(|p| (!is_link(p), !p.to_string_lossy().contains("connect")));
     for path in paths {
-        fs::remove_file(&path).map_err(pin_error(&path))?;
+        let removed = if is_link(&path) { remove_link(&path) } else { fs::remove_file(&path) };
+        removed.map_err(pin_error(&path))?;
     }
     fs::remove_dir(dir).map_err(pin_error(dir))?;
     if let Some(ours) = dir.parent() {

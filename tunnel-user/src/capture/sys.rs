@@ -21,6 +21,7 @@ const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
@@ -119,6 +120,16 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
         BPF_LINK_UPDATE,
         &mut Attr { link_fd: link.as_raw_fd(), new_prog_fd: program.as_raw_fd(), flags: 0, old_prog_fd: 0 },
     )?;
+    Ok(())
+}
+
+/// Detaches what is behind a link, now: the kernel drops the last reference to a link some time later.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: i32,
+    }
+    bpf(BPF_LINK_DETACH, &mut Attr { link_fd: link.as_raw_fd() })?;
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use h2::{RecvStream, server::SendResponse};
 use http::Request;
 use rustls_pki_types::UnixTime;
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
@@ -36,8 +37,10 @@ const RESET_STREAMS_MAX: usize = 50;
 /// Errors that the peer may make us answer with a reset.
 const LOCAL_ERRORS_MAX: usize = 256;
 
-/// How long a peer that has ended its tunnel may take to close its side.
+/// How long a peer that has ended its tunnel, or was refused, may take to close its side.
 const LINGER: Duration = Duration::from_secs(1);
+/// How much a refused peer may still send: the frames that clients open a connection with.
+const LAST_WORDS: u64 = 64 * 1024;
 
 /// How one listener serves.
 pub struct Settings {
@@ -104,10 +107,14 @@ pub async fn handshake(
     let _gone = tcp::tune(&stream);
     let last = LastReader::new(&stream).map_err(|e| ServeError::Tls(e.to_string()))?;
     let acceptor = TlsAcceptor::from(settings.tls.server_config(&settings.check));
-    let tls = timeout_at(deadline, acceptor.accept(stream))
-        .await
-        .map_err(slow)?
-        .map_err(|e| ServeError::Tls(explain(&e)))?;
+    let accepted = timeout_at(deadline, acceptor.accept(stream).into_fallible()).await.map_err(slow)?;
+    let tls = match accepted {
+        Ok(tls) => tls,
+        Err((e, stream)) => {
+            hear_out(stream).await;
+            return Err(ServeError::Tls(explain(&e)));
+        }
+    };
     let session = tls.get_ref().1;
     let certificates = session.peer_certificates().unwrap_or_default();
     // A resumed session brings its certificate along, and nobody has looked at the date since.
@@ -139,6 +146,16 @@ pub async fn handshake(
         "tunnel accepted"
     );
     Ok(Tunnel { connection, last, client: ClientAddr(peer), identity })
+}
+
+/// Closes the connection of a peer that was refused so that it hears why. A client of TLS 1.3 may have sent
+/// its first request already; bytes that nobody has read turn a close into a reset, which takes the alert out
+/// of the peer's hands.
+async fn hear_out(mut stream: TcpStream) {
+    // Fails only on a socket that is gone.
+    let _gone = stream.shutdown().await;
+    let mut rest = stream.take(LAST_WORDS);
+    let _late = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
 }
 
 /// Serves a connection to its end. `handle` makes the task of each stream; they end with the connection.
