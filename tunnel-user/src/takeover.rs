@@ -93,7 +93,7 @@ impl Offer {
     }
 }
 
-/// Gives the sockets away; ready when the other side has taken over. Blocks for [`PATIENCE`] at most.
+/// Gives the sockets away; ready when the other side has taken over. Blocks for half a minute at most.
 pub fn give(stream: &UnixStream, listeners: &[(SocketAddr, Vec<Socket>)]) -> Result<(), TakeoverError> {
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_read_timeout(Some(PATIENCE))?;
