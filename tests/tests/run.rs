@@ -264,6 +264,34 @@ fn detach_leaves_no_pins_and_connections_go_their_own_way() -> Result<()> {
 }
 
 #[test]
+fn a_systemd_unit_is_found_by_its_name_wherever_it_is_and_its_subgroups_are_captured() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    // As systemd would have it: a slice, the unit, and a group of the unit's own.
+    let unit = format!("tt-{}.service", std::process::id());
+    let own = node.cgroup.path().join("app.slice").join(&unit).join("own");
+    std::fs::create_dir_all(&own)?;
+    let config = node.config(&gateway, "", "");
+    let path = format!("cgroup = \"{}\"", node.cgroup.path().display());
+    assert!(config.contains(&path));
+    let mut daemon = node.daemon(&config.replace(&path, &format!("unit = \"{unit}\"")))?;
+    let mut app = node.app(&["reconnect", &target.addr().to_string()])?;
+    app.wait_for_line("ready=1")?;
+    assert_eq!(ask(&mut app, "once")?, "ENETUNREACH", "outside of the unit nothing is captured");
+    std::fs::write(own.join("cgroup.procs"), app.id().to_string())?;
+    assert_eq!(ask(&mut app, "once")?, "ok");
+    app.hang_up();
+    app.wait(PATIENCE)?;
+    daemon.process().stop()?;
+    for group in own.ancestors().take(3) {
+        wait_for("the group to be empty", PATIENCE, || std::fs::remove_dir(group).ok())?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_process_of_another_network_namespace_in_the_group_is_captured_too() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
