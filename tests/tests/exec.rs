@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::{pty::openpty, sys::signal::Signal};
 use tunnel_tests::{Finished, PATIENCE, TARGET4, World, leftovers, process, programs, target, wait_for};
 
@@ -56,6 +57,18 @@ fn a_command_that_is_not_there_is_127_and_one_that_cannot_be_run_126() -> Result
     let done = world.exec(&gateway).run(&[&file])?;
     assert_eq!(done.status.code(), Some(126), "{done}");
     assert!(done.stderr.contains("not-a-program"), "{done}");
+    Ok(())
+}
+
+#[test]
+fn the_command_has_the_callers_limit_of_descriptors() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    // A test is a process of its own. The daemon raises its limit; select(2) in the command would suffer.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, 700, hard)?;
+    let done = world.exec(&gateway).run(&["sh", "-c", "ulimit -S -n; ulimit -H -n"])?;
+    assert_eq!(done.stdout, format!("700\n{hard}\n"), "{done}");
     Ok(())
 }
 

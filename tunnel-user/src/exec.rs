@@ -18,6 +18,7 @@ use std::{
 
 use nix::{
     sys::{
+        resource::{Resource, getrlimit, rlim_t, setrlimit},
         signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask},
         signalfd::{SfdFlags, SignalFd, siginfo},
     },
@@ -65,6 +66,8 @@ pub struct Options {
 /// Runs the command to its end.
 pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
     privileges::require_for_capture()?;
+    // We raise ours; the command gets the one that it would have had (select(2) breaks beyond 1024).
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| os("limits", e.into()))?;
     let records = options.stats || options.stats_json.is_some();
     // Before any thread starts: threads inherit the mask, and one descriptor then gets every signal.
     let forwarded: SigSet = FORWARDED.into_iter().collect();
@@ -81,7 +84,7 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
         let start = app::Options { group: Some(&group), keep_records: records, ..Default::default() };
         let mut running = app::start(config, start)?;
         let mut rings = running.rings();
-        let status = match spawn(&options.command, &group, before) {
+        let status = match spawn(&options.command, &group, before, limit) {
             Ok(mut child) => tokio::select! {
                 status = wait(&mut child, &signals) => status.map_err(|e| os("waiting for the command", e))?,
                 () = running.watch_captures(&mut rings) => return Err(Failure::Other(Cause::new("the capture ended", ""))),
@@ -113,6 +116,7 @@ fn spawn(
     command: &[OsString],
     group: &Fresh,
     mask: SigSet,
+    (soft, hard): (rlim_t, rlim_t),
 ) -> Result<tokio::process::Child, Result<u8, Failure>> {
     let Some((program, args)) = command.split_first() else {
         return Err(Err(Failure::Config(Cause::new("no command was given", "tunnel exec ... -- CMD ARGS"))));
@@ -122,12 +126,13 @@ fn spawn(
     child.args(args);
     let fd = procs.as_raw_fd();
     // SAFETY: between fork and exec only async-signal-safe calls are made (signal-safety(7)): write(2) to
-    // a descriptor that lives until spawn returns, and pthread_sigmask(3).
+    // a descriptor that lives until spawn returns, setrlimit(2), and pthread_sigmask(3).
     unsafe {
         child.pre_exec(move || {
             if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 {
                 return Err(io::Error::last_os_error());
             }
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&mask), None).map_err(io::Error::from)
         });
     }
