@@ -113,7 +113,7 @@ fn when_the_table_of_flows_is_full_new_connections_are_reset_and_established_one
     assert_eq!(ask(&mut app, "ping")?, "ok");
 
     let pins = bpffs.pins();
-    let flows = pins.iter().find(|p| p.ends_with("FLOWS")).context("FLOWS is pinned")?;
+    let flows = pins.iter().find(|p| p.to_string_lossy().contains("/FLOWS_")).context("FLOWS is pinned")?;
     let flows = Map::open(flows)?;
     let filled = flows.fill()?;
     assert!(filled > FLOWS_MAX - 10, "{filled}");

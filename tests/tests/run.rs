@@ -245,6 +245,28 @@ fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kin
 }
 
 #[test]
+fn a_daemon_that_cannot_adopt_a_capture_leaves_it_closed() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let config = node.config(&gateway, "", "");
+    let mut daemon = node.daemon(&config)?;
+    daemon.process().kill()?;
+    // Something that is no link stands where one was.
+    let pins = node.bpffs.pins();
+    let link = pins.iter().find(|p| p.ends_with("link_peer_name4")).context("the link is pinned")?;
+    std::fs::remove_file(link)?;
+    std::fs::create_dir(link)?;
+    let mut next = Daemon::spawn(&world, world.node(), &config)?;
+    assert!(!next.process().wait(PATIENCE)?.success());
+    assert!(next.log().contains("link_peer_name4"), "{}", next.log());
+    assert_eq!(node.connect_error(&target)?, "ECONNREFUSED", "nothing that fails opens a closed capture");
+    std::fs::remove_dir(link)?;
+    Ok(())
+}
+
+#[test]
 fn detach_leaves_no_pins_and_connections_go_their_own_way() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;

@@ -17,6 +17,9 @@ pub const ORIGINS: &str = "ORIGINS";
 pub const COUNTERS: &str = "COUNTERS";
 /// Wakes the daemon when a connection came from a namespace without a listener.
 pub const EVENTS: &str = "EVENTS";
+/// The version of everything that is kept in pinned maps: part of the names of the pins, so that a daemon
+/// adopts only what it understands. Raised with every change of a key, a value, or what they mean.
+pub const ABI: u32 = 1;
 /// Every map, for the test that loads them all.
 pub const MAPS: [&str; 7] = [RULES_V4, RULES_V6, LISTENERS, FLOWS, ORIGINS, COUNTERS, EVENTS];
 

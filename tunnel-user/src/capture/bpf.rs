@@ -158,6 +158,8 @@ pub struct Spec {
 pub struct Capture {
     ebpf: Ebpf,
     lifetime: Lifetime,
+    /// Something of an earlier daemon was pinned already.
+    adopted: bool,
     listeners: Mutex<HashMap<MapData, u64, Listener>>,
     flows: FlowTable,
     sweeper: Sweeper,
@@ -195,6 +197,16 @@ impl Sweeper {
 impl Capture {
     /// Loads every program and fills the rules. Nothing is attached yet.
     pub fn load(spec: &Spec, rules: &Rules) -> Result<Self, BpfError> {
+        let Lifetime::Pinned(dir) = &spec.lifetime else { return Self::load_here(spec, rules, false) };
+        let adopted = dir.exists();
+        let loaded = Self::load_here(spec, rules, adopted);
+        if loaded.is_err() && !adopted {
+            let _best_effort = unpin(dir);
+        }
+        loaded
+    }
+
+    fn load_here(spec: &Spec, rules: &Rules, adopted: bool) -> Result<Self, BpfError> {
         let mut loader = EbpfLoader::new();
         let marked = u32::from(spec.listener_marked);
         loader
@@ -205,7 +217,7 @@ impl Capture {
             fs::create_dir_all(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
             // What outlives a daemon: the flows of connections that live on, and the sockets' origins.
             for name in [names::FLOWS, names::ORIGINS, names::LISTENERS, names::RULES_V4, names::RULES_V6] {
-                loader.map_pin_path(name, dir.join(name));
+                loader.map_pin_path(name, dir.join(format!("{name}_{}", names::ABI)));
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
@@ -244,6 +256,7 @@ impl Capture {
         Ok(Self {
             ebpf,
             lifetime: spec.lifetime.clone(),
+            adopted,
             listeners: Mutex::new(listeners),
             flows: FlowTable(Arc::new(flows_fd)),
             sweeper,
@@ -288,8 +301,10 @@ impl Capture {
             }
             Lifetime::Pinned(dir) => {
                 let attached = self.attach_pinned(cgroup, &dir);
-                if attached.is_err() {
-                    // A capture that is half attached captures without answering getpeername, or worse.
+                // A capture that is half attached captures without answering getpeername, or worse. One that was
+                // there before stays: it refuses connections while no daemon listens, which nothing that
+                // fails may turn into plaintext.
+                if attached.is_err() && !self.adopted {
                     let _best_effort = unpin(&dir);
                 }
                 attached
