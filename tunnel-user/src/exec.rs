@@ -87,7 +87,9 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
         let status = match spawn(&options.command, &group, before, limit) {
             Ok(mut child) => tokio::select! {
                 status = wait(&mut child, &signals) => status.map_err(|e| os("waiting for the command", e))?,
-                () = running.watch_captures(&mut rings) => return Err(Failure::Other(Cause::new("the capture ended", ""))),
+                () = running.watch_captures(&mut rings) => {
+                    return Err(Failure::Other(Cause::new("the capture ended", "")));
+                }
             },
             Err(failed) => {
                 running.stop();
