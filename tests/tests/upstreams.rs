@@ -282,3 +282,30 @@ fn at_a_gateways_limit_of_flows_requests_are_503_and_established_ones_live_on() 
     assert!(app.process().ended()?.is_none() && !app.process().stdout().contains("ends="));
     Ok(())
 }
+
+#[test]
+fn one_identity_cannot_take_all_flows_of_a_gateway() -> Result<()> {
+    let world = World::new()?;
+    let addr = SocketAddr::new(NET4, gateway::PORT);
+    let config = format!(
+        "[daemon]\nworkers = 1\nmax_flows = 8\n{}[[listener]]\naddress = \"{addr}\"\n[[route]]\nto = \"direct\"\n\
+         [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
+        world.pki().named("gateway").toml()
+    );
+    let _daemon = Daemon::start(&world, world.net(), &config)?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let to = target.addr().to_string();
+    let mut greedy = world.exec_with(&agent(&world, &[addr])?).spawn_app(&["swarm", &to, "6"])?;
+    greedy.says("swarm=6")?;
+    let more = world.exec_with(&agent(&world, &[addr])?).run_app(&["expect-reset", &to, "1"])?;
+    assert_eq!(more.value("ended")?, "ECONNRESET", "{more}");
+    assert!(more.stderr.contains("503") && more.stderr.contains("limit of 6 flows"), "{more}");
+
+    let other = world.pki().issue("other", "spiffe://test.tunnel/other", &[])?;
+    let config = format!("{}{}", other.toml(), through(addr, GATEWAY_ID));
+    let other = world.file("other.toml", config)?;
+    let mut modest = world.exec_with(&other).spawn_app(&["swarm", &to, "2"])?;
+    modest.says("swarm=2")?;
+    assert!(greedy.process().ended()?.is_none() && !greedy.process().stdout().contains("ends="));
+    Ok(())
+}

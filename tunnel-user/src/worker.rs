@@ -5,7 +5,7 @@
 //! itself: those are bound before any worker starts.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     collections::HashMap,
     io,
     net::SocketAddr,
@@ -50,6 +50,8 @@ use crate::{
     tunnel::{self, Upstream, headers::Trace},
 };
 
+/// One peer leaves at least one in this many of a worker's flows to the others.
+const PEER_LEAVES: usize = 4;
 /// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 /// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
@@ -147,6 +149,8 @@ struct Worker {
     records: Records,
     trace: Trace,
     active: Cell<usize>,
+    /// Flows of each peer of our listeners.
+    peers: RefCell<HashMap<Identity, usize>>,
     watch: Watch,
     /// Told when the flows that are left are to end.
     stop: Watch,
@@ -166,6 +170,7 @@ async fn work(start: Start) -> io::Result<Report> {
         upstreams,
         trace: Trace::default(),
         active: Cell::default(),
+        peers: RefCell::default(),
         watch: watch.clone(),
         stop: stopped,
     });
@@ -255,9 +260,12 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
             () = std::future::ready(()), if draining => return,
         };
         match accepted {
-            Ok(Some(captured)) => match worker.admit() {
-                Some(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
-                None => crate::relay::abort_on_close(&captured.stream),
+            Ok(Some(captured)) => match worker.admit(None) {
+                Ok(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
+                Err(_) => {
+                    worker.counters.over_limit.add(1);
+                    crate::relay::abort_on_close(&captured.stream);
+                }
             },
             Ok(None) => {
                 worker.counters.no_origin.add(1);
@@ -303,12 +311,23 @@ async fn back_off(e: &io::Error) {
     }
 }
 
-/// A place among the flows of a worker; given back when dropped.
-struct Place(Rc<Worker>);
+/// A place among the flows of a worker, and among those of its peer; given back when dropped.
+struct Place {
+    worker: Rc<Worker>,
+    peer: Option<Identity>,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.active.set(self.0.active.get() - 1);
+        self.worker.active.set(self.worker.active.get() - 1);
+        let Some(peer) = &self.peer else { return };
+        let mut peers = self.worker.peers.borrow_mut();
+        if let Some(active) = peers.get_mut(peer) {
+            *active -= 1;
+            if *active == 0 {
+                peers.remove(peer);
+            }
+        }
     }
 }
 
@@ -319,14 +338,20 @@ enum Sink {
 }
 
 impl Worker {
-    /// `None`, and counted, at the limit.
-    fn admit(self: &Rc<Self>) -> Option<Place> {
-        if self.active.get() >= self.shared.flows_max {
-            self.counters.over_limit.add(1);
-            return None;
+    /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
+    fn admit(self: &Rc<Self>, peer: Option<&Identity>) -> Result<Place, Refusal> {
+        let most = self.shared.flows_max;
+        let share = most - most / PEER_LEAVES;
+        let mut peers = self.peers.borrow_mut();
+        let active = peer.and_then(|p| peers.get(p).copied()).unwrap_or(0);
+        if self.active.get() >= most || active >= share {
+            return Err(Refusal::Limit(if active >= share { share } else { most }));
         }
         self.active.set(self.active.get() + 1);
-        Some(Place(Rc::clone(self)))
+        if let Some(peer) = peer {
+            peers.insert(peer.clone(), active + 1);
+        }
+        Ok(Place { worker: Rc::clone(self), peer: peer.cloned() })
     }
 
     /// Reaches the target: through an upstream, or by dialling. What came through a listener does so only as
@@ -511,10 +536,12 @@ async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Dura
         record.destination.clone_from(&asked);
         record
     };
-    let Some(place) = worker.admit() else {
-        let refusal = Refusal::Limit(worker.shared.flows_max);
-        answer(&mut respond, refusal.response());
-        return worker.refused(&refusal, unknown(), identity.as_ref(), started);
+    let place = match worker.admit(identity.as_ref()) {
+        Ok(place) => place,
+        Err(refusal) => {
+            answer(&mut respond, refusal.response());
+            return worker.refused(&refusal, unknown(), identity.as_ref(), started);
+        }
     };
     let target = match request::target(&request) {
         Ok(target) => target,
