@@ -144,3 +144,66 @@ fn classify(addr: SocketAddr, source: io::Error) -> DialError {
         _ => DialError::Local { addr, source },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::Future, net::TcpListener};
+
+    use socket2::{Domain, Socket, Type};
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    const ALLOWED: Duration = Duration::from_secs(20);
+
+    /// An address where nobody answers: Linux drops a SYN when the queue of a listener is full.
+    fn silent() -> (SocketAddr, Vec<Socket>) {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        listener.listen(0).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let mut held = vec![listener];
+        for _ in 0..4 {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            // In progress: the first fill the queue, the others are not answered.
+            assert!(socket.connect(&addr).is_err());
+            held.push(socket);
+        }
+        (addr.as_socket().unwrap(), held)
+    }
+
+    /// An address that was free a moment ago.
+    fn refusing() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    }
+
+    fn run<T>(test: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, test)
+    }
+
+    async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
+        let target = Target::Name("a.example".to_owned(), 1);
+        connect(&target, addrs, None, Instant::now() + allowed, allowed).await.map(|(_, addr)| addr)
+    }
+
+    #[test]
+    fn an_address_that_is_silent_or_refuses_does_not_keep_the_next_from_being_tried() {
+        let well = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = well.local_addr().unwrap();
+        let (silent, _held) = silent();
+        assert_eq!(run(dial(&[silent, refusing(), addr], ALLOWED)).unwrap(), addr);
+    }
+
+    #[test]
+    fn when_all_addresses_refuse_it_says_so_and_when_one_is_silent_it_waits_for_the_deadline() {
+        let refused = run(dial(&[refusing(), refusing()], ALLOWED)).unwrap_err();
+        assert!(matches!(refused, DialError::Refused { .. }), "{refused}");
+        let (silent, _held) = silent();
+        for addrs in [&[silent][..], &[silent, refusing()][..]] {
+            let late = run(dial(addrs, Duration::from_millis(400))).unwrap_err();
+            assert!(matches!(late, DialError::Timeout { .. }), "{late}");
+        }
+    }
+}

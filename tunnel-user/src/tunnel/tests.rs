@@ -15,16 +15,18 @@ use std::{
 use bytes::Bytes;
 use http::{Method, Request, Response};
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::Notify,
     task::{LocalSet, spawn_local},
     time::timeout,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::pool::{ConnectError, Key, Lease, Pool, Settings};
 use crate::{
+    drain,
     flow::Target,
+    listener::h2 as listener,
     pki::{Ca, IssueRequest, Validity},
     transport::{
         store::TlsStore,
@@ -72,6 +74,8 @@ enum Script {
     Serve,
     /// The same, and says GOAWAY when told to.
     GoAway,
+    /// The same, and answers nothing any more when told so.
+    Mute,
     /// Never finishes the TLS handshake.
     Silent,
 }
@@ -79,7 +83,7 @@ enum Script {
 struct Peer {
     addr: SocketAddr,
     accepted: Rc<Cell<usize>>,
-    say_goaway: Rc<Notify>,
+    turn: Rc<Notify>,
     held: Rc<RefCell<Vec<h2::SendStream<Bytes>>>>,
 }
 
@@ -89,17 +93,17 @@ impl Peer {
         let peer = Self {
             addr: listener.local_addr().unwrap(),
             accepted: Rc::default(),
-            say_goaway: Rc::default(),
+            turn: Rc::default(),
             held: Rc::default(),
         };
         let acceptor = TlsAcceptor::from(tls.server_config(&ClientCheck::default()));
-        let (accepted, goaway, held) =
-            (Rc::clone(&peer.accepted), Rc::clone(&peer.say_goaway), Rc::clone(&peer.held));
+        let (accepted, turn, held) =
+            (Rc::clone(&peer.accepted), Rc::clone(&peer.turn), Rc::clone(&peer.held));
         spawn_local(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 accepted.set(accepted.get() + 1);
-                let (acceptor, goaway, held) = (acceptor.clone(), Rc::clone(&goaway), Rc::clone(&held));
+                let (acceptor, turn, held) = (acceptor.clone(), Rc::clone(&turn), Rc::clone(&held));
                 spawn_local(async move {
                     if script == Script::Silent {
                         let _keep = stream;
@@ -120,9 +124,12 @@ impl Peer {
                                 }
                                 _ => return,
                             },
-                            () = goaway.notified(), if script == Script::GoAway && !told => {
+                            () = turn.notified(), if !told => {
                                 told = true;
-                                h2.graceful_shutdown();
+                                match script {
+                                    Script::GoAway => h2.graceful_shutdown(),
+                                    _ => pending().await,
+                                }
                             }
                         }
                     }
@@ -230,7 +237,7 @@ fn a_connection_that_got_goaway_takes_no_new_streams_and_its_old_ones_go_on() {
         let key = peer.key(&tls);
         let old = pool.lease(&key).await.unwrap();
         let (_old_send, mut old_recv) = open(&old).await;
-        peer.say_goaway.notify_one();
+        peer.turn.notify_one();
         // Until the GOAWAY has come, a lease may still be of the old connection; its stream then fails and
         // says that it was not acted on, and the upstream tries again.
         let fresh = loop {
@@ -283,5 +290,60 @@ fn an_idle_connection_is_closed_and_a_new_one_opened_when_needed() {
         }
         let _again = pool.lease(&key).await.unwrap();
         assert_eq!(peer.accepted.get(), 2);
+    });
+}
+
+#[test]
+fn a_peer_that_answers_no_ping_is_given_up_and_its_streams_are_reset() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Mute, 100).await;
+        let pool = Pool::new(Settings {
+            keepalive_interval: Duration::from_millis(50),
+            keepalive_timeout: Duration::from_millis(200),
+            ..settings(100)
+        });
+        let key = peer.key(&tls);
+        let lease = pool.lease(&key).await.unwrap();
+        let (_send, mut recv) = open(&lease).await;
+        peer.turn.notify_one();
+        assert!(recv.data().await.unwrap().is_err());
+        assert!(lease.lost().is_some_and(|why| why.contains("no answer to PING")), "{:?}", lease.lost());
+        // The next one is on a new connection.
+        let _again = pool.lease(&key).await.unwrap();
+        assert_eq!(peer.accepted.get(), 2);
+    });
+}
+
+#[test]
+fn a_listener_gives_up_a_peer_that_answers_no_ping() {
+    run(async {
+        let tls = identity();
+        let settings = listener::Settings {
+            tls: Arc::clone(&tls),
+            check: ClientCheck::default(),
+            handshake_timeout: PATIENCE,
+            max_streams: 1,
+            keepalive_interval: Duration::from_millis(50),
+            keepalive_timeout: Duration::from_millis(200),
+        };
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = socket.local_addr().unwrap();
+        let check = ServerCheck::default();
+        let connector = TlsConnector::from(tls.client_config(&check));
+        let client = spawn_local(async move {
+            let stream = TcpStream::connect(addr).await.unwrap();
+            let name = check.server_name(&Target::Addr(addr));
+            let tls = connector.connect(name, stream).await.unwrap();
+            // Its preface is sent, and then it is never polled again.
+            let _mute = h2::client::handshake(tls).await.unwrap();
+            pending::<()>().await;
+        });
+        let (stream, peer) = socket.accept().await.unwrap();
+        let tunnel = listener::handshake(&settings, stream, peer).await.unwrap();
+        let (_trigger, watch) = drain::channel();
+        let served = listener::serve(&settings, tunnel, watch, |_| async {}).await;
+        assert!(matches!(served, Err(listener::ServeError::KeepaliveTimeout(_))), "{served:?}");
+        client.abort();
     });
 }
