@@ -16,6 +16,7 @@
 //! assert!(done.success(), "{done}");
 //! ```
 
+pub mod bench;
 pub mod bpffs;
 pub mod cgroup;
 pub mod daemon;
@@ -24,6 +25,7 @@ pub mod exec;
 pub mod gateway;
 pub mod janitor;
 pub mod leftovers;
+pub mod load;
 pub mod netns;
 pub mod pattern;
 pub mod peer;

@@ -1,0 +1,2 @@
+//! The load generator of the benchmarks.
+fn main() {}
