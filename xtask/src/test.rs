@@ -35,6 +35,7 @@ impl Args {
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     run::require_root("loading kernel programs and making network namespaces, which the tests do,")?;
     setup::ensure(checkout, &[Group::Build, Group::Test])?;
+    setup::try_peers(checkout)?;
     run::catch_interrupts()?;
     let before = Snapshot::take(checkout);
 

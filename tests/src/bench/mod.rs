@@ -4,5 +4,14 @@
 //! people. Invariant: arms take turns within every round, each in network namespaces of its own; a run whose
 //! bytes do not all arrive is a fault, not a number.
 
+mod accounting;
+mod arms;
+pub mod flags;
+mod machine;
 pub mod model;
+pub mod peers;
+pub mod plan;
+pub mod report;
+pub mod runner;
 pub mod stats;
+mod wire;

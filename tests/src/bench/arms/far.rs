@@ -1,0 +1,63 @@
+//! The proxy at the other end.
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+
+use super::{
+    Bed, FAR, Far, MAX_FLOWS,
+    near::{LOG, envoy},
+};
+use crate::{
+    bench::{model::Role, peers::Peers},
+    pki::NODE_ID,
+    programs,
+    world::{NODE4, TARGET4},
+};
+
+impl Bed {
+    /// Starts it, if this arm has one.
+    pub(super) fn far(&mut self, workers: u32, peers: &Peers) -> Result<()> {
+        match self.build.far {
+            None => Ok(()),
+            Some(Far::Ours) => {
+                let mut config = format!("[daemon]\nworkers = {workers}\nmax_flows = {MAX_FLOWS}\n");
+                config.push_str(&self.world.pki().named("gateway").toml());
+                config.push_str(&format!(
+                    "[[listener]]\naddress = \"{FAR}\"\n[[route]]\nto = \"direct\"\n\
+                     [[policy]]\nidentity = [\"{NODE_ID}\"]\ntarget = [\"{TARGET4}/32\"]\n"
+                ));
+                let config = self.world.file("far.toml", config)?;
+                let mut command = self.world.net().command_ended_by(programs::tunnel()?, Signal::SIGTERM);
+                command.args(["run", "--log", LOG, "--config"]).arg(config);
+                self.spawn_listening(Role::Far, "tunnel-far", command, FAR.port())
+            }
+            Some(Far::Envoy) => {
+                let credentials = self.world.pki().named("gateway");
+                let config = envoy(include_str!("envoy-far.yaml"), &credentials, NODE_ID);
+                let config = self.world.file("envoy-far.yaml", config)?;
+                let mut command = self.world.net().command(peers.envoy()?);
+                command.args([
+                    "--disable-hot-restart",
+                    "-l",
+                    "warn",
+                    "--concurrency",
+                    &workers.to_string(),
+                    "-c",
+                ]);
+                command.arg(config);
+                self.spawn_listening(Role::Far, "envoy-far", command, FAR.port())
+            }
+            Some(Far::Tinyproxy) => {
+                let config = format!(
+                    "Port {}\nListen {}\nTimeout 600\nMaxClients {MAX_FLOWS}\nAllow {NODE4}\nLogLevel Critical\n",
+                    FAR.port(),
+                    FAR.ip()
+                );
+                let config = self.world.file("tinyproxy.conf", config)?;
+                let mut command = self.world.net().command(programs::system("tinyproxy")?);
+                command.arg("-d").arg("-c").arg(config);
+                self.spawn_listening(Role::Far, "tinyproxy", command, FAR.port())
+            }
+        }
+    }
+}

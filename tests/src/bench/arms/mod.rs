@@ -1,0 +1,403 @@
+//! An arm, set up: hosts, proxies, a server, and a group whose connections are captured.
+//!
+//! Enters: how connections are captured, and which proxies carry them. Leaves: a [`Bed`] that clients can be
+//! started in. Invariant: an arm with proxies has no other way to its server: what capture misses is lost, and
+//! does not quietly count as the arm's; one byte has passed before a bed is handed out. What a program that is
+//! not installed would be needed for is [`SetUp::Missing`], and that is not an error.
+
+mod far;
+mod iptables;
+mod near;
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{
+    accounting,
+    model::{self, Program, Role, Run, Tls},
+    peers::Peers,
+    wire::Witness,
+};
+use crate::{
+    bpffs::BpfFs,
+    cgroup::Cgroup,
+    link::Profile,
+    load::{
+        Outcome, Workload,
+        driver::{Client, Server},
+        port,
+    },
+    process::Process,
+    programs,
+    wait::{PATIENCE, wait_for},
+    world::{NET4, TARGET4, World},
+};
+
+/// The first port of the load generator's server, and that of iperf3's behind them.
+const BASE_PORT: u16 = 9000;
+const IPERF_PORT: u16 = BASE_PORT + port::COUNT;
+/// Where the proxy on the node takes what iptables redirects.
+const NEAR_PORT: u16 = 15001;
+/// Where the proxy at the other end listens: HBONE's port.
+const FAR: SocketAddr = SocketAddr::new(NET4, 15008);
+/// Flows that proxies of ours may have: more than any workload opens, fewer than descriptors allow.
+const MAX_FLOWS: u32 = 11_000;
+
+/// How an arm is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Build {
+    /// How connections come to the proxy.
+    pub(super) capture: Option<Capture>,
+    /// Rules that have nothing to do with what is measured.
+    pub(super) rules: u32,
+    /// The proxy on the node.
+    pub(super) near: Option<Near>,
+    /// The proxy at the other end.
+    pub(super) far: Option<Far>,
+    /// Where the server is.
+    pub(super) server: Place,
+}
+
+/// How connections come to a proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Capture {
+    /// Our hooks.
+    Ebpf,
+    /// REDIRECT in the nat table, matched by the path of the control group.
+    Iptables,
+}
+
+/// The proxy on the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Near {
+    /// Ours, dialling by itself, moving bytes this way (`daemon.relay`).
+    Dialling(&'static str),
+    /// Ours, through the far proxy.
+    Ours,
+    /// Envoy.
+    Envoy,
+    /// redsocks.
+    Redsocks,
+}
+
+/// The proxy at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Far {
+    /// Ours.
+    Ours,
+    /// Envoy.
+    Envoy,
+    /// tinyproxy.
+    Tinyproxy,
+}
+
+/// Where the server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// On another host.
+    Away,
+    /// On the node's loopback, where a capture without a proxy leads to.
+    Node,
+}
+
+/// Whose connection, and where to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// One of the captured group, to what is captured.
+    Captured,
+    /// One of the captured group, to what is not.
+    Excluded,
+    /// One of another process on the same node.
+    Other,
+}
+
+/// What came of setting an arm up.
+pub(super) enum SetUp {
+    /// It runs.
+    Ready(Box<Bed>),
+    /// It lacks something that this machine, or this version, does not have.
+    Missing(String),
+}
+
+/// An arm, running. It goes in the order of its fields: a proxy may still be draining when its world ends.
+pub(super) struct Bed {
+    build: Build,
+    /// What it was started as.
+    pub(super) programs: Vec<Program>,
+    /// What its tunnel agreed on.
+    pub(super) tls: Option<Tls>,
+    processes: Vec<Process>,
+    iperf: Option<Process>,
+    _server: Server,
+    _bpffs: Option<BpfFs>,
+    groups: BTreeMap<Role, Cgroup>,
+    others: Cgroup,
+    world: World,
+}
+
+impl Bed {
+    /// Sets an arm up; a byte has passed when it returns.
+    pub(super) fn set_up(build: Build, link: Option<&Profile>, workers: u32, peers: &Peers) -> Result<SetUp> {
+        if let Some(missing) = peers.missing(&build) {
+            return Ok(SetUp::Missing(missing));
+        }
+        let world = match link {
+            Some(profile) => World::with_link(profile.clone())?,
+            None => World::new()?,
+        };
+        let groups: BTreeMap<Role, Cgroup> =
+            Role::ALL.into_iter().map(|role| Ok((role, Cgroup::new()?))).collect::<Result<_>>()?;
+        if build.far.is_some() {
+            // Routed, so that iptables gets to see it; and whatever it does not redirect is lost.
+            world.node().add_hole("10.200.0.0/24", TARGET4)?;
+        } else {
+            world.node().ip(&format!("route add {TARGET4} via {NET4}"))?;
+        }
+        let (host, at) = match build.server {
+            Place::Away => (world.net(), IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+            Place::Node => (world.node(), IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        };
+        let server =
+            Server::start(host, world.folder(), SocketAddr::new(at, BASE_PORT), groups.get(&Role::Server))?;
+        let mut bed = Self {
+            build,
+            programs: Vec::new(),
+            tls: None,
+            processes: Vec::new(),
+            iperf: None,
+            _server: server,
+            _bpffs: None,
+            groups,
+            others: Cgroup::new()?,
+            world,
+        };
+        bed.far(workers, peers)?;
+        let witness = matches!(build.far, Some(Far::Ours | Far::Envoy))
+            .then(|| Witness::start(bed.world.node(), FAR))
+            .transpose()?;
+        bed.near(workers, peers)?;
+        bed.capture()?;
+        const PROBE: Workload = Workload::PingPong { size: 64 };
+        bed.run(PROBE, Whose::Captured, Duration::from_millis(50)).context("the first bytes")?;
+        bed.tls = witness.and_then(Witness::finish);
+        ensure!(
+            bed.tls.is_some() || !matches!(build.far, Some(Far::Ours | Far::Envoy)),
+            "bytes passed, but no TLS handshake was seen on the wire"
+        );
+        Ok(SetUp::Ready(Box::new(bed)))
+    }
+
+    /// Whether the proxies are still there.
+    pub(super) fn check(&mut self) -> Result<()> {
+        for process in &mut self.processes {
+            let ended = process.ended()?;
+            ensure!(ended.is_none(), "it ended by itself\n{process}");
+        }
+        Ok(())
+    }
+
+    /// Runs a workload once.
+    pub(super) fn run(&mut self, workload: Workload, whose: Whose, time: Duration) -> Result<Run> {
+        let mut client = self.client(workload, whose)?;
+        client.wait_ready()?;
+        let before = accounting::cpu(self.parts(whose))?;
+        let outcome = client.measure(time)?;
+        let after = accounting::cpu(self.parts(whose))?;
+        client.end()?;
+        self.judge(workload, whose, outcome, accounting::spent(&before, &after))
+    }
+
+    /// Has iperf3 do bulk.
+    pub(super) fn iperf(&mut self, streams: u32, reverse: bool, time: Duration) -> Result<Run> {
+        self.iperf_server()?;
+        let before = accounting::cpu(self.parts(Whose::Captured))?;
+        let mut command = self.world.node().command(programs::system("iperf3")?);
+        let to = self.address(Whose::Captured);
+        command.args(["--client", &to.ip().to_string(), "--port", &IPERF_PORT.to_string(), "--json"]);
+        command.args(["--parallel", &streams.to_string(), "--time", &time.as_secs().max(1).to_string()]);
+        if reverse {
+            command.arg("--reverse");
+        }
+        self.groups[&Role::Client].adopt(&mut command)?;
+        let mut process = Process::spawn("iperf3", self.world.folder(), command)?;
+        let status = process.wait(time + PATIENCE)?;
+        ensure!(status.success(), "{process}");
+        let said: serde_json::Value = serde_json::from_str(&process.stdout()).context("what iperf3 wrote")?;
+        let after = accounting::cpu(self.parts(Whose::Captured))?;
+        let sum = &said["end"]["sum_received"];
+        let number =
+            |key: &str| sum[key].as_f64().with_context(|| format!("iperf3 wrote no {key}: {process}"));
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count of bytes")]
+        let bytes = number("bytes")? as u64;
+        let (bytes_up, bytes_down) = if reverse { (0, bytes) } else { (bytes, 0) };
+        let outcome = Outcome { seconds: number("seconds")?, bytes_up, bytes_down, ..Outcome::default() };
+        let direction = if reverse { crate::load::Direction::Down } else { crate::load::Direction::Up };
+        let workload = Workload::Bulk { streams, direction };
+        self.judge(workload, Whose::Captured, outcome, accounting::spent(&before, &after))
+    }
+
+    /// What this many idle connections hold, after each number of them; they stay until the last is counted.
+    pub(super) fn idle(&mut self, steps: &[u32]) -> Result<Vec<Run>> {
+        let before = accounting::Held::now(self.parts(Whose::Captured))?;
+        let (mut clients, mut there, mut runs) = (Vec::new(), 0, Vec::new());
+        for &step in steps {
+            let connections = step - there;
+            let mut client = self.client(Workload::Idle { connections }, Whose::Captured)?;
+            client.wait_ready().with_context(|| format!("{step} connections"))?;
+            let outcome = client.measure(Duration::ZERO)?;
+            clients.push(client);
+            there = step;
+            let held = accounting::Held::now(self.parts(Whose::Captured))?;
+            let memory = Some(held.grown(&before, step.into()));
+            runs.push(Run { round: 0, turn: 0, outcome, cpu: BTreeMap::new(), memory });
+        }
+        // Each sends again before it closes: they were all alive.
+        for mut client in clients {
+            client.end()?;
+        }
+        Ok(runs)
+    }
+
+    fn client(&self, workload: Workload, whose: Whose) -> Result<Client> {
+        let mut command = self.world.node().command(programs::load()?);
+        let to = self.address(whose);
+        command.args(["run", "--to", &to.to_string(), "--workload", &workload.to_string()]);
+        self.group(whose).adopt(&mut command)?;
+        Client::start(command)
+    }
+
+    /// Where the server is, for a connection of this kind.
+    fn address(&self, whose: Whose) -> SocketAddr {
+        let ip = match (self.build.server, whose) {
+            (Place::Away, Whose::Captured) => TARGET4,
+            (Place::Away, _) => NET4,
+            (Place::Node, Whose::Captured) if self.build.capture.is_some() => LOOPBACK_CAPTURED,
+            (Place::Node, _) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        };
+        SocketAddr::new(ip, BASE_PORT)
+    }
+
+    fn group(&self, whose: Whose) -> &Cgroup {
+        match whose {
+            Whose::Captured | Whose::Excluded => &self.groups[&Role::Client],
+            Whose::Other => &self.others,
+        }
+    }
+
+    /// The groups of all parts, the client's being the one that it ran in.
+    fn parts(&self, whose: Whose) -> impl Iterator<Item = (Role, &Cgroup)> {
+        let client = self.group(whose);
+        let plays = |role: &Role| match role {
+            Role::Near => self.build.near.is_some(),
+            Role::Far => self.build.far.is_some(),
+            Role::Client | Role::Server => true,
+        };
+        let parts = self.groups.iter().filter(move |(role, _)| plays(role));
+        parts.map(move |(role, group)| (*role, if *role == Role::Client { client } else { group }))
+    }
+
+    /// An outcome that claims nothing, or whose bytes went another way, is none.
+    fn judge(
+        &self,
+        workload: Workload,
+        whose: Whose,
+        outcome: Outcome,
+        cpu: BTreeMap<Role, f64>,
+    ) -> Result<Run> {
+        ensure!(outcome.bytes_up + outcome.bytes_down > 0, "{workload}: no byte arrived");
+        let idle = |role: Role| cpu.get(&role).is_some_and(|seconds| *seconds == 0.0);
+        if whose == Whose::Captured {
+            for role in [Role::Near, Role::Far] {
+                ensure!(!idle(role), "{workload}: the {role} used no processor time: the bytes went past it");
+            }
+        }
+        Ok(Run { round: 0, turn: 0, outcome, cpu, memory: None })
+    }
+
+    fn capture(&mut self) -> Result<()> {
+        match self.build.capture {
+            None | Some(Capture::Ebpf) => Ok(()),
+            Some(Capture::Iptables) => {
+                let to = if self.build.server == Place::Node { BASE_PORT } else { NEAR_PORT };
+                let captured = self.address(Whose::Captured).ip();
+                iptables::redirect(&self.world, &self.groups[&Role::Client], captured, to, self.build.rules)
+            }
+        }
+    }
+
+    /// Starts a program as one part of the arm.
+    fn spawn(&mut self, role: Role, name: &str, mut command: Command) -> Result<&mut Process> {
+        self.groups[&role].adopt(&mut command)?;
+        let process = Process::spawn(name, self.world.folder(), command)?;
+        self.processes.push(process);
+        Ok(self.processes.last_mut().expect("it was pushed in the line above"))
+    }
+
+    /// The same, and waits until it listens.
+    fn spawn_listening(&mut self, role: Role, name: &str, command: Command, port: u16) -> Result<()> {
+        self.describe(role, &command);
+        let mut ended = false;
+        let process = self.spawn(role, name, command)?;
+        let id = process.id();
+        let host = if role == Role::Near { self.world.node() } else { self.world.net() };
+        let process = self.processes.iter_mut().find(|p| p.id() == id).context("it was just started")?;
+        wait_for(&format!("{name} to listen"), PATIENCE, || {
+            ended = process.ended().is_ok_and(|status| status.is_some());
+            (ended || host.listens(port).is_ok_and(|listens| listens)).then_some(())
+        })
+        .with_context(|| format!("{process}"))?;
+        ensure!(!ended, "it ended at once\n{process}");
+        Ok(())
+    }
+
+    /// Notes a command line for the report.
+    fn describe(&mut self, role: Role, command: &Command) {
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let name = |path: PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned());
+        let words = words.map(|word| match PathBuf::from(word) {
+            // Where it lies says nothing to anybody else.
+            path if path.is_absolute() => name(path).unwrap_or_default(),
+            path => path.display().to_string(),
+        });
+        let command = words.collect::<Vec<_>>().join(" ");
+        self.programs.push(Program { role, command });
+    }
+
+    fn iperf_server(&mut self) -> Result<()> {
+        if self.iperf.is_some() {
+            return Ok(());
+        }
+        let mut command = self.world.net().command(programs::system("iperf3")?);
+        command.args(["--server", "--port", &IPERF_PORT.to_string()]);
+        self.groups[&Role::Server].adopt(&mut command)?;
+        let server = Process::spawn("iperf3-server", self.world.folder(), command)?;
+        wait_for("iperf3 to listen", PATIENCE, || self.world.net().listens(IPERF_PORT).ok()?.then_some(()))?;
+        self.iperf = Some(server);
+        Ok(())
+    }
+}
+
+/// An address of the node's own that nobody listens at: the kernel has all of 127.0.0.0/8.
+const LOOPBACK_CAPTURED: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+
+/// Addresses that nobody uses (RFC 2544), one for each unrelated rule.
+fn unrelated(rules: u32) -> impl Iterator<Item = Ipv4Addr> {
+    let first = u32::from(Ipv4Addr::new(198, 18, 0, 0));
+    (0..rules).map(move |n| Ipv4Addr::from(first + n))
+}
+
+impl model::Arm {
+    /// What a bed says about itself, for the report.
+    pub(super) fn describe(&mut self, bed: &Bed) {
+        self.state = model::State::Ran;
+        self.processes.clone_from(&bed.programs);
+        self.tls.clone_from(&bed.tls);
+    }
+}

@@ -1,0 +1,53 @@
+//! The flags of `cargo xtask bench`: shared with xtask, which has to know them before it builds for minutes.
+
+use std::path::PathBuf;
+
+/// What is run, and what it is compared with.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Flags {
+    /// The headlines, in 5 minutes on two cores; without it everything, in 30.
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Only this scenario; may be repeated.
+    #[arg(long, value_name = "NAME", value_parser = SCENARIOS)]
+    pub scenario: Vec<String>,
+
+    /// How often each workload is run on each arm. Below 7 nothing is claimed about changes.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
+
+    /// Threads of each proxy.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub workers: u32,
+
+    /// Decides the order of runs.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+
+    /// Tells what has moved since the run that wrote this report.json.
+    #[arg(long, value_name = "OLD.json")]
+    pub compare: Option<PathBuf>,
+
+    /// Compares with this report.json, and runs nothing.
+    #[arg(long, value_name = "NEW.json", requires = "compare", conflicts_with_all = ["quick", "scenario", "rounds"])]
+    pub with: Option<PathBuf>,
+
+    /// Where report.html, report.json and plots/ go.
+    #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
+    pub out: PathBuf,
+}
+
+/// The scenarios, in the order in which they are run.
+pub const SCENARIOS: [&str; 7] =
+    ["capture-bare", "capture", "relay", "chain", "memory", "link-20ms", "link-100mbit"];
+
+/// What the help ends with.
+pub const EXAMPLES: &str = "\
+Examples:
+  cargo xtask bench --peers                      install Envoy, redsocks and tinyproxy to compare with
+  cargo xtask bench --quick                      the headlines, 5 minutes
+  cargo xtask bench                              everything, 30 minutes
+  cargo xtask bench --scenario chain --rounds 15
+  cargo xtask bench --compare old/report.json    run, and tell what moved since
+  cargo xtask bench --compare old.json --with new.json";

@@ -1,0 +1,282 @@
+//! Runs a plan.
+//!
+//! Enters: a [`Plan`]. Leaves: a [`Report`], complete also when something failed. Invariant: in each round every
+//! workload is run on every arm before the next workload, in an order drawn anew; what an arm did not deliver is
+//! a fault that names scenario, arm, workload and round.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::{Context as _, Result};
+use fastrand::Rng;
+
+use super::{
+    arms::{Bed, SetUp},
+    machine,
+    model::{self, Cell, Report, Run, SCHEMA, Settings, State, Task},
+    peers::Peers,
+    plan::{Arm, Plan, Scenario, Work},
+    report::Progress,
+};
+use crate::load::{Direction, Workload};
+
+/// After so many failed runs in a row an arm is given up: it would only hold up the others.
+const FAILURES_MAX: u32 = 3;
+
+/// How a plan is run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Threads of each proxy.
+    pub workers: u32,
+    /// Decides the order of runs.
+    pub seed: u64,
+    /// The command line, for the report.
+    pub command: String,
+    /// Where the programs of others are.
+    pub peers: Peers,
+}
+
+/// Runs all of it.
+pub fn run(plan: &Plan, options: &Options, progress: &Progress) -> Result<Report> {
+    let (began, taken) = (Instant::now(), machine::now()?);
+    let mut runner = Runner { options, progress, random: Rng::with_seed(options.seed), faults: Vec::new() };
+    let scenarios = plan.scenarios.iter().map(|scenario| runner.scenario(scenario)).collect();
+    progress.finish();
+    Ok(Report {
+        schema: SCHEMA,
+        taken,
+        seconds: began.elapsed().as_secs_f64(),
+        settings: Settings {
+            extent: plan.extent.to_string(),
+            rounds: plan.rounds(),
+            workers: options.workers,
+            seed: options.seed,
+            command: options.command.clone(),
+        },
+        machine: machine::describe()?,
+        versions: options.peers.versions(),
+        scenarios,
+        faults: runner.faults,
+    })
+}
+
+struct Runner<'r> {
+    options: &'r Options,
+    progress: &'r Progress,
+    random: Rng,
+    faults: Vec<String>,
+}
+
+/// An arm that runs, and how it has been doing.
+struct Running {
+    index: usize,
+    bed: Box<Bed>,
+    failures: u32,
+}
+
+impl Runner<'_> {
+    fn scenario(&mut self, plan: &Scenario) -> model::Scenario {
+        self.progress.scenario(plan.title, plan.steps());
+        let mut report = model::Scenario {
+            name: plan.name.to_owned(),
+            title: plan.title.to_owned(),
+            about: plan.about.to_owned(),
+            arms: plan.arms.iter().map(described).collect(),
+            workloads: plan.tasks.iter().map(|work| work.task.clone()).collect(),
+            cells: Vec::new(),
+        };
+        let mut results = Results::default();
+        if plan.is_memory() {
+            self.memory(plan, &mut report, &mut results);
+        } else {
+            self.rounds(plan, &mut report, &mut results);
+        }
+        report.cells = results.cells(plan);
+        self.check_ciphers(&report);
+        report
+    }
+
+    fn rounds(&mut self, plan: &Scenario, report: &mut model::Scenario, results: &mut Results) {
+        let indices = 0..plan.arms.len();
+        let mut running: Vec<Running> =
+            indices.filter_map(|index| self.set_up(plan, index, report)).collect();
+        for round in 0..plan.rounds {
+            for work in &plan.tasks {
+                self.random.shuffle(&mut running);
+                running.retain_mut(|arm| self.turn(plan, work, round, arm, report, results));
+            }
+        }
+    }
+
+    /// One run on one arm; false when the arm is given up.
+    fn turn(
+        &mut self,
+        plan: &Scenario,
+        work: &Work,
+        round: u32,
+        running: &mut Running,
+        report: &mut model::Scenario,
+        results: &mut Results,
+    ) -> bool {
+        let arm = &plan.arms[running.index];
+        self.progress.step(&format!("{}, {}", work.task.title, arm.title));
+        match once(&mut running.bed, work).and_then(|run| running.bed.check().map(|()| run)) {
+            Ok(run) => {
+                results.add(&arm.name, &work.task, Run { round, ..run });
+                running.failures = 0;
+                true
+            }
+            Err(e) => {
+                self.fault(format!(
+                    "{}, {}, {}, round {}: {e:#}",
+                    plan.name,
+                    arm.name,
+                    work.task.name,
+                    round + 1
+                ));
+                running.failures += 1;
+                let given_up = running.failures >= FAILURES_MAX;
+                if given_up {
+                    report.arms[running.index].state =
+                        State::Failed(format!("given up after {FAILURES_MAX} failed runs in a row: {e:#}"));
+                }
+                !given_up
+            }
+        }
+    }
+
+    /// Proxies of their own for each round: what an allocator has had once it does not give back.
+    fn memory(&mut self, plan: &Scenario, report: &mut model::Scenario, results: &mut Results) {
+        let connections = |work: &Work| match work.task.workload {
+            Workload::Idle { connections } => Some(connections),
+            _ => None,
+        };
+        let steps: Vec<u32> = plan.tasks.iter().filter_map(connections).collect();
+        let mut order: Vec<usize> = (0..plan.arms.len()).collect();
+        for round in 0..plan.rounds {
+            self.random.shuffle(&mut order);
+            for &index in &order {
+                let arm = &plan.arms[index];
+                let Some(mut running) = self.set_up(plan, index, report) else { continue };
+                self.progress.step(&format!("idle connections, {}", arm.title));
+                match running.bed.idle(&steps).and_then(|runs| running.bed.check().map(|()| runs)) {
+                    Ok(runs) => {
+                        for (work, run) in plan.tasks.iter().zip(runs) {
+                            results.add(&arm.name, &work.task, Run { round, ..run });
+                        }
+                    }
+                    Err(e) => {
+                        self.fault(format!("{}, {}, round {}: {e:#}", plan.name, arm.name, round + 1));
+                    }
+                }
+            }
+        }
+    }
+
+    fn set_up(&mut self, plan: &Scenario, index: usize, report: &mut model::Scenario) -> Option<Running> {
+        let Ok(build) = plan.arms[index].build else { return None };
+        let described = &mut report.arms[index];
+        // An earlier round has found that out.
+        if matches!(described.state, State::Missing(_) | State::Failed(_)) && !described.processes.is_empty()
+        {
+            return None;
+        }
+        match Bed::set_up(build, plan.link.as_ref(), self.options.workers, &self.options.peers) {
+            Ok(SetUp::Ready(bed)) => {
+                described.describe(&bed);
+                Some(Running { index, bed, failures: 0 })
+            }
+            Ok(SetUp::Missing(what)) => {
+                if described.state != State::Missing(what.clone()) {
+                    self.progress.note(&format!("{}: {what}", described.title));
+                    described.state = State::Missing(what);
+                }
+                None
+            }
+            Err(e) => {
+                let why = format!("{e:#}");
+                let fault = format!("{}, {}: it could not be set up: {why}", plan.name, described.name);
+                described.state = State::Failed(why);
+                self.fault(fault);
+                None
+            }
+        }
+    }
+
+    /// Arms that spend different amounts of work on the same bytes cannot be compared.
+    fn check_ciphers(&mut self, report: &model::Scenario) {
+        let with: Vec<_> =
+            report.arms.iter().filter_map(|arm| Some((&arm.name, arm.tls.as_ref()?))).collect();
+        if let [(first, tls), rest @ ..] = &with[..] {
+            for (other, theirs) in rest.iter().filter(|(_, theirs)| theirs != tls) {
+                self.fault(format!(
+                    "{}: {first} ran with {} {} {}, and {other} with {} {} {}: they cannot be compared",
+                    report.name,
+                    tls.version,
+                    tls.cipher,
+                    tls.group,
+                    theirs.version,
+                    theirs.cipher,
+                    theirs.group
+                ));
+            }
+        }
+    }
+
+    fn fault(&mut self, fault: String) {
+        self.progress.note(&fault);
+        self.faults.push(fault);
+    }
+}
+
+fn described(arm: &Arm) -> model::Arm {
+    model::Arm {
+        name: arm.name.clone(),
+        title: arm.title.clone(),
+        family: arm.family.clone(),
+        rules: arm.rules.map(u64::from),
+        state: match arm.build {
+            Ok(_) => State::Failed("it was not run".to_owned()),
+            Err(why) => State::Missing(why.to_owned()),
+        },
+        processes: Vec::new(),
+        tls: None,
+    }
+}
+
+fn once(bed: &mut Bed, work: &Work) -> Result<Run> {
+    match work.task.workload {
+        Workload::Bulk { streams, direction } if work.task.witness => {
+            bed.iperf(streams, direction == Direction::Down, work.time).context("iperf3")
+        }
+        workload => bed.run(workload, work.whose, work.time),
+    }
+}
+
+/// Runs, as they come.
+#[derive(Default)]
+struct Results {
+    runs: BTreeMap<(String, String), Vec<Run>>,
+    turns: u32,
+}
+
+impl Results {
+    fn add(&mut self, arm: &str, task: &Task, mut run: Run) {
+        run.turn = self.turns;
+        self.turns += 1;
+        self.runs.entry((arm.to_owned(), task.name.clone())).or_default().push(run);
+    }
+
+    /// In the order of the plan.
+    fn cells(mut self, plan: &Scenario) -> Vec<Cell> {
+        let mut cells = Vec::new();
+        for arm in &plan.arms {
+            for work in &plan.tasks {
+                let (arm, task) = (arm.name.clone(), work.task.name.clone());
+                if let Some(runs) = self.runs.remove(&(arm.clone(), task.clone())) {
+                    cells.push(Cell { arm, task, runs });
+                }
+            }
+        }
+        cells
+    }
+}

@@ -1,0 +1,75 @@
+//! The benchmarks do what they say.
+
+use std::{collections::BTreeSet, path::Path};
+
+use anyhow::Result;
+use tunnel_tests::bench::{
+    model::{Report, State},
+    peers::Peers,
+    plan::{Extent, Plan},
+    report::{self, Progress},
+    runner::{self, Options},
+};
+
+fn run(scenarios: &[&str]) -> Result<Report> {
+    let names: Vec<String> = scenarios.iter().map(|&name| name.to_owned()).collect();
+    let plan = Plan::new(Extent::Test, &names, None);
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools");
+    let options = Options { workers: 1, seed: 1, command: "a test".to_owned(), peers: Peers::find(&tools) };
+    runner::run(&plan, &options, &Progress::new(plan.steps()))
+}
+
+/// Every arm that can run on this machine has numbers for every workload, and every byte was checked.
+fn every_arm_moved_its_bytes(report: &Report) {
+    assert_eq!(report.faults, Vec::<String>::new());
+    for scenario in &report.scenarios {
+        for arm in &scenario.arms {
+            let tasks: BTreeSet<_> =
+                scenario.cells.iter().filter(|cell| cell.arm == arm.name).map(|cell| &cell.task).collect();
+            match &arm.state {
+                State::Ran => assert_eq!(tasks.len(), scenario.workloads.len(), "{}: {tasks:?}", arm.name),
+                State::Missing(what) => {
+                    // Never a number for what was not there.
+                    assert!(tasks.is_empty(), "{}: {tasks:?}", arm.name);
+                    eprintln!("{}, {}: {what}", scenario.name, arm.name);
+                }
+                State::Failed(why) => panic!("{}, {}: {why}", scenario.name, arm.name),
+            }
+        }
+        for run in scenario.cells.iter().flat_map(|cell| &cell.runs) {
+            assert!(run.outcome.bytes_up + run.outcome.bytes_down > 0, "{}: {run:?}", scenario.name);
+        }
+        let tunnels: BTreeSet<_> =
+            scenario.arms.iter().filter_map(|arm| arm.tls.as_ref()).map(|tls| &tls.cipher).collect();
+        assert!(tunnels.len() <= 1, "{}: {tunnels:?}", scenario.name);
+    }
+}
+
+#[test]
+fn heavy_every_way_of_capturing_moves_the_bytes_it_claims() -> Result<()> {
+    every_arm_moved_its_bytes(&run(&["capture-bare", "capture"])?);
+    Ok(())
+}
+
+#[test]
+fn heavy_every_relay_moves_the_bytes_it_claims() -> Result<()> {
+    every_arm_moved_its_bytes(&run(&["relay"])?);
+    Ok(())
+}
+
+#[test]
+fn heavy_every_chain_moves_the_bytes_it_claims() -> Result<()> {
+    let report = run(&["chain", "memory"])?;
+    every_arm_moved_its_bytes(&report);
+    // What programs and people read is written from it.
+    let folder = tempfile::tempdir()?;
+    report::save(&report, folder.path())?;
+    assert_eq!(report::load(&folder.path().join("report.json"))?, report);
+    Ok(())
+}
+
+#[test]
+fn heavy_every_chain_over_a_link_moves_the_bytes_it_claims() -> Result<()> {
+    every_arm_moved_its_bytes(&run(&["link-20ms", "link-100mbit"])?);
+    Ok(())
+}
