@@ -1,8 +1,8 @@
 //! A process that ends with its guard.
 //!
 //! Enters: a command. Leaves: its output, as it grows, and its status. Invariant: output goes to files, so
-//! that no process ever waits for a test to read; a guard that drops has ended and reaped its process.
-//! When the test fails, what the process said is shown.
+//! that no process ever waits for a test to read, unless the caller asks to read standard output itself; a
+//! guard that drops has ended and reaped its process. When the test fails, what the process said is shown.
 
 use std::{
     ffi::OsStr,
@@ -11,7 +11,7 @@ use std::{
     io::Write as _,
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
@@ -50,12 +50,24 @@ impl Process {
         Self::start(name, folder, command.stdin(Stdio::piped()))
     }
 
+    /// Starts `command` with a standard input to write to, and a standard output that the caller has to read.
+    pub fn spawn_to_talk_to(name: &str, folder: &Path, mut command: Command) -> Result<(Self, ChildStdout)> {
+        let mut process = Self::start_to(name, folder, command.stdin(Stdio::piped()), Some(Stdio::piped()))?;
+        let out = process.child.stdout.take().context("standard output is a pipe")?;
+        Ok((process, out))
+    }
+
     fn start(name: &str, folder: &Path, command: &mut Command) -> Result<Self> {
+        Self::start_to(name, folder, command, None)
+    }
+
+    fn start_to(name: &str, folder: &Path, command: &mut Command, to: Option<Stdio>) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let file = |kind: &str| folder.join(format!("{number}-{name}.{kind}"));
         let (out, err) = (file("out"), file("err"));
-        command.stdout(File::create(&out)?).stderr(File::create(&err)?);
+        let to = to.map_or_else(|| File::create(&out).map(Stdio::from), Ok)?;
+        command.stdout(to).stderr(File::create(&err)?);
         let mut child = command.spawn().with_context(|| format!("{name} does not start: {command:?}"))?;
         let stdin = child.stdin.take();
         Ok(Self { name: name.to_owned(), child, stdin, out, err, status: None })

@@ -27,6 +27,11 @@ pub fn app() -> Result<PathBuf> {
     beside("tt-app")
 }
 
+/// The load generator: see `src/bin/tt-load.rs`.
+pub fn load() -> Result<PathBuf> {
+    beside("tt-load")
+}
+
 /// A Debian program that may lie outside of `PATH`.
 pub fn system(name: &str) -> Result<PathBuf> {
     ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]

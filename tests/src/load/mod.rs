@@ -8,6 +8,17 @@
 //! it connects, warms up, writes `ready` and waits for a line; measures, writes the outcome, and waits for
 //! another line with its connections still open; closes them, checks that they end well, and exits with 0.
 
+mod buffer;
+pub mod client;
+pub mod driver;
+mod latency;
+mod message;
+mod pace;
+pub mod server;
+mod stream;
+#[cfg(test)]
+mod tests;
+
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
@@ -185,7 +196,7 @@ impl TryFrom<String> for Workload {
 }
 
 #[cfg(test)]
-mod tests {
+mod words {
     use super::*;
 
     #[test]
