@@ -5,4 +5,5 @@
 //! bytes do not all arrive is a fault, not a number.
 
 pub mod model;
+pub mod report;
 pub mod stats;
