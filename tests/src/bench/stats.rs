@@ -197,12 +197,23 @@ impl Scenario {
 
     /// The same as a ratio to any other arm, round by round.
     pub fn ratio_to(&self, base: &str, arm: &str, task: &str, metric: Metric) -> Option<Summary> {
+        Summary::new(self.ratios(base, arm, task, metric))
+    }
+
+    /// The ratios themselves; rounds in which the other arm has nothing to divide by are left out.
+    pub fn ratios(&self, base: &str, arm: &str, task: &str, metric: Metric) -> Vec<f64> {
+        let pairs = self.pairs(base, arm, task, metric);
+        pairs.into_iter().filter(|(under, _)| *under > 0.0).map(|(under, over)| over / under).collect()
+    }
+
+    /// A metric on two arms, the base's first, of the rounds in which both have it.
+    pub fn pairs(&self, base: &str, arm: &str, task: &str, metric: Metric) -> Vec<(f64, f64)> {
         let base = self.runs(base, task);
-        Summary::new(self.runs(arm, task).iter().filter_map(|run| {
+        let pair = |run: &Run| {
             let same = base.iter().find(|b| b.round == run.round)?;
-            let under = metric.value(same).filter(|v| *v > 0.0)?;
-            metric.value(run).map(|v| v / under)
-        }))
+            Some((metric.value(same)?, metric.value(run)?))
+        };
+        self.runs(arm, task).iter().filter_map(pair).collect()
     }
 }
 

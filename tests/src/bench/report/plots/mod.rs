@@ -1,0 +1,94 @@
+//! A report as pictures.
+//!
+//! Enters: a report. Leaves: SVG, each complete in itself and under 60 kB, for a page and for a repository.
+//! Invariant: an arm has one colour and one mark in all of them; what was not measured is not drawn, and the
+//! caption says so. It never starts a bar anywhere but at 0, and never loads anything.
+//!
+//! No library for plots draws these. plotters, the obvious one, puts everything at whole pixels (a curve of
+//! percentiles becomes stairs), writes fixed colours at every element (a page could not turn them over in the
+//! dark), measures text properly only with freetype and fontconfig, and has neither these scales nor labels at
+//! the ends of lines: what would be left to it is writing `<polyline>`.
+
+use crate::bench::model::{Report, Scenario};
+
+use super::words::{absent, plain};
+
+mod bars;
+mod curves;
+mod looks;
+mod memory;
+mod panel;
+mod ratio;
+mod rules;
+mod scale;
+mod sheet;
+mod svg;
+
+/// A picture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plot {
+    /// [`Scenario::name`] of what it shows.
+    pub scenario: String,
+    /// Its file's name without `.svg`: `chain-latency`.
+    pub name: String,
+    /// What it shows.
+    pub title: String,
+    /// How to read it, and what is not in it.
+    pub caption: String,
+    /// The picture.
+    pub svg: String,
+}
+
+/// All that there is data for.
+pub fn plots(report: &Report) -> Vec<Plot> {
+    let looks = looks::Looks::new(report);
+    let mut all = Vec::new();
+    for scenario in &report.scenarios {
+        // The first arm, and the one which the others would replace.
+        let bases = scenario.arms.iter().filter(|arm| ran(scenario, &arm.name)).take(2);
+        for base in bases {
+            all.extend(ratio::plot(scenario, &looks, &base.name));
+        }
+        all.extend(rules::plots(scenario, &looks));
+        all.extend(curves::plot(scenario, &looks));
+        all.extend(bars::throughput(scenario, &looks));
+        all.extend(bars::cpu(scenario, &looks, bars::Per::Gigabyte));
+        all.extend(bars::cpu(scenario, &looks, bars::Per::Thousand));
+        all.extend(memory::plot(scenario, &looks));
+    }
+    all
+}
+
+/// Every workload of a scenario as a ratio to an arm of choice; nothing when that has no numbers.
+pub fn ratios(report: &Report, scenario: &str, base: &str) -> Option<Plot> {
+    let looks = looks::Looks::new(report);
+    let scenario = report.scenarios.iter().find(|s| s.name == scenario)?;
+    ratio::plot(scenario, &looks, base)
+}
+
+impl Plot {
+    fn new(scenario: &Scenario, what: &str, title: String, caption: String, svg: String) -> Self {
+        let safe = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
+        let name = format!("{}-{what}", scenario.name).chars().map(safe).collect();
+        let caption = match absent(scenario) {
+            Some(absent) => format!("{caption} {absent}"),
+            None => caption,
+        };
+        Self { scenario: scenario.name.clone(), name, title, caption, svg }
+    }
+}
+
+fn ran(scenario: &Scenario, arm: &str) -> bool {
+    scenario.cells.iter().any(|cell| cell.arm == arm && !cell.runs.is_empty())
+}
+
+/// What stands above a picture of a scenario.
+fn titled(scenario: &Scenario, what: &str) -> String {
+    format!("{}: {what}", plain(&scenario.title))
+}
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+pub(super) use tests::well_formed;

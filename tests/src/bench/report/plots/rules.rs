@@ -1,0 +1,123 @@
+//! What rules that have nothing to do with a connection add to it.
+//!
+//! Enters: a scenario of which arms differ in [`Arm::rules`]. Leaves: per workload a picture with a panel for
+//! each way to run it (captured, uncaptured), a line per family. Invariant: what is drawn is a difference of two
+//! runs of the same round.
+
+use crate::bench::{
+    model::{Arm, Scenario, Task},
+    report::words::plain,
+    stats::{Metric, Summary},
+};
+
+use super::{
+    Plot,
+    looks::{Look, Looks},
+    panel::{Panel, Series},
+    scale::{Kind, Scale},
+    sheet::{MARGIN, Sheet, WIDTH},
+    titled,
+};
+
+const HEIGHT: f64 = 250.0;
+const TICKS: f64 = 52.0;
+
+pub(super) fn plots(scenario: &Scenario, looks: &Looks) -> Vec<Plot> {
+    let mut workloads = Vec::new();
+    for task in &scenario.workloads {
+        if !workloads.contains(&task.workload) {
+            workloads.push(task.workload);
+        }
+    }
+    let tasks = |workload| scenario.workloads.iter().filter(move |t| t.workload == workload && !t.witness);
+    workloads.into_iter().filter_map(|w| plot(scenario, looks, &tasks(w).collect::<Vec<_>>())).collect()
+}
+
+fn plot(scenario: &Scenario, looks: &Looks, tasks: &[&Task]) -> Option<Plot> {
+    let base = &scenario.baseline()?.name;
+    let families = families(scenario);
+    let mut panels: Vec<(String, Vec<Series>)> = Vec::new();
+    for task in tasks {
+        let series = families.iter().filter_map(|family| {
+            let (paint, mark) = looks.of_family(family);
+            let points = points(scenario, base, family, task);
+            let look = Look { paint, mark, hollow: false };
+            (!points.is_empty()).then(|| Series { look, label: plain(family), points, marked: true })
+        });
+        let series: Vec<Series> = series.collect();
+        if !series.is_empty() {
+            panels.push((ways(task), series));
+        }
+    }
+    // One number of rules is no axis.
+    if !panels.iter().any(|(_, all)| all.iter().any(|one| one.points.len() > 1)) {
+        return None;
+    }
+    let what = plain(&tasks.first()?.title);
+    let title = titled(scenario, &format!("what rules cost ({what})"));
+    let about = format!(
+        "Microseconds that the median (p50) is above “{}”, by the number of unrelated rules; lower is better. \
+         Lines: median of the differences, round by round; bands: their middle half. Each panel has its own scale.",
+        plain(base)
+    );
+    let mut sheet = Sheet::new(&title, &about);
+    let columns = panels.len().min(2);
+    let room = Panel::label_room(panels.iter().flat_map(|(_, all)| all.iter().map(|one| one.label.as_str())));
+    let cell = (WIDTH - 2.0 * MARGIN) / columns as f64;
+    let most = panels.iter().flat_map(|(_, all)| all).filter_map(|one| one.points.last()).map(|(x, _)| *x);
+    let x = Scale::new(Kind::Counts, 0.0, most.fold(0.0, f64::max));
+    for row in panels.chunks(columns) {
+        let top = sheet.y + 44.0;
+        for (column, (name, series)) in row.iter().enumerate() {
+            let left = MARGIN + cell * column as f64 + TICKS;
+            let y = Scale::from_zero(
+                series.iter().flat_map(|one| one.points.iter().flat_map(|(_, s)| [s.q1, s.q3])),
+            );
+            let panel = Panel { left, top, width: cell - TICKS - room, height: HEIGHT, x, y };
+            // Ticks where there are measurements, and nowhere else.
+            let measured = x.ticks(6).into_iter().filter(|(n, _)| {
+                series.iter().any(|one| one.points.iter().any(|(x, _)| (x - n).abs() < 0.5))
+            });
+            panel.axes(
+                &mut sheet.svg,
+                name,
+                "µs added; rules below",
+                &measured.collect::<Vec<_>>(),
+                &y.ticks(5),
+            );
+            panel.series(&mut sheet.svg, series);
+        }
+        sheet.y = top + HEIGHT + 24.0;
+    }
+    let word = tasks.first()?.workload.to_string();
+    Some(Plot::new(scenario, &format!("rules-{word}"), title, about, sheet.finish()))
+}
+
+/// Those of which arms differ in rules, in their order.
+fn families(scenario: &Scenario) -> Vec<&str> {
+    let mut all: Vec<&str> = Vec::new();
+    for arm in scenario.arms.iter().filter(|arm| arm.rules.is_some()) {
+        if !all.contains(&arm.family.as_str()) {
+            all.push(&arm.family);
+        }
+    }
+    all
+}
+
+fn points(scenario: &Scenario, base: &str, family: &str, task: &Task) -> Vec<(f64, Summary)> {
+    let mut arms: Vec<&Arm> = scenario.arms.iter().filter(|arm| arm.family == family).collect();
+    arms.sort_by_key(|arm| arm.rules);
+    let point = |arm: &Arm| {
+        let pairs = scenario.pairs(base, &arm.name, &task.name, Metric::P50);
+        Some((arm.rules? as f64, Summary::new(pairs.into_iter().map(|(under, over)| over - under))?))
+    };
+    arms.into_iter().filter_map(point).collect()
+}
+
+/// `captured`, of `connect:1 captured`.
+fn ways(task: &Task) -> String {
+    match task.name.split_once(' ') {
+        Some((_, way)) => format!("Connections that are {}", plain(way)),
+        None => plain(&task.title),
+    }
+}
