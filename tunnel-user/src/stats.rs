@@ -57,6 +57,8 @@ counters! {
     handshakes_failed,
     /// Accepted connections without an original destination.
     no_origin,
+    /// Accepted connections whose original destination was our own capture listener.
+    to_ourselves,
     /// Connections refused because the limit of flows was reached.
     over_limit,
     /// Tunnel connections accepted.

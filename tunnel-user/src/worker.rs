@@ -27,10 +27,7 @@ use tokio::{
 };
 
 use crate::{
-    capture::{
-        accept::{Accept, Captured},
-        bpf::FlowTable,
-    },
+    capture::accept::{Accept, Captured, Origins, Stray},
     dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
     flow::{ClientAddr, Identity, PeerAddr, Target},
@@ -85,10 +82,8 @@ pub struct Shared {
 pub struct CaptureSocket {
     /// The listening socket.
     pub socket: Socket,
-    /// The cookie of its network namespace.
-    pub netns: u64,
-    /// Where its connections wanted to go.
-    pub flows: FlowTable,
+    /// Who knows where its connections wanted to go.
+    pub origins: Origins,
 }
 
 /// News about network namespaces.
@@ -176,11 +171,11 @@ async fn work(start: Start) -> io::Result<Report> {
     });
     let flows = Rc::new(Tasks::default());
     let accepting = Tasks::default();
-    let mut capturing: HashMap<u64, Tasks> = HashMap::new();
-    for capture in captures {
-        let netns = capture.netns;
-        let accept = Accept::new(capture.socket, netns, capture.flows)?;
-        let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+    // By network namespace; those of redirected connections have none that the programs know.
+    let mut capturing: HashMap<Option<u64>, Tasks> = HashMap::new();
+    for CaptureSocket { socket, origins } in captures {
+        let netns = origins.netns();
+        let accept = accept_captured(Rc::clone(&worker), Accept::new(socket, origins)?, Rc::clone(&flows));
         capturing.entry(netns).or_default().spawn(accept);
     }
     for listener in listeners {
@@ -198,8 +193,9 @@ async fn work(start: Start) -> io::Result<Report> {
         tokio::select! {
             () = watch.draining() => break,
             Some(news) = more.recv() => match news {
-                More::Listen(CaptureSocket { socket, netns, flows: table }) => {
-                    match Accept::new(socket, netns, table) {
+                More::Listen(CaptureSocket { socket, origins }) => {
+                    let netns = origins.netns();
+                    match Accept::new(socket, origins) {
                         Ok(accept) => {
                             let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
                             capturing.entry(netns).or_default().spawn(accept);
@@ -207,7 +203,7 @@ async fn work(start: Start) -> io::Result<Report> {
                         Err(e) => tracing::error!("a capture listener could not be used: {e}"),
                     }
                 }
-                More::Forget(netns) => drop(capturing.remove(&netns)),
+                More::Forget(netns) => drop(capturing.remove(&Some(netns))),
             },
         }
     }
@@ -260,16 +256,22 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
             () = std::future::ready(()), if draining => return,
         };
         match accepted {
-            Ok(Some(captured)) => match worker.admit(None) {
+            Ok(Ok(captured)) => match worker.admit(None) {
                 Ok(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
                 Err(_) => {
                     worker.counters.over_limit.add(1);
                     crate::relay::abort_on_close(&captured.stream);
                 }
             },
-            Ok(None) => {
-                worker.counters.no_origin.add(1);
-                tracing::warn!("reset a connection to the capture listener that was not captured");
+            Ok(Err(stray)) => {
+                let counter = match &stray {
+                    Stray::ToUs(_) => &worker.counters.to_ourselves,
+                    Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
+                        &worker.counters.no_origin
+                    }
+                };
+                counter.add(1);
+                tracing::warn!("reset a connection to the capture listener that {stray}");
             }
             Err(e) => back_off(&e).await,
         }

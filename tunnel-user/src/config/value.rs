@@ -103,8 +103,20 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(OnFailure, Protocol, ClientAuth, Balance, Source);
+by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Source);
 
+/// Who captures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Our kernel programs.
+    Ebpf,
+    /// Rules of the operator's.
+    Redirect,
+}
+
+impl Word for Mode {
+    const WORDS: &'static [(&'static str, Self)] = &[("ebpf", Self::Ebpf), ("redirect", Self::Redirect)];
+}
 impl Word for OnFailure {
     const WORDS: &'static [(&'static str, Self)] = &[("closed", Self::Closed), ("open", Self::Open)];
 }
