@@ -28,16 +28,18 @@ use tokio::{
 
 use crate::{
     capture::accept::{Accept, Captured, Origins, Stray},
+    config,
     dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
     flow::{ClientAddr, Identity, PeerAddr, Target},
+    limits,
     listener::{
         h2::{self as h2_listener, Incoming, ServeError},
         handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
     policy::{Permit, Policies},
-    relay::{H2Leg, Leg, Meter, Outcome, TcpLeg, relay},
+    relay::{H2Leg, Leg, Meter, Outcome, Piped, Pipes, TcpLeg, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
     transport::{
@@ -70,6 +72,8 @@ pub struct Shared {
     pub mark: Mark,
     /// How many flows one worker takes at once.
     pub flows_max: usize,
+    /// How bytes are moved between two sockets of ours.
+    pub relay: config::Relay,
     /// How long a dial for a captured flow may take.
     pub dial_timeout: Duration,
     /// How long flows may go on after the order to stop.
@@ -142,6 +146,8 @@ struct Worker {
     counters: Arc<Counters>,
     upstreams: Vec<Upstream>,
     records: Records,
+    /// What bytes are moved through between two sockets of ours, unless they are copied.
+    pipes: Option<Pipes>,
     trace: Trace,
     active: Cell<usize>,
     /// Flows of each peer of our listeners.
@@ -160,6 +166,10 @@ async fn work(start: Start) -> io::Result<Report> {
     let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
+        pipes: match shared.relay {
+            config::Relay::Copy => None,
+            config::Relay::Pipe => Some(Pipes::new(limits::pipes_for(shared.flows_max))),
+        },
         shared,
         counters,
         upstreams,
@@ -404,10 +414,11 @@ impl Worker {
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, sink: Sink, mut record: Record, started: Instant) {
         let meter = Meter::default();
+        let pipes = self.pipes.as_ref();
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
-                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+                Sink::Direct(mut leg) => relay(client, &mut leg, &meter, pipes).await,
+                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter, pipes).await,
             }
         };
         let mut stop = self.stop.clone();
@@ -422,6 +433,10 @@ impl Worker {
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
+        if let Some(Piped { moved, missed }) = pipes.map(Pipes::report) {
+            self.counters.bytes_piped.add(moved);
+            self.counters.pipes_missed.add(missed);
+        }
         if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }

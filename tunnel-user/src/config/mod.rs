@@ -111,6 +111,8 @@ pub struct Daemon {
     pub drain_timeout: Duration,
     /// Flows at a time, in the whole process.
     pub max_flows: NonZeroUsize,
+    /// How bytes are moved between two sockets of ours.
+    pub relay: Relay,
 }
 
 impl Default for Daemon {
@@ -121,8 +123,19 @@ impl Default for Daemon {
             bpffs: PathBuf::from(BPFFS),
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
+            relay: Relay::default(),
         }
     }
+}
+
+/// How bytes are moved between two sockets of ours: a captured connection, and one that we dialled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Relay {
+    /// Read and written.
+    #[default]
+    Copy,
+    /// In the kernel, through a pipe (splice(2)).
+    Pipe,
 }
 
 /// `[[capture]]` with `mode = "ebpf"`, the default.

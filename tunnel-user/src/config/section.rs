@@ -13,7 +13,7 @@ use std::{
 use super::{
     Action, BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN,
     Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS,
-    Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Route,
+    Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, Route,
     UPSTREAM_STREAMS, Upstream,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{At, Reader, Section},
@@ -155,7 +155,12 @@ impl Section for Daemon {
         let drain_timeout =
             r.default("drain_timeout", "How long flows may go on after we were told to stop.", DRAIN_RUN);
         let max_flows = r.default("max_flows", "Flows at a time; more are refused.", MAX_FLOWS);
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows })
+        let relay = r.default(
+            "relay",
+            "How bytes are moved between a captured connection and one that we dialled (a route to \"direct\"): \"copy\", through this process; \"pipe\", in the kernel (splice), which costs bulk less and small messages more.",
+            Relay::Copy,
+        );
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay })
     }
 }
 

@@ -152,6 +152,7 @@ fn each_mistake_is_named() {
         ),
         (GOOD.replace("[[route]]", "[route]"), "route", "write [[route]] in place of [route]"),
         (format!("{GOOD}\n[deamon]\nmark = 1"), "deamon", "did you mean `daemon`?"),
+        (format!("{GOOD}\n[daemon]\nrelay = \"splice\""), "daemon.relay", "\"splice\" is not supported yet"),
         (
             format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
             "policy.identity",
@@ -328,7 +329,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
     let taken = "capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
-        capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.workers \
+        capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.protocols \
         listener.verify policy policy.identity policy.target route route.match route.match.destination \
