@@ -33,6 +33,7 @@ pub mod pki;
 pub mod process;
 pub mod programs;
 pub mod raw;
+pub mod rules;
 pub mod servers;
 pub mod sockets;
 pub mod target;

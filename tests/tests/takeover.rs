@@ -6,7 +6,7 @@ use anyhow::Result;
 use nix::sys::signal::Signal;
 use tunnel_tests::{
     NetNs, PATIENCE, Process, TARGET4, Target, World, bpffs::BpfFs, cgroup::Cgroup, daemon::through,
-    dialogue::ask, gateway, pki::GATEWAY_ID, programs, target, wait_for, world::NET4,
+    dialogue::ask, gateway, pki::GATEWAY_ID, programs, rules, target, wait_for, world::NET4,
 };
 
 /// How often one daemon replaces another.
@@ -16,6 +16,14 @@ fn daemon(world: &World, host: &NetNs, config: &Path, flags: &[&str]) -> Result<
     let mut command = host.command_ended_by(programs::tunnel()?, Signal::SIGTERM);
     command.args(["run", "--config"]).arg(config).args(flags);
     Process::spawn("daemon", world.folder(), command)
+}
+
+/// An application in the group.
+fn app(world: &World, cgroup: &Cgroup, words: &[&str]) -> Result<Process> {
+    let mut command = world.node().command(programs::app()?);
+    command.args(words);
+    cgroup.adopt(&mut command)?;
+    Process::spawn_with_input("app", world.folder(), command)
 }
 
 /// Under load: a number of connections have come and gone.
@@ -102,20 +110,42 @@ fn no_captured_connection_is_refused_while_one_agent_replaces_another_again_and_
     let config = world.file("agent.toml", config)?;
     let mut first = daemon(&world, world.node(), &config, &[])?;
     first.wait_for_line("capturing")?;
-    let app = |words: &[&str]| -> Result<Process> {
-        let mut command = world.node().command(programs::app()?);
-        command.args(words);
-        cgroup.adopt(&mut command)?;
-        Process::spawn_with_input("app", world.folder(), command)
-    };
     let addr = target.addr().to_string();
-    let mut hold = app(&["hold", &addr])?;
+    let mut hold = app(&world, &cgroup, &["hold", &addr])?;
     hold.wait_for_line("held=1")?;
-    let mut busy = app(&["keep-connecting", &addr])?;
+    let mut busy = app(&world, &cgroup, &["keep-connecting", &addr])?;
     busy.wait_for_line("started=1")?;
     let _both = replace(&world, world.node(), &config, first, &target, &mut hold)?;
     busy.hang_up();
     assert!(busy.wait(PATIENCE)?.success(), "{busy}");
     assert_eq!(ask(&mut hold, "peer")?, addr, "it still sees the address that it asked for");
+    Ok(())
+}
+
+#[test]
+fn no_redirected_connection_is_refused_while_one_agent_replaces_another_again_and_again() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let cgroup = Cgroup::new()?;
+    world.node().ip(&format!("route add default via {NET4}"))?;
+    rules::redirect(world.node(), &cgroup, 15001)?;
+    let config = format!(
+        "[daemon]\ndrain_timeout = \"60s\"\n{}[[capture]]\nmode = \"redirect\"\nlisten = [\"127.0.0.1:15001\"]\n{}",
+        world.pki().named("node").toml(),
+        through(gateway.addr(), GATEWAY_ID),
+    );
+    let config = world.file("agent.toml", config)?;
+    let mut first = daemon(&world, world.node(), &config, &[])?;
+    first.wait_for_line("capturing")?;
+    let addr = target.addr().to_string();
+    let mut hold = app(&world, &cgroup, &["hold", &addr])?;
+    hold.wait_for_line("held=1")?;
+    let mut busy = app(&world, &cgroup, &["keep-connecting", &addr])?;
+    busy.wait_for_line("started=1")?;
+    let _both = replace(&world, world.node(), &config, first, &target, &mut hold)?;
+    busy.hang_up();
+    assert!(busy.wait(PATIENCE)?.success(), "{busy}");
+    assert!(target.peers().iter().all(|p| p.ip() == NET4), "all came through the gateway");
     Ok(())
 }

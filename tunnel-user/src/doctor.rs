@@ -20,7 +20,7 @@ use crate::{
     capture::{
         bpf::{self, BpfError},
         cgroup::{self, CgroupError, Hierarchy},
-        sys,
+        redirect, sys,
     },
     config,
     exit::{EXIT_KERNEL, EXIT_OTHER, EXIT_PRIVILEGE},
@@ -117,6 +117,7 @@ pub fn examine() -> Vec<Finding> {
     findings.extend(programs());
     findings.extend([
         socket_mark(),
+        conntrack(),
         netns_cookie(),
         loopback(),
         ipv6(),
@@ -297,7 +298,8 @@ fn programs() -> Vec<Finding> {
             Finding::fail(check, Lacks::Privilege, found, remedy)
         } else {
             let remedy = "The kernel lacks what this program uses: capture takes Linux 6.1 or newer, with \
-                          CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF.";
+                          CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF.\nWithout: [[capture]] mode = \"redirect\", and \
+                          iptables or nftables rules in the place of these programs.";
             Finding::fail(check, Lacks::Kernel, found, remedy)
         }
     };
@@ -328,6 +330,18 @@ fn socket_mark() -> Finding {
             "Our own sockets are told from the application's by their mark, which takes CAP_NET_ADMIN.",
         ),
         Err(e) => Finding::fail(CHECK, Lacks::Kernel, e.to_string(), ""),
+    }
+}
+
+/// What capture by rules takes; nothing else depends on it.
+fn conntrack() -> Finding {
+    const CHECK: &str = "conntrack";
+    match redirect::available() {
+        Ok(()) => Finding::info(CHECK, "answers SO_ORIGINAL_DST: mode = \"redirect\" works too, with rules"),
+        Err(e) => Finding::info(
+            CHECK,
+            format!("SO_ORIGINAL_DST: {e}; mode = \"redirect\" takes nf_conntrack, which rules load"),
+        ),
     }
 }
 
@@ -375,7 +389,7 @@ fn open_files() -> Finding {
         return Finding::warn(CHECK, "RLIMIT_NOFILE cannot be read", "");
     };
     let default = config::MAX_FLOWS.get();
-    let flows = limits::flows_per_worker(default, hard, 1);
+    let flows = limits::flows_per_worker(default, hard, 1, config::Relay::Copy);
     let limit = if soft < hard { format!("{soft}, raised to {hard}") } else { hard.to_string() };
     let found = format!("{limit}: {flows} flows at a time");
     if flows >= default {

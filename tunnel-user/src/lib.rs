@@ -15,6 +15,7 @@ pub mod exit;
 pub mod flow;
 pub mod limits;
 pub mod listener;
+pub mod own;
 pub mod pki;
 pub mod policy;
 pub mod privileges;

@@ -16,6 +16,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::{
     config::{AddrPattern, Policy, TargetPattern},
     flow::{Identity, Target},
+    own::OwnListeners,
 };
 
 /// Ranges that only a rule inside them opens.
@@ -71,16 +72,14 @@ pub enum Denied {
 #[derive(Clone, Debug)]
 pub struct Policies {
     rules: Vec<Policy>,
-    listeners: Vec<SocketAddr>,
-    local: fn() -> Option<Vec<IpAddr>>,
+    own: OwnListeners,
 }
 
 impl Policies {
     /// The rules of the configuration, and the addresses that our listeners are bound to (with the ports
     /// that they got, where the configuration says 0).
     pub fn new(rules: Vec<Policy>, listeners: &[SocketAddr]) -> Self {
-        let listeners = listeners.iter().map(|l| SocketAddr::new(l.ip().to_canonical(), l.port())).collect();
-        Self { rules, listeners, local: local_addresses }
+        Self { rules, own: OwnListeners::new(listeners) }
     }
 
     /// Whether this peer may ask for this target. A yes is a [`Permit`], which every address has to pass
@@ -119,22 +118,6 @@ impl Policies {
             TargetPattern::Name(_) => None,
         })
     }
-
-    /// Whether a connection to `addr` (canonical) would arrive at one of our listeners.
-    fn is_own(&self, addr: SocketAddr) -> bool {
-        let ip = addr.ip();
-        self.listeners.iter().filter(|l| l.port() == addr.port()).any(|l| {
-            // Linux connects the unspecified address to loopback.
-            let same = l.ip() == ip || (ip.is_unspecified() && l.ip().is_loopback());
-            let everywhere = l.ip().is_unspecified() && (l.is_ipv6() || ip.is_ipv4());
-            same || (everywhere && self.is_local(ip))
-        })
-    }
-
-    /// Whether `ip` is this host's. When that cannot be found out, it is: the safe mistake.
-    fn is_local(&self, ip: IpAddr) -> bool {
-        ip.is_loopback() || ip.is_unspecified() || (self.local)().is_none_or(|local| local.contains(&ip))
-    }
 }
 
 /// Leave to dial the addresses of one target.
@@ -160,7 +143,7 @@ impl Permit<'_> {
     pub fn allows_addr(&self, addr: SocketAddr) -> Result<(), Denied> {
         let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());
         let rules = || self.policies.addr_patterns_of(self.who).filter(|p| p.contains(addr));
-        if self.policies.is_own(addr) && !rules().any(|p| is_exactly(p, addr)) {
+        if self.policies.own.contains(addr) && !rules().any(|p| is_exactly(p, addr)) {
             return Err(Denied::OwnListener(addr));
         }
         // An exact rule is inside every range that it could concern.
@@ -207,17 +190,6 @@ fn reached_by(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// The addresses of this host's interfaces, asked anew: they come and go. It is asked only for a target
-/// with the port of a listener that is bound to every address.
-fn local_addresses() -> Option<Vec<IpAddr>> {
-    let ip = |ifa: nix::ifaddrs::InterfaceAddress| {
-        let addr = ifa.address?;
-        let v4 = addr.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-        v4.or_else(|| addr.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-    };
-    Some(nix::ifaddrs::getifaddrs().ok()?.filter_map(ip).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -235,7 +207,8 @@ mod tests {
         };
         let listeners: Vec<_> = listeners.iter().map(|l| l.parse().unwrap()).collect();
         let mut p = Policies::new(rules.iter().map(rule).collect(), &listeners);
-        p.local = || Some(vec!["10.9.0.1".parse().unwrap(), "fd00::9".parse().unwrap()]);
+        let local = || Some(vec!["10.9.0.1".parse().unwrap(), "fd00::9".parse().unwrap()]);
+        p.own = OwnListeners::with_local(&listeners, local);
         p
     }
 
@@ -356,10 +329,9 @@ mod tests {
     #[test]
     fn unknown_local_addresses_count_as_ours() {
         let mut p = policies(&[("any", &["0.0.0.0/0"])], &["0.0.0.0:15008"]);
-        p.local = || None;
+        p.own = OwnListeners::with_local(&["0.0.0.0:15008".parse().unwrap()], || None);
         assert!(matches!(addr(&p, "203.0.113.1:15008"), Err(Denied::OwnListener(_))));
         assert_eq!(addr(&p, "203.0.113.1:15009"), Ok(()));
-        assert!(local_addresses().is_some_and(|l| l.contains(&IpAddr::from([127, 0, 0, 1]))));
     }
 
     proptest! {

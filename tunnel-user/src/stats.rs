@@ -45,6 +45,10 @@ counters! {
     bytes_sent,
     /// Bytes from targets to clients.
     bytes_received,
+    /// Of both: moved in the kernel, through pipes.
+    bytes_piped,
+    /// Directions that were copied because there was no pipe for them.
+    pipes_missed,
     /// Refused by policy or by a route.
     denied,
     /// Targets that could not be reached.
@@ -57,6 +61,8 @@ counters! {
     handshakes_failed,
     /// Accepted connections without an original destination.
     no_origin,
+    /// Accepted connections whose original destination was our own capture listener.
+    to_ourselves,
     /// Connections refused because the limit of flows was reached.
     over_limit,
     /// Tunnel connections accepted.

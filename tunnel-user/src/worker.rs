@@ -27,20 +27,19 @@ use tokio::{
 };
 
 use crate::{
-    capture::{
-        accept::{Accept, Captured},
-        bpf::FlowTable,
-    },
+    capture::accept::{Accept, Captured, Origins, Stray},
+    config,
     dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
     flow::{ClientAddr, Identity, PeerAddr, Target},
+    limits,
     listener::{
         h2::{self as h2_listener, Incoming, ServeError},
         handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
     policy::{Permit, Policies},
-    relay::{H2Leg, Leg, Meter, Outcome, TcpLeg, relay},
+    relay::{H2Leg, Leg, Meter, Outcome, Piped, Pipes, TcpLeg, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
     transport::{
@@ -73,6 +72,8 @@ pub struct Shared {
     pub mark: Mark,
     /// How many flows one worker takes at once.
     pub flows_max: usize,
+    /// How bytes are moved between two sockets of ours.
+    pub relay: config::Relay,
     /// How long a dial for a captured flow may take.
     pub dial_timeout: Duration,
     /// How long flows may go on after the order to stop.
@@ -85,10 +86,8 @@ pub struct Shared {
 pub struct CaptureSocket {
     /// The listening socket.
     pub socket: Socket,
-    /// The cookie of its network namespace.
-    pub netns: u64,
-    /// Where its connections wanted to go.
-    pub flows: FlowTable,
+    /// Who knows where its connections wanted to go.
+    pub origins: Origins,
 }
 
 /// News about network namespaces.
@@ -147,6 +146,8 @@ struct Worker {
     counters: Arc<Counters>,
     upstreams: Vec<Upstream>,
     records: Records,
+    /// What bytes are moved through between two sockets of ours, unless they are copied.
+    pipes: Option<Pipes>,
     trace: Trace,
     active: Cell<usize>,
     /// Flows of each peer of our listeners.
@@ -165,6 +166,10 @@ async fn work(start: Start) -> io::Result<Report> {
     let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
+        pipes: match shared.relay {
+            config::Relay::Copy => None,
+            config::Relay::Pipe => Some(Pipes::new(limits::pipes_for(shared.flows_max))),
+        },
         shared,
         counters,
         upstreams,
@@ -176,11 +181,11 @@ async fn work(start: Start) -> io::Result<Report> {
     });
     let flows = Rc::new(Tasks::default());
     let accepting = Tasks::default();
-    let mut capturing: HashMap<u64, Tasks> = HashMap::new();
-    for capture in captures {
-        let netns = capture.netns;
-        let accept = Accept::new(capture.socket, netns, capture.flows)?;
-        let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+    // By network namespace; those of redirected connections have none that the programs know.
+    let mut capturing: HashMap<Option<u64>, Tasks> = HashMap::new();
+    for CaptureSocket { socket, origins } in captures {
+        let netns = origins.netns();
+        let accept = accept_captured(Rc::clone(&worker), Accept::new(socket, origins)?, Rc::clone(&flows));
         capturing.entry(netns).or_default().spawn(accept);
     }
     for listener in listeners {
@@ -198,8 +203,9 @@ async fn work(start: Start) -> io::Result<Report> {
         tokio::select! {
             () = watch.draining() => break,
             Some(news) = more.recv() => match news {
-                More::Listen(CaptureSocket { socket, netns, flows: table }) => {
-                    match Accept::new(socket, netns, table) {
+                More::Listen(CaptureSocket { socket, origins }) => {
+                    let netns = origins.netns();
+                    match Accept::new(socket, origins) {
                         Ok(accept) => {
                             let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
                             capturing.entry(netns).or_default().spawn(accept);
@@ -207,7 +213,7 @@ async fn work(start: Start) -> io::Result<Report> {
                         Err(e) => tracing::error!("a capture listener could not be used: {e}"),
                     }
                 }
-                More::Forget(netns) => drop(capturing.remove(&netns)),
+                More::Forget(netns) => drop(capturing.remove(&Some(netns))),
             },
         }
     }
@@ -260,16 +266,22 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
             () = std::future::ready(()), if draining => return,
         };
         match accepted {
-            Ok(Some(captured)) => match worker.admit(None) {
+            Ok(Ok(captured)) => match worker.admit(None) {
                 Ok(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
                 Err(_) => {
                     worker.counters.over_limit.add(1);
                     crate::relay::abort_on_close(&captured.stream);
                 }
             },
-            Ok(None) => {
-                worker.counters.no_origin.add(1);
-                tracing::warn!("reset a connection to the capture listener that was not captured");
+            Ok(Err(stray)) => {
+                let counter = match &stray {
+                    Stray::ToUs(_) => &worker.counters.to_ourselves,
+                    Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
+                        &worker.counters.no_origin
+                    }
+                };
+                counter.add(1);
+                tracing::warn!("reset a connection to the capture listener that {stray}");
             }
             Err(e) => back_off(&e).await,
         }
@@ -402,10 +414,11 @@ impl Worker {
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, sink: Sink, mut record: Record, started: Instant) {
         let meter = Meter::default();
+        let pipes = self.pipes.as_ref();
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg) => relay(client, &mut leg, &meter).await,
-                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter).await,
+                Sink::Direct(mut leg) => relay(client, &mut leg, &meter, pipes).await,
+                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter, pipes).await,
             }
         };
         let mut stop = self.stop.clone();
@@ -420,6 +433,10 @@ impl Worker {
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
+        if let Some(Piped { moved, missed }) = pipes.map(Pipes::report) {
+            self.counters.bytes_piped.add(moved);
+            self.counters.pipes_missed.add(missed);
+        }
         if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }

@@ -153,7 +153,11 @@ fn without_privilege_the_doctor_and_exec_end_with_77_and_name_the_capabilities()
 fn without_the_kernels_bpf_the_doctor_and_exec_end_with_69_and_the_command_does_not_run() {
     let output = run(without_bpf().args(["doctor", "--json"]));
     assert_eq!(output.status.code(), Some(69), "{output:?}");
-    assert_eq!(failed(&findings(&output)), ["bpf maps"]);
+    let findings = findings(&output);
+    assert_eq!(failed(&findings), ["bpf maps"]);
+    let maps = findings.iter().find(|f| f["check"] == "bpf maps").expect("it is looked at");
+    let remedy = maps["remedy"].as_str().expect("a text");
+    assert!(remedy.contains("mode = \"redirect\""), "another way to capture is named: {remedy}");
 
     let exec = Identity::new().exec(&mut without_bpf());
     assert_eq!(exec.status.code(), Some(69), "{exec:?}");

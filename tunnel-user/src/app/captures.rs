@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::other;
 use crate::{
     capture::{
-        accept::{self, Sockets},
+        accept::{self, Origins, Sockets},
         bpf::{self, BpfError, Capture, Lifetime, Spec},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         rules::{self, Pattern},
@@ -290,7 +290,8 @@ fn tell(worker: &mpsc::Sender<More>, what: More) {
 fn hand_out(capture: &Capture, sockets: Sockets) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
     let Sockets { netns, listener, per_worker } = sockets;
     capture.set_listener(netns, listener).map_err(bpf_failure)?;
-    let wrap = |socket| CaptureSocket { socket, netns, flows: capture.flows() };
+    let wrap =
+        |socket| CaptureSocket { socket, origins: Origins::Recorded { netns, flows: capture.flows() } };
     Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
 }
 

@@ -5,6 +5,7 @@
 //! wires rooms together.
 
 mod captures;
+mod listen;
 
 use std::{
     future::poll_fn,
@@ -18,10 +19,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
-use self::captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir};
+use self::{
+    captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir},
+    listen::{Opener, may_mark, require_mark},
+};
 use crate::{
     capture::{
         bpf::{self, Owner},
@@ -67,7 +71,7 @@ pub struct Running {
     more: Vec<mpsc::Sender<More>>,
     mark: u32,
     addresses: Vec<SocketAddr>,
-    /// The CONNECT listeners by the address that is configured, for a daemon that replaces this one.
+    /// The listeners whose addresses are configured, by them, for a daemon that replaces this one.
     listeners: Vec<(SocketAddr, Vec<Socket>)>,
     _watch: Option<store::Watch>,
 }
@@ -85,7 +89,7 @@ pub struct Options<'a> {
 
 /// Binds, loads, starts the workers, and attaches.
 pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
-    let Options { keep_records, mut taken, .. } = options;
+    let Options { keep_records, taken, .. } = options;
     if !config.captures.is_empty() {
         privileges::require_for_capture()?;
     }
@@ -93,21 +97,22 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let workers = config.daemon.workers.map_or_else(cores, Into::into);
     let capturing = !config.captures.is_empty();
     let mark = config.daemon.mark.get();
+    if !config.redirects.is_empty() {
+        require_mark(mark)?;
+    }
     // Unprivileged gateways cannot set it, and have nothing that could capture them.
-    let socket_mark = (capturing || may_mark(mark)).then_some(mark);
+    let socket_mark = (capturing || may_mark(mark).is_ok()).then_some(mark);
     let tls = config.identity.clone().map(TlsStore::load).transpose()?;
     let watch = tls.as_ref().map(watch_identity).transpose()?;
 
+    let mut opener = Opener { workers, mark: socket_mark, taken, kept: Vec::new() };
     let mut addresses = Vec::new();
-    let mut kept_listeners = Vec::new();
     let mut listeners: Vec<Vec<ConnectSocket>> = (0..workers).map(|_| Vec::new()).collect();
     for listener in &config.listeners {
         let Some(tls) = &tls else { return Err(no_identity()) };
-        let sockets = listen(listener.address, workers, socket_mark, &mut taken)?;
+        let sockets = opener.open(listener.address)?;
         let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket());
         addresses.push(bound.unwrap_or(listener.address));
-        let kept: io::Result<Vec<_>> = sockets.iter().map(Socket::try_clone).collect();
-        kept_listeners.push((listener.address, kept.map_err(|e| cannot_listen(listener.address, &e))?));
         let settings = Arc::new(h2_listener::Settings {
             tls: Arc::clone(tls),
             check: listener.check(),
@@ -131,6 +136,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let _lock = pinning.then(|| lock_pins(&config.daemon.bpffs)).transpose()?;
     let mut captures = Vec::new();
     let mut sockets: Vec<Vec<CaptureSocket>> = (0..workers).map(|_| Vec::new()).collect();
+    let redirects = opener.open_redirects(&config.redirects, &mut sockets)?;
     for wanted in &config.captures {
         let mut active = captures::load(wanted, &config, options.group)?;
         for (own, socket) in sockets.iter_mut().zip(active.listen_here(wanted, workers, mark)?) {
@@ -141,11 +147,17 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
 
     let shared = Arc::new(Shared {
         router: Router::new(config.routes.clone()),
-        policies: Policies::new(config.policies.clone(), &addresses),
+        policies: Policies::new(config.policies.clone(), &[&addresses[..], &redirects].concat()),
         upstreams: config.upstreams.iter().map(|u| upstream(u, socket_mark)).collect(),
         tls,
         mark: socket_mark,
-        flows_max: limits::flows_per_worker(config.daemon.max_flows.get(), nofile, workers),
+        flows_max: limits::flows_per_worker(
+            config.daemon.max_flows.get(),
+            nofile,
+            workers,
+            config.daemon.relay,
+        ),
+        relay: config.daemon.relay,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records,
@@ -159,7 +171,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         more: Vec::new(),
         mark,
         addresses,
-        listeners: kept_listeners,
+        listeners: opener.kept,
         _watch: watch,
     };
     for (i, (captures, listeners)) in sockets.into_iter().zip(listeners).enumerate() {
@@ -183,6 +195,9 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         active.scan(&running.more, running.mark);
         active.attach()?;
         tracing::info!(cgroup = active.name, "capturing");
+    }
+    for address in redirects {
+        tracing::info!(%address, "capturing what rules redirect here");
     }
     Ok(running)
 }
@@ -394,23 +409,6 @@ async fn requested(file: Option<&Path>, offer: &mut Option<Offer>) -> Result<Uni
     }
 }
 
-/// The sockets of one listener: those that were taken over, and as many more as there are workers.
-fn listen(
-    address: SocketAddr,
-    workers: usize,
-    mark: tcp::Mark,
-    taken: &mut Listeners,
-) -> Result<Vec<Socket>, Failure> {
-    let failed = |e: io::Error| cannot_listen(address, &e);
-    let Some(mut sockets) = taken.remove(&address) else {
-        return tcp::listen(address, workers, mark).map_err(failed);
-    };
-    let missing = workers.saturating_sub(sockets.len());
-    let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(address);
-    sockets.extend(tcp::listen_beside(bound, missing, mark).map_err(failed)?);
-    Ok(sockets)
-}
-
 /// `tunnel detach`: ends the captures of a configuration, whether or not a daemon runs.
 pub fn detach(config: &Config) -> Result<(), Failure> {
     for capture in &config.captures {
@@ -418,6 +416,9 @@ pub fn detach(config: &Config) -> Result<(), Failure> {
             let _lock = bpf::lock(&config.daemon.bpffs).map_err(bpf_failure)?;
             bpf::unpin(&dir).map_err(bpf_failure)?;
         }
+    }
+    for address in config.redirects.iter().flat_map(|r| &r.listen) {
+        tracing::warn!(%address, "nothing is attached that redirects connections there: the rules are yours to remove");
     }
     Ok(())
 }
@@ -432,11 +433,6 @@ pub fn control_runtime() -> Result<tokio::runtime::Runtime, Failure> {
 
 fn cores() -> usize {
     thread::available_parallelism().map_or(1, Into::into)
-}
-
-/// Whether this process may set the mark (CAP_NET_ADMIN in the namespace of the socket).
-fn may_mark(mark: u32) -> bool {
-    Socket::new(Domain::IPV4, Type::STREAM, None).is_ok_and(|s| s.set_mark(mark).is_ok())
 }
 
 fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
@@ -469,19 +465,4 @@ fn other(what: &str) -> Failure {
 
 fn no_identity() -> Failure {
     Failure::Config(Cause::new("a listener needs an identity", "Add an [identity] section."))
-}
-
-fn cannot_listen(address: SocketAddr, e: &io::Error) -> Failure {
-    let what = format!("cannot listen on {address}: {e}");
-    match e.kind() {
-        io::ErrorKind::PermissionDenied => Failure::Privilege(Cause::new(
-            what,
-            "Ports below 1024 take CAP_NET_BIND_SERVICE: run as root, or choose a higher port.",
-        )),
-        io::ErrorKind::AddrInUse => Failure::Other(Cause::new(
-            what,
-            format!("Another process listens there: `ss -tlnp sport = :{}` names it.", address.port()),
-        )),
-        _ => Failure::Other(Cause::new(what, "")),
-    }
 }

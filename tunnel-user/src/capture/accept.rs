@@ -1,14 +1,15 @@
-//! Redirected connections: the listeners that the kernel programs send them to.
+//! Redirected connections: the listeners that the kernel programs, or the operator's rules, send them to.
 //!
-//! Enters: a network namespace. Leaves: accepted sockets, each with the address its application asked
-//! for. Invariant: no original destination, no flow: such a socket is reset and counted. It never opens a
-//! listener without the daemon's mark, by which the programs know it.
+//! Enters: a network namespace, or listening sockets. Leaves: accepted sockets, each with the address its
+//! application asked for. Invariant: no original destination, no flow: such a socket is reset and counted. It
+//! never opens a listener without the daemon's mark, by which the programs know it.
 
 use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     path::Path,
+    sync::Arc,
     thread,
 };
 
@@ -17,9 +18,10 @@ use socket2::Socket;
 use tokio::net::{TcpListener, TcpStream};
 use tunnel_common::{capture, flow::FlowKey};
 
-use super::{bpf::FlowTable, sys};
+use super::{bpf::FlowTable, redirect, sys};
 use crate::{
     flow::{ClientAddr, OriginalDst},
+    own::OwnListeners,
     relay::abort_on_close,
     transport::tcp,
 };
@@ -75,12 +77,52 @@ pub fn open_netns(pid: u32) -> io::Result<OwnedFd> {
     fs::File::open(Path::new("/proc").join(pid.to_string()).join("ns/net")).map(OwnedFd::from)
 }
 
+/// Who knows where the connections of a listener wanted to go.
+#[derive(Clone)]
+pub enum Origins {
+    /// The kernel programs.
+    Recorded {
+        /// The cookie of the listener's network namespace.
+        netns: u64,
+        /// Where they write it.
+        flows: FlowTable,
+    },
+    /// conntrack, which followed a rule; a connection to one of these came by no rule of its own.
+    Redirected(Arc<OwnListeners>),
+}
+
+impl Origins {
+    /// The network namespace that the kernel programs know the listener by.
+    pub fn netns(&self) -> Option<u64> {
+        match self {
+            Self::Recorded { netns, .. } => Some(*netns),
+            Self::Redirected(_) => None,
+        }
+    }
+}
+
 /// One listener of one worker.
 pub struct Accept {
     listener: TcpListener,
     local: SocketAddr,
-    netns: u64,
-    flows: FlowTable,
+    origins: Origins,
+}
+
+/// Why an accepted connection is no flow.
+#[derive(Debug, thiserror::Error)]
+pub enum Stray {
+    /// The kernel programs have not seen it.
+    #[error("was not captured")]
+    NotCaptured,
+    /// What they wrote cannot be read.
+    #[error("cannot be looked up among the captured ones: {0}")]
+    Unreadable(io::Error),
+    /// conntrack does not know it.
+    #[error("was not redirected by a rule (SO_ORIGINAL_DST: {0})")]
+    NotRedirected(io::Error),
+    /// It wanted to come here.
+    #[error("wanted to go to {0}, where we listen: carrying it would bring it back")]
+    ToUs(OriginalDst),
 }
 
 /// A redirected connection.
@@ -96,21 +138,32 @@ pub struct Captured {
 
 impl Accept {
     /// Takes over a listening socket, in the runtime of its worker.
-    pub fn new(socket: Socket, netns: u64, flows: FlowTable) -> io::Result<Self> {
+    pub fn new(socket: Socket, origins: Origins) -> io::Result<Self> {
         let listener = TcpListener::from_std(socket.into())?;
         let local = listener.local_addr()?;
-        Ok(Self { listener, local, netns, flows })
+        Ok(Self { listener, local, origins })
     }
 
-    /// The next connection. `None` for one that was not captured: it has been reset.
-    pub async fn next(&self) -> io::Result<Option<Captured>> {
+    /// The next connection, or why it is no flow: then it has been reset.
+    pub async fn next(&self) -> io::Result<Result<Captured, Stray>> {
         let (stream, peer) = self.listener.accept().await?;
-        let key = FlowKey::new(self.netns, peer.into(), self.local.into());
-        let Some(origin) = self.flows.take(&key)? else {
-            abort_on_close(&stream);
-            return Ok(None);
-        };
-        let original_dst = OriginalDst(origin.dst().into());
-        Ok(Some(Captured { stream, client: ClientAddr(peer), original_dst }))
+        Ok(match self.origin(&stream, peer) {
+            Ok(original_dst) => Ok(Captured { stream, client: ClientAddr(peer), original_dst }),
+            Err(stray) => {
+                abort_on_close(&stream);
+                Err(stray)
+            }
+        })
+    }
+
+    fn origin(&self, stream: &TcpStream, peer: SocketAddr) -> Result<OriginalDst, Stray> {
+        match &self.origins {
+            Origins::Recorded { netns, flows } => {
+                let key = FlowKey::new(*netns, peer.into(), self.local.into());
+                let origin = flows.take(&key).map_err(Stray::Unreadable)?.ok_or(Stray::NotCaptured)?;
+                Ok(OriginalDst(origin.dst().into()))
+            }
+            Origins::Redirected(own) => redirect::original_dst(stream, own),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Source 1: connections of a control group that the kernel programs redirect to us.
+//! Source 1: connections of a control group that the kernel programs, or rules of the operator's, redirect to us.
 //!
 //! Enters: control groups and patterns. Leaves: accepted sockets with their original destinations.
 //! Invariant: what is captured and cannot be carried is reset, never passed on as something else. It
@@ -7,6 +7,7 @@
 pub mod accept;
 pub mod bpf;
 pub mod cgroup;
+pub mod redirect;
 pub mod ring;
 pub mod rules;
 pub mod sys;

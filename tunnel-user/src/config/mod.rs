@@ -31,6 +31,7 @@ pub use value::{
     HeaderError, parse_duration, parse_header, parse_header_flag, parse_server_name, parse_socket_addr,
 };
 
+use self::reader::{Document, Purpose};
 use crate::{
     flow::{Identity, Target},
     route::Source,
@@ -83,8 +84,10 @@ pub struct Config {
     pub daemon: Daemon,
     /// Who we are. Present whenever there is a listener or an upstream.
     pub identity: Option<IdentityFiles>,
-    /// Whose connections are captured.
+    /// Whose connections are captured by eBPF.
     pub captures: Vec<Capture>,
+    /// Where rules of the operator's redirect connections to.
+    pub redirects: Vec<Redirect>,
     /// Where CONNECT requests arrive.
     pub listeners: Vec<Listener>,
     /// Where flows go; the first match wins, no match is refused.
@@ -108,6 +111,8 @@ pub struct Daemon {
     pub drain_timeout: Duration,
     /// Flows at a time, in the whole process.
     pub max_flows: NonZeroUsize,
+    /// How bytes are moved between two sockets of ours.
+    pub relay: Relay,
 }
 
 impl Default for Daemon {
@@ -118,11 +123,22 @@ impl Default for Daemon {
             bpffs: PathBuf::from(BPFFS),
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
+            relay: Relay::default(),
         }
     }
 }
 
-/// `[[capture]]`
+/// How bytes are moved between two sockets of ours: a captured connection, and one that we dialled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Relay {
+    /// Read and written.
+    #[default]
+    Copy,
+    /// In the kernel, through a pipe (splice(2)).
+    Pipe,
+}
+
+/// `[[capture]]` with `mode = "ebpf"`, the default.
 #[derive(Clone, Debug)]
 pub struct Capture {
     /// Whose connections.
@@ -135,6 +151,14 @@ pub struct Capture {
     pub on_failure: OnFailure,
     /// Hand captured connections to this proxy, which asks SO_ORIGINAL_DST, and not to ourselves.
     pub proxy: Option<SocketAddr>,
+}
+
+/// `[[capture]]` with `mode = "redirect"`: iptables or nftables decide what is captured, and conntrack knows
+/// where it wanted to go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Redirect {
+    /// Where the rules send connections; at least one.
+    pub listen: Vec<SocketAddr>,
 }
 
 /// Which cgroup.
@@ -349,22 +373,26 @@ pub enum CheckFiles {
 impl Config {
     /// Reads a file; paths in it are relative to it.
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
-        Self::read(&text_of(file)?, file, CheckFiles::Yes, false)
+        Self::read(&text_of(file)?, file, CheckFiles::Yes, Purpose::Daemon)
     }
 
     /// Reads a file for `tunnel exec`: its routes, upstreams and identity hold; it serves no listener, and
     /// the one capture is that of the command. What is captured say `capture` and `exclude` (see
-    /// [`Capture::for_exec`]), or when both are empty the file's first `[[capture]]`, if it has one.
+    /// [`Capture::for_exec`]), or when both are empty the file's first `[[capture]]`, if it has one; rules of
+    /// the operator's know nothing of the command, so that one must not be left to them.
     pub fn load_for_exec(
         file: &Path,
         capture: Vec<AddrPattern>,
         exclude: Vec<AddrPattern>,
     ) -> Result<Self, ConfigErrors> {
-        let mut config = Self::read(&text_of(file)?, file, CheckFiles::Yes, true)?;
+        let by_file = capture.is_empty() && exclude.is_empty();
+        let purpose = if by_file { Purpose::Exec } else { Purpose::ExecByFlags };
+        let mut config = Self::read(&text_of(file)?, file, CheckFiles::Yes, purpose)?;
         config.listeners.clear();
+        config.redirects.clear();
         config.captures.truncate(1);
         match config.captures.first_mut() {
-            Some(of_file) if capture.is_empty() && exclude.is_empty() => of_file.cgroup = CgroupRef::Fresh,
+            Some(of_file) if by_file => of_file.cgroup = CgroupRef::Fresh,
             _ => config.captures = vec![Capture::for_exec(capture, exclude)],
         }
         Ok(config)
@@ -372,13 +400,16 @@ impl Config {
 
     /// Reads a text that stands in `file`.
     pub fn parse(text: &str, file: &Path, check: CheckFiles) -> Result<Self, ConfigErrors> {
-        Self::read(text, file, check, false)
+        Self::read(text, file, check, Purpose::Daemon)
     }
 
-    fn read(text: &str, file: &Path, check: CheckFiles, for_exec: bool) -> Result<Self, ConfigErrors> {
+    fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        reader::Document::read(text, base, check == CheckFiles::Yes, for_exec)
-            .map_err(|mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes })
+        Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(|mistakes| ConfigErrors {
+            file: file.to_owned(),
+            unreadable: None,
+            mistakes,
+        })
     }
 }
 

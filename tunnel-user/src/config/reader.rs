@@ -31,6 +31,17 @@ pub(crate) trait Value: Sized {
     fn show(&self) -> Json;
 }
 
+/// What a configuration is read for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A daemon.
+    Daemon,
+    /// One command, which brings its own cgroup; the first capture says what of it is captured.
+    Exec,
+    /// One command, which brings its own cgroup; flags say what of it is captured.
+    ExecByFlags,
+}
+
 /// What a whole document shares: where it stands, and its mistakes so far.
 pub(crate) struct Document<'a> {
     text: &'a str,
@@ -39,8 +50,7 @@ pub(crate) struct Document<'a> {
     pub(crate) base: &'a Path,
     /// Whether files that are named must exist.
     pub(crate) check_files: bool,
-    /// Whether the configuration is for one command, which brings its own cgroup.
-    for_exec: bool,
+    purpose: Purpose,
     /// The parser had to guess: what seems missing may have been lost there.
     guessed: bool,
     mistakes: RefCell<Vec<Mistake>>,
@@ -52,7 +62,7 @@ impl<'a> Document<'a> {
         text: &'a str,
         base: &'a Path,
         check_files: bool,
-        for_exec: bool,
+        purpose: Purpose,
     ) -> Result<S, Vec<Mistake>> {
         let (root, errors) = DeTable::parse_recoverable(text);
         let guessed = !errors.is_empty();
@@ -61,7 +71,7 @@ impl<'a> Document<'a> {
             root: root.get_ref(),
             base,
             check_files,
-            for_exec,
+            purpose,
             guessed,
             mistakes: RefCell::default(),
         };
@@ -296,7 +306,12 @@ impl<'a> Reader<'a> {
 
     /// Whether the configuration is for one command, which brings its own cgroup.
     pub(crate) fn for_exec(&self) -> bool {
-        self.doc.is_some_and(|doc| doc.for_exec)
+        self.doc.is_some_and(|doc| doc.purpose != Purpose::Daemon)
+    }
+
+    /// Whether it is, and the first capture of the file says what of it is captured.
+    pub(crate) fn captures_for_exec(&self) -> bool {
+        self.doc.is_some_and(|doc| doc.purpose == Purpose::Exec)
     }
 
     /// Whether the key is there at the top of the file.

@@ -13,11 +13,11 @@ use std::{
 use super::{
     Action, BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN,
     Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS,
-    Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Route, UPSTREAM_STREAMS,
-    Upstream,
+    Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, Route,
+    UPSTREAM_STREAMS, Upstream,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{At, Reader, Section},
-    value::{ActionByName, FilePath, Headers},
+    value::{ActionByName, FilePath, Headers, Mode},
 };
 use crate::{flow::Target, route::Source, transport::tls::IdentityFiles};
 
@@ -28,7 +28,10 @@ impl Section for Config {
             "identity",
             "Who we are to our peers, and whom we believe. Read again when the files change.",
         );
-        let captures: Vec<Capture> = r.sections("capture", "A cgroup whose TCP connections are captured.");
+        let captures: Vec<At<AnyCapture>> = r.sections(
+            "capture",
+            "Whose TCP connections are captured: those of a cgroup, or those that rules redirect.",
+        );
         let listeners: Vec<At<Listener>> = r.sections("listener", "Where CONNECT requests arrive.");
         let routes: Vec<RouteByName> =
             r.sections("route", "Where flows go. The first match wins; no match is refused.");
@@ -39,15 +42,33 @@ impl Section for Config {
             "Who may reach what through our listeners. Nothing is allowed until a rule says so.",
         );
 
-        check_together(r, &listeners);
+        check_together(r, &listeners, &captures);
+        let (mut ebpf, mut redirects) = (Vec::new(), Vec::new());
+        for capture in captures {
+            match capture.value {
+                AnyCapture::Ebpf(capture) => ebpf.push(capture),
+                AnyCapture::Redirect(listen) => {
+                    redirects.push(Redirect { listen: listen.into_iter().map(|at| at.value).collect() });
+                }
+            }
+        }
         let routes = resolve(r, routes);
         let listeners = listeners.into_iter().map(|l| l.value).collect();
-        Some(Self { daemon, identity, captures, listeners, routes: routes?, upstreams, policies })
+        Some(Self {
+            daemon,
+            identity,
+            captures: ebpf,
+            redirects,
+            listeners,
+            routes: routes?,
+            upstreams,
+            policies,
+        })
     }
 }
 
 /// What no section can see by itself.
-fn check_together(r: &Reader<'_>, listeners: &[At<Listener>]) {
+fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<AnyCapture>]) {
     if !r.has("capture") && !r.has("listener") && !r.for_exec() {
         r.wrong("", "there is nothing to do: neither [[capture]] nor [[listener]] is there");
     }
@@ -62,10 +83,28 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>]) {
     if r.has("listener") && !r.has("route") {
         r.wrong("listener", "has no [[route]]: every request would be refused");
     }
+    if r.captures_for_exec()
+        && let Some(first) = captures.first()
+        && let AnyCapture::Redirect(_) = first.value
+    {
+        r.wrong_at(
+            first,
+            "is \"redirect\", and rules know nothing of the command: `tunnel exec` captures by eBPF. Put another \
+             [[capture]] first, or say --capture",
+        );
+    }
     let mut seen = BTreeMap::<SocketAddr, ()>::new();
     for at in listeners {
         if seen.insert(at.value.address, ()).is_some() {
             r.wrong_at(at, format!("another listener is at {} already", at.value.address));
+        }
+    }
+    for capture in captures {
+        let AnyCapture::Redirect(listen) = &capture.value else { continue };
+        for at in listen {
+            if seen.insert(at.value, ()).is_some() {
+                r.wrong_at(at, format!("another listener is at {} already", at.value));
+            }
         }
     }
     let mut seen = BTreeMap::<String, ()>::new();
@@ -116,7 +155,12 @@ impl Section for Daemon {
         let drain_timeout =
             r.default("drain_timeout", "How long flows may go on after we were told to stop.", DRAIN_RUN);
         let max_flows = r.default("max_flows", "Flows at a time; more are refused.", MAX_FLOWS);
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows })
+        let relay = r.default(
+            "relay",
+            "How bytes are moved between a captured connection and one that we dialled (a route to \"direct\"): \"copy\", through this process; \"pipe\", in the kernel (splice), which costs bulk less and small messages more.",
+            Relay::Copy,
+        );
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay })
     }
 }
 
@@ -130,8 +174,40 @@ impl Section for IdentityFiles {
     }
 }
 
-impl Section for Capture {
+/// `[[capture]]` of either mode.
+enum AnyCapture {
+    Ebpf(Capture),
+    Redirect(Vec<At<SocketAddr>>),
+}
+
+/// A capture and the place of its mode.
+impl Section for At<AnyCapture> {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let capture = AnyCapture::read(r)?;
+        Some(r.at("mode", capture))
+    }
+}
+
+/// Keys that say what only eBPF can be told, and who decides it in mode "redirect".
+const EBPF_ONLY: [(&str, &str); 6] = [
+    ("cgroup", "the rules decide whose connections they redirect"),
+    ("unit", "the rules decide whose connections they redirect"),
+    ("include", "the rules decide what is captured"),
+    ("exclude", "the rules decide what is captured"),
+    ("on_failure", "while no daemon runs, what the rules redirect is refused"),
+    ("proxy", "the rules can redirect to that proxy by themselves"),
+];
+
+impl Section for AnyCapture {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let mode = r.optional::<Mode>(
+            "mode",
+            "Who captures: \"ebpf\", this daemon, by kernel programs on a cgroup; \"redirect\", iptables or nftables rules, which the operator writes. Default: \"ebpf\".",
+        );
+        let listen: Option<Vec<At<SocketAddr>>> = r.optional(
+            "listen",
+            "Where the rules redirect connections to: ADDRESS:PORT. Needed in mode \"redirect\", and only there.",
+        );
         let path = r.optional::<FilePath>("cgroup", "Path of a cgroup (version 2). This, or unit.");
         let unit =
             r.optional::<String>("unit", "Name of a systemd unit, such as legacy.service. This, or cgroup.");
@@ -153,6 +229,15 @@ impl Section for Capture {
         );
         r.later("bypass");
 
+        match mode {
+            // It is a mistake; what else it makes a mistake cannot be said.
+            None if r.has("mode") => return None,
+            Some(Mode::Redirect) => return redirect(r, listen),
+            Some(Mode::Ebpf) | None => {}
+        }
+        if r.has("listen") {
+            r.wrong("listen", "is for mode = \"redirect\": what eBPF captures finds its listener by itself");
+        }
         if include.is_empty() {
             r.wrong("include", "is empty: nothing would be captured");
         }
@@ -171,8 +256,28 @@ impl Section for Capture {
         if !r.for_exec() && !r.has("proxy") && !r.root_has("route") {
             r.wrong("", "has no [[route]] and no proxy: every captured connection would be refused");
         }
-        Some(Self { cgroup: cgroup?, include, exclude, on_failure, proxy })
+        Some(Self::Ebpf(Capture { cgroup: cgroup?, include, exclude, on_failure, proxy }))
     }
+}
+
+fn redirect(r: &Reader<'_>, listen: Option<Vec<At<SocketAddr>>>) -> Option<AnyCapture> {
+    for (key, why) in EBPF_ONLY {
+        if r.has(key) {
+            r.wrong(key, format!("has no meaning in mode = \"redirect\": {why}"));
+        }
+    }
+    r.demand("listen");
+    if !r.for_exec() && !r.root_has("route") {
+        r.wrong("", "has no [[route]]: every redirected connection would be refused");
+    }
+    let listen = listen?;
+    if listen.is_empty() {
+        r.wrong("listen", "is empty: rules could redirect to nothing");
+    }
+    for at in listen.iter().filter(|at| at.value.port() == 0) {
+        r.wrong_at(at, "has port 0, which is another one each time: rules name one");
+    }
+    Some(AnyCapture::Redirect(listen))
 }
 
 impl Section for Listener {

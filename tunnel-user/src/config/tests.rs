@@ -152,6 +152,7 @@ fn each_mistake_is_named() {
         ),
         (GOOD.replace("[[route]]", "[route]"), "route", "write [[route]] in place of [route]"),
         (format!("{GOOD}\n[deamon]\nmark = 1"), "deamon", "did you mean `daemon`?"),
+        (format!("{GOOD}\n[daemon]\nrelay = \"splice\""), "daemon.relay", "\"splice\" is not supported yet"),
         (
             format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
             "policy.identity",
@@ -202,6 +203,84 @@ fn what_needs_another_section_says_which() {
     assert_eq!(mistakes("[[capture]]\nproxy = \"127.0.0.1:12345\"\n"), ["1:1: capture.cgroup: is missing"]);
 }
 
+/// A daemon that captures by rules.
+const REDIRECT: &str = "[[capture]]\nmode = \"redirect\"\nlisten = [\"127.0.0.1:15001\", \"[::1]:15001\"]\n\
+    [[route]]\nto = \"direct\"\n";
+
+#[test]
+fn rules_take_an_address_and_nothing_else() {
+    let config = parse(REDIRECT).unwrap();
+    assert!(config.captures.is_empty());
+    let listen = ["127.0.0.1:15001".parse().unwrap(), "[::1]:15001".parse().unwrap()];
+    assert_eq!(config.redirects, [Redirect { listen: listen.to_vec() }]);
+
+    let mode = "mode = \"redirect\"";
+    for (key, value, why) in [
+        ("cgroup", "\"/x\"", "the rules decide whose connections they redirect"),
+        ("unit", "\"a.service\"", "the rules decide whose connections they redirect"),
+        ("include", "[\"10.0.0.0/8\"]", "the rules decide what is captured"),
+        ("exclude", "[]", "the rules decide what is captured"),
+        ("on_failure", "\"open\"", "while no daemon runs, what the rules redirect is refused"),
+        ("proxy", "\"127.0.0.1:1\"", "the rules can redirect to that proxy by themselves"),
+    ] {
+        let found = mistakes(&REDIRECT.replace(mode, &format!("{mode}\n{key} = {value}")));
+        let at = 4 + key.len();
+        let said = format!("3:{at}: capture.{key}: has no meaning in mode = \"redirect\": {why}");
+        assert_eq!(found, [said]);
+    }
+    for (from, to, said) in [
+        ("\"redirect\"", "\"tproxy\"", "2:8: capture.mode: must be \"ebpf\" or \"redirect\", not \"tproxy\""),
+        ("listen = [\"127.0.0.1:15001\", \"[::1]:15001\"]\n", "", "1:1: capture.listen: is missing"),
+        (
+            "[\"127.0.0.1:15001\", \"[::1]:15001\"]",
+            "[]",
+            "3:10: capture.listen: is empty: rules could redirect to nothing",
+        ),
+        (
+            "127.0.0.1:15001",
+            "127.0.0.1:0",
+            "3:11: capture.listen[0]: has port 0, which is another one each time: rules name one",
+        ),
+        (
+            "127.0.0.1:15001",
+            "[::1]:15001",
+            "3:26: capture.listen[1]: another listener is at [::1]:15001 already",
+        ),
+        (
+            "[[route]]\nto = \"direct\"\n",
+            "",
+            "1:1: capture: has no [[route]]: every redirected connection would be refused",
+        ),
+    ] {
+        assert_eq!(mistakes(&REDIRECT.replace(from, to)), [said]);
+    }
+    assert_eq!(
+        mistakes(&with("listen = [\"127.0.0.1:15001\"]", "unit = \"legacy.service\"")),
+        ["9:10: capture.listen: is for mode = \"redirect\": what eBPF captures finds its listener by itself"]
+    );
+    assert!(parse(&with("mode = \"ebpf\"", "unit = \"legacy.service\"")).is_ok(), "the default may be said");
+}
+
+#[test]
+fn exec_takes_no_capture_by_rules_from_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("agent.toml");
+    std::fs::write(&file, REDIRECT).unwrap();
+    let said = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap_err().to_string();
+    assert!(
+        said.ends_with(
+            ":2:8: capture.mode: is \"redirect\", and rules know nothing of the command: `tunnel exec` captures by \
+             eBPF. Put another [[capture]] first, or say --capture"
+        ),
+        "{said}"
+    );
+    let by_flags = Config::load_for_exec(&file, vec!["10.0.0.0/8".parse().unwrap()], Vec::new()).unwrap();
+    assert_eq!((by_flags.captures.len(), by_flags.redirects.len()), (1, 0));
+    std::fs::write(&file, format!("[[capture]]\ninclude = [\"10.0.0.0/8\"]\n{REDIRECT}")).unwrap();
+    let by_file = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap();
+    assert_eq!((by_file.captures.len(), by_file.redirects.len()), (1, 0));
+}
+
 #[test]
 fn text_that_is_not_toml_is_placed() {
     let found = mistakes(&format!("{GOOD}balance = \n"));
@@ -249,8 +328,8 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "capture capture.cgroup capture.exclude capture.include capture.on_failure capture.proxy \
-        capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.workers \
+    let taken = "capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
+        capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.protocols \
         listener.verify policy policy.identity policy.target route route.match route.match.destination \

@@ -17,7 +17,7 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Action, Balance, ClientAuth, OnFailure, Peers, Protocol,
+    Action, Balance, ClientAuth, OnFailure, Peers, Protocol, Relay,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{At, Cell, Reader, Section, Value},
 };
@@ -103,8 +103,20 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(OnFailure, Protocol, ClientAuth, Balance, Source);
+by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, Source);
 
+/// Who captures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Our kernel programs.
+    Ebpf,
+    /// Rules of the operator's.
+    Redirect,
+}
+
+impl Word for Mode {
+    const WORDS: &'static [(&'static str, Self)] = &[("ebpf", Self::Ebpf), ("redirect", Self::Redirect)];
+}
 impl Word for OnFailure {
     const WORDS: &'static [(&'static str, Self)] = &[("closed", Self::Closed), ("open", Self::Open)];
 }
@@ -120,6 +132,10 @@ impl Word for Balance {
     const WORDS: &'static [(&'static str, Self)] =
         &[("least_request", Self::LeastRequest), ("round_robin", Self::RoundRobin)];
     const LATER: &'static [&'static str] = &["random", "ring_hash", "maglev"];
+}
+impl Word for Relay {
+    const WORDS: &'static [(&'static str, Self)] = &[("copy", Self::Copy), ("pipe", Self::Pipe)];
+    const LATER: &'static [&'static str] = &["splice"];
 }
 impl Word for Source {
     const WORDS: &'static [(&'static str, Self)] =

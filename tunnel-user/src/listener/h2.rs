@@ -123,6 +123,7 @@ pub async fn handshake(
     // A resumed session brings its certificate along, and nobody has looked at the date since.
     check_expiry(certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
     let identity = peer_identity(certificates);
+    let suite = session.negotiated_cipher_suite().map(|s| s.suite());
     if session.alpn_protocol() != Some(b"h2") {
         return Err(ServeError::Tls("the peer did not offer h2 (ALPN)".to_owned()));
     }
@@ -146,6 +147,7 @@ pub async fn handshake(
     tracing::debug!(
         peer = %PeerAddr(peer),
         identity = identity.as_ref().map(tracing::field::display),
+        ?suite,
         "tunnel accepted"
     );
     Ok(Tunnel { connection, last, client: ClientAddr(peer), identity })

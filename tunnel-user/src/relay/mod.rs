@@ -2,12 +2,17 @@
 //!
 //! Enters: two legs whose handshakes are done. Leaves: how the flow ended, and how much it moved.
 //! Invariant: bytes arrive once, in order, unchanged; what one side has not accepted is never more than
-//! the other side's window; EOF, reset and abort stay three different things. It never dials, and never
-//! knows what a leg is made of.
+//! the other side's window; EOF, reset and abort stay three different things. It never dials.
+//!
+//! Every flow can be copied ([`Direction`]); between two sockets of ours the bytes may stay in the kernel
+//! (`pipe.rs`). How a flow ends is decided here for both.
 
 mod h2;
+mod pipe;
 mod queue;
 mod tcp;
+#[cfg(test)]
+mod tests;
 
 use std::{
     cell::Cell,
@@ -21,6 +26,7 @@ use bytes::Bytes;
 
 pub use self::{
     h2::H2Leg,
+    pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     tcp::{TcpLeg, abort_on_close},
 };
@@ -51,6 +57,11 @@ pub trait Leg {
 
     /// Ends both directions with a reset.
     fn abort(&mut self);
+
+    /// The leg as a socket of ours, whose bytes are raw.
+    fn as_tcp(&mut self) -> Option<&mut TcpLeg> {
+        None
+    }
 }
 
 /// How a leg ended other than by EOF.
@@ -129,10 +140,46 @@ pub struct Meter {
 /// that is 1 MiB, about 200 µs.
 const STEPS: u32 = 16;
 
-/// Runs a flow to its end.
-pub async fn relay<C: Leg, T: Leg>(client: &mut C, target: &mut T, meter: &Meter) -> Outcome {
-    let mut up = Direction::default();
-    let mut down = Direction::default();
+/// Runs a flow to its end: through `pipes` where there are some and both legs are sockets, else by copying.
+pub async fn relay<C: Leg, T: Leg>(
+    client: &mut C,
+    target: &mut T,
+    meter: &Meter,
+    pipes: Option<&Pipes>,
+) -> Outcome {
+    if let Some(pipes) = pipes
+        && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
+    {
+        return run(client, target, meter, pipe::Through::new(pipes), pipe::Through::new(pipes)).await;
+    }
+    run(client, target, meter, Direction::default(), Direction::default()).await
+}
+
+/// One direction of a flow, in one of the ways to move its bytes.
+trait Way<S: Leg, D: Leg> {
+    /// Moves what can be moved. The error says whether it was the source that broke.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        src: &mut S,
+        dst: &mut D,
+        moved: &Cell<u64>,
+    ) -> Result<(), (bool, Broken)>;
+
+    /// Whether the source is not being polled for bytes.
+    fn is_deaf(&self) -> bool;
+
+    /// Whether its end was passed on.
+    fn is_done(&self) -> bool;
+}
+
+async fn run<C: Leg, T: Leg>(
+    client: &mut C,
+    target: &mut T,
+    meter: &Meter,
+    mut up: impl Way<C, T>,
+    mut down: impl Way<T, C>,
+) -> Outcome {
     let ended = poll_fn(|cx| {
         let sent = up
             .poll(cx, client, target, &meter.sent)
@@ -146,17 +193,17 @@ pub async fn relay<C: Leg, T: Leg>(client: &mut C, target: &mut T, meter: &Meter
         if let Err(reset) = received {
             return Poll::Ready(Err(reset));
         }
-        if up.state == State::Done && down.state == State::Done {
+        if up.is_done() && down.is_done() {
             return Poll::Ready(Ok(()));
         }
         // A direction that is not reading would not hear of a reset.
-        if up.deaf()
+        if up.is_deaf()
             && let Poll::Ready(why) = client.poll_broken(cx)
             && let Broken::Reset(_) = why
         {
             return Poll::Ready(Err((Side::Client, why)));
         }
-        if down.deaf()
+        if down.is_deaf()
             && let Poll::Ready(why) = target.poll_broken(cx)
             && let Broken::Reset(_) = why
         {
@@ -192,21 +239,23 @@ enum State {
     Done,
 }
 
-/// One direction of a flow.
+/// Everything was sent: says so. The error is of the sink.
+fn finish(dst: &mut impl Leg) -> Result<(), (bool, Broken)> {
+    match dst.finish() {
+        Ok(()) | Err(Broken::Done) => Ok(()),
+        Err(why) => Err((false, why)),
+    }
+}
+
+/// One direction of a flow, copied.
 #[derive(Default)]
 struct Direction {
     queue: Queue,
     state: State,
 }
 
-impl Direction {
-    /// Whether the source is not being polled for bytes.
-    fn deaf(&self) -> bool {
-        self.state != State::Open || !self.queue.is_empty()
-    }
-
-    /// Moves what can be moved. The error says whether it was the source that broke.
-    fn poll<S: Leg, D: Leg>(
+impl<S: Leg, D: Leg> Way<S, D> for Direction {
+    fn poll(
         &mut self,
         cx: &mut Context<'_>,
         src: &mut S,
@@ -230,10 +279,7 @@ impl Direction {
                     return Ok(());
                 }
                 self.state = State::Done;
-                return match dst.finish() {
-                    Ok(()) | Err(Broken::Done) => Ok(()),
-                    Err(why) => Err((false, why)),
-                };
+                return finish(dst);
             }
             match dst.poll_send(cx, &mut self.queue) {
                 Poll::Ready(Ok(n)) => {
@@ -253,5 +299,13 @@ impl Direction {
         }
         cx.waker().wake_by_ref();
         Ok(())
+    }
+
+    fn is_deaf(&self) -> bool {
+        self.state != State::Open || !self.queue.is_empty()
+    }
+
+    fn is_done(&self) -> bool {
+        self.state == State::Done
     }
 }

@@ -46,7 +46,7 @@ impl TcpLeg {
     }
 }
 
-fn reset(e: io::Error) -> Broken {
+pub(super) fn reset(e: io::Error) -> Broken {
     Broken::Reset(Cause::Tcp(e))
 }
 
@@ -138,12 +138,21 @@ impl Leg for TcpLeg {
     fn abort(&mut self) {
         // The drop does it.
     }
+
+    fn as_tcp(&mut self) -> Option<&mut TcpLeg> {
+        Some(self)
+    }
 }
 
 impl TcpLeg {
+    /// The socket.
+    pub(super) fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
     /// A short read or write has emptied or filled the socket: what comes next raises a new edge
     /// (epoll(7), question 9), so the call that would only say EAGAIN is spared.
-    fn not_ready(&self, interest: Interest) {
+    pub(super) fn not_ready(&self, interest: Interest) {
         let _cleared = self.stream.try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }

@@ -10,14 +10,17 @@ use std::{
     time::Duration,
 };
 
-use rustls::{ClientConfig, ClientConnection, HandshakeKind, ServerConfig, ServerConnection};
-use rustls_pki_types::ServerName;
+use rustls::{
+    CipherSuite, ClientConfig, ClientConnection, HandshakeKind, RootCertStore, ServerConfig,
+    ServerConnection, version::TLS13,
+};
+use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tempfile::TempDir;
 
 use super::{
     identity::peer_identity,
     store::{TlsStore, watch},
-    tls::{IdentityFiles, TlsError, TlsIdentity},
+    tls::{IdentityFiles, TlsError, TlsIdentity, provider},
     verify::{Check, ClientCheck, ServerCheck, check_expiry, explain, failed_check},
 };
 use crate::pki::{Ca, IssueRequest, Issued, Validity};
@@ -131,6 +134,35 @@ fn both_sides_know_each_other_and_speak_h2_over_tls_1_3() {
         assert_eq!(peer_identity(s.server.peer_certificates().unwrap()).unwrap().0.as_ref(), CLIENT);
         assert_eq!(s.client.alpn_protocol(), Some(&b"h2"[..]));
         assert_eq!(s.server.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+    }
+}
+
+#[test]
+fn our_two_sides_agree_on_aes_128_gcm_and_take_what_a_peer_prefers() {
+    let ca = ca();
+    let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
+    let suite = |client: Arc<ClientConfig>| {
+        let s = Shaken::new(client, server.server_config(&clients(&[])), "10.9.0.1");
+        assert!(s.passed(), "{:?}", s.said());
+        s.server.negotiated_cipher_suite().unwrap().suite()
+    };
+    let ours = client.client_config(&servers(&[]));
+    assert_eq!(suite(Arc::clone(&ours)), CipherSuite::TLS13_AES_128_GCM_SHA256);
+    // Also where a session is resumed.
+    assert_eq!(suite(Arc::clone(&ours)), CipherSuite::TLS13_AES_128_GCM_SHA256);
+    // A server takes what its peer would rather have.
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(ca.cert_pem().as_bytes()).unwrap()).unwrap();
+    for wanted in [CipherSuite::TLS13_AES_256_GCM_SHA384, CipherSuite::TLS13_CHACHA20_POLY1305_SHA256] {
+        let mut provider = (*provider()).clone();
+        provider.cipher_suites.sort_by_key(|s| s.suite() != wanted);
+        let mut peer = ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_root_certificates(roots.clone())
+            .with_client_cert_resolver(Arc::clone(&ours.client_auth_cert_resolver));
+        peer.alpn_protocols.clone_from(&ours.alpn_protocols);
+        assert_eq!(suite(Arc::new(peer)), wanted);
     }
 }
 

@@ -23,7 +23,7 @@ use h2::{
     client::{Connection, SendRequest},
 };
 use rustls::{
-    ClientConfig,
+    CipherSuite, ClientConfig,
     pki_types::{ServerName, UnixTime},
 };
 use tokio::{
@@ -389,7 +389,7 @@ impl Inner {
         tasks.spawn_local(async move {
             let dialled = open(&key, &settings).await;
             slot.dialing.set(slot.dialing.get() - 1);
-            let Opened { conn, connection, ping, last } = match dialled {
+            let Opened { conn, suite, connection, ping, last } = match dialled {
                 Ok(opened) => opened,
                 Err(why) => {
                     tracing::debug!(endpoint = %key.endpoint, "dial failed: {why}");
@@ -408,7 +408,7 @@ impl Inner {
             // The peer may allow fewer streams than we thought.
             inner.dial_for_waiting(&key, &slot);
             drop(inner);
-            tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, "connection opened");
+            tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, ?suite, "connection opened");
             drive(connection, ping, last, &conn, &settings).await;
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
@@ -423,6 +423,8 @@ impl Inner {
 /// A connection that a peer has let us in on.
 struct Opened {
     conn: Conn,
+    /// What both sides agreed on, for the log.
+    suite: Option<CipherSuite>,
     connection: H2Connection,
     ping: PingPong,
     last: LastReader,
@@ -455,6 +457,7 @@ async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
         check_expiry(certificates, UnixTime::now())
             .map_err(|e| ConnectError::Tls { endpoint: key.endpoint.clone(), why: e.to_string() })?;
         let identity = peer_identity(certificates);
+        let suite = tls.get_ref().1.negotiated_cipher_suite().map(|s| s.suite());
         let (send, connection, ping) = handshake(AlertFirst::new(tls), settings)
             .await
             .map_err(|why| ConnectError::H2 { endpoint: key.endpoint.clone(), why })?;
@@ -469,7 +472,7 @@ async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
             retired: Cell::new(false),
             lost: RefCell::default(),
         };
-        Ok(Opened { conn, connection, ping, last })
+        Ok(Opened { conn, suite, connection, ping, last })
     });
     shaken.await.unwrap_or_else(|_| {
         Err(ConnectError::Timeout { endpoint: key.endpoint.clone(), after: settings.connect_timeout })

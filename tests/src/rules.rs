@@ -1,0 +1,27 @@
+//! Rules that an operator would write: what iptables is told, in a test's own namespace.
+//!
+//! Enters: a host and a group. Leaves: rules, which go with the host. It never touches the machine's own.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use crate::{cgroup, cgroup::Cgroup, netns::NetNs, process, programs};
+
+/// The mark of the daemon's own sockets.
+const MARK: &str = "0x74756e6c";
+
+/// Redirects what a group connects to, of both families, to `port`: the commands of `examples/redirect.toml`.
+pub fn redirect(host: &NetNs, group: &Cgroup, port: u16) -> Result<()> {
+    // iptables counts paths from the root of the hierarchy.
+    let within = |root: &Path| group.path().strip_prefix(root).ok().map(Path::to_owned);
+    let path =
+        cgroup::mounts().iter().find_map(|root| within(root)).context("the group is in no hierarchy")?;
+    for program in ["iptables-nft", "ip6tables-nft"] {
+        let mut rule = host.command(programs::system(program)?);
+        rule.args(["-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-m", "cgroup", "--path"]).arg(&path);
+        rule.args(["-m", "mark", "!", "--mark", MARK, "-j", "REDIRECT", "--to-ports", &port.to_string()]);
+        process::output(&mut rule)?;
+    }
+    Ok(())
+}

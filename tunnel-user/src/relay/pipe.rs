@@ -1,0 +1,274 @@
+//! One direction between two sockets of ours, through a pipe: splice(2), which moves references to pages.
+//!
+//! Enters: two TCP legs. Leaves: the same bytes, which never enter userspace. Invariant: a pipe is filled only
+//! when it is empty, so EAGAIN has one meaning on each side: nothing to read, or no room to write. An idle
+//! direction holds no pipe, and one that can have none copies. It never ends a flow for want of a pipe.
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    task::{Context, Poll, ready},
+};
+
+use nix::unistd::{SysconfVar, sysconf};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
+use tokio::io::Interest;
+
+use super::{Broken, Direction, State, TcpLeg, Way, tcp::reset};
+
+/// What one direction of a flow holds at most: four times a pipe's usual size, because TCP's small segments
+/// take a place of a page each. Beyond it the throughput of a bulk flow no longer changes.
+pub const PIPE_CAPACITY: usize = 256 * 1024;
+/// Pipes of one worker, those in use and those kept; whoever finds none copies. In use are those of directions
+/// whose receiver is slower than their sender.
+pub const PIPES_MAX: usize = 256;
+/// Empty pipes kept for the next who has something to move. Within one turn of a worker's loop, only those in
+/// the middle of a step hold one, and those whose receiver has no room.
+const SPARE_MAX: usize = 16;
+/// Steps that one direction takes before the task lets the worker's others have a turn: 1 MiB, as when it
+/// copies.
+const STEPS: u32 = 4;
+
+/// The pipes of one worker.
+#[derive(Debug)]
+pub struct Pipes {
+    most: usize,
+    open: Cell<usize>,
+    spare: RefCell<Vec<Pipe>>,
+    /// Not reported yet.
+    moved: Cell<u64>,
+    missed: Cell<u64>,
+}
+
+/// What was done since it was last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Piped {
+    /// Bytes moved through pipes.
+    pub moved: u64,
+    /// Directions that copied because there was no pipe for them.
+    pub missed: u64,
+}
+
+#[derive(Debug)]
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+    capacity: usize,
+    /// It holds as many pieces, of one byte at least.
+    places: usize,
+}
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // A user's pipes beyond fs.pipe-user-pages-soft keep the size that they have, which does as well.
+        let _as_it_is = fcntl_setpipe_size(&write, PIPE_CAPACITY);
+        let capacity = fcntl_getpipe_size(&write)?;
+        let page = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|n| usize::try_from(n).ok()).unwrap_or(capacity);
+        Ok(Self { read, write, capacity: capacity.min(PIPE_CAPACITY), places: capacity / page.max(1) })
+    }
+}
+
+impl Pipes {
+    /// As many as `most`, and no more than [`PIPES_MAX`]; none is open yet.
+    pub fn new(most: usize) -> Self {
+        Self {
+            most: most.min(PIPES_MAX),
+            open: Cell::default(),
+            spare: RefCell::default(),
+            moved: Cell::default(),
+            missed: Cell::default(),
+        }
+    }
+
+    /// Pipes that are open.
+    pub fn open(&self) -> usize {
+        self.open.get()
+    }
+
+    /// Of those: with something in them, or about to be filled.
+    pub fn in_use(&self) -> usize {
+        self.open.get() - self.spare.borrow().len()
+    }
+
+    /// What was done since this was last called.
+    pub fn report(&self) -> Piped {
+        Piped { moved: self.moved.take(), missed: self.missed.take() }
+    }
+
+    /// An empty pipe; `None` at the limit of pipes, or of descriptors.
+    fn take(&self) -> Option<Held<'_>> {
+        let held = |pipe| Some(Held { pipes: self, pipe: Some(pipe), bytes: 0 });
+        // Apart: the borrow must end before anything is dropped.
+        let spare = self.spare.borrow_mut().pop();
+        if let Some(pipe) = spare {
+            return held(pipe);
+        }
+        if self.open.get() < self.most {
+            match Pipe::new() {
+                Ok(pipe) => {
+                    self.open.set(self.open.get() + 1);
+                    return held(pipe);
+                }
+                Err(e) => tracing::debug!("no pipe: {e}"),
+            }
+        }
+        self.missed.set(self.missed.get() + 1);
+        None
+    }
+}
+
+/// A pipe in use. Dropped empty it is kept for the next; with bytes in it, it is closed.
+struct Held<'p> {
+    pipes: &'p Pipes,
+    /// Only `drop` takes it.
+    pipe: Option<Pipe>,
+    bytes: usize,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut spare = self.pipes.spare.borrow_mut();
+        match self.pipe.take() {
+            Some(pipe) if self.bytes == 0 && spare.len() < SPARE_MAX => spare.push(pipe),
+            _ => self.pipes.open.set(self.pipes.open.get() - 1),
+        }
+    }
+}
+
+/// One direction of a flow.
+pub(super) struct Through<'p> {
+    pipes: &'p Pipes,
+    held: Option<Held<'p>>,
+    state: State,
+    /// In the place of all that, once there was no pipe.
+    copy: Option<Direction>,
+}
+
+enum Filled {
+    Bytes,
+    End,
+    NoPipe,
+}
+
+impl<'p> Through<'p> {
+    pub(super) fn new(pipes: &'p Pipes) -> Self {
+        Self { pipes, held: None, state: State::Open, copy: None }
+    }
+
+    /// Takes a pipe and fills it, when there is something to fill it with.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, src: &TcpLeg) -> Poll<Result<Filled, Broken>> {
+        loop {
+            ready!(src.stream().poll_read_ready(cx)).map_err(reset)?;
+            let Some(mut held) = self.pipes.take() else { return Poll::Ready(Ok(Filled::NoPipe)) };
+            let Some(Pipe { write, capacity, places, .. }) = &held.pipe else { continue };
+            let read = src.stream().try_io(Interest::READABLE, || shift(src.stream(), write, *capacity));
+            match read {
+                Ok(0) => return Poll::Ready(Ok(Filled::End)),
+                Ok(n) => {
+                    // Fewer bytes than places: not the pipe was full, but the socket is empty.
+                    if n < *places {
+                        src.not_ready(Interest::READABLE);
+                    }
+                    held.bytes = n;
+                    self.held = Some(held);
+                    return Poll::Ready(Ok(Filled::Bytes));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(reset(e))),
+            }
+        }
+    }
+
+    /// Empties the pipe as far as there is room; ready when it is empty, and given back.
+    fn poll_empty(
+        &mut self,
+        cx: &mut Context<'_>,
+        dst: &TcpLeg,
+        moved: &Cell<u64>,
+    ) -> Poll<Result<(), Broken>> {
+        while let Some(held) = &mut self.held
+            && let Some(pipe) = &held.pipe
+        {
+            ready!(dst.stream().poll_write_ready(cx)).map_err(reset)?;
+            let left = held.bytes;
+            match dst.stream().try_io(Interest::WRITABLE, || shift(&pipe.read, dst.stream(), left)) {
+                // Less than there is does not always mean that the socket is full: the next call will say.
+                Ok(n) if n > 0 => {
+                    held.bytes -= n;
+                    moved.set(moved.get() + n as u64);
+                    self.pipes.moved.set(self.pipes.moved.get() + n as u64);
+                    if held.bytes == 0 {
+                        self.held = None;
+                    }
+                }
+                Ok(_) => return Poll::Ready(Err(reset(io::ErrorKind::WriteZero.into()))),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(reset(e))),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Moves at most `most` bytes, without waiting. (Where a write would raise SIGPIPE, this does too; the standard
+/// library has it ignored.)
+fn shift(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
+    splice(from, None, to, None, most, SpliceFlags::NONBLOCK | SpliceFlags::MOVE).map_err(io::Error::from)
+}
+
+impl Way<TcpLeg, TcpLeg> for Through<'_> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        src: &mut TcpLeg,
+        dst: &mut TcpLeg,
+        moved: &Cell<u64>,
+    ) -> Result<(), (bool, Broken)> {
+        if let Some(copy) = &mut self.copy {
+            return copy.poll(cx, src, dst, moved);
+        }
+        for _ in 0..STEPS {
+            match self.poll_empty(cx, dst, moved) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(why)) => return Err((false, why)),
+                Poll::Pending => return Ok(()),
+            }
+            match self.state {
+                State::Open => match self.poll_fill(cx, src) {
+                    Poll::Ready(Ok(Filled::Bytes)) => {}
+                    Poll::Ready(Ok(Filled::End)) => self.state = State::Draining,
+                    Poll::Ready(Ok(Filled::NoPipe)) => {
+                        return self.copy.insert(Direction::default()).poll(cx, src, dst, moved);
+                    }
+                    Poll::Ready(Err(why)) => return Err((true, why)),
+                    Poll::Pending => return Ok(()),
+                },
+                State::Draining => {
+                    self.state = State::Done;
+                    return super::finish(dst);
+                }
+                State::Done => return Ok(()),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Ok(())
+    }
+
+    fn is_deaf(&self) -> bool {
+        match &self.copy {
+            Some(copy) => Way::<TcpLeg, TcpLeg>::is_deaf(copy),
+            None => self.state != State::Open || self.held.is_some(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        match &self.copy {
+            Some(copy) => Way::<TcpLeg, TcpLeg>::is_done(copy),
+            None => self.state == State::Done,
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Flows between two sockets, moved in every way that there is, over loopback.
+//!
+//! Enters: what an application and a target do. Leaves: what each of them sees. Invariant: the ways differ in
+//! nothing that either side could see. It never waits for time, but to show that nothing more happens.
+
+use std::{future::Future, io, rc::Rc, time::Duration};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    task::{JoinHandle, LocalSet},
+    time::timeout,
+};
+
+use super::*;
+
+/// Far longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The ways: copied; through pipes; through pipes of which there are none; through one pipe for all.
+const WAYS: [Option<usize>; 4] = [None, Some(PIPES_MAX), Some(0), Some(1)];
+
+/// A flow that runs.
+struct Flow {
+    app: TcpStream,
+    target: TcpStream,
+    pipes: Option<Rc<Pipes>>,
+    relayed: JoinHandle<(String, u64, u64)>,
+}
+
+async fn pair() -> (TcpStream, TcpLeg) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let outside = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (inside, _) = listener.accept().await.unwrap();
+    for stream in [&outside, &inside] {
+        stream.set_nodelay(true).unwrap();
+    }
+    (outside, TcpLeg::new(inside))
+}
+
+impl Flow {
+    async fn start(way: Option<usize>) -> Self {
+        Self::start_with(way.map(|most| Rc::new(Pipes::new(most)))).await
+    }
+
+    async fn start_with(pipes: Option<Rc<Pipes>>) -> Self {
+        let ((app, mut client), (target, mut onward)) = (pair().await, pair().await);
+        let through = pipes.clone();
+        let relayed = tokio::task::spawn_local(async move {
+            let meter = Meter::default();
+            let outcome = relay(&mut client, &mut onward, &meter, through.as_deref()).await;
+            (outcome.to_string(), meter.sent.get(), meter.received.get())
+        });
+        Self { app, target, pipes, relayed }
+    }
+
+    fn in_use(&self) -> usize {
+        in_use(&self.pipes)
+    }
+}
+
+/// How a flow ended, and how much it moved each way.
+async fn end_of_flow(relayed: JoinHandle<(String, u64, u64)>) -> (String, u64, u64) {
+    timeout(PATIENCE, relayed).await.expect("it ends").unwrap()
+}
+
+fn in_use(pipes: &Option<Rc<Pipes>>) -> usize {
+    pipes.as_ref().map_or(0, |p| p.in_use())
+}
+
+fn run_each<F: Future<Output = ()>>(test: impl Fn(Option<usize>) -> F) {
+    for way in WAYS {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let played = LocalSet::new().block_on(&runtime, async { timeout(PATIENCE, test(way)).await });
+        assert!(played.is_ok(), "{way:?} hangs");
+    }
+}
+
+/// Byte `i` of direction `seed`.
+fn byte(seed: u64, i: u64) -> u8 {
+    ((i.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed.wrapping_mul(0xbf58_476d_1ce4_e5b9)) >> 32) as u8
+}
+
+fn pattern(seed: u64, from: u64, len: usize) -> Vec<u8> {
+    (from..).take(len).map(|i| byte(seed, i)).collect()
+}
+
+/// Sends `len` bytes in pieces of changing size.
+async fn send(to: &mut (impl tokio::io::AsyncWrite + Unpin), seed: u64, len: usize) {
+    let (mut at, mut step) = (0, 1);
+    while at < len {
+        let n = step.min(len - at);
+        to.write_all(&pattern(seed, at as u64, n)).await.unwrap();
+        at += n;
+        step = if step > 200_000 { 1 } else { step * 3 + 1 };
+    }
+}
+
+/// Receives to the end; how much.
+async fn receive(from: &mut (impl tokio::io::AsyncRead + Unpin), seed: u64) -> usize {
+    let (mut at, mut buf) = (0, vec![0; 64 * 1024]);
+    loop {
+        let n = from.read(&mut buf).await.unwrap();
+        if n == 0 {
+            return at;
+        }
+        assert!(buf[..n] == pattern(seed, at as u64, n), "other bytes within {n} from {at}");
+        at += n;
+    }
+}
+
+#[test]
+fn bytes_arrive_once_in_order_unchanged_both_ways_at_once() {
+    const BYTES: usize = 5_000_000;
+    run_each(|way| async move {
+        let mut flow = Flow::start(way).await;
+        let (mut app_in, mut app_out) = flow.app.split();
+        let (mut target_in, mut target_out) = flow.target.split();
+        let up = async {
+            send(&mut app_out, 1, BYTES).await;
+            app_out.shutdown().await.unwrap();
+        };
+        let down = async {
+            send(&mut target_out, 2, BYTES).await;
+            target_out.shutdown().await.unwrap();
+        };
+        let all = tokio::join!(up, down, receive(&mut target_in, 1), receive(&mut app_in, 2));
+        assert_eq!((all.2, all.3), (BYTES, BYTES), "{way:?}");
+        assert_eq!(flow.in_use(), 0, "{way:?}");
+        let piped = flow.pipes.as_ref().map(|p| p.report());
+        let total = 2 * BYTES as u64;
+        assert_eq!(
+            end_of_flow(flow.relayed).await,
+            ("closed".to_owned(), BYTES as u64, BYTES as u64),
+            "{way:?}"
+        );
+        match (way, piped) {
+            (None, None) => {}
+            (Some(0), Some(Piped { moved: 0, missed: 2 })) => {}
+            (Some(1), Some(Piped { missed: 0..=1, moved })) => assert!((1..=total).contains(&moved)),
+            (Some(_), Some(Piped { moved, missed: 0 })) => assert_eq!(moved, total),
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
+#[test]
+fn small_messages_go_back_and_forth_and_an_idle_flow_holds_no_pipe() {
+    run_each(|way| async move {
+        let mut flow = Flow::start(way).await;
+        for i in 0..200u64 {
+            let message = pattern(3, i, 1 + (i as usize * 37) % 3000);
+            let mut got = vec![0; message.len()];
+            flow.app.write_all(&message).await.unwrap();
+            flow.target.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, message);
+            flow.target.write_all(&message).await.unwrap();
+            flow.app.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, message);
+            assert_eq!(flow.in_use(), 0, "{way:?}");
+        }
+        assert!(flow.pipes.as_ref().is_none_or(|p| p.open() <= 1), "one pipe is enough");
+    });
+}
+
+#[test]
+fn each_side_may_end_first_and_the_other_goes_on() {
+    const BYTES: usize = 300_000;
+    run_each(|way| async move {
+        for app_first in [true, false] {
+            let mut flow = Flow::start(way).await;
+            let (first, second) =
+                if app_first { (&mut flow.app, &mut flow.target) } else { (&mut flow.target, &mut flow.app) };
+            let (sent, heard) = tokio::join!(
+                async {
+                    send(first, 1, BYTES).await;
+                    first.shutdown().await.unwrap();
+                },
+                receive(second, 1)
+            );
+            assert_eq!((sent, heard), ((), BYTES));
+            // An end without a byte of its own behind it, and then the other direction.
+            let (sent, heard) = tokio::join!(
+                async {
+                    send(second, 2, BYTES).await;
+                    second.shutdown().await.unwrap();
+                },
+                receive(first, 2)
+            );
+            assert_eq!((sent, heard), ((), BYTES));
+            assert_eq!(
+                end_of_flow(flow.relayed).await,
+                ("closed".to_owned(), BYTES as u64, BYTES as u64),
+                "{way:?}"
+            );
+        }
+        // Without a byte.
+        let mut flow = Flow::start(way).await;
+        flow.app.shutdown().await.unwrap();
+        assert_eq!(receive(&mut flow.target, 1).await, 0);
+        flow.target.shutdown().await.unwrap();
+        assert_eq!(receive(&mut flow.app, 1).await, 0);
+        assert_eq!(end_of_flow(flow.relayed).await, ("closed".to_owned(), 0, 0), "{way:?}");
+    });
+}
+
+/// What ends a connection: never bytes.
+async fn end_of(stream: &mut TcpStream) -> Result<(), io::ErrorKind> {
+    let mut buf = [0; 4096];
+    loop {
+        match stream.read(&mut buf).await {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(e) => return Err(e.kind()),
+        }
+    }
+}
+
+fn reset_of(stream: TcpStream) {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(stream);
+}
+
+#[test]
+fn a_reset_of_either_side_resets_the_other_and_says_whose_it_was() {
+    run_each(|way| async move {
+        for by_app in [true, false] {
+            for idle in [true, false] {
+                let mut flow = Flow::start(way).await;
+                if !idle {
+                    flow.app.write_all(b"x").await.unwrap();
+                    flow.target.read_exact(&mut [0]).await.unwrap();
+                }
+                let Flow { app, target, pipes, relayed } = flow;
+                let (gone, mut left) = if by_app { (app, target) } else { (target, app) };
+                reset_of(gone);
+                assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
+                assert_eq!(in_use(&pipes), 0);
+                let said = end_of_flow(relayed).await.0;
+                let whose = if by_app { "reset by client: " } else { "reset by target: " };
+                assert!(said.starts_with(whose), "{way:?}: {said}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_reset_behind_a_stuck_direction_is_heard() {
+    run_each(|way| async move {
+        for after_end in [false, true] {
+            let flow = Flow::start(way).await;
+            fill(&flow.app).await;
+            if after_end {
+                SockRef::from(&flow.app).shutdown(std::net::Shutdown::Write).unwrap();
+            }
+            // Nobody reads from the application: the target is full.
+            let Flow { app, mut target, pipes, relayed } = flow;
+            reset_of(app);
+            assert_eq!(end_of(&mut target).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
+            assert!(end_of_flow(relayed).await.0.starts_with("reset by client: "), "{way:?}");
+            assert_eq!(in_use(&pipes), 0, "a pipe with bytes in it is closed");
+        }
+    });
+}
+
+/// Writes until nothing more is taken for a while; how much.
+async fn fill(to: &TcpStream) -> usize {
+    const QUIET: Duration = Duration::from_millis(200);
+    let (mut taken, chunk) = (0, pattern(1, 0, 64 * 1024));
+    while timeout(QUIET, to.writable()).await.is_ok() {
+        match to.try_write(&chunk[..]) {
+            Ok(n) => taken += n,
+            Err(e) => assert_eq!(e.kind(), io::ErrorKind::WouldBlock),
+        }
+    }
+    taken
+}
+
+#[test]
+fn a_reader_that_does_not_read_stops_the_sender_and_holds_one_pipe_at_most() {
+    /// Four socket buffers as Linux grows them over loopback (net.ipv4.tcp_rmem, tcp_wmem), and what we hold.
+    const TAKEN_MAX: usize = 32 << 20;
+    run_each(|way| async move {
+        let mut flow = Flow::start(way).await;
+        let taken = fill(&flow.app).await;
+        assert!((1..TAKEN_MAX).contains(&taken), "{way:?}: {taken} bytes were taken");
+        assert!(flow.in_use() <= 1, "{way:?}");
+        // The other direction goes on meanwhile.
+        flow.target.write_all(b"on").await.unwrap();
+        flow.app.read_exact(&mut [0; 2]).await.unwrap();
+        // Everything arrives once it is read.
+        flow.app.shutdown().await.unwrap();
+        let mut got = 0;
+        let mut buf = vec![0; 64 * 1024];
+        loop {
+            match flow.target.read(&mut buf).await.unwrap() {
+                0 => break,
+                n => got += n,
+            }
+        }
+        assert_eq!(got, taken, "{way:?}");
+        assert_eq!(flow.in_use(), 0, "{way:?}");
+    });
+}
+
+#[test]
+fn a_flow_that_is_stopped_resets_both_sides() {
+    run_each(|way| async move {
+        let Flow { mut app, mut target, pipes, relayed } = Flow::start(way).await;
+        app.write_all(b"x").await.unwrap();
+        target.read_exact(&mut [0]).await.unwrap();
+        relayed.abort();
+        assert_eq!(end_of(&mut app).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
+        assert_eq!(end_of(&mut target).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
+        assert_eq!(in_use(&pipes), 0, "{way:?}");
+    });
+}
+
+#[test]
+fn flows_of_one_worker_share_few_pipes() {
+    const FLOWS: usize = 100;
+    run_each(|way| async move {
+        let pipes = way.map(|most| Rc::new(Pipes::new(most)));
+        let mut flows = Vec::new();
+        for _ in 0..FLOWS {
+            flows.push(Flow::start_with(pipes.clone()).await);
+        }
+        for flow in &mut flows {
+            flow.app.write_all(b"x").await.unwrap();
+        }
+        for flow in &mut flows {
+            flow.target.read_exact(&mut [0]).await.unwrap();
+        }
+        assert!(pipes.is_none_or(|p| p.open() <= 1));
+    });
+}
