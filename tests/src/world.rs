@@ -1,6 +1,7 @@
 //! Two hosts, a CA, and what a test adds.
 //!
-//! `node` runs applications; `net` is where the gateway and the targets are. One cable joins them. The
+//! `node` runs applications; `net` is where the gateway and the targets are. One cable joins them, or a
+//! [`Link`] that takes its time. The
 //! targets' addresses exist in `net` only, and `node` has no route to them: what arrives there has come
 //! through the gateway. Invariant: when a world ends, nothing that it made is left, or the test fails.
 
@@ -21,6 +22,7 @@ use crate::{
     exec::Exec,
     gateway::{self, Gateway},
     leftovers,
+    link::{Link, Profile},
     netns::NetNs,
     pki::{Credentials, GATEWAY_ID, NODE_ID, Pki},
     target::{Handler, Target},
@@ -47,6 +49,8 @@ pub const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 202, 0, 1));
 /// The two hosts of one test.
 #[derive(Debug)]
 pub struct World {
+    /// In place of the cable; goes before its ends.
+    link: Option<Link>,
     node: NetNs,
     net: NetNs,
     pki: Pki,
@@ -58,6 +62,21 @@ pub struct World {
 impl World {
     /// Makes them. Fails without root: nothing here works without, and nothing is skipped.
     pub fn new() -> Result<Self> {
+        Self::joined_by(|node, node_addresses, net, net_addresses| {
+            node.join(node_addresses, net, net_addresses).map(|()| None)
+        })
+    }
+
+    /// Makes them, with such a link for a cable.
+    pub fn with_link(profile: Profile) -> Result<Self> {
+        Self::joined_by(|node, node_addresses, net, net_addresses| {
+            Link::join(node, node_addresses, net, net_addresses, profile).map(Some)
+        })
+    }
+
+    fn joined_by(
+        join: impl FnOnce(&NetNs, &[&str], &NetNs, &[&str]) -> Result<Option<Link>>,
+    ) -> Result<Self> {
         ensure!(
             geteuid().is_root(),
             "end-to-end tests make network namespaces and load kernel programs: run them as root"
@@ -66,7 +85,8 @@ impl World {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
         let folder = tempfile::Builder::new().prefix("tunnel-test-").tempdir()?;
         let (node, net) = (NetNs::new("node")?, NetNs::new("net")?);
-        node.join(
+        let link = join(
+            &node,
             &[&format!("{NODE4}/30"), &format!("{NODE6}/64")],
             &net,
             &[&format!("{NET4}/30"), &format!("{NET6}/64")],
@@ -86,7 +106,7 @@ impl World {
         let pki = Pki::new(&folder.path().join("pki"))?;
         pki.issue("node", NODE_ID, &[])?;
         pki.issue("gateway", GATEWAY_ID, &["--ip", &NET4.to_string(), "--ip", &NET6.to_string()])?;
-        Ok(Self { node, net, pki, folder, execs: Mutex::default() })
+        Ok(Self { link, node, net, pki, folder, execs: Mutex::default() })
     }
 
     /// The host of applications.
@@ -97,6 +117,11 @@ impl World {
     /// The host of the gateway and of targets.
     pub fn net(&self) -> &NetNs {
         &self.net
+    }
+
+    /// The link between them, from `node` to `net`; nothing when it is a cable.
+    pub fn link(&self) -> Option<&Link> {
+        self.link.as_ref()
     }
 
     /// The CA that both sides believe; `node` and `gateway` are issued.
