@@ -12,6 +12,7 @@ use nix::unistd::geteuid;
 use tunnel_tests::{
     bench::{
         flags::Flags,
+        model::Report,
         peers::Peers,
         plan::{Extent, Plan},
         report::{self, Progress},
@@ -50,7 +51,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         None => measure(cli, colour)?,
     };
     if let Some(old) = &old {
-        println!("{}", report::compare(old, &new).render(colour));
+        println!("{}", report::compare(old, &new).text(width(), colour));
     }
     if new.faults.is_empty() {
         return Ok(ExitCode::SUCCESS);
@@ -62,7 +63,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn measure(cli: &Cli, colour: bool) -> Result<report::Report> {
+fn measure(cli: &Cli, colour: bool) -> Result<Report> {
     ensure!(
         geteuid().is_root(),
         "benchmarks make network namespaces and load kernel programs: run them as root"

@@ -31,7 +31,7 @@ use crate::{
     link::Profile,
     load::{
         Outcome, Workload,
-        driver::{Client, Server},
+        driver::{Client, PORT, Server},
         port,
     },
     process::Process,
@@ -40,9 +40,13 @@ use crate::{
     world::{NET4, TARGET4, World},
 };
 
-/// The first port of the load generator's server, and that of iperf3's behind them.
-const BASE_PORT: u16 = 9000;
-const IPERF_PORT: u16 = BASE_PORT + port::COUNT;
+/// Where a capture without a proxy leads to: what answers to `connect`.
+const BARE_PORT: u16 = PORT + port::MESSAGES;
+/// iperf3's, behind those of the load generator's server.
+const IPERF_PORT: u16 = PORT + port::COUNT;
+/// How long a client does the same before it measures: the first connections, pages and caches are not what is
+/// asked about.
+const WARM_UP: Duration = Duration::from_millis(150);
 /// Where the proxy on the node takes what iptables redirects.
 const NEAR_PORT: u16 = 15001;
 /// Where the proxy at the other end listens: HBONE's port.
@@ -149,7 +153,7 @@ impl Bed {
             return Ok(SetUp::Missing(missing));
         }
         let world = match link {
-            Some(profile) => World::with_link(profile.clone())?,
+            Some(profile) => World::with_link(*profile)?,
             None => World::new()?,
         };
         let groups: BTreeMap<Role, Cgroup> =
@@ -164,8 +168,7 @@ impl Bed {
             Place::Away => (world.net(), IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
             Place::Node => (world.node(), IpAddr::V4(Ipv4Addr::LOCALHOST)),
         };
-        let server =
-            Server::start(host, world.folder(), SocketAddr::new(at, BASE_PORT), groups.get(&Role::Server))?;
+        let server = Server::start(host, world.folder(), at, groups.get(&Role::Server))?;
         let mut bed = Self {
             build,
             programs: Vec::new(),
@@ -184,7 +187,7 @@ impl Bed {
             .transpose()?;
         bed.near(workers, peers)?;
         bed.capture()?;
-        const PROBE: Workload = Workload::PingPong { size: 64 };
+        const PROBE: Workload = Workload::Connect { at_once: 1 };
         bed.run(PROBE, Whose::Captured, Duration::from_millis(50)).context("the first bytes")?;
         bed.tls = witness.and_then(Witness::finish);
         ensure!(
@@ -205,10 +208,10 @@ impl Bed {
 
     /// Runs a workload once.
     pub(super) fn run(&mut self, workload: Workload, whose: Whose, time: Duration) -> Result<Run> {
-        let mut client = self.client(workload, whose)?;
+        let mut client = self.client(workload, whose, time)?;
         client.wait_ready()?;
         let before = accounting::cpu(self.parts(whose))?;
-        let outcome = client.measure(time)?;
+        let outcome = client.measure()?;
         let after = accounting::cpu(self.parts(whose))?;
         client.end()?;
         self.judge(workload, whose, outcome, accounting::spent(&before, &after))
@@ -249,9 +252,9 @@ impl Bed {
         let (mut clients, mut there, mut runs) = (Vec::new(), 0, Vec::new());
         for &step in steps {
             let connections = step - there;
-            let mut client = self.client(Workload::Idle { connections }, Whose::Captured)?;
+            let mut client = self.client(Workload::Idle { connections }, Whose::Captured, Duration::ZERO)?;
             client.wait_ready().with_context(|| format!("{step} connections"))?;
-            let outcome = client.measure(Duration::ZERO)?;
+            let outcome = client.measure()?;
             clients.push(client);
             there = step;
             let held = accounting::Held::now(self.parts(Whose::Captured))?;
@@ -259,18 +262,16 @@ impl Bed {
             runs.push(Run { round: 0, turn: 0, outcome, cpu: BTreeMap::new(), memory });
         }
         // Each sends again before it closes: they were all alive.
-        for mut client in clients {
+        for client in clients {
             client.end()?;
         }
         Ok(runs)
     }
 
-    fn client(&self, workload: Workload, whose: Whose) -> Result<Client> {
+    fn client(&self, workload: Workload, whose: Whose, time: Duration) -> Result<Client> {
         let mut command = self.world.node().command(programs::load()?);
-        let to = self.address(whose);
-        command.args(["run", "--to", &to.to_string(), "--workload", &workload.to_string()]);
         self.group(whose).adopt(&mut command)?;
-        Client::start(command)
+        Client::start(command, self.world.folder(), self.address(whose), workload, time, WARM_UP)
     }
 
     /// Where the server is, for a connection of this kind.
@@ -281,7 +282,7 @@ impl Bed {
             (Place::Node, Whose::Captured) if self.build.capture.is_some() => LOOPBACK_CAPTURED,
             (Place::Node, _) => IpAddr::V4(Ipv4Addr::LOCALHOST),
         };
-        SocketAddr::new(ip, BASE_PORT)
+        SocketAddr::new(ip, PORT)
     }
 
     fn group(&self, whose: Whose) -> &Cgroup {
@@ -325,7 +326,7 @@ impl Bed {
         match self.build.capture {
             None | Some(Capture::Ebpf) => Ok(()),
             Some(Capture::Iptables) => {
-                let to = if self.build.server == Place::Node { BASE_PORT } else { NEAR_PORT };
+                let to = if self.build.server == Place::Node { BARE_PORT } else { NEAR_PORT };
                 let captured = self.address(Whose::Captured).ip();
                 iptables::redirect(&self.world, &self.groups[&Role::Client], captured, to, self.build.rules)
             }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
-use super::{BASE_PORT, Bed, Capture, FAR, MAX_FLOWS, NEAR_PORT, Near, Place, unrelated};
+use super::{BARE_PORT, Bed, Capture, FAR, MAX_FLOWS, NEAR_PORT, Near, Place, unrelated};
 use crate::{
     bench::{model::Role, peers::Peers},
     bpffs::BpfFs,
@@ -98,7 +98,7 @@ impl Bed {
         }
         section.push_str("]\n");
         if self.build.server == Place::Node {
-            writeln!(section, "proxy = \"127.0.0.1:{BASE_PORT}\"")?;
+            writeln!(section, "proxy = \"127.0.0.1:{BARE_PORT}\"")?;
         }
         Ok(section)
     }
