@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 pub mod port {
     /// Sends back what comes.
     pub const ECHO: u16 = 0;
-    /// Takes what comes, checks it, and at its end answers with how much it was.
+    /// Takes what comes, checks it, and answers each mark with how much it was.
     pub const SINK: u16 = 1;
     /// Sends as long as it is asked to.
     pub const SOURCE: u16 = 2;

@@ -137,7 +137,8 @@ async fn echo(stream: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Receives and checks, says at every mark and at the end how much came.
+/// Receives and checks, and says at every mark how much came. Not at the end: what stands behind half an end of a
+/// connection does not come through every proxy (tinyproxy), and half-close is not what is measured.
 async fn sink(stream: &mut TcpStream) -> Result<()> {
     let mut check = Check::new(None);
     while let Some(marked) = receive(stream, |_, bytes| check.take(bytes)).await? {
@@ -145,8 +146,7 @@ async fn sink(stream: &mut TcpStream) -> Result<()> {
             stream.write_all(&mark.total.to_le_bytes()).await?;
         }
     }
-    check.ended()?;
-    Ok(stream.write_all(&check.total().to_le_bytes()).await?)
+    check.ended()
 }
 
 /// Is told the stream's id; sends from each [`GO`] to the [`STOP`] that follows it, and then a mark.

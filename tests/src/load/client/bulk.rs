@@ -104,7 +104,7 @@ impl Bulk {
     pub(super) async fn end(self, progress: &Progress) -> Result<()> {
         for flow in self.flows {
             let place = flow.place;
-            flow.end(self.direction).await.with_context(|| place.to_string())?;
+            flow.end().await.with_context(|| place.to_string())?;
             progress.made();
         }
         Ok(())
@@ -161,11 +161,8 @@ impl Flow {
         receive_all.await
     }
 
-    async fn end(mut self, direction: Direction) -> Result<()> {
+    async fn end(mut self) -> Result<()> {
         self.stream.shutdown().await?;
-        if direction == Direction::Up {
-            self.count().await?;
-        }
         expect_end(&mut self.stream).await
     }
 }
