@@ -8,7 +8,9 @@
 //! without. One thread does it all: it waits for both devices and a timer, and does nothing while nothing is under
 //! way. A direction is a clock: a packet departs when the one in front of it has, or now, and its bits at the rate
 //! later; what departs later than now is the queue. Bits are those of IP packets, without Ethernet's 38 bytes around
-//! each. Late is a packet by what it takes the kernel to wake the thread, once to take it and once to deliver it.
+//! each. Late is a packet by what it takes the kernel to wake the thread, once to take it and once to deliver it;
+//! measured on a two-core virtual machine, at delivery: 62 µs (50 %) and 222 µs (99 %) when it is idle, for then its
+//! cores have to wake up too, and 13 µs and 202 µs when other processes keep them busy.
 
 use std::{
     collections::VecDeque,
@@ -203,6 +205,7 @@ impl Wire {
     }
 
     fn carry(&mut self) -> Result<()> {
+        put_first()?;
         let mut events = [EpollEvent::empty(); 4];
         loop {
             let n = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -265,6 +268,21 @@ impl Wire {
             self.set = Some(next);
         }
         Ok(())
+    }
+}
+
+/// A wire does not wait for processes to let it run: with two of them on each core, and this thread as one of many,
+/// one packet in a hundred was late by 3.6 ms.
+fn put_first() -> Result<()> {
+    // As far as nice(2) goes. To Linux a process that is 0 is the calling thread (setpriority(2), "C library/kernel
+    // differences"), and the same number is a thread's id.
+    const HIGHEST: libc::c_int = -20;
+    // SAFETY: a system call on numbers.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, HIGHEST) } {
+        0 => Ok(()),
+        _ => {
+            Err(io::Error::last_os_error()).context("raising the priority of a link's thread (CAP_SYS_NICE)")
+        }
     }
 }
 
