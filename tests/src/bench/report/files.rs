@@ -1,8 +1,8 @@
 //! A report as files.
 //!
 //! Enters: a report, or the path of one. Leaves: `report.json`, `report.html` and `plots/*.svg` in a folder.
-//! Invariant: a file is the old one or the new one, never half of either, and `report.json` comes last: when it
-//! is there, so is the rest. It never reads a report of another schema.
+//! Invariant: a file is the old one or the new one, never half of either, and `report.json` comes last: when
+//! it is there, so is the rest. It never reads a report of another schema.
 
 use std::{
     error, fmt, fs, io,

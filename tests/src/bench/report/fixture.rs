@@ -1,6 +1,7 @@
 //! A report such as a machine could have given: every scenario, arms that are missing or failed, faults.
 //!
-//! Enters: a seed, and how noisy the machine is. Leaves: a report. Invariant: the same seed gives the same one.
+//! Enters: a seed, and how noisy the machine is. Leaves: a report. Invariant: the same seed gives the same
+//! one.
 
 use std::collections::BTreeMap;
 
@@ -128,13 +129,14 @@ impl Made {
             for task in &tasks {
                 let rules = arm.rules.unwrap_or(0) as f64;
                 let captured = !task.name.contains("uncaptured");
+                let near = if arm.rules.is_some() && captured { 0.1 } else { 0.0 };
                 let added = match arm.family.as_str() {
                     "iptables" => rules * 0.035 + if captured { with_proxy + 4.0 } else { 1.5 },
                     "ebpf" => rules.ln_1p() * 0.1 + if captured { with_proxy + 2.0 } else { 0.8 },
                     _ => 0.0,
                 };
                 let cost =
-                    Cost { latency: added, gbits: (1.0, 1.0), cpu: [0.1, 0.1, 0.0, 0.1], memory: [0.0; 2] };
+                    Cost { latency: added, gbits: (1.0, 1.0), cpu: [0.1, near, 0.0, 0.1], memory: [0.0; 2] };
                 cells.push(self.cell(arm, task, 95.0, cost));
             }
         }
@@ -316,12 +318,16 @@ impl Made {
                 };
                 memory = Some(Memory {
                     connections: connections.into(),
+                    // A part that an arm has not got is not there.
                     resident: [
-                        (Role::Client, each(1.0, self)),
-                        (Role::Near, each(cost.memory[0], self)),
-                        (Role::Far, each(cost.memory[1], self)),
+                        (Role::Client, 1.0),
+                        (Role::Near, cost.memory[0]),
+                        (Role::Far, cost.memory[1]),
                     ]
-                    .into(),
+                    .into_iter()
+                    .filter(|(_, kib)| *kib > 0.0)
+                    .map(|(role, kib)| (role, each(kib, self)))
+                    .collect(),
                     tcp: each(0.2, self),
                     slab: each(6.0, self),
                 });

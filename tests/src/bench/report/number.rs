@@ -10,21 +10,25 @@ pub(super) const NONE: &str = "–";
 
 /// `0.0123`, `12.3`, `12,300`, `1.23 M`.
 pub(super) fn number(value: f64) -> String {
+    significant(value, 3)
+}
+
+fn significant(value: f64, digits: usize) -> String {
     if !value.is_finite() {
         return NONE.to_owned();
     }
     // Rust rounds here, and carries: 9,999 becomes 1.00e4.
-    let rounded = format!("{:.2e}", value.abs());
+    let rounded = format!("{:.*e}", digits - 1, value.abs());
     let (mantissa, exponent) = rounded.split_once('e').unwrap_or((&rounded, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
-    let digits: f64 = mantissa.parse().unwrap_or(0.0);
-    let sign = if value < 0.0 && digits > 0.0 { "−" } else { "" };
+    let leading: f64 = mantissa.parse().unwrap_or(0.0);
+    let sign = if value < 0.0 && leading > 0.0 { "−" } else { "" };
     let scaled = |power: i32| {
-        let decimals = usize::try_from(2 - power).unwrap_or(0);
-        format!("{:.decimals$}", digits * 10f64.powi(power))
+        let decimals = (digits - 1).saturating_add_signed(isize::try_from(-power).unwrap_or(0));
+        format!("{:.decimals$}", leading * 10f64.powi(power))
     };
     match exponent {
-        _ if digits == 0.0 => "0".to_owned(),
+        _ if leading == 0.0 => "0".to_owned(),
         -4..3 => format!("{sign}{}", scaled(exponent)),
         3..6 => format!("{sign}{}", grouped(&scaled(exponent))),
         6..9 => format!("{sign}{} M", scaled(exponent - 6)),
@@ -47,6 +51,10 @@ pub(super) fn grouped(digits: &str) -> String {
 
 /// `0 B`, `1.50 KiB`, `12.3 MiB`.
 pub(super) fn bytes(value: f64) -> String {
+    significant_bytes(value, 3)
+}
+
+fn significant_bytes(value: f64, digits: usize) -> String {
     const UNITS: [&str; 4] = ["B", "KiB", "MiB", "GiB"];
     let mut scaled = value;
     let mut units = UNITS.iter();
@@ -59,8 +67,8 @@ pub(super) fn bytes(value: f64) -> String {
         unit = Some(larger);
     }
     match unit {
-        Some(&"B") if scaled.is_finite() => format!("{} B", number(scaled.round())),
-        Some(unit) if scaled.is_finite() => format!("{} {unit}", number(scaled)),
+        Some(&"B") if scaled.is_finite() => format!("{} B", significant(scaled.round(), digits)),
+        Some(unit) if scaled.is_finite() => format!("{} {unit}", significant(scaled, digits)),
         _ => NONE.to_owned(),
     }
 }
@@ -68,6 +76,11 @@ pub(super) fn bytes(value: f64) -> String {
 /// A value of a metric: with its unit when that depends on the value, otherwise without.
 pub(super) fn of(metric: Metric, value: f64) -> String {
     if in_bytes(metric) { bytes(value) } else { number(value) }
+}
+
+/// How far values of a metric are apart: two digits, as nobody knows a quartile better than that.
+pub(super) fn spread(metric: Metric, value: f64) -> String {
+    if in_bytes(metric) { significant_bytes(value, 2) } else { significant(value, 2) }
 }
 
 /// Whether [`of`] writes the unit.
@@ -149,6 +162,8 @@ mod tests {
 
     #[test]
     fn bytes_ticks_percents_and_durations_read_well() {
+        let spreads = [0.0, 0.00183, 1.5, 938.0, 1090.0].map(|v| spread(Metric::P50, v));
+        assert_eq!(spreads, ["0", "0.0018", "1.5", "940", "1,100"]);
         let all = [0.0, 999.0, 1023.9, 1536.0, 12.3 * 1_048_576.0, -2048.0].map(bytes);
         assert_eq!(all, ["0 B", "999 B", "1.00 KiB", "1.50 KiB", "12.3 MiB", "−2.00 KiB"]);
         assert_eq!([0.5, 20.0, 2000.0, 1.25, 5e6].map(tick), ["0.5", "20", "2,000", "1.25", "5 M"]);

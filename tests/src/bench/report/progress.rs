@@ -1,16 +1,17 @@
 //! How far a benchmark is, on stderr.
 //!
-//! Enters: what begins. Leaves: a bar with the time that is left; where stderr is no terminal, a line every few
-//! seconds. Invariant: a note is always written, and above the bar. It never fails: a closed stderr stops no
-//! benchmark.
+//! Enters: what begins. Leaves: a bar with the time that is left; where stderr is no terminal, a line every
+//! few seconds. Invariant: a note is always written, and above the bar. It never fails: a closed stderr stops
+//! no benchmark.
 
 use std::{
+    fmt,
     io::{self, IsTerminal as _, Write},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{
     number::duration,
@@ -50,9 +51,13 @@ impl Progress {
             return Self::lines(steps, Box::new(stderr), Instant::now());
         }
         let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
-        let style =
-            "{bar:24} {pos}/{len} {percent:>3} %  {elapsed} gone, {eta} left  {prefix:.bold} {wide_msg}";
+        let style = "{bar:16} {pos}/{len} {percent:>3} %{times}  {prefix:.bold} {wide_msg}";
         if let Ok(style) = ProgressStyle::with_template(style) {
+            let style = style.with_key("times", |state: &ProgressState, out: &mut dyn fmt::Write| {
+                let steps = state.len().unwrap_or(0);
+                // What fails to be written is a frame of a bar.
+                let _ = write!(out, ", {}", times(state.elapsed().as_secs_f64(), state.pos(), steps));
+            });
             bar.set_style(style.progress_chars("━╸─"));
         }
         // The clock goes on during a step, which takes seconds.
@@ -129,15 +134,18 @@ impl State {
         }
         lines.last = Some(now);
         let gone = now.duration_since(lines.begin).as_secs_f64();
-        let left = match done {
-            0 => String::new(),
-            done => {
-                let left = gone / done as f64 * steps.saturating_sub(done) as f64;
-                format!(", {} left", duration(left))
-            }
-        };
-        lines.write(&format!("[{}/{steps}, {}{left}] {text}", self.begun, duration(gone)));
+        lines.write(&format!("[{}/{steps}, {}] {text}", self.begun, times(gone, done, steps)));
     }
+}
+
+/// `12 min, 34 min left`: what is left has the same workloads in it as what is done, round after round, so
+/// that the average of all steps says more than the latest ones.
+fn times(gone: f64, done: u64, steps: u64) -> String {
+    if done == 0 {
+        return duration(gone);
+    }
+    let left = gone / done as f64 * steps.saturating_sub(done) as f64;
+    format!("{}, {} left", duration(gone), duration(left))
 }
 
 impl Lines {

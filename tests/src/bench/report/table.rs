@@ -17,6 +17,8 @@ use super::{
 const NARROWEST: usize = 60;
 const INDENT: usize = 4;
 const GAP: usize = 3;
+/// Of ` ± `.
+const SIGN: usize = 3;
 
 /// Per scenario and task a row per arm: medians, ± interquartile ranges, ratios to the first arm.
 pub fn table(report: &Report, width: u16, colour: bool) -> String {
@@ -35,7 +37,7 @@ pub fn table(report: &Report, width: u16, colour: bool) -> String {
     page.wrap(
         &mut out,
         &format!("{:<9}", "numbers"),
-        "median ± interquartile range over rounds, then the ratio to the scenario's first arm, paired by round",
+        "median ± interquartile range over rounds; ratio to the scenario's first arm, round by round",
     );
     if !report.faults.is_empty() {
         line(&mut out, "");
@@ -73,7 +75,7 @@ impl Page {
             &format!(
                 "{} {} {}",
                 self.ink.bold(&title),
-                self.ink.dim(&plain(&scenario.name)),
+                self.ink.dim(&format!("({})", plain(&scenario.name))),
                 self.ink.dim(&rule)
             ),
         );
@@ -127,7 +129,9 @@ impl Page {
         let [value, spread, ratio] = column.widths;
         match &column.cells[index] {
             Some([v, s, r]) => {
-                format!("{:GAP$}{v:>value$}{}{r:>ratio$}", "", self.ink.dim(&format!("{s:>spread$}")),)
+                // The sign stands under the sign above it.
+                let s = format!(" ± {s:>0$}", spread - SIGN);
+                format!("{:GAP$}{v:>value$}{}{r:>ratio$}", "", self.ink.dim(&s))
             }
             None => format!("{:GAP$}{:>value$}{:spread$}{:ratio$}", "", number::NONE, "", ""),
         }
@@ -186,14 +190,14 @@ impl Column {
             let ratio = scenario.ratio(&arm.name, &task.name, metric);
             Some([
                 number::of(metric, summary.median),
-                format!(" ± {}", number::of(metric, summary.iqr())),
+                number::spread(metric, summary.iqr()),
                 ratio.map_or(String::new(), |r| format!("  {}", number::ratio(r.median))),
             ])
         };
         let cells: Vec<_> = scenario.arms.iter().map(cell).collect();
         let heading = heading(metric);
         let widest = |part: usize| cells.iter().flatten().map(|c| width(&c[part])).max().unwrap_or(0);
-        let (value, spread, ratio) = (widest(0), widest(1), widest(2));
+        let (value, spread, ratio) = (widest(0), widest(1) + SIGN, widest(2));
         let value = value.max(width(&heading).saturating_sub(spread));
         Self { heading, cells, widths: [value, spread, ratio] }
     }
@@ -278,7 +282,7 @@ mod tests {
             text.contains("redsocks     not installed: redsocks is not in PATH: apt-get install redsocks")
         );
         assert!(text.contains("failed: exited with 1: <b>bind</b>: Address in use [31m \"&\""));
-        assert!(text.contains("sk_skb   not installed: not built yet"));
+        assert!(text.contains("sk_skb   not built yet"));
         assert!(text.contains("This benchmark failed: 1 fault"));
         assert!(!text.contains(" 0 ±"));
     }

@@ -1,7 +1,7 @@
 //! What a report says about itself in words, the same for the terminal and for the page.
 //!
-//! Enters: parts of a report. Leaves: plain text, one line each, not yet escaped for HTML. Invariant: nothing in
-//! it moves a terminal's cursor.
+//! Enters: parts of a report. Leaves: plain text, one line each, not yet escaped for HTML. Invariant: nothing
+//! in it moves a terminal's cursor.
 
 use crate::bench::{
     model::{Arm, Report, Scenario, State, Task},
@@ -25,6 +25,8 @@ pub(super) fn plain(text: &str) -> String {
 pub(super) fn absence(arm: &Arm) -> Option<String> {
     match &arm.state {
         State::Ran => None,
+        // "not built yet" says it all.
+        State::Missing(why) if why.starts_with("not ") => Some(plain(why)),
         State::Missing(why) => Some(plain(&format!("not installed: {why}"))),
         State::Failed(why) => Some(plain(&format!("failed: {why}"))),
     }
@@ -37,7 +39,7 @@ pub(super) fn absent(scenario: &Scenario) -> Option<String> {
         .iter()
         .filter_map(|arm| match arm.state {
             State::Ran => None,
-            State::Missing(_) => Some(format!("{} (not installed)", plain(&arm.name))),
+            State::Missing(_) => Some(format!("{} (missing)", plain(&arm.name))),
             State::Failed(_) => Some(format!("{} (failed)", plain(&arm.name))),
         })
         .collect();

@@ -6,27 +6,30 @@
 //!
 //! # What is compared
 //! The first arm of a scenario by its values; every other arm by its ratios to the first, each of two runs of
-//! the same round. What the machine did to both, today or in the other report, falls out of a ratio. Where the
-//! first arm has nothing to divide by (it has no proxies, so no memory of proxies), values are compared instead.
+//! the same round. What the machine did to both, today or in the other report, falls out of a ratio. Where
+//! the first arm has nothing to divide by (it has no proxies, so no memory of proxies), values are compared
+//! instead.
 //!
 //! # What is noise
-//! Hundreds of metrics are compared at once, so that a test at the usual 5 % would call dozens of them changed.
-//! A change has to pass three:
+//! Hundreds of metrics are compared at once, so that a test at the usual 5 % would call dozens of them
+//! changed. A change has to pass three:
 //!
-//! 1. The medians are further apart than [`SIGMAS`] standard errors of their difference. The standard error of
-//!    a median is 1.2533 σ/√n for large n (√(π/2); exact for the normal distribution), σ is estimated as IQR/1.349
-//!    (that of the normal distribution) so that one run in which the machine was elsewhere does not hide what
-//!    the others agree on, and those of the two medians add in quadrature.
+//! 1. The medians are further apart than [`SIGMAS`] standard errors of their difference. The standard error
+//!    of a median is 1.2533 σ/√n for large n (√(π/2); exact for the normal distribution), σ is estimated as
+//!    IQR/1.349 (that of the normal distribution) so that one run in which the machine was elsewhere does not
+//!    hide what the others agree on, and those of the two medians add in quadrature.
 //! 2. The ranks agree: Mann and Whitney's U, as a normal deviate with correction for continuity, is beyond
-//!    [`DEVIATES`]. The first test alone is not enough: the IQR of seven values is now and then far too small by
-//!    luck. Ranks do not care how values are distributed.
-//! 3. The medians differ by [`FLOOR`] at least: two builds of the same source differ by that much for where the
-//!    linker has put things, and no spread within a report shows it.
+//!    [`DEVIATES`]. The first test alone is not enough: the IQR of seven values is now and then far too small
+//!    by luck. Ranks do not care how values are distributed.
+//! 3. The medians differ by [`FLOOR`] at least: where the linker and the loader have put things moves results
+//!    by that much and more (Mytkowicz et al., "Producing wrong data without doing anything obviously
+//!    wrong!", 2009), and no spread within a report shows it.
 //!
-//! In simulations (60,000 pairs of samples of one distribution: normal, Student's t with three degrees of freedom,
-//! exponential, bimodal, normal with 10 % outliers; n = 7 to 21) the first test alone called 0.6–7 % changed, both
-//! together 0.1–0.3 %: less than one of three hundred. A shift of 20 % with a normal noise of 5 % was found in 96 % of
-//! cases at n = 7 and in over 99 % from n = 9; one of 10 % in 34 % at n = 7, in 71 % at n = 11.
+//! In simulations (60,000 pairs of samples of one distribution: normal, Student's t with three degrees of
+//! freedom, exponential, bimodal, normal with 10 % outliers; n from 7 to 21) the first test alone called
+//! 0.6–7 % changed, both together 0.1–0.33 %: at most one of three hundred. A shift of 20 % in a normal
+//! noise of 5 % was found in 96 % of cases at n = 7 and in 99 % at n = 9; one of 10 % in 34 % and 55 %, in
+//! 71 % at n = 11.
 //!
 //! What no number of runs can show is that a machine was another one on that day: hence the warnings.
 
@@ -38,7 +41,8 @@ use crate::bench::{
 mod conditions;
 mod text;
 
-/// Fewer runs have no quartiles worth the name: 7 on each side can just reach [`DEVIATES`].
+/// Fewer runs have no quartiles worth the name: with 7 on each side ranks can just
+/// say something, when all of one are beyond all of the other.
 pub const FEWEST: usize = 7;
 /// Standard errors between medians.
 const SIGMAS: f64 = 3.0;
@@ -83,7 +87,8 @@ pub struct Change {
     pub new: Summary,
     /// From median to median, as a share of the old one; nothing when that is 0.
     pub change: Option<f64>,
-    /// How much of a change has to be put down to noise, as a share of the old median; nothing when that is 0.
+    /// How much of a change has to be put down to noise, as a share of the old median; nothing when that is
+    /// 0.
     pub noise: Option<f64>,
     /// How far the medians are apart, in units of that noise: 1 is the limit.
     pub significance: f64,

@@ -5,20 +5,22 @@
 use super::{Basis, Change, Comparison, FEWEST, Verdict};
 use crate::bench::report::{
     number::{self, percent},
-    table::{Ink, clipped, line, width},
+    table::{Ink, line, width},
     words::plain,
 };
 
-const HOW: [&str; 4] = [
-    "The first arm of a scenario is compared by its values, every other arm by its ratio (×) to the first in the",
-    "same round, so that what the machine did to both falls out; by values where the first has none.",
-    "Noise: 3 standard errors of the difference of medians (from the quartiles), at least 2 %; ranks have to agree",
-    "(Mann-Whitney). Of hundreds of metrics that did not change, about one in 500 is called changed nevertheless.",
+const HOW: [&str; 6] = [
+    "The first arm of a scenario is compared by its values, every other arm by its ratio (×) to the",
+    "first in the same round, so that what the machine did to both falls out; by values where the first",
+    "has none.",
+    "Noise: 3 standard errors of the difference of medians (from the quartiles), at least 2 %; ranks",
+    "have to agree (Mann-Whitney). Of hundreds of metrics that did not change, about one in 500 is",
+    "called changed all the same.",
 ];
 
 impl Comparison {
     /// The summary, what makes the two hard to compare, and every metric, the most certain change first.
-    pub fn text(&self, wide: u16, colour: bool) -> String {
+    pub fn text(&self, colour: bool) -> String {
         let ink = Ink(colour);
         let mut out = String::new();
         line(&mut out, &ink.bold(&self.summary()));
@@ -43,7 +45,7 @@ impl Comparison {
         for text in HOW {
             line(&mut out, &ink.dim(text));
         }
-        self.rows(&mut out, usize::from(wide), ink);
+        self.rows(&mut out, ink);
         out
     }
 
@@ -59,7 +61,7 @@ impl Comparison {
         text
     }
 
-    fn rows(&self, out: &mut String, wide: usize, ink: Ink) {
+    fn rows(&self, out: &mut String, ink: Ink) {
         let rows: Vec<[String; 7]> = self.changes.iter().map(row).collect();
         const HEAD: [&str; 7] =
             ["scenario, arm, workload", "metric", "old", "new", "change", "noise", "verdict"];
@@ -69,15 +71,11 @@ impl Comparison {
                 *widest = (*widest).max(width(cell));
             }
         }
-        // Names give way: a number that is cut off is another number.
-        let rest: usize = widths[1..].iter().sum::<usize>() + 2 * (widths.len() - 1);
-        widths[0] = widths[0].min(wide.saturating_sub(rest).max(24));
         let written = |row: [&str; 7]| {
             let cell = |(index, text): (usize, &str)| {
                 let space = widths[index];
                 match index {
-                    0 => format!("{:<space$}", clipped(text, space)),
-                    1 | 6 => format!("{text:<space$}"),
+                    0 | 1 | 6 => format!("{text:<space$}"),
                     _ => format!("{text:>space$}"),
                 }
             };
@@ -102,8 +100,11 @@ impl Comparison {
 fn row(change: &Change) -> [String; 7] {
     let value = |median: f64| match change.basis {
         Basis::Ratio => number::ratio(median),
-        Basis::Value if number::in_bytes(change.metric) => number::bytes(median),
-        Basis::Value => format!("{} {}", number::number(median), change.metric.unit()),
+        Basis::Value => number::of(change.metric, median),
+    };
+    let metric = match change.basis {
+        Basis::Ratio => change.metric.to_string(),
+        Basis::Value => number::heading(change.metric),
     };
     let verdict = match change.verdict {
         Verdict::TooFew => {
@@ -113,7 +114,7 @@ fn row(change: &Change) -> [String; 7] {
     };
     [
         plain(&format!("{}, {}, {}", change.scenario, change.arm, change.task)),
-        change.metric.to_string(),
+        metric,
         value(change.old.median),
         value(change.new.median),
         change.change.map_or(number::NONE.to_owned(), percent),

@@ -1,7 +1,7 @@
 //! A report as a page.
 //!
-//! Enters: a report and its plots. Leaves: one file that needs no other and no network. Invariant: whatever is
-//! from the report goes through [`escape`]; it never has a script.
+//! Enters: a report and its plots. Leaves: one file that needs no other and no network. Invariant: whatever
+//! is from the report goes through [`escape`]; it never has a script.
 
 use std::fmt::{self, Write as _};
 

@@ -48,12 +48,16 @@ fn absences(out: &mut String, scenario: &Scenario) -> fmt::Result {
 fn arms(out: &mut String, scenario: &Scenario) -> fmt::Result {
     out.push_str("<details>\n<summary>Arms: what was started, and what TLS agreed on</summary>\n");
     for arm in &scenario.arms {
-        writeln!(out, "<h3>{}: {}</h3>", escape(&plain(&arm.name)), escape(&arm.title))?;
+        let (name, title) = (plain(&arm.name), plain(&arm.title));
+        let headline = if name == title { name } else { format!("{name}: {title}") };
+        writeln!(out, "<h3>{}</h3>", escape(&headline))?;
         if let Some(tls) = &arm.tls {
             let all = format!("{}, {}, {}", tls.version, tls.cipher, tls.group);
             writeln!(out, "<p>Between the proxies: {}</p>", escape(&all))?;
         }
-        if arm.processes.is_empty() {
+        if let Some(why) = absence(arm) {
+            writeln!(out, "<p>{}</p>", escape(&why))?;
+        } else if arm.processes.is_empty() {
             out.push_str(
                 "<p class=\"soft\">Nothing was started between the application and its server.</p>\n",
             );
@@ -76,8 +80,8 @@ fn table(out: &mut String, scenario: &Scenario, task: &Task) -> fmt::Result {
     let most = rounds(scenario, task);
     write!(
         out,
-        "<h3>{}</h3>\n<div class=\"wide\">\n<table>\n<caption><code>{}</code>, n = {most}; median ± interquartile \
-         range, ratio to {}</caption>\n<thead><tr><th scope=\"col\">Arm</th>",
+        "<h3>{}</h3>\n<div class=\"wide\">\n<table>\n<caption><code>{}</code>, n = {most}; median ± \
+         interquartile range, ratio to {}</caption>\n<thead><tr><th scope=\"col\">Arm</th>",
         escape(&task.title),
         escape(&task.name),
         escape(&scenario.baseline().map_or(String::new(), |arm| plain(&arm.name)))
@@ -113,7 +117,7 @@ fn row(out: &mut String, scenario: &Scenario, task: &Task, arm: &Arm, metrics: &
             out,
             "<td>{} <span class=\"iqr\">± {}</span></td><td>{}</td>",
             number::of(*metric, summary.median),
-            number::of(*metric, summary.iqr()),
+            number::spread(*metric, summary.iqr()),
             ratio.map_or(String::new(), |ratio| number::ratio(ratio.median))
         )?;
     }

@@ -1,7 +1,7 @@
 //! Bars: throughput, and what it costs in processor time.
 //!
-//! Enters: a scenario. Leaves: a panel per workload with a bar per arm from 0, its value beside it. Invariant:
-//! panels share their scale where the subtitle does not say otherwise.
+//! Enters: a scenario. Leaves: a panel per workload with a bar per arm from 0, its value beside it.
+//! Invariant: panels share their scale where the subtitle does not say otherwise.
 
 use crate::{
     bench::{
@@ -15,10 +15,10 @@ use crate::{
 use super::{
     Plot,
     looks::{Look, Looks, drawn},
-    ran,
+    panel_title, ran,
     scale::Scale,
     sheet::{MARGIN, Sheet, WIDTH},
-    svg::{Anchor, GRID, INK, Mark, Paint, SOFT, Svg, text_width},
+    svg::{Anchor, GRID, INK, Mark, Paint, SOFT, Svg, fitting, text_width},
     titled,
 };
 
@@ -82,7 +82,7 @@ pub(super) fn throughput(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
         .count();
     let columns = ups.max(tasks.len() - ups).clamp(1, 3);
     let panels = tasks.iter().map(|task| Bars {
-        title: plain(&task.title),
+        title: panel_title(task),
         bars: arms
             .iter()
             .map(|arm| {
@@ -109,7 +109,9 @@ pub(super) fn throughput(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
     let grid = Grid { scenario, looks, arms, columns, panels, unit: "Gbit/s", shared: true };
     let mut sheet = Sheet::new(&title, &about);
     grid.draw(&mut sheet);
-    Some(Plot::new(scenario, "throughput", title, about, sheet.finish()))
+    let caption = "Payload as the receiving application counts it; what TLS, HTTP/2 and TCP add is not in \
+                   it. All parts of an arm, both ends included, share the machine's processors.";
+    Some(Plot::new(scenario, "throughput", title, caption.to_owned(), sheet.finish()))
 }
 
 /// By the part that used it.
@@ -121,7 +123,7 @@ pub(super) fn cpu(scenario: &Scenario, looks: &Looks, per: Per) -> Option<Plot> 
     };
     let tasks = scenario.workloads.iter().filter(|task| Metric::of(task.workload).contains(&metric));
     let panels = tasks.map(|task| Bars {
-        title: plain(&task.title),
+        title: panel_title(task),
         bars: arms
             .iter()
             .map(|arm| {
@@ -150,15 +152,20 @@ pub(super) fn cpu(scenario: &Scenario, looks: &Looks, per: Per) -> Option<Plot> 
     };
     let title = titled(scenario, what);
     let about = format!(
-        "Processor seconds, user and system, of every part (cgroup cpu.stat); less is better. Medians over rounds; \
-         the number and the whisker (the middle half of rounds) are of the sum. {scale}"
+        "Processor seconds, user and system, of every part (cgroup cpu.stat); less is better. Medians over \
+         rounds; the number and the whisker (the middle half of rounds) are of the sum. {scale}"
     );
-    let columns = if panels.len() > 4 { 3 } else { panels.len().min(2) };
+    // Two titles side by side have to be legible; a third of the sheet is enough for most.
+    let widest = panels.iter().map(|panel| text_width(&panel.title)).fold(0.0, f64::max);
+    let columns = if panels.len() > 4 && widest < WIDTH / 3.6 { 3 } else { panels.len().min(2) };
     let grid = Grid { scenario, looks, arms, columns, panels, unit, shared };
     let mut sheet = Sheet::new(&title, &about);
-    parts(&mut sheet);
+    parts(&mut sheet, &grid);
     grid.draw(&mut sheet);
-    Some(Plot::new(scenario, name, title, about, sheet.finish()))
+    let caption = "What the application (client), the proxies and the server used, stacked in the order in \
+                   which a byte meets them. What the kernel does for packets outside of any process is in \
+                   none of them.";
+    Some(Plot::new(scenario, name, title, caption.to_owned(), sheet.finish()))
 }
 
 fn arms(scenario: &Scenario) -> Vec<&Arm> {
@@ -185,20 +192,35 @@ fn shade(role: Option<Role>, look: Look) -> (Paint, f64) {
     }
 }
 
-/// The key of parts, in the order in which they are stacked.
-fn parts(sheet: &mut Sheet) {
+/// The key of parts, in the order in which they are stacked; the proxies' in the colour of each arm that has
+/// some.
+fn parts(sheet: &mut Sheet, grid: &Grid<'_>) {
+    const SIDE: f64 = 12.0;
     sheet.y += 12.0;
     let mut x = MARGIN;
     let y = sheet.y;
     for role in Role::ALL {
-        let (paint, opacity) = shade(Some(role), Look { paint: INK, mark: Mark::Square, hollow: false });
-        let text = match role {
-            Role::Near | Role::Far => format!("{role} (in its arm's colour)"),
-            Role::Client | Role::Server => role.to_string(),
+        let runs = |arm: &&&Arm| {
+            let cells = grid.scenario.cells.iter().filter(|cell| cell.arm == arm.name);
+            cells.flat_map(|cell| &cell.runs).any(|run| run.cpu.contains_key(&role))
         };
-        sheet.svg.paint(paint, |svg| svg.bar((x, y - 10.0), (12.0, 12.0), opacity));
-        sheet.svg.paint(INK, |svg| svg.text(x + 18.0, y, Anchor::Start, &text));
-        x += 18.0 + text_width(&text) + 18.0;
+        let mut shades: Vec<(Paint, f64)> = Vec::new();
+        for arm in grid.arms.iter().filter(runs) {
+            let shade = shade(Some(role), grid.looks.of(grid.scenario, arm));
+            if !shades.contains(&shade) {
+                shades.push(shade);
+            }
+        }
+        if shades.is_empty() {
+            continue;
+        }
+        for (paint, opacity) in shades {
+            sheet.svg.paint(paint, |svg| svg.bar((x, y - 10.0), (SIDE, SIDE), opacity));
+            x += SIDE;
+        }
+        let text = role.to_string();
+        sheet.svg.paint(INK, |svg| svg.text(x + 6.0, y, Anchor::Start, &text));
+        x += 6.0 + text_width(&text) + 18.0;
     }
     sheet.y += 8.0;
 }
@@ -234,8 +256,8 @@ impl Grid<'_> {
     fn panel(&self, svg: &mut Svg, panel: &Bars, scale: Scale, (left, top): (f64, f64), wide: f64) {
         let bottom = top + ROW * self.arms.len() as f64;
         let place = |value: f64| left + scale.at(value) * wide;
-        svg.paint(INK, |svg| svg.bold(left, top - 9.0, 13.0, &panel.title));
-        let ticks = scale.ticks(3);
+        svg.paint(INK, |svg| svg.bold(left, top - 9.0, 13.0, &fitting(&panel.title, wide + VALUE)));
+        let ticks = scale.ticks(4);
         svg.paint(GRID, |svg| {
             for (value, _) in &ticks {
                 svg.line((place(*value), top), (place(*value), bottom + 4.0), 1.0);
@@ -273,7 +295,8 @@ impl Grid<'_> {
         let (q1, q3) = (place(bar.total.q1), place(bar.total.q3));
         svg.paint(INK, |svg| {
             svg.line((q1, middle), (q3, middle), 1.4);
-            for end in [q1, q3] {
+            // Closer together, the ends would be a blot.
+            for end in [q1, q3].into_iter().filter(|_| q3 - q1 > 3.0) {
                 svg.line((end, middle - 3.0), (end, middle + 3.0), 1.4);
             }
         });

@@ -1,7 +1,7 @@
 //! Latency by percentile.
 //!
-//! Enters: the curves of a scenario's runs. Leaves: a panel per workload, a line per arm: at each percentile the
-//! median over rounds, and the middle half of them as a band. Invariant: a line ends where fewer than
+//! Enters: the curves of a scenario's runs. Leaves: a panel per workload, a line per arm: at each percentile
+//! the median over rounds, and the middle half of them as a band. Invariant: a line ends where fewer than
 //! [`BEYOND`] measurements lie beyond it.
 
 use crate::{
@@ -16,8 +16,8 @@ use crate::{
 use super::{
     Plot,
     looks::{Looks, drawn},
-    panel::{Panel, Series},
-    ran,
+    panel::{Axis, FOOT, Panel, Series},
+    panel_title, ran,
     scale::{Kind, Scale, nines},
     sheet::{MARGIN, Sheet, WIDTH},
     titled,
@@ -43,9 +43,7 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
         });
         let series: Vec<Series> = series.collect();
         if !series.is_empty() {
-            let captured =
-                task.name.split_once(' ').map_or(String::new(), |(_, rest)| format!(", {}", plain(rest)));
-            panels.push((format!("{}{captured}", plain(&task.title)), series));
+            panels.push((panel_title(task), series));
         }
     }
     if panels.is_empty() {
@@ -68,13 +66,15 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
             let last = series.iter().filter_map(|one| one.points.last()).map(|(q, _)| *q).fold(0.0, f64::max);
             let x = Scale::new(Kind::Nines, 0.0, last);
             let panel = Panel { left, top, width: cell - TICKS - room, height: HEIGHT, x, y };
-            panel.axes(&mut sheet.svg, name, "µs", &x.ticks(6), &y.ticks(6));
+            let (below, beside) = (x.ticks(6), y.ticks(6));
+            let axes = [Axis { unit: "percentile", ticks: &below }, Axis { unit: "µs", ticks: &beside }];
+            panel.axes(&mut sheet.svg, name, axes);
             panel.series(&mut sheet.svg, series);
         }
-        sheet.y = top + HEIGHT + 24.0;
+        sheet.y = top + HEIGHT + FOOT;
     }
-    let caption = "Latency at each percentile: the axis stretches towards 100 %, so that as much room is between \
-                   90 and 99 as between 99 and 99.9. Lower is better; where a line rises steeply, few are slow by \
+    let caption = "The axis stretches towards 100 %, so that as much room is between \
+                   90 and 99 as between 99 and 99.9. Where a line rises steeply, few are slow by \
                    much. A line ends where fewer than ten measurements lie beyond it.";
     Some(Plot::new(scenario, "latency", title, caption.to_owned(), sheet.finish()))
 }

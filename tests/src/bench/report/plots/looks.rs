@@ -1,8 +1,8 @@
 //! How arms look: the same in every picture.
 //!
 //! Enters: a report. Leaves: a colour and a mark for each arm. Invariant: colours can be told apart by people
-//! who are blind to some (Okabe and Ito, "Color universal design", 2008; without its yellow, which white paper
-//! swallows), and marks by those who see none.
+//! who are blind to some (Okabe and Ito, "Color universal design", 2008; without its yellow, which white
+//! paper swallows), and marks by those who see none.
 
 use crate::bench::model::{Arm, Report, Scenario};
 

@@ -1,7 +1,7 @@
 //! What idle connections hold.
 //!
-//! Enters: a scenario's idle workloads. Leaves: a panel per place (the proxies, the kernel), a line per arm over
-//! the number of connections. Invariant: bytes are per connection, above what was held before they came.
+//! Enters: a scenario's idle workloads. Leaves: a panel per place (the proxies, the kernel), a line per arm
+//! over the number of connections. Invariant: bytes are per connection, above what was held before they came.
 
 use crate::{
     bench::{
@@ -15,7 +15,7 @@ use crate::{
 use super::{
     Plot,
     looks::{Looks, drawn},
-    panel::{Panel, Series},
+    panel::{Axis, FOOT, Panel, Series},
     ran,
     scale::{Kind, Scale, range},
     sheet::{MARGIN, Sheet, WIDTH},
@@ -63,8 +63,9 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
     let counts = panels.iter().flat_map(|(_, all)| all).flat_map(|one| one.points.iter().map(|(n, _)| *n));
     let (fewest, most) = range(counts)?;
     let title = titled(scenario, "memory per idle connection");
-    let about = "KiB per connection, by the number of connections, above what was held before they came; lower is \
-                 better. Lines: median over rounds; bands: the middle half of them. Each panel has its own scale.";
+    let about = "KiB per connection, by the number of connections, above what was held before they came; \
+                 lower is better. Lines: median over rounds; bands: the middle half of them. Each panel has \
+                 its own scale.";
     let mut sheet = Sheet::new(&title, about);
     sheet.arms(scenario, looks, &arms);
     let room = Panel::label_room(panels.iter().flat_map(|(_, all)| all.iter().map(|one| one.label.as_str())));
@@ -79,10 +80,15 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
             let panel = Panel { left, top, width: cell - TICKS - room, height: HEIGHT, x, y };
             let measured: Vec<_> =
                 tasks.iter().map(|(n, _)| (*n, crate::bench::report::number::tick(*n))).collect();
-            panel.axes(&mut sheet.svg, name, "KiB per connection; connections below", &measured, &y.ticks(5));
+            let below = Axis { unit: "connections", ticks: &measured };
+            let beside = Axis { unit: "KiB per connection", ticks: &y.ticks(5) };
+            panel.axes(&mut sheet.svg, name, [below, beside]);
             panel.series(&mut sheet.svg, series);
         }
-        sheet.y = top + HEIGHT + 24.0;
+        sheet.y = top + HEIGHT + FOOT;
     }
-    Some(Plot::new(scenario, "memory", title, about.to_owned(), sheet.finish()))
+    let caption = "Connections that carried 64 bytes both ways and then nothing. What a program or the \
+                   kernel takes once, and not for each of them, weighs less the more there are. What the \
+                   kernel holds is of the whole machine: both ends and everything between.";
+    Some(Plot::new(scenario, "memory", title, caption.to_owned(), sheet.finish()))
 }

@@ -6,10 +6,10 @@
 //!
 //! No library for plots draws these. plotters, the obvious one, puts everything at whole pixels (a curve of
 //! percentiles becomes stairs), writes fixed colours at every element (a page could not turn them over in the
-//! dark), measures text properly only with freetype and fontconfig, and has neither these scales nor labels at
-//! the ends of lines: what would be left to it is writing `<polyline>`.
+//! dark), measures text properly only with freetype and fontconfig, and has neither these scales nor labels
+//! at the ends of lines: what would be left to it is writing `<polyline>`.
 
-use crate::bench::model::{Report, Scenario};
+use crate::bench::model::{Report, Scenario, Task};
 
 use super::words::{absent, plain};
 
@@ -44,8 +44,10 @@ pub fn plots(report: &Report) -> Vec<Plot> {
     let looks = looks::Looks::new(report);
     let mut all = Vec::new();
     for scenario in &report.scenarios {
-        // The first arm, and the one which the others would replace.
-        let bases = scenario.arms.iter().filter(|arm| ran(scenario, &arm.name)).take(2);
+        // The first arm, and the one that the others could take the place of; where arms differ in rules, a
+        // second one would be any.
+        let several = if scenario.arms.iter().any(|arm| arm.rules.is_some()) { 1 } else { 2 };
+        let bases = scenario.arms.iter().filter(|arm| ran(scenario, &arm.name)).take(several);
         for base in bases {
             all.extend(ratio::plot(scenario, &looks, &base.name));
         }
@@ -80,6 +82,22 @@ impl Plot {
 
 fn ran(scenario: &Scenario, arm: &str) -> bool {
     scenario.cells.iter().any(|cell| cell.arm == arm && !cell.runs.is_empty())
+}
+
+/// What a panel or a row shows: the title of a task, and `captured` of `connect:1 captured` where that lacks
+/// it.
+fn panel_title(task: &Task) -> String {
+    let title = plain(&task.title);
+    match way(task) {
+        Some(way) if !title.contains(&way) => format!("{title}, {way}"),
+        _ => title,
+    }
+}
+
+/// `captured`, of `connect:1 captured`.
+fn way(task: &Task) -> Option<String> {
+    let (_, way) = task.name.split_once(' ').filter(|_| !task.witness)?;
+    Some(plain(way))
 }
 
 /// What stands above a picture of a scenario.

@@ -1,18 +1,20 @@
 //! A rectangle with two axes and what is drawn against them.
 //!
-//! Enters: scales and values. Leaves: shapes on a sheet. Invariant: labels at the ends of lines do not lie upon
-//! each other.
+//! Enters: scales and values. Leaves: shapes on a sheet. Invariant: labels at the ends of lines do not lie
+//! upon each other.
 
 use crate::bench::stats::Summary;
 
 use super::{
     looks::Look,
     scale::{Scale, Tick},
-    svg::{Anchor, GRID, INK, SOFT, Stroke, Svg, text_width},
+    svg::{Anchor, GRID, INK, SOFT, Stroke, Svg, fitting, text_width},
 };
 
 /// Between the baselines of two labels.
 const LEADING: f64 = 14.0;
+/// Below a panel, for ticks and what they count.
+pub(super) const FOOT: f64 = 42.0;
 
 /// Where it is, and what its axes are.
 #[derive(Clone, Copy)]
@@ -23,6 +25,12 @@ pub(super) struct Panel {
     pub(super) height: f64,
     pub(super) x: Scale,
     pub(super) y: Scale,
+}
+
+/// What stands along an axis.
+pub(super) struct Axis<'t> {
+    pub(super) unit: &'t str,
+    pub(super) ticks: &'t [Tick],
 }
 
 /// A line with what stands at its end.
@@ -41,25 +49,26 @@ impl Panel {
     }
 
     /// Grid, ticks, and the words around them.
-    pub(super) fn axes(&self, svg: &mut Svg, title: &str, unit: &str, x_ticks: &[Tick], y_ticks: &[Tick]) {
+    pub(super) fn axes(&self, svg: &mut Svg, title: &str, [x, y]: [Axis<'_>; 2]) {
         let (right, bottom) = (self.left + self.width, self.top + self.height);
-        svg.paint(INK, |svg| svg.bold(self.left, self.top - 26.0, 13.0, title));
+        svg.paint(INK, |svg| svg.bold(self.left, self.top - 26.0, 13.0, &fitting(title, self.width * 1.2)));
         svg.paint(GRID, |svg| {
-            for (value, _) in y_ticks {
+            for (value, _) in y.ticks {
                 let y = self.place(0.0, *value).1;
                 svg.line((self.left, y), (right, y), 1.0);
             }
-            for (value, _) in x_ticks {
+            for (value, _) in x.ticks {
                 let x = self.left + self.x.at(*value) * self.width;
                 svg.line((x, self.top), (x, bottom + 4.0), 1.0);
             }
         });
         svg.paint(SOFT, |svg| {
-            svg.text(self.left, self.top - 9.0, Anchor::Start, unit);
-            for (value, label) in y_ticks {
+            svg.text(self.left, self.top - 9.0, Anchor::Start, y.unit);
+            svg.text(right, bottom + 34.0, Anchor::End, x.unit);
+            for (value, label) in y.ticks {
                 svg.text(self.left - 7.0, self.place(0.0, *value).1 + 4.3, Anchor::End, label);
             }
-            for (value, label) in x_ticks {
+            for (value, label) in x.ticks {
                 let x = self.left + self.x.at(*value) * self.width;
                 svg.text(x, bottom + 18.0, Anchor::Middle, label);
             }
@@ -114,12 +123,31 @@ impl Panel {
 
 /// Places as near to the wanted ones as can be, in their order, and not closer than a line of text.
 fn apart(wanted: &[f64], top: f64, bottom: f64) -> Vec<f64> {
-    let mut places = wanted.to_vec();
-    for index in 1..places.len() {
-        places[index] = places[index].max(places[index - 1] + LEADING);
+    // Labels that touch become a block, which stands where its members want to be on average.
+    let mut blocks: Vec<(f64, usize)> = Vec::new();
+    let height = |count: usize| LEADING * count.saturating_sub(1) as f64;
+    for place in wanted {
+        let mut block = (*place, 1);
+        while let Some((centre, count)) = blocks.last().copied()
+            && centre + height(count) / 2.0 + LEADING > block.0 - height(block.1) / 2.0
+        {
+            blocks.pop();
+            let both = count + block.1;
+            block = ((centre * count as f64 + block.0 * block.1 as f64) / both as f64, both);
+        }
+        blocks.push(block);
     }
-    // What has been pushed out below comes back, and pushes upwards.
-    let mut limit = bottom.max(top + LEADING * wanted.len().saturating_sub(1) as f64);
+    let all = blocks.into_iter().flat_map(|(centre, count)| {
+        (0..count).map(move |index| centre - height(count) / 2.0 + LEADING * index as f64)
+    });
+    let mut places: Vec<f64> = all.collect();
+    // What stands out at an end comes back in, and pushes the others.
+    let mut limit = top;
+    for place in &mut places {
+        *place = place.max(limit);
+        limit = *place + LEADING;
+    }
+    let mut limit = bottom.max(top + height(places.len()));
     for place in places.iter_mut().rev() {
         *place = place.min(limit);
         limit = *place - LEADING;
@@ -134,7 +162,8 @@ mod tests {
     #[test]
     fn labels_keep_their_order_and_a_line_between_them() {
         assert_eq!(apart(&[10.0, 50.0], 0.0, 100.0), [10.0, 50.0]);
-        assert_eq!(apart(&[10.0, 11.0, 12.0], 0.0, 100.0), [10.0, 24.0, 38.0]);
+        assert_eq!(apart(&[40.0, 41.0, 42.0], 0.0, 100.0), [27.0, 41.0, 55.0]);
+        assert_eq!(apart(&[2.0, 3.0], 0.0, 100.0), [0.0, 14.0]);
         assert_eq!(apart(&[98.0, 99.0], 0.0, 100.0), [86.0, 100.0]);
         assert_eq!(apart(&[], 0.0, 100.0), [0.0; 0]);
     }

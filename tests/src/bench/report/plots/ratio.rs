@@ -1,7 +1,7 @@
 //! Everything at a glance: every workload of every arm as a ratio to one of them.
 //!
-//! Enters: a scenario and an arm. Leaves: a row per workload, with the metric for which the workload is there.
-//! Invariant: right of 1× is worse; what is better when it is more has been turned over.
+//! Enters: a scenario and an arm. Leaves: a row per workload, with the metric for which the workload is
+//! there. Invariant: right of 1× is worse; what is better when it is more has been turned over.
 
 use crate::bench::{
     model::{Arm, Scenario, Task},
@@ -9,13 +9,13 @@ use crate::bench::{
         number::ratio,
         words::{metrics, plain},
     },
-    stats::{Better, Metric, Summary},
+    stats::{Better, Summary},
 };
 
 use super::{
     Plot,
     looks::{Looks, drawn},
-    ran,
+    panel_title, ran,
     scale::Scale,
     sheet::{MARGIN, Sheet, WIDTH},
     svg::{Anchor, GRID, INK, SOFT, text_width},
@@ -42,9 +42,14 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks, base: &str) -> Option<Plo
     }
     let name = plain(&base.name);
     let title = titled(scenario, &format!("every workload as a ratio to {name}"));
+    let caption = format!(
+        "Every workload by the metric that it is there for. A mark at 2× takes twice as long, twice as much, \
+         or does half as much in the same time as {name}."
+    );
     let about = format!(
         "Right of 1× is worse than {name}, left of it better; logarithmic. What is better when it is more \
-         (throughput, rates) is turned over. Marks: median of the ratios, round by round; lines: their middle half."
+         (throughput, rates) is turned over. Marks: median of the ratios, round by round; lines: their \
+         middle half."
     );
     let mut sheet = Sheet::new(&title, &about);
     sheet.arms(scenario, looks, &others);
@@ -88,7 +93,7 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks, base: &str) -> Option<Plo
         }
     }
     sheet.y = bottom + 24.0;
-    Some(Plot::new(scenario, &format!("ratios-to-{}", base.name), title, about, sheet.finish()))
+    Some(Plot::new(scenario, &format!("ratios-to-{}", base.name), title, caption, sheet.finish()))
 }
 
 fn row<'s>(scenario: &Scenario, base: &Arm, others: &[&'s Arm], task: &Task) -> Option<Row<'s>> {
@@ -102,13 +107,7 @@ fn row<'s>(scenario: &Scenario, base: &Arm, others: &[&'s Arm], task: &Task) -> 
         Some((*arm, Summary::new(worse)?))
     };
     let dots: Vec<_> = others.iter().filter_map(dot).collect();
-    (!dots.is_empty()).then(|| Row { label: label(task, metric), dots })
-}
-
-fn label(task: &Task, metric: Metric) -> String {
-    let way = task.name.split_once(' ').filter(|_| !task.witness).map_or("", |(_, way)| way);
-    let way = if way.is_empty() { String::new() } else { format!(", {}", plain(way)) };
-    format!("{}{way}: {metric}", plain(&task.title))
+    (!dots.is_empty()).then(|| Row { label: format!("{}: {metric}", panel_title(task)), dots })
 }
 
 /// `0.5×`, `2×`.

@@ -1,8 +1,8 @@
 //! What rules that have nothing to do with a connection add to it.
 //!
 //! Enters: a scenario of which arms differ in [`Arm::rules`]. Leaves: per workload a picture with a panel for
-//! each way to run it (captured, uncaptured), a line per family. Invariant: what is drawn is a difference of two
-//! runs of the same round.
+//! each way to run it (captured, uncaptured), a line per family. Invariant: what is drawn is a difference of
+//! two runs of the same round.
 
 use crate::bench::{
     model::{Arm, Scenario, Task},
@@ -13,10 +13,11 @@ use crate::bench::{
 use super::{
     Plot,
     looks::{Look, Looks},
-    panel::{Panel, Series},
+    panel::{Axis, FOOT, Panel, Series},
+    panel_title,
     scale::{Kind, Scale},
     sheet::{MARGIN, Sheet, WIDTH},
-    titled,
+    titled, way,
 };
 
 const HEIGHT: f64 = 250.0;
@@ -46,7 +47,9 @@ fn plot(scenario: &Scenario, looks: &Looks, tasks: &[&Task]) -> Option<Plot> {
         });
         let series: Vec<Series> = series.collect();
         if !series.is_empty() {
-            panels.push((ways(task), series));
+            let title =
+                way(task).map_or_else(|| panel_title(task), |way| format!("Connections that are {way}"));
+            panels.push((title, series));
         }
     }
     // One number of rules is no axis.
@@ -56,8 +59,9 @@ fn plot(scenario: &Scenario, looks: &Looks, tasks: &[&Task]) -> Option<Plot> {
     let what = plain(&tasks.first()?.title);
     let title = titled(scenario, &format!("what rules cost ({what})"));
     let about = format!(
-        "Microseconds that the median (p50) is above “{}”, by the number of unrelated rules; lower is better. \
-         Lines: median of the differences, round by round; bands: their middle half. Each panel has its own scale.",
+        "Microseconds that the median (p50) is above “{}”, by the number of unrelated rules; lower is \
+         better. Lines: median of the differences, round by round; bands: their middle half. Each panel has \
+         its own scale.",
         plain(base)
     );
     let mut sheet = Sheet::new(&title, &about);
@@ -78,19 +82,18 @@ fn plot(scenario: &Scenario, looks: &Looks, tasks: &[&Task]) -> Option<Plot> {
             let measured = x.ticks(6).into_iter().filter(|(n, _)| {
                 series.iter().any(|one| one.points.iter().any(|(x, _)| (x - n).abs() < 0.5))
             });
-            panel.axes(
-                &mut sheet.svg,
-                name,
-                "µs added; rules below",
-                &measured.collect::<Vec<_>>(),
-                &y.ticks(5),
-            );
+            let (below, beside) = (measured.collect::<Vec<_>>(), y.ticks(5));
+            let below = Axis { unit: "unrelated rules", ticks: &below };
+            panel.axes(&mut sheet.svg, name, [below, Axis { unit: "µs added", ticks: &beside }]);
             panel.series(&mut sheet.svg, series);
         }
-        sheet.y = top + HEIGHT + 24.0;
+        sheet.y = top + HEIGHT + FOOT;
     }
+    let caption = "The rules that are counted are about other connections than those measured. A flat line \
+                   means that what a connection costs does not depend on how many rules there are.";
+    let caption = caption.to_owned();
     let word = tasks.first()?.workload.to_string();
-    Some(Plot::new(scenario, &format!("rules-{word}"), title, about, sheet.finish()))
+    Some(Plot::new(scenario, &format!("rules-{word}"), title, caption, sheet.finish()))
 }
 
 /// Those of which arms differ in rules, in their order.
@@ -112,12 +115,4 @@ fn points(scenario: &Scenario, base: &str, family: &str, task: &Task) -> Vec<(f6
         Some((arm.rules? as f64, Summary::new(pairs.into_iter().map(|(under, over)| over - under))?))
     };
     arms.into_iter().filter_map(point).collect()
-}
-
-/// `captured`, of `connect:1 captured`.
-fn ways(task: &Task) -> String {
-    match task.name.split_once(' ') {
-        Some((_, way)) => format!("Connections that are {}", plain(way)),
-        None => plain(&task.title),
-    }
 }

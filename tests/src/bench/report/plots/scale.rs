@@ -1,7 +1,7 @@
 //! Where a value is on an axis.
 //!
-//! Enters: a range. Leaves: shares of the axis' length, and ticks with their labels. Invariant: ticks lie within
-//! the range.
+//! Enters: a range. Leaves: shares of the axis' length, and ticks with their labels. Invariant: ticks lie
+//! within the range.
 
 use crate::bench::report::number::tick;
 

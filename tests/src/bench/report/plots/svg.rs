@@ -69,10 +69,11 @@ impl Svg {
         let (w, h) = (short(width), short(height));
         let Paint { class, hex } = PAPER;
         format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" role=\"img\" width=\"{w}\" height=\"{h}\" \
-             viewBox=\"0 0 {w} {h}\" font-family=\"system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, \
-             'DejaVu Sans', sans-serif\" font-size=\"{SIZE}\" fill=\"currentColor\">\n<title>{}</title>\n\
-             <g class=\"{class}\" color=\"{hex}\"><rect width=\"{w}\" height=\"{h}\"/></g>\n{}</svg>\n",
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" role=\"img\" width=\"{w}\" \
+             height=\"{h}\" viewBox=\"0 0 {w} {h}\" font-family=\"system-ui, -apple-system, 'Segoe UI', \
+             Helvetica, Arial, 'DejaVu Sans', sans-serif\" font-size=\"{SIZE}\" \
+             fill=\"currentColor\">\n<title>{}</title>\n<g class=\"{class}\" color=\"{hex}\"><rect \
+             width=\"{w}\" height=\"{h}\"/></g>\n{}</svg>\n",
             escape(title),
             self.body
         )
@@ -130,7 +131,8 @@ impl Svg {
         let dashes = if stroke.dashed { " stroke-dasharray=\"5 3\"" } else { "" };
         let _ = write!(
             self.body,
-            "<path d=\"{}\" fill=\"none\" stroke=\"currentColor\" stroke-width=\"{}\" stroke-linejoin=\"round\"{dashes}/>",
+            "<path d=\"{}\" fill=\"none\" stroke=\"currentColor\" stroke-width=\"{}\" \
+             stroke-linejoin=\"round\"{dashes}/>",
             path(points),
             short(stroke.width)
         );
@@ -176,6 +178,21 @@ impl Svg {
 /// How wide a text will be at most, near enough: DejaVu Sans is among the widest that will be met.
 pub(super) fn text_width(text: &str) -> f64 {
     text.chars().map(|c| if "iljtfrI.,:;|' ()1".contains(c) { 0.42 } else { 0.62 }).sum::<f64>() * SIZE
+}
+
+/// What there is room for, with a sign that there was more.
+pub(super) fn fitting(text: &str, room: f64) -> String {
+    if text_width(text) <= room {
+        return text.to_owned();
+    }
+    let mut clipped = String::new();
+    for c in text.chars() {
+        if text_width(&clipped) + text_width("W…") > room {
+            break;
+        }
+        clipped.push(c);
+    }
+    format!("{}…", clipped.trim_end())
 }
 
 /// Relative after the first point, which is shorter; rounding does not add up, as each step is from what was

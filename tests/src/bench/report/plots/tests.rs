@@ -3,8 +3,8 @@
 use super::*;
 use crate::bench::report::fixture;
 
-/// Enough of XML to see that what was written is well-formed: one root, tags that close in order, attributes in
-/// quotes that are not twice on an element, no bare `<` or `&`.
+/// Enough of XML to see that what was written is well-formed: one root, tags that close in order, attributes
+/// in quotes that are not twice on an element, no bare `<` or `&`.
 pub(in crate::bench::report) fn well_formed(text: &str) -> Result<(), String> {
     let mut open: Vec<&str> = Vec::new();
     let mut rest = text;
@@ -114,7 +114,7 @@ fn pictures_are_well_formed_small_complete_and_always_the_same() {
 fn an_arm_that_did_not_run_is_named_and_not_drawn() {
     let all = plots(&fixture::report());
     let chain = all.iter().find(|plot| plot.name == "chain-throughput").unwrap();
-    assert!(chain.caption.ends_with("Not here: redsocks (not installed)."), "{}", chain.caption);
+    assert!(chain.caption.ends_with("Not here: redsocks (missing)."), "{}", chain.caption);
     assert!(!chain.svg.contains("redsocks"));
     for label in ["tunnel", "Gbit/s", "ours-envoy", "Upload, 16 streams", "iperf3"] {
         assert!(chain.svg.contains(label) || label == "tunnel", "{label}");
