@@ -90,9 +90,9 @@ pub enum Direction {
 /// What came of it. Times are of the measured part only.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// How long it was measured.
+    /// How long it was measured; of idle connections, how long it took to make them.
     pub seconds: f64,
-    /// Round trips, connections or requests that were completed; 0 for bulk.
+    /// Round trips, connections or requests that were completed, or connections that are idle; 0 for bulk.
     pub operations: u64,
     /// Payload bytes that the server has received and checked.
     pub bytes_up: u64,

@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_met_closer_than_a_timer_of_tokio_could() {
+    fn heavy_a_moment_is_met_closer_than_a_timer_of_tokio_could() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let mut late: Vec<Duration> = runtime.block_on(async {
             let mut pace = Pace::new().unwrap();

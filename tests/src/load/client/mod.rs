@@ -40,7 +40,7 @@ use super::{Outcome, Workload, latency::Recorder, port, server::raise_descriptor
 /// Nothing got on for so long: no proxy that works takes a tenth of it for anything that is asked here.
 pub const STALL: Duration = Duration::from_secs(30);
 /// How often it is looked.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Takes turns with whoever writes `input` and reads `output`, as the [module](super) says. The end of `input` is the
 /// end of the run, at whichever turn it comes.
@@ -74,6 +74,7 @@ fn go_on(input: &mut impl BufRead) -> Result<bool> {
 /// A workload, connected and warmed up.
 #[derive(Debug)]
 pub struct Session {
+    place: String,
     what: What,
     progress: Progress,
 }
@@ -94,7 +95,7 @@ impl Session {
             let port = to.port().checked_add(offset).context("the base port is too high")?;
             anyhow::Ok(SocketAddr::new(to.ip(), port))
         };
-        let progress = Progress::default();
+        let progress = Progress::new(STALL);
         let prepare = async {
             anyhow::Ok(match workload {
                 Workload::PingPong { size } => What::PingPong(PingPong::new(at(port::ECHO)?, size).await?),
@@ -111,8 +112,9 @@ impl Session {
                 }
             })
         };
-        let what = progress.watch(prepare).await.context("connecting")?;
-        let mut session = Self { what, progress };
+        let place = format!("{workload} at {to}");
+        let what = progress.watch(prepare).await.with_context(|| format!("{place}, connecting"))?;
+        let mut session = Self { place, what, progress };
         if !matches!(session.what, What::Idle(_)) {
             session.measure(warm_up).await.context("warming up")?;
         }
@@ -131,7 +133,7 @@ impl Session {
                 What::Idle(idle) => Ok(idle.outcome()),
             }
         };
-        let mut outcome = self.progress.watch(work).await?;
+        let mut outcome = self.progress.watch(work).await.with_context(|| self.place.clone())?;
         outcome.latency = Some(record.latency()).filter(|latency| latency.count > 0);
         Ok(outcome)
     }
@@ -148,18 +150,26 @@ impl Session {
                 What::Idle(idle) => idle.end(&progress).await,
             }
         };
-        self.progress.watch(work).await.context("ending")
+        self.progress.watch(work).await.with_context(|| format!("{}, ending", self.place))
     }
 }
 
 /// Counts whatever gets on.
-#[derive(Clone, Debug, Default)]
-struct Progress(Arc<AtomicU64>);
+#[derive(Clone, Debug)]
+struct Progress {
+    count: Arc<AtomicU64>,
+    /// How long nothing may get on.
+    limit: Duration,
+}
 
 impl Progress {
+    fn new(limit: Duration) -> Self {
+        Self { count: Arc::default(), limit }
+    }
+
     /// Something did.
     fn made(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Does work, as long as it gets on.
@@ -167,15 +177,15 @@ impl Progress {
         tokio::select! {
             biased;
             done = work => done,
-            () = self.stalled() => bail!("nothing got on for {STALL:?}"),
+            () = self.stalled() => bail!("nothing got on for {:?}", self.limit),
         }
     }
 
     async fn stalled(&self) {
-        let (mut seen, mut since) = (self.0.load(Ordering::Relaxed), Instant::now());
-        while since.elapsed() < STALL {
+        let (mut seen, mut since) = (self.count.load(Ordering::Relaxed), Instant::now());
+        while since.elapsed() < self.limit {
             tokio::time::sleep(LOOK).await;
-            let now = self.0.load(Ordering::Relaxed);
+            let now = self.count.load(Ordering::Relaxed);
             if now != seen {
                 (seen, since) = (now, Instant::now());
             }
@@ -216,4 +226,27 @@ fn after(length: Duration) -> Result<Instant> {
     let now = Instant::now();
     ensure!(length <= Duration::from_secs(24 * 3600), "{length:?} is longer than a day");
     Ok(now + length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_get_on_is_given_up_and_what_does_is_not() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let progress = Progress::new(2 * LOOK);
+            let e = progress.watch(std::future::pending::<Result<()>>()).await.unwrap_err();
+            assert!(e.to_string().contains("nothing got on"), "{e}");
+            let slow = async {
+                for _ in 0..8 {
+                    tokio::time::sleep(LOOK / 2).await;
+                    progress.made();
+                }
+                Ok(())
+            };
+            progress.watch(slow).await.unwrap();
+        });
+    }
 }
