@@ -51,7 +51,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         None => measure(cli, colour)?,
     };
     if let Some(old) = &old {
-        println!("{}", report::compare(old, &new).text(width(), colour));
+        println!("{}", report::compare(old, &new).text(colour));
     }
     if new.faults.is_empty() {
         return Ok(ExitCode::SUCCESS);
