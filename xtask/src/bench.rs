@@ -39,8 +39,9 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         run::require_root("loading kernel programs and making network namespaces, which benchmarks do,")?;
     }
     setup::ensure(checkout, &[Group::Demo])?;
-    let mut build = checkout.cargo(["build", "--locked", "--release", "--bins"]);
+    let mut build = checkout.cargo(["build", "--locked", "--release"]);
     build.args(["--package", "tunnel-user", "--package", "tunnel-tests"]);
+    build.args(["--bin", "tunnel", "--bin", "tt-load", "--bin", "tt-bench"]);
     foreground("building the programs", &mut build)?;
 
     run::catch_interrupts()?;

@@ -180,7 +180,7 @@ fn capture(extent: Extent, bare: bool) -> Scenario {
         (Whose::Other, "uncaptured", "of another process on the node"),
     ];
     let tasks = tasks.map(|(whose, name, of)| {
-        let mut work = work(CONNECT, &format!("connect + 64 B + close, {of}"), time(extent, 0.6, 0.4));
+        let mut work = work(CONNECT, &format!("connect + 64 B + close, {of}"), time(extent, 0.4, 0.3));
         work.task.name = format!("{CONNECT} {name}");
         Work { whose, ..work }
     });
@@ -212,8 +212,8 @@ fn relay(extent: Extent) -> Scenario {
         ..ours("sk_skb", "sk_skb redirect")
     };
     let mut tasks = vec![
-        work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 1.0, 0.5)),
-        work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.0, 0.5)),
+        work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 1.0, 0.4)),
+        work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.0, 0.4)),
     ];
     if extent == Extent::Full {
         tasks.extend([
@@ -255,7 +255,7 @@ fn bulk(streams: u32, direction: Direction) -> Workload {
 }
 
 fn chain(extent: Extent) -> Scenario {
-    let second = time(extent, 1.0, 0.5);
+    let second = time(extent, 1.0, 0.4);
     let mut tasks = vec![
         work(Workload::PingPong { size: 64 }, "64 B round trip", second),
         work(Workload::Connect { at_once: 1 }, "connect + 64 B + close, serial", second),

@@ -46,7 +46,7 @@ const BARE_PORT: u16 = PORT + port::MESSAGES;
 const IPERF_PORT: u16 = PORT + port::COUNT;
 /// How long a client does the same before it measures: the first connections, pages and caches are not what is
 /// asked about.
-const WARM_UP: Duration = Duration::from_millis(150);
+const WARM_UP: Duration = Duration::from_millis(100);
 /// Where the proxy on the node takes what iptables redirects.
 const NEAR_PORT: u16 = 15001;
 /// Where the proxy at the other end listens: HBONE's port.
@@ -139,7 +139,7 @@ pub(super) struct Bed {
     pub(super) tls: Option<Tls>,
     processes: Vec<Process>,
     iperf: Option<Process>,
-    _server: Server,
+    _servers: Vec<Server>,
     _bpffs: Option<BpfFs>,
     groups: BTreeMap<Role, Cgroup>,
     others: Cgroup,
@@ -165,17 +165,18 @@ impl Bed {
             world.node().ip(&format!("route add {TARGET4} via {NET4}"))?;
         }
         let (host, at) = match build.server {
-            Place::Away => (world.net(), IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-            Place::Node => (world.node(), IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            Place::Away => (world.net(), &[IpAddr::V4(Ipv4Addr::UNSPECIFIED)][..]),
+            Place::Node => (world.node(), &[IpAddr::V4(Ipv4Addr::LOCALHOST), LOOPBACK_PLAIN][..]),
         };
-        let server = Server::start(host, world.folder(), at, groups.get(&Role::Server))?;
+        let serve = |ip: &IpAddr| Server::start(host, world.folder(), *ip, groups.get(&Role::Server));
+        let servers = at.iter().map(serve).collect::<Result<_>>()?;
         let mut bed = Self {
             build,
             programs: Vec::new(),
             tls: None,
             processes: Vec::new(),
             iperf: None,
-            _server: server,
+            _servers: servers,
             _bpffs: None,
             groups,
             others: Cgroup::new()?,
@@ -280,7 +281,8 @@ impl Bed {
             (Place::Away, Whose::Captured) => TARGET4,
             (Place::Away, _) => NET4,
             (Place::Node, Whose::Captured) if self.build.capture.is_some() => LOOPBACK_CAPTURED,
-            (Place::Node, _) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            (Place::Node, Whose::Captured) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            (Place::Node, _) => LOOPBACK_PLAIN,
         };
         SocketAddr::new(ip, PORT)
     }
@@ -387,6 +389,11 @@ impl Bed {
 
 /// An address of the node's own that nobody listens at: the kernel has all of 127.0.0.0/8.
 const LOOPBACK_CAPTURED: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+
+/// Where connections on the node's loopback go that are not captured. Not where captured ones end: there the same
+/// source port may come twice within the two minutes that connection tracking remembers, once redirected and once
+/// not, and the second SYN would be dropped.
+const LOOPBACK_PLAIN: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 3));
 
 /// Addresses that nobody uses (RFC 2544), one for each unrelated rule.
 fn unrelated(rules: u32) -> impl Iterator<Item = Ipv4Addr> {
