@@ -4,7 +4,7 @@
 //! Invariant: bytes arrive once, in order, unchanged; what one side has not accepted is never more than
 //! the other side's window; EOF, reset and abort stay three different things. It never dials.
 //!
-//! Every flow can be copied ([`Direction`]); between two sockets of ours the bytes may stay in the kernel
+//! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel
 //! (`pipe.rs`). How a flow ends is decided here for both.
 
 mod h2;

@@ -5,6 +5,7 @@
 //! why. It never relays.
 
 pub mod headers;
+pub mod pick;
 pub mod pool;
 pub mod upstream;
 

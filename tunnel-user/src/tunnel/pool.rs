@@ -35,6 +35,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+use super::pick;
 use crate::{
     dial::{self, DialError},
     flow::{Identity, PeerAddr, Target},
@@ -68,8 +69,6 @@ const LINGER: Duration = Duration::from_secs(1);
 const WAITING_MAX: usize = 4096;
 /// Dials in flight to the same peer.
 const DIALING_MAX: usize = 4;
-/// A new connection is opened when fewer than one place in this many is free.
-const HEADROOM: usize = 10;
 
 /// Everything that makes one connection different from another.
 #[derive(Clone, Debug)]
@@ -262,18 +261,16 @@ impl Drop for Lease {
 }
 
 impl Slot {
-    /// A place on the first connection that has one: connections that are not needed become idle.
+    /// A place on a connection that has one.
     fn lease(self: &Rc<Self>) -> Option<Lease> {
         let mut connections = self.connections.borrow_mut();
         connections.retain(|c| !c.retired.get());
-        connections.iter().find(|c| c.free() > 0).map(|c| Lease::take(c, self))
+        pick::with_room(&connections, |c| c.free()).map(|c| Lease::take(c, self))
     }
 
-    /// Whether it is time to open the next connection: fewer places are free than one connection's share.
+    /// Whether it is time to open the next connection.
     fn is_nearly_full(&self) -> bool {
-        let connections = self.connections.borrow();
-        let limit = connections.iter().map(|c| c.limit()).max().unwrap_or(0);
-        connections.iter().map(|c| c.free()).sum::<usize>() < limit / HEADROOM
+        pick::is_nearly_full(&self.connections.borrow(), |c| c.free(), |c| c.limit())
     }
 
     /// Gives free places to those who wait, in order.

@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{
     headers::{Trace, connect_request},
+    pick,
     pool::{self, ConnectError, Key, Lease, Pool},
 };
 use crate::{
@@ -241,10 +242,10 @@ impl Upstream {
             match self.pool.lease(&self.key(&endpoint.target)).await {
                 Ok(lease) => {
                     endpoint.failures.set(0);
-                    return Ok(Place::new(lease, &endpoint));
+                    return Ok(Place::new(lease, endpoint));
                 }
                 Err(e) => {
-                    self.note_failure(&endpoint, &e);
+                    self.note_failure(endpoint, &e);
                     failed = Some(e);
                 }
             }
@@ -259,17 +260,11 @@ impl Upstream {
         })
     }
 
-    /// The endpoints in the order in which they are tried: in turn; with least_request those with fewer
-    /// streams of this worker first, in turn where they are level.
-    fn in_order(&self) -> Vec<Rc<Endpoint>> {
-        let n = self.endpoints.len();
-        let start = self.next.get() % n.max(1);
-        self.next.set(start + 1);
-        let mut order: Vec<_> = (0..n).map(|i| Rc::clone(&self.endpoints[(start + i) % n])).collect();
-        if self.settings.balance == Balance::LeastRequest {
-            order.sort_by_key(|e| e.active.get());
-        }
-        order
+    /// The endpoints in the order in which they are tried; streams are counted per worker.
+    fn in_order(&self) -> Vec<&Rc<Endpoint>> {
+        let turn = self.next.get();
+        self.next.set(turn.wrapping_add(1));
+        pick::in_order(self.settings.balance, turn, &self.endpoints, |e| e.active.get())
     }
 
     fn key(&self, endpoint: &Target) -> Key {

@@ -1,0 +1,178 @@
+//! What every new flow costs before its first byte moves: the pure functions on its way.
+//!
+//! Enters: tables of 10 to 10,000 entries. Leaves: times, by `cargo bench -p tunnel-user -- --quick`.
+//! Invariant: what is looked up stands last in its table, or nowhere: the dearest case. It never opens a socket.
+
+use std::{
+    hint::black_box,
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use criterion::{BenchmarkId, Criterion};
+use http::{HeaderName, HeaderValue};
+use ipnet::{IpNet, Ipv4Net};
+use tunnel::{
+    capture::rules::{self, Pattern},
+    config::{Action, AddrPattern, Balance, Peers, Policy, Route, TargetPattern},
+    flow::{ClientAddr, Identity, Target},
+    policy::Policies,
+    route::{Router, Source},
+    tunnel::{
+        headers::{Trace, connect_request},
+        pick,
+    },
+};
+use tunnel_common::capture::{Listener, ON_FAILURE_CLOSED, PORT_RANGES, PortRange, Rule, decide};
+
+/// Prefixes in a table.
+const SIZES: [u32; 3] = [10, 1_000, 10_000];
+
+fn main() {
+    let mut c = Criterion::default().configure_from_args();
+    routes(&mut c);
+    policies(&mut c);
+    captures(&mut c);
+    headers(&mut c);
+    picks(&mut c);
+    c.final_summary();
+}
+
+/// The `i`th /24 of 10.0.0.0/8.
+fn net(i: u32) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::from(0x0a00_0000 | i << 8), 24)
+}
+
+fn prefix(i: u32) -> AddrPattern {
+    AddrPattern::net_only(IpNet::V4(net(i)))
+}
+
+/// An address in the last of `size` prefixes.
+fn last_of(size: u32) -> Target {
+    Target::Addr(SocketAddr::from((Ipv4Addr::from(u32::from(net(size - 1).network()) | 9), 443)))
+}
+
+fn route(destination: Vec<AddrPattern>) -> Route {
+    Route { source: vec![Source::Captured], destination, host: Vec::new(), to: Action::Direct }
+}
+
+fn routes(c: &mut Criterion) {
+    let mut group = c.benchmark_group("route");
+    for size in SIZES {
+        let target = last_of(size);
+        let one = Router::new(vec![route((0..size).map(prefix).collect())]);
+        group.bench_with_input(BenchmarkId::new("prefixes of one route", size), &target, |b, target| {
+            b.iter(|| one.decide(Source::Captured, black_box(target), 7));
+        });
+        let each = Router::new((0..size).map(|i| route(vec![prefix(i)])).collect());
+        group.bench_with_input(BenchmarkId::new("routes of one prefix", size), &target, |b, target| {
+            b.iter(|| each.decide(Source::Captured, black_box(target), 7));
+        });
+    }
+    group.finish();
+}
+
+fn policies(c: &mut Criterion) {
+    let mut group = c.benchmark_group("policy");
+    let who = Identity("spiffe://example.org/ns/a/sa/web".into());
+    let listeners = [SocketAddr::from((Ipv4Addr::UNSPECIFIED, 15008))];
+    for size in SIZES {
+        let rule = |targets: Vec<TargetPattern>| Policy { identity: Peers::Any, target: targets };
+        let policies = Policies::new(
+            vec![rule((0..size).map(|i| TargetPattern::Addr(prefix(i))).collect())],
+            &listeners,
+        );
+        group.bench_with_input(BenchmarkId::new("prefixes", size), &last_of(size), |b, target| {
+            b.iter(|| policies.check_target(Some(&who), black_box(target)).is_ok());
+        });
+        let named = (0..size).map(|i| Policy {
+            identity: Peers::Of(vec![
+                format!("spiffe://example.org/ns/{i}/sa/web").parse().expect("a SPIFFE ID"),
+            ]),
+            target: vec![TargetPattern::Addr(prefix(i))],
+        });
+        let all = rule(vec![TargetPattern::Addr(AddrPattern::net_only(IpNet::V4(net(size - 1))))]);
+        let named = Policies::new(named.chain([all]).collect(), &listeners);
+        group.bench_with_input(BenchmarkId::new("identities", size), &last_of(size), |b, target| {
+            b.iter(|| named.check_target(Some(&who), black_box(target)).is_ok());
+        });
+    }
+    group.finish();
+}
+
+fn captures(c: &mut Criterion) {
+    let mut group = c.benchmark_group("capture");
+    let listener = Listener::new(Some(15001), Some(15001));
+    for ranges in [1, PORT_RANGES] {
+        let ports: Vec<_> = (1..).take(ranges).map(|i| PortRange::new(i * 100, i * 100 + 9)).collect();
+        let rule = Rule::new(&ports).expect("as many as fit");
+        group.bench_with_input(BenchmarkId::new("decide, port ranges", ranges), &rule, |b, rule| {
+            let port = u16::try_from(ranges).expect("few") * 100 + 9;
+            b.iter(|| {
+                let (rule, port) = (black_box(Some(rule)), black_box(port));
+                decide(rule, Some(&listener), true, port, ON_FAILURE_CLOSED, |_| true)
+            });
+        });
+    }
+    for size in SIZES {
+        let pattern = |i| Pattern { net: IpNet::V4(net(i)), ports: vec![(80, 80), (443, 443)] };
+        let include: Vec<_> = (0..size).map(pattern).collect();
+        let exclude =
+            [Pattern { net: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)), ports: vec![] }];
+        group.bench_with_input(BenchmarkId::new("compile prefixes", size), &include, |b, include| {
+            b.iter(|| rules::compile(black_box(include), &exclude).map(|r| r.v4.len()));
+        });
+    }
+    group.finish();
+}
+
+fn headers(c: &mut Criterion) {
+    let mut group = c.benchmark_group("CONNECT request");
+    let (trace, client) = (Trace::default(), ClientAddr(SocketAddr::from(([10, 77, 0, 1], 40000))));
+    let target = last_of(1);
+    for extra in [0, 1, 8] {
+        let configured: Vec<_> = (0..extra)
+            .map(|i| {
+                let name = HeaderName::try_from(format!("x-mesh-{i}")).expect("a name");
+                (name, HeaderValue::from_static("k8s.cluster.name=a,service.name=web"))
+            })
+            .collect();
+        group.bench_with_input(
+            BenchmarkId::new("configured headers", extra),
+            &configured,
+            |b, configured| {
+                b.iter(|| {
+                    connect_request(black_box(&target), client, &trace, configured).map(|r| r.headers().len())
+                });
+            },
+        );
+    }
+    group.finish();
+}
+
+fn picks(c: &mut Criterion) {
+    let mut group = c.benchmark_group("pool");
+    for endpoints in [2_usize, 16, 128] {
+        let busy: Vec<usize> = (0..endpoints).map(|i| i * 37 % 11).collect();
+        for balance in [Balance::LeastRequest, Balance::RoundRobin] {
+            let id = BenchmarkId::new(format!("endpoints, {balance:?}"), endpoints);
+            group.bench_with_input(id, &busy, |b, busy| {
+                let mut turn = 0;
+                b.iter(|| {
+                    turn += 1;
+                    pick::in_order(balance, turn, black_box(busy), |n| *n).first().copied()
+                });
+            });
+        }
+    }
+    for connections in [1_usize, 16, 128] {
+        // All full but the last.
+        let free: Vec<usize> = (1..=connections).map(|i| usize::from(i == connections)).collect();
+        group.bench_with_input(BenchmarkId::new("connections", connections), &free, |b, free| {
+            b.iter(|| {
+                let free = black_box(free);
+                (pick::with_room(free, |n| *n), pick::is_nearly_full(free, |n| *n, |_| 100))
+            });
+        });
+    }
+    group.finish();
+}
