@@ -60,11 +60,8 @@ impl Peers {
         let mut note = |name: &str, program: Option<PathBuf>, flag: &str| {
             let Some(output) = program.and_then(|p| Command::new(p).arg(flag).output().ok()) else { return };
             let text = [output.stdout, output.stderr].concat();
-            let text = String::from_utf8_lossy(&text).into_owned();
-            if let Some(line) =
-                text.lines().map(str::trim).find(|line| line.contains(|c: char| c.is_ascii_digit()))
-            {
-                versions.insert(name.to_owned(), line.to_owned());
+            if let Some(version) = version(&String::from_utf8_lossy(&text)) {
+                versions.insert(name.to_owned(), version.to_owned());
             }
         };
         let system = |name: &str| programs::system(name).ok();
@@ -74,6 +71,46 @@ impl Peers {
         note("tinyproxy", system("tinyproxy"), "-v");
         note("iptables", system("iptables-nft"), "--version");
         note("iperf3", system("iperf3"), "--version");
+        if let Some(commit) = commit() {
+            versions.insert("commit".to_owned(), commit);
+        }
         versions
+    }
+}
+
+/// The first word that looks like one: `1.40.0` of `envoy version: 9e55…/1.40.0/Clean`, `1.8.9` of `iptables v1.8.9`.
+fn version(text: &str) -> Option<&str> {
+    let words = text.split(|c: char| c.is_whitespace() || c == '/');
+    words.map(|word| word.trim_start_matches('v')).find(|word| {
+        let mut parts = word.split('.');
+        let number = |part: Option<&str>| part.is_some_and(|p| p.starts_with(|c: char| c.is_ascii_digit()));
+        number(parts.next()) && number(parts.next())
+    })
+}
+
+/// What was built, if it was built in a checkout.
+fn commit() -> Option<String> {
+    let mut git = Command::new("git");
+    git.args(["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--exclude=*"]);
+    let output = git.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_found_in_what_programs_say() {
+        for (text, found) in [
+            ("/opt/python3.11/bin/envoy  version: 9e55/1.40.0/Clean/RELEASE/BoringSSL", Some("1.40.0")),
+            ("iptables v1.8.9 (nf_tables)", Some("1.8.9")),
+            ("redsocks/0.5", Some("0.5")),
+            ("iperf 3.12 (cJSON 1.7.15)", Some("3.12")),
+            ("tunnel 0.1.0", Some("0.1.0")),
+            ("unknown option", None),
+        ] {
+            assert_eq!(version(text), found, "{text}");
+        }
     }
 }
