@@ -255,7 +255,7 @@ fn bulk(streams: u32, direction: Direction) -> Workload {
 }
 
 fn chain(extent: Extent) -> Scenario {
-    let second = time(extent, 1.0, 0.4);
+    let second = time(extent, 0.8, 0.4);
     let mut tasks = vec![
         work(Workload::PingPong { size: 64 }, "64 B round trip", second),
         work(Workload::Connect { at_once: 1 }, "connect + 64 B + close, serial", second),
@@ -271,7 +271,7 @@ fn chain(extent: Extent) -> Scenario {
             work(bulk(1, Direction::Down), "bulk down, 1 stream", second),
             work(bulk(4, Direction::Down), "bulk down, 4 streams", second),
             work(bulk(16, Direction::Down), "bulk down, 16 streams", second),
-            work(RATE, "16 KiB request and response, 2,000/s on 100 connections", time(extent, 1.5, 0.5)),
+            work(RATE, "16 KiB request and response, 2,000/s on 100 connections", time(extent, 1.2, 0.5)),
         ]);
         let mut witness = work(bulk(1, Direction::Up), "bulk up, 1 stream, by iperf3", second);
         witness.task.name = "iperf3 up:1".to_owned();
@@ -317,14 +317,14 @@ fn link_20ms(extent: Extent) -> Scenario {
         vec![work(Workload::FirstByte, "connect + 1 B to the first byte back", time(extent, 1.5, 0.6))];
     if extent == Extent::Full {
         tasks.extend([
-            work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 1.0, 0.5)),
+            work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 0.8, 0.5)),
             work(
                 Workload::Connect { at_once: 64 },
                 "connect + 64 B + close, 64 at once",
                 time(extent, 1.0, 0.5),
             ),
-            work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.5, 0.5)),
-            work(bulk(4, Direction::Down), "bulk down, 4 streams", time(extent, 1.5, 0.5)),
+            work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.2, 0.5)),
+            work(bulk(4, Direction::Down), "bulk down, 4 streams", time(extent, 1.2, 0.5)),
         ]);
     }
     Scenario {
@@ -339,7 +339,7 @@ fn link_20ms(extent: Extent) -> Scenario {
 }
 
 fn link_100mbit(extent: Extent) -> Scenario {
-    let mut tasks = vec![work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.5, 0.5))];
+    let mut tasks = vec![work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.2, 0.5))];
     if extent == Extent::Full {
         tasks.extend([
             work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 0.7, 0.4)),
@@ -348,8 +348,8 @@ fn link_100mbit(extent: Extent) -> Scenario {
                 "connect + 64 B + close, 64 at once",
                 time(extent, 1.0, 0.5),
             ),
-            work(bulk(4, Direction::Up), "bulk up, 4 streams", time(extent, 1.5, 0.5)),
-            work(bulk(4, Direction::Down), "bulk down, 4 streams", time(extent, 1.5, 0.5)),
+            work(bulk(4, Direction::Up), "bulk up, 4 streams", time(extent, 1.2, 0.5)),
+            work(bulk(4, Direction::Down), "bulk down, 4 streams", time(extent, 1.2, 0.5)),
         ]);
     }
     Scenario {
