@@ -34,7 +34,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if args.peers {
         return setup::run(checkout, &setup::Args::only(Group::Peers));
     }
-    let measures = args.flags.with.is_none();
+    let measures = args.flags.with.is_none() && args.flags.publish.is_none();
     if measures {
         run::require_root("loading kernel programs and making network namespaces, which benchmarks do,")?;
     }

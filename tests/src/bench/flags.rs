@@ -33,6 +33,10 @@ pub struct Flags {
     #[arg(long, value_name = "NEW.json", requires = "compare", conflicts_with_all = ["quick", "scenario", "rounds"])]
     pub with: Option<PathBuf>,
 
+    /// Puts this report.json into BENCHMARKS.md, with its plots, and runs nothing.
+    #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare"])]
+    pub publish: Option<PathBuf>,
+
     /// Where report.html, report.json and plots/ go.
     #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
     pub out: PathBuf,
@@ -50,4 +54,5 @@ Examples:
   cargo xtask bench                              everything, 30 minutes
   cargo xtask bench --scenario chain --rounds 15
   cargo xtask bench --compare old/report.json    run, and tell what moved since
-  cargo xtask bench --compare old.json --with new.json";
+  cargo xtask bench --compare old.json --with new.json
+  cargo xtask bench --publish target/bench/report.json";

@@ -44,6 +44,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
+    if let Some(path) = &cli.flags.publish {
+        let document = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("BENCHMARKS.md");
+        report::publish(&report::load(path)?, &document, "docs/benchmarks")?;
+        println!("{}", document.display());
+        return Ok(ExitCode::SUCCESS);
+    }
     let colour = std::io::stdout().is_terminal() && !no_colour();
     let old = cli.flags.compare.as_deref().map(report::load).transpose()?;
     let new = match &cli.flags.with {

@@ -116,18 +116,30 @@ pub fn load(path: &Path) -> Result<Report, ReadError> {
 /// does not have are removed: nobody could tell that they are of other numbers.
 pub fn save(report: &Report, folder: &Path) -> Result<(), WriteError> {
     let drawn = plots(report);
-    let plot_folder = folder.join(PLOTS);
-    fs::create_dir_all(&plot_folder).map_err(|source| WriteError { path: plot_folder.clone(), source })?;
-    for plot in &drawn {
-        write(&plot_folder, &format!("{}.svg", plot.name), plot.svg.as_bytes())?;
-    }
-    let is_drawn = |path: &Path| drawn.iter().any(|p| path.file_stem().is_some_and(|s| s == p.name.as_str()));
-    remove_svgs(&plot_folder, is_drawn).map_err(|source| WriteError { path: plot_folder.clone(), source })?;
+    save_plots(&drawn, &folder.join(PLOTS))?;
     write(folder, HTML, page(report, &drawn).as_bytes())?;
     let mut json = serde_json::to_vec(report)
         .map_err(|e| WriteError { path: folder.join(JSON), source: io::Error::other(e) })?;
     json.push(b'\n');
     write(folder, JSON, &json)
+}
+
+/// Writes plots into a folder of their own, and removes others from it.
+pub(super) fn save_plots(drawn: &[Plot], folder: &Path) -> Result<(), WriteError> {
+    let failed = |source| WriteError { path: folder.to_owned(), source };
+    fs::create_dir_all(folder).map_err(failed)?;
+    for plot in drawn {
+        write(folder, &format!("{}.svg", plot.name), plot.svg.as_bytes())?;
+    }
+    let is_drawn = |path: &Path| drawn.iter().any(|p| path.file_stem().is_some_and(|s| s == p.name.as_str()));
+    remove_svgs(folder, is_drawn).map_err(failed)
+}
+
+/// Replaces a file, at once and as a whole.
+pub(super) fn replace(file: &Path, bytes: &[u8]) -> Result<(), WriteError> {
+    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    write(folder, &name, bytes)
 }
 
 fn remove_svgs(folder: &Path, keep: impl Fn(&Path) -> bool) -> io::Result<()> {

@@ -9,6 +9,7 @@
 pub use compare::{Basis, Change, Comparison, FEWEST, Verdict, compare};
 pub use files::{ReadError, WriteError, load, save};
 pub use html::html;
+pub use markdown::{PublishError, publish};
 pub use plots::{Plot, plots, ratios};
 pub use progress::Progress;
 pub use table::table;
@@ -18,6 +19,7 @@ mod files;
 #[cfg(test)]
 mod fixture;
 mod html;
+mod markdown;
 mod number;
 mod plots;
 mod progress;
