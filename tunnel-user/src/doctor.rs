@@ -389,7 +389,7 @@ fn open_files() -> Finding {
         return Finding::warn(CHECK, "RLIMIT_NOFILE cannot be read", "");
     };
     let default = config::MAX_FLOWS.get();
-    let flows = limits::flows_per_worker(default, hard, 1, config::Relay::Copy);
+    let flows = limits::flows_per_worker(default, hard, 1, limits::PER_FLOW);
     let limit = if soft < hard { format!("{soft}, raised to {hard}") } else { hard.to_string() };
     let found = format!("{limit}: {flows} flows at a time");
     if flows >= default {

@@ -5,14 +5,28 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::Relay;
+use crate::config::{Action, Config, Relay};
 
 /// Descriptors kept for everything that is not a flow: maps, listeners, connections, files.
 const RESERVED: u64 = 512;
 /// The most descriptors one flow takes: two sockets.
-const PER_FLOW: u64 = 2;
+pub const PER_FLOW: u64 = 2;
+/// The same where one side is a stream on a connection that many share.
+const PER_FLOW_TUNNELLED: u64 = 1;
 /// The same where bytes go through pipes, of which there is one for every two flows: two sockets, half a pipe.
 const PER_FLOW_PIPED: u64 = 3;
+
+/// The most descriptors that one flow takes with this configuration: a captured one that is dialled has two sockets,
+/// every other has one, and a stream.
+pub fn per_flow(config: &Config) -> u64 {
+    let captures = !config.captures.is_empty() || !config.redirects.is_empty();
+    let dials = config.routes.iter().any(|route| route.to == Action::Direct);
+    match config.daemon.relay {
+        _ if !(captures && dials) => PER_FLOW_TUNNELLED,
+        Relay::Copy => PER_FLOW,
+        Relay::Pipe => PER_FLOW_PIPED,
+    }
+}
 
 /// Raises the soft limit of descriptors to the hard one; the limit in force.
 pub fn raise_nofile() -> u64 {
@@ -29,11 +43,7 @@ pub fn nofile_for(flows: usize) -> u64 {
 }
 
 /// How many flows one of `workers` takes at once.
-pub fn flows_per_worker(configured: usize, nofile: u64, workers: usize, relay: Relay) -> usize {
-    let per_flow = match relay {
-        Relay::Copy => PER_FLOW,
-        Relay::Pipe => PER_FLOW_PIPED,
-    };
+pub fn flows_per_worker(configured: usize, nofile: u64, workers: usize, per_flow: u64) -> usize {
     let possible = usize::try_from(nofile.saturating_sub(RESERVED) / per_flow).unwrap_or(usize::MAX);
     (configured.min(possible) / workers).max(1)
 }
@@ -45,16 +55,37 @@ pub fn pipes_for(flows: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::config::CheckFiles;
 
     #[test]
     fn descriptors_bound_the_flows_and_every_worker_takes_some() {
-        let copied = |configured, nofile, workers| flows_per_worker(configured, nofile, workers, Relay::Copy);
-        assert_eq!(copied(1_000_000, 20_512, 2), 5_000);
-        assert_eq!(copied(100, 20_512, 2), 50);
-        assert_eq!(copied(100, 10, 8), 1);
-        assert_eq!(copied(1_000_000, nofile_for(10_000), 1), 10_000);
-        let piped = flows_per_worker(1_000_000, 20_512, 2, Relay::Pipe);
+        let flows = |configured, nofile, workers| flows_per_worker(configured, nofile, workers, PER_FLOW);
+        assert_eq!(flows(1_000_000, 20_512, 2), 5_000);
+        assert_eq!(flows(100, 20_512, 2), 50);
+        assert_eq!(flows(100, 10, 8), 1);
+        assert_eq!(flows(1_000_000, nofile_for(10_000), 1), 10_000);
+        let piped = flows_per_worker(1_000_000, 20_512, 2, PER_FLOW_PIPED);
         assert_eq!((piped, pipes_for(piped)), (3_333, 1_667), "two sockets each, and two descriptors a pipe");
+    }
+
+    #[test]
+    fn a_flow_that_rides_on_a_shared_connection_takes_one_descriptor() {
+        let of = |text: &str| {
+            let config = Config::parse(text, Path::new("test.toml"), CheckFiles::No);
+            per_flow(&config.unwrap_or_else(|e| panic!("{e}")))
+        };
+        const CAPTURE: &str = "[[capture]]\ncgroup = \"/sys/fs/cgroup/app\"\n";
+        const IDENTITY: &str = "[identity]\ncert = \"c\"\nkey = \"k\"\nca = \"ca\"\n";
+        const LISTENER: &str = "[[listener]]\naddress = \"127.0.0.1:15008\"\n";
+        const TUNNEL: &str = "[[route]]\nto = [{ upstream = \"u\" }]\n\
+                              [[upstream]]\nname = \"u\"\nendpoints = [\"127.0.0.1:1\"]\n";
+        const DIRECT: &str = "[[route]]\nto = \"direct\"\n";
+        assert_eq!(of(&[IDENTITY, CAPTURE, TUNNEL].concat()), 1);
+        assert_eq!(of(&[IDENTITY, LISTENER, DIRECT].concat()), 1);
+        assert_eq!(of(&[CAPTURE, DIRECT].concat()), 2);
+        assert_eq!(of(&["[daemon]\nrelay = \"pipe\"\n", CAPTURE, DIRECT].concat()), 3);
     }
 }

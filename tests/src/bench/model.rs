@@ -121,6 +121,9 @@ pub struct Program {
     pub role: Role,
     /// Its command line.
     pub command: String,
+    /// The file that it names, if it is not too long.
+    #[serde(default)]
+    pub configuration: Option<String>,
 }
 
 /// The part that a process plays.

@@ -91,7 +91,9 @@ impl Runner<'_> {
             self.rounds(plan, &mut report, &mut results);
         }
         report.cells = results.cells(plan);
-        self.check_ciphers(&report);
+        for fault in different_ciphers(&report) {
+            self.fault(fault);
+        }
         report
     }
 
@@ -158,15 +160,15 @@ impl Runner<'_> {
                 let arm = &plan.arms[index];
                 let Some(mut running) = self.set_up(plan, index, report) else { continue };
                 self.progress.step(&format!("idle connections, {}", arm.title));
-                match running.bed.idle(&steps).and_then(|runs| running.bed.check().map(|()| runs)) {
-                    Ok(runs) => {
-                        for (work, run) in plan.tasks.iter().zip(runs) {
-                            results.add(&arm.name, &work.task, Run { round, ..run });
-                        }
-                    }
-                    Err(e) => {
-                        self.fault(format!("{}, {}, round {}: {e:#}", plan.name, arm.name, round + 1));
-                    }
+                let most = arm.idle_max.unwrap_or(u32::MAX);
+                let reached: Vec<u32> = steps.iter().copied().filter(|step| *step <= most).collect();
+                let mut runs = Vec::new();
+                let counted = running.bed.idle(&reached, &mut runs).and_then(|()| running.bed.check());
+                for (work, run) in plan.tasks.iter().zip(runs) {
+                    results.add(&arm.name, &work.task, Run { round, ..run });
+                }
+                if let Err(e) = counted {
+                    self.fault(format!("{}, {}, round {}: {e:#}", plan.name, arm.name, round + 1));
                 }
             }
         }
@@ -202,26 +204,26 @@ impl Runner<'_> {
         }
     }
 
-    /// Arms that spend different amounts of work on the same bytes cannot be compared. The group is used once for
-    /// each connection between proxies, and no workload counts those.
-    fn check_ciphers(&mut self, report: &model::Scenario) {
-        let with: Vec<_> =
-            report.arms.iter().filter_map(|arm| Some((&arm.name, arm.tls.as_ref()?))).collect();
-        let Some(((first, tls), rest)) = with.split_first() else { return };
-        for (other, theirs) in rest {
-            if (&theirs.version, &theirs.cipher) != (&tls.version, &tls.cipher) {
-                self.fault(format!(
-                    "{}: {first} ran with {} {}, and {other} with {} {}: they cannot be compared",
-                    report.name, tls.version, tls.cipher, theirs.version, theirs.cipher
-                ));
-            }
-        }
-    }
-
     fn fault(&mut self, fault: String) {
         self.progress.note(&fault);
         self.faults.push(fault);
     }
+}
+
+/// Arms that spend different amounts of work on the same bytes cannot be compared. The group is used once for each
+/// connection between proxies, and no workload counts those.
+fn different_ciphers(report: &model::Scenario) -> Vec<String> {
+    let with: Vec<_> = report.arms.iter().filter_map(|arm| Some((&arm.name, arm.tls.as_ref()?))).collect();
+    let Some(((first, tls), rest)) = with.split_first() else { return Vec::new() };
+    let other =
+        |(_, theirs): &&(_, &model::Tls)| (&theirs.version, &theirs.cipher) != (&tls.version, &tls.cipher);
+    let fault = |(name, theirs): &(&String, &model::Tls)| {
+        format!(
+            "{}: {first} ran with {} {}, and {name} with {} {}: they cannot be compared",
+            report.name, tls.version, tls.cipher, theirs.version, theirs.cipher
+        )
+    };
+    rest.iter().filter(other).map(fault).collect()
 }
 
 fn described(arm: &Arm) -> model::Arm {
@@ -274,5 +276,38 @@ impl Results {
             }
         }
         cells
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::{
+        model::Tls,
+        plan::{Extent, Plan},
+    };
+
+    #[test]
+    fn arms_with_different_ciphers_are_a_fault_and_different_groups_are_none() {
+        let plan = Plan::new(Extent::Quick, &["chain".to_owned()], None);
+        let arms = plan.scenarios[0].arms.iter().map(described).collect();
+        let mut report = model::Scenario {
+            name: "chain".to_owned(),
+            title: String::new(),
+            about: String::new(),
+            arms,
+            workloads: Vec::new(),
+            cells: Vec::new(),
+        };
+        let tls = |cipher: &str, group: &str| {
+            Some(Tls { version: "TLS 1.3".to_owned(), cipher: cipher.to_owned(), group: group.to_owned() })
+        };
+        report.arms[1].tls = tls("TLS_AES_128_GCM_SHA256", "x25519");
+        report.arms[2].tls = tls("TLS_AES_128_GCM_SHA256", "X25519MLKEM768");
+        assert_eq!(different_ciphers(&report), Vec::<String>::new());
+        report.arms[3].tls = tls("TLS_AES_256_GCM_SHA384", "x25519");
+        let faults = different_ciphers(&report);
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert!(faults[0].contains("envoy") && faults[0].contains("TLS_AES_256_GCM_SHA384"), "{faults:?}");
     }
 }

@@ -155,7 +155,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
             config.daemon.max_flows.get(),
             nofile,
             workers,
-            config.daemon.relay,
+            limits::per_flow(&config),
         ),
         relay: config.daemon.relay,
         dial_timeout: config::DIAL_TIMEOUT,

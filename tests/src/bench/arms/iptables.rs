@@ -16,8 +16,9 @@ use crate::{
     world::World,
 };
 
-/// Sends what processes of `group` connect to at `to` to a local port. `rules` unrelated rules stand in front.
-pub(super) fn redirect(world: &World, group: &Cgroup, to: IpAddr, port: u16, rules: u32) -> Result<()> {
+/// Sends what processes of `group` connect to at `to` to a local port; returns the rules, `rules` unrelated ones in
+/// front.
+pub(super) fn redirect(world: &World, group: &Cgroup, to: IpAddr, port: u16, rules: u32) -> Result<String> {
     let roots = cgroup::mounts();
     let path = roots.iter().find_map(|root| group.path().strip_prefix(root).ok());
     let path = path.context("the group is in no cgroup2 hierarchy")?.display();
@@ -35,5 +36,5 @@ pub(super) fn redirect(world: &World, group: &Cgroup, to: IpAddr, port: u16, rul
     restore.stdin.take().context("a pipe was asked for")?.write_all(text.as_bytes())?;
     let done = restore.wait_with_output()?;
     ensure!(done.status.success(), "iptables-nft-restore: {}", String::from_utf8_lossy(&done.stderr));
-    Ok(())
+    Ok(text)
 }

@@ -11,8 +11,9 @@ mod near;
 
 use std::{
     collections::BTreeMap,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -51,8 +52,8 @@ const WARM_UP: Duration = Duration::from_millis(100);
 const NEAR_PORT: u16 = 15001;
 /// Where the proxy at the other end listens: HBONE's port.
 const FAR: SocketAddr = SocketAddr::new(NET4, 15008);
-/// Flows that proxies of ours may have: more than any workload opens, fewer than descriptors allow.
-const MAX_FLOWS: u32 = 11_000;
+/// Flows that proxies may have: more than any workload opens, also where one identity gets three quarters of them.
+const MAX_FLOWS: u32 = 14_000;
 
 /// How an arm is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,10 +248,11 @@ impl Bed {
         self.judge(workload, Whose::Captured, outcome, accounting::spent(&before, &after))
     }
 
-    /// What this many idle connections hold, after each number of them; they stay until the last is counted.
-    pub(super) fn idle(&mut self, steps: &[u32]) -> Result<Vec<Run>> {
+    /// What idle connections hold, at each of these numbers of them; they stay until the last is counted. Numbers that
+    /// were reached before one was not are in `runs` in any case.
+    pub(super) fn idle(&mut self, steps: &[u32], runs: &mut Vec<Run>) -> Result<()> {
         let before = accounting::Held::now(self.parts(Whose::Captured))?;
-        let (mut clients, mut there, mut runs) = (Vec::new(), 0, Vec::new());
+        let (mut clients, mut there) = (Vec::new(), 0);
         for &step in steps {
             let connections = step - there;
             let mut client = self.client(Workload::Idle { connections }, Whose::Captured, Duration::ZERO)?;
@@ -266,7 +268,7 @@ impl Bed {
         for client in clients {
             client.end()?;
         }
-        Ok(runs)
+        Ok(())
     }
 
     fn client(&self, workload: Workload, whose: Whose, time: Duration) -> Result<Client> {
@@ -330,7 +332,12 @@ impl Bed {
             Some(Capture::Iptables) => {
                 let to = if self.build.server == Place::Node { BARE_PORT } else { NEAR_PORT };
                 let captured = self.address(Whose::Captured).ip();
-                iptables::redirect(&self.world, &self.groups[&Role::Client], captured, to, self.build.rules)
+                let group = &self.groups[&Role::Client];
+                let rules = iptables::redirect(&self.world, group, captured, to, self.build.rules)?;
+                let command = "iptables-nft-restore".to_owned();
+                let configuration = Some(self.shown(&rules));
+                self.programs.push(Program { role: Role::Near, command, configuration });
+                Ok(())
             }
         }
     }
@@ -360,17 +367,33 @@ impl Bed {
         Ok(())
     }
 
-    /// Notes a command line for the report.
+    /// Notes a command line for the report, with the configuration that it names.
     fn describe(&mut self, role: Role, command: &Command) {
-        let words = std::iter::once(command.get_program()).chain(command.get_args());
-        let name = |path: PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned());
-        let words = words.map(|word| match PathBuf::from(word) {
+        let words = std::iter::once(command.get_program()).chain(command.get_args()).map(Path::new);
+        let mut configuration = None;
+        let words = words.map(|word| {
+            if word.starts_with(self.world.folder()) {
+                configuration = fs::read_to_string(word).ok().map(|text| self.shown(&text));
+            }
             // Where it lies says nothing to anybody else.
-            path if path.is_absolute() => name(path).unwrap_or_default(),
-            path => path.display().to_string(),
+            let name = if word.is_absolute() { word.file_name() } else { None };
+            name.unwrap_or(word.as_os_str()).to_string_lossy().into_owned()
         });
         let command = words.collect::<Vec<_>>().join(" ");
-        self.programs.push(Program { role, command });
+        self.programs.push(Program { role, command, configuration });
+    }
+
+    /// A configuration for people: without the folder of a test, and without the ten thousandth rule.
+    fn shown(&self, text: &str) -> String {
+        const LONGEST: usize = 6 * 1024;
+        let mut text = text.replace(&format!("{}/", self.world.folder().display()), "");
+        if text.len() > LONGEST {
+            let (kept, length) = (text.floor_char_boundary(LONGEST / 2), text.len());
+            let last = text.split_off(text.ceil_char_boundary(length - LONGEST / 2));
+            text.truncate(kept);
+            text = format!("{text} … {} bytes … {last}", length - kept - last.len());
+        }
+        text
     }
 
     fn iperf_server(&mut self) -> Result<()> {
@@ -407,5 +430,47 @@ impl model::Arm {
         self.state = model::State::Ran;
         self.processes.clone_from(&bed.programs);
         self.tls.clone_from(&bed.tls);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OURS: Build = Build {
+        capture: Some(Capture::Ebpf),
+        rules: 0,
+        near: Some(Near::Ours),
+        far: Some(Far::Ours),
+        server: Place::Away,
+    };
+
+    #[test]
+    fn an_arm_whose_gateway_is_gone_has_an_error_and_no_number() -> Result<()> {
+        let SetUp::Ready(mut bed) = Bed::set_up(OURS, None, 1, &Peers::find(Path::new("")))? else {
+            panic!("nothing of others is needed")
+        };
+        bed.check()?;
+        bed.processes[0].kill()?;
+        let time = Duration::from_millis(50);
+        let error = bed.run(Workload::Connect { at_once: 1 }, Whose::Captured, time).unwrap_err();
+        assert!(format!("{error:#}").contains("connect:1"), "{error:#}");
+        let error = bed.check().unwrap_err();
+        assert!(error.to_string().contains("ended by itself"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_captured_and_carried_by_nobody_does_not_count_as_the_arms() -> Result<()> {
+        let SetUp::Ready(bed) = Bed::set_up(OURS, None, 1, &Peers::find(Path::new("")))? else {
+            panic!("nothing of others is needed")
+        };
+        let outcome = Outcome { seconds: 1.0, operations: 1, bytes_up: 1, bytes_down: 1, latency: None };
+        let cpu = BTreeMap::from([(Role::Near, 0.0), (Role::Far, 0.5)]);
+        let judged = bed.judge(Workload::FirstByte, Whose::Captured, outcome, cpu);
+        assert!(judged.unwrap_err().to_string().contains("went past it"));
+        let judged = bed.judge(Workload::FirstByte, Whose::Captured, Outcome::default(), BTreeMap::new());
+        assert!(judged.unwrap_err().to_string().contains("no byte arrived"));
+        Ok(())
     }
 }

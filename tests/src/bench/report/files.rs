@@ -13,7 +13,10 @@ use std::{
 
 use crate::bench::model::{Report, SCHEMA};
 
-use super::{html::page, plots::plots};
+use super::{
+    html::page,
+    plots::{Plot, plots},
+};
 
 /// The report, for programs.
 const JSON: &str = "report.json";

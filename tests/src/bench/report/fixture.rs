@@ -210,8 +210,13 @@ impl Made {
                 Program {
                     role: Role::Near,
                     command: format!("{} run --config '/tmp/<x>&\"y\".toml'", arm.name),
+                    configuration: Some("[[capture]]\ncgroup = \"<app>\"\n".to_owned()),
                 },
-                Program { role: Role::Far, command: format!("{} gateway --listen 10.0.0.1:15008", arm.name) },
+                Program {
+                    role: Role::Far,
+                    command: format!("{} gateway --listen 10.0.0.1:15008", arm.name),
+                    configuration: None,
+                },
             ];
             arm.tls = Some(Tls {
                 version: "TLS 1.3".to_owned(),

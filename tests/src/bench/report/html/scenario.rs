@@ -69,6 +69,13 @@ fn arms(out: &mut String, scenario: &Scenario) -> fmt::Result {
                 escape(&program.role.to_string()),
                 escape(&program.command)
             )?;
+            if let Some(text) = &program.configuration {
+                writeln!(
+                    out,
+                    "<details><summary>its configuration</summary><pre>{}</pre></details>",
+                    escape(text)
+                )?;
+            }
         }
     }
     out.push_str("</details>\n");
