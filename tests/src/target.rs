@@ -5,6 +5,7 @@
 //! conversation is, a [`Handler`] says; the functions here make the common ones.
 
 use std::{
+    cell::RefCell,
     fmt,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -30,6 +31,19 @@ use crate::{
 pub trait Handler: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static {}
 
 impl<F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static> Handler for F {}
+
+thread_local! {
+    /// In the thread of a conversation: its target.
+    static TARGET: RefCell<Option<Arc<Shared>>> = const { RefCell::new(None) };
+}
+
+/// Whether this is a conversation of a target that is ending.
+fn is_stopping() -> bool {
+    TARGET.with_borrow(|target| target.as_ref().is_some_and(|t| t.stopping.load(Ordering::Relaxed)))
+}
+
+/// How soon a conversation that waits for a gate notices that its target is ending.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// Handlers keep their buffers on the heap; a test holds a thousand of them.
 const STACK: usize = 256 * 1024;
@@ -128,6 +142,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>, handler: &Arc<impl Handl
         let Ok(ours) = stream.try_clone() else { return };
         let (handler, state) = (Arc::clone(handler), Arc::clone(shared));
         let play = move || {
+            TARGET.set(Some(Arc::clone(&state)));
             let outcome = handler(&stream).map_err(|e| e.to_string());
             // Ends the connection although `open` holds a duplicate; nothing happens to one that was reset.
             let _gone = stream.shutdown(Shutdown::Both);
@@ -336,11 +351,13 @@ impl Gate {
         self.0.1.notify_all();
     }
 
-    /// Waits until it opens.
+    /// Waits until it opens, or the target whose conversation waits here ends: a test that fails before it has
+    /// opened the gate must not wait for it.
     pub fn wait(&self) {
         let mut open = lock(&self.0.0);
-        while !*open {
-            open = self.0.1.wait(open).unwrap_or_else(PoisonError::into_inner);
+        while !*open && !is_stopping() {
+            let waited = self.0.1.wait_timeout(open, GLANCE);
+            open = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }

@@ -11,12 +11,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use tokio::time::timeout;
 use tunnel_tests::{
-    Gateway, PATIENCE, TARGET4, Target, World,
+    BLACKHOLE, Gateway, PATIENCE, TARGET4, Target, World,
     daemon::Daemon,
     dialogue::ask,
     exec::Running,
-    gateway, peer,
+    gateway,
+    pattern::{DOWN, UP},
+    peer,
     raw::{self, CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, RST_STREAM},
     target,
     world::NET4,
@@ -220,6 +223,78 @@ fn one_byte_frames_arrive_and_cost_a_bounded_amount_of_memory() -> Result<()> {
     assert_eq!(received.load(Ordering::Relaxed), FRAMES as u64);
     assert!(kept < KEPT, "the gateway has kept {kept} bytes");
     neighbour.does_not_notice()
+}
+
+#[test]
+fn what_a_peer_sends_while_its_target_is_dialled_is_taken_and_costs_no_other_stream() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().flag("--dial-timeout", "1s").start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let (addr, who) = (gateway.addr(), world.pki().named("node"));
+    let (silent, echo) = (format!("{BLACKHOLE}:80"), target.addr().to_string());
+    let frames = world.node().block_on(|| async move {
+        let (mut sender, mut receiver) = raw::connect(addr, &who).await?;
+        sender.frame(HEADERS, END_HEADERS, 1, &raw::connect_block(&silent)).await?;
+        let thousand = raw::encode(DATA, 0, 1, b"x").repeat(1024);
+        for _ in 0..200 {
+            sender.bytes(&thousand).await?;
+        }
+        sender.frame(HEADERS, END_HEADERS, 3, &raw::connect_block(&echo)).await?;
+        sender.frame(DATA, END_STREAM, 3, b"hello").await?;
+        let (mut frames, mut ended) = (Vec::new(), 0);
+        while ended < 2
+            && let Some(frame) = receiver.frame().await?
+        {
+            ended += usize::from(matches!(frame.kind, HEADERS | DATA) && frame.flags & END_STREAM != 0);
+            frames.push(frame);
+        }
+        anyhow::Ok(frames)
+    })?;
+    let of = |stream, kind| frames.iter().filter(move |f| f.stream == stream && f.kind == kind);
+    assert!(of(1, HEADERS).any(|f| f.flags & END_STREAM != 0), "the dial was answered: {frames:?}");
+    let echoed: Vec<u8> = of(3, DATA).flat_map(|f| f.payload.clone()).collect();
+    assert_eq!(echoed, b"hello", "{frames:?}");
+    Ok(())
+}
+
+#[test]
+fn what_a_peer_sends_before_the_answer_arrives_once_in_order_after_it_or_nowhere() -> Result<()> {
+    const BYTES: u64 = 300_000;
+    let world = World::new()?;
+    let gateway = world.gateway().hosts(&format!("{TARGET4} web.internal\n"))?.allow("*.internal").start()?;
+    let target = world.serve(TARGET4, target::answer_after_end())?;
+    let (allowed, denied) =
+        (format!("web.internal:{}", target.addr().port()), format!("{TARGET4}:{}", target.addr().port() - 1));
+    let (addr, config) = (gateway.addr(), peer::tls(&world.pki().named("node"))?);
+    world.node().block_on(|| async move {
+        let (mut requests, connection) = peer::connect(addr, config).await?;
+        let _driving = tokio::task::spawn_local(connection);
+        for (authority, status) in [(denied, 502), (allowed, 200)] {
+            requests = requests.ready().await?;
+            let (response, mut send) = requests.send_request(peer::connect_request(&authority)?, false)?;
+            let mut bytes = vec![0; usize::try_from(BYTES)?];
+            UP.fill(0, &mut bytes);
+            send.send_data(bytes.into(), true)?;
+            let response = timeout(PATIENCE, response).await.context("no answer")??;
+            assert_eq!(response.status().as_u16(), status);
+            let (mut body, mut got) = (response.into_body(), Vec::new());
+            while status == 200
+                && let Some(chunk) = timeout(PATIENCE, body.data()).await.context("no more of the body")?
+            {
+                let chunk = chunk?;
+                body.flow_control().release_capacity(chunk.len())?;
+                got.extend_from_slice(&chunk);
+            }
+            if status == 200 {
+                assert_eq!(got.len() as u64, BYTES);
+                DOWN.check(0, &got)?;
+            }
+        }
+        anyhow::Ok(())
+    })?;
+    assert_eq!(target.outcomes(1)?, [Ok(())]);
+    assert_eq!(target.peers().len(), 1);
+    Ok(())
 }
 
 /// A gateway by configuration, which gives a handshake one second.

@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::server::SendResponse;
-use http::{Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use socket2::Socket;
 use tokio::{
     net::TcpListener,
@@ -39,7 +39,7 @@ use crate::{
         request::{self, Refusal},
     },
     policy::{Permit, Policies},
-    relay::{H2Leg, Leg, Meter, Outcome, Piped, Pipes, TcpLeg, relay},
+    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, TcpLeg, Waiting, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
     transport::{
@@ -412,13 +412,22 @@ impl Worker {
     }
 
     /// Relays to the end, and books it.
-    async fn relay(&self, client: &mut impl Leg, sink: Sink, mut record: Record, started: Instant) {
+    /// `early`: what the client has sent already.
+    async fn relay(
+        &self,
+        client: &mut impl Leg,
+        early: Queue,
+        sink: Sink,
+        mut record: Record,
+        started: Instant,
+    ) {
+        let early = Early { sent: early, received: Queue::default() };
         let meter = Meter::default();
         let pipes = self.pipes.as_ref();
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg) => relay(client, &mut leg, &meter, pipes).await,
-                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, &meter, pipes).await,
+                Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
+                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, early, &meter, pipes).await,
             }
         };
         let mut stop = self.stop.clone();
@@ -533,7 +542,7 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
         }
     };
     match reached {
-        Some(Ok(sink)) => worker.relay(&mut leg, sink, record, started).await,
+        Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,
         Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
         None => {
             "the client left before the target answered".clone_into(&mut record.outcome);
@@ -547,6 +556,9 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
 async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Duration) {
     let started = Instant::now();
     let Incoming { request, mut respond, client, identity } = incoming;
+    let (request, body) = request.into_parts();
+    let request = Request::from_parts(request, ());
+    let mut waiting = Waiting::new(body);
     let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
     let unknown = || {
         let mut record = Record::new(&Target::Name(String::new(), 0), client);
@@ -576,7 +588,7 @@ async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Dura
                 worker.reach(Source::Listener, &target, client, dial_timeout, Some(permit), &mut record);
             tokio::select! {
                 reached = reach => Some(reached),
-                _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => None,
+                _ = waiting.broken(&mut respond) => None,
             }
         }
     };
@@ -586,8 +598,8 @@ async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Dura
             *ok.status_mut() = StatusCode::OK;
             match respond.send_response(ok, false) {
                 Ok(send) => {
-                    let mut leg = H2Leg::server(send, request.into_body());
-                    worker.relay(&mut leg, sink, record, started).await;
+                    let (mut leg, early) = waiting.answered(send);
+                    worker.relay(&mut leg, early, sink, record, started).await;
                 }
                 Err(e) => {
                     record.outcome = format!("the client left before the target answered: {e}");

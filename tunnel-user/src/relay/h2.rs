@@ -7,7 +7,7 @@
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use h2::{Reason, RecvStream, SendStream};
+use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 
 use super::{Broken, Cause, Leg, Queue};
 
@@ -38,6 +38,45 @@ impl H2Leg {
     /// Ready when the peer resets the stream: for the time before the relay starts.
     pub async fn broken(&mut self) -> Broken {
         std::future::poll_fn(|cx| self.poll_broken(cx)).await
+    }
+}
+
+/// A stream that we serve, before its answer.
+///
+/// What its peer sends meanwhile is taken at once: h2 ends a connection on which small frames pile up unread. It
+/// is kept within the stream's window, of which nothing is given back until somebody has taken the bytes.
+pub struct Waiting {
+    body: RecvStream,
+    early: Queue,
+}
+
+impl Waiting {
+    /// Nothing has been read of it.
+    pub fn new(body: RecvStream) -> Self {
+        Self { body, early: Queue::default() }
+    }
+
+    /// Takes what comes; ready when the peer resets the stream.
+    pub async fn broken(&mut self, respond: &mut SendResponse<Bytes>) -> Broken {
+        std::future::poll_fn(|cx| {
+            while let Poll::Ready(Some(chunk)) = self.body.poll_data(cx) {
+                match chunk {
+                    Ok(chunk) => self.early.push(chunk),
+                    Err(e) => return Poll::Ready(broken(&e)),
+                }
+            }
+            // Also after the peer's END_STREAM.
+            respond.poll_reset(cx).map(|reset| match reset {
+                Ok(reason) => Broken::Reset(Cause::Stream(reason)),
+                Err(e) => broken(&e),
+            })
+        })
+        .await
+    }
+
+    /// After the answer: the leg, and what the peer has sent before it.
+    pub fn answered(self, send: SendStream<Bytes>) -> (H2Leg, Queue) {
+        (H2Leg::server(send, self.body), self.early)
     }
 }
 

@@ -25,7 +25,7 @@ use std::{
 use bytes::Bytes;
 
 pub use self::{
-    h2::H2Leg,
+    h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     tcp::{TcpLeg, abort_on_close},
@@ -136,6 +136,15 @@ pub struct Meter {
     pub received: Cell<u64>,
 }
 
+/// What was read before the relay began. It goes first.
+#[derive(Default)]
+pub struct Early {
+    /// From the client.
+    pub sent: Queue,
+    /// From the target.
+    pub received: Queue,
+}
+
 /// Steps that one direction takes before the task lets the worker's others have a turn. At 64 KiB a step
 /// that is 1 MiB, about 200 µs.
 const STEPS: u32 = 16;
@@ -144,15 +153,18 @@ const STEPS: u32 = 16;
 pub async fn relay<C: Leg, T: Leg>(
     client: &mut C,
     target: &mut T,
+    early: Early,
     meter: &Meter,
     pipes: Option<&Pipes>,
 ) -> Outcome {
+    let Early { sent, received } = early;
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
-        return run(client, target, meter, pipe::Through::new(pipes), pipe::Through::new(pipes)).await;
+        let (up, down) = (pipe::Through::new(pipes, sent), pipe::Through::new(pipes, received));
+        return run(client, target, meter, up, down).await;
     }
-    run(client, target, meter, Direction::default(), Direction::default()).await
+    run(client, target, meter, Direction::new(sent), Direction::new(received)).await
 }
 
 /// One direction of a flow, in one of the ways to move its bytes.
@@ -228,10 +240,9 @@ async fn run<C: Leg, T: Leg>(
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// Bytes may still come.
-    #[default]
     Open,
     /// EOF was received; what is queued is still to be sent.
     Draining,
@@ -248,10 +259,16 @@ fn finish(dst: &mut impl Leg) -> Result<(), (bool, Broken)> {
 }
 
 /// One direction of a flow, copied.
-#[derive(Default)]
 struct Direction {
     queue: Queue,
     state: State,
+}
+
+impl Direction {
+    /// With what is there already.
+    fn new(queue: Queue) -> Self {
+        Self { queue, state: State::Open }
+    }
 }
 
 impl<S: Leg, D: Leg> Way<S, D> for Direction {

@@ -45,11 +45,16 @@ impl Flow {
     }
 
     async fn start_with(pipes: Option<Rc<Pipes>>) -> Self {
+        Self::start_after(Early::default(), pipes).await
+    }
+
+    /// With what was read before.
+    async fn start_after(early: Early, pipes: Option<Rc<Pipes>>) -> Self {
         let ((app, mut client), (target, mut onward)) = (pair().await, pair().await);
         let through = pipes.clone();
         let relayed = tokio::task::spawn_local(async move {
             let meter = Meter::default();
-            let outcome = relay(&mut client, &mut onward, &meter, through.as_deref()).await;
+            let outcome = relay(&mut client, &mut onward, early, &meter, through.as_deref()).await;
             (outcome.to_string(), meter.sent.get(), meter.received.get())
         });
         Self { app, target, pipes, relayed }
@@ -143,6 +148,43 @@ fn bytes_arrive_once_in_order_unchanged_both_ways_at_once() {
             (Some(_), Some(Piped { moved, missed: 0 })) => assert_eq!(moved, total),
             other => panic!("{other:?}"),
         }
+    });
+}
+
+#[test]
+fn what_was_read_before_goes_first_each_way_and_counts() {
+    const BEFORE: usize = 3_000_000;
+    const AFTER: usize = 100_000;
+    run_each(|way| async move {
+        let queue = |seed| {
+            let mut queue = Queue::default();
+            // Of which some are packed together, and all are more than a socket takes at once.
+            let bytes = Bytes::from(pattern(seed, 0, BEFORE));
+            let (mut at, mut step) = (0, 1);
+            while at < BEFORE {
+                let n = step.min(BEFORE - at);
+                queue.push(bytes.slice(at..at + n));
+                (at, step) = (at + n, if step > 200_000 { 1 } else { step * 3 + 1 });
+            }
+            queue
+        };
+        let pipes = way.map(|most| Rc::new(Pipes::new(most)));
+        let early = Early { sent: queue(1), received: queue(2) };
+        let mut flow = Flow::start_after(early, pipes).await;
+        let (mut app_in, mut app_out) = flow.app.split();
+        let (mut target_in, mut target_out) = flow.target.split();
+        let up = async {
+            app_out.write_all(&pattern(1, BEFORE as u64, AFTER)).await.unwrap();
+            app_out.shutdown().await.unwrap();
+        };
+        let down = async {
+            target_out.write_all(&pattern(2, BEFORE as u64, AFTER)).await.unwrap();
+            target_out.shutdown().await.unwrap();
+        };
+        let all = tokio::join!(up, down, receive(&mut target_in, 1), receive(&mut app_in, 2));
+        assert_eq!((all.2, all.3), (BEFORE + AFTER, BEFORE + AFTER), "{way:?}");
+        let total = (BEFORE + AFTER) as u64;
+        assert_eq!(end_of_flow(flow.relayed).await, ("closed".to_owned(), total, total), "{way:?}");
     });
 }
 
