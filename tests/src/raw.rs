@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf},
@@ -25,8 +25,12 @@ pub const RST_STREAM: u8 = 3;
 pub const SETTINGS: u8 = 4;
 /// GOAWAY.
 pub const GOAWAY: u8 = 7;
+/// WINDOW_UPDATE.
+pub const WINDOW_UPDATE: u8 = 8;
 /// CONTINUATION.
 pub const CONTINUATION: u8 = 9;
+/// The flag of SETTINGS.
+pub const ACK: u8 = 1;
 /// The flag of DATA and HEADERS.
 pub const END_STREAM: u8 = 1;
 /// The flag of HEADERS and CONTINUATION.
@@ -74,6 +78,21 @@ pub async fn connect(gateway: SocketAddr, who: &Credentials) -> Result<(Sender, 
     sender.bytes(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
     sender.frame(SETTINGS, 0, 0, &[]).await?;
     Ok((sender, Receiver(read)))
+}
+
+/// Waits until the windows of a gateway are as wide as it opens them: a stream's once its SETTINGS are acknowledged,
+/// the connection's with a WINDOW_UPDATE of its own (RFC 9113 sections 6.9.2, 6.9.1). Whoever sends more before
+/// violates flow control.
+pub async fn settle(sender: &mut Sender, receiver: &mut Receiver) -> Result<()> {
+    let settings = receiver.frame().await?.context("no SETTINGS")?;
+    ensure!(settings.kind == SETTINGS, "its first frame is {settings:?}");
+    sender.frame(SETTINGS, ACK, 0, &[]).await?;
+    loop {
+        let frame = receiver.frame().await?.context("no WINDOW_UPDATE")?;
+        if (frame.kind, frame.stream) == (WINDOW_UPDATE, 0) {
+            return Ok(());
+        }
+    }
 }
 
 impl Sender {

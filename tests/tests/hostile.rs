@@ -170,8 +170,9 @@ fn streams_beyond_the_limit_are_refused_and_never_dialled() -> Result<()> {
 }
 
 /// What the gateway may keep of a stream of one-byte frames: the stream's window (1 MiB), what h2 and the
-/// allocator hold for the frames that one turn of the worker finds, and slack of the measurement.
-const KEPT: u64 = 32 << 20;
+/// allocator hold for the frames that one turn of the worker finds (h2's table of them doubles: 32 MiB where
+/// they are more than 65,536), and slack of the measurement.
+const KEPT: u64 = 40 << 20;
 
 #[test]
 fn one_byte_frames_arrive_and_cost_a_bounded_amount_of_memory() -> Result<()> {
@@ -199,6 +200,7 @@ fn one_byte_frames_arrive_and_cost_a_bounded_amount_of_memory() -> Result<()> {
     let (serving, beside) = (&mut gateway, &mut neighbour);
     let kept = world.node().block_on(|| async move {
         let (mut sender, mut receiver) = raw::connect(addr, &who).await?;
+        raw::settle(&mut sender, &mut receiver).await?;
         sender.frame(HEADERS, END_HEADERS, 1, &raw::connect_block(&authority)).await?;
         let hearing = tokio::task::spawn_local(async move {
             // Until the gateway's END_STREAM: the target has ended, after it has seen everything.
@@ -227,33 +229,38 @@ fn one_byte_frames_arrive_and_cost_a_bounded_amount_of_memory() -> Result<()> {
 
 #[test]
 fn what_a_peer_sends_while_its_target_is_dialled_is_taken_and_costs_no_other_stream() -> Result<()> {
+    // More than h2 lets pile up unread, less than the stream's window.
+    const FRAMES: usize = 500 * 1024;
     let world = World::new()?;
-    let gateway = world.gateway().flag("--dial-timeout", "1s").start()?;
+    let gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::echo())?;
     let (addr, who) = (gateway.addr(), world.pki().named("node"));
     let (silent, echo) = (format!("{BLACKHOLE}:80"), target.addr().to_string());
     let frames = world.node().block_on(|| async move {
         let (mut sender, mut receiver) = raw::connect(addr, &who).await?;
+        raw::settle(&mut sender, &mut receiver).await?;
         sender.frame(HEADERS, END_HEADERS, 1, &raw::connect_block(&silent)).await?;
         let thousand = raw::encode(DATA, 0, 1, b"x").repeat(1024);
-        for _ in 0..200 {
+        for _ in 0..FRAMES / 1024 {
             sender.bytes(&thousand).await?;
         }
+        // Nobody has answered yet, and another stream of the same connection is served.
         sender.frame(HEADERS, END_HEADERS, 3, &raw::connect_block(&echo)).await?;
         sender.frame(DATA, END_STREAM, 3, b"hello").await?;
-        let (mut frames, mut ended) = (Vec::new(), 0);
-        while ended < 2
-            && let Some(frame) = receiver.frame().await?
-        {
-            ended += usize::from(matches!(frame.kind, HEADERS | DATA) && frame.flags & END_STREAM != 0);
+        let mut frames = Vec::new();
+        while let Some(frame) = receiver.frame().await? {
+            let ended = frame.stream == 3 && frame.flags & END_STREAM != 0;
             frames.push(frame);
+            if ended {
+                break;
+            }
         }
         anyhow::Ok(frames)
     })?;
     let of = |stream, kind| frames.iter().filter(move |f| f.stream == stream && f.kind == kind);
-    assert!(of(1, HEADERS).any(|f| f.flags & END_STREAM != 0), "the dial was answered: {frames:?}");
     let echoed: Vec<u8> = of(3, DATA).flat_map(|f| f.payload.clone()).collect();
     assert_eq!(echoed, b"hello", "{frames:?}");
+    assert_eq!(of(1, HEADERS).count() + of(1, RST_STREAM).count(), 0, "{frames:?}");
     Ok(())
 }
 
@@ -380,7 +387,7 @@ fn silence_before_and_after_tls_is_ended_after_the_handshake_timeout() -> Result
         let mut tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await?;
         let start = Instant::now();
         let mut heard = Vec::new();
-        let _either_way = tokio::time::timeout(PATIENCE, tls.read_to_end(&mut heard)).await?;
+        let _either_way = timeout(PATIENCE, tls.read_to_end(&mut heard)).await?;
         anyhow::Ok(start.elapsed())
     })?;
     assert!(took < Duration::from_secs(5), "it took {took:?}");
