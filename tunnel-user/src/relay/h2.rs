@@ -127,10 +127,10 @@ impl Leg for H2Leg {
         }
     }
 
-    fn finish(&mut self) -> Result<(), Broken> {
+    fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         // Fails only on a stream that is closed, which the receiving direction tells apart.
         let _closed = self.send.send_data(Bytes::new(), true);
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {

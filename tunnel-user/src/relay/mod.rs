@@ -13,6 +13,7 @@ mod queue;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 use std::{
     cell::Cell,
@@ -23,13 +24,17 @@ use std::{
 };
 
 use bytes::Bytes;
+use tokio::net::TcpStream;
+use tokio_rustls::{client, server};
 
 pub use self::{
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
-    tcp::{TcpLeg, abort_on_close},
+    tcp::{TcpLeg, abort_on_close, broken},
+    tls::TlsLeg,
 };
+use crate::transport::io::Wire;
 
 /// One side of a flow, to be polled from one task.
 pub trait Leg {
@@ -37,7 +42,7 @@ pub trait Leg {
     /// them anyway; a socket's bytes are better left in the kernel.
     const PREFETCH: bool;
 
-    /// The next bytes; `None` at EOF (FIN, or END_STREAM).
+    /// The next bytes; `None` at EOF (FIN, END_STREAM, or close_notify).
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
 
     /// The other side has taken `n` bytes: the peer may send as many more.
@@ -46,8 +51,8 @@ pub trait Leg {
     /// Sends from the front of `queue`, as much as there is room for: at least one byte, or pending.
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>>;
 
-    /// Everything was sent: FIN, or END_STREAM.
-    fn finish(&mut self) -> Result<(), Broken>;
+    /// Everything was sent: FIN, END_STREAM, or close_notify. To be asked again until it is ready.
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
 
     /// Ready when the peer aborts while nothing is being received from it.
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken>;
@@ -61,6 +66,41 @@ pub trait Leg {
     /// The leg as a socket of ours, whose bytes are raw.
     fn as_tcp(&mut self) -> Option<&mut TcpLeg> {
         None
+    }
+}
+
+/// A connection that becomes a leg, once all that was to be said on it before has been said.
+pub trait IntoLeg: Wire {
+    /// The leg.
+    type Leg: Leg;
+
+    /// Everything that was written has been flushed. What was received and not read is the leg's.
+    fn into_leg(self) -> Self::Leg;
+}
+
+impl IntoLeg for TcpStream {
+    type Leg = TcpLeg;
+
+    fn into_leg(self) -> TcpLeg {
+        TcpLeg::new(self)
+    }
+}
+
+impl IntoLeg for server::TlsStream<TcpStream> {
+    type Leg = TlsLeg;
+
+    fn into_leg(self) -> TlsLeg {
+        let (stream, session) = self.into_inner();
+        TlsLeg::new(stream, session)
+    }
+}
+
+impl IntoLeg for client::TlsStream<TcpStream> {
+    type Leg = TlsLeg;
+
+    fn into_leg(self) -> TlsLeg {
+        let (stream, session) = self.into_inner();
+        TlsLeg::new(stream, session)
     }
 }
 
@@ -81,7 +121,7 @@ pub enum Cause {
     Tcp(io::Error),
     /// An HTTP/2 error code.
     Stream(::h2::Reason),
-    /// The HTTP/2 connection failed.
+    /// The HTTP/2 connection failed, or TLS did.
     Connection(String),
 }
 
@@ -250,11 +290,12 @@ enum State {
     Done,
 }
 
-/// Everything was sent: says so. The error is of the sink.
-fn finish(dst: &mut impl Leg) -> Result<(), (bool, Broken)> {
-    match dst.finish() {
-        Ok(()) | Err(Broken::Done) => Ok(()),
-        Err(why) => Err((false, why)),
+/// Everything was sent: says so; whether that is done. The error is of the sink.
+fn finish(cx: &mut Context<'_>, dst: &mut impl Leg) -> Result<bool, (bool, Broken)> {
+    match dst.poll_finish(cx) {
+        Poll::Ready(Ok(()) | Err(Broken::Done)) => Ok(true),
+        Poll::Ready(Err(why)) => Err((false, why)),
+        Poll::Pending => Ok(false),
     }
 }
 
@@ -295,8 +336,10 @@ impl<S: Leg, D: Leg> Way<S, D> for Direction {
                 if self.state == State::Open {
                     return Ok(());
                 }
-                self.state = State::Done;
-                return finish(dst);
+                if finish(cx, dst)? {
+                    self.state = State::Done;
+                }
+                return Ok(());
             }
             match dst.poll_send(cx, &mut self.queue) {
                 Poll::Ready(Ok(n)) => {

@@ -270,8 +270,10 @@ impl Way<TcpLeg, TcpLeg> for Through<'_> {
                     Poll::Pending => return Ok(()),
                 },
                 State::Draining => {
-                    self.state = State::Done;
-                    return super::finish(dst);
+                    if super::finish(cx, dst)? {
+                        self.state = State::Done;
+                    }
+                    return Ok(());
                 }
                 State::Done => return Ok(()),
             }

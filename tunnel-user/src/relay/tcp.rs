@@ -23,21 +23,20 @@ use super::{Broken, Cause, Leg, Queue};
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;
 /// The most one read takes: four TLS records; beyond it the profile of a bulk flow no longer changes.
-const READ_MAX: usize = 64 * 1024;
+pub(super) const READ_MAX: usize = 64 * 1024;
 
 /// See the module.
 pub struct TcpLeg {
     stream: Rc<TcpStream>,
     next_read: usize,
-    /// Waits for EPOLLERR; made when it is first needed.
-    error: Option<Pin<Box<dyn Future<Output = io::Error>>>>,
+    error: ErrorWatch,
 }
 
 impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: None }
+        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 
     /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
@@ -48,6 +47,32 @@ impl TcpLeg {
 
 pub(super) fn reset(e: io::Error) -> Broken {
     Broken::Reset(Cause::Tcp(e))
+}
+
+/// Ready when the peer resets the connection, or it fails: for a connection that is not a leg yet.
+pub async fn broken(stream: &TcpStream) -> Broken {
+    reset(error_of(stream).await)
+}
+
+async fn error_of(stream: &TcpStream) -> io::Error {
+    match stream.ready(Interest::ERROR).await {
+        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(e) => e,
+    }
+}
+
+/// Waits for EPOLLERR; made when it is first needed.
+#[derive(Default)]
+pub(super) struct ErrorWatch(Option<Pin<Box<dyn Future<Output = io::Error>>>>);
+
+impl ErrorWatch {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Rc<TcpStream>) -> Poll<Broken> {
+        let error = self.0.get_or_insert_with(|| {
+            let stream = Rc::clone(stream);
+            Box::pin(async move { error_of(&stream).await })
+        });
+        error.as_mut().poll(cx).map(reset)
+    }
 }
 
 impl Leg for TcpLeg {
@@ -105,29 +130,16 @@ impl Leg for TcpLeg {
         }
     }
 
-    fn finish(&mut self) -> Result<(), Broken> {
-        match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
+    fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        Poll::Ready(match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
             // The peer closed both directions, and then the connection went away: nothing is lost.
             Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
             _ => Ok(()),
-        }
+        })
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        let error = self.error.get_or_insert_with(|| {
-            let stream = Rc::clone(&self.stream);
-            Box::pin(async move {
-                match stream.ready(Interest::ERROR).await {
-                    Ok(_) => stream
-                        .take_error()
-                        .ok()
-                        .flatten()
-                        .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-                    Err(e) => e,
-                }
-            })
-        });
-        error.as_mut().poll(cx).map(reset)
+        self.error.poll(cx, &self.stream)
     }
 
     fn close(&mut self) {

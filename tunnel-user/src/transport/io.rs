@@ -1,6 +1,6 @@
-//! The byte stream under HTTP/2, and its end.
+//! The byte stream under HTTP, and its end.
 //!
-//! Enters: a TLS stream. Leaves: the same, whose errors say what the peer said, and whose close loses
+//! Enters: a TCP or TLS stream. Leaves: the same, whose errors say what the peer said, and whose close loses
 //! nothing. Invariant: a peer's alert is not hidden by the broken pipe that comes with it; a connection that
 //! ended cleanly is closed only once the peer has closed it too. It adds no buffer.
 
@@ -17,6 +17,31 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
+use tokio_rustls::{client, server};
+
+/// A connection of ours: a TCP socket, or TLS over one.
+pub trait Wire: AsyncRead + AsyncWrite + Unpin {
+    /// The socket.
+    fn tcp(&self) -> &TcpStream;
+}
+
+impl Wire for TcpStream {
+    fn tcp(&self) -> &TcpStream {
+        self
+    }
+}
+
+impl Wire for server::TlsStream<TcpStream> {
+    fn tcp(&self) -> &TcpStream {
+        self.get_ref().0
+    }
+}
+
+impl Wire for client::TlsStream<TcpStream> {
+    fn tcp(&self) -> &TcpStream {
+        self.get_ref().0
+    }
+}
 
 /// Reads the peer's alert when writing fails: a peer that refuses our certificate says so and closes, and
 /// what we write next fails before we have read why.
@@ -106,7 +131,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for AlertFirst<T> {
 pub struct LastReader(Socket);
 
 impl LastReader {
-    /// To be made before the stream goes into TLS.
+    /// Of a socket, whatever is spoken over it.
     pub fn new(stream: &TcpStream) -> io::Result<Self> {
         SockRef::from(stream).try_clone().map(Self)
     }
