@@ -4,6 +4,7 @@
 //! Invariant: there is no way to a peer's bytes around the checks that the configuration asks for. It
 //! never decides what a peer may reach; that is the policy's.
 
+pub mod h1;
 pub mod identity;
 pub mod io;
 pub mod store;
