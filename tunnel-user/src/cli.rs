@@ -419,7 +419,7 @@ mod tests {
         assert_eq!(config.captures[0].cgroup, CgroupRef::Fresh);
         assert_eq!(config.routes[0].to, Action::Upstreams(vec![(0, 1)]));
         assert_eq!(config.upstreams[0].headers[0].1, "a=b");
-        assert_eq!(config.upstreams[0].check().server_name(&args.gateway.unwrap()).to_str(), "gw");
+        assert_eq!(config.upstreams[0].check().unwrap().server_name(&args.gateway.unwrap()).to_str(), "gw");
         assert_eq!(config.identity.unwrap().key, PathBuf::from("k.pem"));
 
         for (wrong, said) in [

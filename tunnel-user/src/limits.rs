@@ -5,7 +5,7 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::{Action, Config, Relay};
+use crate::config::{Action, Config, Protocol, Relay};
 
 /// Descriptors kept for everything that is not a flow: maps, listeners, connections, files.
 const RESERVED: u64 = 512;
@@ -16,13 +16,15 @@ const PER_FLOW_TUNNELLED: u64 = 1;
 /// The same where bytes go through pipes, of which there is one for every two flows: two sockets, half a pipe.
 const PER_FLOW_PIPED: u64 = 3;
 
-/// The most descriptors that one flow takes with this configuration: a captured one that is dialled has two sockets,
-/// every other has one, and a stream.
+/// The most descriptors that one flow takes with this configuration. On either side it has a socket of its own
+/// (captured, or HTTP/1; dialled, or HTTP/1), or a stream of HTTP/2.
 pub fn per_flow(config: &Config) -> u64 {
     let captures = !config.captures.is_empty() || !config.redirects.is_empty();
+    let enters = captures || config.listeners.iter().any(|l| l.protocols.contains(&Protocol::H1));
     let dials = config.routes.iter().any(|route| route.to == Action::Direct);
+    let leaves = dials || config.upstreams.iter().any(|u| u.protocol == Protocol::H1);
     match config.daemon.relay {
-        _ if !(captures && dials) => PER_FLOW_TUNNELLED,
+        _ if !(enters && leaves) => PER_FLOW_TUNNELLED,
         Relay::Copy => PER_FLOW,
         Relay::Pipe => PER_FLOW_PIPED,
     }
@@ -86,6 +88,9 @@ mod tests {
         assert_eq!(of(&[IDENTITY, CAPTURE, TUNNEL].concat()), 1);
         assert_eq!(of(&[IDENTITY, LISTENER, DIRECT].concat()), 1);
         assert_eq!(of(&[CAPTURE, DIRECT].concat()), 2);
+        let h1 = LISTENER.to_owned() + "protocols = [\"h2\", \"h1\"]\n";
+        assert_eq!(of(&[IDENTITY, &h1, DIRECT].concat()), 2);
+        assert_eq!(of(&[IDENTITY, CAPTURE, TUNNEL, "protocol = \"h1\"\n"].concat()), 2);
         assert_eq!(of(&["[daemon]\nrelay = \"pipe\"\n", CAPTURE, DIRECT].concat()), 3);
     }
 }

@@ -98,8 +98,8 @@ pub enum Via {
         upstream: String,
         /// Its endpoint.
         peer: String,
-        /// The stream's number.
-        stream: u32,
+        /// The stream's number on its connection; none where the connection is the flow's alone.
+        stream: Option<u32>,
     },
     /// It got nowhere.
     Nowhere,
@@ -142,7 +142,13 @@ impl Record {
     }
 
     /// It went through a tunnel.
-    pub fn through(&mut self, upstream: &str, peer: PeerAddr, stream: u32, identity: Option<&Identity>) {
+    pub fn through(
+        &mut self,
+        upstream: &str,
+        peer: PeerAddr,
+        stream: Option<u32>,
+        identity: Option<&Identity>,
+    ) {
         self.via = Via::Tunnel { upstream: upstream.to_owned(), peer: peer.to_string(), stream };
         self.identity = identity.map(ToString::to_string);
     }
@@ -195,7 +201,9 @@ pub fn table(records: &[Record], dropped: u64) -> String {
         .map(|r| {
             let (gateway, stream) = match &r.via {
                 Via::Direct => ("direct".to_owned(), "-".to_owned()),
-                Via::Tunnel { peer, stream, .. } => (peer.clone(), stream.to_string()),
+                Via::Tunnel { peer, stream, .. } => {
+                    (peer.clone(), stream.map_or_else(|| "-".to_owned(), |n| n.to_string()))
+                }
                 Via::Nowhere => ("-".to_owned(), "-".to_owned()),
             };
             [
@@ -264,7 +272,7 @@ mod tests {
     fn the_table_lines_up_and_says_what_was_left_out() {
         let mut record =
             Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
-        record.through("gateway", PeerAddr("10.77.0.2:15008".parse().unwrap()), 3, None);
+        record.through("gateway", PeerAddr("10.77.0.2:15008".parse().unwrap()), Some(3), None);
         (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".to_owned());
         record.lasted(Duration::from_micros(1234));
         let text = table(&[record], 2);

@@ -4,19 +4,18 @@
 //! changes worker, and nothing on its path takes a lock or crosses a core. It never opens a listener
 //! itself: those are bound before any worker starts.
 
+mod requests;
+
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     io,
-    net::SocketAddr,
+    net::IpAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use http::{Request, Response, StatusCode};
 use socket2::Socket;
 use tokio::{
     net::TcpListener,
@@ -31,29 +30,23 @@ use crate::{
     config,
     dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
-    flow::{ClientAddr, Identity, PeerAddr, Target},
+    flow::{ClientAddr, Identity, Target},
     limits,
-    listener::{
-        h2::{self as h2_listener, Incoming, ServeError},
-        handshakes::{self, Handshakes},
-        request::{self, Refusal},
-    },
+    listener::{accept, handshakes::Handshakes, request::Refusal},
     policy::{Permit, Policies},
-    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, TcpLeg, Waiting, relay},
+    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, TcpLeg, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
-    transport::{
-        store::TlsStore,
-        tcp::{self, Mark},
-    },
-    tunnel::{self, Upstream, headers::Trace},
+    transport::tcp::{self, Mark},
+    tunnel::{self, Upstream, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
 const PEER_LEAVES: usize = 4;
 /// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
-/// Tunnel connections of one listener and worker; more wait in the backlog. One carries many flows.
+/// Tunnel connections of one listener and worker; more wait in the backlog. One of HTTP/2 carries many flows;
+/// one of HTTP/1 is a flow, and counts as one, as soon as it is carried.
 const TUNNELS_MAX: usize = 4096;
 /// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
@@ -66,8 +59,6 @@ pub struct Shared {
     pub policies: Policies,
     /// The upstreams, in the configuration's order.
     pub upstreams: Vec<tunnel::Settings>,
-    /// Who we are.
-    pub tls: Option<Arc<TlsStore>>,
     /// The mark of our own sockets.
     pub mark: Mark,
     /// How many flows one worker takes at once.
@@ -103,7 +94,7 @@ pub struct ConnectSocket {
     /// The listening socket.
     pub socket: Socket,
     /// How it serves.
-    pub settings: Arc<h2_listener::Settings>,
+    pub settings: Arc<accept::Settings>,
     /// How long a dial for one of its streams may take.
     pub dial_timeout: Duration,
 }
@@ -151,7 +142,7 @@ struct Worker {
     trace: Trace,
     active: Cell<usize>,
     /// Flows of each peer of our listeners.
-    peers: RefCell<HashMap<Identity, usize>>,
+    peers: RefCell<HashMap<Peer, usize>>,
     watch: Watch,
     /// Told when the flows that are left are to end.
     stop: Watch,
@@ -159,10 +150,7 @@ struct Worker {
 
 async fn work(start: Start) -> io::Result<Report> {
     let Start { shared, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = match &shared.tls {
-        Some(tls) => shared.upstreams.iter().map(|s| Upstream::new(s.clone(), Arc::clone(tls))).collect(),
-        None => Vec::new(),
-    };
+    let upstreams = shared.upstreams.iter().cloned().map(Upstream::new).collect();
     let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
@@ -292,7 +280,7 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
 async fn accept_tunnels(
     worker: Rc<Worker>,
     socket: TcpListener,
-    settings: Arc<h2_listener::Settings>,
+    settings: Arc<accept::Settings>,
     dial_timeout: Duration,
     flows: Rc<Tasks>,
 ) {
@@ -306,8 +294,7 @@ async fn accept_tunnels(
                 let (worker, settings) = (Rc::clone(&worker), Arc::clone(&settings));
                 let place = handshakes.place();
                 flows.spawn(async move {
-                    worker.serve(&settings, stream, peer, dial_timeout, place).await;
-                    drop(tunnel);
+                    worker.serve(&settings, stream, peer, dial_timeout, place, tunnel).await;
                 });
             }
             Err(e) => back_off(&e).await,
@@ -323,10 +310,19 @@ async fn back_off(e: &io::Error) {
     }
 }
 
+/// Whose flows are counted together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Peer {
+    /// Those of an identity.
+    Known(Identity),
+    /// Those from an address where nobody has proved who he is.
+    At(IpAddr),
+}
+
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.
 struct Place {
     worker: Rc<Worker>,
-    peer: Option<Identity>,
+    peer: Option<Peer>,
 }
 
 impl Drop for Place {
@@ -351,7 +347,7 @@ enum Sink {
 
 impl Worker {
     /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
-    fn admit(self: &Rc<Self>, peer: Option<&Identity>) -> Result<Place, Refusal> {
+    fn admit(self: &Rc<Self>, peer: Option<&Peer>) -> Result<Place, Refusal> {
         let most = self.shared.flows_max;
         let share = most - most / PEER_LEAVES;
         let mut peers = self.peers.borrow_mut();
@@ -385,7 +381,7 @@ impl Worker {
                 }
                 let upstream = self.upstreams.get(i).ok_or_else(|| denied(target, "its upstream is gone"))?;
                 let stream = upstream.connect(target, client).await?;
-                record.through(upstream.name(), stream.peer, stream.leg.id(), stream.identity.as_ref());
+                record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
             Decision::Direct => {
@@ -421,13 +417,25 @@ impl Worker {
         mut record: Record,
         started: Instant,
     ) {
-        let early = Early { sent: early, received: Queue::default() };
+        let mut early = Early { sent: early, received: Queue::default() };
         let meter = Meter::default();
         let pipes = self.pipes.as_ref();
         let relayed = async {
             match sink {
                 Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
-                Sink::Tunnel(mut stream) => relay(client, &mut stream.leg, early, &meter, pipes).await,
+                Sink::Tunnel(stream) => {
+                    early.received = stream.early;
+                    let _place = stream.place;
+                    match stream.leg {
+                        tunnel::Leg::H2(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
+                        tunnel::Leg::H1(h1::Leg::Tcp(mut leg)) => {
+                            relay(client, &mut leg, early, &meter, pipes).await
+                        }
+                        tunnel::Leg::H1(h1::Leg::Tls(mut leg)) => {
+                            relay(client, &mut *leg, early, &meter, pipes).await
+                        }
+                    }
+                }
             }
         };
         let mut stop = self.stop.clone();
@@ -470,7 +478,11 @@ impl Worker {
 
     fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
         let counter = match refusal {
-            Refusal::Method(_) | Refusal::Authority(_) => &self.counters.bad_requests,
+            Refusal::Method(_)
+            | Refusal::Authority(_)
+            | Refusal::Head(_)
+            | Refusal::Content(_)
+            | Refusal::Host(_) => &self.counters.bad_requests,
             Refusal::Denied(_) => &self.counters.denied,
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
@@ -490,32 +502,10 @@ impl Worker {
         self.records.push(record);
     }
 
-    /// Serves one tunnel connection.
-    async fn serve(
-        self: &Rc<Self>,
-        settings: &h2_listener::Settings,
-        stream: tokio::net::TcpStream,
-        peer: SocketAddr,
-        dial_timeout: Duration,
-        mut place: handshakes::Place,
-    ) {
-        let shaken = tokio::select! {
-            shaken = h2_listener::handshake(settings, stream, peer) => shaken,
-            () = place.needed() => Err(ServeError::Crowded),
-        };
-        let tunnel = match shaken {
-            Ok(tunnel) => tunnel,
-            Err(e) => {
-                self.counters.handshakes_failed.add(1);
-                return tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
-            }
-        };
-        drop(place);
-        self.counters.tunnels_accepted.add(1);
-        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
-        if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
-            tracing::debug!(peer = %PeerAddr(peer), "tunnel ended: {e}");
-        }
+    /// Books a flow whose client did not wait for it.
+    fn left(&self, mut record: Record, started: Instant) {
+        "the client left before the target answered".clone_into(&mut record.outcome);
+        self.book(record, started);
     }
 }
 
@@ -544,82 +534,7 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
     match reached {
         Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,
         Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
-        None => {
-            "the client left before the target answered".clone_into(&mut record.outcome);
-            worker.book(record, started);
-        }
+        None => worker.left(record, started),
     }
     drop(place);
-}
-
-/// listener → dial or tunnel.
-async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Duration) {
-    let started = Instant::now();
-    let Incoming { request, mut respond, client, identity } = incoming;
-    let (request, body) = request.into_parts();
-    let request = Request::from_parts(request, ());
-    let mut waiting = Waiting::new(body);
-    let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
-    let unknown = || {
-        let mut record = Record::new(&Target::Name(String::new(), 0), client);
-        record.destination.clone_from(&asked);
-        record
-    };
-    let place = match worker.admit(identity.as_ref()) {
-        Ok(place) => place,
-        Err(refusal) => {
-            answer(&mut respond, refusal.response());
-            return worker.refused(&refusal, unknown(), identity.as_ref(), started);
-        }
-    };
-    let target = match request::target(&request) {
-        Ok(target) => target,
-        Err(refusal) => {
-            answer(&mut respond, refusal.response());
-            return worker.refused(&refusal, unknown(), identity.as_ref(), started);
-        }
-    };
-    let mut record = Record::new(&target, client);
-    record.identity = identity.as_ref().map(ToString::to_string);
-    let reached = match worker.shared.policies.check_target(identity.as_ref(), &target) {
-        Err(denied) => Some(Err(Refusal::Denied(denied.to_string()))),
-        Ok(permit) => {
-            let reach =
-                worker.reach(Source::Listener, &target, client, dial_timeout, Some(permit), &mut record);
-            tokio::select! {
-                reached = reach => Some(reached),
-                _ = waiting.broken(&mut respond) => None,
-            }
-        }
-    };
-    match reached {
-        Some(Ok(sink)) => {
-            let mut ok = Response::new(());
-            *ok.status_mut() = StatusCode::OK;
-            match respond.send_response(ok, false) {
-                Ok(send) => {
-                    let (mut leg, early) = waiting.answered(send);
-                    worker.relay(&mut leg, early, sink, record, started).await;
-                }
-                Err(e) => {
-                    record.outcome = format!("the client left before the target answered: {e}");
-                    worker.book(record, started);
-                }
-            }
-        }
-        Some(Err(refusal)) => {
-            answer(&mut respond, refusal.response());
-            worker.refused(&refusal, record, identity.as_ref(), started);
-        }
-        None => {
-            "the client left before the target answered".clone_into(&mut record.outcome);
-            worker.book(record, started);
-        }
-    }
-    drop(place);
-}
-
-/// Fails only when the peer has reset the stream, and then nobody waits for the answer.
-fn answer(respond: &mut SendResponse<Bytes>, response: Response<()>) {
-    let _gone = respond.send_response(response, true);
 }

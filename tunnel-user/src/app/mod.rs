@@ -36,7 +36,7 @@ use crate::{
     drain::{self, Phase, Trigger},
     exit::{Cause, Failure},
     limits,
-    listener::h2 as h2_listener,
+    listener::accept,
     policy::Policies,
     privileges,
     route::Router,
@@ -47,7 +47,7 @@ use crate::{
         store::{self, TlsStore},
         tcp,
     },
-    tunnel::{self, pool},
+    tunnel::{self, connect, pool},
     worker::{self, CaptureSocket, ConnectSocket, More, Report, Shared, Start},
 };
 
@@ -109,13 +109,14 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let mut addresses = Vec::new();
     let mut listeners: Vec<Vec<ConnectSocket>> = (0..workers).map(|_| Vec::new()).collect();
     for listener in &config.listeners {
-        let Some(tls) = &tls else { return Err(no_identity()) };
         let sockets = opener.open(listener.address)?;
         let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket());
         addresses.push(bound.unwrap_or(listener.address));
-        let settings = Arc::new(h2_listener::Settings {
-            tls: Arc::clone(tls),
-            check: listener.check(),
+        let proving =
+            |check| Ok::<_, Failure>(accept::Tls { store: tls.clone().ok_or_else(no_identity)?, check });
+        let settings = Arc::new(accept::Settings {
+            tls: listener.check().map(proving).transpose()?,
+            protocols: listener.protocols.clone(),
             handshake_timeout: listener.handshake_timeout,
             max_streams: listener.max_streams.get(),
             keepalive_interval: LISTENER_KEEPALIVE.0,
@@ -130,6 +131,9 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
             });
         }
     }
+
+    let upstreams = config.upstreams.iter().map(|u| upstream(u, tls.as_ref(), socket_mark));
+    let upstreams = upstreams.collect::<Result<_, _>>()?;
 
     // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
     let pinning = config.captures.iter().any(|c| pin_dir(&config, c).is_some());
@@ -148,8 +152,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let shared = Arc::new(Shared {
         router: Router::new(config.routes.clone()),
         policies: Policies::new(config.policies.clone(), &[&addresses[..], &redirects].concat()),
-        upstreams: config.upstreams.iter().map(|u| upstream(u, socket_mark)).collect(),
-        tls,
+        upstreams,
         mark: socket_mark,
         flows_max: limits::flows_per_worker(
             config.daemon.max_flows.get(),
@@ -440,23 +443,29 @@ fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
         .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))
 }
 
-fn upstream(u: &config::Upstream, mark: tcp::Mark) -> tunnel::Settings {
-    tunnel::Settings {
+fn upstream(
+    u: &config::Upstream,
+    tls: Option<&Arc<TlsStore>>,
+    mark: tcp::Mark,
+) -> Result<tunnel::Settings, Failure> {
+    let proving =
+        |check| Ok::<_, Failure>(tunnel::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
+    Ok(tunnel::Settings {
         name: u.name.clone(),
         endpoints: u.endpoints.clone(),
         balance: u.balance,
-        check: u.check(),
+        protocol: u.protocol,
+        tls: u.check().map(proving).transpose()?,
         headers: u.headers.clone(),
         response_timeout: u.response_timeout,
         pool: pool::Settings {
             max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
-            connect_timeout: u.connect_timeout,
+            connect: connect::Settings { timeout: u.connect_timeout, mark },
             idle_timeout: u.idle_timeout,
             keepalive_interval: u.keepalive_interval,
             keepalive_timeout: u.keepalive_timeout,
-            mark,
         },
-    }
+    })
 }
 
 fn other(what: &str) -> Failure {
@@ -464,5 +473,5 @@ fn other(what: &str) -> Failure {
 }
 
 fn no_identity() -> Failure {
-    Failure::Config(Cause::new("a listener needs an identity", "Add an [identity] section."))
+    Failure::Config(Cause::new("TLS needs an identity", "Add an [identity] section."))
 }

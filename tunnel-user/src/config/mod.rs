@@ -82,7 +82,7 @@ pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Config {
     /// The process itself.
     pub daemon: Daemon,
-    /// Who we are. Present whenever there is a listener or an upstream.
+    /// Who we are. Present whenever there is a listener or an upstream with TLS.
     pub identity: Option<IdentityFiles>,
     /// Whose connections are captured by eBPF.
     pub captures: Vec<Capture>,
@@ -128,7 +128,7 @@ impl Default for Daemon {
     }
 }
 
-/// How bytes are moved between two sockets of ours: a captured connection, and one that we dialled.
+/// How bytes are moved between two sockets of ours: captured, dialled, or an HTTP/1 tunnel in plaintext.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Relay {
     /// Read and written.
@@ -188,6 +188,18 @@ pub enum Protocol {
     /// HTTP/2.
     #[default]
     H2,
+    /// HTTP/1.1, and 1.0 from clients that speak that.
+    H1,
+}
+
+impl Protocol {
+    /// What TLS calls it (RFC 7301 section 6, RFC 9113 section 3.2).
+    pub const fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::H2 => b"h2",
+            Self::H1 => b"http/1.1",
+        }
+    }
 }
 
 /// Whether clients must present a certificate.
@@ -203,8 +215,10 @@ pub enum ClientAuth {
 pub struct Listener {
     /// Where it listens.
     pub address: SocketAddr,
-    /// What it speaks.
+    /// What it speaks; at least one. Of what a client offers, the first one of these is taken.
     pub protocols: Vec<Protocol>,
+    /// Whether it speaks TLS. Without it nobody proves who he is: `client_auth` and `verify` mean nothing then.
+    pub tls: bool,
     /// Whether clients must present a certificate.
     pub client_auth: ClientAuth,
     /// Which names of clients are let in at all; empty: every name that our CA vouches for.
@@ -223,6 +237,7 @@ impl Listener {
         Self {
             address,
             protocols: vec![Protocol::H2],
+            tls: true,
             client_auth: ClientAuth::Required,
             verify: Vec::new(),
             dial_timeout: DIAL_TIMEOUT,
@@ -231,9 +246,9 @@ impl Listener {
         }
     }
 
-    /// What its clients must prove.
-    pub fn check(&self) -> ClientCheck {
-        ClientCheck { san: self.verify.clone() }
+    /// What its clients must prove; without TLS nothing.
+    pub fn check(&self) -> Option<ClientCheck> {
+        self.tls.then(|| ClientCheck { san: self.verify.clone() })
     }
 }
 
@@ -283,6 +298,8 @@ pub struct Upstream {
     pub endpoints: Vec<Target>,
     /// How an endpoint is picked.
     pub balance: Balance,
+    /// Whether it is spoken to over TLS. Without it nothing is proved: `sni` and `verify` mean nothing then.
+    pub tls: bool,
     /// The name to ask for (SNI) and, when `verify` is empty, to verify. `None`: the endpoint's.
     pub sni: Option<ServerName<'static>>,
     /// The names of which its certificate must carry one.
@@ -311,6 +328,7 @@ impl Upstream {
             protocol: Protocol::H2,
             endpoints,
             balance: Balance::LeastRequest,
+            tls: true,
             sni: None,
             verify: Vec::new(),
             headers: Vec::new(),
@@ -323,9 +341,9 @@ impl Upstream {
         }
     }
 
-    /// What its endpoints must prove.
-    pub fn check(&self) -> ServerCheck {
-        ServerCheck { name: self.sni.clone(), san: self.verify.clone() }
+    /// What its endpoints must prove; without TLS nothing.
+    pub fn check(&self) -> Option<ServerCheck> {
+        self.tls.then(|| ServerCheck { name: self.sni.clone(), san: self.verify.clone() })
     }
 }
 

@@ -299,6 +299,13 @@ impl<'a> Reader<'a> {
         tables.iter().filter_map(text).collect()
     }
 
+    /// Whether each table of `[[key]]` says `inner = said`.
+    pub(crate) fn all_say(&self, key: &str, inner: &str, said: bool) -> bool {
+        let Some(DeValue::Array(tables)) = self.cell(key).map(|c| c.value) else { return false };
+        let says = |t: &Spanned<DeValue<'_>>| matches!(t.get_ref().get(inner).map(Spanned::get_ref), Some(DeValue::Boolean(b)) if *b == said);
+        tables.iter().all(says)
+    }
+
     /// Whether the key is there, with whatever behind it.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.cell(key).is_some()

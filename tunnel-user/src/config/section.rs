@@ -4,7 +4,7 @@
 //! first `?`. It never has a default of its own: those are constants of the configuration.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     net::SocketAddr,
     num::{NonZeroU32, NonZeroUsize},
     path::PathBuf,
@@ -37,12 +37,13 @@ impl Section for Config {
             r.sections("route", "Where flows go. The first match wins; no match is refused.");
         let upstreams: Vec<Upstream> =
             r.sections("upstream", "A gateway or proxy that flows are tunnelled through.");
-        let policies = r.sections(
+        let policies: Vec<At<Policy>> = r.sections(
             "policy",
             "Who may reach what through our listeners. Nothing is allowed until a rule says so.",
         );
 
         check_together(r, &listeners, &captures);
+        check_peers(r, &listeners, &policies);
         let (mut ebpf, mut redirects) = (Vec::new(), Vec::new());
         for capture in captures {
             match capture.value {
@@ -54,6 +55,7 @@ impl Section for Config {
         }
         let routes = resolve(r, routes);
         let listeners = listeners.into_iter().map(|l| l.value).collect();
+        let policies = policies.into_iter().map(|p| p.value).collect();
         Some(Self {
             daemon,
             identity,
@@ -73,7 +75,7 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         r.wrong("", "there is nothing to do: neither [[capture]] nor [[listener]] is there");
     }
     for key in ["listener", "upstream"] {
-        if r.has(key) && !r.has("identity") {
+        if r.has(key) && !r.all_say(key, "tls", false) && !r.has("identity") {
             r.wrong(key, "needs a certificate: [identity] is missing");
         }
     }
@@ -112,6 +114,19 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         if seen.insert(name.value.clone(), ()).is_some() {
             r.wrong_at(&name, format!("another upstream is named \"{}\" already", name.value));
         }
+    }
+}
+
+/// Policies that name peers, where nobody can prove to be one of them.
+fn check_peers(r: &Reader<'_>, listeners: &[At<Listener>], policies: &[At<Policy>]) {
+    if !r.all_say("listener", "tls", false) || listeners.is_empty() {
+        return;
+    }
+    for at in policies.iter().filter(|at| at.value.identity != Peers::Any) {
+        r.wrong_at(
+            at,
+            "names peers, and no listener has TLS, by which a client could prove to be one: only \"any\" would match",
+        );
     }
 }
 
@@ -157,7 +172,7 @@ impl Section for Daemon {
         let max_flows = r.default("max_flows", "Flows at a time; more are refused.", MAX_FLOWS);
         let relay = r.default(
             "relay",
-            "How bytes are moved between a captured connection and one that we dialled (a route to \"direct\"): \"copy\", through this process; \"pipe\", in the kernel (splice), which takes less than half the CPU for bulk and as much for small messages.",
+            "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"pipe\", in the kernel (splice), which takes less than half the CPU for bulk and as much for small messages.",
             Relay::Copy,
         );
         Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay })
@@ -283,7 +298,16 @@ fn redirect(r: &Reader<'_>, listen: Option<Vec<At<SocketAddr>>>) -> Option<AnyCa
 impl Section for Listener {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let address = r.required("address", "Where to listen: ADDRESS:PORT.");
-        let protocols = r.default("protocols", "The HTTP versions to take.", vec![Protocol::H2]);
+        let protocols = r.default(
+            "protocols",
+            "The HTTP versions to take: with TLS the first that the client offers too (ALPN; \"h1\" when it offers none), in plaintext what its first bytes say.",
+            vec![Protocol::H2],
+        );
+        let tls = r.default(
+            "tls",
+            "Whether it speaks TLS. Without it no client can prove who it is: only policies for \"any\" match.",
+            true,
+        );
         let client_auth =
             r.default("client_auth", "Whether clients must present a certificate.", ClientAuth::Required);
         let verify = r.default(
@@ -294,7 +318,7 @@ impl Section for Listener {
         let dial_timeout = r.default("dial_timeout", "How long a dial to a target may take.", DIAL_TIMEOUT);
         let handshake_timeout = r.default(
             "handshake_timeout",
-            "How long a peer may take for its TLS handshake.",
+            "How long a peer may take for its TLS handshake and the start of HTTP; over HTTP/1 that is the whole head of its request.",
             HANDSHAKE_TIMEOUT,
         );
         let max_streams =
@@ -302,9 +326,26 @@ impl Section for Listener {
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
+        if protocols.len() > protocols.iter().collect::<HashSet<_>>().len() {
+            r.wrong("protocols", "says the same twice");
+        }
+        if !tls {
+            for key in ["client_auth", "verify"] {
+                if r.has(key) {
+                    r.wrong(key, "has no meaning with tls = false: clients show certificates in TLS only");
+                }
+            }
+        }
+        if protocols == [Protocol::H1] && r.has("max_streams") {
+            r.wrong(
+                "max_streams",
+                "has no meaning without \"h2\": over HTTP/1 a connection carries one flow",
+            );
+        }
         Some(Self {
             address: address?,
             protocols,
+            tls,
             client_auth,
             verify,
             dial_timeout,
@@ -361,10 +402,18 @@ impl Section for RouteByName {
     }
 }
 
+/// Keys of connections that many flows share.
+const H2_ONLY: [&str; 4] = ["max_streams", "idle_timeout", "keepalive_interval", "keepalive_timeout"];
+
 impl Section for Upstream {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let name = r.required("name", "What routes call it.");
-        let protocol = r.default("protocol", "The HTTP version to speak.", Protocol::H2);
+        let protocol = r.default(
+            "protocol",
+            "The HTTP version to speak: \"h2\", many flows on one connection; \"h1\", a connection for each flow.",
+            Protocol::H2,
+        );
+        let tls = r.default("tls", "Whether to speak TLS to it. Without it nobody proves anything.", true);
         let endpoints: Option<Vec<Target>> = r.required("endpoints", "Where it is: HOST:PORT.");
         let balance = r.default("balance", "How an endpoint is picked.", Balance::LeastRequest);
         let sni =
@@ -396,11 +445,27 @@ impl Section for Upstream {
         if endpoints.as_ref().is_some_and(Vec::is_empty) {
             r.wrong("endpoints", "is empty: there is nothing to connect to");
         }
+        if !tls {
+            for key in ["sni", "verify"] {
+                if r.has(key) {
+                    r.wrong(key, "has no meaning with tls = false: servers show certificates in TLS only");
+                }
+            }
+        }
+        if protocol == Protocol::H1 {
+            for key in H2_ONLY {
+                if r.has(key) {
+                    let why = "over HTTP/1 each flow has a connection of its own";
+                    r.wrong(key, format!("has no meaning with protocol = \"h1\": {why}"));
+                }
+            }
+        }
         Some(Self {
             name: name?,
             protocol,
             endpoints: endpoints?,
             balance,
+            tls,
             sni,
             verify,
             headers,
@@ -411,6 +476,14 @@ impl Section for Upstream {
             keepalive_timeout,
             response_timeout,
         })
+    }
+}
+
+/// A policy and the place of its identity.
+impl Section for At<Policy> {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let policy = Policy::read(r)?;
+        Some(r.at("identity", policy))
     }
 }
 

@@ -60,7 +60,7 @@ fn what_is_written_is_what_is_meant() {
     assert_eq!(east.headers[0].0, "baggage");
     assert_eq!(east.keepalive_interval, Duration::from_millis(250));
     assert_eq!(east.max_streams.get(), 10);
-    assert_eq!(east.check().server_name(&east.endpoints[1]).to_str(), "gw.east");
+    assert_eq!(east.check().unwrap().server_name(&east.endpoints[1]).to_str(), "gw.east");
 }
 
 #[test]
@@ -203,6 +203,59 @@ fn what_needs_another_section_says_which() {
     assert_eq!(mistakes("[[capture]]\nproxy = \"127.0.0.1:12345\"\n"), ["1:1: capture.cgroup: is missing"]);
 }
 
+#[test]
+fn without_tls_nothing_is_proved_and_what_would_need_it_is_a_mistake() {
+    let open = "[[listener]]\naddress = \"[::]:3128\"\nprotocols = [\"h2\", \"h1\"]\ntls = false\n\
+                [[route]]\nto = [{ upstream = \"squid\" }]\n\
+                [[upstream]]\nname = \"squid\"\nendpoints = [\"10.9.0.1:3128\"]\nprotocol = \"h1\"\ntls = false\n\
+                [[policy]]\nidentity = \"any\"\ntarget = [\"10.0.0.0/8\"]\n";
+    let config = parse(open).unwrap();
+    assert_eq!(config.listeners[0].protocols, [Protocol::H2, Protocol::H1]);
+    assert!(config.listeners[0].check().is_none() && config.upstreams[0].check().is_none());
+    assert_eq!(config.upstreams[0].protocol, Protocol::H1);
+    let no_clients = "has no meaning with tls = false: clients show certificates in TLS only";
+    let no_servers = "has no meaning with tls = false: servers show certificates in TLS only";
+    let one_each = "has no meaning with protocol = \"h1\": over HTTP/1 each flow has a connection of its own";
+    for (from, to, said) in [
+        ("[[route]]", "client_auth = \"required\"\n[[route]]", format!("5:15: listener.client_auth: {no_clients}")),
+        ("[[route]]", "verify = [\"a.example\"]\n[[route]]", format!("5:10: listener.verify: {no_clients}")),
+        ("[[policy]]", "sni = \"a.example\"\n[[policy]]", format!("12:7: upstream.sni: {no_servers}")),
+        ("[[policy]]", "verify = [\"a.example\"]\n[[policy]]", format!("12:10: upstream.verify: {no_servers}")),
+        ("[[policy]]", "max_streams = 3\n[[policy]]", format!("12:15: upstream.max_streams: {one_each}")),
+        ("[[policy]]", "idle_timeout = \"3s\"\n[[policy]]", format!("12:16: upstream.idle_timeout: {one_each}")),
+        (
+            "\"any\"",
+            "[\"spiffe://example.org/web\"]",
+            "13:12: policy.identity: names peers, and no listener has TLS, by which a client could prove to be one: \
+             only \"any\" would match"
+                .to_owned(),
+        ),
+        (
+            "\"h2\", \"h1\"]",
+            "\"h1\"]\nmax_streams = 3",
+            "4:15: listener.max_streams: has no meaning without \"h2\": over HTTP/1 a connection carries one flow"
+                .to_owned(),
+        ),
+        (
+            "\"h2\", \"h1\"]",
+            "\"h1\", \"h1\"]",
+            "3:13: listener.protocols: says the same twice".to_owned(),
+        ),
+        (
+            "tls = false\n[[route]]",
+            "[[route]]",
+            "1:1: listener: needs a certificate: [identity] is missing".to_owned(),
+        ),
+        (
+            "tls = false\n[[policy]]",
+            "[[policy]]",
+            "7:1: upstream: needs a certificate: [identity] is missing".to_owned(),
+        ),
+    ] {
+        assert_eq!(mistakes(&open.replacen(from, to, 1)), [said], "{to}");
+    }
+}
+
 /// A daemon that captures by rules.
 const REDIRECT: &str = "[[capture]]\nmode = \"redirect\"\nlisten = [\"127.0.0.1:15001\", \"[::1]:15001\"]\n\
     [[route]]\nto = \"direct\"\n";
@@ -332,12 +385,12 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.protocols \
-        listener.verify policy policy.identity policy.target route route.match route.match.destination \
+        listener.tls listener.verify policy policy.identity policy.target route route.match route.match.destination \
         route.match.host route.match.source route.to route.to.upstream route.to.weight upstream \
         upstream.balance upstream.connect_timeout upstream.endpoints upstream.headers \
         upstream.idle_timeout upstream.keepalive_interval upstream.keepalive_timeout \
         upstream.max_streams upstream.name upstream.protocol upstream.response_timeout upstream.sni \
-        upstream.verify";
+        upstream.tls upstream.verify";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");
@@ -401,5 +454,5 @@ fn the_examples_are_configurations() {
             seen += 1;
         }
     }
-    assert!(seen >= 4, "{seen} examples");
+    assert!(seen >= 7, "{seen} examples");
 }

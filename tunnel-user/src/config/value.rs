@@ -121,8 +121,8 @@ impl Word for OnFailure {
     const WORDS: &'static [(&'static str, Self)] = &[("closed", Self::Closed), ("open", Self::Open)];
 }
 impl Word for Protocol {
-    const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2)];
-    const LATER: &'static [&'static str] = &["h1", "h3"];
+    const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2), ("h1", Self::H1)];
+    const LATER: &'static [&'static str] = &["h3"];
 }
 impl Word for ClientAuth {
     const WORDS: &'static [(&'static str, Self)] = &[("required", Self::Required)];

@@ -1,31 +1,26 @@
-//! CONNECT over HTTP/2 over mutual TLS.
+//! CONNECT over HTTP/2.
 //!
-//! Enters: an accepted TCP connection. Leaves: one call of `handle` per stream. Invariant: every
+//! Enters: a connection whose peer has been let in. Leaves: one call of `handle` per stream. Invariant: every
 //! handshake, header list, window and number of streams is bounded (the constants say by what); a peer
 //! that goes beyond ends its own connection. It never answers a request itself.
 
-use std::{future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{future::Future, rc::Rc};
 
 use bytes::Bytes;
-use h2::{RecvStream, server::SendResponse};
-use http::Request;
-use rustls_pki_types::UnixTime;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    time::{Instant, sleep_until, timeout, timeout_at},
+use h2::{
+    RecvStream,
+    server::{Connection, SendResponse},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use http::Request;
+use tokio::time::{Instant, sleep_until, timeout};
 
+use super::accept::{LINGER, ServeError, Settings};
 use crate::{
     drain::{Tasks, Watch},
-    flow::{ClientAddr, Identity, PeerAddr},
+    flow::{ClientAddr, Identity},
     transport::{
-        identity::peer_identity,
-        io::LastReader,
-        store::TlsStore,
-        tcp,
-        verify::{ClientCheck, check_expiry, explain},
+        io::{LastReader, Wire},
+        verify::explain,
     },
     tunnel::pool::{FRAME, HEADERS, SEND_BUFFER, STREAM_WINDOW, connection_window},
 };
@@ -36,47 +31,6 @@ const PENDING_RESETS_MAX: usize = 20;
 const RESET_STREAMS_MAX: usize = 50;
 /// Errors that the peer may make us answer with a reset.
 const LOCAL_ERRORS_MAX: usize = 256;
-
-/// How long a peer that has ended its tunnel, or was refused, may take to close its side.
-const LINGER: Duration = Duration::from_secs(1);
-/// How much a refused peer may still send: the frames that clients open a connection with.
-const LAST_WORDS: u64 = 64 * 1024;
-
-/// How one listener serves.
-pub struct Settings {
-    /// Our certificate, and whom we trust.
-    pub tls: Arc<TlsStore>,
-    /// What clients' certificates must say.
-    pub check: ClientCheck,
-    /// From the accept until the first HTTP/2 frame.
-    pub handshake_timeout: Duration,
-    /// Streams on one connection.
-    pub max_streams: u32,
-    /// Between two PINGs on a connection.
-    pub keepalive_interval: Duration,
-    /// A PING unanswered for this long means that the connection is lost.
-    pub keepalive_timeout: Duration,
-}
-
-/// Why a connection was not served, or ended.
-#[derive(Debug, thiserror::Error)]
-pub enum ServeError {
-    /// TLS failed: which check, on which side.
-    #[error("{0}")]
-    Tls(String),
-    /// HTTP/2 failed.
-    #[error("HTTP/2: {0}")]
-    H2(String),
-    /// The peer took too long.
-    #[error("no complete handshake within {0:?}")]
-    HandshakeTimeout(Duration),
-    /// Too many others were in the middle of theirs.
-    #[error("its handshake was not done when its place was needed for another")]
-    Crowded,
-    /// The peer does not answer.
-    #[error("no answer to PING within {0:?}")]
-    KeepaliveTimeout(Duration),
-}
 
 /// One request.
 pub struct Incoming {
@@ -90,87 +44,41 @@ pub struct Incoming {
     pub identity: Option<Identity>,
 }
 
-/// A connection whose peer has been let in.
-pub struct Tunnel {
-    connection: h2::server::Connection<TlsStream<TcpStream>, Bytes>,
+/// A connection on which the peer has begun to speak HTTP/2.
+pub struct Tunnel<W> {
+    connection: Connection<W, Bytes>,
     last: LastReader,
-    client: ClientAddr,
-    identity: Option<Identity>,
 }
 
-/// Shakes hands with a peer, on TLS and HTTP/2.
-pub async fn handshake(
-    settings: &Settings,
-    stream: TcpStream,
-    peer: SocketAddr,
-) -> Result<Tunnel, ServeError> {
-    let deadline = Instant::now() + settings.handshake_timeout;
-    let slow = |_| ServeError::HandshakeTimeout(settings.handshake_timeout);
-    // Fails only on a socket that is gone, which the handshake will find.
-    let _gone = tcp::tune(&stream);
-    let last = LastReader::new(&stream).map_err(|e| ServeError::Tls(e.to_string()))?;
-    let acceptor = TlsAcceptor::from(settings.tls.server_config(&settings.check));
-    let accepted = timeout_at(deadline, acceptor.accept(stream).into_fallible()).await.map_err(slow)?;
-    let tls = match accepted {
-        Ok(tls) => tls,
-        Err((e, stream)) => {
-            hear_out(stream).await;
-            return Err(ServeError::Tls(explain(&e)));
-        }
-    };
-    let session = tls.get_ref().1;
-    let certificates = session.peer_certificates().unwrap_or_default();
-    // A resumed session brings its certificate along, and nobody has looked at the date since.
-    check_expiry(certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
-    let identity = peer_identity(certificates);
-    let suite = session.negotiated_cipher_suite().map(|s| s.suite());
-    if session.alpn_protocol() != Some(b"h2") {
-        return Err(ServeError::Tls("the peer did not offer h2 (ALPN)".to_owned()));
-    }
-    let connection = timeout_at(
-        deadline,
-        h2::server::Builder::new()
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(connection_window(settings.max_streams))
-            .max_frame_size(FRAME)
-            .max_header_list_size(HEADERS)
-            .max_concurrent_streams(settings.max_streams)
-            .max_concurrent_reset_streams(RESET_STREAMS_MAX)
-            .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
-            .max_local_error_reset_streams(Some(LOCAL_ERRORS_MAX))
-            .max_send_buffer_size(SEND_BUFFER)
-            .handshake::<_, Bytes>(tls),
-    )
-    .await
-    .map_err(slow)?
-    .map_err(|e| ServeError::H2(explain(&e)))?;
-    tracing::debug!(
-        peer = %PeerAddr(peer),
-        identity = identity.as_ref().map(tracing::field::display),
-        ?suite,
-        "tunnel accepted"
-    );
-    Ok(Tunnel { connection, last, client: ClientAddr(peer), identity })
-}
-
-/// Closes the connection of a peer that was refused so that it hears why. A client of TLS 1.3 may have sent
-/// its first request already; bytes that nobody has read turn a close into a reset, which takes the alert out
-/// of the peer's hands.
-async fn hear_out(mut stream: TcpStream) {
-    // Fails only on a socket that is gone.
-    let _gone = stream.shutdown().await;
-    let mut rest = stream.take(LAST_WORDS);
-    let _late = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+/// Shakes hands on HTTP/2. The caller bounds the time.
+pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
+    let last = LastReader::new(wire.tcp())?;
+    let connection = h2::server::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(connection_window(settings.max_streams))
+        .max_frame_size(FRAME)
+        .max_header_list_size(HEADERS)
+        .max_concurrent_streams(settings.max_streams)
+        .max_concurrent_reset_streams(RESET_STREAMS_MAX)
+        .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
+        .max_local_error_reset_streams(Some(LOCAL_ERRORS_MAX))
+        .max_send_buffer_size(SEND_BUFFER)
+        .handshake::<_, Bytes>(wire)
+        .await
+        .map_err(|e| ServeError::H2(explain(&e)))?;
+    Ok(Tunnel { connection, last })
 }
 
 /// Serves a connection to its end. `handle` makes the task of each stream; they end with the connection.
-pub async fn serve<F: Future<Output = ()> + 'static>(
+pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     settings: &Settings,
-    tunnel: Tunnel,
+    tunnel: Tunnel<W>,
+    client: ClientAddr,
+    identity: Option<&Identity>,
     mut drain: Watch,
     handle: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
-    let Tunnel { mut connection, last, client, identity } = tunnel;
+    let Tunnel { mut connection, last } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
     let mut ping = connection.ping_pong();
     let mut ping_at = Instant::now() + settings.keepalive_interval;
@@ -187,7 +95,7 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
                         request,
                         respond,
                         client,
-                        identity: identity.clone(),
+                        identity: identity.cloned(),
                     }));
                 }
                 Some(Err(e)) => return Err(h2_error(e)),

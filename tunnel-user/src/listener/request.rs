@@ -8,6 +8,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header::ALLOW};
 use crate::{
     dial::DialError,
     flow::{Target, TargetError},
+    transport::h1::HeadError,
     tunnel::TunnelError,
 };
 
@@ -20,9 +21,18 @@ pub enum Refusal {
     /// Another method than CONNECT. The client's fault.
     #[error("{0} is not CONNECT")]
     Method(Method),
-    /// The `:authority` is no target. The client's fault.
+    /// The `:authority`, or request target, is no target. The client's fault.
     #[error("bad authority: {0}")]
     Authority(#[from] TargetError),
+    /// What came is no HTTP/1 request. The client's fault.
+    #[error("{0}")]
+    Head(#[from] HeadError),
+    /// A CONNECT request that announces content. The client's fault.
+    #[error("a CONNECT request has no content, and this one has {0}")]
+    Content(&'static str),
+    /// A Host field that says something else than the request target, or several. The client's fault.
+    #[error("its Host field does not say {0}")]
+    Host(Target),
     /// Policy or a route says no.
     #[error("{0}")]
     Denied(String),
@@ -42,7 +52,14 @@ impl Refusal {
     pub fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "http_request_error"),
-            Self::Authority(_) => (StatusCode::BAD_REQUEST, "http_request_error"),
+            Self::Authority(_) | Self::Content(_) | Self::Host(_) => {
+                (StatusCode::BAD_REQUEST, "http_request_error")
+            }
+            Self::Head(HeadError::Syntax(_)) => (StatusCode::BAD_REQUEST, "http_request_error"),
+            // RFC 6585 section 5.
+            Self::Head(HeadError::TooLong | HeadError::TooManyFields) => {
+                (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http_request_error")
+            }
             Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied"),
             Self::Dial(DialError::Resolve { .. }) => (StatusCode::BAD_GATEWAY, "dns_error"),
             Self::Dial(DialError::Refused { .. }) => (StatusCode::BAD_GATEWAY, "connection_refused"),

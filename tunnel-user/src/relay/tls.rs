@@ -174,3 +174,195 @@ impl Leg for TlsLeg {
         // The drop does it.
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, future::Future, sync::Arc, time::Duration};
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        task::{JoinHandle, LocalSet},
+        time::timeout,
+    };
+    use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+
+    use super::{
+        super::{Early, IntoLeg as _, Meter, TcpLeg, relay},
+        *,
+    };
+    use crate::{
+        config::Protocol,
+        flow::Target,
+        pki::{Ca, IssueRequest, Validity},
+        transport::{
+            tls::{IdentityFiles, TlsIdentity},
+            verify::{ClientCheck, ServerCheck},
+        },
+    };
+
+    /// Far longer than anything here takes.
+    const PATIENCE: Duration = Duration::from_secs(30);
+    /// More than the sockets and rustls hold together.
+    const BYTES: usize = 16_000_000;
+
+    fn identity() -> TlsIdentity {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = Ca::generate(Validity::days(1)).unwrap();
+        let mut request = IssueRequest::new("spiffe://t.test/both".parse().unwrap());
+        request.ip = vec!["127.0.0.1".parse().unwrap()];
+        let issued = ca.issue(&request).unwrap();
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let cert = file("cert.pem", &issued.cert_pem);
+        let (key, ca) = (file("key.pem", &issued.key_pem), file("ca.pem", ca.cert_pem()));
+        TlsIdentity::load(&IdentityFiles { cert, key, ca }).unwrap()
+    }
+
+    /// An application that speaks TLS, a target that does not, and a flow between them.
+    struct Flow {
+        app: TlsStream<TcpStream>,
+        target: TcpStream,
+        relayed: JoinHandle<String>,
+    }
+
+    async fn accepted() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let outside = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (outside, listener.accept().await.unwrap().0)
+    }
+
+    impl Flow {
+        async fn start() -> Self {
+            let (identity, check) = (identity(), ServerCheck::default());
+            let ((app, inside), (target, onward)) = (accepted().await, accepted().await);
+            let name = check.server_name(&Target::Addr(app.peer_addr().unwrap()));
+            let connector = TlsConnector::from(identity.client_config(&check, Protocol::H1));
+            let config = identity.server_config(&ClientCheck::default(), &[Protocol::H1]);
+            let acceptor = TlsAcceptor::from(Arc::clone(&config));
+            let (app, inside) = tokio::join!(connector.connect(name, app), acceptor.accept(inside));
+            let (mut client, mut onward) = (inside.unwrap().into_leg(), TcpLeg::new(onward));
+            let relayed = tokio::task::spawn_local(async move {
+                let meter = Meter::default();
+                relay(&mut client, &mut onward, Early::default(), &meter, None).await.to_string()
+            });
+            Self { app: app.unwrap(), target, relayed }
+        }
+    }
+
+    fn run(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, async { timeout(PATIENCE, test).await.expect("in time") });
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[3]).collect()
+    }
+
+    #[test]
+    fn bytes_arrive_once_in_order_unchanged_both_ways_at_once_and_each_end_by_itself() {
+        run(async {
+            let Flow { app, mut target, relayed } = Flow::start().await;
+            let (mut app_in, mut app_out) = tokio::io::split(app);
+            let (mut target_in, mut target_out) = target.split();
+            let up = async {
+                app_out.write_all(&pattern(BYTES)).await.unwrap();
+                app_out.shutdown().await.unwrap();
+            };
+            let down = async {
+                target_out.write_all(&pattern(BYTES)).await.unwrap();
+                target_out.shutdown().await.unwrap();
+            };
+            let (mut sent, mut received) = (Vec::new(), Vec::new());
+            let all =
+                tokio::join!(up, down, target_in.read_to_end(&mut sent), app_in.read_to_end(&mut received));
+            assert!(all.2.is_ok() && all.3.is_ok(), "{all:?}");
+            assert!(sent == pattern(BYTES) && received == pattern(BYTES));
+            assert_eq!(relayed.await.unwrap(), "closed");
+        });
+    }
+
+    #[test]
+    fn a_direction_that_is_read_late_ends_cleanly_and_the_other_goes_on_meanwhile_and_afterwards() {
+        run(async {
+            let Flow { mut app, mut target, relayed } = Flow::start().await;
+            // More than there is room for, and the end behind it.
+            let (mut target_in, target_out) = target.split();
+            let offered = pattern(BYTES);
+            let down = async {
+                let mut target_out = target_out;
+                target_out.write_all(&offered).await.unwrap();
+                target_out.shutdown().await.unwrap();
+            };
+            let up = async {
+                app.write_all(b"meanwhile").await.unwrap();
+                let mut got = [0; 9];
+                target_in.read_exact(&mut got).await.unwrap();
+                assert_eq!(&got, b"meanwhile");
+                let mut received = Vec::new();
+                app.read_to_end(&mut received).await.unwrap();
+                assert!(received == offered);
+            };
+            tokio::join!(down, up);
+            app.write_all(b"afterwards").await.unwrap();
+            app.shutdown().await.unwrap();
+            let mut got = Vec::new();
+            target.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, b"afterwards");
+            assert_eq!(relayed.await.unwrap(), "closed");
+        });
+    }
+
+    #[test]
+    fn an_end_without_close_notify_and_a_broken_record_are_resets_and_a_reset_is_never_an_end() {
+        run(async {
+            for broken in [false, true] {
+                let Flow { mut app, mut target, relayed } = Flow::start().await;
+                app.write_all(b"x").await.unwrap();
+                target.read_exact(&mut [0]).await.unwrap();
+                let (mut tcp, _session) = app.into_inner();
+                if broken {
+                    tcp.write_all(&[23, 3, 3, 0, 20]).await.unwrap();
+                    tcp.write_all(&[0; 20]).await.unwrap();
+                } else {
+                    tcp.shutdown().await.unwrap();
+                }
+                let reset = target.read(&mut [0]).await.unwrap_err();
+                assert_eq!(reset.kind(), io::ErrorKind::ConnectionReset);
+                let said = relayed.await.unwrap();
+                assert!(said.starts_with("reset by client: "), "{said}");
+            }
+            let Flow { mut app, target, relayed } = Flow::start().await;
+            SockRef::from(&target).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(target);
+            let reset = app.read(&mut [0]).await.unwrap_err();
+            assert_eq!(reset.kind(), io::ErrorKind::ConnectionReset);
+            assert!(relayed.await.unwrap().starts_with("reset by target: "));
+        });
+    }
+
+    #[test]
+    fn a_reset_behind_a_stuck_direction_is_heard() {
+        run(async {
+            let Flow { mut app, mut target, relayed } = Flow::start().await;
+            // Nobody reads from the target: it is full.
+            let chunk = pattern(64 * 1024);
+            while timeout(Duration::from_millis(200), app.write_all(&chunk)).await.is_ok() {}
+            SockRef::from(app.get_ref().0).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(app);
+            let mut buf = vec![0; 64 * 1024];
+            let end = loop {
+                match target.read(&mut buf).await {
+                    Ok(0) => break Ok(()),
+                    Ok(_) => {}
+                    Err(e) => break Err(e.kind()),
+                }
+            };
+            assert_eq!(end, Err(io::ErrorKind::ConnectionReset));
+            assert!(relayed.await.unwrap().starts_with("reset by client: "));
+        });
+    }
+}

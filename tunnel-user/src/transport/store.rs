@@ -17,6 +17,7 @@ use notify::{EventKind, RecursiveMode, Watcher as _, event::AccessKind};
 use rustls::{ClientConfig, ServerConfig};
 
 use crate::{
+    config::Protocol,
     flow::Identity,
     transport::{
         tls::{IdentityFiles, TlsError, TlsIdentity},
@@ -56,13 +57,13 @@ impl TlsStore {
     }
 
     /// See [`TlsIdentity::client_config`].
-    pub fn client_config(&self, check: &ServerCheck) -> Arc<ClientConfig> {
-        self.current.load().client_config(check)
+    pub fn client_config(&self, check: &ServerCheck, protocol: Protocol) -> Arc<ClientConfig> {
+        self.current.load().client_config(check, protocol)
     }
 
     /// See [`TlsIdentity::server_config`].
-    pub fn server_config(&self, check: &ClientCheck) -> Arc<ServerConfig> {
-        self.current.load().server_config(check)
+    pub fn server_config(&self, check: &ClientCheck, protocols: &[Protocol]) -> Arc<ServerConfig> {
+        self.current.load().server_config(check, protocols)
     }
 
     /// Who we are to our peers now.

@@ -23,7 +23,10 @@ use super::{
     tls::{IdentityFiles, TlsError, TlsIdentity, provider},
     verify::{Check, ClientCheck, ServerCheck, check_expiry, explain, failed_check},
 };
-use crate::pki::{Ca, IssueRequest, Issued, Validity};
+use crate::{
+    config::Protocol,
+    pki::{Ca, IssueRequest, Issued, Validity},
+};
 
 const CLIENT: &str = "spiffe://example.org/ns/a/sa/client";
 const SERVER: &str = "spiffe://example.org/gateway";
@@ -116,7 +119,11 @@ where
 }
 
 fn shake(client: &TlsIdentity, wants: &ServerCheck, server: &TlsIdentity, takes: &ClientCheck) -> Shaken {
-    Shaken::new(client.client_config(wants), server.server_config(takes), "10.9.0.1")
+    Shaken::new(
+        client.client_config(wants, Protocol::H2),
+        server.server_config(takes, &[Protocol::H2]),
+        "10.9.0.1",
+    )
 }
 
 #[test]
@@ -142,11 +149,11 @@ fn our_two_sides_agree_on_aes_128_gcm_and_take_what_a_peer_prefers() {
     let ca = ca();
     let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
     let suite = |client: Arc<ClientConfig>| {
-        let s = Shaken::new(client, server.server_config(&clients(&[])), "10.9.0.1");
+        let s = Shaken::new(client, server.server_config(&clients(&[]), &[Protocol::H2]), "10.9.0.1");
         assert!(s.passed(), "{:?}", s.said());
         s.server.negotiated_cipher_suite().unwrap().suite()
     };
-    let ours = client.client_config(&servers(&[]));
+    let ours = client.client_config(&servers(&[]), Protocol::H2);
     assert_eq!(suite(Arc::clone(&ours)), CipherSuite::TLS13_AES_128_GCM_SHA256);
     // Also where a session is resumed.
     assert_eq!(suite(Arc::clone(&ours)), CipherSuite::TLS13_AES_128_GCM_SHA256);
@@ -191,9 +198,9 @@ fn a_session_made_under_one_check_is_not_resumed_under_another() {
 fn a_client_without_a_certificate_is_told_so() {
     let ca = ca();
     let (client, server) = (identity_of(&ca, &request(CLIENT), &ca), identity_of(&ca, &request(SERVER), &ca));
-    let mut bare = (*client.client_config(&servers(&[]))).clone();
+    let mut bare = (*client.client_config(&servers(&[]), Protocol::H2)).clone();
     bare.client_auth_cert_resolver = Arc::new(NoCert);
-    let s = Shaken::new(Arc::new(bare), server.server_config(&clients(&[])), "10.9.0.1");
+    let s = Shaken::new(Arc::new(bare), server.server_config(&clients(&[]), &[Protocol::H2]), "10.9.0.1");
     let (server_said, client_said) = s.said();
     assert_eq!(server_said, "the peer's certificate failed the presence check: it presented none");
     assert_eq!(client_said, "the peer wants a certificate, and we presented none");
@@ -282,8 +289,8 @@ fn the_wrong_name_fails_the_san_check_and_says_both() {
     assert!(server_said.contains("SAN check"), "{server_said}");
 
     let s = Shaken::new(
-        client.client_config(&servers(&[])),
-        server.server_config(&clients(&[])),
+        client.client_config(&servers(&[]), Protocol::H2),
+        server.server_config(&clients(&[]), &[Protocol::H2]),
         "other.internal",
     );
     assert_eq!(
@@ -400,8 +407,8 @@ impl Rotation {
 
     fn shake(&self) -> (String, Option<HandshakeKind>) {
         let s = Shaken::new(
-            self.store.client_config(&servers(&[SERVER])),
-            self.peer.server_config(&clients(&[])),
+            self.store.client_config(&servers(&[SERVER]), Protocol::H2),
+            self.peer.server_config(&clients(&[]), &[Protocol::H2]),
             "10.9.0.1",
         );
         assert!(s.passed(), "{:?}", s.said());
@@ -468,10 +475,11 @@ async fn a_refusal_is_explained_through_h2() {
     let client = identity_of(&theirs, &request(CLIENT), &ours);
     let server = identity_of(&ours, &request(SERVER), &ours);
     let (near, far) = tokio::io::duplex(64 * 1024);
-    let accept = tokio_rustls::TlsAcceptor::from(server.server_config(&clients(&[]))).accept(far);
+    let accept =
+        tokio_rustls::TlsAcceptor::from(server.server_config(&clients(&[]), &[Protocol::H2])).accept(far);
     let connect = async {
         let name = ServerName::try_from("10.9.0.1").unwrap();
-        let connector = tokio_rustls::TlsConnector::from(client.client_config(&servers(&[])));
+        let connector = tokio_rustls::TlsConnector::from(client.client_config(&servers(&[]), Protocol::H2));
         let tls = connector.connect(name, near).await.unwrap();
         let (_requests, connection) = h2::client::handshake(tls).await.unwrap();
         connection.await.unwrap_err()

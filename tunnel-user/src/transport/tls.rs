@@ -1,4 +1,4 @@
-//! TLS as both sides of a tunnel speak it: 1.3 only, HTTP/2 only, both sides with a certificate.
+//! TLS as both sides of a tunnel speak it: 1.3 only, both sides with a certificate.
 //!
 //! Enters: the files of a certificate, its key and the CA. Leaves: rustls configurations, one per set of
 //! checks. Invariant: a session is only ever resumed under the checks and the files that it was made
@@ -27,15 +27,13 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem, pem::PemObject as _};
 
 use crate::{
+    config::Protocol,
     flow::Identity,
     transport::{
-        identity::peer_identity,
+        identity::{SanPattern, peer_identity},
         verify::{ClientCheck, ClientVerifier, ServerCheck, ServerVerifier, check_expiry},
     },
 };
-
-/// The protocol that ALPN offers and takes (RFC 9113 section 3.2).
-const ALPN_H2: &[u8] = b"h2";
 
 /// Sessions a client keeps for resumption, per set of checks. An upstream has a handful of endpoints and
 /// a pool per worker; beyond that a full handshake is the price.
@@ -120,6 +118,9 @@ pub enum TlsError {
     },
 }
 
+/// Configurations that were made already, by what makes them different.
+type Made<K, C> = Mutex<HashMap<K, Arc<C>>>;
+
 /// A loaded certificate, key and CA, and the configurations made from them.
 pub struct TlsIdentity {
     key: Arc<CertifiedKey>,
@@ -130,8 +131,8 @@ pub struct TlsIdentity {
     client_verifier: Arc<dyn ClientCertVerifier>,
     // One entry per upstream's and listener's checks, which the configuration bounds. Locked when a
     // connection is made, never while bytes move.
-    clients: Mutex<HashMap<Vec<crate::transport::identity::SanPattern>, Arc<ClientConfig>>>,
-    servers: Mutex<HashMap<ClientCheck, Arc<ServerConfig>>>,
+    clients: Made<(Vec<SanPattern>, Protocol), ClientConfig>,
+    servers: Made<(ClientCheck, Vec<Protocol>), ServerConfig>,
 }
 
 impl TlsIdentity {
@@ -196,10 +197,11 @@ impl TlsIdentity {
     }
 
     /// How to connect to servers that must pass `check`. Connect with [`ServerCheck::server_name`]. The
-    /// same check gives the same configuration, so that sessions resume.
-    pub fn client_config(&self, check: &ServerCheck) -> Arc<ClientConfig> {
+    /// same check and protocol give the same configuration, so that sessions resume.
+    pub fn client_config(&self, check: &ServerCheck, protocol: Protocol) -> Arc<ClientConfig> {
         let mut made = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(config) = made.get(&check.san) {
+        let key = (check.san.clone(), protocol);
+        if let Some(config) = made.get(&key) {
             return Arc::clone(config);
         }
         let verifier: Arc<dyn ServerCertVerifier> = Arc::new(ServerVerifier::new(
@@ -214,18 +216,20 @@ impl TlsIdentity {
             .dangerous()
             .with_custom_certificate_verifier(verifier)
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
-        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        config.alpn_protocols = vec![protocol.alpn().to_vec()];
         // Keyed by server name inside one config: a session never crosses over to other checks.
         config.resumption = Resumption::in_memory_sessions(CLIENT_SESSIONS);
         let config = Arc::new(config);
-        made.insert(check.san.clone(), Arc::clone(&config));
+        made.insert(key, Arc::clone(&config));
         config
     }
 
-    /// How to take connections from clients that must pass `check`.
-    pub fn server_config(&self, check: &ClientCheck) -> Arc<ServerConfig> {
+    /// How to take connections from clients that must pass `check` and speak one of `protocols`, of which the
+    /// first is taken that a client offers.
+    pub fn server_config(&self, check: &ClientCheck, protocols: &[Protocol]) -> Arc<ServerConfig> {
         let mut made = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(config) = made.get(check) {
+        let key = (check.clone(), protocols.to_vec());
+        if let Some(config) = made.get(&key) {
             return Arc::clone(config);
         }
         let verifier = Arc::new(ClientVerifier::new(Arc::clone(&self.client_verifier), check.san.clone()));
@@ -234,14 +238,14 @@ impl TlsIdentity {
             .expect("aws-lc-rs has cipher suites and key exchanges for TLS 1.3")
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
-        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        config.alpn_protocols = protocols.iter().map(|p| p.alpn().to_vec()).collect();
         // Tickets carry the client's chain, so a resumed session still has its identity, on any worker.
         // Without randomness for ticket keys, rustls keeps the sessions itself.
         if let Ok(ticketer) = aws_lc_rs::Ticketer::new() {
             config.ticketer = ticketer;
         }
         let config = Arc::new(config);
-        made.insert(check.clone(), Arc::clone(&config));
+        made.insert(key, Arc::clone(&config));
         config
     }
 }

@@ -367,7 +367,9 @@ fn explain_tls(e: &rustls::Error) -> String {
     }
     match e {
         rustls::Error::AlertReceived(alert) => explain_alert(*alert),
-        rustls::Error::NoApplicationProtocol => "the peer does not offer HTTP/2 (ALPN \"h2\")".to_owned(),
+        rustls::Error::NoApplicationProtocol => {
+            "the peer offers no HTTP version that is spoken here (ALPN)".to_owned()
+        }
         rustls::Error::PeerIncompatible(why) => {
             format!("the peer cannot speak TLS 1.3 as we do: {why:?}")
         }
@@ -436,7 +438,7 @@ fn explain_alert(alert: AlertDescription) -> String {
             return "the peer wants a certificate, and we presented none".to_owned();
         }
         AlertDescription::NoApplicationProtocol => {
-            return "the peer does not take HTTP/2 (ALPN \"h2\")".to_owned();
+            return "the peer does not take the HTTP version that we speak (ALPN)".to_owned();
         }
         AlertDescription::ProtocolVersion => return "the peer does not speak TLS 1.3".to_owned(),
         AlertDescription::UnrecognisedName => {

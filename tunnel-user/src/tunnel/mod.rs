@@ -1,9 +1,11 @@
 //! Sink 2: a CONNECT stream through an upstream.
 //!
-//! Enters: a flow's target and what is known of its client. Leaves: an HTTP/2 stream whose far end has
-//! reached the target. Invariant: no stream is handed out before its 200; a refusal says who refused and
+//! Enters: a flow's target and what is known of its client. Leaves: an HTTP/2 stream, or an HTTP/1
+//! connection, whose far end has reached the target. Invariant: none is handed out before its 2xx; a refusal says who refused and
 //! why. It never relays.
 
+pub mod connect;
+pub mod h1;
 pub mod headers;
 pub mod pick;
 pub mod pool;
@@ -12,4 +14,4 @@ pub mod upstream;
 #[cfg(test)]
 mod tests;
 
-pub use upstream::{Settings, Stream, TunnelError, Upstream};
+pub use upstream::{Leg, Settings, Stream, Tls, TunnelError, Upstream};

@@ -11,9 +11,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
-    hash::{Hash, Hasher},
     rc::{Rc, Weak},
-    sync::Arc,
     time::Duration,
 };
 
@@ -22,28 +20,27 @@ use h2::{
     PingPong,
     client::{Connection, SendRequest},
 };
-use rustls::{
-    CipherSuite, ClientConfig,
-    pki_types::{ServerName, UnixTime},
-};
+use rustls::CipherSuite;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::{Notify, oneshot},
     task::JoinSet,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::client::TlsStream;
 
-use super::pick;
+use super::{
+    connect::{self, ConnectError, Connected, Key, Link, connect},
+    pick,
+};
 use crate::{
-    dial::{self, DialError},
-    flow::{Identity, PeerAddr, Target},
+    config::Protocol,
+    dial::DialError,
+    flow::{Identity, PeerAddr},
     transport::{
-        identity::peer_identity,
-        io::{AlertFirst, LastReader},
-        tcp::Mark,
-        verify::{check_expiry, explain},
+        io::{AlertFirst, LastReader, Wire as _},
+        verify::explain,
     },
 };
 
@@ -70,92 +67,19 @@ const WAITING_MAX: usize = 4096;
 /// Dials in flight to the same peer.
 const DIALING_MAX: usize = 4;
 
-/// Everything that makes one connection different from another.
-#[derive(Clone, Debug)]
-pub struct Key {
-    /// Where to.
-    pub endpoint: Target,
-    /// With which identity and which checks. Compared as what it is, an object: after a reload of the
-    /// certificates there is a new one, and connections made with the old take no new streams.
-    pub tls: Arc<ClientConfig>,
-    /// What is sent as SNI, and checked.
-    pub server_name: ServerName<'static>,
-}
-
-impl PartialEq for Key {
-    fn eq(&self, other: &Self) -> bool {
-        self.endpoint == other.endpoint
-            && Arc::ptr_eq(&self.tls, &other.tls)
-            && self.server_name == other.server_name
-    }
-}
-
-impl Eq for Key {}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.endpoint.hash(state);
-        Arc::as_ptr(&self.tls).hash(state);
-        self.server_name.hash(state);
-    }
-}
-
 /// How connections of one pool are made and kept.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Streams on one connection; the peer's limit counts too.
     pub max_streams: usize,
-    /// From the first SYN until the peer has answered on HTTP/2.
-    pub connect_timeout: Duration,
+    /// How they are made.
+    pub connect: connect::Settings,
     /// A connection without streams is closed after this.
     pub idle_timeout: Duration,
     /// Between two PINGs.
     pub keepalive_interval: Duration,
     /// A PING unanswered for this long means that the connection is lost.
     pub keepalive_timeout: Duration,
-    /// The mark of our own sockets.
-    pub mark: Mark,
-}
-
-/// Why there is no connection.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// TCP did not connect.
-    #[error("{0}")]
-    Dial(Rc<DialError>),
-    /// TLS failed: what failed, in a sentence.
-    #[error("TLS with {endpoint} failed: {why}")]
-    Tls {
-        /// The peer.
-        endpoint: Target,
-        /// Which check failed, and on which side.
-        why: String,
-    },
-    /// The peer does not speak HTTP/2, or not to us.
-    #[error("HTTP/2 with {endpoint} failed: {why}")]
-    H2 {
-        /// The peer.
-        endpoint: Target,
-        /// What it did.
-        why: String,
-    },
-    /// No answer in time.
-    #[error("{endpoint} did not complete the handshakes within {after:?}")]
-    Timeout {
-        /// The peer.
-        endpoint: Target,
-        /// The time allowed.
-        after: Duration,
-    },
-    /// Too many flows wait for this peer.
-    #[error("{WAITING_MAX} flows are waiting for a connection to {endpoint} already")]
-    Overflow {
-        /// The peer.
-        endpoint: Target,
-    },
-    /// The pool is gone.
-    #[error("shutting down")]
-    Shutdown,
 }
 
 /// The pool of one upstream on one worker. Dropped, it ends its connections.
@@ -348,7 +272,8 @@ impl Pool {
             return Ok(lease);
         }
         if slot.waiting.borrow().len() >= WAITING_MAX {
-            return Err(ConnectError::Overflow { endpoint: key.endpoint.clone() });
+            let endpoint = key.endpoint.clone();
+            return Err(ConnectError::Overflow { endpoint, most: WAITING_MAX });
         }
         let (tell, told) = oneshot::channel();
         slot.waiting.borrow_mut().push_back(tell);
@@ -406,7 +331,10 @@ impl Inner {
             inner.dial_for_waiting(&key, &slot);
             drop(inner);
             tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, ?suite, "connection opened");
-            drive(connection, ping, last, &conn, &settings).await;
+            match connection {
+                H2Connection::Tls(connection) => drive(*connection, ping, last, &conn, &settings).await,
+                H2Connection::Plain(connection) => drive(*connection, ping, last, &conn, &settings).await,
+            }
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
             if let Some(inner) = pool.upgrade() {
@@ -427,40 +355,39 @@ struct Opened {
     last: LastReader,
 }
 
-type H2Connection = Connection<AlertFirst<TlsStream<TcpStream>>, Bytes>;
+/// With TLS or without.
+enum H2Connection {
+    Tls(Box<Connection<AlertFirst<TlsStream<TcpStream>>, Bytes>>),
+    Plain(Box<Connection<TcpStream, Bytes>>),
+}
 
-/// Dials, shakes hands, and waits until the peer has answered a PING: in TLS 1.3 a server judges the
-/// client's certificate after the client has finished (RFC 8446 section 4.4.2), so only an answer says
-/// that we were let in; and its SETTINGS have come by then.
+/// Connects, and waits until the peer has answered a PING: in TLS 1.3 a server judges the client's certificate
+/// after the client has finished (RFC 8446 section 4.4.2), so only an answer says that we were let in; and its
+/// SETTINGS have come by then.
 async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
-    let deadline = Instant::now() + settings.connect_timeout;
-    let shaken = timeout_at(deadline, async {
-        let dial = |e| ConnectError::Dial(Rc::new(e));
-        let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
-        let allowed = settings.connect_timeout;
-        let (tcp, addr) =
-            dial::connect(&key.endpoint, &addrs, settings.mark, deadline, allowed).await.map_err(dial)?;
-        let last = LastReader::new(&tcp).map_err(|source| dial(DialError::Local { addr, source }))?;
-        let tls = TlsConnector::from(Arc::clone(&key.tls))
-            .connect(key.server_name.clone(), tcp)
-            .await
-            .map_err(|e| ConnectError::Tls { endpoint: key.endpoint.clone(), why: explain(&e) })?;
-        if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
-            let why = "the peer did not agree to speak h2 (ALPN)".to_owned();
-            return Err(ConnectError::H2 { endpoint: key.endpoint.clone(), why });
-        }
-        let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default();
-        // A resumed session brings its certificate along, and nobody has looked at the date since.
-        check_expiry(certificates, UnixTime::now())
-            .map_err(|e| ConnectError::Tls { endpoint: key.endpoint.clone(), why: e.to_string() })?;
-        let identity = peer_identity(certificates);
-        let suite = tls.get_ref().1.negotiated_cipher_suite().map(|s| s.suite());
-        let (send, connection, ping) = handshake(AlertFirst::new(tls), settings)
-            .await
-            .map_err(|why| ConnectError::H2 { endpoint: key.endpoint.clone(), why })?;
+    connect(key, Protocol::H2, &settings.connect, async |connected| {
+        let Connected { link, peer, identity, suite } = connected;
+        let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: key.endpoint.clone(), why };
+        let last_of = |tcp: &TcpStream| {
+            let local = |source| DialError::Local { addr: peer.0, source };
+            LastReader::new(tcp).map_err(|e| ConnectError::Dial(Rc::new(local(e))))
+        };
+        let (last, send, connection, ping) = match link {
+            Link::Plain(tcp) => {
+                let last = last_of(&tcp)?;
+                let (send, connection, ping) = handshake(tcp, settings).await.map_err(failed)?;
+                (last, send, H2Connection::Plain(Box::new(connection)), ping)
+            }
+            Link::Tls(tls) => {
+                let last = last_of(tls.tcp())?;
+                let shaken = handshake(AlertFirst::new(*tls), settings).await;
+                let (send, connection, ping) = shaken.map_err(failed)?;
+                (last, send, H2Connection::Tls(Box::new(connection)), ping)
+            }
+        };
         let conn = Conn {
             send: RefCell::new(Some(send)),
-            peer: PeerAddr(addr),
+            peer,
             identity,
             max_streams: settings.max_streams,
             active: Cell::new(0),
@@ -470,10 +397,8 @@ async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
             lost: RefCell::default(),
         };
         Ok(Opened { conn, suite, connection, ping, last })
-    });
-    shaken.await.unwrap_or_else(|_| {
-        Err(ConnectError::Timeout { endpoint: key.endpoint.clone(), after: settings.connect_timeout })
     })
+    .await
 }
 
 /// The error is one sentence: the peer's alert about our certificate comes as the first thing it sends.
@@ -505,8 +430,8 @@ async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Runs a connection to its end: PINGs it, and closes it when it is idle.
-async fn drive(
-    mut connection: H2Connection,
+async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
+    mut connection: Connection<T, Bytes>,
     mut ping: PingPong,
     last: LastReader,
     conn: &Conn,

@@ -22,11 +22,18 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::pool::{ConnectError, Key, Lease, Pool, Settings};
+use super::{
+    connect::{self, ConnectError, Key, TlsKey},
+    pool::{Lease, Pool, Settings},
+};
 use crate::{
+    config::Protocol,
     drain,
     flow::Target,
-    listener::h2 as listener,
+    listener::{
+        accept::{self, Link, ServeError},
+        h2 as listener,
+    },
     pki::{Ca, IssueRequest, Validity},
     transport::{
         store::TlsStore,
@@ -40,11 +47,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 fn settings(max_streams: usize) -> Settings {
     Settings {
         max_streams,
-        connect_timeout: PATIENCE,
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
-        mark: None,
+        connect: connect::Settings { timeout: PATIENCE, mark: None },
     }
 }
 
@@ -96,7 +102,7 @@ impl Peer {
             turn: Rc::default(),
             held: Rc::default(),
         };
-        let acceptor = TlsAcceptor::from(tls.server_config(&ClientCheck::default()));
+        let acceptor = TlsAcceptor::from(tls.server_config(&ClientCheck::default(), &[Protocol::H2]));
         let (accepted, turn, held) =
             (Rc::clone(&peer.accepted), Rc::clone(&peer.turn), Rc::clone(&peer.held));
         spawn_local(async move {
@@ -142,8 +148,12 @@ impl Peer {
     fn key(&self, tls: &Arc<TlsStore>) -> Key {
         let check = ServerCheck::default();
         let endpoint = Target::Addr(self.addr);
-        Key { server_name: check.server_name(&endpoint), tls: tls.client_config(&check), endpoint }
+        Key { tls: Some(tls_key(tls, &check, &endpoint)), endpoint }
     }
+}
+
+fn tls_key(tls: &TlsStore, check: &ServerCheck, endpoint: &Target) -> TlsKey {
+    TlsKey { config: tls.client_config(check, Protocol::H2), server_name: check.server_name(endpoint) }
 }
 
 async fn open(lease: &Lease) -> (h2::SendStream<Bytes>, h2::RecvStream) {
@@ -170,10 +180,10 @@ fn a_connection_is_shared_only_by_flows_whose_whole_key_is_equal() {
         assert_eq!(peer.accepted.get(), 1);
         // Another check, another name, another identity: each a connection of its own, or none.
         let san = ServerCheck { name: None, san: vec!["spiffe://t.test/both".parse().unwrap()] };
-        let checked = Key { tls: tls.client_config(&san), ..key.clone() };
+        let checked = Key { tls: Some(tls_key(&tls, &san, &key.endpoint)), ..key.clone() };
         let _third = pool.lease(&checked).await.unwrap();
         assert_eq!(peer.accepted.get(), 2);
-        let foreign = Key { tls: other.client_config(&ServerCheck::default()), ..key };
+        let foreign = Key { tls: Some(tls_key(&other, &ServerCheck::default(), &key.endpoint)), ..key };
         let refused = pool.lease(&foreign).await.map(drop).unwrap_err();
         assert!(matches!(refused, ConnectError::Tls { .. }), "{refused}");
         assert_eq!(peer.accepted.get(), 3);
@@ -319,9 +329,9 @@ fn a_peer_that_answers_no_ping_is_given_up_and_its_streams_are_reset() {
 fn a_listener_gives_up_a_peer_that_answers_no_ping() {
     run(async {
         let tls = identity();
-        let settings = listener::Settings {
-            tls: Arc::clone(&tls),
-            check: ClientCheck::default(),
+        let settings = accept::Settings {
+            tls: Some(accept::Tls { store: Arc::clone(&tls), check: ClientCheck::default() }),
+            protocols: vec![Protocol::H2],
             handshake_timeout: PATIENCE,
             max_streams: 1,
             keepalive_interval: Duration::from_millis(50),
@@ -330,7 +340,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = socket.local_addr().unwrap();
         let check = ServerCheck::default();
-        let connector = TlsConnector::from(tls.client_config(&check));
+        let connector = TlsConnector::from(tls.client_config(&check, Protocol::H2));
         let client = spawn_local(async move {
             let stream = TcpStream::connect(addr).await.unwrap();
             let name = check.server_name(&Target::Addr(addr));
@@ -340,10 +350,11 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
             pending::<()>().await;
         });
         let (stream, peer) = socket.accept().await.unwrap();
-        let tunnel = listener::handshake(&settings, stream, peer).await.unwrap();
+        let accepted = accept::handshake(&settings, stream, peer).await.unwrap();
+        let Link::H2(tunnel) = accepted.link else { panic!("it spoke HTTP/2 over TLS") };
         let (_trigger, watch) = drain::channel();
-        let served = listener::serve(&settings, tunnel, watch, |_| async {}).await;
-        assert!(matches!(served, Err(listener::ServeError::KeepaliveTimeout(_))), "{served:?}");
+        let served = listener::serve(&settings, *tunnel, accepted.client, None, watch, |_| async {}).await;
+        assert!(matches!(served, Err(ServeError::KeepaliveTimeout(_))), "{served:?}");
         client.abort();
     });
 }

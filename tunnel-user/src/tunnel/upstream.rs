@@ -6,27 +6,34 @@
 
 use std::{
     cell::{Cell, RefCell},
+    fmt,
     rc::Rc,
     sync::Arc,
     time::Duration,
 };
 
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, Request, StatusCode};
 use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
 
 use super::{
+    connect::{self, ConnectError, Connected, Key, TlsKey, connect},
+    h1,
     headers::{Trace, connect_request},
     pick,
-    pool::{self, ConnectError, Key, Lease, Pool},
+    pool::{self, Lease, Pool},
 };
 use crate::{
-    config::Balance,
+    config::{Balance, Protocol},
     flow::{ClientAddr, Identity, PeerAddr, Target},
-    relay::H2Leg,
-    transport::{store::TlsStore, verify::ServerCheck},
+    relay::{H2Leg, Queue},
+    transport::{
+        h1::ReadError,
+        store::TlsStore,
+        verify::{ServerCheck, explain},
+    },
 };
 
 /// Failures in a row after which an endpoint is ejected.
@@ -48,20 +55,47 @@ pub struct Settings {
     pub endpoints: Vec<Target>,
     /// Which endpoint is next.
     pub balance: Balance,
-    /// What its certificate must say.
-    pub check: ServerCheck,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// TLS; `None`: plaintext.
+    pub tls: Option<Tls>,
     /// Headers for every CONNECT request.
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// From the request to its answer: the far end dials in this time.
     pub response_timeout: Duration,
-    /// Its connections.
+    /// Its connections; those of HTTP/1 are made in the same way, and not kept.
     pub pool: pool::Settings,
 }
 
-/// A stream after its 200.
+/// How an upstream is spoken to over TLS.
+#[derive(Clone)]
+pub struct Tls {
+    /// Our certificate, and whom we trust.
+    pub store: Arc<TlsStore>,
+    /// What its certificate must say.
+    pub check: ServerCheck,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tls").field("check", &self.check).finish_non_exhaustive()
+    }
+}
+
+/// What the relay moves bytes through.
+pub enum Leg {
+    /// A stream of an HTTP/2 connection.
+    H2(H2Leg),
+    /// An HTTP/1 connection.
+    H1(h1::Leg),
+}
+
+/// A stream after its 2xx; over HTTP/1 that is a whole connection.
 pub struct Stream {
     /// What the relay moves bytes through.
-    pub leg: H2Leg,
+    pub leg: Leg,
+    /// What the target has sent already.
+    pub early: Queue,
     /// The endpoint it goes through.
     pub peer: PeerAddr,
     /// Who the endpoint has proved to be.
@@ -70,22 +104,36 @@ pub struct Stream {
     pub place: Place,
 }
 
-/// A stream's place on a connection, and among the streams of its endpoint.
-pub struct Place {
-    lease: Lease,
-    endpoint: Rc<Endpoint>,
-}
-
-impl Place {
-    fn new(lease: Lease, endpoint: &Rc<Endpoint>) -> Self {
-        endpoint.active.set(endpoint.active.get() + 1);
-        Self { lease, endpoint: Rc::clone(endpoint) }
+impl Stream {
+    /// Its number on its connection, where many share one.
+    pub fn number(&self) -> Option<u32> {
+        match &self.leg {
+            Leg::H2(leg) => Some(leg.id()),
+            Leg::H1(_) => None,
+        }
     }
 }
 
-impl Drop for Place {
+/// A stream's place among the streams of its endpoint, and on its connection.
+pub struct Place {
+    /// Given back when dropped.
+    _lease: Option<Lease>,
+    _turn: Turn,
+}
+
+/// A place among the streams of an endpoint.
+struct Turn(Rc<Endpoint>);
+
+impl Turn {
+    fn new(endpoint: &Rc<Endpoint>) -> Self {
+        endpoint.active.set(endpoint.active.get() + 1);
+        Self(Rc::clone(endpoint))
+    }
+}
+
+impl Drop for Turn {
     fn drop(&mut self) {
-        self.endpoint.active.set(self.endpoint.active.get() - 1);
+        self.0.active.set(self.0.active.get() - 1);
     }
 }
 
@@ -163,8 +211,7 @@ struct Endpoint {
 /// One upstream on one worker.
 pub struct Upstream {
     settings: Settings,
-    tls: Arc<TlsStore>,
-    pool: Rc<Pool>,
+    lines: Rc<Lines>,
     endpoints: Vec<Rc<Endpoint>>,
     next: Cell<usize>,
     trace: Trace,
@@ -173,7 +220,7 @@ pub struct Upstream {
 
 impl Upstream {
     /// Nothing is connected until a flow needs it.
-    pub fn new(settings: Settings, tls: Arc<TlsStore>) -> Self {
+    pub fn new(settings: Settings) -> Self {
         let endpoint = |target: &Target| {
             Rc::new(Endpoint {
                 target: target.clone(),
@@ -184,10 +231,9 @@ impl Upstream {
             })
         };
         Self {
-            pool: Rc::new(Pool::new(settings.pool.clone())),
+            lines: Rc::new(Lines::new(&settings)),
             endpoints: settings.endpoints.iter().map(endpoint).collect(),
             settings,
-            tls,
             next: Cell::default(),
             trace: Trace::default(),
             probes: RefCell::default(),
@@ -201,21 +247,29 @@ impl Upstream {
 
     /// Connections opened since the start.
     pub fn connections_opened(&self) -> u64 {
-        self.pool.opened()
+        match &self.lines.kind {
+            Kind::Pool(pool) => pool.opened(),
+            Kind::Each(opened) => opened.get(),
+        }
     }
 
     /// Closes its connections; see [`Pool::close`].
     pub async fn close(&self) {
         self.probes.borrow_mut().abort_all();
-        self.pool.close().await;
+        if let Kind::Pool(pool) = &self.lines.kind {
+            pool.close().await;
+        }
     }
 
     /// Opens a stream to `target`.
     pub async fn connect(&self, target: &Target, client: ClientAddr) -> Result<Stream, TunnelError> {
         let mut tries = 0;
         loop {
-            let place = self.place().await?;
-            match self.request(place, target, client).await {
+            let asked = match self.line().await? {
+                (Line::Shared(lease), turn) => self.request(lease, turn, target, client).await,
+                (Line::Own(connected), turn) => self.ask(*connected, turn, target, client).await,
+            };
+            match asked {
                 Ok(stream) => return Ok(stream),
                 Err(Attempt::NotActedOn(_)) if tries < RETRIES => tries += 1,
                 Err(Attempt::NotActedOn(e) | Attempt::Failed(e)) => return Err(e),
@@ -223,14 +277,14 @@ impl Upstream {
         }
     }
 
-    /// A place on a connection to the next endpoint that is well.
-    async fn place(&self) -> Result<Place, TunnelError> {
+    /// A connection to the next endpoint that is well, or a place on one.
+    async fn line(&self) -> Result<(Line, Turn), TunnelError> {
         let mut failed = None;
         let order = self.in_order();
         let again = order.clone();
         // Once more where a connection was closed before it was ready, as by a gateway that is being
         // replaced: nothing was asked on it yet.
-        let closed = |e: &Option<ConnectError>| matches!(e, Some(ConnectError::H2 { .. }));
+        let closed = |e: &Option<ConnectError>| matches!(e, Some(ConnectError::Http { .. }));
         let rest = order.into_iter().chain(again).enumerate();
         for (i, endpoint) in rest {
             if i >= self.endpoints.len() && !closed(&failed) {
@@ -239,10 +293,10 @@ impl Upstream {
             if endpoint.ejected.get() {
                 continue;
             }
-            match self.pool.lease(&self.key(&endpoint.target)).await {
-                Ok(lease) => {
+            match self.lines.get(&endpoint.target).await {
+                Ok(line) => {
                     endpoint.failures.set(0);
-                    return Ok(Place::new(lease, endpoint));
+                    return Ok((line, Turn::new(endpoint)));
                 }
                 Err(e) => {
                     self.note_failure(endpoint, &e);
@@ -267,10 +321,6 @@ impl Upstream {
         pick::in_order(self.settings.balance, turn, &self.endpoints, |e| e.active.get())
     }
 
-    fn key(&self, endpoint: &Target) -> Key {
-        key(&self.tls, &self.settings.check, endpoint)
-    }
-
     fn note_failure(&self, endpoint: &Rc<Endpoint>, why: &ConnectError) {
         endpoint.failures.set(endpoint.failures.get() + 1);
         *endpoint.last.borrow_mut() = why.to_string();
@@ -281,21 +331,19 @@ impl Upstream {
         tracing::warn!(upstream = self.settings.name, endpoint = %endpoint.target, "ejected: {why}");
         let mut probes = self.probes.borrow_mut();
         while probes.try_join_next().is_some() {}
-        probes.spawn_local(probe(
-            Rc::clone(&self.pool),
-            Arc::clone(&self.tls),
-            self.settings.check.clone(),
-            Rc::clone(endpoint),
-        ));
+        probes.spawn_local(probe(Rc::clone(&self.lines), Rc::clone(endpoint)));
     }
 
-    async fn request(&self, place: Place, target: &Target, client: ClientAddr) -> Result<Stream, Attempt> {
-        let lease = &place.lease;
+    async fn request(
+        &self,
+        lease: Lease,
+        turn: Turn,
+        target: &Target,
+        client: ClientAddr,
+    ) -> Result<Stream, Attempt> {
         let peer = lease.peer();
         let dropped = |why: String| TunnelError::Dropped { peer, target: target.clone(), why };
-        let request = connect_request(target, client, &self.trace, &self.settings.headers).map_err(|e| {
-            Attempt::Failed(TunnelError::Request { target: target.clone(), why: e.to_string() })
-        })?;
+        let request = self.connect_request(target, client)?;
         let not_sent = |why: String| {
             lease.retire();
             Attempt::NotActedOn(dropped(why))
@@ -334,7 +382,44 @@ impl Upstream {
             }));
         }
         let identity = lease.identity();
-        Ok(Stream { leg: H2Leg::client(send, response.into_body()), peer, identity, place })
+        let leg = Leg::H2(H2Leg::client(send, response.into_body()));
+        let place = Place { _lease: Some(lease), _turn: turn };
+        Ok(Stream { leg, early: Queue::default(), peer, identity, place })
+    }
+
+    /// The same over HTTP/1. What was sent may have been acted on: nothing is sent again.
+    async fn ask(
+        &self,
+        connected: Connected,
+        turn: Turn,
+        target: &Target,
+        client: ClientAddr,
+    ) -> Result<Stream, Attempt> {
+        let Connected { link, peer, identity, .. } = connected;
+        let request = self.connect_request(target, client)?;
+        let after = self.settings.response_timeout;
+        let asked = timeout(after, h1::ask(link, &request)).await;
+        let target = || target.clone();
+        let asked =
+            asked.map_err(|_| Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }))?;
+        match asked {
+            Ok(h1::Asked::Open(leg, early)) => {
+                let place = Place { _lease: None, _turn: turn };
+                Ok(Stream { leg: Leg::H1(leg), early, peer, identity, place })
+            }
+            Ok(h1::Asked::Refused(h1::Answer { status, detail })) => {
+                Err(Attempt::Failed(TunnelError::Refused { peer, target: target(), status, detail }))
+            }
+            Err(e) => {
+                let why = if let ReadError::Io(e) = &e { explain(e) } else { e.to_string() };
+                Err(Attempt::Failed(TunnelError::Dropped { peer, target: target(), why }))
+            }
+        }
+    }
+
+    fn connect_request(&self, target: &Target, client: ClientAddr) -> Result<Request<()>, Attempt> {
+        connect_request(target, client, &self.trace, &self.settings.headers)
+            .map_err(|e| Attempt::Failed(TunnelError::Request { target: target.clone(), why: e.to_string() }))
     }
 }
 
@@ -344,21 +429,63 @@ enum Attempt {
     Failed(TunnelError),
 }
 
-fn key(tls: &TlsStore, check: &ServerCheck, endpoint: &Target) -> Key {
-    Key {
-        endpoint: endpoint.clone(),
-        tls: tls.client_config(check),
-        server_name: check.server_name(endpoint),
+/// How an upstream's connections are had.
+struct Lines {
+    protocol: Protocol,
+    tls: Option<Tls>,
+    connect: connect::Settings,
+    kind: Kind,
+}
+
+enum Kind {
+    /// Shared by many flows.
+    Pool(Pool),
+    /// One for each flow; how many there were.
+    Each(Cell<u64>),
+}
+
+/// A connection for one flow.
+enum Line {
+    /// A place on one.
+    Shared(Lease),
+    /// All of it.
+    Own(Box<Connected>),
+}
+
+impl Lines {
+    fn new(settings: &Settings) -> Self {
+        let kind = match settings.protocol {
+            Protocol::H2 => Kind::Pool(Pool::new(settings.pool.clone())),
+            Protocol::H1 => Kind::Each(Cell::default()),
+        };
+        let Settings { protocol, tls, pool, .. } = settings;
+        Self { protocol: *protocol, tls: tls.clone(), connect: pool.connect, kind }
+    }
+
+    async fn get(&self, endpoint: &Target) -> Result<Line, ConnectError> {
+        let tls = self.tls.as_ref().map(|Tls { store, check }| TlsKey {
+            config: store.client_config(check, self.protocol),
+            server_name: check.server_name(endpoint),
+        });
+        let key = Key { endpoint: endpoint.clone(), tls };
+        match &self.kind {
+            Kind::Pool(pool) => pool.lease(&key).await.map(Line::Shared),
+            Kind::Each(opened) => {
+                let connected = connect(&key, self.protocol, &self.connect, async |c| Ok(c)).await?;
+                opened.set(opened.get() + 1);
+                Ok(Line::Own(Box::new(connected)))
+            }
+        }
     }
 }
 
-/// Connects to an ejected endpoint until it succeeds; the connection stays in the pool.
-async fn probe(pool: Rc<Pool>, tls: Arc<TlsStore>, check: ServerCheck, endpoint: Rc<Endpoint>) {
+/// Connects to an ejected endpoint until it succeeds; the connection stays in the pool, if there is one.
+async fn probe(lines: Rc<Lines>, endpoint: Rc<Endpoint>) {
     let mut wait = PROBE_MIN;
     loop {
         sleep(wait).await;
-        match pool.lease(&key(&tls, &check, &endpoint.target)).await {
-            Ok(_lease) => break,
+        match lines.get(&endpoint.target).await {
+            Ok(_line) => break,
             Err(e) => *endpoint.last.borrow_mut() = e.to_string(),
         }
         wait = (wait * 2).min(PROBE_MAX);

@@ -1,0 +1,223 @@
+//! CONNECT over HTTP/1.1 as a client (RFC 9112, RFC 9110 section 9.3.6).
+//!
+//! Enters: a connection of its own, and a request. Leaves: the connection as a tunnel after a 2xx, or what the
+//! peer said instead. Invariant: nothing of the flow is sent before the 2xx: unread, a proxy could take it for
+//! its next request. A connection is asked once, and never used again.
+
+use std::io;
+
+use bytes::BytesMut;
+use http::{Request, StatusCode, header::HOST};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+
+use super::connect::Link;
+use crate::{
+    relay::{IntoLeg, Queue, TcpLeg, TlsLeg},
+    transport::{
+        h1::{HeadError, ReadError, no_fields, read_head},
+        io::AlertFirst,
+    },
+};
+
+/// The head of an answer, as far as it concerns us.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// `proxy-status` (RFC 9209).
+    pub detail: Option<String>,
+}
+
+/// What became of a request.
+pub enum Asked {
+    /// The connection is the tunnel; and its first bytes.
+    Open(Leg, Queue),
+    /// The peer said something else than 2xx.
+    Refused(Answer),
+}
+
+/// A connection that is a tunnel.
+pub enum Leg {
+    /// In plaintext.
+    Tcp(TcpLeg),
+    /// With TLS.
+    Tls(Box<TlsLeg>),
+}
+
+/// Asks, and waits for the answer. The caller bounds the time.
+pub async fn ask(link: Link, request: &Request<()>) -> Result<Asked, ReadError> {
+    Ok(match link {
+        Link::Plain(tcp) => match ask_on(tcp, request).await? {
+            Ok((leg, early)) => Asked::Open(Leg::Tcp(leg), early),
+            Err(answer) => Asked::Refused(answer),
+        },
+        Link::Tls(tls) => match ask_on(*tls, request).await? {
+            Ok((leg, early)) => Asked::Open(Leg::Tls(Box::new(leg)), early),
+            Err(answer) => Asked::Refused(answer),
+        },
+    })
+}
+
+async fn ask_on<W: IntoLeg>(
+    mut wire: W,
+    request: &Request<()>,
+) -> Result<Result<(W::Leg, Queue), Answer>, ReadError> {
+    let mut buf = BytesMut::new();
+    // In TLS 1.3 a server judges our certificate after we have finished (RFC 8446 section 4.4.2).
+    let answer = exchange(&mut AlertFirst::new(&mut wire), &encode(request), &mut buf).await?;
+    if !answer.status.is_success() {
+        return Ok(Err(answer));
+    }
+    let mut early = Queue::default();
+    early.push(buf.freeze());
+    Ok(Ok((wire.into_leg(), early)))
+}
+
+async fn exchange(
+    io: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    request: &[u8],
+    buf: &mut BytesMut,
+) -> Result<Answer, ReadError> {
+    io.write_all(request).await?;
+    io.flush().await?;
+    loop {
+        let answer = read_head(io, buf, parse).await?;
+        if answer.status == StatusCode::SWITCHING_PROTOCOLS {
+            // To what, nobody has asked (RFC 9110 section 15.2.2).
+            return Err(io::Error::other("it switched protocols unasked").into());
+        }
+        if !answer.status.is_informational() {
+            return Ok(answer);
+        }
+    }
+}
+
+/// The request as HTTP/1.1 writes it: the authority is the request target, and Host says it again.
+fn encode(request: &Request<()>) -> Vec<u8> {
+    let authority = request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
+    let mut out = format!("CONNECT {authority} HTTP/1.1\r\n{HOST}: {authority}\r\n").into_bytes();
+    for (name, value) in request.headers() {
+        out.extend_from_slice(name.as_str().as_bytes());
+        out.extend_from_slice(b": ");
+        out.extend_from_slice(value.as_bytes());
+        out.extend_from_slice(b"\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+    out
+}
+
+/// Parses the head at the front of `bytes`; it and its length, or nothing while it is not whole. A body that it
+/// announces there is not after 2xx (RFC 9110 section 9.3.6), and after anything else nobody reads it.
+pub fn parse(bytes: &[u8]) -> Result<Option<(Answer, usize)>, HeadError> {
+    let mut fields = no_fields();
+    let mut response = httparse::Response::new(&mut fields);
+    let httparse::Status::Complete(length) = response.parse(bytes)? else { return Ok(None) };
+    let code = response.code.unwrap_or_default();
+    let status = StatusCode::from_u16(code).map_err(|_| HeadError::Syntax(httparse::Error::Status))?;
+    let detail = response.headers.iter().find(|f| f.name.eq_ignore_ascii_case("proxy-status"));
+    let detail = detail.and_then(|f| std::str::from_utf8(f.value).ok()).map(str::to_owned);
+    Ok(Some((Answer { status, detail }, length)))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
+    use tokio::io::{AsyncReadExt as _, duplex};
+
+    use super::*;
+    use crate::transport::h1::HEAD_MAX;
+
+    fn request() -> Request<()> {
+        let mut request = Request::builder().method("CONNECT").uri("a.example:1").body(()).unwrap();
+        request.headers_mut().insert("baggage", HeaderValue::from_static("x=y"));
+        request
+    }
+
+    /// What is made of an answer, and what is left behind it.
+    async fn answered(answer: &[u8]) -> (Result<Answer, String>, Vec<u8>) {
+        let (mut ours, mut theirs) = duplex(64 * 1024);
+        theirs.write_all(answer).await.unwrap();
+        theirs.shutdown().await.unwrap();
+        let mut buf = BytesMut::new();
+        let got = exchange(&mut ours, b"x", &mut buf).await.map_err(|e| e.to_string());
+        ours.read_to_end(&mut buf.to_vec()).await.unwrap();
+        (got, buf.to_vec())
+    }
+
+    #[test]
+    fn the_request_names_its_target_twice_and_carries_what_is_configured() {
+        assert_eq!(
+            String::from_utf8(encode(&request())).unwrap(),
+            "CONNECT a.example:1 HTTP/1.1\r\nhost: a.example:1\r\nbaggage: x=y\r\n\r\n"
+        );
+    }
+
+    #[tokio::test]
+    async fn any_2xx_opens_the_tunnel_whatever_it_says_of_a_body_and_1xx_is_not_an_answer() {
+        let ok = |detail| Ok(Answer { status: StatusCode::OK, detail });
+        for head in [
+            "HTTP/1.1 200 OK\r\n\r\n",
+            "HTTP/1.0 200 Connection established\r\nProxy-agent: tinyproxy/1.11.1\r\n\r\n",
+            "HTTP/1.1 200\r\nContent-Length: 3\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+        ] {
+            assert_eq!(
+                answered(format!("{head}first").as_bytes()).await,
+                (ok(None), b"first".to_vec()),
+                "{head:?}"
+            );
+        }
+        let (got, _) = answered(b"HTTP/1.1 204 No Content\r\n\r\n").await;
+        assert!(got.unwrap().status.is_success());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_answer_is_said() {
+        for (answer, why) in [
+            ("", "closed before the head was complete"),
+            ("HTTP/1.1 200 OK\r\n", "closed before the head was complete"),
+            ("HTTP/1.1 100 Continue\r\n\r\n", "closed before the head was complete"),
+            ("HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n", "unasked"),
+            ("HTTP/2.0 200 OK\r\n\r\n", "not HTTP/1"),
+            ("HTTP/1.1 99 x\r\n\r\n", "not HTTP/1"),
+            ("SSH-2.0-OpenSSH_9.2\r\n", "not HTTP/1"),
+            ("\u{15}\u{3}\u{3}\0\u{2}\u{2}F", "not HTTP/1"),
+        ] {
+            let (got, _) = answered(answer.as_bytes()).await;
+            assert!(got.as_ref().is_err_and(|e| e.contains(why)), "{answer:?}: {got:?}");
+        }
+        let long = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(HEAD_MAX));
+        let (got, _) = answered(long.as_bytes()).await;
+        assert!(got.as_ref().is_err_and(|e| e.contains("longer than")), "{got:?}");
+        let (got, _) = answered(b"HTTP/1.1 403 No\r\nProxy-Status: p; error=x\r\n\r\n").await;
+        let refused = Answer { status: StatusCode::FORBIDDEN, detail: Some("p; error=x".to_owned()) };
+        assert_eq!(got, Ok(refused));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_an_answer_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _verdict = parse(&bytes);
+        }
+
+        #[test]
+        fn a_head_that_is_cut_is_not_whole_and_whole_it_is_the_same_wherever_it_was_cut(
+            status in 100u16..1000,
+            reason in "[ -~]{0,20}",
+            value in "[ -~]{0,20}",
+            behind in proptest::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let head = format!("HTTP/1.1 {status} {reason}\r\nx-y: {value}\r\n\r\n");
+            let all: Vec<u8> = head.bytes().chain(behind).collect();
+            for cut in 0..head.len() {
+                prop_assert!(matches!(parse(&all[..cut]), Ok(None)), "cut at {}", cut);
+            }
+            for end in head.len()..=all.len() {
+                let (answer, length) = parse(&all[..end]).unwrap().unwrap();
+                prop_assert_eq!((answer.status.as_u16(), length), (status, head.len()));
+            }
+        }
+    }
+}

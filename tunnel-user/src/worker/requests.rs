@@ -1,0 +1,217 @@
+//! What comes through our listeners: connections of peers, and the requests on them.
+//!
+//! Enters: accepted TCP connections. Leaves: flows that have ended, booked. Invariant: one way through policy,
+//! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
+//! and not before. It never reads a byte of a flow.
+
+use std::{net::SocketAddr, rc::Rc, time::Duration, time::Instant};
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use http::{Request, Response, StatusCode};
+use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
+
+use super::{Peer, Sink, Worker};
+use crate::{
+    flow::{ClientAddr, Identity, PeerAddr, Target},
+    listener::{
+        accept::{self, Accepted, Link, ServeError, Settings},
+        h1, h2 as h2_listener, handshakes,
+        request::{self, Refusal},
+    },
+    relay::{IntoLeg, Waiting, broken},
+    route::Source,
+    stats::Record,
+    transport::io::Wire,
+};
+
+/// Who sent a request.
+struct Requester {
+    client: ClientAddr,
+    identity: Option<Identity>,
+}
+
+impl Worker {
+    /// Serves one connection of a peer. `tunnel` is its place among them.
+    pub(super) async fn serve(
+        self: &Rc<Self>,
+        settings: &Settings,
+        stream: TcpStream,
+        peer: SocketAddr,
+        dial_timeout: Duration,
+        mut place: handshakes::Place,
+        tunnel: OwnedSemaphorePermit,
+    ) {
+        let shaken = tokio::select! {
+            shaken = accept::handshake(settings, stream, peer) => shaken,
+            () = place.needed() => Err(ServeError::Crowded),
+        };
+        let Accepted { client, identity, link } = match shaken {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                self.counters.handshakes_failed.add(1);
+                return tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
+            }
+        };
+        drop(place);
+        self.counters.tunnels_accepted.add(1);
+        let from = Requester { client, identity };
+        match link {
+            Link::H2(link) => self.serve_h2(settings, *link, from, dial_timeout).await,
+            Link::H2Plain(link) => self.serve_h2(settings, *link, from, dial_timeout).await,
+            Link::H1(link) => self.serve_h1(*link, from, dial_timeout, tunnel).await,
+            Link::H1Plain(link) => self.serve_h1(*link, from, dial_timeout, tunnel).await,
+        }
+    }
+
+    async fn serve_h2<W: Wire>(
+        self: &Rc<Self>,
+        settings: &Settings,
+        tunnel: h2_listener::Tunnel<W>,
+        Requester { client, identity }: Requester,
+        dial_timeout: Duration,
+    ) {
+        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
+        let served =
+            h2_listener::serve(settings, tunnel, client, identity.as_ref(), self.watch.clone(), handle);
+        if let Err(e) = served.await {
+            tracing::debug!(peer = %PeerAddr(client.0), "tunnel ended: {e}");
+        }
+    }
+
+    /// One request, and the flow that comes of it. From then on it is the limit of flows that bounds it.
+    async fn serve_h1<W: IntoLeg>(
+        self: &Rc<Self>,
+        incoming: h1::Incoming<W>,
+        from: Requester,
+        dial_timeout: Duration,
+        tunnel: OwnedSemaphorePermit,
+    ) {
+        let started = Instant::now();
+        let peer = from.peer();
+        let h1::Incoming { asked: h1::Asked { authority, target }, pending } = incoming;
+        let admitted = self.admit(Some(&peer)).and_then(|place| Ok((place, target?)));
+        let (place, target) = match admitted {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                self.refused(&refusal, from.unknown(&authority), from.who(), started);
+                return pending.refuse(&refusal).await;
+            }
+        };
+        let mut record = from.record(&target);
+        let reached = tokio::select! {
+            reached = self.reach_for(&from, &target, dial_timeout, &mut record) => Some(reached),
+            _ = broken(pending.wire().tcp()) => None,
+        };
+        match reached {
+            Some(Ok(sink)) => match pending.accept().await {
+                Some((mut leg, early)) => {
+                    drop(tunnel);
+                    self.relay(&mut leg, early, sink, record, started).await;
+                }
+                None => self.left(record, started),
+            },
+            Some(Err(refusal)) => {
+                drop(place);
+                self.refused(&refusal, record, from.who(), started);
+                return pending.refuse(&refusal).await;
+            }
+            None => self.left(record, started),
+        }
+        drop(place);
+    }
+
+    /// Policy, then the router and what it says.
+    async fn reach_for(
+        &self,
+        from: &Requester,
+        target: &Target,
+        dial_timeout: Duration,
+        record: &mut Record,
+    ) -> Result<Sink, Refusal> {
+        let permit = self.shared.policies.check_target(from.who(), target);
+        let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
+        self.reach(Source::Listener, target, from.client, dial_timeout, Some(permit), record).await
+    }
+}
+
+impl Requester {
+    fn who(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    /// Whose flows are counted together: an identity's, or where there is none, an address's.
+    fn peer(&self) -> Peer {
+        self.identity.clone().map_or(Peer::At(self.client.0.ip().to_canonical()), Peer::Known)
+    }
+
+    fn record(&self, target: &Target) -> Record {
+        let mut record = Record::new(target, self.client);
+        record.identity = self.identity.as_ref().map(ToString::to_string);
+        record
+    }
+
+    /// Of a request that asks for no target.
+    fn unknown(&self, asked: &str) -> Record {
+        let mut record = Record::new(&Target::Name(String::new(), 0), self.client);
+        asked.clone_into(&mut record.destination);
+        record
+    }
+}
+
+/// listener → dial or tunnel, over HTTP/2.
+async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, dial_timeout: Duration) {
+    let started = Instant::now();
+    let h2_listener::Incoming { request, mut respond, client, identity } = incoming;
+    let from = Requester { client, identity };
+    let (request, body) = request.into_parts();
+    let request = Request::from_parts(request, ());
+    let mut waiting = Waiting::new(body);
+    let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
+    let place = match worker.admit(Some(&from.peer())) {
+        Ok(place) => place,
+        Err(refusal) => {
+            answer(&mut respond, refusal.response());
+            return worker.refused(&refusal, from.unknown(&asked), from.who(), started);
+        }
+    };
+    let target = match request::target(&request) {
+        Ok(target) => target,
+        Err(refusal) => {
+            answer(&mut respond, refusal.response());
+            return worker.refused(&refusal, from.unknown(&asked), from.who(), started);
+        }
+    };
+    let mut record = from.record(&target);
+    let reached = tokio::select! {
+        reached = worker.reach_for(&from, &target, dial_timeout, &mut record) => Some(reached),
+        _ = waiting.broken(&mut respond) => None,
+    };
+    match reached {
+        Some(Ok(sink)) => {
+            let mut ok = Response::new(());
+            *ok.status_mut() = StatusCode::OK;
+            match respond.send_response(ok, false) {
+                Ok(send) => {
+                    let (mut leg, early) = waiting.answered(send);
+                    worker.relay(&mut leg, early, sink, record, started).await;
+                }
+                Err(e) => {
+                    record.outcome = format!("the client left before the target answered: {e}");
+                    worker.book(record, started);
+                }
+            }
+        }
+        Some(Err(refusal)) => {
+            answer(&mut respond, refusal.response());
+            worker.refused(&refusal, record, from.who(), started);
+        }
+        None => worker.left(record, started),
+    }
+    drop(place);
+}
+
+/// Fails only when the peer has reset the stream, and then nobody waits for the answer.
+fn answer(respond: &mut SendResponse<Bytes>, response: Response<()>) {
+    let _gone = respond.send_response(response, true);
+}
