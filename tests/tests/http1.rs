@@ -1,0 +1,559 @@
+//! CONNECT over HTTP/1 and in plaintext, on both sides: with curl, redsocks and tinyproxy at the other end, with
+//! ourselves, and with peers that do not mean well.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpStream},
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tunnel_tests::{
+    Exec, NET4, NetNs, PATIENCE, Process, TARGET4, TARGET6, Target, World,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
+    daemon::Daemon,
+    dialogue::ask,
+    pattern::{DOWN, UP},
+    peer,
+    pki::{GATEWAY_ID, NODE_ID},
+    process, programs, servers, target, wait_for,
+};
+
+const MIB: u64 = 1 << 20;
+/// What a proxy in front of the target listens on.
+const PORT: u16 = 3128;
+
+fn proxy() -> SocketAddr {
+    SocketAddr::new(NET4, PORT)
+}
+
+/// A gateway of ours; `keys` are more of its listener.
+fn gateway(world: &World, tls: bool, protocols: &str, keys: &str) -> Result<Daemon> {
+    gateway_with(world, "", tls, protocols, keys)
+}
+
+/// The same, with a table of the process.
+fn gateway_with(world: &World, daemon: &str, tls: bool, protocols: &str, keys: &str) -> Result<Daemon> {
+    let identity = if tls { world.pki().named("gateway").toml() } else { String::new() };
+    let config = format!(
+        "{daemon}{identity}[[listener]]\naddress = \"{}\"\nprotocols = [{protocols}]\ntls = {tls}\n{keys}\n\
+         [[route]]\nto = \"direct\"\n\
+         [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24:1024-65535\", \"10.200.0.10:80\", \"fd00:200::/64\"]\n",
+        proxy()
+    );
+    Daemon::start(world, world.net(), &config)
+}
+
+/// For `tunnel exec`: everything goes to the proxy. `keys` are more of the upstream.
+fn agent(world: &World, tls: bool, protocol: &str, keys: &str) -> Result<PathBuf> {
+    let (identity, verify) = match tls {
+        true => (world.pki().named("node").toml(), format!("verify = [\"{GATEWAY_ID}\"]\n")),
+        false => (String::new(), String::new()),
+    };
+    let config = format!(
+        "[daemon]\nworkers = 1\nrelay = \"pipe\"\n{identity}[[route]]\nto = [{{ upstream = \"next\" }}]\n\
+         [[upstream]]\nname = \"next\"\nendpoints = [\"{}\"]\nprotocol = \"{protocol}\"\ntls = {tls}\n{verify}{keys}\n",
+        proxy()
+    );
+    world.file("agent.toml", config)
+}
+
+/// Waits until a process of `net` listens where the proxy has to be.
+fn listening(world: &World, process: &mut Process) -> Result<()> {
+    wait_for("the proxy to listen", PATIENCE, || {
+        let ended = process.ended().is_ok_and(|status| status.is_some());
+        (ended || world.net().listens(PORT).is_ok_and(|listens| listens)).then_some(())
+    })?;
+    ensure!(process.ended()?.is_none(), "it ended at once\n{process}");
+    Ok(())
+}
+
+fn tinyproxy(world: &World) -> Result<Process> {
+    let config = format!("Port {PORT}\nListen {NET4}\nTimeout 600\nMaxClients 100\nLogLevel Critical\n");
+    let config = world.file("tinyproxy.conf", config)?;
+    let mut command = world.net().command(programs::system("tinyproxy")?);
+    command.arg("-d").arg("-c").arg(config);
+    let mut process = Process::spawn("tinyproxy", world.folder(), command)?;
+    listening(world, &mut process)?;
+    Ok(process)
+}
+
+/// A page behind the proxy, and curl in front of it.
+fn curl(world: &World, flags: &[&str]) -> Result<String> {
+    let files = world.folder().join("files");
+    std::fs::create_dir_all(&files)?;
+    std::fs::write(files.join("page"), "hello\n")?;
+    let server = servers::http(world, &files)?;
+    let mut command = world.node().command("curl");
+    command.args(["-sS", "--fail", "--proxytunnel", "--max-time", "20", "--noproxy", ""]);
+    process::output(command.args(flags).arg(format!("http://{}/page", server.addr())))
+}
+
+#[test]
+fn curl_tunnels_through_a_listener_in_plaintext() -> Result<()> {
+    let world = World::new()?;
+    for protocols in ["\"h1\"", "\"h2\", \"h1\""] {
+        let mut daemon = gateway(&world, false, protocols, "")?;
+        let page = curl(&world, &["-x", &format!("http://{}", proxy())])?;
+        assert_eq!(page, "hello\n");
+        // HTTP/1.0 as well.
+        let page = curl(&world, &["--proxy1.0", &proxy().to_string()])?;
+        assert_eq!(page, "hello\n");
+        daemon.process().stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn curl_tunnels_through_a_listener_with_tls_and_a_certificate_and_not_without() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = gateway(&world, true, "\"h2\", \"h1\"", "")?;
+    let who = world.pki().named("node");
+    let (url, files) =
+        (format!("https://{}", proxy()), [&who.ca, &who.cert, &who.key].map(|f| f.to_string_lossy()));
+    let anonymous = ["-x", &url, "--proxy-cacert", &*files[0]];
+    let page =
+        curl(&world, &[&anonymous[..], &["--proxy-cert", &*files[1], "--proxy-key", &*files[2]]].concat())?;
+    assert_eq!(page, "hello\n");
+    let line = daemon.process().wait_for_line(" closed destination=")?;
+    assert!(line.contains(NODE_ID), "{line}");
+    assert!(curl(&world, &anonymous).is_err());
+    daemon.process().wait_for_line("not let in")?;
+    Ok(())
+}
+
+/// A command of the tests' application in a group.
+fn app(host: &NetNs, group: &Cgroup, words: &[&str]) -> Result<Command> {
+    let mut command = host.command(programs::app()?);
+    command.args(words);
+    group.adopt(&mut command)?;
+    Ok(command)
+}
+
+#[test]
+fn redsocks_carries_what_we_capture_through_a_listener_of_ours() -> Result<()> {
+    const BYTES: u64 = 300_000;
+    let world = World::new()?;
+    let _gateway = gateway(&world, false, "\"h1\"", "")?;
+    let (group, bpffs) = (Cgroup::new()?, BpfFs::new(&world)?);
+    let config = format!(
+        "base {{ log_debug = off; log_info = on; log = stderr; daemon = off; redirector = iptables; }}\n\
+         redsocks {{ local_ip = 127.0.0.1; local_port = 12345; ip = {NET4}; port = {PORT}; type = http-connect; }}\n"
+    );
+    let mut redsocks = world.node().command(programs::system("redsocks")?);
+    redsocks.arg("-c").arg(world.file("redsocks.conf", config)?);
+    // It is asked about connections of the group's, so it is in the group.
+    group.adopt(&mut redsocks)?;
+    let mut redsocks = Process::spawn("redsocks", world.folder(), redsocks)?;
+    wait_for("redsocks to listen", PATIENCE, || {
+        let ended = redsocks.ended().is_ok_and(|e| e.is_some());
+        (ended || world.node().listens(12345).is_ok_and(|listens| listens)).then_some(())
+    })?;
+    let config = format!(
+        "[daemon]\n{}\n[[capture]]\ncgroup = \"{}\"\ninclude = [\"10.200.0.0/24\"]\nproxy = \"127.0.0.1:12345\"\n",
+        bpffs.toml(),
+        group.path().display()
+    );
+    let _daemon = Daemon::start(&world, world.node(), &config)?;
+    let target = world.serve(TARGET4, target::duplex(BYTES))?;
+    let addr = target.addr().to_string();
+    let client = process::output(&mut app(world.node(), &group, &["duplex", &addr, &BYTES.to_string()])?)?;
+    assert!(client.contains(&format!("duplex={BYTES}")), "{client}");
+    assert_eq!(target.outcomes(1)?, [Ok(())]);
+    // A target that is not there: 502, and what redsocks makes of it.
+    drop(target);
+    assert!(process::output(&mut app(world.node(), &group, &["duplex", &addr, "1"])?).is_err());
+    Ok(())
+}
+
+/// What a byte stream with two ends promises: all bytes once and in order, each end by itself, resets as resets.
+fn is_a_byte_stream(world: &World, exec: &Exec<'_>, bulk: u64) -> Result<()> {
+    for ip in [TARGET4, TARGET6] {
+        let target = world.serve(ip, target::duplex(bulk))?;
+        let done = exec.run_app(&["duplex", &target.addr().to_string(), &bulk.to_string()])?;
+        assert!(done.success(), "{done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())]);
+        let flow = &done.flows()?[0];
+        assert_eq!((flow["sent"].as_u64(), flow["received"].as_u64()), (Some(bulk), Some(bulk)), "{flow}");
+        assert_eq!(flow["outcome"], "closed", "{flow}");
+    }
+    for bytes in [0, 1, 300_000] {
+        let text = bytes.to_string();
+        let target = world.serve(TARGET4, target::answer_after_end())?;
+        let done = exec.run_app(&["half-close", &target.addr().to_string(), &text])?;
+        assert!(done.success(), "{bytes} bytes: {done}");
+        assert_eq!(done.value("answer")?, text);
+
+        let target = world.serve(TARGET4, target::end_then_listen(bytes))?;
+        let done = exec.run_app(&["hear-end-first", &target.addr().to_string(), &text])?;
+        assert!(done.success(), "{bytes} bytes: {done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "{bytes} bytes");
+    }
+    for bytes in [1, 200_000] {
+        let text = bytes.to_string();
+        let target = world.serve(TARGET4, target::reset_after(bytes))?;
+        let done = exec.run_app(&["expect-reset", &target.addr().to_string(), &text])?;
+        assert_eq!(done.value("ended")?, "ECONNRESET", "after {bytes} bytes: {done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
+
+        let target = world.serve(TARGET4, target::expect_reset_after(bytes))?;
+        let mut app = exec.spawn_app(&["reset", &target.addr().to_string(), &text])?;
+        // Only when everything has arrived: a reset may overtake what is on its way.
+        app.says("answered")?;
+        app.tell("reset")?;
+        let done = app.finish()?;
+        assert!(done.success(), "{done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
+    }
+    Ok(())
+}
+
+/// What the next hop refuses resets the application, and says why.
+fn refusals_reset(world: &World, exec: &Exec<'_>) -> Result<()> {
+    let nobody = world.serve(TARGET4, target::echo())?.addr().to_string();
+    for (target, said) in [
+        (nobody.as_str(), "502 Bad Gateway (tunnel; error=connection_refused"),
+        ("10.200.0.10:81", "403 Forbidden"),
+    ] {
+        let done = exec.run_app(&["expect-reset", target, "1000"])?;
+        assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
+        assert_eq!(done.value("received")?, "0", "{done}");
+        let outcome = &done.flows()?[0]["outcome"];
+        assert!(outcome.as_str().is_some_and(|o| o.contains(said)), "{outcome}");
+    }
+    Ok(())
+}
+
+/// One chain: the application, our agent, our gateway.
+fn through_ourselves(tls: bool, protocol: &str, keys: &str) -> Result<()> {
+    let world = World::new()?;
+    let _gateway = gateway(&world, tls, "\"h2\", \"h1\"", "")?;
+    let exec = world.exec_with(&agent(&world, tls, protocol, keys)?);
+    is_a_byte_stream(&world, &exec, 4 * MIB)?;
+    refusals_reset(&world, &exec)
+}
+
+#[test]
+fn http_1_in_plaintext_between_ourselves_is_a_byte_stream() -> Result<()> {
+    through_ourselves(false, "h1", "")
+}
+
+#[test]
+fn http_1_over_tls_between_ourselves_is_a_byte_stream() -> Result<()> {
+    through_ourselves(true, "h1", "")
+}
+
+#[test]
+fn http_2_in_plaintext_between_ourselves_is_a_byte_stream() -> Result<()> {
+    through_ourselves(false, "h2", "max_streams = 10")
+}
+
+#[test]
+fn heavy_64_mib_each_way_at_once_arrive_unchanged_over_http_1_with_and_without_tls() -> Result<()> {
+    const BYTES: u64 = 64 * MIB;
+    for tls in [false, true] {
+        let world = World::new()?;
+        let _gateway = gateway(&world, tls, "\"h1\"", "")?;
+        let target = world.serve(TARGET4, target::duplex(BYTES))?;
+        let exec = world.exec_with(&agent(&world, tls, "h1", "")?).limit(Duration::from_secs(120));
+        let done = exec.run_app(&["duplex", &target.addr().to_string(), &BYTES.to_string()])?;
+        assert!(done.success(), "{done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())]);
+    }
+    Ok(())
+}
+
+#[test]
+fn tinyproxy_carries_what_we_capture_and_what_it_refuses_resets_the_application() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = tinyproxy(&world)?;
+    let exec = world.exec_with(&agent(&world, false, "h1", "headers = { x-by = \"tunnel\" }")?);
+    for ip in [TARGET4, TARGET6] {
+        let target = world.serve(ip, target::echo())?;
+        let done = exec.run_app(&["many", &target.addr().to_string(), "20", "100000"])?;
+        assert!(done.success(), "{done}");
+        let flow = &done.flows()?[0];
+        assert_eq!(flow["via"]["tunnel"]["peer"], proxy().to_string(), "{flow}");
+        assert!(flow["via"]["tunnel"]["stream"].is_null(), "{flow}");
+    }
+    let nobody = world.serve(TARGET4, target::echo())?.addr().to_string();
+    let done = exec.run_app(&["expect-reset", &nobody, "1000"])?;
+    assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
+    let outcome = &done.flows()?[0]["outcome"];
+    assert!(outcome.as_str().is_some_and(|o| o.contains("refused")), "{outcome}");
+    Ok(())
+}
+
+#[test]
+fn a_proxy_that_is_not_there_or_says_nothing_resets_the_application() -> Result<()> {
+    let world = World::new()?;
+    let exec = world.exec_with(&agent(&world, false, "h1", "response_timeout = \"500ms\"")?);
+    let done = exec.run_app(&["expect-reset", "10.200.0.10:80", "0"])?;
+    assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
+    let _silent = Target::start(world.net(), proxy(), |stream: &TcpStream| {
+        io::copy(&mut &*stream, &mut io::sink()).map(drop)
+    })?;
+    let done = exec.run_app(&["expect-reset", "10.200.0.10:80", "0"])?;
+    assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
+    let outcome = &done.flows()?[0]["outcome"];
+    assert!(outcome.as_str().is_some_and(|o| o.contains("did not answer CONNECT")), "{outcome}");
+    Ok(())
+}
+
+/// Reads an answer's head; what came behind it is left where it is.
+fn answer(mut from: impl io::Read) -> Result<String> {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") {
+        ensure!(from.read(&mut byte)? == 1, "it ended after {:?}", String::from_utf8_lossy(&head));
+        head.push(byte[0]);
+    }
+    Ok(String::from_utf8(head)?)
+}
+
+/// Says something, and hears the other side out; nothing may be left open.
+fn told(world: &World, said: &[u8], end: bool) -> Result<String> {
+    let stream = world.node().run(|| TcpStream::connect(proxy()))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    (&stream).write_all(said)?;
+    if end {
+        stream.shutdown(Shutdown::Write)?;
+    }
+    let mut heard = Vec::new();
+    (&stream).read_to_end(&mut heard).with_context(|| format!("{:?}", String::from_utf8_lossy(said)))?;
+    Ok(String::from_utf8(heard)?)
+}
+
+#[test]
+fn what_is_no_connect_request_is_answered_and_closed_and_nobody_else_notices() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = gateway(&world, false, "\"h1\"", "")?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let exec = world.exec_with(&agent(&world, false, "h1", "")?);
+    let mut neighbour = exec.spawn_app(&["hold", &target.addr().to_string()])?;
+    neighbour.says("held=1")?;
+    let to = target.addr().to_string();
+    let connect = |fields: &str| format!("CONNECT {to} HTTP/1.1\r\n{fields}\r\n");
+    let long = connect(&format!("x: {}\r\n", "y".repeat(20_000)));
+    let endless = format!("CONNECT {to} HTTP/1.1\r\n{}", "x: y\r\n".repeat(5_000));
+    let table: Vec<(String, u16)> = vec![
+        (format!("CONNECT {TARGET4} HTTP/1.1\r\n\r\n"), 400),
+        (format!("CONNECT {TARGET4}:0 HTTP/1.1\r\n\r\n"), 400),
+        (format!("CONNECT {TARGET4}:65536 HTTP/1.1\r\n\r\n"), 400),
+        (format!("CONNECT me@{to} HTTP/1.1\r\n\r\n"), 400),
+        ("CONNECT [fe80::1%25eth0]:80 HTTP/1.1\r\n\r\n".to_owned(), 400),
+        (format!("CONNECT {to}\0 HTTP/1.1\r\n\r\n"), 400),
+        (connect("x: a\rb\r\n"), 400),
+        (connect("x: a\r\n folded\r\n"), 400),
+        (connect("x: a\0\r\n"), 400),
+        (connect("Content-Length: 0\r\n"), 400),
+        (connect("Content-Length: 1\r\nContent-Length: 2\r\n"), 400),
+        (connect("Transfer-Encoding: chunked\r\n"), 400),
+        (connect("Host: 10.200.0.11:80\r\n"), 400),
+        (format!("CONNECT http://{to}/ HTTP/1.1\r\n\r\n"), 400),
+        (format!("CONNECT {} HTTP/1.1\r\n\r\n", "a".repeat(10_000)), 400),
+        (format!("CONNECT {to} HTTP/1.1\r\n{}: x\r\n\r\n", "a".repeat(10_000)), 200),
+        (long, 431),
+        (endless, 431),
+        (connect(&"x: y\r\n".repeat(101)), 431),
+        (format!("GET http://{to}/ HTTP/1.1\r\nHost: {to}\r\n\r\n"), 405),
+        ("POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc".to_owned(), 405),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), 400),
+        ("\u{16}\u{3}\u{1}\u{2}\0hello".to_owned(), 400),
+        ("CONNECT 10.200.0.10:81 HTTP/1.1\r\n\r\n".to_owned(), 403),
+        ("CONNECT 169.254.169.254:80 HTTP/1.1\r\n\r\n".to_owned(), 403),
+        (format!("CONNECT {} HTTP/1.1\r\n\r\n", proxy()), 403),
+        ("CONNECT 10.200.0.10:1024 HTTP/1.1\r\n\r\n".to_owned(), 502),
+    ];
+    for (said, status) in &table {
+        let shown = &said[..said.len().min(80)];
+        // An echo ends when we do.
+        let heard = told(&world, said.as_bytes(), *status == 200)?;
+        assert!(heard.starts_with(&format!("HTTP/1.1 {status} ")), "{shown:?}: {heard:?}");
+        if *status != 200 {
+            assert!(
+                heard.contains("\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
+                "{shown:?}: {heard:?}"
+            );
+            assert!(heard.contains("\r\nproxy-status: tunnel; error="), "{shown:?}: {heard:?}");
+        }
+        if *status == 405 {
+            assert!(heard.contains("\r\nallow: CONNECT\r\n"), "{heard:?}");
+        }
+        assert_eq!(ask(neighbour.process(), "ping")?, "ok", "its flow goes on");
+    }
+    // A request that ends before it is whole gets no answer.
+    assert_eq!(told(&world, b"CONNECT ", true)?, "");
+    assert_eq!(ask(neighbour.process(), "again")?, "ok", "and it can have another");
+    assert_eq!(target.peers().len(), 3, "nobody else was let through");
+    daemon.process().wait_for_line("closed before the head was complete")?;
+    Ok(())
+}
+
+#[test]
+fn what_is_sent_behind_the_request_arrives_once_in_order_after_a_200_and_nowhere_after_a_refusal()
+-> Result<()> {
+    const BYTES: u64 = 300_000;
+    let world = World::new()?;
+    let _gateway = gateway(&world, false, "\"h1\", \"h2\"", "")?;
+    let target = world.serve(TARGET4, target::answer_after_end())?;
+    // In one piece, and in pieces of which one ends within the head.
+    for within in [vec![], vec![3], vec![3, 100_000]] {
+        let mut said = format!("CONNECT {} HTTP/1.1\r\n\r\n", target.addr()).into_bytes();
+        let head = said.len();
+        said.resize(head + usize::try_from(BYTES)?, 0);
+        UP.fill(0, &mut said[head..]);
+        let stream = world.node().run(|| TcpStream::connect(proxy()))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let sending = stream.try_clone()?;
+        let sender = std::thread::spawn(move || -> io::Result<()> {
+            let mut rest = &said[..];
+            for cut in within {
+                let (now, later) = rest.split_at(cut);
+                (&sending).write_all(now)?;
+                rest = later;
+            }
+            (&sending).write_all(rest)?;
+            sending.shutdown(Shutdown::Write)
+        });
+        assert_eq!(answer(&stream)?, "HTTP/1.1 200 OK\r\n\r\n");
+        assert_eq!(DOWN.receive_to_end(&mut &stream)?, BYTES);
+        sender.join().ok().context("the sender panicked")??;
+    }
+    assert_eq!(target.outcomes(3)?, [Ok(()), Ok(()), Ok(())]);
+    let denied = Target::start(world.net(), SocketAddr::new(TARGET4, 81), target::echo())?;
+    let mut said = format!("CONNECT {} HTTP/1.1\r\n\r\n", denied.addr()).into_bytes();
+    said.extend([b'x'; 10_000]);
+    assert!(told(&world, &said, false)?.starts_with("HTTP/1.1 403 "));
+    assert_eq!((denied.peers(), target.peers().len()), (Vec::new(), 3));
+    Ok(())
+}
+
+#[test]
+fn without_identities_the_flows_of_one_address_leave_some_to_the_others() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = gateway_with(&world, "[daemon]\nworkers = 1\nmax_flows = 4\n", false, "\"h1\"", "")?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let request = format!("CONNECT {} HTTP/1.1\r\n\r\n", target.addr());
+    let connect = |host: &NetNs| -> Result<(TcpStream, String)> {
+        let stream = host.run(|| TcpStream::connect(proxy()))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        (&stream).write_all(request.as_bytes())?;
+        let head = answer(&stream)?;
+        Ok((stream, head))
+    };
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let (stream, head) = connect(world.node())?;
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        held.push(stream);
+    }
+    let (_, head) = connect(world.node())?;
+    assert!(head.starts_with("HTTP/1.1 503 ") && head.contains("connection_limit_reached"), "{head}");
+    // From another address there is room, and where one has ended too.
+    let (_other, head) = connect(world.net())?;
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    held.pop();
+    gateway.process().wait_for_line(" closed destination=")?;
+    held.push(wait_for("a place", PATIENCE, || {
+        connect(world.node())
+            .ok()
+            .filter(|(_, head)| head.starts_with("HTTP/1.1 200 "))
+            .map(|(stream, _)| stream)
+    })?);
+    for mut stream in held {
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0])?;
+    }
+    Ok(())
+}
+
+/// A TLS connection to the proxy, with such protocols in ALPN, and a tunnel on it.
+async fn over_tls(world: &World, alpn: &[&str], to: SocketAddr) -> Result<TlsStream<tokio::net::TcpStream>> {
+    let mut config = (*peer::tls(&world.pki().named("node"))?).clone();
+    config.alpn_protocols = alpn.iter().map(|p| p.as_bytes().to_vec()).collect();
+    let tcp = tokio::net::TcpStream::connect(proxy()).await?;
+    let name = ServerName::IpAddress(NET4.into());
+    let mut tls = TlsConnector::from(std::sync::Arc::new(config)).connect(name, tcp).await?;
+    tls.write_all(format!("CONNECT {to} HTTP/1.1\r\n\r\n").as_bytes()).await?;
+    let mut head = [0; 19];
+    tls.read_exact(&mut head).await?;
+    ensure!(head == *b"HTTP/1.1 200 OK\r\n\r\n", "{:?}", String::from_utf8_lossy(&head));
+    Ok(tls)
+}
+
+#[test]
+fn over_tls_close_notify_is_an_end_and_an_end_without_it_is_a_reset() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = gateway(&world, true, "\"h2\", \"h1\"", "")?;
+    // Agreed on, or not spoken of.
+    for alpn in [&["http/1.1"][..], &[]] {
+        let target = world.serve(TARGET4, target::answer_after_end())?;
+        let answered = world.node().block_on(|| async {
+            let mut tls = over_tls(&world, alpn, target.addr()).await?;
+            let mut bytes = vec![0; 100_000];
+            UP.fill(0, &mut bytes);
+            tls.write_all(&bytes).await?;
+            tls.shutdown().await?;
+            let mut heard = Vec::new();
+            tls.read_to_end(&mut heard).await.context("its end is close_notify too")?;
+            anyhow::Ok(heard)
+        })?;
+        assert_eq!(answered.len(), 100_000);
+        DOWN.check(0, &answered)?;
+        assert_eq!(target.outcomes(1)?, [Ok(())]);
+    }
+    let target = world.serve(TARGET4, target::expect_reset_after(1000))?;
+    world.node().block_on(|| async {
+        let mut tls = over_tls(&world, &["http/1.1"], target.addr()).await?;
+        let mut bytes = vec![0; 1000];
+        UP.fill(0, &mut bytes);
+        tls.write_all(&bytes).await?;
+        tls.read_exact(&mut [0]).await?;
+        // FIN, and nothing that says so under the key.
+        let (mut tcp, _session) = tls.into_inner();
+        tcp.shutdown().await?;
+        let _reset = tcp.read(&mut [0]).await;
+        anyhow::Ok(())
+    })?;
+    assert_eq!(target.outcomes(1)?, [Ok(())]);
+    daemon.process().wait_for_line("reset by client")?;
+    Ok(())
+}
+
+#[test]
+fn a_head_that_drips_and_silence_are_ended_after_the_handshake_timeout() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = gateway(&world, false, "\"h2\", \"h1\"", "handshake_timeout = \"1s\"")?;
+    // Nothing; as much as does not tell HTTP/2 from HTTP/1; half a head, and more of it.
+    for (first, drip) in [("", false), ("PRI * HT", false), ("CONNECT 10.200.0.10:80 HTTP/1.1\r\nx: ", true)]
+    {
+        let stream = world.node().run(|| TcpStream::connect(proxy()))?;
+        (&stream).write_all(first.as_bytes())?;
+        stream.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let start = Instant::now();
+        loop {
+            match (&stream).read(&mut [0; 64]) {
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    ensure!(start.elapsed() < PATIENCE, "{first:?} is still open");
+                    if drip {
+                        let _closed = (&stream).write_all(b"y");
+                    }
+                }
+                Ok(n) if n > 0 => anyhow::bail!("{first:?} was answered"),
+                _ => break,
+            }
+        }
+        let took = start.elapsed();
+        assert!((Duration::from_millis(900)..Duration::from_secs(5)).contains(&took), "{first:?}: {took:?}");
+    }
+    daemon.process().wait_for_line("no complete handshake within 1s")?;
+    Ok(())
+}
