@@ -6,10 +6,12 @@ use std::{
     net::{Shutdown, SocketAddr, TcpStream},
     path::PathBuf,
     process::Command,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -306,6 +308,59 @@ fn a_proxy_that_is_not_there_or_says_nothing_resets_the_application() -> Result<
     Ok(())
 }
 
+#[test]
+fn a_dead_proxy_is_passed_over_ejected_and_found_again_when_it_is_back() -> Result<()> {
+    let world = World::new()?;
+    let mut first = gateway(&world, false, "\"h1\"", "")?;
+    let dead = SocketAddr::new(NET4, PORT + 1);
+    let config = format!(
+        "[daemon]\nworkers = 1\n[[route]]\nto = [{{ upstream = \"next\" }}]\n[[upstream]]\nname = \"next\"\n\
+         endpoints = [\"{}\", \"{dead}\"]\nprotocol = \"h1\"\ntls = false\nbalance = \"round_robin\"\n",
+        proxy()
+    );
+    let target = world.serve(TARGET4, target::echo())?;
+    let exec = world.exec_with(&world.file("two.toml", config)?).flag("--log", "info");
+    let mut app = exec.spawn_app(&["reconnect", &target.addr().to_string()])?;
+    app.says("ready=1")?;
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    assert!(app.says("ejected")?.contains(&dead.to_string()));
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let _second = Target::start(world.net(), dead, target::connect_proxy(&asked))?;
+    assert!(app.says("well again")?.contains(&dead.to_string()));
+    first.process().stop()?;
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    assert_eq!(asked.lock().expect("no handler panicked").last(), Some(&target.addr().to_string()));
+    assert!(app.finish()?.success());
+    Ok(())
+}
+
+#[test]
+fn a_gateway_that_is_stopped_lets_its_http_1_flows_finish_and_takes_no_new_ones() -> Result<()> {
+    for tls in [false, true] {
+        let world = World::new()?;
+        let mut daemon = gateway(&world, tls, "\"h1\"", "")?;
+        let target = world.serve(TARGET4, target::echo())?;
+        let exec = world.exec_with(&agent(&world, tls, "h1", "")?);
+        let mut app = exec.spawn_app(&["hold", &target.addr().to_string()])?;
+        app.says("held=1")?;
+        assert_eq!(ask(app.process(), "ping")?, "ok");
+        daemon.process().signal(Signal::SIGTERM)?;
+        daemon.process().wait_for_line("draining")?;
+        wait_for("the listener to close", PATIENCE, || {
+            world.net().listens(PORT).is_ok_and(|listens| !listens).then_some(())
+        })?;
+        assert_eq!(ask(app.process(), "ping")?, "ok", "its flow goes on");
+        assert_eq!(ask(app.process(), "again")?, "ECONNRESET");
+        assert!(app.finish()?.success());
+        assert!(daemon.process().wait(PATIENCE)?.success());
+    }
+    Ok(())
+}
+
 /// Reads an answer's head; what came behind it is left where it is.
 fn answer(mut from: impl io::Read) -> Result<String> {
     let mut head = Vec::new();
@@ -481,7 +536,7 @@ async fn over_tls(world: &World, alpn: &[&str], to: SocketAddr) -> Result<TlsStr
     config.alpn_protocols = alpn.iter().map(|p| p.as_bytes().to_vec()).collect();
     let tcp = tokio::net::TcpStream::connect(proxy()).await?;
     let name = ServerName::IpAddress(NET4.into());
-    let mut tls = TlsConnector::from(std::sync::Arc::new(config)).connect(name, tcp).await?;
+    let mut tls = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
     tls.write_all(format!("CONNECT {to} HTTP/1.1\r\n\r\n").as_bytes()).await?;
     let mut head = [0; 19];
     tls.read_exact(&mut head).await?;
