@@ -31,14 +31,15 @@ use crate::{
     config,
     dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
-    flow::{ClientAddr, Identity, PeerAddr, Target},
+    flow::{Flow, Head, Identity, PeerAddr, Target},
+    index::{NOBODY, PeerSet},
     limits,
     listener::{
         h2::{self as h2_listener, Incoming, ServeError},
         handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
-    policy::{Permit, Policies},
+    policy::{self, Permit, Policies},
     relay::{H2Leg, Leg, Meter, Outcome, Piped, Pipes, TcpLeg, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
@@ -46,7 +47,10 @@ use crate::{
         store::TlsStore,
         tcp::{self, Mark},
     },
-    tunnel::{self, Upstream, headers::Trace},
+    tunnel::{
+        self, Upstream,
+        headers::{Ask, Trace, is_loop},
+    },
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -70,6 +74,8 @@ pub struct Shared {
     pub tls: Option<Arc<TlsStore>>,
     /// The mark of our own sockets.
     pub mark: Mark,
+    /// What this process calls itself in `via`, as no other does.
+    pub pseudonym: String,
     /// How many flows one worker takes at once.
     pub flows_max: usize,
     /// How bytes are moved between two sockets of ours.
@@ -84,6 +90,8 @@ pub struct Shared {
 
 /// A redirected connections' listener, for one worker.
 pub struct CaptureSocket {
+    /// What routes call its capture.
+    pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
     /// Who knows where its connections wanted to go.
@@ -100,6 +108,8 @@ pub enum More {
 
 /// A listener for CONNECT requests, for one worker.
 pub struct ConnectSocket {
+    /// What routes call it.
+    pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
     /// How it serves.
@@ -183,31 +193,26 @@ async fn work(start: Start) -> io::Result<Report> {
     let accepting = Tasks::default();
     // By network namespace; those of redirected connections have none that the programs know.
     let mut capturing: HashMap<Option<u64>, Tasks> = HashMap::new();
-    for CaptureSocket { socket, origins } in captures {
+    for CaptureSocket { name, socket, origins } in captures {
         let netns = origins.netns();
-        let accept = accept_captured(Rc::clone(&worker), Accept::new(socket, origins)?, Rc::clone(&flows));
+        let accept = Accept::new(socket, origins)?;
+        let accept = accept_captured(Rc::clone(&worker), accept, name, Rc::clone(&flows));
         capturing.entry(netns).or_default().spawn(accept);
     }
     for listener in listeners {
         let socket = TcpListener::from_std(listener.socket.into())?;
-        let accept = accept_tunnels(
-            Rc::clone(&worker),
-            socket,
-            listener.settings,
-            listener.dial_timeout,
-            Rc::clone(&flows),
-        );
-        accepting.spawn(accept);
+        let at = Rc::new(At { name: listener.name, dial_timeout: listener.dial_timeout });
+        accepting.spawn(accept_tunnels(Rc::clone(&worker), socket, listener.settings, at, Rc::clone(&flows)));
     }
     loop {
         tokio::select! {
             () = watch.draining() => break,
             Some(news) = more.recv() => match news {
-                More::Listen(CaptureSocket { socket, origins }) => {
+                More::Listen(CaptureSocket { name, socket, origins }) => {
                     let netns = origins.netns();
                     match Accept::new(socket, origins) {
                         Ok(accept) => {
-                            let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+                            let accept = accept_captured(Rc::clone(&worker), accept, name, Rc::clone(&flows));
                             capturing.entry(netns).or_default().spawn(accept);
                         }
                         Err(e) => tracing::error!("a capture listener could not be used: {e}"),
@@ -252,7 +257,7 @@ async fn work(start: Start) -> io::Result<Report> {
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
+async fn accept_captured(worker: Rc<Worker>, accept: Accept, name: Option<Arc<str>>, flows: Rc<Tasks>) {
     let mut watch = worker.watch.clone();
     let mut draining = false;
     loop {
@@ -267,7 +272,9 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
         };
         match accepted {
             Ok(Ok(captured)) => match worker.admit(None) {
-                Ok(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
+                Ok(place) => {
+                    flows.spawn(carry_captured(Rc::clone(&worker), captured, name.clone(), place));
+                }
                 Err(_) => {
                     worker.counters.over_limit.add(1);
                     crate::relay::abort_on_close(&captured.stream);
@@ -288,12 +295,26 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
     }
 }
 
+/// Where CONNECT requests arrive.
+struct At {
+    name: Option<Arc<str>>,
+    dial_timeout: Duration,
+}
+
+/// What is known of every request on one tunnel connection.
+struct Peer {
+    at: Rc<At>,
+    server_name: Option<Box<str>>,
+    routes: PeerSet,
+    policies: policy::Peer,
+}
+
 /// Accepts until it is dropped.
 async fn accept_tunnels(
     worker: Rc<Worker>,
     socket: TcpListener,
     settings: Arc<h2_listener::Settings>,
-    dial_timeout: Duration,
+    at: Rc<At>,
     flows: Rc<Tasks>,
 ) {
     let handshakes = Handshakes::default();
@@ -303,10 +324,10 @@ async fn accept_tunnels(
         let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
         match socket.accept().await {
             Ok((stream, peer)) => {
-                let (worker, settings) = (Rc::clone(&worker), Arc::clone(&settings));
+                let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
                 let place = handshakes.place();
                 flows.spawn(async move {
-                    worker.serve(&settings, stream, peer, dial_timeout, place).await;
+                    worker.serve(&settings, stream, peer, at, place).await;
                     drop(tunnel);
                 });
             }
@@ -370,45 +391,72 @@ impl Worker {
     /// far as `permit` goes; captured applications are the operator's own.
     async fn reach(
         &self,
-        source: Source,
-        target: &Target,
-        client: ClientAddr,
+        flow: &Flow<'_>,
         dial_timeout: Duration,
         permit: Option<Permit<'_>>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
         let random = (self.trace.random() >> 32) as u32;
-        match self.shared.router.decide(source, target, random) {
-            Decision::Upstream(i) => {
+        let target = flow.target;
+        match self.shared.router.decide(flow, random) {
+            Decision::Upstream { upstream, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
-                let upstream = self.upstreams.get(i).ok_or_else(|| denied(target, "its upstream is gone"))?;
-                let stream = upstream.connect(target, client).await?;
+                let pseudonym = &self.shared.pseudonym;
+                // What is dialled here goes around no further.
+                if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
+                    return Err(Refusal::Loop);
+                }
+                let upstream =
+                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
+                let ask = Ask { target, client: flow.client, received: flow.request, pseudonym, terms };
+                let stream = upstream.connect(&ask).await?;
                 record.through(upstream.name(), stream.peer, stream.leg.id(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
-            Decision::Direct => {
-                let deadline = tokio::time::Instant::now() + dial_timeout;
-                let resolved = tokio::time::timeout_at(deadline, dial::resolve(target)).await;
-                let timed_out = |_| DialError::Timeout { target: target.clone(), after: dial_timeout };
-                let mut addrs = resolved.map_err(timed_out)??;
-                let mut why = None;
-                if let Some(permit) = permit {
-                    addrs.retain(|addr| permit.allows_addr(*addr).map_err(|e| why = Some(e)).is_ok());
-                }
-                if let (true, Some(why)) = (addrs.is_empty(), why) {
-                    return Err(Refusal::Denied(why.to_string()));
-                }
-                let dialled = dial::connect(target, &addrs, self.shared.mark, deadline, dial_timeout).await;
-                let (stream, addr) = dialled?;
+            Decision::Dial { instead, terms } => {
+                let sink = self.dial(target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
                 record.via = crate::stats::Via::Direct;
-                tracing::trace!(%target, %addr, "dialled");
-                Ok(Sink::Direct(TcpLeg::new(stream)))
+                Ok(sink)
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
             Decision::NoRoute => Err(denied(target, "no route takes it")),
         }
+    }
+
+    /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
+    /// has to be allowed as a name.
+    async fn dial(
+        &self,
+        target: &Target,
+        instead: Option<&Target>,
+        dial_timeout: Duration,
+        permit: Option<Permit<'_>>,
+    ) -> Result<Sink, Refusal> {
+        let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
+        if let (Some(_), Some(permit)) = (instead, &permit) {
+            permit.allows_unresolved().map_err(refused)?;
+        }
+        let dialled = instead.unwrap_or(target);
+        let deadline = tokio::time::Instant::now() + dial_timeout;
+        let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
+        let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
+        let mut addrs = resolved.map_err(timed_out)??;
+        let mut why = None;
+        if let Some(permit) = permit {
+            let allowed = |addr| match instead {
+                None => permit.allows_addr(addr),
+                Some(to) => self.shared.policies.allows_rewrite(to, addr),
+            };
+            addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
+        }
+        if let (true, Some(why)) = (addrs.is_empty(), why) {
+            return Err(refused(why));
+        }
+        let (stream, addr) = dial::connect(dialled, &addrs, self.shared.mark, deadline, dial_timeout).await?;
+        tracing::trace!(%target, %addr, "dialled");
+        Ok(Sink::Direct(TcpLeg::new(stream)))
     }
 
     /// Relays to the end, and books it.
@@ -462,7 +510,7 @@ impl Worker {
     fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
         let counter = match refusal {
             Refusal::Method(_) | Refusal::Authority(_) => &self.counters.bad_requests,
-            Refusal::Denied(_) => &self.counters.denied,
+            Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) => &self.counters.over_limit,
@@ -487,7 +535,7 @@ impl Worker {
         settings: &h2_listener::Settings,
         stream: tokio::net::TcpStream,
         peer: SocketAddr,
-        dial_timeout: Duration,
+        at: Rc<At>,
         mut place: handshakes::Place,
     ) {
         let shaken = tokio::select! {
@@ -503,7 +551,13 @@ impl Worker {
         };
         drop(place);
         self.counters.tunnels_accepted.add(1);
-        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
+        let known = Rc::new(Peer {
+            at,
+            server_name: tunnel.server_name().map(Box::from),
+            routes: self.shared.router.peer(tunnel.identity()),
+            policies: self.shared.policies.peer(tunnel.identity().cloned()),
+        });
+        let handle = |incoming| carry_stream(Rc::clone(self), incoming, Rc::clone(&known));
         if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
             tracing::debug!(peer = %PeerAddr(peer), "tunnel ended: {e}");
         }
@@ -515,7 +569,7 @@ fn denied(target: &Target, why: &str) -> Refusal {
 }
 
 /// captured → tunnel or dial.
-async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
+async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc<str>>, place: Place) {
     let started = Instant::now();
     let Captured { stream, client, original_dst } = captured;
     // Fails only on a socket that is gone, which the relay will find.
@@ -525,8 +579,16 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
     // Dropped without a clean end it resets the application's connection.
     let mut leg = TcpLeg::new(stream);
     let reached = {
-        let timeout = worker.shared.dial_timeout;
-        let reach = worker.reach(Source::Captured, &target, client, timeout, None, &mut record);
+        let flow = Flow {
+            source: Source::Captured,
+            name: name.as_deref(),
+            target: &target,
+            client,
+            peer: &NOBODY,
+            server_name: None,
+            request: None,
+        };
+        let reach = worker.reach(&flow, worker.shared.dial_timeout, None, &mut record);
         tokio::select! {
             reached = reach => Some(reached),
             _ = leg.broken() => None,
@@ -544,7 +606,7 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
 }
 
 /// listener → dial or tunnel.
-async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Duration) {
+async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, peer: Rc<Peer>) {
     let started = Instant::now();
     let Incoming { request, mut respond, client, identity } = incoming;
     let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
@@ -569,11 +631,19 @@ async fn carry_stream(worker: Rc<Worker>, incoming: Incoming, dial_timeout: Dura
     };
     let mut record = Record::new(&target, client);
     record.identity = identity.as_ref().map(ToString::to_string);
-    let reached = match worker.shared.policies.check_target(identity.as_ref(), &target) {
+    let flow = Flow {
+        source: Source::Listener,
+        name: peer.at.name.as_deref(),
+        target: &target,
+        client,
+        peer: &peer.routes,
+        server_name: peer.server_name.as_deref(),
+        request: Some(Head { version: request.version(), headers: request.headers() }),
+    };
+    let reached = match worker.shared.policies.check_target(&peer.policies, &target) {
         Err(denied) => Some(Err(Refusal::Denied(denied.to_string()))),
         Ok(permit) => {
-            let reach =
-                worker.reach(Source::Listener, &target, client, dial_timeout, Some(permit), &mut record);
+            let reach = worker.reach(&flow, peer.at.dial_timeout, Some(permit), &mut record);
             tokio::select! {
                 reached = reach => Some(reached),
                 _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => None,

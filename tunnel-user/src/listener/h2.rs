@@ -96,6 +96,19 @@ pub struct Tunnel {
     last: LastReader,
     client: ClientAddr,
     identity: Option<Identity>,
+    server_name: Option<Box<str>>,
+}
+
+impl Tunnel {
+    /// Who the peer has proved to be.
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    /// The name by which the peer asked for us (SNI, RFC 6066 section 3).
+    pub fn server_name(&self) -> Option<&str> {
+        self.server_name.as_deref()
+    }
 }
 
 /// Shakes hands with a peer, on TLS and HTTP/2.
@@ -123,6 +136,7 @@ pub async fn handshake(
     // A resumed session brings its certificate along, and nobody has looked at the date since.
     check_expiry(certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
     let identity = peer_identity(certificates);
+    let server_name = session.server_name().map(Box::from);
     let suite = session.negotiated_cipher_suite().map(|s| s.suite());
     if session.alpn_protocol() != Some(b"h2") {
         return Err(ServeError::Tls("the peer did not offer h2 (ALPN)".to_owned()));
@@ -150,7 +164,7 @@ pub async fn handshake(
         ?suite,
         "tunnel accepted"
     );
-    Ok(Tunnel { connection, last, client: ClientAddr(peer), identity })
+    Ok(Tunnel { connection, last, client: ClientAddr(peer), identity, server_name })
 }
 
 /// Closes the connection of a peer that was refused so that it hears why. A client of TLS 1.3 may have sent
@@ -170,7 +184,7 @@ pub async fn serve<F: Future<Output = ()> + 'static>(
     mut drain: Watch,
     handle: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
-    let Tunnel { mut connection, last, client, identity } = tunnel;
+    let Tunnel { mut connection, last, client, identity, server_name: _ } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
     let mut ping = connection.ping_pong();
     let mut ping_at = Instant::now() + settings.keepalive_interval;

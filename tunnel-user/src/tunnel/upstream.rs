@@ -18,13 +18,13 @@ use tokio::{
 };
 
 use super::{
-    headers::{Trace, connect_request},
+    headers::{Ask, Trace, connect_request},
     pick,
     pool::{self, ConnectError, Key, Lease, Pool},
 };
 use crate::{
     config::Balance,
-    flow::{ClientAddr, Identity, PeerAddr, Target},
+    flow::{Identity, PeerAddr, Target},
     relay::H2Leg,
     transport::{store::TlsStore, verify::ServerCheck},
 };
@@ -210,12 +210,12 @@ impl Upstream {
         self.pool.close().await;
     }
 
-    /// Opens a stream to `target`.
-    pub async fn connect(&self, target: &Target, client: ClientAddr) -> Result<Stream, TunnelError> {
+    /// Opens a stream.
+    pub async fn connect(&self, ask: &Ask<'_>) -> Result<Stream, TunnelError> {
         let mut tries = 0;
         loop {
             let place = self.place().await?;
-            match self.request(place, target, client).await {
+            match self.request(place, ask).await {
                 Ok(stream) => return Ok(stream),
                 Err(Attempt::NotActedOn(_)) if tries < RETRIES => tries += 1,
                 Err(Attempt::NotActedOn(e) | Attempt::Failed(e)) => return Err(e),
@@ -289,11 +289,12 @@ impl Upstream {
         ));
     }
 
-    async fn request(&self, place: Place, target: &Target, client: ClientAddr) -> Result<Stream, Attempt> {
+    async fn request(&self, place: Place, ask: &Ask<'_>) -> Result<Stream, Attempt> {
+        let target = ask.authority();
         let lease = &place.lease;
         let peer = lease.peer();
         let dropped = |why: String| TunnelError::Dropped { peer, target: target.clone(), why };
-        let request = connect_request(target, client, &self.trace, &self.settings.headers).map_err(|e| {
+        let request = connect_request(ask, &self.trace, &self.settings.headers).map_err(|e| {
             Attempt::Failed(TunnelError::Request { target: target.clone(), why: e.to_string() })
         })?;
         let not_sent = |why: String| {
@@ -304,7 +305,7 @@ impl Upstream {
         let mut sender = sender.ready().await.map_err(|e| not_sent(e.to_string()))?;
         let (response, send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
         drop(sender);
-        let after = self.settings.response_timeout;
+        let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let response = match timeout(after, response).await {
             Ok(Ok(response)) => response,
             Ok(Err(e)) => {
