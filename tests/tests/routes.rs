@@ -283,6 +283,29 @@ fn flows_are_told_apart_by_the_peer_and_by_the_listener() -> Result<()> {
 }
 
 #[test]
+fn flows_are_told_apart_by_the_name_that_the_peer_asked_for() -> Result<()> {
+    let world = World::new()?;
+    let next = hop(&world, C)?;
+    let routes = "[[route]]\nmatch = { server_name = [\"*.gw.internal\"] }\nto = [{ upstream = \"next\" }]\n";
+    let _last = gateway(&world, &[("b", B)], &[("next", C)], routes)?;
+    let mut agent = String::new();
+    for (name, sni) in
+        [("good", "sni = \"east.gw.internal\""), ("other", "sni = \"gw.internal\""), ("none", "")]
+    {
+        agent += &format!(
+            "[[upstream]]\nname = \"{name}\"\nendpoints = [\"{B}\"]\nverify = [\"{GATEWAY_ID}\"]\n{sni}\n\
+             [[route]]\nmatch = {{ host = [\"{name}.internal\"] }}\nto = [{{ upstream = \"{name}\" }}]\n"
+        );
+    }
+    let _first = gateway(&world, &[("a", A)], &[], &agent)?;
+    for (name, status) in [("good", 200), ("other", 403), ("none", 403)] {
+        assert_eq!(ask(&world, A, &format!("{name}.internal:80"), &[])?.status, status, "{name}");
+    }
+    assert_eq!(next.asked().len(), 1);
+    Ok(())
+}
+
+#[test]
 fn one_network_is_passed_through_and_the_rest_goes_through_the_tunnel() -> Result<()> {
     let world = World::new()?;
     let _gateway = world.gateway().start()?;

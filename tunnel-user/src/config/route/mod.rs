@@ -16,6 +16,9 @@ use super::{
 };
 use crate::{flow::Target, route::Source, transport::identity::SanPattern};
 
+#[cfg(test)]
+mod tests;
+
 /// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
 const REGEX_SIZE: usize = 1 << 20;
 
