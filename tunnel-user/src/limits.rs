@@ -20,7 +20,7 @@ const PER_FLOW_PIPED: u64 = 3;
 /// every other has one, and a stream.
 pub fn per_flow(config: &Config) -> u64 {
     let captures = !config.captures.is_empty() || !config.redirects.is_empty();
-    let dials = config.routes.iter().any(|route| route.to == Action::Direct);
+    let dials = config.routes.iter().any(|route| matches!(route.to, Action::Direct | Action::Dial(_)));
     match config.daemon.relay {
         _ if !(captures && dials) => PER_FLOW_TUNNELLED,
         Relay::Copy => PER_FLOW,
