@@ -14,7 +14,7 @@ use std::{
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version,
-    header::{FORWARDED, VIA},
+    header::{CONNECTION, FORWARDED, VIA},
 };
 
 use crate::{
@@ -109,8 +109,14 @@ pub fn is_loop(received: &HeaderMap, pseudonym: &str) -> bool {
     received.get_all(VIA).iter().filter_map(|v| v.to_str().ok()).any(|line| line.split(',').any(by))
 }
 
-/// The lines of a header as they came, in place of what is there.
+/// The lines of a header as they came, in place of what is there. One that `connection` names was meant for us
+/// alone (RFC 9110 section 7.6.1).
 fn copy(received: &HeaderMap, name: &HeaderName, headers: &mut HeaderMap) {
+    let names_it =
+        |line: &str| line.split(',').any(|option| option.trim().eq_ignore_ascii_case(name.as_str()));
+    if received.get_all(CONNECTION).iter().filter_map(|v| v.to_str().ok()).any(names_it) {
+        return;
+    }
     headers.remove(name);
     for value in received.get_all(name) {
         headers.append(name.clone(), value.clone());
@@ -303,6 +309,21 @@ mod tests {
         assert_eq!(all(&asked, "x-gone"), ["2"]);
         assert_eq!(all(&asked, "baggage"), ["a=1"], "copied once");
         assert!(!asked.contains_key("x-team") && !asked.contains_key("forwarded"), "{asked:?}");
+    }
+
+    #[test]
+    fn what_connection_names_was_meant_for_us_alone() {
+        let received = lines(&[
+            ("connection", "keep-alive, X-Team"),
+            ("connection", "baggage"),
+            ("x-team", "a"),
+            ("x-route", "canary"),
+            ("baggage", "a=1"),
+        ]);
+        let copy = ["x-team", "x-route"].map(HeaderName::from_static).to_vec();
+        let asked = chained(&received, HeaderChanges { copy, ..HeaderChanges::default() }, &[]);
+        assert_eq!(all(&asked, "x-route"), ["canary"]);
+        assert!(!asked.contains_key("x-team") && !asked.contains_key("baggage"), "{asked:?}");
     }
 
     #[test]
