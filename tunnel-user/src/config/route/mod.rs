@@ -110,7 +110,7 @@ pub enum RegexError {
     /// It cannot be read.
     #[error("not a regular expression: {0}")]
     Syntax(String),
-    /// It can, but would take more than [`REGEX_SIZE`].
+    /// It can, but would take too much memory once it is compiled.
     #[error("the regular expression is too large once it is compiled")]
     TooLarge,
 }
