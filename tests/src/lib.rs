@@ -23,6 +23,7 @@ pub mod daemon;
 pub mod dialogue;
 pub mod exec;
 pub mod gateway;
+pub mod hop;
 pub mod janitor;
 pub mod leftovers;
 pub mod link;

@@ -10,10 +10,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use bytes::Bytes;
-use h2::server::SendResponse;
-use rustls::ServerConfig;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tokio::{net::TcpListener, sync::watch};
 use tokio_rustls::TlsAcceptor;
 use tunnel_tests::{
@@ -23,7 +19,8 @@ use tunnel_tests::{
     daemon::{Daemon, through},
     dialogue::ask,
     gateway,
-    pki::{Credentials, GATEWAY_ID},
+    hop::{acceptor, echo},
+    pki::GATEWAY_ID,
     programs, target, wait_for,
     world::NET4,
 };
@@ -109,29 +106,6 @@ async fn scripted(
             }
         });
     }
-}
-
-async fn echo(mut body: h2::RecvStream, mut respond: SendResponse<Bytes>) -> Result<()> {
-    let mut send = respond.send_response(http::Response::new(()), false)?;
-    while let Some(chunk) = body.data().await {
-        let chunk = chunk?;
-        body.flow_control().release_capacity(chunk.len())?;
-        send.send_data(chunk, false)?;
-    }
-    send.send_data(Bytes::new(), true)?;
-    Ok(())
-}
-
-fn acceptor(who: &Credentials) -> Result<TlsAcceptor> {
-    let chain = CertificateDer::pem_slice_iter(&std::fs::read(&who.cert)?).collect::<Result<Vec<_>, _>>()?;
-    let key = PrivateKeyDer::from_pem_slice(&std::fs::read(&who.key)?)?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
 #[test]

@@ -13,12 +13,13 @@ use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
     capture::rules::{self, Pattern},
-    config::{Action, AddrPattern, Balance, Peers, Policy, Route, TargetPattern},
-    flow::{ClientAddr, Identity, Target},
+    config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
+    flow::{ClientAddr, Flow, Identity, Target},
+    index::NOBODY,
     policy::Policies,
     route::{Router, Source},
     tunnel::{
-        headers::{Trace, connect_request},
+        headers::{Ask, Trace, connect_request},
         pick,
     },
 };
@@ -51,21 +52,67 @@ fn last_of(size: u32) -> Target {
     Target::Addr(SocketAddr::from((Ipv4Addr::from(u32::from(net(size - 1).network()) | 9), 443)))
 }
 
-fn route(destination: Vec<AddrPattern>) -> Route {
-    Route { source: vec![Source::Captured], destination, host: Vec::new(), to: Action::Direct }
+fn client() -> ClientAddr {
+    ClientAddr(SocketAddr::from(([10, 77, 0, 1], 40000)))
+}
+
+fn spiffe(i: u32) -> String {
+    format!("spiffe://example.org/ns/{i}/sa/web")
+}
+
+fn route(matches: Match) -> Route {
+    Route { matches, to: Action::Direct, terms: Terms::default() }
+}
+
+fn to(destination: Vec<AddrPattern>) -> Route {
+    route(Match { source: vec![Source::Captured], destination, ..Match::default() })
+}
+
+/// What an application that wants to go to `target` is to the router.
+fn captured(target: &Target) -> Flow<'_> {
+    Flow {
+        source: Source::Captured,
+        name: None,
+        target,
+        client: client(),
+        peer: &NOBODY,
+        server_name: None,
+        request: None,
+    }
 }
 
 fn routes(c: &mut Criterion) {
     let mut group = c.benchmark_group("route");
     for size in SIZES {
         let target = last_of(size);
-        let one = Router::new(vec![route((0..size).map(prefix).collect())]);
-        group.bench_with_input(BenchmarkId::new("prefixes of one route", size), &target, |b, target| {
-            b.iter(|| one.decide(Source::Captured, black_box(target), 7));
+        let flow = captured(&target);
+        let one = Router::new(vec![to((0..size).map(prefix).collect())]);
+        group.bench_with_input(BenchmarkId::new("prefixes of one route", size), &flow, |b, flow| {
+            b.iter(|| black_box(one.decide(black_box(flow), 7)));
         });
-        let each = Router::new((0..size).map(|i| route(vec![prefix(i)])).collect());
-        group.bench_with_input(BenchmarkId::new("routes of one prefix", size), &target, |b, target| {
-            b.iter(|| each.decide(Source::Captured, black_box(target), 7));
+        let each = Router::new((0..size).map(|i| to(vec![prefix(i)])).collect());
+        group.bench_with_input(BenchmarkId::new("routes of one prefix", size), &flow, |b, flow| {
+            b.iter(|| black_box(each.decide(black_box(flow), 7)));
+        });
+        let name = |i: u32| format!("*.a{i}.internal").parse().expect("a name");
+        let names = Router::new(
+            (0..size).map(|i| route(Match { host: vec![name(i)], ..Match::default() })).collect(),
+        );
+        let target = Target::Name(format!("web.a{}.internal", size - 1), 443);
+        group.bench_with_input(
+            BenchmarkId::new("routes of one name", size),
+            &captured(&target),
+            |b, flow| {
+                b.iter(|| black_box(names.decide(black_box(flow), 7)));
+            },
+        );
+        let of =
+            |i| route(Match { identity: vec![spiffe(i).parse().expect("a SPIFFE ID")], ..Match::default() });
+        let peers = Router::new((0..size).map(of).collect());
+        let peer = peers.peer(Some(&Identity(spiffe(size - 1).into())));
+        let flow = Flow { peer: &peer, source: Source::Listener, ..captured(&target) };
+        group.bench_with_input(BenchmarkId::new("routes of one identity", size), &flow, |b, flow| {
+            b.iter(|| black_box(peers.decide(black_box(flow), 7)));
         });
     }
     group.finish();
@@ -82,18 +129,22 @@ fn policies(c: &mut Criterion) {
             &listeners,
         );
         group.bench_with_input(BenchmarkId::new("prefixes", size), &last_of(size), |b, target| {
-            b.iter(|| policies.check_target(Some(&who), black_box(target)).is_ok());
+            let peer = policies.peer(Some(who.clone()));
+            b.iter(|| policies.check_target(black_box(&peer), black_box(target)).is_ok());
         });
         let named = (0..size).map(|i| Policy {
-            identity: Peers::Of(vec![
-                format!("spiffe://example.org/ns/{i}/sa/web").parse().expect("a SPIFFE ID"),
-            ]),
+            identity: Peers::Of(vec![spiffe(i).parse().expect("a SPIFFE ID")]),
             target: vec![TargetPattern::Addr(prefix(i))],
         });
         let all = rule(vec![TargetPattern::Addr(AddrPattern::net_only(IpNet::V4(net(size - 1))))]);
         let named = Policies::new(named.chain([all]).collect(), &listeners);
         group.bench_with_input(BenchmarkId::new("identities", size), &last_of(size), |b, target| {
-            b.iter(|| named.check_target(Some(&who), black_box(target)).is_ok());
+            let peer = named.peer(Some(who.clone()));
+            b.iter(|| named.check_target(black_box(&peer), black_box(target)).is_ok());
+        });
+        // Once for a connection.
+        group.bench_with_input(BenchmarkId::new("a peer among identities", size), &who, |b, who| {
+            b.iter(|| black_box(named.peer(Some(black_box(who).clone()))));
         });
     }
     group.finish();
@@ -127,8 +178,8 @@ fn captures(c: &mut Criterion) {
 
 fn headers(c: &mut Criterion) {
     let mut group = c.benchmark_group("CONNECT request");
-    let (trace, client) = (Trace::default(), ClientAddr(SocketAddr::from(([10, 77, 0, 1], 40000))));
-    let target = last_of(1);
+    let (trace, target, terms) = (Trace::default(), last_of(1), Terms::default());
+    let ask = Ask { target: &target, client: client(), received: None, pseudonym: "tunnel-0", terms: &terms };
     for extra in [0, 1, 8] {
         let configured: Vec<_> = (0..extra)
             .map(|i| {
@@ -140,9 +191,7 @@ fn headers(c: &mut Criterion) {
             BenchmarkId::new("configured headers", extra),
             &configured,
             |b, configured| {
-                b.iter(|| {
-                    connect_request(black_box(&target), client, &trace, configured).map(|r| r.headers().len())
-                });
+                b.iter(|| connect_request(black_box(&ask), &trace, configured).map(|r| r.headers().len()));
             },
         );
     }

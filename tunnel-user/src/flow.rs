@@ -6,6 +6,38 @@
 
 use std::{fmt, net::SocketAddr, str::FromStr};
 
+use http::{HeaderMap, Version};
+
+use crate::{index::PeerSet, route::Source};
+
+/// One connection, as the router sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Flow<'a> {
+    /// Who handed it to us.
+    pub source: Source,
+    /// What the configuration calls the listener, or the capture, that it came by.
+    pub name: Option<&'a str>,
+    /// Where it is to end.
+    pub target: &'a Target,
+    /// Who opened it.
+    pub client: ClientAddr,
+    /// What the routes know of the peer behind a listener ([`crate::route::Router::peer`]).
+    pub peer: &'a PeerSet,
+    /// The name by which that peer asked for us (SNI of the tunnel's own TLS).
+    pub server_name: Option<&'a str>,
+    /// The CONNECT request that it sent.
+    pub request: Option<Head<'a>>,
+}
+
+/// What a CONNECT request says besides its target.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// The version of HTTP that it came by.
+    pub version: Version,
+    /// Its headers.
+    pub headers: &'a HeaderMap,
+}
+
 /// The address of the application (captured) or of the peer behind a CONNECT request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClientAddr(pub SocketAddr);

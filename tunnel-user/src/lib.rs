@@ -13,6 +13,7 @@ pub mod drain;
 pub mod exec;
 pub mod exit;
 pub mod flow;
+pub mod index;
 pub mod limits;
 pub mod listener;
 pub mod own;

@@ -21,7 +21,7 @@ const PER_FLOW_PIPED: u64 = 3;
 pub fn per_flow(config: &Config) -> u64 {
     let captures = !config.captures.is_empty() || !config.redirects.is_empty();
     let enters = captures || config.listeners.iter().any(|l| l.protocols.contains(&Protocol::H1));
-    let dials = config.routes.iter().any(|route| route.to == Action::Direct);
+    let dials = config.routes.iter().any(|route| matches!(route.to, Action::Direct | Action::Dial(_)));
     let leaves = dials || config.upstreams.iter().any(|u| u.protocol == Protocol::H1);
     match config.daemon.relay {
         _ if !(enters && leaves) => PER_FLOW_TUNNELLED,

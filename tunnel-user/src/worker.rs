@@ -30,15 +30,19 @@ use crate::{
     config,
     dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
-    flow::{ClientAddr, Identity, Target},
+    flow::{Flow, Identity, Target},
+    index::NOBODY,
     limits,
     listener::{accept, handshakes::Handshakes, request::Refusal},
-    policy::{Permit, Policies},
+    policy::{self, Permit, Policies},
     relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, TcpLeg, relay},
     route::{Decision, Router, Source},
     stats::{Counters, Record, Records},
     transport::tcp::{self, Mark},
-    tunnel::{self, Upstream, h1, headers::Trace},
+    tunnel::{
+        self, Upstream, h1,
+        headers::{Ask, Trace, is_loop},
+    },
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -61,6 +65,8 @@ pub struct Shared {
     pub upstreams: Vec<tunnel::Settings>,
     /// The mark of our own sockets.
     pub mark: Mark,
+    /// What this process calls itself in `via`, as no other does.
+    pub pseudonym: String,
     /// How many flows one worker takes at once.
     pub flows_max: usize,
     /// How bytes are moved between two sockets of ours.
@@ -75,6 +81,8 @@ pub struct Shared {
 
 /// A redirected connections' listener, for one worker.
 pub struct CaptureSocket {
+    /// What routes call its capture.
+    pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
     /// Who knows where its connections wanted to go.
@@ -91,6 +99,8 @@ pub enum More {
 
 /// A listener for CONNECT requests, for one worker.
 pub struct ConnectSocket {
+    /// What routes call it.
+    pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
     /// How it serves.
@@ -142,7 +152,7 @@ struct Worker {
     trace: Trace,
     active: Cell<usize>,
     /// Flows of each peer of our listeners.
-    peers: RefCell<HashMap<Peer, usize>>,
+    peers: RefCell<HashMap<Account, usize>>,
     watch: Watch,
     /// Told when the flows that are left are to end.
     stop: Watch,
@@ -171,31 +181,26 @@ async fn work(start: Start) -> io::Result<Report> {
     let accepting = Tasks::default();
     // By network namespace; those of redirected connections have none that the programs know.
     let mut capturing: HashMap<Option<u64>, Tasks> = HashMap::new();
-    for CaptureSocket { socket, origins } in captures {
+    for CaptureSocket { name, socket, origins } in captures {
         let netns = origins.netns();
-        let accept = accept_captured(Rc::clone(&worker), Accept::new(socket, origins)?, Rc::clone(&flows));
+        let accept = Accept::new(socket, origins)?;
+        let accept = accept_captured(Rc::clone(&worker), accept, name, Rc::clone(&flows));
         capturing.entry(netns).or_default().spawn(accept);
     }
     for listener in listeners {
         let socket = TcpListener::from_std(listener.socket.into())?;
-        let accept = accept_tunnels(
-            Rc::clone(&worker),
-            socket,
-            listener.settings,
-            listener.dial_timeout,
-            Rc::clone(&flows),
-        );
-        accepting.spawn(accept);
+        let at = Rc::new(At { name: listener.name, dial_timeout: listener.dial_timeout });
+        accepting.spawn(accept_tunnels(Rc::clone(&worker), socket, listener.settings, at, Rc::clone(&flows)));
     }
     loop {
         tokio::select! {
             () = watch.draining() => break,
             Some(news) = more.recv() => match news {
-                More::Listen(CaptureSocket { socket, origins }) => {
+                More::Listen(CaptureSocket { name, socket, origins }) => {
                     let netns = origins.netns();
                     match Accept::new(socket, origins) {
                         Ok(accept) => {
-                            let accept = accept_captured(Rc::clone(&worker), accept, Rc::clone(&flows));
+                            let accept = accept_captured(Rc::clone(&worker), accept, name, Rc::clone(&flows));
                             capturing.entry(netns).or_default().spawn(accept);
                         }
                         Err(e) => tracing::error!("a capture listener could not be used: {e}"),
@@ -240,7 +245,7 @@ async fn work(start: Start) -> io::Result<Report> {
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
+async fn accept_captured(worker: Rc<Worker>, accept: Accept, name: Option<Arc<str>>, flows: Rc<Tasks>) {
     let mut watch = worker.watch.clone();
     let mut draining = false;
     loop {
@@ -255,7 +260,9 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
         };
         match accepted {
             Ok(Ok(captured)) => match worker.admit(None) {
-                Ok(place) => flows.spawn(carry_captured(Rc::clone(&worker), captured, place)),
+                Ok(place) => {
+                    flows.spawn(carry_captured(Rc::clone(&worker), captured, name.clone(), place));
+                }
                 Err(_) => {
                     worker.counters.over_limit.add(1);
                     crate::relay::abort_on_close(&captured.stream);
@@ -276,12 +283,18 @@ async fn accept_captured(worker: Rc<Worker>, accept: Accept, flows: Rc<Tasks>) {
     }
 }
 
+/// Where CONNECT requests arrive.
+struct At {
+    name: Option<Arc<str>>,
+    dial_timeout: Duration,
+}
+
 /// Accepts until it is dropped.
 async fn accept_tunnels(
     worker: Rc<Worker>,
     socket: TcpListener,
     settings: Arc<accept::Settings>,
-    dial_timeout: Duration,
+    at: Rc<At>,
     flows: Rc<Tasks>,
 ) {
     let handshakes = Handshakes::default();
@@ -291,10 +304,10 @@ async fn accept_tunnels(
         let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
         match socket.accept().await {
             Ok((stream, peer)) => {
-                let (worker, settings) = (Rc::clone(&worker), Arc::clone(&settings));
+                let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
                 let place = handshakes.place();
                 flows.spawn(async move {
-                    worker.serve(&settings, stream, peer, dial_timeout, place, tunnel).await;
+                    worker.serve(&settings, stream, peer, at, place, tunnel).await;
                 });
             }
             Err(e) => back_off(&e).await,
@@ -312,7 +325,7 @@ async fn back_off(e: &io::Error) {
 
 /// Whose flows are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Peer {
+enum Account {
     /// Those of an identity.
     Known(Identity),
     /// Those from an address where nobody has proved who he is.
@@ -322,18 +335,18 @@ enum Peer {
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.
 struct Place {
     worker: Rc<Worker>,
-    peer: Option<Peer>,
+    account: Option<Account>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.worker.active.set(self.worker.active.get() - 1);
-        let Some(peer) = &self.peer else { return };
+        let Some(account) = &self.account else { return };
         let mut peers = self.worker.peers.borrow_mut();
-        if let Some(active) = peers.get_mut(peer) {
+        if let Some(active) = peers.get_mut(account) {
             *active -= 1;
             if *active == 0 {
-                peers.remove(peer);
+                peers.remove(account);
             }
         }
     }
@@ -347,64 +360,91 @@ enum Sink {
 
 impl Worker {
     /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
-    fn admit(self: &Rc<Self>, peer: Option<&Peer>) -> Result<Place, Refusal> {
+    fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
         let most = self.shared.flows_max;
         let share = most - most / PEER_LEAVES;
         let mut peers = self.peers.borrow_mut();
-        let active = peer.and_then(|p| peers.get(p).copied()).unwrap_or(0);
+        let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
         if self.active.get() >= most || active >= share {
             return Err(Refusal::Limit(if active >= share { share } else { most }));
         }
         self.active.set(self.active.get() + 1);
-        if let Some(peer) = peer {
-            peers.insert(peer.clone(), active + 1);
+        if let Some(account) = account {
+            peers.insert(account.clone(), active + 1);
         }
-        Ok(Place { worker: Rc::clone(self), peer: peer.cloned() })
+        Ok(Place { worker: Rc::clone(self), account: account.cloned() })
     }
 
     /// Reaches the target: through an upstream, or by dialling. What came through a listener does so only as
     /// far as `permit` goes; captured applications are the operator's own.
     async fn reach(
         &self,
-        source: Source,
-        target: &Target,
-        client: ClientAddr,
+        flow: &Flow<'_>,
         dial_timeout: Duration,
         permit: Option<Permit<'_>>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
         let random = (self.trace.random() >> 32) as u32;
-        match self.shared.router.decide(source, target, random) {
-            Decision::Upstream(i) => {
+        let target = flow.target;
+        match self.shared.router.decide(flow, random) {
+            Decision::Upstream { upstream, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
-                let upstream = self.upstreams.get(i).ok_or_else(|| denied(target, "its upstream is gone"))?;
-                let stream = upstream.connect(target, client).await?;
+                let pseudonym = &self.shared.pseudonym;
+                // What is dialled here goes around no further.
+                if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
+                    return Err(Refusal::Loop);
+                }
+                let upstream =
+                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
+                let ask = Ask { target, client: flow.client, received: flow.request, pseudonym, terms };
+                let stream = upstream.connect(&ask).await?;
                 record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
-            Decision::Direct => {
-                let deadline = tokio::time::Instant::now() + dial_timeout;
-                let resolved = tokio::time::timeout_at(deadline, dial::resolve(target)).await;
-                let timed_out = |_| DialError::Timeout { target: target.clone(), after: dial_timeout };
-                let mut addrs = resolved.map_err(timed_out)??;
-                let mut why = None;
-                if let Some(permit) = permit {
-                    addrs.retain(|addr| permit.allows_addr(*addr).map_err(|e| why = Some(e)).is_ok());
-                }
-                if let (true, Some(why)) = (addrs.is_empty(), why) {
-                    return Err(Refusal::Denied(why.to_string()));
-                }
-                let dialled = dial::connect(target, &addrs, self.shared.mark, deadline, dial_timeout).await;
-                let (stream, addr) = dialled?;
+            Decision::Dial { instead, terms } => {
+                let sink = self.dial(target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
                 record.via = crate::stats::Via::Direct;
-                tracing::trace!(%target, %addr, "dialled");
-                Ok(Sink::Direct(TcpLeg::new(stream)))
+                Ok(sink)
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
             Decision::NoRoute => Err(denied(target, "no route takes it")),
         }
+    }
+
+    /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
+    /// has to be allowed as a name.
+    async fn dial(
+        &self,
+        target: &Target,
+        instead: Option<&Target>,
+        dial_timeout: Duration,
+        permit: Option<Permit<'_>>,
+    ) -> Result<Sink, Refusal> {
+        let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
+        if let (Some(_), Some(permit)) = (instead, &permit) {
+            permit.allows_unresolved().map_err(refused)?;
+        }
+        let dialled = instead.unwrap_or(target);
+        let deadline = tokio::time::Instant::now() + dial_timeout;
+        let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
+        let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
+        let mut addrs = resolved.map_err(timed_out)??;
+        let mut why = None;
+        if let Some(permit) = permit {
+            let allowed = |addr| match instead {
+                None => permit.allows_addr(addr),
+                Some(to) => self.shared.policies.allows_rewrite(to, addr),
+            };
+            addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
+        }
+        if let (true, Some(why)) = (addrs.is_empty(), why) {
+            return Err(refused(why));
+        }
+        let (stream, addr) = dial::connect(dialled, &addrs, self.shared.mark, deadline, dial_timeout).await?;
+        tracing::trace!(%target, %addr, "dialled");
+        Ok(Sink::Direct(TcpLeg::new(stream)))
     }
 
     /// Relays to the end, and books it.
@@ -483,7 +523,7 @@ impl Worker {
             | Refusal::Head(_)
             | Refusal::Content(_)
             | Refusal::Host(_) => &self.counters.bad_requests,
-            Refusal::Denied(_) => &self.counters.denied,
+            Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) => &self.counters.over_limit,
@@ -514,7 +554,7 @@ fn denied(target: &Target, why: &str) -> Refusal {
 }
 
 /// captured → tunnel or dial.
-async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
+async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc<str>>, place: Place) {
     let started = Instant::now();
     let Captured { stream, client, original_dst } = captured;
     // Fails only on a socket that is gone, which the relay will find.
@@ -524,8 +564,16 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, place: Place) {
     // Dropped without a clean end it resets the application's connection.
     let mut leg = TcpLeg::new(stream);
     let reached = {
-        let timeout = worker.shared.dial_timeout;
-        let reach = worker.reach(Source::Captured, &target, client, timeout, None, &mut record);
+        let flow = Flow {
+            source: Source::Captured,
+            name: name.as_deref(),
+            target: &target,
+            client,
+            peer: &NOBODY,
+            server_name: None,
+            request: None,
+        };
+        let reach = worker.reach(&flow, worker.shared.dial_timeout, None, &mut record);
         tokio::select! {
             reached = reach => Some(reached),
             _ = leg.broken() => None,

@@ -33,6 +33,12 @@ impl Peers {
         Self { envoy: packaged.or_else(|| programs::system("envoy").ok()) }
     }
 
+    /// As if none were there.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self { envoy: None }
+    }
+
     /// Where Envoy is.
     pub(super) fn envoy(&self) -> Result<&Path> {
         self.envoy.as_deref().with_context(|| format!("Envoy is not installed: {REMEDY}"))

@@ -10,6 +10,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -40,6 +41,8 @@ pub(super) struct ActiveCapture {
     pub(super) capture: Capture,
     pub(super) group: OwnedFd,
     pub(super) name: String,
+    /// What routes call it.
+    called: Option<Arc<str>>,
     pub(super) on_failure: OnFailure,
     pub(super) pins: Option<PathBuf>,
     /// By inode number: unique among namespaces that are alive, and ours are, by their listeners.
@@ -84,6 +87,7 @@ pub(super) fn load(
         capture: Capture::load(&spec, &rules).map_err(bpf_failure)?,
         group,
         name,
+        called: wanted.name.as_deref().map(Arc::from),
         on_failure: wanted.on_failure,
         pins,
         namespaces: HashMap::new(),
@@ -254,7 +258,7 @@ impl ActiveCapture {
             .and_then(|ns| accept::listen_in(ns, more.len(), mark))
             .map_err(|e| e.to_string())?;
         let cookie = sockets.netns;
-        let per_worker = hand_out(&self.capture, sockets).map_err(|e| e.to_string())?;
+        let per_worker = hand_out(&self.capture, self.called.as_ref(), sockets).map_err(|e| e.to_string())?;
         for (worker, sockets) in more.iter().zip(per_worker) {
             sockets.into_iter().for_each(|socket| tell(worker, More::Listen(socket)));
         }
@@ -276,7 +280,7 @@ impl ActiveCapture {
         let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
         let own = Namespace::Own { cookie: opened.netns };
         self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), own);
-        hand_out(&self.capture, opened)
+        hand_out(&self.capture, self.called.as_ref(), opened)
     }
 }
 
@@ -287,11 +291,18 @@ fn tell(worker: &mpsc::Sender<More>, what: More) {
 }
 
 /// Tells the programs of new listeners; the sockets, for each worker.
-fn hand_out(capture: &Capture, sockets: Sockets) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
+fn hand_out(
+    capture: &Capture,
+    called: Option<&Arc<str>>,
+    sockets: Sockets,
+) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
     let Sockets { netns, listener, per_worker } = sockets;
     capture.set_listener(netns, listener).map_err(bpf_failure)?;
-    let wrap =
-        |socket| CaptureSocket { socket, origins: Origins::Recorded { netns, flows: capture.flows() } };
+    let wrap = |socket| CaptureSocket {
+        name: called.cloned(),
+        socket,
+        origins: Origins::Recorded { netns, flows: capture.flows() },
+    };
     Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
 }
 

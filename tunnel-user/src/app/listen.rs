@@ -55,10 +55,13 @@ impl Opener {
     ) -> Result<Vec<SocketAddr>, Failure> {
         let addresses: Vec<SocketAddr> = redirects.iter().flat_map(|r| &r.listen).copied().collect();
         let own = Arc::new(OwnListeners::new(&addresses));
-        for address in &addresses {
-            for (i, socket) in self.open(*address)?.into_iter().enumerate() {
-                let origins = Origins::Redirected(Arc::clone(&own));
-                sockets[i % self.workers].push(CaptureSocket { socket, origins });
+        for redirect in redirects {
+            let name = redirect.name.as_deref().map(Arc::from);
+            for address in &redirect.listen {
+                for (i, socket) in self.open(*address)?.into_iter().enumerate() {
+                    let origins = Origins::Redirected(Arc::clone(&own));
+                    sockets[i % self.workers].push(CaptureSocket { name: name.clone(), socket, origins });
+                }
             }
         }
         Ok(addresses)

@@ -47,7 +47,7 @@ use crate::{
         store::{self, TlsStore},
         tcp,
     },
-    tunnel::{self, connect, pool},
+    tunnel::{self, connect, headers::Trace, pool},
     worker::{self, CaptureSocket, ConnectSocket, More, Report, Shared, Start},
 };
 
@@ -122,9 +122,11 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
             keepalive_interval: LISTENER_KEEPALIVE.0,
             keepalive_timeout: LISTENER_KEEPALIVE.1,
         });
+        let name = listener.name.as_deref().map(Arc::from);
         for (i, socket) in sockets.into_iter().enumerate() {
             let dial_timeout = listener.dial_timeout;
             listeners[i % workers].push(ConnectSocket {
+                name: name.clone(),
                 socket,
                 settings: Arc::clone(&settings),
                 dial_timeout,
@@ -154,6 +156,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         policies: Policies::new(config.policies.clone(), &[&addresses[..], &redirects].concat()),
         upstreams,
         mark: socket_mark,
+        pseudonym: pseudonym(),
         flows_max: limits::flows_per_worker(
             config.daemon.max_flows.get(),
             nofile,
@@ -441,6 +444,11 @@ fn cores() -> usize {
 fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
     store::watch(Arc::clone(tls), || tracing::info!("the identity was reloaded"))
         .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))
+}
+
+/// A token (RFC 9110 section 5.6.2) that no other process has.
+fn pseudonym() -> String {
+    format!("tunnel-{:016x}", Trace::default().random())
 }
 
 fn upstream(

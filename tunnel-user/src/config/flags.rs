@@ -10,8 +10,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Action, AddrPattern, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, OnFailure, Peers, Policy,
-    Route, TargetPattern, Upstream,
+    Action, AddrPattern, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, Match, OnFailure, Peers,
+    Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::{
     flow::Target,
@@ -95,7 +95,14 @@ impl Capture {
         let exclude = defaults.chain(exclude).collect();
         let include =
             if capture.is_empty() { EVERYTHING.map(AddrPattern::net_only).to_vec() } else { capture };
-        Self { cgroup: CgroupRef::Fresh, include, exclude, on_failure: OnFailure::Closed, proxy: None }
+        Self {
+            name: None,
+            cgroup: CgroupRef::Fresh,
+            include,
+            exclude,
+            on_failure: OnFailure::Closed,
+            proxy: None,
+        }
     }
 }
 
@@ -139,5 +146,5 @@ impl Config {
 }
 
 fn every(source: Source, to: Action) -> Route {
-    Route { source: vec![source], destination: Vec::new(), host: Vec::new(), to }
+    Route { matches: Match { source: vec![source], ..Match::default() }, to, terms: Terms::default() }
 }

@@ -18,6 +18,7 @@ use rustls_pki_types::ServerName;
 mod flags;
 pub mod pattern;
 mod reader;
+mod route;
 mod schema;
 mod section;
 #[cfg(test)]
@@ -26,15 +27,16 @@ mod value;
 
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
+pub use route::{Action, HeaderChanges, HeaderMatch, Match, Regex, RegexError, Route, Terms, ValueMatch};
 pub use schema::schema;
 pub use value::{
-    HeaderError, parse_duration, parse_header, parse_header_flag, parse_server_name, parse_socket_addr,
+    HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,
+    parse_socket_addr,
 };
 
 use self::reader::{Document, Purpose};
 use crate::{
     flow::{Identity, Target},
-    route::Source,
     transport::{
         identity::{San, SanPattern},
         tls::IdentityFiles,
@@ -141,6 +143,8 @@ pub enum Relay {
 /// `[[capture]]` with `mode = "ebpf"`, the default.
 #[derive(Clone, Debug)]
 pub struct Capture {
+    /// What routes call it: its name, else its cgroup or unit.
+    pub name: Option<String>,
     /// Whose connections.
     pub cgroup: CgroupRef,
     /// Which of them. The longest prefix over both lists decides; at the same prefix, exclude wins.
@@ -157,6 +161,8 @@ pub struct Capture {
 /// where it wanted to go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Redirect {
+    /// What routes call it.
+    pub name: Option<String>,
     /// Where the rules send connections; at least one.
     pub listen: Vec<SocketAddr>,
 }
@@ -213,6 +219,8 @@ pub enum ClientAuth {
 /// `[[listener]]`
 #[derive(Clone, Debug)]
 pub struct Listener {
+    /// What routes call it.
+    pub name: Option<String>,
     /// Where it listens.
     pub address: SocketAddr,
     /// What it speaks; at least one. Of what a client offers, the first one of these is taken.
@@ -235,6 +243,7 @@ impl Listener {
     /// A listener with the defaults.
     pub fn new(address: SocketAddr) -> Self {
         Self {
+            name: None,
             address,
             protocols: vec![Protocol::H2],
             tls: true,
@@ -250,31 +259,6 @@ impl Listener {
     pub fn check(&self) -> Option<ClientCheck> {
         self.tls.then(|| ClientCheck { san: self.verify.clone() })
     }
-}
-
-/// `[[route]]`
-#[derive(Clone, Debug)]
-pub struct Route {
-    /// Flows from where. Empty: from everywhere.
-    pub source: Vec<Source>,
-    /// Flows to which addresses. Empty (with `host` empty too): to everything.
-    pub destination: Vec<AddrPattern>,
-    /// Flows to which names. Never together with `destination`: a target is one or the other.
-    pub host: Vec<NamePattern>,
-    /// Where they go.
-    pub to: Action,
-}
-
-/// Where a route sends a flow.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Through one of these: an index into [`Config::upstreams`], and its weight. At least one weight is
-    /// not 0.
-    Upstreams(Vec<(usize, u32)>),
-    /// Dialled by ourselves.
-    Direct,
-    /// Refused.
-    Deny,
 }
 
 /// How an endpoint is picked.

@@ -50,7 +50,8 @@ pub struct Ports(Vec<(u16, u16)>);
 impl Ports {
     /// Whether `port` is one of them.
     pub fn contains(&self, port: u16) -> bool {
-        self.is_all() || self.0.iter().any(|(from, to)| (*from..=*to).contains(&port))
+        let next = self.0.partition_point(|(_, to)| *to < port);
+        self.is_all() || self.0.get(next).is_some_and(|(from, _)| *from <= port)
     }
 
     /// Whether every port is one of them.
@@ -61,6 +62,20 @@ impl Ports {
     /// The ranges, both ends included, in order, disjoint, not adjacent. Empty: all ports.
     pub fn ranges(&self) -> &[(u16, u16)] {
         &self.0
+    }
+
+    /// The ports that at least one of `sets` has; `None` for no sets.
+    pub fn union<'a>(sets: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let mut ranges = Vec::new();
+        let mut some = false;
+        for set in sets {
+            if set.is_all() {
+                return Some(Self::default());
+            }
+            some = true;
+            ranges.extend_from_slice(&set.0);
+        }
+        some.then(|| Self::merged(ranges))
     }
 
     fn merged(mut ranges: Vec<(u16, u16)>) -> Self {
@@ -225,14 +240,29 @@ pub struct NamePattern {
 impl NamePattern {
     /// Whether it takes this name (any case, with or without the trailing dot) and port.
     pub fn contains(&self, name: &str, port: u16) -> bool {
-        let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
-        let named = if self.below {
-            // More than the dot has to be left.
-            name.strip_suffix(&self.name).is_some_and(|front| front.len() > 1 && front.ends_with('.'))
-        } else {
-            name == self.name
+        let name = name.strip_suffix('.').unwrap_or(name).as_bytes();
+        let (front, same) = match name.len().checked_sub(self.name.len()) {
+            Some(at) => name.split_at(at),
+            None => return false,
         };
-        named && self.ports.contains(port)
+        // More than the dot has to be left.
+        let placed = if self.below { front.len() > 1 && front.ends_with(b".") } else { front.is_empty() };
+        placed && same.eq_ignore_ascii_case(self.name.as_bytes()) && self.ports.contains(port)
+    }
+
+    /// The name, lower case: the one that it takes, or the one below which it takes all.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it takes the names below its own, and not that one.
+    pub fn is_below(&self) -> bool {
+        self.below
+    }
+
+    /// The ports.
+    pub fn ports(&self) -> &Ports {
+        &self.ports
     }
 }
 
@@ -422,7 +452,9 @@ mod tests {
         fn merging_changes_no_port(ranges in prop::collection::vec((1..=99u16, 1..=99u16), 1..5), port in 1..=100u16) {
             let ranges: Vec<_> = ranges.into_iter().map(|(a, b)| (a.min(b), a.max(b))).collect();
             let before = ranges.iter().any(|(a, b)| (*a..=*b).contains(&port));
-            prop_assert_eq!(Ports::merged(ranges).contains(port), before);
+            prop_assert_eq!(Ports::merged(ranges.clone()).contains(port), before);
+            let apart: Vec<_> = ranges.into_iter().map(|r| Ports(vec![r])).collect();
+            prop_assert_eq!(Ports::union(&apart).is_some_and(|all| all.contains(port)), before);
         }
     }
 }

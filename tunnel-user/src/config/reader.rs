@@ -144,6 +144,10 @@ impl<'a> Cell<'a> {
         self.value.is_str()
     }
 
+    pub(crate) fn is_table(&self) -> bool {
+        self.value.is_table()
+    }
+
     /// The integer, which must be from `min` to `max`.
     pub(crate) fn integer(&self, min: u64, max: u64) -> Option<u64> {
         let DeValue::Integer(i) = self.value else {
@@ -286,13 +290,14 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The text behind `inner` in each table of `[[key]]`, also of those that have other mistakes.
-    pub(crate) fn texts_in(&self, key: &'static str, inner: &str) -> Vec<At<String>> {
+    /// The text behind the first of `inner` that is there, in each table of `[[key]]`, also of those that have
+    /// other mistakes.
+    pub(crate) fn texts_in(&self, key: &'static str, inner: &[&str]) -> Vec<At<String>> {
         let Some(DeValue::Array(tables)) = self.cell(key).map(|c| c.value) else {
             return Vec::new();
         };
         let text = |t: &Spanned<DeValue<'_>>| {
-            let value = t.get_ref().get(inner)?;
+            let (inner, value) = inner.iter().find_map(|i| Some((i, t.get_ref().get(*i)?)))?;
             let key = format!("{}.{inner}", self.path_of(key));
             Some(At { value: value.get_ref().as_str()?.to_owned(), span: value.span(), key })
         };
@@ -304,6 +309,19 @@ impl<'a> Reader<'a> {
         let Some(DeValue::Array(tables)) = self.cell(key).map(|c| c.value) else { return false };
         let says = |t: &Spanned<DeValue<'_>>| matches!(t.get_ref().get(inner).map(Spanned::get_ref), Some(DeValue::Boolean(b)) if *b == said);
         tables.iter().all(says)
+    }
+
+    /// The texts of the list behind `inner` in the table behind `key`.
+    pub(crate) fn texts_below(&self, key: &'static str, inner: &str) -> Vec<At<String>> {
+        let list = self.cell(key).and_then(|c| c.value.get(inner));
+        let Some(DeValue::Array(items)) = list.map(Spanned::get_ref) else {
+            return Vec::new();
+        };
+        let text = |(i, item): (usize, &Spanned<DeValue<'_>>)| {
+            let key = format!("{}.{inner}[{i}]", self.path_of(key));
+            Some(At { value: item.get_ref().as_str()?.to_owned(), span: item.span(), key })
+        };
+        items.iter().enumerate().filter_map(text).collect()
     }
 
     /// Whether the key is there, with whatever behind it.

@@ -11,15 +11,16 @@ use std::{
 };
 
 use super::{
-    Action, BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN,
-    Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS,
-    Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, Route,
-    UPSTREAM_STREAMS, Upstream,
-    pattern::{AddrPattern, NamePattern, TargetPattern},
+    BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN, Daemon,
+    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS, Listener, MARK,
+    MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, UPSTREAM_STREAMS,
+    Upstream,
+    pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
-    value::{ActionByName, FilePath, Headers, Mode},
+    route::{RouteByName, resolve},
+    value::{FilePath, Headers, Mode},
 };
-use crate::{flow::Target, route::Source, transport::tls::IdentityFiles};
+use crate::{flow::Target, transport::tls::IdentityFiles};
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
@@ -48,8 +49,9 @@ impl Section for Config {
         for capture in captures {
             match capture.value {
                 AnyCapture::Ebpf(capture) => ebpf.push(capture),
-                AnyCapture::Redirect(listen) => {
-                    redirects.push(Redirect { listen: listen.into_iter().map(|at| at.value).collect() });
+                AnyCapture::Redirect { name, listen } => {
+                    let listen = listen.into_iter().map(|at| at.value).collect();
+                    redirects.push(Redirect { name, listen });
                 }
             }
         }
@@ -87,7 +89,7 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
     }
     if r.captures_for_exec()
         && let Some(first) = captures.first()
-        && let AnyCapture::Redirect(_) = first.value
+        && let AnyCapture::Redirect { .. } = first.value
     {
         r.wrong_at(
             first,
@@ -102,17 +104,19 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         }
     }
     for capture in captures {
-        let AnyCapture::Redirect(listen) = &capture.value else { continue };
+        let AnyCapture::Redirect { listen, .. } = &capture.value else { continue };
         for at in listen {
             if seen.insert(at.value, ()).is_some() {
                 r.wrong_at(at, format!("another listener is at {} already", at.value));
             }
         }
     }
-    let mut seen = BTreeMap::<String, ()>::new();
-    for name in r.texts_in("upstream", "name") {
-        if seen.insert(name.value.clone(), ()).is_some() {
-            r.wrong_at(&name, format!("another upstream is named \"{}\" already", name.value));
+    for kind in ["upstream", "listener", "capture"] {
+        let mut seen = BTreeMap::<String, ()>::new();
+        for name in r.texts_in(kind, &["name"]) {
+            if seen.insert(name.value.clone(), ()).is_some() {
+                r.wrong_at(&name, format!("another {kind} is named \"{}\" already", name.value));
+            }
         }
     }
 }
@@ -128,34 +132,6 @@ fn check_peers(r: &Reader<'_>, listeners: &[At<Listener>], policies: &[At<Policy
             "names peers, and no listener has TLS, by which a client could prove to be one: only \"any\" would match",
         );
     }
-}
-
-/// Turns the names of upstreams into their places. Those with mistakes of their own count: their name is
-/// no mistake.
-fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Route>> {
-    let names = r.texts_in("upstream", "name");
-    let place = |(name, weight): (At<String>, u32)| {
-        let found = names.iter().position(|n| n.value == name.value);
-        if found.is_none() {
-            let near = super::reader::nearest(&name.value, names.iter().map(|n| n.value.as_str()));
-            let hint = near.map(|n| format!(", did you mean \"{n}\"?")).unwrap_or_default();
-            r.wrong_at(&name, format!("no upstream is named \"{}\"{hint}", name.value));
-        }
-        found.map(|i| (i, weight))
-    };
-    let action = |to: ActionByName| match to {
-        ActionByName::Fixed(action) => Some(action),
-        ActionByName::Upstreams(list) => {
-            let placed: Vec<_> = list.into_iter().map(place).collect();
-            placed.into_iter().collect::<Option<_>>().map(Action::Upstreams)
-        }
-    };
-    let route = |route: RouteByName| {
-        let RouteMatch { source, destination, host } = route.matches;
-        Some(Route { source, destination, host, to: action(route.to)? })
-    };
-    let resolved: Vec<_> = routes.into_iter().map(route).collect();
-    resolved.into_iter().collect()
 }
 
 impl Section for Daemon {
@@ -192,7 +168,7 @@ impl Section for IdentityFiles {
 /// `[[capture]]` of either mode.
 enum AnyCapture {
     Ebpf(Capture),
-    Redirect(Vec<At<SocketAddr>>),
+    Redirect { name: Option<String>, listen: Vec<At<SocketAddr>> },
 }
 
 /// A capture and the place of its mode.
@@ -215,6 +191,7 @@ const EBPF_ONLY: [(&str, &str); 6] = [
 
 impl Section for AnyCapture {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let name = r.optional::<String>("name", "What routes call it. Default: its cgroup or unit.");
         let mode = r.optional::<Mode>(
             "mode",
             "Who captures: \"ebpf\", this daemon, by kernel programs on a cgroup; \"redirect\", iptables or nftables rules, which the operator writes. Default: \"ebpf\".",
@@ -247,7 +224,7 @@ impl Section for AnyCapture {
         match mode {
             // It is a mistake; what else it makes a mistake cannot be said.
             None if r.has("mode") => return None,
-            Some(Mode::Redirect) => return redirect(r, listen),
+            Some(Mode::Redirect) => return redirect(r, name, listen),
             Some(Mode::Ebpf) | None => {}
         }
         if r.has("listen") {
@@ -256,6 +233,7 @@ impl Section for AnyCapture {
         if include.is_empty() {
             r.wrong("include", "is empty: nothing would be captured");
         }
+        let called = path.as_ref().map(|p| p.0.display().to_string()).or_else(|| unit.clone());
         let cgroup = match (r.has("cgroup"), r.has("unit")) {
             (true, true) => {
                 r.wrong("unit", "stands beside cgroup: only one of them can be meant");
@@ -271,11 +249,12 @@ impl Section for AnyCapture {
         if !r.for_exec() && !r.has("proxy") && !r.root_has("route") {
             r.wrong("", "has no [[route]] and no proxy: every captured connection would be refused");
         }
-        Some(Self::Ebpf(Capture { cgroup: cgroup?, include, exclude, on_failure, proxy }))
+        let name = name.or(called);
+        Some(Self::Ebpf(Capture { name, cgroup: cgroup?, include, exclude, on_failure, proxy }))
     }
 }
 
-fn redirect(r: &Reader<'_>, listen: Option<Vec<At<SocketAddr>>>) -> Option<AnyCapture> {
+fn redirect(r: &Reader<'_>, name: Option<String>, listen: Option<Vec<At<SocketAddr>>>) -> Option<AnyCapture> {
     for (key, why) in EBPF_ONLY {
         if r.has(key) {
             r.wrong(key, format!("has no meaning in mode = \"redirect\": {why}"));
@@ -292,11 +271,12 @@ fn redirect(r: &Reader<'_>, listen: Option<Vec<At<SocketAddr>>>) -> Option<AnyCa
     for at in listen.iter().filter(|at| at.value.port() == 0) {
         r.wrong_at(at, "has port 0, which is another one each time: rules name one");
     }
-    Some(AnyCapture::Redirect(listen))
+    Some(AnyCapture::Redirect { name, listen })
 }
 
 impl Section for Listener {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let name = r.optional::<String>("name", "What routes call it.");
         let address = r.required("address", "Where to listen: ADDRESS:PORT.");
         let protocols = r.default(
             "protocols",
@@ -343,6 +323,7 @@ impl Section for Listener {
             );
         }
         Some(Self {
+            name,
             address: address?,
             protocols,
             tls,
@@ -360,45 +341,6 @@ impl Section for At<Listener> {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let listener = Listener::read(r)?;
         Some(r.at("address", listener))
-    }
-}
-
-#[derive(Default)]
-struct RouteMatch {
-    source: Vec<Source>,
-    destination: Vec<AddrPattern>,
-    host: Vec<NamePattern>,
-}
-
-impl Section for RouteMatch {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let source = r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
-        let destination = r.default("destination", "Flows to which addresses: CIDR[:PORTS].", Vec::new());
-        let host = r.default("host", "Flows to which names: NAME[:PORTS], NAME may be *.suffix.", Vec::new());
-        if r.has("host") && r.has("destination") {
-            r.wrong(
-                "host",
-                "beside destination is not supported yet: a target is an address or a name, write two routes",
-            );
-        }
-        Some(Self { source, destination, host })
-    }
-}
-
-struct RouteByName {
-    matches: RouteMatch,
-    to: ActionByName,
-}
-
-impl Section for RouteByName {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let matches = r.section("match", "Which flows. Without it: every flow.");
-        let to = r.required(
-            "to",
-            "Where they go: \"direct\" (dialled by this process), \"deny\", or upstreams by weight.",
-        );
-        let matches = if r.has("match") { matches? } else { RouteMatch::default() };
-        Some(Self { matches, to: to? })
     }
 }
 

@@ -9,11 +9,11 @@ use super::*;
 
 const FILE: &str = "etc/agent.toml";
 
-fn parse(text: &str) -> Result<Config, ConfigErrors> {
+pub(super) fn parse(text: &str) -> Result<Config, ConfigErrors> {
     Config::parse(text, Path::new(FILE), CheckFiles::No)
 }
 
-fn mistakes(text: &str) -> Vec<String> {
+pub(super) fn mistakes(text: &str) -> Vec<String> {
     let Err(e) = parse(text) else { panic!("it was taken") };
     e.to_string().lines().map(|l| l.strip_prefix("etc/agent.toml:").unwrap_or(l).to_owned()).collect()
 }
@@ -265,7 +265,7 @@ fn rules_take_an_address_and_nothing_else() {
     let config = parse(REDIRECT).unwrap();
     assert!(config.captures.is_empty());
     let listen = ["127.0.0.1:15001".parse().unwrap(), "[::1]:15001".parse().unwrap()];
-    assert_eq!(config.redirects, [Redirect { listen: listen.to_vec() }]);
+    assert_eq!(config.redirects, [Redirect { name: None, listen: listen.to_vec() }]);
 
     let mode = "mode = \"redirect\"";
     for (key, value, why) in [
@@ -382,11 +382,15 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
     let taken = "capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
-        capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
+        capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
-        listener.dial_timeout listener.handshake_timeout listener.max_streams listener.protocols \
-        listener.tls listener.verify policy policy.identity policy.target route route.match route.match.destination \
-        route.match.host route.match.source route.to route.to.upstream route.to.weight upstream \
+        listener.dial_timeout listener.handshake_timeout listener.max_streams listener.name listener.protocols \
+        listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \
+        route.match.destination route.match.headers route.match.headers.exact route.match.headers.name \
+        route.match.headers.prefix route.match.headers.present route.match.headers.regex route.match.host \
+        route.match.identity route.match.listener route.match.server_name route.match.source \
+        route.request_headers route.request_headers.add route.request_headers.copy route.request_headers.remove \
+        route.timeout route.to route.to.dial route.to.upstream route.to.weight upstream \
         upstream.balance upstream.connect_timeout upstream.endpoints upstream.headers \
         upstream.idle_timeout upstream.keepalive_interval upstream.keepalive_timeout \
         upstream.max_streams upstream.name upstream.protocol upstream.response_timeout upstream.sni \

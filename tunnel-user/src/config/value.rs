@@ -17,15 +17,16 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Action, Balance, ClientAuth, OnFailure, Peers, Protocol, Relay,
+    Balance, ClientAuth, OnFailure, Peers, Protocol, Relay,
     pattern::{AddrPattern, NamePattern, TargetPattern},
-    reader::{At, Cell, Reader, Section, Value},
+    reader::{Cell, Value},
+    route::Regex,
 };
 use crate::{flow::Target, route::Source, transport::identity::SanPattern};
 
 /// Headers that are ours to set, or that HTTP/2 has no place for (RFC 9113 section 8.2.2), or that would
 /// change what the request is.
-const RESERVED_HEADERS: [&str; 13] = [
+const RESERVED_HEADERS: [&str; 14] = [
     "connection",
     "content-length",
     "expect",
@@ -39,6 +40,7 @@ const RESERVED_HEADERS: [&str; 13] = [
     "trailer",
     "transfer-encoding",
     "upgrade",
+    "via",
 ];
 
 /// Reads a value out of a string by `FromStr`; its mistakes are the text and what is wrong with it.
@@ -70,6 +72,7 @@ by_from_str! {
     AddrPattern: "a string, CIDR[:PORTS]", "10.0.0.0/8:80,8000-8999";
     NamePattern: "a string, NAME[:PORTS]", "*.internal:443";
     TargetPattern: "a string, CIDR[:PORTS] or NAME[:PORTS]", "10.0.0.0/8:80";
+    Regex: "a string, a regular expression", "v[0-9]+";
     SanPattern: "a string: a URI, a DNS name or an address", "spiffe://example.org/ns/*/sa/web";
     Target: "a string, HOST:PORT", "10.9.0.1:15008";
 }
@@ -209,23 +212,6 @@ impl Value for NonZeroUsize {
     }
 }
 
-/// How many parts of the whole an upstream of a route gets. 0 takes it out of use.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Weight(pub(crate) u32);
-
-impl Value for Weight {
-    fn schema() -> Json {
-        json!({ "type": "integer", "minimum": 0, "maximum": 10_000 })
-    }
-    fn read(cell: &Cell<'_>) -> Option<Self> {
-        // Bounded so that the sum over a route's upstreams stays far inside a u32.
-        cell.integer(0, 10_000).and_then(|n| u32::try_from(n).ok()).map(Self)
-    }
-    fn show(&self) -> Json {
-        json!(self.0)
-    }
-}
-
 impl Value for Duration {
     fn schema() -> Json {
         json!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h)$", "examples": ["250ms", "5s"] })
@@ -348,8 +334,8 @@ pub enum HeaderError {
     Value(String),
 }
 
-/// A header that may be added to CONNECT requests.
-pub fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), HeaderError> {
+/// The name of a header that may be added to CONNECT requests, or copied from one to the next.
+pub fn parse_header_name(name: &str) -> Result<HeaderName, HeaderError> {
     if name.starts_with(':') {
         return Err(HeaderError::Pseudo(name.to_owned()));
     }
@@ -357,6 +343,12 @@ pub fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue)
     if RESERVED_HEADERS.contains(&parsed.as_str()) {
         return Err(HeaderError::Reserved(name.to_owned()));
     }
+    Ok(parsed)
+}
+
+/// A header that may be added to CONNECT requests.
+pub fn parse_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), HeaderError> {
+    let parsed = parse_header_name(name)?;
     let value = HeaderValue::from_str(value).map_err(|_| HeaderError::Value(name.to_owned()))?;
     Ok((parsed, value))
 }
@@ -413,61 +405,5 @@ impl Value for Peers {
             Self::Any => json!("any"),
             Self::Of(list) => list.show(),
         }
-    }
-}
-
-/// Where a route goes, its upstreams still by name.
-pub(crate) enum ActionByName {
-    Upstreams(Vec<(At<String>, u32)>),
-    Fixed(Action),
-}
-
-struct Share {
-    upstream: At<String>,
-    weight: u32,
-}
-
-impl Section for Share {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let upstream = r.required("upstream", "Name of an upstream.");
-        let Weight(weight) = r.default(
-            "weight",
-            "Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.",
-            Weight(1),
-        );
-        Some(Self { upstream: upstream?, weight })
-    }
-}
-
-impl Value for ActionByName {
-    fn schema() -> Json {
-        json!({ "anyOf": [
-            { "enum": ["direct", "deny"] },
-            { "type": "array", "items": super::reader::schema_of::<Share>(), "minItems": 1 },
-        ] })
-    }
-    fn read(cell: &Cell<'_>) -> Option<Self> {
-        if cell.is_text() {
-            return match cell.text("")? {
-                "direct" => Some(Self::Fixed(Action::Direct)),
-                "deny" => Some(Self::Fixed(Action::Deny)),
-                other => cell.wrong(format!(
-                    "must be \"direct\", \"deny\" or [{{ upstream = \"{other}\" }}], not \"{other}\""
-                )),
-            };
-        }
-        let items = cell.items("\"direct\", \"deny\" or [{ upstream = \"..\" }]")?;
-        if items.is_empty() {
-            return cell.wrong("is empty; \"deny\" refuses");
-        }
-        let read: Vec<_> = items.iter().map(Cell::section::<Share>).collect();
-        let shares: Vec<Share> = read.into_iter().collect::<Option<_>>()?;
-        if shares.iter().all(|s| s.weight == 0) {
-            return cell.wrong("the weights are all 0; \"deny\" refuses");
-        }
-        Some(Self::Upstreams(shares.into_iter().map(|s| (s.upstream, s.weight)).collect()))
-    }
-    fn show(&self) -> Json {
-        Json::Null
     }
 }

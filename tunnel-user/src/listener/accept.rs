@@ -91,6 +91,8 @@ pub struct Accepted {
     pub client: ClientAddr,
     /// Who it has proved to be; nobody without TLS.
     pub identity: Option<Identity>,
+    /// The name by which it asked for us (SNI, RFC 6066 section 3).
+    pub server_name: Option<Box<str>>,
     /// What it speaks.
     pub link: Link,
 }
@@ -135,7 +137,7 @@ async fn plain(settings: &Settings, stream: TcpStream, peer: SocketAddr) -> Resu
         Protocol::H1 => Link::H1Plain(Box::new(request(stream).await?)),
     };
     tracing::debug!(peer = %PeerAddr(peer), ?protocol, "accepted in plaintext");
-    Ok(Accepted { client: ClientAddr(peer), identity: None, link })
+    Ok(Accepted { client: ClientAddr(peer), identity: None, server_name: None, link })
 }
 
 async fn secure(
@@ -157,6 +159,7 @@ async fn secure(
     // A resumed session brings its certificate along, and nobody has looked at the date since.
     check_expiry(certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
     let identity = peer_identity(certificates);
+    let server_name = session.server_name().map(Box::from);
     let suite = session.negotiated_cipher_suite().map(|s| s.suite());
     let protocol = match session.alpn_protocol() {
         Some(agreed) => settings.protocols.iter().find(|p| p.alpn() == agreed),
@@ -177,7 +180,7 @@ async fn secure(
         ?protocol,
         "tunnel accepted"
     );
-    Ok(Accepted { client: ClientAddr(peer), identity, link })
+    Ok(Accepted { client: ClientAddr(peer), identity, server_name, link })
 }
 
 /// Which protocol a client speaks in plaintext, by its first bytes, which stay where they are.

@@ -6,7 +6,7 @@
 //! request.
 
 use bytes::{Bytes, BytesMut};
-use http::{Method, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Version};
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt as _},
     time::timeout,
@@ -35,6 +35,10 @@ pub struct Asked {
     pub authority: String,
     /// What they mean.
     pub target: Result<Target, Refusal>,
+    /// The version of HTTP that it came by.
+    pub version: Version,
+    /// Its fields.
+    pub headers: HeaderMap,
 }
 
 /// One request.
@@ -57,7 +61,12 @@ pub async fn read<W: Wire>(mut wire: W) -> Result<Incoming<W>, ReadError> {
     let mut buf = BytesMut::new();
     let asked = match read_head(&mut wire, &mut buf, parse).await {
         Ok(asked) => asked,
-        Err(ReadError::Head(e)) => Asked { authority: String::new(), target: Err(e.into()) },
+        Err(ReadError::Head(e)) => Asked {
+            authority: String::new(),
+            target: Err(e.into()),
+            version: Version::HTTP_11,
+            headers: HeaderMap::new(),
+        },
         Err(e) => return Err(e),
     };
     Ok(Incoming { asked, pending: Pending { wire, early: buf.freeze() } })
@@ -113,7 +122,19 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(Asked, usize)>, HeadError> {
     let mut request = httparse::Request::new(&mut fields);
     let httparse::Status::Complete(length) = request.parse(bytes)? else { return Ok(None) };
     let authority = request.path.unwrap_or_default();
-    let asked = Asked { authority: shown(authority), target: target(&request, authority) };
+    let mut headers = HeaderMap::with_capacity(request.headers.len());
+    for field in &*request.headers {
+        // What the parser takes for a field is one to the other library too.
+        let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| httparse::Error::HeaderName)?;
+        let value = HeaderValue::from_bytes(field.value).map_err(|_| httparse::Error::HeaderValue)?;
+        headers.append(name, value);
+    }
+    let asked = Asked {
+        authority: shown(authority),
+        target: target(&request, authority),
+        version: if request.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 },
+        headers,
+    };
     Ok(Some((asked, length)))
 }
 
@@ -227,6 +248,15 @@ mod tests {
         let (asked, length) =
             parse(b"CONNECT a:1 HTTP/1.1\r\n\r\nCONNECT b:2 HTTP/1.1\r\n\r\n").unwrap().unwrap();
         assert_eq!((asked.target.unwrap().to_string().as_str(), length), ("a:1", 24));
+    }
+
+    #[test]
+    fn what_routes_look_at_is_read_too() {
+        let head = b"CONNECT a:1 HTTP/1.0\r\nX-Canary: yes\r\nVia: 1.1 one\r\nvia: 1.1 two\r\n\r\n";
+        let (asked, _) = parse(head).unwrap().unwrap();
+        assert_eq!(asked.version, Version::HTTP_10);
+        assert_eq!(asked.headers["x-canary"], "yes");
+        assert_eq!(asked.headers.get_all("via").iter().count(), 2);
     }
 
     #[test]

@@ -17,7 +17,6 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::accept::{LINGER, ServeError, Settings};
 use crate::{
     drain::{Tasks, Watch},
-    flow::{ClientAddr, Identity},
     transport::{
         io::{LastReader, Wire},
         verify::explain,
@@ -38,10 +37,6 @@ pub struct Incoming {
     pub request: Request<RecvStream>,
     /// Where the answer goes.
     pub respond: SendResponse<Bytes>,
-    /// The peer's address.
-    pub client: ClientAddr,
-    /// Who the peer has proved to be.
-    pub identity: Option<Identity>,
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
@@ -73,8 +68,6 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
 pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     settings: &Settings,
     tunnel: Tunnel<W>,
-    client: ClientAddr,
-    identity: Option<&Identity>,
     mut drain: Watch,
     handle: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
@@ -91,12 +84,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
             biased;
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    streams.spawn(handle(Incoming {
-                        request,
-                        respond,
-                        client,
-                        identity: identity.cloned(),
-                    }));
+                    streams.spawn(handle(Incoming { request, respond }));
                 }
                 Some(Err(e)) => return Err(h2_error(e)),
                 None => break,

@@ -36,6 +36,9 @@ pub enum Refusal {
     /// Policy or a route says no.
     #[error("{0}")]
     Denied(String),
+    /// The request has passed here before. The operator's fault, somewhere along the chain.
+    #[error("the request has passed this tunnel before: it goes around in a loop")]
+    Loop,
     /// The target could not be reached.
     #[error("{0}")]
     Dial(#[from] DialError),
@@ -61,6 +64,8 @@ impl Refusal {
                 (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http_request_error")
             }
             Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied"),
+            // RFC 5842 section 7.2.
+            Self::Loop => (StatusCode::LOOP_DETECTED, "proxy_loop_detected"),
             Self::Dial(DialError::Resolve { .. }) => (StatusCode::BAD_GATEWAY, "dns_error"),
             Self::Dial(DialError::Refused { .. }) => (StatusCode::BAD_GATEWAY, "connection_refused"),
             Self::Dial(DialError::Unreachable { .. }) => {
@@ -150,6 +155,7 @@ mod tests {
         let timeout = DialError::Timeout { target: t, after: Duration::from_secs(1) };
         for (refusal, status, error) in [
             (Refusal::Denied("no".into()), 403, "http_request_denied"),
+            (Refusal::Loop, 508, "proxy_loop_detected"),
             (resolve.into(), 502, "dns_error"),
             (DialError::Refused { addr }.into(), 502, "connection_refused"),
             (unreachable.into(), 503, "destination_ip_unroutable"),

@@ -353,7 +353,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
         let accepted = accept::handshake(&settings, stream, peer).await.unwrap();
         let Link::H2(tunnel) = accepted.link else { panic!("it spoke HTTP/2 over TLS") };
         let (_trigger, watch) = drain::channel();
-        let served = listener::serve(&settings, *tunnel, accepted.client, None, watch, |_| async {}).await;
+        let served = listener::serve(&settings, *tunnel, watch, |_| async {}).await;
         assert!(matches!(served, Err(ServeError::KeepaliveTimeout(_))), "{served:?}");
         client.abort();
     });

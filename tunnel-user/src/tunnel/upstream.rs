@@ -21,13 +21,13 @@ use tokio::{
 use super::{
     connect::{self, ConnectError, Connected, Key, TlsKey, connect},
     h1,
-    headers::{Trace, connect_request},
+    headers::{Ask, Trace, connect_request},
     pick,
     pool::{self, Lease, Pool},
 };
 use crate::{
     config::{Balance, Protocol},
-    flow::{ClientAddr, Identity, PeerAddr, Target},
+    flow::{Identity, PeerAddr, Target},
     relay::{H2Leg, Queue},
     transport::{
         h1::ReadError,
@@ -261,13 +261,13 @@ impl Upstream {
         }
     }
 
-    /// Opens a stream to `target`.
-    pub async fn connect(&self, target: &Target, client: ClientAddr) -> Result<Stream, TunnelError> {
+    /// Opens a stream.
+    pub async fn connect(&self, ask: &Ask<'_>) -> Result<Stream, TunnelError> {
         let mut tries = 0;
         loop {
             let asked = match self.line().await? {
-                (Line::Shared(lease), turn) => self.request(lease, turn, target, client).await,
-                (Line::Own(connected), turn) => self.ask(*connected, turn, target, client).await,
+                (Line::Shared(lease), turn) => self.request(lease, turn, ask).await,
+                (Line::Own(connected), turn) => self.ask(*connected, turn, ask).await,
             };
             match asked {
                 Ok(stream) => return Ok(stream),
@@ -334,16 +334,11 @@ impl Upstream {
         probes.spawn_local(probe(Rc::clone(&self.lines), Rc::clone(endpoint)));
     }
 
-    async fn request(
-        &self,
-        lease: Lease,
-        turn: Turn,
-        target: &Target,
-        client: ClientAddr,
-    ) -> Result<Stream, Attempt> {
+    async fn request(&self, lease: Lease, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
+        let target = ask.authority();
         let peer = lease.peer();
         let dropped = |why: String| TunnelError::Dropped { peer, target: target.clone(), why };
-        let request = self.connect_request(target, client)?;
+        let request = self.connect_request(ask)?;
         let not_sent = |why: String| {
             lease.retire();
             Attempt::NotActedOn(dropped(why))
@@ -352,7 +347,7 @@ impl Upstream {
         let mut sender = sender.ready().await.map_err(|e| not_sent(e.to_string()))?;
         let (response, send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
         drop(sender);
-        let after = self.settings.response_timeout;
+        let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let response = match timeout(after, response).await {
             Ok(Ok(response)) => response,
             Ok(Err(e)) => {
@@ -388,18 +383,12 @@ impl Upstream {
     }
 
     /// The same over HTTP/1. What was sent may have been acted on: nothing is sent again.
-    async fn ask(
-        &self,
-        connected: Connected,
-        turn: Turn,
-        target: &Target,
-        client: ClientAddr,
-    ) -> Result<Stream, Attempt> {
+    async fn ask(&self, connected: Connected, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
         let Connected { link, peer, identity, .. } = connected;
-        let request = self.connect_request(target, client)?;
+        let request = self.connect_request(ask)?;
         let after = self.settings.response_timeout;
         let asked = timeout(after, h1::ask(link, &request)).await;
-        let target = || target.clone();
+        let target = || ask.authority().clone();
         let asked =
             asked.map_err(|_| Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }))?;
         match asked {
@@ -417,9 +406,10 @@ impl Upstream {
         }
     }
 
-    fn connect_request(&self, target: &Target, client: ClientAddr) -> Result<Request<()>, Attempt> {
-        connect_request(target, client, &self.trace, &self.settings.headers)
-            .map_err(|e| Attempt::Failed(TunnelError::Request { target: target.clone(), why: e.to_string() }))
+    fn connect_request(&self, ask: &Ask<'_>) -> Result<Request<()>, Attempt> {
+        connect_request(ask, &self.trace, &self.settings.headers).map_err(|e| {
+            Attempt::Failed(TunnelError::Request { target: ask.authority().clone(), why: e.to_string() })
+        })
     }
 }
 

@@ -4,31 +4,37 @@
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
 //! and not before. It never reads a byte of a flow.
 
-use std::{net::SocketAddr, rc::Rc, time::Duration, time::Instant};
+use std::{net::SocketAddr, rc::Rc, time::Instant};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
 
-use super::{Peer, Sink, Worker};
+use super::{Account, At, Sink, Worker};
 use crate::{
-    flow::{ClientAddr, Identity, PeerAddr, Target},
+    flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
+    index::PeerSet,
     listener::{
         accept::{self, Accepted, Link, ServeError, Settings},
         h1, h2 as h2_listener, handshakes,
         request::{self, Refusal},
     },
+    policy,
     relay::{IntoLeg, Waiting, broken},
     route::Source,
     stats::Record,
     transport::io::Wire,
 };
 
-/// Who sent a request.
+/// What is known of every request on one connection.
 struct Requester {
+    at: Rc<At>,
     client: ClientAddr,
     identity: Option<Identity>,
+    server_name: Option<Box<str>>,
+    routes: PeerSet,
+    policies: policy::Peer,
 }
 
 impl Worker {
@@ -38,7 +44,7 @@ impl Worker {
         settings: &Settings,
         stream: TcpStream,
         peer: SocketAddr,
-        dial_timeout: Duration,
+        at: Rc<At>,
         mut place: handshakes::Place,
         tunnel: OwnedSemaphorePermit,
     ) {
@@ -46,7 +52,7 @@ impl Worker {
             shaken = accept::handshake(settings, stream, peer) => shaken,
             () = place.needed() => Err(ServeError::Crowded),
         };
-        let Accepted { client, identity, link } = match shaken {
+        let Accepted { client, identity, server_name, link } = match shaken {
             Ok(accepted) => accepted,
             Err(e) => {
                 self.counters.handshakes_failed.add(1);
@@ -55,12 +61,19 @@ impl Worker {
         };
         drop(place);
         self.counters.tunnels_accepted.add(1);
-        let from = Requester { client, identity };
+        let from = Rc::new(Requester {
+            at,
+            client,
+            server_name,
+            routes: self.shared.router.peer(identity.as_ref()),
+            policies: self.shared.policies.peer(identity.clone()),
+            identity,
+        });
         match link {
-            Link::H2(link) => self.serve_h2(settings, *link, from, dial_timeout).await,
-            Link::H2Plain(link) => self.serve_h2(settings, *link, from, dial_timeout).await,
-            Link::H1(link) => self.serve_h1(*link, from, dial_timeout, tunnel).await,
-            Link::H1Plain(link) => self.serve_h1(*link, from, dial_timeout, tunnel).await,
+            Link::H2(link) => self.serve_h2(settings, *link, from).await,
+            Link::H2Plain(link) => self.serve_h2(settings, *link, from).await,
+            Link::H1(link) => self.serve_h1(*link, &from, tunnel).await,
+            Link::H1Plain(link) => self.serve_h1(*link, &from, tunnel).await,
         }
     }
 
@@ -68,14 +81,11 @@ impl Worker {
         self: &Rc<Self>,
         settings: &Settings,
         tunnel: h2_listener::Tunnel<W>,
-        Requester { client, identity }: Requester,
-        dial_timeout: Duration,
+        from: Rc<Requester>,
     ) {
-        let handle = |incoming| carry_stream(Rc::clone(self), incoming, dial_timeout);
-        let served =
-            h2_listener::serve(settings, tunnel, client, identity.as_ref(), self.watch.clone(), handle);
-        if let Err(e) = served.await {
-            tracing::debug!(peer = %PeerAddr(client.0), "tunnel ended: {e}");
+        let handle = |incoming| carry_stream(Rc::clone(self), incoming, Rc::clone(&from));
+        if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
+            tracing::debug!(peer = %PeerAddr(from.client.0), "tunnel ended: {e}");
         }
     }
 
@@ -83,14 +93,13 @@ impl Worker {
     async fn serve_h1<W: IntoLeg>(
         self: &Rc<Self>,
         incoming: h1::Incoming<W>,
-        from: Requester,
-        dial_timeout: Duration,
+        from: &Requester,
         tunnel: OwnedSemaphorePermit,
     ) {
         let started = Instant::now();
-        let peer = from.peer();
-        let h1::Incoming { asked: h1::Asked { authority, target }, pending } = incoming;
-        let admitted = self.admit(Some(&peer)).and_then(|place| Ok((place, target?)));
+        let h1::Incoming { asked, pending } = incoming;
+        let h1::Asked { authority, target, version, headers } = asked;
+        let admitted = self.admit(Some(&from.account())).and_then(|place| Ok((place, target?)));
         let (place, target) = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => {
@@ -99,8 +108,9 @@ impl Worker {
             }
         };
         let mut record = from.record(&target);
+        let head = Head { version, headers: &headers };
         let reached = tokio::select! {
-            reached = self.reach_for(&from, &target, dial_timeout, &mut record) => Some(reached),
+            reached = self.reach_for(from, &target, head, &mut record) => Some(reached),
             _ = broken(pending.wire().tcp()) => None,
         };
         match reached {
@@ -126,12 +136,21 @@ impl Worker {
         &self,
         from: &Requester,
         target: &Target,
-        dial_timeout: Duration,
+        head: Head<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        let permit = self.shared.policies.check_target(from.who(), target);
+        let permit = self.shared.policies.check_target(&from.policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
-        self.reach(Source::Listener, target, from.client, dial_timeout, Some(permit), record).await
+        let flow = Flow {
+            source: Source::Listener,
+            name: from.at.name.as_deref(),
+            target,
+            client: from.client,
+            peer: &from.routes,
+            server_name: from.server_name.as_deref(),
+            request: Some(head),
+        };
+        self.reach(&flow, from.at.dial_timeout, Some(permit), record).await
     }
 }
 
@@ -141,8 +160,8 @@ impl Requester {
     }
 
     /// Whose flows are counted together: an identity's, or where there is none, an address's.
-    fn peer(&self) -> Peer {
-        self.identity.clone().map_or(Peer::At(self.client.0.ip().to_canonical()), Peer::Known)
+    fn account(&self) -> Account {
+        self.identity.clone().map_or(Account::At(self.client.0.ip().to_canonical()), Account::Known)
     }
 
     fn record(&self, target: &Target) -> Record {
@@ -160,15 +179,14 @@ impl Requester {
 }
 
 /// listener → dial or tunnel, over HTTP/2.
-async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, dial_timeout: Duration) {
+async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from: Rc<Requester>) {
     let started = Instant::now();
-    let h2_listener::Incoming { request, mut respond, client, identity } = incoming;
-    let from = Requester { client, identity };
+    let h2_listener::Incoming { request, mut respond } = incoming;
     let (request, body) = request.into_parts();
     let request = Request::from_parts(request, ());
     let mut waiting = Waiting::new(body);
     let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
-    let place = match worker.admit(Some(&from.peer())) {
+    let place = match worker.admit(Some(&from.account())) {
         Ok(place) => place,
         Err(refusal) => {
             answer(&mut respond, refusal.response());
@@ -183,8 +201,9 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, dial_
         }
     };
     let mut record = from.record(&target);
+    let head = Head { version: request.version(), headers: request.headers() };
     let reached = tokio::select! {
-        reached = worker.reach_for(&from, &target, dial_timeout, &mut record) => Some(reached),
+        reached = worker.reach_for(&from, &target, head, &mut record) => Some(reached),
         _ = waiting.broken(&mut respond) => None,
     };
     match reached {

@@ -3,10 +3,7 @@
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
-use super::{
-    Bed, FAR, Far, MAX_FLOWS,
-    near::{LOG, envoy},
-};
+use super::{Bed, FAR, Far, MAX_FLOWS, near::LOG};
 use crate::{
     bench::{model::Role, peers::Peers},
     pki::NODE_ID,
@@ -32,20 +29,8 @@ impl Bed {
                 self.spawn_listening(Role::Far, "tunnel-far", command, FAR.port())
             }
             Some(Far::Envoy) => {
-                let credentials = self.world.pki().named("gateway");
-                let config = envoy(include_str!("envoy-far.yaml"), &credentials, NODE_ID);
-                let config = self.world.file("envoy-far.yaml", config)?;
-                let mut command = self.world.net().command(peers.envoy()?);
-                command.args([
-                    "--disable-hot-restart",
-                    "-l",
-                    "warn",
-                    "--concurrency",
-                    &workers.to_string(),
-                    "-c",
-                ]);
-                command.arg(config);
-                self.spawn_listening(Role::Far, "envoy-far", command, FAR.port())
+                let template = include_str!("envoy-far.yaml");
+                self.envoy(Role::Far, template, ["gateway", NODE_ID], FAR.port(), workers, peers)
             }
             Some(Far::Tinyproxy) => {
                 let config = format!(

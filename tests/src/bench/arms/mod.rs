@@ -447,7 +447,7 @@ mod tests {
 
     #[test]
     fn an_arm_whose_gateway_is_gone_has_an_error_and_no_number() -> Result<()> {
-        let SetUp::Ready(mut bed) = Bed::set_up(OURS, None, 1, &Peers::find(Path::new("")))? else {
+        let SetUp::Ready(mut bed) = Bed::set_up(OURS, None, 1, &Peers::none())? else {
             panic!("nothing of others is needed")
         };
         bed.check()?;
@@ -461,8 +461,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_installed_is_missing_which_is_no_error_and_no_number() -> Result<()> {
+        let build = Build { far: Some(Far::Envoy), ..OURS };
+        let SetUp::Missing(what) = Bed::set_up(build, None, 1, &Peers::none())? else {
+            panic!("it runs without an Envoy")
+        };
+        assert!(what.contains("Envoy not installed") && what.contains("--peers"), "{what}");
+        Ok(())
+    }
+
+    #[test]
     fn what_is_captured_and_carried_by_nobody_does_not_count_as_the_arms() -> Result<()> {
-        let SetUp::Ready(bed) = Bed::set_up(OURS, None, 1, &Peers::find(Path::new("")))? else {
+        let SetUp::Ready(bed) = Bed::set_up(OURS, None, 1, &Peers::none())? else {
             panic!("nothing of others is needed")
         };
         let outcome = Outcome { seconds: 1.0, operations: 1, bytes_up: 1, bytes_down: 1, latency: None };

@@ -25,20 +25,8 @@ impl Bed {
             Some(Near::Dialling(relay)) => self.ours(&format!("relay = \"{relay}\"\n"), workers),
             Some(Near::Ours) => self.ours("", workers),
             Some(Near::Envoy) => {
-                let credentials = self.world.pki().named("node");
-                let config = envoy(include_str!("envoy-near.yaml"), &credentials, GATEWAY_ID);
-                let config = self.world.file("envoy-near.yaml", config)?;
-                let mut command = self.world.node().command(peers.envoy()?);
-                command.args([
-                    "--disable-hot-restart",
-                    "-l",
-                    "warn",
-                    "--concurrency",
-                    &workers.to_string(),
-                    "-c",
-                ]);
-                command.arg(config);
-                self.spawn_listening(Role::Near, "envoy-near", command, NEAR_PORT)
+                let template = include_str!("envoy-near.yaml");
+                self.envoy(Role::Near, template, ["node", GATEWAY_ID], NEAR_PORT, workers, peers)
             }
             Some(Near::Redsocks) => {
                 let config = format!(
@@ -55,6 +43,38 @@ impl Bed {
                 self.spawn_listening(Role::Near, "redsocks", command, NEAR_PORT)
             }
         }
+    }
+
+    /// Envoy, with a template filled in; the names are those of its own certificate, and of
+    /// the other side.
+    pub(super) fn envoy(
+        &mut self,
+        role: Role,
+        template: &str,
+        [own, peer]: [&str; 2],
+        port: u16,
+        workers: u32,
+        peers: &Peers,
+    ) -> Result<()> {
+        let Credentials { cert, key, ca } = self.world.pki().named(own);
+        let config = [
+            ("@PORT@", port.to_string()),
+            ("@GATEWAY@", FAR.ip().to_string()),
+            ("@GATEWAY_PORT@", FAR.port().to_string()),
+            ("@CERT@", cert.display().to_string()),
+            ("@KEY@", key.display().to_string()),
+            ("@CA@", ca.display().to_string()),
+            ("@PEER@", peer.to_owned()),
+        ]
+        .into_iter()
+        .fold(template.to_owned(), |text, (place, value)| text.replace(place, &value));
+        let name = if role == Role::Near { "envoy-near" } else { "envoy-far" };
+        let config = self.world.file(&format!("{name}.yaml"), config)?;
+        let host = if role == Role::Near { self.world.node() } else { self.world.net() };
+        let mut command = host.command(peers.envoy()?);
+        command.args(["--disable-hot-restart", "-l", "warn", "--concurrency", &workers.to_string(), "-c"]);
+        command.arg(config);
+        self.spawn_listening(role, name, command, port)
     }
 
     /// `tunnel run`, with what this arm captures.
@@ -102,20 +122,4 @@ impl Bed {
         }
         Ok(section)
     }
-}
-
-/// Fills in one of Envoy's configurations.
-pub(super) fn envoy(template: &str, own: &Credentials, peer: &str) -> String {
-    let file = |path: &std::path::Path| path.display().to_string();
-    [
-        ("@PORT@", NEAR_PORT.to_string()),
-        ("@GATEWAY@", FAR.ip().to_string()),
-        ("@GATEWAY_PORT@", FAR.port().to_string()),
-        ("@CERT@", file(&own.cert)),
-        ("@KEY@", file(&own.key)),
-        ("@CA@", file(&own.ca)),
-        ("@PEER@", peer.to_owned()),
-    ]
-    .into_iter()
-    .fold(template.to_owned(), |text, (place, value)| text.replace(place, &value))
 }

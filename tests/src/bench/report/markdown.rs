@@ -131,7 +131,10 @@ fn cell(scenario: &Scenario, arm: &str, task: &Task, metric: Metric) -> String {
 /// Fewer than the page has: what a decision would be made by.
 fn headlines(task: &Task) -> Vec<Metric> {
     use Metric::*;
+    // What is not captured passes no proxy.
+    let passes = |name: &str| !name.ends_with(" excluded") && !name.ends_with(" uncaptured");
     match task.workload {
+        Workload::Connect { .. } if !passes(&task.name) => vec![P50, P99],
         Workload::PingPong { .. } | Workload::Connect { at_once: 1 } => vec![P50, P99, ProxyCpuPerThousand],
         Workload::Connect { .. } => vec![PerSecond, P99, ProxyCpuPerThousand],
         Workload::FirstByte => vec![P50],
