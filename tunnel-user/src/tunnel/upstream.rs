@@ -386,7 +386,7 @@ impl Upstream {
     async fn ask(&self, connected: Connected, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
         let Connected { link, peer, identity, .. } = connected;
         let request = self.connect_request(ask)?;
-        let after = self.settings.response_timeout;
+        let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let asked = timeout(after, h1::ask(link, &request)).await;
         let target = || ask.authority().clone();
         let asked =
