@@ -37,7 +37,9 @@ pub struct Options {
 
 /// Runs all of it.
 pub fn run(plan: &Plan, options: &Options, progress: &Progress) -> Result<Report> {
+    // Before anything is run: the checkout may be another an hour later.
     let (began, taken) = (Instant::now(), machine::now()?);
+    let (machine, versions) = (machine::describe()?, options.peers.versions());
     let mut runner = Runner { options, progress, random: Rng::with_seed(options.seed), faults: Vec::new() };
     let scenarios = plan.scenarios.iter().map(|scenario| runner.scenario(scenario)).collect();
     progress.finish();
@@ -52,8 +54,8 @@ pub fn run(plan: &Plan, options: &Options, progress: &Progress) -> Result<Report
             seed: options.seed,
             command: options.command.clone(),
         },
-        machine: machine::describe()?,
-        versions: options.peers.versions(),
+        machine,
+        versions,
         scenarios,
         faults: runner.faults,
     })
