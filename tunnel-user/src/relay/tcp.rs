@@ -75,6 +75,21 @@ impl ErrorWatch {
     }
 }
 
+/// Sends FIN.
+pub(super) fn shut_down(stream: &TcpStream) -> Result<(), Broken> {
+    match SockRef::from(stream).shutdown(Shutdown::Write) {
+        // The peer closed both directions, and then the connection went away: nothing is lost.
+        Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
+        _ => Ok(()),
+    }
+}
+
+/// From here on a close is clean: what is queued still has to arrive.
+pub(super) fn let_arrive(stream: &TcpStream) {
+    // Fails only on a socket that is gone already.
+    let _gone = SockRef::from(stream).set_linger(None);
+}
+
 impl Leg for TcpLeg {
     const PREFETCH: bool = false;
 
@@ -131,11 +146,7 @@ impl Leg for TcpLeg {
     }
 
     fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        Poll::Ready(match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
-            // The peer closed both directions, and then the connection went away: nothing is lost.
-            Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
-            _ => Ok(()),
-        })
+        Poll::Ready(shut_down(&self.stream))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
@@ -143,8 +154,7 @@ impl Leg for TcpLeg {
     }
 
     fn close(&mut self) {
-        // What is queued still has to arrive. Fails only on a socket that is gone already.
-        let _gone = SockRef::from(&*self.stream).set_linger(None);
+        let_arrive(&self.stream);
     }
 
     fn abort(&mut self) {

@@ -7,19 +7,17 @@
 
 use std::{
     io::{self, BufRead as _, IoSlice, Read, Write},
-    net::Shutdown,
     rc::Rc,
     task::{Context, Poll, ready},
 };
 
 use bytes::{Bytes, BytesMut};
 use rustls::Connection;
-use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::{
     Broken, Cause, Leg, Queue,
-    tcp::{ErrorWatch, READ_MAX, abort_on_close, reset},
+    tcp::{ErrorWatch, READ_MAX, abort_on_close, let_arrive, reset, shut_down},
 };
 use crate::transport::verify::explain;
 
@@ -154,11 +152,7 @@ impl Leg for TlsLeg {
             self.finishing = true;
         }
         ready!(self.poll_flush(cx))?;
-        Poll::Ready(match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
-            // The peer closed both directions, and then the connection went away: nothing is lost.
-            Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
-            _ => Ok(()),
-        })
+        Poll::Ready(shut_down(&self.stream))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
@@ -166,8 +160,7 @@ impl Leg for TlsLeg {
     }
 
     fn close(&mut self) {
-        // What is queued still has to arrive. Fails only on a socket that is gone already.
-        let _gone = SockRef::from(&*self.stream).set_linger(None);
+        let_arrive(&self.stream);
     }
 
     fn abort(&mut self) {
@@ -179,6 +172,7 @@ impl Leg for TlsLeg {
 mod tests {
     use std::{fs, future::Future, sync::Arc, time::Duration};
 
+    use socket2::SockRef;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpListener,

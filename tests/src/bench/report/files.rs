@@ -65,15 +65,8 @@ impl fmt::Display for ReadError {
     }
 }
 
-impl error::Error for ReadError {
-    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
-        match self {
-            Self::File(_, e) => Some(e),
-            Self::NotJson(_, e) | Self::Broken(_, e) => Some(e),
-            Self::NotAReport(_) | Self::Schema(..) => None,
-        }
-    }
-}
+// Without a source: the message has it already, and whoever prints the chain would print it twice.
+impl error::Error for ReadError {}
 
 /// What could not be written.
 #[derive(Debug)]
@@ -90,11 +83,7 @@ impl fmt::Display for WriteError {
     }
 }
 
-impl error::Error for WriteError {
-    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
-        Some(&self.source)
-    }
-}
+impl error::Error for WriteError {}
 
 /// Reads a report: `report.json`, or the folder that has one.
 pub fn load(path: &Path) -> Result<Report, ReadError> {
