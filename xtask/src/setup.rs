@@ -176,16 +176,17 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     Ok(true)
 }
 
-/// Tries to make sure that Envoy is there, for tests that are complete with it and still worth running without.
-pub(crate) fn try_peers(checkout: &Checkout) -> Result<()> {
+/// Tries to make sure that the peers are there, for tests that are complete with them and still worth running without:
+/// whether they are.
+pub(crate) fn try_peers(checkout: &Checkout) -> Result<bool> {
     match ensure(checkout, &[Peers]) {
         Err(error) if !error.is::<run::Interrupted>() => {
             run::show_error(
                 &error.context("not every peer could be installed: what needs them is not tested"),
             );
-            Ok(())
+            Ok(false)
         }
-        done => done.map(drop),
+        done => done.map(|_| true),
     }
 }
 

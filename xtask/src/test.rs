@@ -6,9 +6,12 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     leftovers::{MARK, Snapshot},
-    run::{self, Checkout, foreground, green},
+    run::{self, Checkout, foreground, green, red},
     setup::{self, Group},
 };
+
+/// Says that benchmarks may be without their peers; otherwise a test that misses one fails.
+const WITHOUT_PEERS: &str = "TUNNEL_TEST_WITHOUT_PEERS";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -35,11 +38,11 @@ impl Args {
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     run::require_root("loading kernel programs and making network namespaces, which the tests do,")?;
     setup::ensure(checkout, &[Group::Build, Group::Test])?;
-    setup::try_peers(checkout)?;
+    let peers = setup::try_peers(checkout)?;
     run::catch_interrupts()?;
     let before = Snapshot::take(checkout);
 
-    let tested = tests(checkout, args);
+    let tested = tests(checkout, args, peers);
     // After failed tests above all: they are the ones that leave something.
     let clean = before.compare(checkout);
     if let (Err(_), Err(left)) = (&tested, &clean) {
@@ -48,10 +51,13 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     tested?;
     clean?;
     println!("{} nothing was left behind", green("ok "));
+    if !peers {
+        println!("{} without the peers of the benchmarks: what needs them was NOT tested", red("but"));
+    }
     Ok(())
 }
 
-fn tests(checkout: &Checkout, args: &Args) -> Result<()> {
+fn tests(checkout: &Checkout, args: &Args, peers: bool) -> Result<()> {
     // One selection of packages for everything, so that features are unified, and dependencies built, once.
     const WORKSPACE: [&str; 3] = ["--workspace", "--exclude", "tunnel-ebpf"];
     let mut build = checkout.cargo(["build", "--locked", "--bins"]);
@@ -71,6 +77,9 @@ fn tests(checkout: &Checkout, args: &Args) -> Result<()> {
         .env("PATH", path_with_tools(checkout)?)
         .env("TUNNEL_BIN", checkout.target.join("debug/tunnel"))
         .env(MARK, std::process::id().to_string());
+    if !peers {
+        nextest.env(WITHOUT_PEERS, "1");
+    }
     foreground("nextest", from_source(&mut nextest)).and(documented)
 }
 
