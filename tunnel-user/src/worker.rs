@@ -40,7 +40,7 @@ use crate::{
     stats::{Counters, Record, Records},
     transport::tcp::{self, Mark},
     tunnel::{
-        self, Upstream, h1,
+        self, TunnelError, Upstream, h1,
         headers::{Ask, Trace, is_loop},
     },
 };
@@ -525,6 +525,7 @@ impl Worker {
             | Refusal::Host(_) => &self.counters.bad_requests,
             Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
             Refusal::Dial(_) => &self.counters.dial_failed,
+            Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) => &self.counters.over_limit,
         };

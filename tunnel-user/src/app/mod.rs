@@ -32,10 +32,10 @@ use crate::{
         cgroup::Fresh,
         ring::Wake,
     },
-    config::{self, Config, OnFailure},
+    config::{self, Config, Discovery, OnFailure},
     drain::{self, Phase, Trigger},
     exit::{Cause, Failure},
-    limits,
+    files, limits,
     listener::accept,
     policy::Policies,
     privileges,
@@ -47,7 +47,13 @@ use crate::{
         store::{self, TlsStore},
         tcp,
     },
-    tunnel::{self, connect, headers::Trace, pool},
+    tunnel::{
+        self, connect,
+        discovery::{Source, dns, file},
+        headers::Trace,
+        limit::Limits,
+        pool,
+    },
     worker::{self, CaptureSocket, ConnectSocket, More, Report, Shared, Start},
 };
 
@@ -73,7 +79,7 @@ pub struct Running {
     addresses: Vec<SocketAddr>,
     /// The listeners whose addresses are configured, by them, for a daemon that replaces this one.
     listeners: Vec<(SocketAddr, Vec<Socket>)>,
-    _watch: Option<store::Watch>,
+    _watch: Option<files::Watch>,
 }
 
 /// What a start needs besides the configuration.
@@ -134,7 +140,9 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         }
     }
 
-    let upstreams = config.upstreams.iter().map(|u| upstream(u, tls.as_ref(), socket_mark));
+    let mut discover = Discover { mark: socket_mark, questions: None };
+    let upstreams =
+        config.upstreams.iter().map(|u| upstream(u, tls.as_ref(), socket_mark, workers, &mut discover));
     let upstreams = upstreams.collect::<Result<_, _>>()?;
 
     // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
@@ -441,7 +449,7 @@ fn cores() -> usize {
     thread::available_parallelism().map_or(1, Into::into)
 }
 
-fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
+fn watch_identity(tls: &Arc<TlsStore>) -> Result<files::Watch, Failure> {
     store::watch(Arc::clone(tls), || tracing::info!("the identity was reloaded"))
         .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))
 }
@@ -455,12 +463,15 @@ fn upstream(
     u: &config::Upstream,
     tls: Option<&Arc<TlsStore>>,
     mark: tcp::Mark,
+    workers: usize,
+    discover: &mut Discover,
 ) -> Result<tunnel::Settings, Failure> {
     let proving =
         |check| Ok::<_, Failure>(tunnel::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
+    let limits = Limits::share(&u.limits, workers);
     Ok(tunnel::Settings {
         name: u.name.clone(),
-        endpoints: u.endpoints.clone(),
+        endpoints: discover.source(u)?,
         balance: u.balance,
         protocol: u.protocol,
         tls: u.check().map(proving).transpose()?,
@@ -468,12 +479,46 @@ fn upstream(
         response_timeout: u.response_timeout,
         pool: pool::Settings {
             max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
+            max_connections: limits.connections.unwrap_or(usize::MAX),
             connect: connect::Settings { timeout: u.connect_timeout, mark },
             idle_timeout: u.idle_timeout,
             keepalive_interval: u.keepalive_interval,
             keepalive_timeout: u.keepalive_timeout,
         },
+        outlier: u.outlier_detection.clone(),
+        check: u.health_check.clone(),
+        limits,
     })
+}
+
+/// Finds out endpoints that the configuration does not list.
+struct Discover {
+    mark: tcp::Mark,
+    /// One thread for all names, once there is one.
+    questions: Option<Arc<dns::Questions>>,
+}
+
+impl Discover {
+    fn source(&mut self, u: &config::Upstream) -> Result<Source, Failure> {
+        Ok(match &u.discovery {
+            Discovery::Static => Source::fixed(&u.endpoints),
+            Discovery::Dns => {
+                let questions = match self.questions.take() {
+                    Some(questions) => questions,
+                    None => dns::Questions::start(self.mark)
+                        .map_err(|e| other(&format!("names of endpoints could not be resolved: {e}")))?,
+                };
+                let feed = questions.follow(&u.name, &u.endpoints);
+                self.questions = Some(questions);
+                Source::Fed(feed)
+            }
+            Discovery::File(file) => {
+                let help = "One HOST:PORT on each line; # starts a comment.";
+                let wrong = |e: file::FileError| Failure::Config(Cause::new(e.to_string(), help));
+                Source::Fed(file::follow(&u.name, file).map_err(wrong)?)
+            }
+        })
+    }
 }
 
 fn other(what: &str) -> Failure {

@@ -47,6 +47,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 fn settings(max_streams: usize) -> Settings {
     Settings {
         max_streams,
+        max_connections: usize::MAX,
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
