@@ -4,20 +4,30 @@
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
 //! and not before. It never reads a byte of a flow.
 
-use std::{net::SocketAddr, rc::Rc, time::Instant};
+use std::{
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 
-use super::{Account, At, Sink, Worker};
+use super::{Account, Worker, back_off, reach::Sink};
 use crate::{
+    drain::Tasks,
     flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
     index::PeerSet,
     listener::{
         accept::{self, Accepted, Link, ServeError, Settings},
-        h1, h2 as h2_listener, handshakes,
+        h1, h2 as h2_listener,
+        handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
     policy,
@@ -26,6 +36,42 @@ use crate::{
     stats::Record,
     transport::io::Wire,
 };
+
+/// Tunnel connections of one listener and worker; more wait in the backlog. One of HTTP/2 carries many flows;
+/// one of HTTP/1 is a flow, and counts as one, as soon as it is carried.
+const TUNNELS_MAX: usize = 4096;
+
+/// Where CONNECT requests arrive.
+pub(super) struct At {
+    pub(super) name: Option<Arc<str>>,
+    pub(super) dial_timeout: Duration,
+}
+
+/// Accepts until it is dropped.
+pub(super) async fn accept_tunnels(
+    worker: Rc<Worker>,
+    socket: TcpListener,
+    settings: Arc<Settings>,
+    at: Rc<At>,
+    flows: Rc<Tasks>,
+) {
+    let handshakes = Handshakes::default();
+    let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
+    loop {
+        // It is never closed.
+        let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
+        match socket.accept().await {
+            Ok((stream, peer)) => {
+                let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
+                let place = handshakes.place();
+                flows.spawn(async move {
+                    worker.serve(&settings, stream, peer, at, place, tunnel).await;
+                });
+            }
+            Err(e) => back_off(&e).await,
+        }
+    }
+}
 
 /// What is known of every request on one connection.
 struct Requester {

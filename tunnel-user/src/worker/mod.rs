@@ -4,6 +4,8 @@
 //! changes worker, and nothing on its path takes a lock or crosses a core. It never opens a listener
 //! itself: those are bound before any worker starts.
 
+mod captured;
+mod reach;
 mod requests;
 
 use std::{
@@ -20,38 +22,35 @@ use socket2::Socket;
 use tokio::{
     net::TcpListener,
     runtime,
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
     task::LocalSet,
     time::{sleep, timeout},
 };
 
+use self::{
+    captured::accept_captured,
+    reach::Sink,
+    requests::{At, accept_tunnels},
+};
 use crate::{
-    capture::accept::{Accept, Captured, Origins, Stray},
+    capture::accept::{Accept, Origins},
     config,
-    dial::{self, DialError},
     drain::{self, Phase, Tasks, Watch},
-    flow::{Flow, Identity, Target},
-    index::NOBODY,
+    flow::Identity,
     limits,
-    listener::{accept, handshakes::Handshakes, request::Refusal},
-    policy::{self, Permit, Policies},
-    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, TcpLeg, relay},
-    route::{Decision, Router, Source},
+    listener::{accept, request::Refusal},
+    policy::Policies,
+    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, relay},
+    route::Router,
     stats::{Counters, Record, Records},
-    transport::tcp::{self, Mark},
-    tunnel::{
-        self, TunnelError, Upstream, h1,
-        headers::{Ask, Trace, is_loop},
-    },
+    transport::tcp::Mark,
+    tunnel::{self, TunnelError, Upstream, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
 const PEER_LEAVES: usize = 4;
 /// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
-/// Tunnel connections of one listener and worker; more wait in the backlog. One of HTTP/2 carries many flows;
-/// one of HTTP/1 is a flow, and counts as one, as soon as it is carried.
-const TUNNELS_MAX: usize = 4096;
 /// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -243,78 +242,6 @@ async fn work(start: Start) -> io::Result<Report> {
     Ok(Report { records, dropped, connections_opened })
 }
 
-/// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
-/// that they are connected.
-async fn accept_captured(worker: Rc<Worker>, accept: Accept, name: Option<Arc<str>>, flows: Rc<Tasks>) {
-    let mut watch = worker.watch.clone();
-    let mut draining = false;
-    loop {
-        let accepted = tokio::select! {
-            biased;
-            accepted = accept.next() => accepted,
-            () = watch.draining(), if !draining => {
-                draining = true;
-                continue;
-            }
-            () = std::future::ready(()), if draining => return,
-        };
-        match accepted {
-            Ok(Ok(captured)) => match worker.admit(None) {
-                Ok(place) => {
-                    flows.spawn(carry_captured(Rc::clone(&worker), captured, name.clone(), place));
-                }
-                Err(_) => {
-                    worker.counters.over_limit.add(1);
-                    crate::relay::abort_on_close(&captured.stream);
-                }
-            },
-            Ok(Err(stray)) => {
-                let counter = match &stray {
-                    Stray::ToUs(_) => &worker.counters.to_ourselves,
-                    Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
-                        &worker.counters.no_origin
-                    }
-                };
-                counter.add(1);
-                tracing::warn!("reset a connection to the capture listener that {stray}");
-            }
-            Err(e) => back_off(&e).await,
-        }
-    }
-}
-
-/// Where CONNECT requests arrive.
-struct At {
-    name: Option<Arc<str>>,
-    dial_timeout: Duration,
-}
-
-/// Accepts until it is dropped.
-async fn accept_tunnels(
-    worker: Rc<Worker>,
-    socket: TcpListener,
-    settings: Arc<accept::Settings>,
-    at: Rc<At>,
-    flows: Rc<Tasks>,
-) {
-    let handshakes = Handshakes::default();
-    let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
-    loop {
-        // It is never closed.
-        let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
-        match socket.accept().await {
-            Ok((stream, peer)) => {
-                let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
-                let place = handshakes.place();
-                flows.spawn(async move {
-                    worker.serve(&settings, stream, peer, at, place, tunnel).await;
-                });
-            }
-            Err(e) => back_off(&e).await,
-        }
-    }
-}
-
 async fn back_off(e: &io::Error) {
     // The connection was gone before it was accepted: nothing is wrong here.
     if e.kind() != io::ErrorKind::ConnectionAborted {
@@ -352,12 +279,6 @@ impl Drop for Place {
     }
 }
 
-/// Where a flow goes on.
-enum Sink {
-    Direct(TcpLeg),
-    Tunnel(tunnel::Stream),
-}
-
 impl Worker {
     /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
     fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
@@ -373,78 +294,6 @@ impl Worker {
             peers.insert(account.clone(), active + 1);
         }
         Ok(Place { worker: Rc::clone(self), account: account.cloned() })
-    }
-
-    /// Reaches the target: through an upstream, or by dialling. What came through a listener does so only as
-    /// far as `permit` goes; captured applications are the operator's own.
-    async fn reach(
-        &self,
-        flow: &Flow<'_>,
-        dial_timeout: Duration,
-        permit: Option<Permit<'_>>,
-        record: &mut Record,
-    ) -> Result<Sink, Refusal> {
-        let random = (self.trace.random() >> 32) as u32;
-        let target = flow.target;
-        match self.shared.router.decide(flow, random) {
-            Decision::Upstream { upstream, terms } => {
-                if let Some(permit) = permit {
-                    permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
-                }
-                let pseudonym = &self.shared.pseudonym;
-                // What is dialled here goes around no further.
-                if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
-                    return Err(Refusal::Loop);
-                }
-                let upstream =
-                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
-                let ask = Ask { target, client: flow.client, received: flow.request, pseudonym, terms };
-                let stream = upstream.connect(&ask).await?;
-                record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
-                Ok(Sink::Tunnel(stream))
-            }
-            Decision::Dial { instead, terms } => {
-                let sink = self.dial(target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
-                record.via = crate::stats::Via::Direct;
-                Ok(sink)
-            }
-            Decision::Deny => Err(denied(target, "a route denies it")),
-            Decision::NoRoute => Err(denied(target, "no route takes it")),
-        }
-    }
-
-    /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
-    /// has to be allowed as a name.
-    async fn dial(
-        &self,
-        target: &Target,
-        instead: Option<&Target>,
-        dial_timeout: Duration,
-        permit: Option<Permit<'_>>,
-    ) -> Result<Sink, Refusal> {
-        let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
-        if let (Some(_), Some(permit)) = (instead, &permit) {
-            permit.allows_unresolved().map_err(refused)?;
-        }
-        let dialled = instead.unwrap_or(target);
-        let deadline = tokio::time::Instant::now() + dial_timeout;
-        let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
-        let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
-        let mut addrs = resolved.map_err(timed_out)??;
-        let mut why = None;
-        if let Some(permit) = permit {
-            let allowed = |addr| match instead {
-                None => permit.allows_addr(addr),
-                Some(to) => self.shared.policies.allows_rewrite(to, addr),
-            };
-            addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
-        }
-        if let (true, Some(why)) = (addrs.is_empty(), why) {
-            return Err(refused(why));
-        }
-        let (stream, addr) = dial::connect(dialled, &addrs, self.shared.mark, deadline, dial_timeout).await?;
-        tracing::trace!(%target, %addr, "dialled");
-        Ok(Sink::Direct(TcpLeg::new(stream)))
     }
 
     /// Relays to the end, and books it.
@@ -548,42 +397,4 @@ impl Worker {
         "the client left before the target answered".clone_into(&mut record.outcome);
         self.book(record, started);
     }
-}
-
-fn denied(target: &Target, why: &str) -> Refusal {
-    Refusal::Denied(format!("{target} is refused: {why}"))
-}
-
-/// captured → tunnel or dial.
-async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc<str>>, place: Place) {
-    let started = Instant::now();
-    let Captured { stream, client, original_dst } = captured;
-    // Fails only on a socket that is gone, which the relay will find.
-    let _gone = tcp::tune(&stream);
-    let target = Target::from(original_dst);
-    let mut record = Record::new(&target, client);
-    // Dropped without a clean end it resets the application's connection.
-    let mut leg = TcpLeg::new(stream);
-    let reached = {
-        let flow = Flow {
-            source: Source::Captured,
-            name: name.as_deref(),
-            target: &target,
-            client,
-            peer: &NOBODY,
-            server_name: None,
-            request: None,
-        };
-        let reach = worker.reach(&flow, worker.shared.dial_timeout, None, &mut record);
-        tokio::select! {
-            reached = reach => Some(reached),
-            _ = leg.broken() => None,
-        }
-    };
-    match reached {
-        Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,
-        Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
-        None => worker.left(record, started),
-    }
-    drop(place);
 }
