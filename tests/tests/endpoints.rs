@@ -49,7 +49,8 @@ fn agent(world: &World, keys: &str) -> Result<PathBuf> {
     world.file("agent.toml", config)
 }
 
-/// New flows until one has gone through this hop; every one of them gets through.
+/// New flows until one has gone through this hop; every one of them gets through. To be asked for when it is about to
+/// be so: h2 ends a connection on which too many frames are small, and those of `again` are.
 fn flows_reach(app: &mut Process, hop: &Hop) -> Result<()> {
     let before = hop.asked().len();
     wait_for("a flow through the other hop", PATIENCE, || {
@@ -77,6 +78,7 @@ fn an_upstream_from_dns_follows_the_answers_and_keeps_them_while_there_are_none(
     assert_eq!((a.asked().len(), b.asked().len()), (1, 0));
     // Another answer: new flows go there, the old one where it is.
     dns.says("gw.test", &[B]);
+    app.says(&format!("endpoints=\"{}\"", at(B)))?;
     flows_reach(app.process(), &b)?;
     let at_first = a.asked().len();
     for _ in 0..5 {
@@ -92,6 +94,7 @@ fn an_upstream_from_dns_follows_the_answers_and_keeps_them_while_there_are_none(
     assert_eq!(ask(app.process(), "again")?, "ok");
     // That there is no address any more is an answer too.
     dns.says("gw.test", &[]);
+    app.says("endpoints=\"none")?;
     wait_for("the end of the last endpoint", PATIENCE, || {
         (ask(app.process(), "again").ok()? == "ECONNRESET").then_some(())
     })?;
@@ -134,9 +137,11 @@ fn an_upstream_from_a_file_follows_the_file_and_a_mistake_in_it_changes_nothing(
     assert_eq!(ask(app.process(), "again")?, "ok");
     assert_eq!(b.asked().len(), 0);
     replace(format!("{}\n", at(B)))?;
+    app.says(&format!("endpoints=\"{}\"", at(B)))?;
     flows_reach(app.process(), &b)?;
     assert_eq!(ask(app.process(), "ping")?, "ok", "the flow at the endpoint that is gone goes on");
     replace("# none\n".to_owned())?;
+    app.says("endpoints=\"none")?;
     wait_for("the end of the last endpoint", PATIENCE, || {
         (ask(app.process(), "again").ok()? == "ECONNRESET").then_some(())
     })?;
