@@ -289,6 +289,7 @@ fn no_more_flows_wait_for_a_connection_than_the_limit_and_those_that_wait_get_on
     }
     // There is a connection now: nobody has to wait.
     assert_eq!(ask(&mut hold()?, "ping")?, "ok");
+    drop(waiting);
     daemon.stop()?;
     Ok(())
 }

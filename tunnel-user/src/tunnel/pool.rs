@@ -6,6 +6,7 @@
 //! - for one key, never more dials are in flight than the waiting flows need;
 //! - a connection never carries more streams than its limit and the peer's;
 //! - a connection that got GOAWAY takes no new streams, and its old ones go on;
+//! - there are never more connections and dials than the limit;
 //! - no lock is held across a handshake: a slow dial of one key holds up no other.
 
 use std::{
