@@ -1,18 +1,22 @@
 //! Files that are read again when they change.
 //!
 //! Enters: names of files, and the kernel's word that something changed beside them. Leaves: a call, once
-//! they have been quiet for a moment. Invariant: no change is missed for longer than [`POLL`], and a call does not
+//! they have been quiet for a moment. Invariant: no change is missed for longer than a minute, and a call does not
 //! mean that something has changed. It never reads the files.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
+    ffi::OsString,
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
-use notify::{EventKind, RecursiveMode, Watcher as _, event::AccessKind};
+use notify::{
+    EventKind, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode, ModifyKind},
+};
 
 /// How long the files must be quiet before they are read: certificate and key are two writes.
 const QUIET: Duration = Duration::from_millis(200);
@@ -45,33 +49,52 @@ impl Drop for Watch {
 pub fn watch<'a>(
     files: impl IntoIterator<Item = &'a Path>,
     thread: &str,
-    look: impl FnMut() + Send + 'static,
+    mut look: impl FnMut() + Send + 'static,
 ) -> Result<Watch, notify::Error> {
     // One waiting token says all there is to say.
     let (changed, changes) = mpsc::sync_channel::<()>(1);
+    let files: Vec<PathBuf> = files.into_iter().map(Path::to_owned).collect();
+    let names = Arc::new(Mutex::new(names(&files)));
+    let known = Arc::clone(&names);
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading the files is an event too; answering it would never end. An error (a queue that
-        // overflowed) may have hidden a change.
-        let read_only = |kind: EventKind| match kind {
-            EventKind::Access(access) => {
-                !matches!(access, AccessKind::Close(notify::event::AccessMode::Write))
-            }
-            _ => false,
-        };
-        if !event.is_ok_and(|e| read_only(e.kind)) {
+        // An error (a queue that overflowed) may have hidden a change.
+        if !event.is_ok_and(|e| means_nothing(&e, &known.lock().unwrap_or_else(PoisonError::into_inner))) {
             // Full means that a token waits already.
             let _ = changed.try_send(());
         }
     })?;
-    let dirs: BTreeSet<PathBuf> = files.into_iter().map(dir).collect();
-    for dir in dirs {
+    for dir in files.iter().map(|file| dir(file)).collect::<BTreeSet<_>>() {
         watcher.watch(&dir, RecursiveMode::NonRecursive)?;
     }
+    let look_again = move || {
+        *names.lock().unwrap_or_else(PoisonError::into_inner) = self::names(&files);
+        look();
+    };
     let thread = thread::Builder::new()
         .name(thread.to_owned())
-        .spawn(move || follow(&changes, look))
+        .spawn(move || follow(&changes, look_again))
         .map_err(notify::Error::io)?;
     Ok(Watch { watcher: Some(watcher), thread: Some(thread) })
+}
+
+/// Whether an event is none of ours: somebody reads, as we do, or writes into another file, such as a log beside
+/// ours, without end. What is made, renamed or removed may be a link on the way to one of ours.
+fn means_nothing(event: &notify::Event, names: &HashSet<OsString>) -> bool {
+    let written = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) | EventKind::Modify(ModifyKind::Data(_)) => {
+            true
+        }
+        EventKind::Access(_) => return true,
+        _ => false,
+    };
+    let ours = |path: &PathBuf| path.file_name().is_none_or(|name| names.contains(name));
+    written && !event.paths.iter().any(ours)
+}
+
+/// What the files are called, and what they are links to.
+fn names(files: &[PathBuf]) -> HashSet<OsString> {
+    let targets = files.iter().filter_map(|file| file.canonicalize().ok());
+    files.iter().cloned().chain(targets).filter_map(|path| path.file_name().map(ToOwned::to_owned)).collect()
 }
 
 fn dir(file: &Path) -> PathBuf {
@@ -92,5 +115,30 @@ fn follow(changes: &mpsc::Receiver<()>, mut look: impl FnMut()) {
             Err(mpsc::RecvTimeoutError::Disconnected) => return,
         }
         look();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn nobody_looks_for_the_sake_of_a_log_that_is_written_beside_the_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, log) = (dir.path().join("agent.toml"), dir.path().join("agent.log"));
+        fs::write(&file, "1").unwrap();
+        let mut log = fs::File::create(log).unwrap();
+        let (tell, told) = mpsc::channel();
+        let watch = watch([&*file], "test", move || tell.send(()).unwrap()).unwrap();
+        for _ in 0..20 {
+            std::io::Write::write_all(&mut log, b"line\n").unwrap();
+            assert!(told.recv_timeout(QUIET / 4).is_err());
+        }
+        fs::write(&file, "2").unwrap();
+        told.recv_timeout(POLL / 2).expect("the file has changed");
+        drop(watch);
+        assert!(told.recv().is_err(), "the watching thread has ended");
     }
 }
