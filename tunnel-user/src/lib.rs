@@ -14,6 +14,7 @@ pub mod exec;
 pub mod exit;
 pub mod flow;
 pub mod index;
+pub mod inspect;
 pub mod limits;
 pub mod listener;
 pub mod own;

@@ -164,6 +164,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
             limits::per_flow(&config),
         ),
         relay: config.daemon.relay,
+        inspect_timeout: config.daemon.inspect_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records,

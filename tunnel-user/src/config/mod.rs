@@ -27,7 +27,9 @@ mod value;
 
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
-pub use route::{Action, HeaderChanges, HeaderMatch, Match, Regex, RegexError, Route, Terms, ValueMatch};
+pub use route::{
+    Action, Authority, HeaderChanges, HeaderMatch, Match, Regex, RegexError, Route, Terms, ValueMatch,
+};
 pub use schema::schema;
 pub use value::{
     HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,
@@ -61,6 +63,9 @@ pub const MAX_FLOWS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not 0");
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long what a client sends first is waited for, where a route asks for it. A client that speaks first has
+/// sent it by then, over a local socket or with the CONNECT; one that waits for its server loses no more.
+pub const INSPECT_TIMEOUT: Duration = Duration::from_millis(50);
 /// CONNECT streams that a listener takes on one connection: twice what our own client opens.
 pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
 /// CONNECT streams on one connection to an upstream. RFC 9113 section 6.5.2 advises that peers allow no
@@ -115,6 +120,8 @@ pub struct Daemon {
     pub max_flows: NonZeroUsize,
     /// How bytes are moved between two sockets of ours.
     pub relay: Relay,
+    /// How long what a client sends first is waited for, where a route asks for it.
+    pub inspect_timeout: Duration,
 }
 
 impl Default for Daemon {
@@ -126,6 +133,7 @@ impl Default for Daemon {
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
+            inspect_timeout: INSPECT_TIMEOUT,
         }
     }
 }

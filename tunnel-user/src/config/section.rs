@@ -12,9 +12,9 @@ use std::{
 
 use super::{
     BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN, Daemon,
-    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS, Listener, MARK,
-    MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, UPSTREAM_STREAMS,
-    Upstream,
+    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
+    LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT,
+    Redirect, Relay, UPSTREAM_STREAMS, Upstream,
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
@@ -151,7 +151,12 @@ impl Section for Daemon {
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"pipe\", in the kernel (splice), which takes less than half the CPU for bulk and as much for small messages.",
             Relay::Copy,
         );
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay })
+        let inspect_timeout = r.default(
+            "inspect_timeout",
+            "How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its server to speak first is held up for as long.",
+            INSPECT_TIMEOUT,
+        );
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, inspect_timeout })
     }
 }
 

@@ -207,6 +207,24 @@ pub async fn relay<C: Leg, T: Leg>(
     run(client, target, meter, Direction::new(sent), Direction::new(received)).await
 }
 
+/// Waits on the client of a flow whose target is not reached yet: ready when it breaks. What it sends meanwhile is
+/// taken where its window bounds it: h2 ends a connection on which small frames pile up unread.
+pub async fn hold<L: Leg>(client: &mut L, early: &mut Queue) -> Broken {
+    let mut open = L::PREFETCH;
+    poll_fn(|cx| {
+        while open {
+            match client.poll_recv(cx) {
+                Poll::Ready(Ok(Some(chunk))) => early.push(chunk),
+                Poll::Ready(Ok(None)) => open = false,
+                Poll::Ready(Err(why)) => return Poll::Ready(why),
+                Poll::Pending => break,
+            }
+        }
+        client.poll_broken(cx)
+    })
+    .await
+}
+
 /// One direction of a flow, in one of the ways to move its bytes.
 trait Way<S: Leg, D: Leg> {
     /// Moves what can be moved. The error says whether it was the source that broke.

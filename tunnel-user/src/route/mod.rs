@@ -5,13 +5,13 @@
 //! up, the other conditions are asked of the routes that are left. It never resolves a name, and has no state:
 //! chance is an argument.
 //!
-//! Everything that a route may ask is known before the first byte of the carried connection. What is not will
-//! be one more [`Decision`] of the route that asks for it (look first, and ask again), because the conditions
-//! of a route are asked in order and its index does not need them.
+//! What a route asks of the carried connection itself (`sni`, `http_host`, and an authority made of them) is not
+//! known before its first bytes. The first route that takes a flow but for that is a [`Decision`] of its own: look,
+//! and ask again. A flow that an earlier route takes is not looked at.
 
 use crate::{
-    config::{Action, Match, Route, TargetPattern, Terms},
-    flow::{Flow, Identity, Target},
+    config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
+    flow::{Flow, HostName, Identity, Inside, Target},
     index::{PeerIndex, PeerSet, TargetIndex},
     transport::identity::SanPattern,
 };
@@ -45,6 +45,8 @@ pub enum Decision<'a> {
         /// On which terms.
         terms: &'a Terms,
     },
+    /// It depends on what the client sends first: to be asked again with [`Flow::inside`].
+    Look,
     /// A route refuses it.
     Deny,
     /// No route takes it; it is refused.
@@ -77,7 +79,11 @@ impl Router {
 
     /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
     pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
-        let Some(route) = self.first(flow) else { return Decision::NoRoute };
+        let route = match self.first(flow) {
+            Some(Taken::By(route)) => route,
+            Some(Taken::Perhaps) => return Decision::Look,
+            None => return Decision::NoRoute,
+        };
         let terms = &route.terms;
         match &route.to {
             Action::Deny => Decision::Deny,
@@ -88,7 +94,7 @@ impl Router {
         }
     }
 
-    fn first(&self, flow: &Flow<'_>) -> Option<&Route> {
+    fn first(&self, flow: &Flow<'_>) -> Option<Taken<'_>> {
         let takers = self.targets.takers(flow.target);
         let mut from = 0;
         loop {
@@ -99,11 +105,25 @@ impl Router {
             }
             let route = self.routes.get(rule)?;
             if takes(&route.matches, flow) {
-                return Some(route);
+                if !route.asks_inside() {
+                    return Some(Taken::By(route));
+                }
+                match flow.inside {
+                    None => return Some(Taken::Perhaps),
+                    Some(inside) if takes_inside(&route.matches, inside) => return Some(Taken::By(route)),
+                    Some(_) => {}
+                }
             }
             from = rule + 1;
         }
     }
+}
+
+/// The first route that takes a flow, as far as is known.
+enum Taken<'a> {
+    By(&'a Route),
+    /// Nobody has looked at what it asks for.
+    Perhaps,
 }
 
 fn peers_of(route: &Route) -> Option<&[SanPattern]> {
@@ -125,6 +145,14 @@ fn takes(wanted: &Match, flow: &Flow<'_>) -> bool {
         && ((wanted.listener.is_empty() && wanted.capture.is_empty()) || named())
         && (wanted.server_name.is_empty() || flow.server_name.is_some_and(asked_for))
         && wanted.headers.iter().all(|h| h.matches(headers))
+}
+
+/// Whether the conditions hold that are about the carried connection.
+fn takes_inside(wanted: &Match, inside: &Inside) -> bool {
+    let is = |names: &[NamePattern], found: Option<&HostName>| {
+        found.is_some_and(|found| names.iter().any(|name| name.contains(found.as_str(), 0)))
+    };
+    !wanted.asks_inside() || is(&wanted.sni, inside.sni()) || is(&wanted.http_host, inside.host())
 }
 
 /// The upstream into whose share `random` falls. `None` only when all weights are 0, which the

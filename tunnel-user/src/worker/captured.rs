@@ -6,14 +6,14 @@
 
 use std::{rc::Rc, sync::Arc, time::Instant};
 
-use super::{Place, Worker, back_off};
+use super::{Place, Worker, back_off, reach::Wish};
 use crate::{
     capture::accept::{Accept, Captured, Stray},
     drain::Tasks,
     flow::{Flow, Target},
     index::NOBODY,
     relay::{Queue, TcpLeg, abort_on_close},
-    route::Source,
+    route::{Decision, Source},
     stats::Record,
     transport::tcp,
 };
@@ -73,21 +73,31 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
     let mut record = Record::new(&target, client);
     // Dropped without a clean end it resets the application's connection.
     let mut leg = TcpLeg::new(stream);
-    let reached = {
-        let flow = Flow {
+    let wish = Wish {
+        flow: Flow {
             source: Source::Captured,
             name: name.as_deref(),
             target: &target,
             client,
+            identity: None,
             peer: &NOBODY,
             server_name: None,
             request: None,
-        };
-        let reach = worker.reach(&flow, worker.shared.dial_timeout, None, &mut record);
-        tokio::select! {
-            reached = reach => Some(reached),
-            _ = leg.broken() => None,
-        }
+            inside: None,
+        },
+        permit: None,
+        dial_timeout: worker.shared.dial_timeout,
+    };
+    let decision = worker.route(&wish.flow);
+    if let Decision::Look = decision {
+        // Apart, so that the tasks of other flows are no larger for it.
+        let carried = worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
+        Box::pin(carried).await;
+        return drop(place);
+    }
+    let reached = tokio::select! {
+        reached = worker.reach(&wish, decision, &mut record) => Some(reached),
+        _ = leg.broken() => None,
     };
     match reached {
         Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,

@@ -5,6 +5,7 @@
 //! itself: those are bound before any worker starts.
 
 mod captured;
+mod look;
 mod reach;
 mod requests;
 
@@ -70,6 +71,8 @@ pub struct Shared {
     pub flows_max: usize,
     /// How bytes are moved between two sockets of ours.
     pub relay: config::Relay,
+    /// How long what a client sends first is waited for, where its route depends on it.
+    pub inspect_timeout: Duration,
     /// How long a dial for a captured flow may take.
     pub dial_timeout: Duration,
     /// How long flows may go on after the order to stop.

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use super::Worker;
 use crate::{
+    config::Authority,
     dial::{self, DialError},
-    flow::{Flow, Target},
+    flow::{Flow, Inside, Target},
     listener::request::Refusal,
     policy::{self, Permit},
     relay::TcpLeg,
@@ -26,19 +27,33 @@ pub(super) enum Sink {
     Tunnel(tunnel::Stream),
 }
 
+/// A flow that wants to go to its target.
+#[derive(Clone, Copy)]
+pub(super) struct Wish<'a> {
+    pub(super) flow: Flow<'a>,
+    /// How far it may, when it came through a listener; captured applications are the operator's own.
+    pub(super) permit: Option<Permit<'a>>,
+    /// How long a dial may take, unless its route says otherwise.
+    pub(super) dial_timeout: Duration,
+}
+
 impl Worker {
-    /// Reaches the target: through an upstream, or by dialling. What came through a listener does so only as
-    /// far as `permit` goes; captured applications are the operator's own.
+    /// Asks the router.
+    pub(super) fn route(&self, flow: &Flow<'_>) -> Decision<'_> {
+        let random = (self.trace.random() >> 32) as u32;
+        self.shared.router.decide(flow, random)
+    }
+
+    /// Reaches the target, as the router has decided: through an upstream, or by dialling.
     pub(super) async fn reach(
         &self,
-        flow: &Flow<'_>,
-        dial_timeout: Duration,
-        permit: Option<Permit<'_>>,
+        wish: &Wish<'_>,
+        decision: Decision<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        let random = (self.trace.random() >> 32) as u32;
+        let Wish { flow, permit, dial_timeout } = *wish;
         let target = flow.target;
-        match self.shared.router.decide(flow, random) {
+        match decision {
             Decision::Upstream { upstream, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
@@ -50,7 +65,20 @@ impl Worker {
                 }
                 let upstream =
                     self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
-                let ask = Ask { target, client: flow.client, received: flow.request, pseudonym, terms };
+                let named = match terms.authority {
+                    Authority::Sni => flow.inside.and_then(Inside::sni),
+                    Authority::Host => flow.inside.and_then(Inside::host),
+                    Authority::Destination | Authority::Is(_) => None,
+                };
+                let named = named.map(|name| name.with_port(target.port()));
+                // Unlike a name that the route itself holds, this one is the peer's word.
+                if let (Some(permit), Some(named)) = (permit, &named) {
+                    permit.allows_too(named).map_err(|e| Refusal::Denied(e.to_string()))?;
+                }
+                let instead =
+                    if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
+                let (client, received) = (flow.client, flow.request);
+                let ask = Ask { target, instead, client, received, pseudonym, terms };
                 let stream = upstream.connect(&ask).await?;
                 record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
@@ -61,7 +89,8 @@ impl Worker {
                 Ok(sink)
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
-            Decision::NoRoute => Err(denied(target, "no route takes it")),
+            // Nothing depends on what has been looked at already.
+            Decision::NoRoute | Decision::Look => Err(denied(target, "no route takes it")),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Enters: accepted TCP connections. Leaves: flows that have ended, booked. Invariant: one way through policy,
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
-//! and not before. It never reads a byte of a flow.
+//! and not before, but for a flow whose route depends on what its client sends. It never reads a byte of a flow.
 
 use std::{
     net::SocketAddr,
@@ -13,13 +13,13 @@ use std::{
 
 use bytes::Bytes;
 use h2::server::SendResponse;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use super::{Account, Worker, back_off, reach::Sink};
+use super::{Account, Worker, back_off, reach::Wish};
 use crate::{
     drain::Tasks,
     flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
@@ -32,7 +32,7 @@ use crate::{
     },
     policy,
     relay::{IntoLeg, Waiting, broken},
-    route::Source,
+    route::{Decision, Source},
     stats::Record,
     transport::io::Wire,
 };
@@ -155,9 +155,22 @@ impl Worker {
         };
         let mut record = from.record(&target);
         let head = Head { version, headers: &headers };
-        let reached = tokio::select! {
-            reached = self.reach_for(from, &target, head, &mut record) => Some(reached),
-            _ = broken(pending.wire().tcp()) => None,
+        let reached = match self.allow(from, &target, head) {
+            Ok((wish, Decision::Look)) => {
+                match pending.accept().await {
+                    Some((mut leg, early)) => {
+                        drop(tunnel);
+                        Box::pin(self.look_and_carry(&mut leg, early, wish, record, started)).await;
+                    }
+                    None => self.left(record, started),
+                }
+                return drop(place);
+            }
+            Ok((wish, decision)) => tokio::select! {
+                reached = self.reach(&wish, decision, &mut record) => Some(reached),
+                _ = broken(pending.wire().tcp()) => None,
+            },
+            Err(refusal) => Some(Err(refusal)),
         };
         match reached {
             Some(Ok(sink)) => match pending.accept().await {
@@ -177,14 +190,13 @@ impl Worker {
         drop(place);
     }
 
-    /// Policy, then the router and what it says.
-    async fn reach_for(
-        &self,
-        from: &Requester,
-        target: &Target,
-        head: Head<'_>,
-        record: &mut Record,
-    ) -> Result<Sink, Refusal> {
+    /// Policy, then the router.
+    fn allow<'a>(
+        &'a self,
+        from: &'a Requester,
+        target: &'a Target,
+        head: Head<'a>,
+    ) -> Result<(Wish<'a>, Decision<'a>), Refusal> {
         let permit = self.shared.policies.check_target(&from.policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
         let flow = Flow {
@@ -192,11 +204,14 @@ impl Worker {
             name: from.at.name.as_deref(),
             target,
             client: from.client,
+            identity: from.who(),
             peer: &from.routes,
             server_name: from.server_name.as_deref(),
             request: Some(head),
+            inside: None,
         };
-        self.reach(&flow, from.at.dial_timeout, Some(permit), record).await
+        let wish = Wish { flow, permit: Some(permit), dial_timeout: from.at.dial_timeout };
+        Ok((wish, self.route(&flow)))
     }
 }
 
@@ -248,25 +263,35 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
     };
     let mut record = from.record(&target);
     let head = Head { version: request.version(), headers: request.headers() };
-    let reached = tokio::select! {
-        reached = worker.reach_for(&from, &target, head, &mut record) => Some(reached),
-        _ = waiting.broken(&mut respond) => None,
-    };
-    match reached {
-        Some(Ok(sink)) => {
-            let mut ok = Response::new(());
-            *ok.status_mut() = StatusCode::OK;
-            match respond.send_response(ok, false) {
+    let reached = match worker.allow(&from, &target, head) {
+        // The one 200 that comes before the target has answered: a client sends nothing before it.
+        Ok((wish, Decision::Look)) => {
+            match respond.send_response(Response::new(()), false) {
                 Ok(send) => {
                     let (mut leg, early) = waiting.answered(send);
-                    worker.relay(&mut leg, early, sink, record, started).await;
+                    Box::pin(worker.look_and_carry(&mut leg, early, wish, record, started)).await;
                 }
-                Err(e) => {
-                    record.outcome = format!("the client left before the target answered: {e}");
-                    worker.book(record, started);
-                }
+                Err(_) => worker.left(record, started),
             }
+            return drop(place);
         }
+        Ok((wish, decision)) => tokio::select! {
+            reached = worker.reach(&wish, decision, &mut record) => Some(reached),
+            _ = waiting.broken(&mut respond) => None,
+        },
+        Err(refusal) => Some(Err(refusal)),
+    };
+    match reached {
+        Some(Ok(sink)) => match respond.send_response(Response::new(()), false) {
+            Ok(send) => {
+                let (mut leg, early) = waiting.answered(send);
+                worker.relay(&mut leg, early, sink, record, started).await;
+            }
+            Err(e) => {
+                record.outcome = format!("the client left before the target answered: {e}");
+                worker.book(record, started);
+            }
+        },
         Some(Err(refusal)) => {
             answer(&mut respond, refusal.response());
             worker.refused(&refusal, record, from.who(), started);

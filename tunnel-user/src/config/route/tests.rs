@@ -2,6 +2,8 @@
 //!
 //! Enters: texts. Leaves: verdicts. Invariant: every message is compared whole. It never needs a file.
 
+use std::time::Duration;
+
 use super::*;
 use crate::config::tests::{mistakes, parse};
 
@@ -67,11 +69,29 @@ fn a_route_says_which_flows_where_to_and_on_which_terms() {
     assert_eq!(headers[1].name, "x-version");
     let Terms { timeout, authority, headers } = &chain.terms;
     assert_eq!(*timeout, Some(Duration::from_millis(250)));
-    assert_eq!(authority.as_ref().map(ToString::to_string).as_deref(), Some("web.internal:443"));
+    assert_eq!(*authority, Authority::Is("web.internal:443".parse().unwrap()));
     let HeaderChanges { copy, remove, add } = headers;
     assert_eq!((copy.len(), remove.len(), add.len()), (1, 1, 1));
-    let plain = parse(&ROUTES.replace("\"web.internal:443\"", "\"{destination}\"")).unwrap();
-    assert!(plain.routes[1].terms.authority.is_none());
+    for (text, wanted) in
+        [("{destination}", Authority::Destination), ("{sni}", Authority::Sni), ("{host}", Authority::Host)]
+    {
+        let said = parse(&ROUTES.replace("web.internal:443", text)).unwrap();
+        assert_eq!(said.routes[1].terms.authority, wanted);
+        assert_eq!(said.routes[1].asks_inside(), wanted != Authority::Destination);
+    }
+    let inside = "sni = [\"*.internal\"]\nhttp_host = [\"web.internal\"]\nsource = [\"listener\"]";
+    let inside = parse(&ROUTES.replace("source = [\"listener\"]", inside)).unwrap();
+    assert!(inside.routes[1].asks_inside() && !inside.routes[0].asks_inside());
+}
+
+#[test]
+fn an_authority_that_no_connection_of_the_route_has_is_a_mistake() {
+    for (asked, authority) in [("sni", "{host}"), ("http_host", "{sni}")] {
+        let text = ROUTES.replace("web.internal:443", authority);
+        let said = mistakes(&text.replace("source = [\"listener\"]", &format!("{asked} = [\"a.b\"]")));
+        let why = "is what no connection has that match takes: it is TLS, or HTTP, and not both";
+        assert_eq!(said, [format!("28:13: route.authority: {why}")]);
+    }
 }
 
 #[test]
@@ -143,11 +163,15 @@ fn each_mistake_in_a_route_is_named() {
             "remove = [\"Via\"]",
             "43:11: route.request_headers.remove[0]: \"via\" has to stay: it is what loops are found by",
         ),
-        ("\"web.internal:443\"", "\"{host}\"", "28:13: route.authority: \"{host}\" is not supported yet"),
+        (
+            "source = [\"listener\"]",
+            "sni = [\"a:443\"]",
+            "33:8: route.match.sni[0]: has ports: it is what a client asks for, and destination says at which port",
+        ),
         (
             "\"web.internal:443\"",
             "\"{sni}:443\"",
-            "28:13: route.authority: must be \"{destination}\" or HOST:PORT, not \"{sni}:443\"",
+            "28:13: route.authority: must be \"{destination}\", \"{sni}\", \"{host}\" or HOST:PORT, not \"{sni}:443\"",
         ),
         (
             "\"web.internal:443\"",
