@@ -115,6 +115,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         let proving =
             |check| Ok::<_, Failure>(accept::Tls { store: tls.clone().ok_or_else(no_identity)?, check });
         let settings = Arc::new(accept::Settings {
+            proxy_protocol: listener.proxy_protocol,
             tls: listener.check().map(proving).transpose()?,
             protocols: listener.protocols.clone(),
             handshake_timeout: listener.handshake_timeout,

@@ -28,7 +28,8 @@ mod value;
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
 pub use route::{
-    Action, Authority, HeaderChanges, HeaderMatch, Match, Regex, RegexError, Route, Terms, ValueMatch,
+    Action, Authority, HeaderChanges, HeaderMatch, Match, ProxyProtocol, Regex, RegexError, Route, Terms,
+    ValueMatch,
 };
 pub use schema::schema;
 pub use value::{
@@ -233,6 +234,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// What it speaks; at least one. Of what a client offers, the first one of these is taken.
     pub protocols: Vec<Protocol>,
+    /// Whether a PROXY header stands in front of every connection, and is believed.
+    pub proxy_protocol: bool,
     /// Whether it speaks TLS. Without it nobody proves who he is: `client_auth` and `verify` mean nothing then.
     pub tls: bool,
     /// Whether clients must present a certificate.
@@ -254,6 +257,7 @@ impl Listener {
             name: None,
             address,
             protocols: vec![Protocol::H2],
+            proxy_protocol: false,
             tls: true,
             client_auth: ClientAuth::Required,
             verify: Vec::new(),

@@ -293,6 +293,11 @@ impl Section for Listener {
             "Whether it speaks TLS. Without it no client can prove who it is: only policies for \"any\" match.",
             true,
         );
+        let proxy_protocol = r.default(
+            "proxy_protocol",
+            "Whether every connection begins with a PROXY header (version 1 or 2), whose client address is believed: for listeners that a balancer alone can reach. Connections without one are closed.",
+            false,
+        );
         let client_auth =
             r.default("client_auth", "Whether clients must present a certificate.", ClientAuth::Required);
         let verify = r.default(
@@ -331,6 +336,7 @@ impl Section for Listener {
             name,
             address: address?,
             protocols,
+            proxy_protocol,
             tls,
             client_auth,
             verify,

@@ -20,7 +20,7 @@ use super::{
     Balance, ClientAuth, OnFailure, Peers, Protocol, Relay,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
-    route::Regex,
+    route::{ProxyProtocol, Regex},
 };
 use crate::{flow::Target, route::Source, transport::identity::SanPattern};
 
@@ -106,7 +106,7 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, Source);
+by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, ProxyProtocol, Source);
 
 /// Who captures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +139,9 @@ impl Word for Balance {
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] = &[("copy", Self::Copy), ("pipe", Self::Pipe)];
     const LATER: &'static [&'static str] = &["splice"];
+}
+impl Word for ProxyProtocol {
+    const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];
 }
 impl Word for Source {
     const WORDS: &'static [(&'static str, Self)] =

@@ -309,12 +309,16 @@ impl Worker {
         mut record: Record,
         started: Instant,
     ) {
-        let mut early = Early { sent: early, received: Queue::default() };
+        let mut early = Early { sent: early, ..Early::default() };
         let meter = Meter::default();
         let pipes = self.pipes.as_ref();
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
+                Sink::Direct(mut leg, first) => {
+                    early.ours = first.len();
+                    early.sent.put_first(first);
+                    relay(client, &mut leg, early, &meter, pipes).await
+                }
                 Sink::Tunnel(stream) => {
                     early.received = stream.early;
                     let _place = stream.place;

@@ -3,11 +3,14 @@
 //! Enters: a flow that policy has let through as far as its target. Leaves: a sink, or why there is none.
 //! Invariant: what a listener's peer reaches is within its permit, whatever a route does. It never moves a byte.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use tokio::net::TcpStream;
 
 use super::Worker;
 use crate::{
-    config::Authority,
+    config::{Authority, ProxyProtocol},
     dial::{self, DialError},
     flow::{Flow, Inside, Target},
     listener::request::Refusal,
@@ -15,6 +18,7 @@ use crate::{
     relay::TcpLeg,
     route::Decision,
     stats::{Record, Via},
+    transport::proxy::Header,
     tunnel::{
         self,
         headers::{Ask, is_loop},
@@ -23,7 +27,8 @@ use crate::{
 
 /// Where a flow goes on.
 pub(super) enum Sink {
-    Direct(TcpLeg),
+    /// What the target was dialled by, and what it is told before anything else.
+    Direct(TcpLeg, Bytes),
     Tunnel(tunnel::Stream),
 }
 
@@ -84,9 +89,11 @@ impl Worker {
                 Ok(Sink::Tunnel(stream))
             }
             Decision::Dial { instead, terms } => {
-                let sink = self.dial(target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
+                let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
+                let (stream, addr) = self.dial(target, instead, dial_timeout, permit).await?;
                 record.via = Via::Direct;
-                Ok(sink)
+                let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
+                Ok(Sink::Direct(TcpLeg::new(stream), first.unwrap_or_default()))
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
             // Nothing depends on what has been looked at already.
@@ -102,7 +109,7 @@ impl Worker {
         instead: Option<&Target>,
         dial_timeout: Duration,
         permit: Option<Permit<'_>>,
-    ) -> Result<Sink, Refusal> {
+    ) -> Result<(TcpStream, SocketAddr), Refusal> {
         let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
         if let (Some(_), Some(permit)) = (instead, &permit) {
             permit.allows_unresolved().map_err(refused)?;
@@ -125,8 +132,17 @@ impl Worker {
         }
         let (stream, addr) = dial::connect(dialled, &addrs, self.shared.mark, deadline, dial_timeout).await?;
         tracing::trace!(%target, %addr, "dialled");
-        Ok(Sink::Direct(TcpLeg::new(stream)))
+        Ok((stream, addr))
     }
+}
+
+/// What a target is told of a flow, where it was dialled at `addr`.
+fn header<'a>(flow: &Flow<'a>, addr: SocketAddr) -> Header<'a> {
+    let (destination, name) = match flow.target {
+        Target::Addr(destination) => (*destination, None),
+        Target::Name(name, _) => (addr, Some(name.as_str())),
+    };
+    Header { client: flow.client, destination, name, identity: flow.identity }
 }
 
 fn denied(target: &Target, why: &str) -> Refusal {

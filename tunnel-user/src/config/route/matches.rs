@@ -24,7 +24,7 @@ pub struct Match {
     pub source: Vec<Source>,
     /// Flows from the listeners of these names. With `capture`: from one of either.
     pub listener: Vec<String>,
-    /// Flows from the captures of these names. With `listener`: from one of either.
+    /// Flows from the captures of these names, those of a `cgroup` among them. With `listener`: from one of either.
     pub capture: Vec<String>,
     /// Flows to these addresses. With `host`: to one of either, as a target is an address or a name.
     pub destination: Vec<AddrPattern>,
@@ -185,7 +185,16 @@ impl Section for Match {
             "Flows whose own first HTTP/1 request is for one of these hosts; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside sni: one of either.",
             Vec::new(),
         );
-        r.later("path");
+        // Read again when the captures are known.
+        let _names: Vec<String> = r.default(
+            "cgroup",
+            "Flows from captures of these cgroups or units, whatever their names; PATH/* is every cgroup below PATH that is captured. Beside listener: from one of either.",
+            Vec::new(),
+        );
+        r.never(
+            "path",
+            "can never match: a CONNECT request has no :path (RFC 9113 section 8.5), and one that has is refused before it is routed",
+        );
 
         for name in server_name.iter().filter(|name| !name.value.ports().is_all()) {
             r.wrong_at(name, "has ports: it is what a peer called us, and not a target");
@@ -193,7 +202,12 @@ impl Section for Match {
         for name in sni.iter().chain(&http_host).filter(|name| !name.value.ports().is_all()) {
             r.wrong_at(name, "has ports: it is what a client asks for, and destination says at which port");
         }
-        for (key, source_of) in [("listener", Source::Listener), ("capture", Source::Captured)] {
+        if r.has("capture") && r.has("cgroup") {
+            r.wrong("cgroup", "stands beside capture: only one of them can be meant");
+        }
+        for (key, source_of) in
+            [("listener", Source::Listener), ("capture", Source::Captured), ("cgroup", Source::Captured)]
+        {
             if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
                 r.wrong(key, "names flows that source leaves out: nothing would match");
             }

@@ -13,7 +13,7 @@ use serde_json::{Value as Json, json};
 
 pub use self::{
     matches::{HeaderMatch, Match, Regex, RegexError, ValueMatch},
-    terms::{Authority, HeaderChanges, Terms},
+    terms::{Authority, HeaderChanges, ProxyProtocol, Terms},
 };
 use super::reader::{At, Cell, Reader, Section, Value, nearest, schema_of};
 use crate::flow::Target;
@@ -57,6 +57,7 @@ pub(super) struct RouteByName {
     terms: Terms,
     listeners: Vec<At<String>>,
     captures: Vec<At<String>>,
+    cgroups: Vec<At<String>>,
 }
 
 impl Section for RouteByName {
@@ -75,17 +76,29 @@ impl Section for RouteByName {
             "What the CONNECT request to the upstream asks for: \"{destination}\"; \"{sni}\" or \"{host}\", the name that the connection's own TLS or HTTP/1 request asks for, at the destination's port (the destination where it asks for none); or another HOST:PORT.",
             Authority::Destination,
         );
+        let proxy_protocol = r.optional(
+            "proxy_protocol",
+            "What a target that is dialled from here is told before anything else: \"v2\", a PROXY header with the address and the proven name of the client.",
+        );
         let headers: Option<HeaderChanges> =
             r.section("request_headers", "How the headers of the CONNECT request to the upstream differ.");
 
-        let (listeners, captures) = (r.texts_below("match", "listener"), r.texts_below("match", "capture"));
+        let [listeners, captures, cgroups] =
+            ["listener", "capture", "cgroup"].map(|key| r.texts_below("match", key));
         if let Some(ActionByName::Fixed(action)) = &to {
             for key in ["authority", "request_headers"].into_iter().filter(|key| r.has(key)) {
                 r.wrong(key, "is for the CONNECT request to an upstream, and \"to\" names none");
             }
-            if *action == Action::Deny && r.has("timeout") {
-                r.wrong("timeout", "has no meaning where \"to\" refuses");
+            for key in ["timeout", "proxy_protocol"].into_iter().filter(|key| r.has(key)) {
+                if *action == Action::Deny {
+                    r.wrong(key, "has no meaning where \"to\" refuses");
+                }
             }
+        }
+        if let Some(ActionByName::Upstreams(_)) = &to
+            && r.has("proxy_protocol")
+        {
+            r.wrong("proxy_protocol", "is for what is dialled from here, and \"to\" names upstreams");
         }
         let matches = if r.has("match") { matches? } else { Match::default() };
         let never = match authority {
@@ -100,7 +113,14 @@ impl Section for RouteByName {
             );
         }
         let headers = if r.has("request_headers") { headers? } else { HeaderChanges::default() };
-        Some(Self { matches, to: to?, terms: Terms { timeout, authority, headers }, listeners, captures })
+        Some(Self {
+            matches,
+            to: to?,
+            terms: Terms { timeout, authority, headers, proxy_protocol },
+            listeners,
+            captures,
+            cgroups,
+        })
     }
 }
 
@@ -198,6 +218,7 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
     let upstreams = r.texts_in("upstream", &["name"]);
     let listeners = r.texts_in("listener", &["name"]);
     let captures = r.texts_in("capture", &["name", "cgroup", "unit"]);
+    let groups = r.pairs_in("capture", &["name", "cgroup", "unit"], &["cgroup", "unit"]);
     let find = |kind: &str, names: &[At<String>], name: &At<String>| {
         let found = names.iter().position(|n| n.value == name.value);
         if found.is_none() {
@@ -208,12 +229,20 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         found
     };
     let route = |route: RouteByName| {
-        let RouteByName { matches, to, terms, .. } = route;
+        let RouteByName { mut matches, to, terms, .. } = route;
         for name in &route.listeners {
             find("listener", &listeners, name);
         }
         for name in &route.captures {
             find("capture", &captures, name);
+        }
+        for wanted in &route.cgroups {
+            let found = groups.iter().filter(|(_, group)| is_group(&wanted.value, group));
+            let before = matches.capture.len();
+            matches.capture.extend(found.map(|(name, _)| name.clone()));
+            if matches.capture.len() == before {
+                r.wrong_at(wanted, format!("no capture is of \"{}\"", wanted.value));
+            }
         }
         let to = match to {
             ActionByName::Fixed(action) => action,
@@ -228,4 +257,12 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
     };
     let resolved: Vec<_> = routes.into_iter().map(route).collect();
     resolved.into_iter().collect()
+}
+
+/// Whether a capture's cgroup or unit is the one that is wanted, or below it.
+fn is_group(wanted: &str, group: &str) -> bool {
+    match wanted.strip_suffix("/*") {
+        Some(above) => group.strip_prefix(above).is_some_and(|rest| rest.len() > 1 && rest.starts_with('/')),
+        None => wanted == group,
+    }
 }

@@ -23,6 +23,15 @@ pub struct Terms {
     pub authority: Authority,
     /// How the headers of the CONNECT request differ.
     pub headers: HeaderChanges,
+    /// What is said in front of a connection that we dial.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// A version of the PROXY protocol that we write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// Version 2, in bytes.
+    V2,
 }
 
 /// What a CONNECT request asks for. Where a name is wanted and none was found, it is the target.

@@ -67,7 +67,7 @@ fn a_route_says_which_flows_where_to_and_on_which_terms() {
     assert_eq!((source.len(), listener.len(), destination.len(), host.len()), (1, 1, 1, 1));
     assert_eq!((identity.len(), server_name.len(), headers.len()), (1, 1, 2));
     assert_eq!(headers[1].name, "x-version");
-    let Terms { timeout, authority, headers } = &chain.terms;
+    let Terms { timeout, authority, headers, .. } = &chain.terms;
     assert_eq!(*timeout, Some(Duration::from_millis(250)));
     assert_eq!(*authority, Authority::Is("web.internal:443".parse().unwrap()));
     let HeaderChanges { copy, remove, add } = headers;
@@ -82,6 +82,25 @@ fn a_route_says_which_flows_where_to_and_on_which_terms() {
     let inside = "sni = [\"*.internal\"]\nhttp_host = [\"web.internal\"]\nsource = [\"listener\"]";
     let inside = parse(&ROUTES.replace("source = [\"listener\"]", inside)).unwrap();
     assert!(inside.routes[1].asks_inside() && !inside.routes[0].asks_inside());
+}
+
+#[test]
+fn captures_are_named_by_their_cgroups_too() {
+    for (cgroup, wanted) in [
+        ("/sys/fs/cgroup/app.slice", &["/sys/fs/cgroup/app.slice"][..]),
+        ("/sys/fs/cgroup/*", &["/sys/fs/cgroup/app.slice"]),
+        ("batch.service", &["batch"]),
+    ] {
+        let said = format!("cgroup = [\"{cgroup}\"]");
+        let routes =
+            parse(&ROUTES.replace("capture = [\"batch\", \"/sys/fs/cgroup/app.slice\"]", &said)).unwrap();
+        assert_eq!(routes.routes[0].matches.capture, wanted);
+    }
+    for (wanted, group, is) in
+        [("/a/*", "/a/b", true), ("/a/*", "/a", false), ("/a/*", "/ab", false), ("/a/*", "/a/", false)]
+    {
+        assert_eq!(is_group(wanted, group), is, "{wanted} {group}");
+    }
 }
 
 #[test]
@@ -142,7 +161,21 @@ fn each_mistake_in_a_route_is_named() {
             "name = \":path\"",
             "39:21: route.match.headers[0].name: \":path\" is not a header name",
         ),
-        ("source = [\"listener\"]", "path = \"/\"", "33:8: route.match.path: is not supported yet"),
+        (
+            "source = [\"listener\"]",
+            "path = \"/\"",
+            "33:8: route.match.path: can never match: a CONNECT request has no :path (RFC 9113 section 8.5), and one that has is refused before it is routed",
+        ),
+        (
+            "source = [\"listener\"]",
+            "cgroup = [\"/sys/fs/cgroup/other.slice\"]",
+            "33:11: route.match.cgroup[0]: no capture is of \"/sys/fs/cgroup/other.slice\"",
+        ),
+        (
+            "capture = [\"batch\", ",
+            "cgroup = [\"batch.service\"], capture = [\"batch\", ",
+            "23:20: route.match.cgroup: stands beside capture: only one of them can be meant",
+        ),
         (
             "copy = [\"x-route\"]",
             "copy = [\":path\"]",
@@ -187,6 +220,16 @@ fn each_mistake_in_a_route_is_named() {
             "to = { dial = \"db.internal:5432\" }",
             "to = \"deny\"",
             "25:11: route.timeout: has no meaning where \"to\" refuses",
+        ),
+        (
+            "timeout = \"250ms\"",
+            "proxy_protocol = \"v2\"",
+            "29:18: route.proxy_protocol: is for what is dialled from here, and \"to\" names upstreams",
+        ),
+        (
+            "timeout = \"3s\"",
+            "proxy_protocol = \"v1\"",
+            "25:18: route.proxy_protocol: must be \"v2\", not \"v1\"",
         ),
         (
             "timeout = \"3s\"",
