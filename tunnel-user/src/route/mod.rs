@@ -35,6 +35,8 @@ pub enum Decision<'a> {
     Upstream {
         /// Which: an index into the configuration's.
         upstream: usize,
+        /// All that the route names, and their weights; see [`another`].
+        shares: &'a [(usize, u32)],
         /// On which terms.
         terms: &'a Terms,
     },
@@ -89,8 +91,8 @@ impl Router {
             Action::Deny => Decision::Deny,
             Action::Direct => Decision::Dial { instead: None, terms },
             Action::Dial(target) => Decision::Dial { instead: Some(target), terms },
-            Action::Upstreams(shares) => pick(shares, random)
-                .map_or(Decision::NoRoute, |upstream| Decision::Upstream { upstream, terms }),
+            Action::Upstreams(shares) => pick(shares, random, &[])
+                .map_or(Decision::NoRoute, |upstream| Decision::Upstream { upstream, shares, terms }),
         }
     }
 
@@ -155,13 +157,19 @@ fn takes_inside(wanted: &Match, inside: &Inside) -> bool {
     !wanted.asks_inside() || is(&wanted.sni, inside.sni()) || is(&wanted.http_host, inside.host())
 }
 
-/// The upstream into whose share `random` falls. `None` only when all weights are 0, which the
-/// configuration does not admit.
-fn pick(shares: &[(usize, u32)], random: u32) -> Option<usize> {
-    let sum: u64 = shares.iter().map(|(_, weight)| u64::from(*weight)).sum();
+/// One more upstream of a route, in the place of those that were tried; none when all were.
+pub fn another(shares: &[(usize, u32)], tried: &[usize], random: u32) -> Option<usize> {
+    pick(shares, random, tried)
+}
+
+/// The upstream into whose share `random` falls, without those that were tried. `None` only when all were, or all
+/// weights are 0, which the configuration does not admit.
+fn pick(shares: &[(usize, u32)], random: u32, tried: &[usize]) -> Option<usize> {
+    let left = || shares.iter().filter(|(upstream, _)| !tried.contains(upstream));
+    let sum: u64 = left().map(|(_, weight)| u64::from(*weight)).sum();
     // Scaled rather than reduced modulo the sum: no share gains by the remainder.
     let mut point = (u64::from(random) * sum) >> u32::BITS;
-    for (upstream, weight) in shares {
+    for (upstream, weight) in left() {
         match point.checked_sub(u64::from(*weight)) {
             None => return Some(*upstream),
             Some(left) => point = left,

@@ -314,6 +314,16 @@ fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     assert_eq!(decided(&router, &told.showing(Inside::Nothing)), Some(Some(0)));
 }
 
+#[test]
+fn another_upstream_is_one_that_was_not_tried_and_is_in_use() {
+    let shares = [(4, 90), (5, 0), (6, 10)];
+    for random in [0, u32::MAX / 2, u32::MAX] {
+        assert_eq!(another(&shares, &[4], random), Some(6));
+        assert_eq!(another(&shares, &[6], random), Some(4));
+        assert_eq!(another(&shares, &[6, 4], random), None);
+    }
+}
+
 /// The definition: every condition of one route after the other. Nothing where one is met that asks what nobody
 /// has looked at.
 fn linear(routes: &[Match], told: &Told) -> Option<Option<usize>> {

@@ -6,6 +6,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
+use http::StatusCode;
 use tokio::net::TcpStream;
 
 use super::Worker;
@@ -16,14 +17,19 @@ use crate::{
     listener::request::Refusal,
     policy::{self, Permit},
     relay::TcpLeg,
-    route::Decision,
+    route::{Decision, another},
     stats::{Record, Via},
     transport::proxy::Header,
     tunnel::{
-        self,
+        self, TunnelError, Upstream,
         headers::{Ask, is_loop},
     },
 };
+
+/// Answers after which another upstream may be asked, where a route says so: its target, or its next hop, was not
+/// reached.
+const AGAIN: [StatusCode; 3] =
+    [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
 
 /// Where a flow goes on.
 pub(super) enum Sink {
@@ -59,7 +65,7 @@ impl Worker {
         let Wish { flow, permit, dial_timeout } = *wish;
         let target = flow.target;
         match decision {
-            Decision::Upstream { upstream, terms } => {
+            Decision::Upstream { upstream, shares, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
@@ -68,8 +74,6 @@ impl Worker {
                 if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
                     return Err(Refusal::Loop);
                 }
-                let upstream =
-                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
                 let named = match terms.authority {
                     Authority::Sni => flow.inside.and_then(Inside::sni),
                     Authority::Host => flow.inside.and_then(Inside::host),
@@ -84,7 +88,7 @@ impl Worker {
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (flow.client, flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
-                let stream = upstream.connect(&ask).await?;
+                let (upstream, stream) = self.connect(upstream, shares, &ask).await?;
                 record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
@@ -98,6 +102,48 @@ impl Worker {
             Decision::Deny => Err(denied(target, "a route denies it")),
             // Nothing depends on what has been looked at already.
             Decision::NoRoute | Decision::Look => Err(denied(target, "no route takes it")),
+        }
+    }
+
+    /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
+    /// `shares`, or another endpoint.
+    async fn connect(
+        &self,
+        mut upstream: usize,
+        shares: &[(usize, u32)],
+        ask: &Ask<'_>,
+    ) -> Result<(&Upstream, tunnel::Stream), Refusal> {
+        let mut left = ask.terms.retries;
+        let mut tried = Vec::new();
+        loop {
+            let chosen =
+                self.upstreams.get(upstream).ok_or_else(|| denied(ask.target, "its upstream is gone"))?;
+            let failed = match chosen.connect(ask).await {
+                Ok(stream) => return Ok((chosen, stream)),
+                Err(e) => e,
+            };
+            tried.push(upstream);
+            let random = || (self.trace.random() >> 32) as u32;
+            let next = match &failed {
+                _ if left == 0 => None,
+                // All of its endpoints were tried.
+                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } => {
+                    another(shares, &tried, random())
+                }
+                TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
+                    // Its next endpoint, when it is the only one.
+                    another(shares, &tried, random()).or_else(|| {
+                        tried.clear();
+                        another(shares, &tried, random())
+                    })
+                }
+                // Somebody has, or may have, acted on it; or will say the same again.
+                _ => None,
+            };
+            let Some(next) = next else { return Err(failed.into()) };
+            tracing::debug!(target = %ask.target, upstream = chosen.name(), "trying again: {failed}");
+            left -= 1;
+            upstream = next;
         }
     }
 

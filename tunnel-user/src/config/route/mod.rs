@@ -11,6 +11,7 @@ mod tests;
 
 use serde_json::{Value as Json, json};
 
+use self::terms::Retries;
 pub use self::{
     matches::{HeaderMatch, Match, Regex, RegexError, ValueMatch},
     terms::{Authority, HeaderChanges, ProxyProtocol, Terms},
@@ -71,6 +72,11 @@ impl Section for RouteByName {
             "timeout",
             "How long the dial, or the answer to CONNECT, may take, in place of the dial_timeout of the listener or the response_timeout of the upstream.",
         );
+        let Retries(retries) = r.default(
+            "retries",
+            "How often the CONNECT request to the upstream is made again when no endpoint of it can be connected to, or when it was answered with 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
+            Retries(0),
+        );
         let authority = r.default(
             "authority",
             "What the CONNECT request to the upstream asks for: \"{destination}\"; \"{sni}\" or \"{host}\", the name that the connection's own TLS or HTTP/1 request asks for, at the destination's port (the destination where it asks for none); or another HOST:PORT.",
@@ -86,7 +92,7 @@ impl Section for RouteByName {
         let [listeners, captures, cgroups] =
             ["listener", "capture", "cgroup"].map(|key| r.texts_below("match", key));
         if let Some(ActionByName::Fixed(action)) = &to {
-            for key in ["authority", "request_headers"].into_iter().filter(|key| r.has(key)) {
+            for key in ["retries", "authority", "request_headers"].into_iter().filter(|key| r.has(key)) {
                 r.wrong(key, "is for the CONNECT request to an upstream, and \"to\" names none");
             }
             for key in ["timeout", "proxy_protocol"].into_iter().filter(|key| r.has(key)) {
@@ -116,7 +122,7 @@ impl Section for RouteByName {
         Some(Self {
             matches,
             to: to?,
-            terms: Terms { timeout, authority, headers, proxy_protocol },
+            terms: Terms { timeout, retries, authority, headers, proxy_protocol },
             listeners,
             captures,
             cgroups,

@@ -14,11 +14,17 @@ use super::super::{
 };
 use crate::flow::Target;
 
+/// How often a route may have a CONNECT request made again, at most. Each time waits for as long as the first, and the
+/// application waits for all of them.
+const RETRIES_MAX: u8 = 10;
+
 /// On which terms a route sends a flow. The default changes nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Terms {
     /// How long the dial, or the answer to CONNECT, may take, in place of what is usual there.
     pub timeout: Option<Duration>,
+    /// How often a CONNECT request that has failed is made again; see [`RETRIES_MAX`].
+    pub retries: u8,
     /// What the CONNECT request asks for.
     pub authority: Authority,
     /// How the headers of the CONNECT request differ.
@@ -32,6 +38,21 @@ pub struct Terms {
 pub enum ProxyProtocol {
     /// Version 2, in bytes.
     V2,
+}
+
+/// How often a CONNECT request that has failed is made again.
+pub(super) struct Retries(pub(super) u8);
+
+impl Value for Retries {
+    fn schema() -> Json {
+        json!({ "type": "integer", "minimum": 0, "maximum": RETRIES_MAX })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        cell.integer(0, RETRIES_MAX.into()).and_then(|n| u8::try_from(n).ok()).map(Self)
+    }
+    fn show(&self) -> Json {
+        json!(self.0)
+    }
 }
 
 /// What a CONNECT request asks for. Where a name is wanted and none was found, it is the target.

@@ -221,6 +221,12 @@ fn each_mistake_in_a_route_is_named() {
             "to = \"deny\"",
             "25:11: route.timeout: has no meaning where \"to\" refuses",
         ),
+        ("timeout = \"250ms\"", "retries = 11", "29:11: route.retries: must be from 0 to 10, not 11"),
+        (
+            "timeout = \"3s\"",
+            "retries = 1",
+            "25:11: route.retries: is for the CONNECT request to an upstream, and \"to\" names none",
+        ),
         (
             "timeout = \"250ms\"",
             "proxy_protocol = \"v2\"",
