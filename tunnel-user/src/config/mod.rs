@@ -64,8 +64,9 @@ pub const MAX_FLOWS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not 0");
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long what a client sends first is waited for, where a route asks for it. A client that speaks first has
-/// sent it by then, over a local socket or with the CONNECT; one that waits for its server loses no more.
+/// How long what a client sends first is waited for, where a route asks for it. An application on this node that
+/// speaks first has sent it by then, and so has a peer within that round trip; whoever waits for its server to speak
+/// loses no more.
 pub const INSPECT_TIMEOUT: Duration = Duration::from_millis(50);
 /// CONNECT streams that a listener takes on one connection: twice what our own client opens.
 pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
