@@ -124,6 +124,8 @@ pub struct Daemon {
     pub relay: Relay,
     /// How long what a client sends first is waited for, where a route asks for it.
     pub inspect_timeout: Duration,
+    /// Whether the configuration file is read again when it changes.
+    pub watch: bool,
 }
 
 impl Default for Daemon {
@@ -136,6 +138,7 @@ impl Default for Daemon {
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
             inspect_timeout: INSPECT_TIMEOUT,
+            watch: true,
         }
     }
 }
@@ -151,7 +154,7 @@ pub enum Relay {
 }
 
 /// `[[capture]]` with `mode = "ebpf"`, the default.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capture {
     /// What routes call it: its name, else its cgroup or unit.
     pub name: Option<String>,
@@ -227,7 +230,7 @@ pub enum ClientAuth {
 }
 
 /// `[[listener]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// What routes call it.
     pub name: Option<String>,
@@ -285,7 +288,7 @@ pub enum Balance {
 }
 
 /// `[[upstream]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
     /// What routes call it.
     pub name: String,

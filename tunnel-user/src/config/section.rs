@@ -156,7 +156,12 @@ impl Section for Daemon {
             "How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its server to speak first is held up for as long.",
             INSPECT_TIMEOUT,
         );
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, inspect_timeout })
+        let watch = r.default(
+            "watch",
+            "Whether this file is read again when it changes. SIGHUP has it read again anyway.",
+            true,
+        );
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, inspect_timeout, watch })
     }
 }
 

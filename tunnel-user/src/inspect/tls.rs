@@ -45,7 +45,10 @@ fn inside(bytes: &[u8]) -> Result<Option<Inside>, NoHello> {
         if let Some(hello) = whole(&message)? {
             return Ok(Some(server_name(hello).map_or(Inside::Nothing, Inside::Sni)));
         }
-        let Some((part, behind)) = fragment(rest)? else { return Ok(None) };
+        let (part, behind) = fragment(rest)?;
+        if part.is_empty() {
+            return Ok(None);
+        }
         if message.is_empty() {
             message = Cow::Borrowed(part);
         } else {
@@ -55,19 +58,16 @@ fn inside(bytes: &[u8]) -> Result<Option<Inside>, NoHello> {
     }
 }
 
-/// What the first record carries, as far as it is there, and what is behind it; nothing while it has not begun.
-fn fragment(bytes: &[u8]) -> Result<Option<(&[u8], &[u8])>, NoHello> {
+/// What the first record carries, as far as it is there, and what is behind it.
+fn fragment(bytes: &[u8]) -> Result<(&[u8], &[u8]), NoHello> {
     let is = |at: usize, wanted: u8| bytes.get(at).is_none_or(|byte| *byte == wanted);
     if !is(0, HANDSHAKE) || !is(1, MAJOR) {
         return Err(NoHello);
     }
-    let [_, _, _, high, low, payload @ ..] = bytes else { return Ok(None) };
+    let [_, _, _, high, low, payload @ ..] = bytes else { return Ok((&[], &[])) };
     match usize::from(u16::from_be_bytes([*high, *low])) {
+        length @ 1..=RECORD_MAX => Ok(payload.split_at(payload.len().min(length))),
         // A handshake record is never empty (RFC 8446 section 5.1).
-        length @ 1..=RECORD_MAX if !payload.is_empty() => {
-            Ok(Some(payload.split_at(payload.len().min(length))))
-        }
-        1..=RECORD_MAX => Ok(None),
         _ => Err(NoHello),
     }
 }

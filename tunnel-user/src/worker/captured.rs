@@ -6,7 +6,7 @@
 
 use std::{rc::Rc, sync::Arc, time::Instant};
 
-use super::{Place, Worker, back_off, reach::Wish};
+use super::{Place, Worker, back_off, reach::Wish, setup::At};
 use crate::{
     capture::accept::{Accept, Captured, Stray},
     drain::Tasks,
@@ -20,13 +20,8 @@ use crate::{
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-pub(super) async fn accept_captured(
-    worker: Rc<Worker>,
-    accept: Accept,
-    name: Option<Arc<str>>,
-    flows: Rc<Tasks>,
-) {
-    let mut watch = worker.watch.clone();
+pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+    let mut watch = at.watch.clone();
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
@@ -41,7 +36,7 @@ pub(super) async fn accept_captured(
         match accepted {
             Ok(Ok(captured)) => match worker.admit(None) {
                 Ok(place) => {
-                    flows.spawn(carry_captured(Rc::clone(&worker), captured, name.clone(), place));
+                    flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
                 }
                 Err(_) => {
                     worker.counters.over_limit.add(1);
@@ -73,31 +68,35 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
     let mut record = Record::new(&target, client);
     // Dropped without a clean end it resets the application's connection.
     let mut leg = TcpLeg::new(stream);
-    let wish = Wish {
-        flow: Flow {
-            source: Source::Captured,
-            name: name.as_deref(),
-            target: &target,
-            client,
-            identity: None,
-            peer: &NOBODY,
-            server_name: None,
-            request: None,
-            inside: None,
-        },
-        permit: None,
-        dial_timeout: worker.shared.dial_timeout,
-    };
-    let decision = worker.route(&wish.flow);
-    if let Decision::Look = decision {
-        // Apart, so that the tasks of other flows are no larger for it.
-        let carried = worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
-        Box::pin(carried).await;
-        return drop(place);
-    }
-    let reached = tokio::select! {
-        reached = worker.reach(&wish, decision, &mut record) => Some(reached),
-        _ = leg.broken() => None,
+    let reached = {
+        let setup = worker.setup();
+        let wish = Wish {
+            setup: &setup,
+            flow: Flow {
+                source: Source::Captured,
+                name: name.as_deref(),
+                target: &target,
+                client,
+                identity: None,
+                peer: &NOBODY,
+                server_name: None,
+                request: None,
+                inside: None,
+            },
+            permit: None,
+            dial_timeout: setup.shared.dial_timeout,
+        };
+        let decision = worker.route(&wish);
+        if let Decision::Look = decision {
+            // Apart, so that the tasks of other flows are no larger for it.
+            let carried = worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
+            Box::pin(carried).await;
+            return drop(place);
+        }
+        tokio::select! {
+            reached = worker.reach(&wish, decision, &mut record) => Some(reached),
+            _ = leg.broken() => None,
+        }
     };
     match reached {
         Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,

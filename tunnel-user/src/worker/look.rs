@@ -27,7 +27,7 @@ impl Worker {
         let mut stop = self.stop.clone();
         let looked = tokio::select! {
             biased;
-            looked = inspect(leg, &mut early, self.shared.inspect_timeout) => Some(looked),
+            looked = inspect(leg, &mut early, wish.setup.shared.inspect_timeout) => Some(looked),
             () = stop.stopping() => None,
         };
         let inside = match looked {
@@ -41,7 +41,7 @@ impl Worker {
         };
         tracing::debug!(target = %wish.flow.target, ?inside, "looked at");
         let wish = Wish { flow: Flow { inside: Some(&inside), ..wish.flow }, ..wish };
-        let decision = self.route(&wish.flow);
+        let decision = self.route(&wish);
         let reached = tokio::select! {
             reached = self.reach(&wish, decision, &mut record) => Some(reached),
             _ = hold(leg, &mut early) => None,

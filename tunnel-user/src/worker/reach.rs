@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use tokio::net::TcpStream;
 
-use super::Worker;
+use super::{Worker, setup::Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
     dial::{self, DialError},
@@ -41,6 +41,8 @@ pub(super) enum Sink {
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]
 pub(super) struct Wish<'a> {
+    /// What it is carried by.
+    pub(super) setup: &'a Setup,
     pub(super) flow: Flow<'a>,
     /// How far it may, when it came through a listener; captured applications are the operator's own.
     pub(super) permit: Option<Permit<'a>>,
@@ -50,9 +52,9 @@ pub(super) struct Wish<'a> {
 
 impl Worker {
     /// Asks the router.
-    pub(super) fn route(&self, flow: &Flow<'_>) -> Decision<'_> {
+    pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
         let random = (self.trace.random() >> 32) as u32;
-        self.shared.router.decide(flow, random)
+        wish.setup.shared.router.decide(&wish.flow, random)
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling.
@@ -62,14 +64,14 @@ impl Worker {
         decision: Decision<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        let Wish { flow, permit, dial_timeout } = *wish;
+        let Wish { setup, flow, permit, dial_timeout } = *wish;
         let target = flow.target;
         match decision {
             Decision::Upstream { upstream, shares, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
-                let pseudonym = &self.shared.pseudonym;
+                let pseudonym = &setup.shared.pseudonym;
                 // What is dialled here goes around no further.
                 if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
                     return Err(Refusal::Loop);
@@ -88,13 +90,13 @@ impl Worker {
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (flow.client, flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
-                let (upstream, stream) = self.connect(upstream, shares, &ask).await?;
+                let (upstream, stream) = self.connect(setup, upstream, shares, &ask).await?;
                 record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
             Decision::Dial { instead, terms } => {
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
-                let (stream, addr) = self.dial(target, instead, dial_timeout, permit).await?;
+                let (stream, addr) = dial(setup, target, instead, dial_timeout, permit).await?;
                 record.via = Via::Direct;
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::new(stream), first.unwrap_or_default()))
@@ -107,17 +109,18 @@ impl Worker {
 
     /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
     /// `shares`, or another endpoint.
-    async fn connect(
+    async fn connect<'a>(
         &self,
+        setup: &'a Setup,
         mut upstream: usize,
         shares: &[(usize, u32)],
         ask: &Ask<'_>,
-    ) -> Result<(&Upstream, tunnel::Stream), Refusal> {
+    ) -> Result<(&'a Upstream, tunnel::Stream), Refusal> {
         let mut left = ask.terms.retries;
         let mut tried = Vec::new();
         loop {
             let chosen =
-                self.upstreams.get(upstream).ok_or_else(|| denied(ask.target, "its upstream is gone"))?;
+                setup.upstreams.get(upstream).ok_or_else(|| denied(ask.target, "its upstream is gone"))?;
             let failed = match chosen.connect(ask).await {
                 Ok(stream) => return Ok((chosen, stream)),
                 Err(e) => e,
@@ -146,40 +149,40 @@ impl Worker {
             upstream = next;
         }
     }
+}
 
-    /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
-    /// has to be allowed as a name.
-    async fn dial(
-        &self,
-        target: &Target,
-        instead: Option<&Target>,
-        dial_timeout: Duration,
-        permit: Option<Permit<'_>>,
-    ) -> Result<(TcpStream, SocketAddr), Refusal> {
-        let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
-        if let (Some(_), Some(permit)) = (instead, &permit) {
-            permit.allows_unresolved().map_err(refused)?;
-        }
-        let dialled = instead.unwrap_or(target);
-        let deadline = tokio::time::Instant::now() + dial_timeout;
-        let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
-        let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
-        let mut addrs = resolved.map_err(timed_out)??;
-        let mut why = None;
-        if let Some(permit) = permit {
-            let allowed = |addr| match instead {
-                None => permit.allows_addr(addr),
-                Some(to) => self.shared.policies.allows_rewrite(to, addr),
-            };
-            addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
-        }
-        if let (true, Some(why)) = (addrs.is_empty(), why) {
-            return Err(refused(why));
-        }
-        let (stream, addr) = dial::connect(dialled, &addrs, self.shared.mark, deadline, dial_timeout).await?;
-        tracing::trace!(%target, %addr, "dialled");
-        Ok((stream, addr))
+/// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
+/// has to be allowed as a name.
+async fn dial(
+    setup: &Setup,
+    target: &Target,
+    instead: Option<&Target>,
+    dial_timeout: Duration,
+    permit: Option<Permit<'_>>,
+) -> Result<(TcpStream, SocketAddr), Refusal> {
+    let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
+    if let (Some(_), Some(permit)) = (instead, &permit) {
+        permit.allows_unresolved().map_err(refused)?;
     }
+    let dialled = instead.unwrap_or(target);
+    let deadline = tokio::time::Instant::now() + dial_timeout;
+    let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
+    let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
+    let mut addrs = resolved.map_err(timed_out)??;
+    let mut why = None;
+    if let Some(permit) = permit {
+        let allowed = |addr| match instead {
+            None => permit.allows_addr(addr),
+            Some(to) => setup.shared.policies.allows_rewrite(to, addr),
+        };
+        addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
+    }
+    if let (true, Some(why)) = (addrs.is_empty(), why) {
+        return Err(refused(why));
+    }
+    let (stream, addr) = dial::connect(dialled, &addrs, setup.shared.mark, deadline, dial_timeout).await?;
+    tracing::trace!(%target, %addr, "dialled");
+    Ok((stream, addr))
 }
 
 /// What a target is told of a flow, where it was dialled at `addr`.

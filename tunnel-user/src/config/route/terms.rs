@@ -23,7 +23,7 @@ const RETRIES_MAX: u8 = 10;
 pub struct Terms {
     /// How long the dial, or the answer to CONNECT, may take, in place of what is usual there.
     pub timeout: Option<Duration>,
-    /// How often a CONNECT request that has failed is made again; see [`RETRIES_MAX`].
+    /// How often a CONNECT request that has failed is made again.
     pub retries: u8,
     /// What the CONNECT request asks for.
     pub authority: Authority,
