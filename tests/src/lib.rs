@@ -21,6 +21,8 @@ pub mod bpffs;
 pub mod cgroup;
 pub mod daemon;
 pub mod dialogue;
+pub mod ends;
+pub mod envoy;
 pub mod exec;
 pub mod gateway;
 pub mod hop;

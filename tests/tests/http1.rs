@@ -21,6 +21,7 @@ use tunnel_tests::{
     cgroup::Cgroup,
     daemon::Daemon,
     dialogue::ask,
+    ends::{self, Way},
     pattern::{DOWN, UP},
     peer,
     pki::{GATEWAY_ID, NODE_ID},
@@ -185,35 +186,7 @@ fn is_a_byte_stream(world: &World, exec: &Exec<'_>, bulk: u64) -> Result<()> {
         assert_eq!((flow["sent"].as_u64(), flow["received"].as_u64()), (Some(bulk), Some(bulk)), "{flow}");
         assert_eq!(flow["outcome"], "closed", "{flow}");
     }
-    for bytes in [0, 1, 300_000] {
-        let text = bytes.to_string();
-        let target = world.serve(TARGET4, target::answer_after_end())?;
-        let done = exec.run_app(&["half-close", &target.addr().to_string(), &text])?;
-        assert!(done.success(), "{bytes} bytes: {done}");
-        assert_eq!(done.value("answer")?, text);
-
-        let target = world.serve(TARGET4, target::end_then_listen(bytes))?;
-        let done = exec.run_app(&["hear-end-first", &target.addr().to_string(), &text])?;
-        assert!(done.success(), "{bytes} bytes: {done}");
-        assert_eq!(target.outcomes(1)?, [Ok(())], "{bytes} bytes");
-    }
-    for bytes in [1, 200_000] {
-        let text = bytes.to_string();
-        let target = world.serve(TARGET4, target::reset_after(bytes))?;
-        let done = exec.run_app(&["expect-reset", &target.addr().to_string(), &text])?;
-        assert_eq!(done.value("ended")?, "ECONNRESET", "after {bytes} bytes: {done}");
-        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
-
-        let target = world.serve(TARGET4, target::expect_reset_after(bytes))?;
-        let mut app = exec.spawn_app(&["reset", &target.addr().to_string(), &text])?;
-        // Only when everything has arrived: a reset may overtake what is on its way.
-        app.says("answered")?;
-        app.tell("reset")?;
-        let done = app.finish()?;
-        assert!(done.success(), "{done}");
-        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
-    }
-    Ok(())
+    ends::is_a_byte_stream(Way::Captured(world, exec))
 }
 
 /// What the next hop refuses resets the application, and says why.
