@@ -3,7 +3,7 @@
 //! Enters: how an application gets to a target. Leaves: nothing, or a failed assertion. Invariant: every byte is
 //! checked, at both ends; an end is an end and a reset is a reset, and none is taken for the other.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::Result;
 
@@ -92,6 +92,16 @@ pub fn its_end_is_heard_and_answered(way: Way<'_>) -> Result<()> {
     Ok(())
 }
 
+/// When the target has ended, the application has got everything, and hears that it has. What it says then is
+/// another promise.
+pub fn the_targets_end_is_heard(way: Way<'_>) -> Result<()> {
+    for bytes in [0, 1, 300_000] {
+        let target = way.serve(target::offer(bytes, &Arc::default()))?;
+        way.run("hear-end", target.addr(), bytes)?;
+    }
+    Ok(())
+}
+
 /// When the target has ended, it still hears the application.
 pub fn the_targets_end_is_heard_and_answered(way: Way<'_>) -> Result<()> {
     for bytes in [0, 1, 300_000] {
@@ -132,6 +142,21 @@ pub fn nobody_there_is_a_reset(way: Way<'_>) -> Result<()> {
     let nobody = way.serve(target::echo())?.addr();
     let said = way.run("expect-reset", nobody, 1000)?;
     assert!(says(&said, "ended=ECONNRESET") && says(&said, "received=0"), "{said}");
+    Ok(())
+}
+
+/// A reset by the target, or nobody there, is an end at least, and not one byte comes that was not sent: all that some
+/// proxies make of it.
+pub fn without_a_target_it_ends(way: Way<'_>) -> Result<()> {
+    let ended = |said: &str| says(said, "ended=ECONNRESET") || says(said, "ended=EOF");
+    let resetting = way.serve(target::reset_after(1))?;
+    let said = way.run("expect-reset", resetting.addr(), 1)?;
+    assert!(ended(&said) && (says(&said, "received=1") || says(&said, "received=0")), "{said}");
+    assert_eq!(resetting.outcomes(1)?, [Ok(())]);
+    let nobody = resetting.addr();
+    drop(resetting);
+    let said = way.run("expect-reset", nobody, 1000)?;
+    assert!(ended(&said) && says(&said, "received=0"), "{said}");
     Ok(())
 }
 
