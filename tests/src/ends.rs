@@ -3,7 +3,7 @@
 //! Enters: how an application gets to a target. Leaves: nothing, or a failed assertion. Invariant: every byte is
 //! checked, at both ends; an end is an end and a reset is a reset, and none is taken for the other.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{ffi::OsString, net::SocketAddr, sync::Arc};
 
 use anyhow::Result;
 
@@ -40,16 +40,20 @@ impl Way<'_> {
         }
     }
 
-    /// Starts an application that does so much of something with it.
-    pub fn start(&self, does: &str, target: SocketAddr, bytes: &str) -> Result<Process> {
+    /// Starts an application that does something with it.
+    pub fn start(&self, does: &str, target: SocketAddr, more: &[&str]) -> Result<Process> {
         let app = programs::app()?;
+        let words = |at: SocketAddr| {
+            [vec![does.to_owned(), at.to_string()], more.iter().map(|&word| word.to_owned()).collect()].concat()
+        };
         let command = match self {
             Self::Captured(_, exec) => {
-                exec.command(&[app.as_os_str(), does.as_ref(), target.to_string().as_ref(), bytes.as_ref()])?
+                let words = words(target).into_iter().map(OsString::from);
+                exec.command(&[app.into_os_string()].into_iter().chain(words).collect::<Vec<_>>())?
             }
             Self::Port(world, port, _) => {
                 let mut command = world.node().command(&app);
-                command.args([does, &port.to_string(), bytes]);
+                command.args(words(*port));
                 command
             }
         };
@@ -62,10 +66,15 @@ impl Way<'_> {
 
     /// Runs one to its end, which has to be a good one; what it said.
     pub fn run(&self, does: &str, target: SocketAddr, bytes: u64) -> Result<String> {
-        let mut app = self.start(does, target, &bytes.to_string())?;
+        self.run_with(does, target, &[&bytes.to_string()])
+    }
+
+    /// The same, with more words.
+    pub fn run_with(&self, does: &str, target: SocketAddr, more: &[&str]) -> Result<String> {
+        let mut app = self.start(does, target, more)?;
         app.hang_up();
         let status = app.wait(3 * PATIENCE)?;
-        assert!(status.success(), "{does} {bytes}: {status}\n{app}");
+        assert!(status.success(), "{does} {more:?}: {status}\n{app}");
         Ok(app.stdout())
     }
 }
@@ -77,6 +86,14 @@ fn says(stdout: &str, line: &str) -> bool {
 /// All bytes arrive once and in order, both ways at once.
 pub fn bytes_arrive(way: Way<'_>, bytes: u64) -> Result<()> {
     let target = way.serve(target::duplex(bytes))?;
+    way.run("duplex", target.addr(), bytes)?;
+    assert_eq!(target.outcomes(1)?, [Ok(())]);
+    Ok(())
+}
+
+/// The same, and the target ends first: for a proxy that does not pass on an application's end.
+pub fn bytes_arrive_until_the_target_ends(way: Way<'_>, bytes: u64) -> Result<()> {
+    let target = way.serve(target::duplex_then_end(bytes))?;
     way.run("duplex", target.addr(), bytes)?;
     assert_eq!(target.outcomes(1)?, [Ok(())]);
     Ok(())
@@ -127,7 +144,7 @@ pub fn a_reset_of_the_target_is_a_reset(way: Way<'_>) -> Result<()> {
 pub fn a_reset_of_the_application_is_a_reset(way: Way<'_>) -> Result<()> {
     for bytes in [1, 200_000] {
         let target = way.serve(target::expect_reset_after(bytes))?;
-        let mut app = way.start("reset", target.addr(), &bytes.to_string())?;
+        let mut app = way.start("reset", target.addr(), &[&bytes.to_string()])?;
         // Only when everything has arrived: a reset may overtake what is on its way.
         app.wait_for_line("answered")?;
         app.tell("reset")?;

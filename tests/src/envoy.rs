@@ -12,8 +12,7 @@ use crate::{
     netns::NetNs,
     pki::GATEWAY_ID,
     process::Process,
-    programs,
-    wait::{PATIENCE, wait_for},
+    programs, servers,
     world::{NET4, World},
 };
 
@@ -57,21 +56,7 @@ impl Envoy {
         let config = world.file(example, config)?;
         let mut command = host.command(programs::envoy(&programs::tools())?);
         command.args(["--disable-hot-restart", "-l", "warn", "--concurrency", "1", "-c"]).arg(config);
-        let mut envoy = Self(Process::spawn("envoy", world.folder(), command)?);
-        envoy.listens(host, ports)?;
-        Ok(envoy)
-    }
-
-    fn listens(&mut self, host: &NetNs, ports: &[u16]) -> Result<()> {
-        let process = &mut self.0;
-        wait_for("Envoy to listen", PATIENCE, || {
-            let ended = process.ended().is_ok_and(|status| status.is_some());
-            let all = ports.iter().all(|port| host.listens(*port).is_ok_and(|listens| listens));
-            (ended || all).then_some(())
-        })
-        .with_context(|| format!("{process}"))?;
-        ensure!(process.ended()?.is_none(), "it ended at once\n{process}");
-        Ok(())
+        servers::listening(host, ports, "envoy", world.folder(), command).map(Self)
     }
 
     /// Its process.

@@ -36,6 +36,7 @@ pub mod peer;
 pub mod pki;
 pub mod process;
 pub mod programs;
+pub mod proxies;
 pub mod raw;
 pub mod rules;
 pub mod servers;

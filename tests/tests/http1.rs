@@ -25,7 +25,7 @@ use tunnel_tests::{
     pattern::{DOWN, UP},
     peer,
     pki::{GATEWAY_ID, NODE_ID},
-    process, programs, servers, target, wait_for,
+    process, programs, proxies, servers, target, wait_for,
 };
 
 const MIB: u64 = 1 << 20;
@@ -65,26 +65,6 @@ fn agent(world: &World, tls: bool, protocol: &str, keys: &str) -> Result<PathBuf
         proxy()
     );
     world.file("agent.toml", config)
-}
-
-/// Waits until a process of `net` listens where the proxy has to be.
-fn listening(world: &World, process: &mut Process) -> Result<()> {
-    wait_for("the proxy to listen", PATIENCE, || {
-        let ended = process.ended().is_ok_and(|status| status.is_some());
-        (ended || world.net().listens(PORT).is_ok_and(|listens| listens)).then_some(())
-    })?;
-    ensure!(process.ended()?.is_none(), "it ended at once\n{process}");
-    Ok(())
-}
-
-fn tinyproxy(world: &World) -> Result<Process> {
-    let config = format!("Port {PORT}\nListen {NET4}\nTimeout 600\nMaxClients 100\nLogLevel Critical\n");
-    let config = world.file("tinyproxy.conf", config)?;
-    let mut command = world.net().command(programs::system("tinyproxy")?);
-    command.arg("-d").arg("-c").arg(config);
-    let mut process = Process::spawn("tinyproxy", world.folder(), command)?;
-    listening(world, &mut process)?;
-    Ok(process)
 }
 
 /// A page behind the proxy, and curl in front of it.
@@ -247,7 +227,7 @@ fn heavy_64_mib_each_way_at_once_arrive_unchanged_over_http_1_with_and_without_t
 #[test]
 fn tinyproxy_carries_what_we_capture_and_what_it_refuses_resets_the_application() -> Result<()> {
     let world = World::new()?;
-    let _proxy = tinyproxy(&world)?;
+    let _proxy = proxies::tinyproxy(&world, proxy())?;
     let exec = world.exec_with(&agent(&world, false, "h1", "headers = { x-by = \"tunnel\" }")?);
     for ip in [TARGET4, TARGET6] {
         let target = world.serve(ip, target::echo())?;
