@@ -325,85 +325,6 @@ fn answer(mut from: impl io::Read) -> Result<String> {
     Ok(String::from_utf8(head)?)
 }
 
-/// Says something, and hears the other side out; nothing may be left open.
-fn told(world: &World, said: &[u8], end: bool) -> Result<String> {
-    let stream = world.node().run(|| TcpStream::connect(proxy()))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    (&stream).write_all(said)?;
-    if end {
-        stream.shutdown(Shutdown::Write)?;
-    }
-    let mut heard = Vec::new();
-    (&stream).read_to_end(&mut heard).with_context(|| format!("{:?}", String::from_utf8_lossy(said)))?;
-    Ok(String::from_utf8(heard)?)
-}
-
-#[test]
-fn what_is_no_connect_request_is_answered_and_closed_and_nobody_else_notices() -> Result<()> {
-    let world = World::new()?;
-    let mut daemon = gateway(&world, false, "\"h1\"", "")?;
-    let target = world.serve(TARGET4, target::echo())?;
-    let exec = world.exec_with(&agent(&world, false, "h1", "")?);
-    let mut neighbour = exec.spawn_app(&["hold", &target.addr().to_string()])?;
-    neighbour.says("held=1")?;
-    let to = target.addr().to_string();
-    let connect = |fields: &str| format!("CONNECT {to} HTTP/1.1\r\n{fields}\r\n");
-    let long = connect(&format!("x: {}\r\n", "y".repeat(20_000)));
-    let endless = format!("CONNECT {to} HTTP/1.1\r\n{}", "x: y\r\n".repeat(5_000));
-    let table: Vec<(String, u16)> = vec![
-        (format!("CONNECT {TARGET4} HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT {TARGET4}:0 HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT {TARGET4}:65536 HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT me@{to} HTTP/1.1\r\n\r\n"), 400),
-        ("CONNECT [fe80::1%25eth0]:80 HTTP/1.1\r\n\r\n".to_owned(), 400),
-        (format!("CONNECT {to}\0 HTTP/1.1\r\n\r\n"), 400),
-        (connect("x: a\rb\r\n"), 400),
-        (connect("x: a\r\n folded\r\n"), 400),
-        (connect("x: a\0\r\n"), 400),
-        (connect("Content-Length: 0\r\n"), 400),
-        (connect("Content-Length: 1\r\nContent-Length: 2\r\n"), 400),
-        (connect("Transfer-Encoding: chunked\r\n"), 400),
-        (connect("Host: 10.200.0.11:80\r\n"), 400),
-        (format!("CONNECT http://{to}/ HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT {} HTTP/1.1\r\n\r\n", "a".repeat(10_000)), 400),
-        (format!("CONNECT {to} HTTP/1.1\r\n{}: x\r\n\r\n", "a".repeat(10_000)), 200),
-        (long, 431),
-        (endless, 431),
-        (connect(&"x: y\r\n".repeat(101)), 431),
-        (format!("GET http://{to}/ HTTP/1.1\r\nHost: {to}\r\n\r\n"), 405),
-        ("POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc".to_owned(), 405),
-        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), 400),
-        ("\u{16}\u{3}\u{1}\u{2}\0hello".to_owned(), 400),
-        ("CONNECT 10.200.0.10:81 HTTP/1.1\r\n\r\n".to_owned(), 403),
-        ("CONNECT 169.254.169.254:80 HTTP/1.1\r\n\r\n".to_owned(), 403),
-        (format!("CONNECT {} HTTP/1.1\r\n\r\n", proxy()), 403),
-        ("CONNECT 10.200.0.10:1024 HTTP/1.1\r\n\r\n".to_owned(), 502),
-    ];
-    for (said, status) in &table {
-        let shown = &said[..said.len().min(80)];
-        // An echo ends when we do.
-        let heard = told(&world, said.as_bytes(), *status == 200)?;
-        assert!(heard.starts_with(&format!("HTTP/1.1 {status} ")), "{shown:?}: {heard:?}");
-        if *status != 200 {
-            assert!(
-                heard.contains("\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
-                "{shown:?}: {heard:?}"
-            );
-            assert!(heard.contains("\r\nproxy-status: tunnel; error="), "{shown:?}: {heard:?}");
-        }
-        if *status == 405 {
-            assert!(heard.contains("\r\nallow: CONNECT\r\n"), "{heard:?}");
-        }
-        assert_eq!(ask(neighbour.process(), "ping")?, "ok", "its flow goes on");
-    }
-    // A request that ends before it is whole gets no answer.
-    assert_eq!(told(&world, b"CONNECT ", true)?, "");
-    assert_eq!(ask(neighbour.process(), "again")?, "ok", "and it can have another");
-    assert_eq!(target.peers().len(), 3, "nobody else was let through");
-    daemon.process().wait_for_line("closed before the head was complete")?;
-    Ok(())
-}
-
 #[test]
 fn what_is_sent_behind_the_request_arrives_once_in_order_after_a_200_and_nowhere_after_a_refusal()
 -> Result<()> {
@@ -439,7 +360,7 @@ fn what_is_sent_behind_the_request_arrives_once_in_order_after_a_200_and_nowhere
     let denied = Target::start(world.net(), SocketAddr::new(TARGET4, 81), target::echo())?;
     let mut said = format!("CONNECT {} HTTP/1.1\r\n\r\n", denied.addr()).into_bytes();
     said.extend([b'x'; 10_000]);
-    assert!(told(&world, &said, false)?.starts_with("HTTP/1.1 403 "));
+    assert!(peer::say_and_hear(world.node(), proxy(), &said, false)?.starts_with("HTTP/1.1 403 "));
     assert_eq!((denied.peers(), target.peers().len()), (Vec::new(), 3));
     Ok(())
 }
