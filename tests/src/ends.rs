@@ -44,7 +44,8 @@ impl Way<'_> {
     pub fn start(&self, does: &str, target: SocketAddr, more: &[&str]) -> Result<Process> {
         let app = programs::app()?;
         let words = |at: SocketAddr| {
-            [vec![does.to_owned(), at.to_string()], more.iter().map(|&word| word.to_owned()).collect()].concat()
+            [vec![does.to_owned(), at.to_string()], more.iter().map(|&word| word.to_owned()).collect()]
+                .concat()
         };
         let command = match self {
             Self::Captured(_, exec) => {

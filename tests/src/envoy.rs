@@ -4,7 +4,7 @@
 //! certificate of the world's CA, one thread, and no administration port; it ends with its guard. It is never left
 //! out: where Envoy is not installed, the test fails and says how to install it.
 
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -33,12 +33,23 @@ impl Envoy {
         ports: &[u16],
         changes: &[(&str, &str)],
     ) -> Result<Self> {
+        Self::start_with(world, host, example, ports, changes, |_| Ok(()))
+    }
+
+    /// The same, with something done to the command.
+    pub fn start_with(
+        world: &World,
+        host: &NetNs,
+        example: &str,
+        ports: &[u16],
+        changes: &[(&str, &str)],
+        prepare: impl FnOnce(&mut Command) -> Result<()>,
+    ) -> Result<Self> {
         let who = world.pki().issue(&format!("envoy-{example}"), ENVOY_ID, &["--ip", &NET4.to_string()])?;
         let (cert, key, ca) =
             (who.cert.display().to_string(), who.key.display().to_string(), who.ca.display().to_string());
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/envoy").join(example);
-        let mut config =
-            std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
+        let mut config = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
         for (said, meant) in changes {
             ensure!(config.contains(said), "{example} does not say {said:?}");
             config = config.replace(said, meant);
@@ -56,6 +67,7 @@ impl Envoy {
         let config = world.file(example, config)?;
         let mut command = host.command(programs::envoy(&programs::tools())?);
         command.args(["--disable-hot-restart", "-l", "warn", "--concurrency", "1", "-c"]).arg(config);
+        prepare(&mut command)?;
         servers::listening(host, ports, "envoy", world.folder(), command).map(Self)
     }
 

@@ -11,11 +11,8 @@ use crate::{process::Process, programs, servers::listening, world::World};
 
 /// tinyproxy: HTTP/1.1, and one connection to the target for each.
 pub fn tinyproxy(world: &World, at: SocketAddr) -> Result<Process> {
-    let config = format!(
-        "Port {}\nListen {}\nTimeout 600\nMaxClients 100\nLogLevel Critical\n",
-        at.port(),
-        at.ip()
-    );
+    let config =
+        format!("Port {}\nListen {}\nTimeout 600\nMaxClients 100\nLogLevel Critical\n", at.port(), at.ip());
     let config = world.file("tinyproxy.conf", config)?;
     let mut command = world.net().command(programs::system("tinyproxy")?);
     command.arg("-d").arg("-c").arg(config);

@@ -23,6 +23,8 @@ pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
 /// SETTINGS.
 pub const SETTINGS: u8 = 4;
+/// PING.
+pub const PING: u8 = 6;
 /// GOAWAY.
 pub const GOAWAY: u8 = 7;
 /// WINDOW_UPDATE.
@@ -31,7 +33,7 @@ pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 /// What a client sends first.
 const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// The flag of SETTINGS.
+/// The flag of SETTINGS and PING.
 pub const ACK: u8 = 1;
 /// The flag of DATA and HEADERS.
 pub const END_STREAM: u8 = 1;

@@ -143,7 +143,11 @@ fn heads(to: &str) -> Vec<(&'static str, Vec<u8>, Comes)> {
     row("two :method that differ", &[CONNECT, (":method", "GET"), is], Reset(PROTOCOL_ERROR));
     row("no :method", &[is], Reset(PROTOCOL_ERROR));
     row("two :authority", &[CONNECT, is, is], Reset(PROTOCOL_ERROR));
-    row("two :authority that differ", &[CONNECT, is, (":authority", "10.200.0.11:80")], Reset(PROTOCOL_ERROR));
+    row(
+        "two :authority that differ",
+        &[CONNECT, is, (":authority", "10.200.0.11:80")],
+        Reset(PROTOCOL_ERROR),
+    );
     row("no :authority", &[CONNECT], Status(400));
     row("no :authority but a Host", &[CONNECT, ("host", to)], Status(400));
     row("a :scheme", &[CONNECT, (":scheme", "https"), is], Reset(PROTOCOL_ERROR));

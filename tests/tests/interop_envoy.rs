@@ -1,19 +1,21 @@
 //! Envoy, unmodified, with the configurations of `examples/envoy/`: at the far end, at the near end, between two of
 //! ours, and on both sides of one of ours.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, process::Command};
 
 use anyhow::Result;
 use http::Request;
 use tunnel_tests::{
     NET4, TARGET4, World,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
     daemon::Daemon,
     ends::{self, Way},
     envoy::{ENVOY_ID, Envoy},
     gateway,
     hop::Hop,
     pki::GATEWAY_ID,
-    process, servers,
+    process, programs, servers, target,
 };
 
 /// HBONE's, where ours or Envoy listens.
@@ -54,7 +56,12 @@ fn passing_on(world: &World, at: SocketAddr, next: SocketAddr, verify: &str) -> 
     Daemon::start(world, world.net(), &config)
 }
 
-fn envoy_ends(port: SocketAddr, tls: bool, protocol: &str, check: impl FnOnce(Way<'_>) -> Result<()>) -> Result<()> {
+fn envoy_ends(
+    port: SocketAddr,
+    tls: bool,
+    protocol: &str,
+    check: impl FnOnce(Way<'_>) -> Result<()>,
+) -> Result<()> {
     let world = World::new()?;
     let _envoy = Envoy::start(&world, world.net(), "gateway.yaml", &[HBONE.port(), PLAIN.port()], &[])?;
     let exec = world.exec_with(&agent(&world, port, tls, protocol, "")?);
@@ -146,7 +153,8 @@ fn we_end_what_envoy_carries_over_http_1_in_plaintext() -> Result<()> {
 
 /// An Envoy that passes CONNECT on to [`NEXT`].
 fn in_the_middle(world: &World) -> Result<Envoy> {
-    let next = ("address: 10.9.0.2, port_value: 15008", format!("address: {NET4}, port_value: {}", NEXT.port()));
+    let next =
+        ("address: 10.9.0.2, port_value: 15008", format!("address: {NET4}, port_value: {}", NEXT.port()));
     Envoy::start(world, world.net(), "middle.yaml", &[HBONE.port()], &[(next.0, &next.1)])
 }
 
@@ -259,5 +267,32 @@ fn http_requests_that_ours_puts_into_connect_are_taken_out_and_routed_by_envoy()
     assert!(done.success(), "{done}");
     assert!(done.stdout.contains("x-decapsulated-by: envoy\r\n"), "{done}");
     assert!(done.stdout.ends_with("\r\n\r\nhello\n"), "{done}");
+    Ok(())
+}
+
+#[test]
+fn an_unmodified_envoy_asks_our_capture_where_a_connection_wanted_to_go() -> Result<()> {
+    const BYTES: u64 = 300_000;
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let (group, bpffs) = (Cgroup::new()?, BpfFs::new(&world)?);
+    let adopt = |command: &mut Command| group.adopt(command);
+    // It is asked about connections of the group's, so it is in the group.
+    let _envoy = Envoy::start_with(&world, world.node(), "original-dst.yaml", &[15001], &[], adopt)?;
+    let config = format!(
+        "[daemon]\n{}\n[[capture]]\ncgroup = \"{}\"\ninclude = [\"10.200.0.0/24\"]\nproxy = \"127.0.0.1:15001\"\n",
+        bpffs.toml(),
+        group.path().display()
+    );
+    let _capture = Daemon::start(&world, world.node(), &config)?;
+    let target = world.serve(TARGET4, target::duplex(BYTES))?;
+    let mut app = world.node().command(programs::app()?);
+    app.args(["duplex", &target.addr().to_string(), &BYTES.to_string()]);
+    group.adopt(&mut app)?;
+    let said = process::output(&mut app)?;
+    assert!(said.contains(&format!("duplex={BYTES}")), "{said}");
+    assert_eq!(target.outcomes(1)?, [Ok(())]);
+    let line = gateway.logs(" closed destination=")?;
+    assert!(line.contains(ENVOY_ID) && line.contains(&target.addr().to_string()), "{line}");
     Ok(())
 }

@@ -78,7 +78,9 @@ pub async fn read_head<T>(
         if room == 0 {
             // Empty lines in front of the first are not it (RFC 9112 section 2.2).
             let first = buf.trim_ascii_start();
-            return Err(if first.contains(&b'\n') { HeadError::TooLong } else { HeadError::LineTooLong }.into());
+            return Err(
+                if first.contains(&b'\n') { HeadError::TooLong } else { HeadError::LineTooLong }.into()
+            );
         }
         buf.reserve(STEP.min(room));
         if stream.read_buf(&mut (&mut *buf).limit(room)).await? == 0 {
