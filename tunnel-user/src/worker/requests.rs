@@ -4,20 +4,29 @@
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
 //! and not before. It never reads a byte of a flow.
 
-use std::{net::SocketAddr, rc::Rc, time::Instant};
+use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 
-use super::{Account, At, Sink, Worker};
+use super::{
+    Account, Worker, back_off,
+    reach::Sink,
+    setup::{At, Setup},
+};
 use crate::{
+    drain::Tasks,
     flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
     index::PeerSet,
     listener::{
         accept::{self, Accepted, Link, ServeError, Settings},
-        h1, h2 as h2_listener, handshakes,
+        h1, h2 as h2_listener,
+        handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
     policy,
@@ -27,14 +36,63 @@ use crate::{
     transport::io::Wire,
 };
 
+/// Tunnel connections of one listener and worker; more wait in the backlog. One of HTTP/2 carries many flows;
+/// one of HTTP/1 is a flow, and counts as one, as soon as it is carried.
+const TUNNELS_MAX: usize = 4096;
+
+/// Accepts until it is told to stop. What waits then is the next daemon's, or its client tries again.
+pub(super) async fn accept_tunnels(
+    worker: Rc<Worker>,
+    socket: TcpListener,
+    settings: Arc<Settings>,
+    at: Rc<At>,
+    flows: Rc<Tasks>,
+) {
+    let mut watch = at.watch.clone();
+    let handshakes = Handshakes::default();
+    let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
+    loop {
+        // It is never closed.
+        let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            accepted = socket.accept() => accepted,
+            () = watch.draining() => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
+                let place = handshakes.place();
+                flows.spawn(async move {
+                    worker.serve(&settings, stream, peer, at, place, tunnel).await;
+                });
+            }
+            Err(e) => back_off(&e).await,
+        }
+    }
+}
+
 /// What is known of every request on one connection.
 struct Requester {
     at: Rc<At>,
     client: ClientAddr,
     identity: Option<Identity>,
     server_name: Option<Box<str>>,
+    known: RefCell<Rc<Known>>,
+}
+
+/// What one configuration says of a peer: found out once, for all its requests.
+struct Known {
+    setup: Rc<Setup>,
     routes: PeerSet,
     policies: policy::Peer,
+}
+
+impl Known {
+    fn new(setup: Rc<Setup>, identity: Option<&Identity>) -> Rc<Self> {
+        let routes = setup.shared.router.peer(identity);
+        let policies = setup.shared.policies.peer(identity.cloned());
+        Rc::new(Self { setup, routes, policies })
+    }
 }
 
 impl Worker {
@@ -65,8 +123,7 @@ impl Worker {
             at,
             client,
             server_name,
-            routes: self.shared.router.peer(identity.as_ref()),
-            policies: self.shared.policies.peer(identity.clone()),
+            known: RefCell::new(Known::new(self.setup(), identity.as_ref())),
             identity,
         });
         match link {
@@ -84,7 +141,7 @@ impl Worker {
         from: Rc<Requester>,
     ) {
         let handle = |incoming| carry_stream(Rc::clone(self), incoming, Rc::clone(&from));
-        if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
+        if let Err(e) = h2_listener::serve(settings, tunnel, from.at.watch.clone(), handle).await {
             tracing::debug!(peer = %PeerAddr(from.client.0), "tunnel ended: {e}");
         }
     }
@@ -139,22 +196,33 @@ impl Worker {
         head: Head<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        let permit = self.shared.policies.check_target(&from.policies, target);
+        let known = from.known(self);
+        let Known { setup, routes, policies } = &*known;
+        let permit = setup.shared.policies.check_target(policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
+        let name = from.at.name();
         let flow = Flow {
             source: Source::Listener,
-            name: from.at.name.as_deref(),
+            name: name.as_deref(),
             target,
             client: from.client,
-            peer: &from.routes,
+            peer: routes,
             server_name: from.server_name.as_deref(),
             request: Some(head),
         };
-        self.reach(&flow, from.at.dial_timeout, Some(permit), record).await
+        self.reach(setup, &flow, from.at.dial_timeout, Some(permit), record).await
     }
 }
 
 impl Requester {
+    /// What the configuration that is in force now says of it.
+    fn known(&self, worker: &Worker) -> Rc<Known> {
+        if !Rc::ptr_eq(&self.known.borrow().setup, &*worker.setup.borrow()) {
+            self.known.replace(Known::new(worker.setup(), self.identity.as_ref()));
+        }
+        Rc::clone(&self.known.borrow())
+    }
+
     fn who(&self) -> Option<&Identity> {
         self.identity.as_ref()
     }

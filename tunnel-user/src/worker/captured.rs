@@ -1,0 +1,94 @@
+//! What was captured: connections of applications on this node.
+//!
+//! Enters: redirected connections, with the address that each asked for. Leaves: flows that have ended, booked.
+//! Invariant: what the kernel has accepted when the order to stop comes is carried too. It never asks a policy:
+//! captured applications are the operator's own.
+
+use std::{rc::Rc, sync::Arc, time::Instant};
+
+use super::{Place, Worker, back_off, setup::At};
+use crate::{
+    capture::accept::{Accept, Captured, Stray},
+    drain::Tasks,
+    flow::{Flow, Target},
+    index::NOBODY,
+    relay::{Queue, TcpLeg, abort_on_close},
+    route::Source,
+    stats::Record,
+    transport::tcp,
+};
+
+/// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
+/// that they are connected.
+pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+    let mut watch = at.watch.clone();
+    let mut draining = false;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            accepted = accept.next() => accepted,
+            () = watch.draining(), if !draining => {
+                draining = true;
+                continue;
+            }
+            () = std::future::ready(()), if draining => return,
+        };
+        match accepted {
+            Ok(Ok(captured)) => match worker.admit(None) {
+                Ok(place) => {
+                    flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
+                }
+                Err(_) => {
+                    worker.counters.over_limit.add(1);
+                    abort_on_close(&captured.stream);
+                }
+            },
+            Ok(Err(stray)) => {
+                let counter = match &stray {
+                    Stray::ToUs(_) => &worker.counters.to_ourselves,
+                    Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
+                        &worker.counters.no_origin
+                    }
+                };
+                counter.add(1);
+                tracing::warn!("reset a connection to the capture listener that {stray}");
+            }
+            Err(e) => back_off(&e).await,
+        }
+    }
+}
+
+/// captured → tunnel or dial.
+async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc<str>>, place: Place) {
+    let started = Instant::now();
+    let Captured { stream, client, original_dst } = captured;
+    // Fails only on a socket that is gone, which the relay will find.
+    let _gone = tcp::tune(&stream);
+    let target = Target::from(original_dst);
+    let mut record = Record::new(&target, client);
+    // Dropped without a clean end it resets the application's connection.
+    let mut leg = TcpLeg::new(stream);
+    let reached = {
+        let flow = Flow {
+            source: Source::Captured,
+            name: name.as_deref(),
+            target: &target,
+            client,
+            peer: &NOBODY,
+            server_name: None,
+            request: None,
+        };
+        let setup = worker.setup();
+        let reach = worker.reach(&setup, &flow, setup.shared.dial_timeout, None, &mut record);
+        tokio::select! {
+            reached = reach => Some(reached),
+            _ = leg.broken() => None,
+        }
+    };
+    match reached {
+        Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,
+        Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
+        None => worker.left(record, started),
+    }
+    drop(place);
+}

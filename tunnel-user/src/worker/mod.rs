@@ -1,0 +1,409 @@
+//! One core's share of the work: a thread, its runtime, its listeners, its pools.
+//!
+//! Enters: sockets and what the configuration says. Leaves: flows, carried. Invariant: a flow never
+//! changes worker, and nothing on its path takes a lock or crosses a core. It never opens a listener
+//! itself: those are bound before any worker starts.
+
+mod captured;
+mod reach;
+mod requests;
+mod setup;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use socket2::Socket;
+use tokio::{
+    runtime,
+    sync::mpsc,
+    task::LocalSet,
+    time::{sleep, timeout},
+};
+
+use self::{
+    reach::Sink,
+    setup::{Setup, Sources},
+};
+use crate::{
+    capture::accept::Origins,
+    config,
+    drain::{self, Phase, Tasks, Watch},
+    flow::Identity,
+    listener::{accept, request::Refusal},
+    policy::Policies,
+    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, relay},
+    route::Router,
+    stats::{Counters, Record, Records},
+    transport::tcp::Mark,
+    tunnel::{self, Upstream, h1, headers::Trace},
+};
+
+/// One peer leaves at least one in this many of a worker's flows to the others.
+const PEER_LEAVES: usize = 4;
+/// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
+const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
+/// How long flows that were told to end may take for it.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What all workers share of one configuration.
+pub struct Shared {
+    /// Where flows go.
+    pub router: Router,
+    /// Who may reach what through our listeners.
+    pub policies: Policies,
+    /// The mark of our own sockets.
+    pub mark: Mark,
+    /// What this process calls itself in `via`, as no other does.
+    pub pseudonym: String,
+    /// How many flows one worker takes at once.
+    pub flows_max: usize,
+    /// How bytes are moved between two sockets of ours.
+    pub relay: config::Relay,
+    /// How long a dial for a captured flow may take.
+    pub dial_timeout: Duration,
+    /// How long flows may go on after the order to stop.
+    pub drain_timeout: Duration,
+    /// Whether records of flows are kept.
+    pub keep_records: bool,
+}
+
+/// A capture, or a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceId(pub u64);
+
+/// A redirected connections' listener, for one worker.
+pub struct CaptureSocket {
+    /// Its capture.
+    pub source: SourceId,
+    /// What routes call that.
+    pub name: Option<Arc<str>>,
+    /// The listening socket.
+    pub socket: Socket,
+    /// Who knows where its connections wanted to go.
+    pub origins: Origins,
+}
+
+/// A listener for CONNECT requests, for one worker.
+pub struct ConnectSocket {
+    /// Which listener.
+    pub source: SourceId,
+    /// What routes call it.
+    pub name: Option<Arc<str>>,
+    /// The listening socket.
+    pub socket: Socket,
+    /// How it serves.
+    pub settings: Arc<accept::Settings>,
+    /// How long a dial for one of its streams may take.
+    pub dial_timeout: Duration,
+}
+
+/// News for a running worker.
+pub enum More {
+    /// A network namespace has appeared.
+    Listen(CaptureSocket),
+    /// One has gone: a capture's listeners there, by its cookie, keep it alive.
+    Forget(SourceId, u64),
+    /// Another configuration is in force.
+    Change(Box<Change>),
+}
+
+/// What is different in another configuration.
+pub struct Change {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// The upstreams, in the configuration's order.
+    pub upstreams: Vec<Planned>,
+    /// What routes call these now.
+    pub renamed: Vec<(SourceId, Option<Arc<str>>)>,
+    /// Nothing more is taken from these. What they have brought goes on.
+    pub retire: Vec<SourceId>,
+    /// Capture listeners that are new.
+    pub captures: Vec<CaptureSocket>,
+    /// CONNECT listeners that are new, or serve in another way.
+    pub listeners: Vec<ConnectSocket>,
+    /// Dropped once all of it is in force.
+    pub done: mpsc::Sender<()>,
+}
+
+/// An upstream of another configuration.
+#[derive(Clone, Debug)]
+pub enum Planned {
+    /// It is the one that was at this place, with its connections.
+    Kept(usize),
+    /// It is new, or is reached in another way.
+    New(Box<tunnel::Settings>),
+}
+
+/// What one worker starts with.
+pub struct Start {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// The upstreams, in the configuration's order.
+    pub upstreams: Vec<tunnel::Settings>,
+    /// Its own counters.
+    pub counters: Arc<Counters>,
+    /// What changes later.
+    pub more: mpsc::Receiver<More>,
+    /// Capture listeners.
+    pub captures: Vec<CaptureSocket>,
+    /// CONNECT listeners.
+    pub listeners: Vec<ConnectSocket>,
+    /// The order to stop.
+    pub watch: Watch,
+}
+
+/// What one worker leaves.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Its flows, if they were kept.
+    pub records: Vec<Record>,
+    /// Flows whose records there was no room for.
+    pub dropped: u64,
+    /// Tunnel connections that it opened.
+    pub connections_opened: u64,
+}
+
+/// Runs a worker on this thread until it is told to stop and its flows have ended.
+pub fn run(start: Start) -> io::Result<Report> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, work(start))
+}
+
+struct Worker {
+    /// What new flows are carried by.
+    setup: RefCell<Rc<Setup>>,
+    /// Upstreams of earlier configurations, until their flows have ended.
+    retired: Tasks,
+    counters: Arc<Counters>,
+    records: Records,
+    trace: Trace,
+    active: Cell<usize>,
+    /// Flows of each peer of our listeners.
+    peers: RefCell<HashMap<Account, usize>>,
+    /// Told when the flows that are left are to end.
+    stop: Watch,
+}
+
+async fn work(start: Start) -> io::Result<Report> {
+    let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
+    let upstreams = upstreams.into_iter().map(|settings| Rc::new(Upstream::new(settings))).collect();
+    let (stop, stopped) = drain::channel();
+    let worker = Rc::new(Worker {
+        records: Records::new(shared.keep_records),
+        setup: RefCell::new(Rc::new(Setup::new(shared, upstreams, None))),
+        retired: Tasks::default(),
+        counters,
+        trace: Trace::default(),
+        active: Cell::default(),
+        peers: RefCell::default(),
+        stop: stopped,
+    });
+    let flows = Rc::new(Tasks::default());
+    let mut sources = Sources::default();
+    captures.into_iter().for_each(|socket| sources.capture(&worker, socket, &flows));
+    listeners.into_iter().for_each(|socket| sources.listen(&worker, socket, &flows));
+    loop {
+        tokio::select! {
+            () = watch.draining() => break,
+            Some(news) = more.recv() => match news {
+                More::Listen(socket) => sources.capture(&worker, socket, &flows),
+                More::Forget(source, netns) => sources.forget(source, netns),
+                More::Change(change) => worker.change(*change, &mut sources, &flows),
+            },
+        }
+    }
+    // The kernel programs see at once that a listener is closed.
+    sources.end().await;
+    let setup = worker.setup();
+    let patience = setup.shared.drain_timeout;
+    let drained = async {
+        tokio::select! {
+            _ = timeout(patience, flows.ended()) => {}
+            () = watch.stopping() => {}
+        }
+    };
+    drained.await;
+    if worker.active.get() > 0 {
+        tracing::warn!("{} flows were reset at the drain deadline", worker.active.get());
+    }
+    stop.enter(Phase::Stop);
+    let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
+    // What the flows have handed over is not on the wire yet.
+    let closed = async {
+        for upstream in &setup.upstreams {
+            upstream.close().await;
+        }
+        worker.retired.ended().await;
+    };
+    tokio::select! {
+        _ = timeout(patience, closed) => {}
+        () = watch.stopping() => {}
+    }
+    let (records, dropped) = worker.records.take();
+    let connections_opened = setup.upstreams.iter().map(|u| u.connections_opened()).sum();
+    Ok(Report { records, dropped, connections_opened })
+}
+
+async fn back_off(e: &io::Error) {
+    // The connection was gone before it was accepted: nothing is wrong here.
+    if e.kind() != io::ErrorKind::ConnectionAborted {
+        tracing::warn!("accepting failed: {e}");
+        sleep(ACCEPT_BACK_OFF).await;
+    }
+}
+
+/// Whose flows are counted together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Account {
+    /// Those of an identity.
+    Known(Identity),
+    /// Those from an address where nobody has proved who he is.
+    At(IpAddr),
+}
+
+/// A place among the flows of a worker, and among those of its peer; given back when dropped.
+struct Place {
+    worker: Rc<Worker>,
+    account: Option<Account>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.worker.active.set(self.worker.active.get() - 1);
+        let Some(account) = &self.account else { return };
+        let mut peers = self.worker.peers.borrow_mut();
+        if let Some(active) = peers.get_mut(account) {
+            *active -= 1;
+            if *active == 0 {
+                peers.remove(account);
+            }
+        }
+    }
+}
+
+impl Worker {
+    /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
+    fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
+        let most = self.setup.borrow().shared.flows_max;
+        let share = most - most / PEER_LEAVES;
+        let mut peers = self.peers.borrow_mut();
+        let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
+        if self.active.get() >= most || active >= share {
+            return Err(Refusal::Limit(if active >= share { share } else { most }));
+        }
+        self.active.set(self.active.get() + 1);
+        if let Some(account) = account {
+            peers.insert(account.clone(), active + 1);
+        }
+        Ok(Place { worker: Rc::clone(self), account: account.cloned() })
+    }
+
+    /// Relays to the end, and books it.
+    /// `early`: what the client has sent already.
+    async fn relay(
+        &self,
+        client: &mut impl Leg,
+        early: Queue,
+        sink: Sink,
+        mut record: Record,
+        started: Instant,
+    ) {
+        let mut early = Early { sent: early, received: Queue::default() };
+        let meter = Meter::default();
+        let pipes = self.setup.borrow().pipes.clone();
+        let pipes = pipes.as_deref();
+        let relayed = async {
+            match sink {
+                Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
+                Sink::Tunnel(stream) => {
+                    early.received = stream.early;
+                    let _place = stream.place;
+                    match stream.leg {
+                        tunnel::Leg::H2(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
+                        tunnel::Leg::H1(h1::Leg::Tcp(mut leg)) => {
+                            relay(client, &mut leg, early, &meter, pipes).await
+                        }
+                        tunnel::Leg::H1(h1::Leg::Tls(mut leg)) => {
+                            relay(client, &mut *leg, early, &meter, pipes).await
+                        }
+                    }
+                }
+            }
+        };
+        let mut stop = self.stop.clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = relayed => outcome,
+            // Both legs are dropped before their ends: both are reset.
+            () = stop.stopping() => Outcome::Stopped,
+        };
+        (record.sent, record.received) = (meter.sent.get(), meter.received.get());
+        record.outcome = outcome.to_string();
+        self.counters.flows.add(1);
+        self.counters.bytes_sent.add(record.sent);
+        self.counters.bytes_received.add(record.received);
+        if let Some(Piped { moved, missed }) = pipes.map(Pipes::report) {
+            self.counters.bytes_piped.add(moved);
+            self.counters.pipes_missed.add(missed);
+        }
+        if !matches!(outcome, Outcome::Closed) {
+            self.counters.flows_reset.add(1);
+        }
+        self.book(record, started);
+    }
+
+    fn book(&self, mut record: Record, started: Instant) {
+        record.lasted(started.elapsed());
+        tracing::info!(
+            target: "tunnel::flow",
+            destination = record.destination,
+            client = record.client,
+            identity = record.identity,
+            via = ?record.via,
+            sent = record.sent,
+            received = record.received,
+            ms = record.duration_ms,
+            "{}", record.outcome
+        );
+        self.records.push(record);
+    }
+
+    fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
+        let counter = match refusal {
+            Refusal::Method(_)
+            | Refusal::Authority(_)
+            | Refusal::Head(_)
+            | Refusal::Content(_)
+            | Refusal::Host(_) => &self.counters.bad_requests,
+            Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
+            Refusal::Dial(_) => &self.counters.dial_failed,
+            Refusal::Tunnel(_) => &self.counters.tunnel_failed,
+            Refusal::Limit(_) => &self.counters.over_limit,
+        };
+        counter.add(1);
+        record.outcome = format!("refused: {refusal}");
+        record.lasted(started.elapsed());
+        tracing::warn!(
+            target: "tunnel::flow",
+            destination = record.destination,
+            client = record.client,
+            identity = identity.map(tracing::field::display),
+            ms = record.duration_ms,
+            "{}", record.outcome
+        );
+        self.records.push(record);
+    }
+
+    /// Books a flow whose client did not wait for it.
+    fn left(&self, mut record: Record, started: Instant) {
+        "the client left before the target answered".clone_into(&mut record.outcome);
+        self.book(record, started);
+    }
+}
