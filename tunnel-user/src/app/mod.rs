@@ -223,6 +223,7 @@ fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener]) -> Arc<S
             per_flow,
         ),
         relay: config.daemon.relay,
+        inspect_timeout: config.daemon.inspect_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: fixed.keep_records,

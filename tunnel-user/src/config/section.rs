@@ -12,9 +12,9 @@ use std::{
 
 use super::{
     BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN, Daemon,
-    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS, Listener, MARK,
-    MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, UPSTREAM_STREAMS,
-    Upstream, endpoints,
+    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
+    LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT,
+    Redirect, Relay, UPSTREAM_STREAMS, Upstream, endpoints,
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
@@ -151,12 +151,17 @@ impl Section for Daemon {
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"pipe\", in the kernel (splice), which takes less than half the CPU for bulk and as much for small messages.",
             Relay::Copy,
         );
+        let inspect_timeout = r.default(
+            "inspect_timeout",
+            "How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its server to speak first is held up for as long.",
+            INSPECT_TIMEOUT,
+        );
         let watch = r.default(
             "watch",
             "Whether this file is read again when it changes. SIGHUP has it read again anyway.",
             true,
         );
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, watch })
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, inspect_timeout, watch })
     }
 }
 
@@ -293,6 +298,11 @@ impl Section for Listener {
             "Whether it speaks TLS. Without it no client can prove who it is: only policies for \"any\" match.",
             true,
         );
+        let proxy_protocol = r.default(
+            "proxy_protocol",
+            "Whether every connection begins with a PROXY header (version 1 or 2), whose client address is believed: for listeners that a balancer alone can reach. Connections without one are closed.",
+            false,
+        );
         let client_auth =
             r.default("client_auth", "Whether clients must present a certificate.", ClientAuth::Required);
         let verify = r.default(
@@ -331,6 +341,7 @@ impl Section for Listener {
             name,
             address: address?,
             protocols,
+            proxy_protocol,
             tls,
             client_auth,
             verify,

@@ -380,7 +380,8 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
+    let taken = "daemon.inspect_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
+        capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
         capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.name listener.protocols \

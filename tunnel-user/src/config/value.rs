@@ -21,7 +21,7 @@ use super::{
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
-    route::Regex,
+    route::{ProxyProtocol, Regex},
 };
 use crate::{flow::Target, route::Source, transport::identity::SanPattern};
 
@@ -107,7 +107,7 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, Source, Method, CheckKind);
+by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, ProxyProtocol, Source, Method, CheckKind);
 
 /// Who captures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +149,9 @@ impl Word for CheckKind {
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] = &[("copy", Self::Copy), ("pipe", Self::Pipe)];
     const LATER: &'static [&'static str] = &["splice"];
+}
+impl Word for ProxyProtocol {
+    const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];
 }
 impl Word for Source {
     const WORDS: &'static [(&'static str, Self)] =

@@ -3,7 +3,10 @@
 //! Enters: a request's head. Leaves: a target, or a status with the reason in `proxy-status` (RFC 9209).
 //! Invariant: one table maps every reason to its status. It never reads a body.
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header::ALLOW};
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{ALLOW, CONTENT_LENGTH},
+};
 
 use crate::{
     dial::DialError,
@@ -59,6 +62,8 @@ impl Refusal {
                 (StatusCode::BAD_REQUEST, "http_request_error")
             }
             Self::Head(HeadError::Syntax(_)) => (StatusCode::BAD_REQUEST, "http_request_error"),
+            // RFC 9112 section 3.
+            Self::Head(HeadError::LineTooLong) => (StatusCode::URI_TOO_LONG, "http_request_error"),
             // RFC 6585 section 5.
             Self::Head(HeadError::TooLong | HeadError::TooManyFields) => {
                 (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http_request_error")
@@ -124,6 +129,10 @@ pub fn target(request: &Request<impl Sized>) -> Result<Target, Refusal> {
     if request.method() != Method::CONNECT {
         return Err(Refusal::Method(request.method().clone()));
     }
+    // As over HTTP/1: with one, the library would count the tunnel's bytes against it.
+    if request.headers().contains_key(CONTENT_LENGTH) {
+        return Err(Refusal::Content(CONTENT_LENGTH.as_str()));
+    }
     let authority = request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
     Ok(authority.parse()?)
 }
@@ -147,6 +156,9 @@ mod tests {
         assert_eq!(status(&request("CONNECT", "example.org")), 400);
         assert_eq!(status(&request("CONNECT", "user@example.org:80")), 400);
         assert_eq!(status(&request("CONNECT", "example.org:0")), 400);
+        let mut content = request("CONNECT", "example.org:1");
+        content.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        assert_eq!(status(&content), 400);
     }
 
     #[test]

@@ -415,6 +415,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
     run(async {
         let tls = identity();
         let settings = accept::Settings {
+            proxy_protocol: false,
             tls: Some(accept::Tls { store: Arc::clone(&tls), check: ClientCheck::default() }),
             protocols: vec![Protocol::H2],
             handshake_timeout: PATIENCE,
