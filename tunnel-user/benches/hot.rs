@@ -179,7 +179,8 @@ fn captures(c: &mut Criterion) {
 fn headers(c: &mut Criterion) {
     let mut group = c.benchmark_group("CONNECT request");
     let (trace, target, terms) = (Trace::default(), last_of(1), Terms::default());
-    let ask = Ask { target: &target, client: client(), received: None, pseudonym: "tunnel-0", terms: &terms };
+    let ask =
+        Ask { target: &target, client: Some(client()), received: None, pseudonym: "tunnel-0", terms: &terms };
     for extra in [0, 1, 8] {
         let configured: Vec<_> = (0..extra)
             .map(|i| {

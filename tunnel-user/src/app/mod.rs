@@ -455,12 +455,19 @@ fn upstream(
     u: &config::Upstream,
     tls: Option<&Arc<TlsStore>>,
     mark: tcp::Mark,
-) -> Result<tunnel::Settings, Failure> {
-    let proving =
-        |check| Ok::<_, Failure>(tunnel::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
-    Ok(tunnel::Settings {
+) -> Result<tunnel::Next<tunnel::Settings>, Failure> {
+    let store = || tls.cloned().ok_or_else(no_identity);
+    if let Some(itself) = &u.itself {
+        let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
+        let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
+        let itself = tunnel::Itself { name: u.name.clone(), listener, proof, dial_timeout };
+        return Ok(tunnel::Next::Itself(Arc::new(itself)));
+    }
+    let proving = |check| Ok::<_, Failure>(tunnel::Tls { store: store()?, check });
+    Ok(tunnel::Next::Tunnel(tunnel::Settings {
         name: u.name.clone(),
         endpoints: u.endpoints.clone(),
+        via: u.via,
         balance: u.balance,
         protocol: u.protocol,
         tls: u.check().map(proving).transpose()?,
@@ -473,7 +480,7 @@ fn upstream(
             keepalive_interval: u.keepalive_interval,
             keepalive_timeout: u.keepalive_timeout,
         },
-    })
+    }))
 }
 
 fn other(what: &str) -> Failure {

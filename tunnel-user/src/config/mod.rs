@@ -24,6 +24,7 @@ mod section;
 #[cfg(test)]
 mod tests;
 mod value;
+mod via;
 
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
@@ -278,8 +279,13 @@ pub struct Upstream {
     pub name: String,
     /// What it speaks.
     pub protocol: Protocol,
-    /// Where it is; at least one.
+    /// Where it is; at least one, unless it is this process itself.
     pub endpoints: Vec<Target>,
+    /// Which other upstream its connections go through: an index into [`Config::upstreams`]. That one is another
+    /// process, and does not come back here.
+    pub via: Option<usize>,
+    /// It is this process: nothing else of this is used then.
+    pub itself: Option<Itself>,
     /// How an endpoint is picked.
     pub balance: Balance,
     /// Whether it is spoken to over TLS. Without it nothing is proved: `sni` and `verify` mean nothing then.
@@ -311,6 +317,8 @@ impl Upstream {
             name,
             protocol: Protocol::H2,
             endpoints,
+            via: None,
+            itself: None,
             balance: Balance::LeastRequest,
             tls: true,
             sni: None,
@@ -329,6 +337,17 @@ impl Upstream {
     pub fn check(&self) -> Option<ServerCheck> {
         self.tls.then(|| ServerCheck { name: self.sni.clone(), san: self.verify.clone() })
     }
+}
+
+/// An upstream that is this process: flows go to one of its listeners, as a peer's would.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Itself {
+    /// The listener's name.
+    pub listener: String,
+    /// What its clients must prove; without TLS nothing.
+    pub check: Option<ClientCheck>,
+    /// How long a dial for it may take.
+    pub dial_timeout: Duration,
 }
 
 /// `[[policy]]`: these peers may reach these targets.

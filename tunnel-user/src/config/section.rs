@@ -19,6 +19,7 @@ use super::{
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
     value::{FilePath, Headers, Mode},
+    via::{self, UpstreamByName},
 };
 use crate::{flow::Target, transport::tls::IdentityFiles};
 
@@ -36,7 +37,7 @@ impl Section for Config {
         let listeners: Vec<At<Listener>> = r.sections("listener", "Where CONNECT requests arrive.");
         let routes: Vec<RouteByName> =
             r.sections("route", "Where flows go. The first match wins; no match is refused.");
-        let upstreams: Vec<Upstream> =
+        let upstreams: Vec<UpstreamByName> =
             r.sections("upstream", "A gateway or proxy that flows are tunnelled through.");
         let policies: Vec<At<Policy>> = r.sections(
             "policy",
@@ -56,6 +57,7 @@ impl Section for Config {
             }
         }
         let routes = resolve(r, routes);
+        let upstreams = via::resolve(r, upstreams, &listeners);
         let listeners = listeners.into_iter().map(|l| l.value).collect();
         let policies = policies.into_iter().map(|p| p.value).collect();
         Some(Self {
@@ -65,7 +67,7 @@ impl Section for Config {
             redirects,
             listeners,
             routes: routes?,
-            upstreams,
+            upstreams: upstreams?,
             policies,
         })
     }
@@ -77,7 +79,7 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         r.wrong("", "there is nothing to do: neither [[capture]] nor [[listener]] is there");
     }
     for key in ["listener", "upstream"] {
-        if r.has(key) && !r.all_say(key, "tls", false) && !r.has("identity") {
+        if r.has(key) && !r.all_say_or_have(key, "tls", false, "self") && !r.has("identity") {
             r.wrong(key, "needs a certificate: [identity] is missing");
         }
     }
@@ -356,7 +358,8 @@ impl Section for Upstream {
             Protocol::H2,
         );
         let tls = r.default("tls", "Whether to speak TLS to it. Without it nobody proves anything.", true);
-        let endpoints: Option<Vec<Target>> = r.required("endpoints", "Where it is: HOST:PORT.");
+        let endpoints: Option<Vec<Target>> =
+            r.optional("endpoints", "Where it is: HOST:PORT. Needed, unless there is self.");
         let balance = r.default("balance", "How an endpoint is picked.", Balance::LeastRequest);
         let sni =
             r.optional("sni", "The name to ask for and, without verify, to verify. Default: the endpoint's.");
@@ -382,9 +385,12 @@ impl Section for Upstream {
             r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
         let response_timeout =
             r.default("response_timeout", "How long the answer to CONNECT may take.", RESPONSE_TIMEOUT);
-        r.later("via");
 
-        if endpoints.as_ref().is_some_and(Vec::is_empty) {
+        let endpoints = if r.has("self") { Some(Vec::new()) } else { endpoints };
+        if !r.has("self") {
+            r.demand("endpoints");
+        }
+        if !r.has("self") && endpoints.as_ref().is_some_and(Vec::is_empty) {
             r.wrong("endpoints", "is empty: there is nothing to connect to");
         }
         if !tls {
@@ -406,6 +412,8 @@ impl Section for Upstream {
             name: name?,
             protocol,
             endpoints: endpoints?,
+            via: None,
+            itself: None,
             balance,
             tls,
             sni,

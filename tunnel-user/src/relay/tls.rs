@@ -40,29 +40,6 @@ impl TlsLeg {
         Self { stream: Rc::new(stream), session, sealed: 0, finishing: false, error: ErrorWatch::default() }
     }
 
-    /// What the session has decrypted; `None` when it has nothing yet.
-    fn decrypted(&mut self) -> Option<Result<Option<Bytes>, Broken>> {
-        let mut out = BytesMut::new();
-        while out.len() < READ_MAX {
-            let mut reader = self.session.reader();
-            let n = match reader.fill_buf() {
-                Ok([]) if out.is_empty() => return Some(Ok(None)),
-                Ok([]) => break,
-                Ok(chunk) => {
-                    let n = chunk.len().min(READ_MAX - out.len());
-                    out.extend_from_slice(&chunk[..n]);
-                    n
-                }
-                // What is there comes first; this comes again.
-                Err(_) if !out.is_empty() => break,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
-                Err(e) => return Some(Err(reset(e))),
-            };
-            reader.consume(n);
-        }
-        Some(Ok(Some(out.freeze())))
-    }
-
     /// Puts records into the socket; ready when none is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         while self.session.wants_write() {
@@ -77,6 +54,29 @@ impl TlsLeg {
         }
         Poll::Ready(Ok(()))
     }
+}
+
+/// What a session has decrypted; `None` when it has nothing yet.
+pub(super) fn decrypted(session: &mut Connection) -> Option<Result<Option<Bytes>, Broken>> {
+    let mut out = BytesMut::new();
+    while out.len() < READ_MAX {
+        let mut reader = session.reader();
+        let n = match reader.fill_buf() {
+            Ok([]) if out.is_empty() => return Some(Ok(None)),
+            Ok([]) => break,
+            Ok(chunk) => {
+                let n = chunk.len().min(READ_MAX - out.len());
+                out.extend_from_slice(&chunk[..n]);
+                n
+            }
+            // What is there comes first; this comes again.
+            Err(_) if !out.is_empty() => break,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(e) => return Some(Err(reset(e))),
+        };
+        reader.consume(n);
+    }
+    Some(Ok(Some(out.freeze())))
 }
 
 /// The socket as rustls wants it.
@@ -107,7 +107,7 @@ impl Leg for TlsLeg {
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {
-            if let Some(received) = self.decrypted() {
+            if let Some(received) = decrypted(&mut self.session) {
                 return Poll::Ready(received);
             }
             ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;

@@ -6,12 +6,18 @@
 
 pub mod connect;
 pub mod h1;
+pub mod h2;
 pub mod headers;
+pub mod itself;
+pub mod nested;
 pub mod pick;
 pub mod pool;
 pub mod upstream;
+pub mod upstreams;
 
 #[cfg(test)]
 mod tests;
 
+pub use itself::Itself;
 pub use upstream::{Leg, Settings, Stream, Tls, TunnelError, Upstream};
+pub use upstreams::{Next, Upstreams};

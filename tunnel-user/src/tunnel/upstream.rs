@@ -22,12 +22,13 @@ use super::{
     connect::{self, ConnectError, Connected, Key, TlsKey, connect},
     h1,
     headers::{Ask, Trace, connect_request},
+    nested::Via,
     pick,
     pool::{self, Lease, Pool},
 };
 use crate::{
     config::{Balance, Protocol},
-    flow::{Identity, PeerAddr, Target},
+    flow::{FarEnd, Identity, Target},
     relay::{H2Leg, Queue},
     transport::{
         h1::ReadError,
@@ -53,6 +54,8 @@ pub struct Settings {
     pub name: String,
     /// Where it is.
     pub endpoints: Vec<Target>,
+    /// Through which other upstream it is reached: its place among the configuration's.
+    pub via: Option<usize>,
     /// Which endpoint is next.
     pub balance: Balance,
     /// What it speaks.
@@ -97,7 +100,7 @@ pub struct Stream {
     /// What the target has sent already.
     pub early: Queue,
     /// The endpoint it goes through.
-    pub peer: PeerAddr,
+    pub peer: FarEnd,
     /// Who the endpoint has proved to be.
     pub identity: Option<Identity>,
     /// Held as long as the stream lives.
@@ -161,7 +164,7 @@ pub enum TunnelError {
     #[error("{peer} refused {target}: {status}{}", detail.as_deref().map(|d| format!(" ({d})")).unwrap_or_default())]
     Refused {
         /// Who refused.
-        peer: PeerAddr,
+        peer: FarEnd,
         /// What was asked for.
         target: Target,
         /// The status.
@@ -173,7 +176,7 @@ pub enum TunnelError {
     #[error("{peer} did not answer CONNECT {target} within {after:?}")]
     Timeout {
         /// Who was asked.
-        peer: PeerAddr,
+        peer: FarEnd,
         /// What for.
         target: Target,
         /// The time allowed.
@@ -183,7 +186,7 @@ pub enum TunnelError {
     #[error("{peer} dropped CONNECT {target}: {why}")]
     Dropped {
         /// Who was asked.
-        peer: PeerAddr,
+        peer: FarEnd,
         /// What for.
         target: Target,
         /// How.
@@ -211,6 +214,8 @@ struct Endpoint {
 /// One upstream on one worker.
 pub struct Upstream {
     settings: Settings,
+    /// Its name in what is said of it, with those that it goes through.
+    way: String,
     lines: Rc<Lines>,
     endpoints: Vec<Rc<Endpoint>>,
     next: Cell<usize>,
@@ -219,8 +224,8 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// Nothing is connected until a flow needs it.
-    pub fn new(settings: Settings) -> Self {
+    /// Nothing is connected until a flow needs it. `via` is the upstream that the settings speak of.
+    pub fn new(settings: Settings, via: Option<Via>) -> Self {
         let endpoint = |target: &Target| {
             Rc::new(Endpoint {
                 target: target.clone(),
@@ -231,7 +236,11 @@ impl Upstream {
             })
         };
         Self {
-            lines: Rc::new(Lines::new(&settings)),
+            way: match &via {
+                None => settings.name.clone(),
+                Some(via) => format!("{} via {}", settings.name, via.0.way),
+            },
+            lines: Rc::new(Lines::new(&settings, via)),
             endpoints: settings.endpoints.iter().map(endpoint).collect(),
             settings,
             next: Cell::default(),
@@ -243,6 +252,11 @@ impl Upstream {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.settings.name
+    }
+
+    /// How many others it goes through.
+    pub fn depth(&self) -> usize {
+        self.lines.via.as_ref().map_or(0, |via| 1 + via.0.depth())
     }
 
     /// Connections opened since the start.
@@ -304,7 +318,7 @@ impl Upstream {
                 }
             }
         }
-        let upstream = self.settings.name.clone();
+        let upstream = self.way.clone();
         Err(match failed {
             Some(source) => TunnelError::Connect { upstream, source },
             None => {
@@ -322,6 +336,9 @@ impl Upstream {
     }
 
     fn note_failure(&self, endpoint: &Rc<Endpoint>, why: &ConnectError) {
+        if !why.is_of_endpoint() {
+            return;
+        }
         endpoint.failures.set(endpoint.failures.get() + 1);
         *endpoint.last.borrow_mut() = why.to_string();
         if endpoint.failures.get() < EJECT_AFTER || endpoint.ejected.get() {
@@ -336,8 +353,8 @@ impl Upstream {
 
     async fn request(&self, lease: Lease, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
         let target = ask.authority();
-        let peer = lease.peer();
-        let dropped = |why: String| TunnelError::Dropped { peer, target: target.clone(), why };
+        let peer = || lease.peer().clone();
+        let dropped = |why: String| TunnelError::Dropped { peer: peer(), target: target.clone(), why };
         let request = self.connect_request(ask)?;
         let not_sent = |why: String| {
             lease.retire();
@@ -363,20 +380,20 @@ impl Upstream {
             }
             Err(_) => {
                 let target = target.clone();
-                return Err(Attempt::Failed(TunnelError::Timeout { peer, target, after }));
+                return Err(Attempt::Failed(TunnelError::Timeout { peer: peer(), target, after }));
             }
         };
         // Any 2xx (RFC 9110 section 9.3.6).
         if !response.status().is_success() {
             let detail = response.headers().get("proxy-status").and_then(|v| v.to_str().ok());
             return Err(Attempt::Failed(TunnelError::Refused {
-                peer,
+                peer: peer(),
                 target: target.clone(),
                 status: response.status(),
                 detail: detail.map(str::to_owned),
             }));
         }
-        let identity = lease.identity();
+        let (peer, identity) = (peer(), lease.identity());
         let leg = Leg::H2(H2Leg::client(send, response.into_body()));
         let place = Place { _lease: Some(lease), _turn: turn };
         Ok(Stream { leg, early: Queue::default(), peer, identity, place })
@@ -389,8 +406,9 @@ impl Upstream {
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let asked = timeout(after, h1::ask(link, &request)).await;
         let target = || ask.authority().clone();
-        let asked =
-            asked.map_err(|_| Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }))?;
+        let Ok(asked) = asked else {
+            return Err(Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }));
+        };
         match asked {
             Ok(h1::Asked::Open(leg, early)) => {
                 let place = Place { _lease: None, _turn: turn };
@@ -423,6 +441,7 @@ enum Attempt {
 struct Lines {
     protocol: Protocol,
     tls: Option<Tls>,
+    via: Option<Via>,
     connect: connect::Settings,
     kind: Kind,
 }
@@ -443,13 +462,13 @@ enum Line {
 }
 
 impl Lines {
-    fn new(settings: &Settings) -> Self {
+    fn new(settings: &Settings, via: Option<Via>) -> Self {
         let kind = match settings.protocol {
             Protocol::H2 => Kind::Pool(Pool::new(settings.pool.clone())),
             Protocol::H1 => Kind::Each(Cell::default()),
         };
         let Settings { protocol, tls, pool, .. } = settings;
-        Self { protocol: *protocol, tls: tls.clone(), connect: pool.connect, kind }
+        Self { protocol: *protocol, tls: tls.clone(), via, connect: pool.connect, kind }
     }
 
     async fn get(&self, endpoint: &Target) -> Result<Line, ConnectError> {
@@ -457,7 +476,7 @@ impl Lines {
             config: store.client_config(check, self.protocol),
             server_name: check.server_name(endpoint),
         });
-        let key = Key { endpoint: endpoint.clone(), tls };
+        let key = Key { endpoint: endpoint.clone(), tls, via: self.via.clone() };
         match &self.kind {
             Kind::Pool(pool) => pool.lease(&key).await.map(Line::Shared),
             Kind::Each(opened) => {

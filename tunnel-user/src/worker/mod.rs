@@ -5,6 +5,7 @@
 //! itself: those are bound before any worker starts.
 
 mod captured;
+mod itself;
 mod reach;
 mod requests;
 
@@ -44,7 +45,7 @@ use crate::{
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
-    tunnel::{self, Upstream, h1, headers::Trace},
+    tunnel::{self, Upstreams, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -61,7 +62,7 @@ pub struct Shared {
     /// Who may reach what through our listeners.
     pub policies: Policies,
     /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<tunnel::Settings>,
+    pub upstreams: Vec<tunnel::Next<tunnel::Settings>>,
     /// The mark of our own sockets.
     pub mark: Mark,
     /// What this process calls itself in `via`, as no other does.
@@ -144,7 +145,7 @@ pub fn run(start: Start) -> io::Result<Report> {
 struct Worker {
     shared: Arc<Shared>,
     counters: Arc<Counters>,
-    upstreams: Vec<Upstream>,
+    upstreams: Upstreams,
     records: Records,
     /// What bytes are moved through between two sockets of ours, unless they are copied.
     pipes: Option<Pipes>,
@@ -159,7 +160,7 @@ struct Worker {
 
 async fn work(start: Start) -> io::Result<Report> {
     let Start { shared, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = shared.upstreams.iter().cloned().map(Upstream::new).collect();
+    let upstreams = Upstreams::new(&shared.upstreams);
     let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
@@ -228,17 +229,12 @@ async fn work(start: Start) -> io::Result<Report> {
     stop.enter(Phase::Stop);
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
     // What the flows have handed over is not on the wire yet.
-    let closed = async {
-        for upstream in &worker.upstreams {
-            upstream.close().await;
-        }
-    };
     tokio::select! {
-        _ = timeout(worker.shared.drain_timeout, closed) => {}
+        _ = timeout(worker.shared.drain_timeout, worker.upstreams.close()) => {}
         () = watch.stopping() => {}
     }
     let (records, dropped) = worker.records.take();
-    let connections_opened = worker.upstreams.iter().map(Upstream::connections_opened).sum();
+    let connections_opened = worker.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })
 }
 
@@ -312,16 +308,16 @@ impl Worker {
         let relayed = async {
             match sink {
                 Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
-                Sink::Tunnel(stream) => {
-                    early.received = stream.early;
-                    let _place = stream.place;
-                    match stream.leg {
-                        tunnel::Leg::H2(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
-                        tunnel::Leg::H1(h1::Leg::Tcp(mut leg)) => {
-                            relay(client, &mut leg, early, &meter, pipes).await
+                Sink::Tunnel(mut stream) => {
+                    early.received = std::mem::take(&mut stream.early);
+                    match &mut stream.leg {
+                        tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, pipes).await,
+                        tunnel::Leg::H1(h1::Leg::Tcp(leg)) => relay(client, leg, early, &meter, pipes).await,
+                        tunnel::Leg::H1(h1::Leg::Tls(leg)) => {
+                            relay(client, &mut **leg, early, &meter, pipes).await
                         }
-                        tunnel::Leg::H1(h1::Leg::Tls(mut leg)) => {
-                            relay(client, &mut *leg, early, &meter, pipes).await
+                        tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
+                            relay(client, &mut stream, early, &meter, pipes).await
                         }
                     }
                 }
@@ -357,6 +353,7 @@ impl Worker {
             client = record.client,
             identity = record.identity,
             via = ?record.via,
+            passed = record.passed(),
             sent = record.sent,
             received = record.received,
             ms = record.duration_ms,
@@ -385,6 +382,7 @@ impl Worker {
             destination = record.destination,
             client = record.client,
             identity = identity.map(tracing::field::display),
+            passed = record.passed(),
             ms = record.duration_ms,
             "{}", record.outcome
         );

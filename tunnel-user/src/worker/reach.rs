@@ -15,7 +15,7 @@ use crate::{
     route::Decision,
     stats::{Record, Via},
     tunnel::{
-        self,
+        self, Next,
         headers::{Ask, is_loop},
     },
 };
@@ -44,15 +44,22 @@ impl Worker {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
                 let pseudonym = &self.shared.pseudonym;
+                let upstream =
+                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
+                let ask = Ask { target, client: Some(flow.client), received: flow.request, pseudonym, terms };
+                let upstream = match upstream {
+                    Next::Tunnel(upstream) => upstream,
+                    // Boxed, because it comes here again.
+                    Next::Itself(itself) => {
+                        return Box::pin(self.hand_over(itself, flow, &ask, record)).await;
+                    }
+                };
                 // What is dialled here goes around no further.
                 if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
                     return Err(Refusal::Loop);
                 }
-                let upstream =
-                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
-                let ask = Ask { target, client: flow.client, received: flow.request, pseudonym, terms };
                 let stream = upstream.connect(&ask).await?;
-                record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
+                record.through(upstream.name(), &stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
             Decision::Dial { instead, terms } => {
