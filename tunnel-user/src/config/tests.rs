@@ -96,7 +96,7 @@ max_streams = "many"
 }
 
 /// `GOOD` with one more line in front of, or behind, a line of it.
-fn with(extra: &str, after: &str) -> String {
+pub(super) fn with(extra: &str, after: &str) -> String {
     let at = GOOD.find(after).unwrap() + after.len();
     format!("{}\n{extra}{}", &GOOD[..at], &GOOD[at..])
 }
@@ -255,69 +255,6 @@ fn without_tls_nothing_is_proved_and_what_would_need_it_is_a_mistake() {
     }
 }
 
-#[test]
-fn an_upstream_goes_through_another_that_is_there_and_never_in_a_circle() {
-    let endpoint = "endpoints = [\"10.9.0.2:15008\"]";
-    let c = parse(&with("via = \"east\"", endpoint)).unwrap();
-    assert_eq!((c.upstreams[0].via, c.upstreams[1].via), (Some(1), None));
-    assert_eq!(
-        mistakes(&with("via = \"est\"", endpoint)),
-        ["17:7: upstream.via: no upstream is named \"est\", did you mean \"east\"?"]
-    );
-    assert_eq!(
-        mistakes(&with("via = \"west\"", endpoint)),
-        ["17:7: upstream.via: goes around in a circle: west via west"]
-    );
-    let circle =
-        with("via = \"east\"", endpoint).replace("sni = \"gw.east\"", "sni = \"gw.east\"\nvia = \"far\"");
-    let circle =
-        format!("{circle}\n[[upstream]]\nname = \"far\"\nvia = \"west\"\nendpoints = [\"a.example:1\"]\n");
-    assert_eq!(
-        mistakes(&circle),
-        ["17:7: upstream.via: goes around in a circle: west via east via far via west"]
-    );
-}
-
-/// An agent and a gateway in one process.
-const ITSELF: &str = "[[capture]]\nunit = \"legacy.service\"\n[[listener]]\nname = \"gw\"\naddress = \"127.0.0.1:1\"\n\
-    tls = false\ndial_timeout = \"3s\"\n[[route]]\nmatch = { source = [\"captured\"] }\nto = [{ upstream = \"here\" }]\n\
-    [[route]]\nto = \"direct\"\n[[upstream]]\nname = \"here\"\nself = \"gw\"\n";
-
-#[test]
-fn an_upstream_that_is_this_process_names_a_listener_and_nothing_else() {
-    let c = parse(ITSELF).unwrap();
-    let itself = c.upstreams[0].itself.as_ref().unwrap();
-    assert_eq!((itself.listener.as_str(), itself.dial_timeout), ("gw", Duration::from_secs(3)));
-    assert!(itself.check.is_none(), "nobody proves anything where there is no TLS");
-    assert_eq!(
-        mistakes(&ITSELF.replace("self = \"gw\"", "self = \"gv\"")),
-        ["15:8: upstream.self: no listener is named \"gv\", did you mean \"gw\"?"]
-    );
-    let said = |line: &str, said: &str| {
-        assert_eq!(mistakes(&format!("{ITSELF}{line}\n")), [format!("16:{said}")], "{line}");
-    };
-    for (line, column, key) in [
-        ("endpoints = [\"10.9.0.1:1\"]", 13, "endpoints"),
-        ("tls = false", 7, "tls"),
-        ("protocol = \"h1\"", 12, "protocol"),
-        ("response_timeout = \"3s\"", 20, "response_timeout"),
-    ] {
-        said(line, &format!("{column}: upstream.{key}: has no meaning beside self: no connection is made"));
-    }
-    let through = "[[upstream]]\nname = \"b\"\nvia = \"here\"\nendpoints = [\"a.example:1\"]\ntls = false";
-    assert_eq!(
-        mistakes(&format!("{ITSELF}{through}\n")),
-        ["18:7: upstream.via: \"here\" is this process itself: there is nothing to go through"]
-    );
-    assert_eq!(
-        mistakes(&ITSELF.replace("self = \"gw\"\n", "")),
-        [
-            "13:1: upstream: needs a certificate: [identity] is missing",
-            "13:1: upstream.endpoints: is missing",
-        ]
-    );
-}
-
 /// A daemon that captures by rules.
 const REDIRECT: &str = "[[capture]]\nmode = \"redirect\"\nlisten = [\"127.0.0.1:15001\", \"[::1]:15001\"]\n\
     [[route]]\nto = \"direct\"\n";
@@ -455,12 +392,12 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         route.timeout route.to route.to.dial route.to.upstream route.to.weight upstream \
         upstream.balance upstream.connect_timeout upstream.endpoints upstream.headers \
         upstream.idle_timeout upstream.keepalive_interval upstream.keepalive_timeout \
-        upstream.max_streams upstream.name upstream.protocol upstream.response_timeout upstream.sni \
-        upstream.tls upstream.verify";
+        upstream.max_streams upstream.name upstream.protocol upstream.response_timeout upstream.self upstream.sni \
+        upstream.tls upstream.verify upstream.via";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");
-    assert_eq!(all["properties"]["upstream"]["items"]["required"], serde_json::json!(["name", "endpoints"]));
+    assert_eq!(all["properties"]["upstream"]["items"]["required"], serde_json::json!(["name"]));
 }
 
 #[test]

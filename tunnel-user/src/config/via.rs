@@ -100,3 +100,78 @@ fn circle(upstreams: &[UpstreamByName], from: &UpstreamByName) -> Option<String>
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::config::tests::{mistakes, parse, with};
+
+    #[test]
+    fn an_upstream_goes_through_another_that_is_there_and_never_in_a_circle() {
+        let endpoint = "endpoints = [\"10.9.0.2:15008\"]";
+        let c = parse(&with("via = \"east\"", endpoint)).unwrap();
+        assert_eq!((c.upstreams[0].via, c.upstreams[1].via), (Some(1), None));
+        assert_eq!(
+            mistakes(&with("via = \"est\"", endpoint)),
+            ["16:7: upstream.via: no upstream is named \"est\", did you mean \"east\"?"]
+        );
+        assert_eq!(
+            mistakes(&with("via = \"west\"", endpoint)),
+            ["16:7: upstream.via: goes around in a circle: west via west"]
+        );
+        let circle =
+            with("via = \"east\"", endpoint).replace("sni = \"gw.east\"", "sni = \"gw.east\"\nvia = \"far\"");
+        let circle = format!(
+            "{circle}\n[[upstream]]\nname = \"far\"\nvia = \"west\"\nendpoints = [\"a.example:1\"]\n"
+        );
+        assert_eq!(
+            mistakes(&circle),
+            ["16:7: upstream.via: goes around in a circle: west via east via far via west"]
+        );
+    }
+
+    /// An agent and a gateway in one process.
+    const ITSELF: &str = "[[capture]]\nunit = \"legacy.service\"\n[[listener]]\nname = \"gw\"\naddress = \"127.0.0.1:1\"\n\
+        tls = false\ndial_timeout = \"3s\"\n[[route]]\nmatch = { source = [\"captured\"] }\nto = [{ upstream = \"here\" }]\n\
+        [[route]]\nto = \"direct\"\n[[upstream]]\nname = \"here\"\nself = \"gw\"\n";
+
+    #[test]
+    fn an_upstream_that_is_this_process_names_a_listener_and_nothing_else() {
+        let c = parse(ITSELF).unwrap();
+        let itself = c.upstreams[0].itself.as_ref().unwrap();
+        assert_eq!((itself.listener.as_str(), itself.dial_timeout), ("gw", Duration::from_secs(3)));
+        assert!(itself.check.is_none(), "nobody proves anything where there is no TLS");
+        assert_eq!(
+            mistakes(&ITSELF.replace("self = \"gw\"", "self = \"gv\"")),
+            ["15:8: upstream.self: no listener is named \"gv\", did you mean \"gw\"?"]
+        );
+        let said = |line: &str, said: &str| {
+            assert_eq!(mistakes(&format!("{ITSELF}{line}\n")), [format!("16:{said}")], "{line}");
+        };
+        for (line, column, key) in [
+            ("endpoints = [\"10.9.0.1:1\"]", 13, "endpoints"),
+            ("tls = false", 7, "tls"),
+            ("protocol = \"h1\"", 12, "protocol"),
+            ("response_timeout = \"3s\"", 20, "response_timeout"),
+        ] {
+            said(
+                line,
+                &format!("{column}: upstream.{key}: has no meaning beside self: no connection is made"),
+            );
+        }
+        let through =
+            "[[upstream]]\nname = \"b\"\nvia = \"here\"\nendpoints = [\"a.example:1\"]\ntls = false";
+        assert_eq!(
+            mistakes(&format!("{ITSELF}{through}\n")),
+            ["18:7: upstream.via: \"here\" is this process itself: there is nothing to go through"]
+        );
+        assert_eq!(
+            mistakes(&ITSELF.replace("self = \"gw\"\n", "")),
+            [
+                "13:1: upstream.endpoints: is missing",
+                "13:1: upstream: needs a certificate: [identity] is missing",
+            ]
+        );
+    }
+}
