@@ -96,7 +96,7 @@ fn a_flow_that_is_handed_over_again_and_again_is_a_loop() -> Result<()> {
     let config = both(&world, "", again)?;
     let done = world.exec_with(&config).run_app(&["expect-reset", "10.200.0.10:80", "10"])?;
     let said = refused(&done)?;
-    assert_eq!(said, "refused: it goes around in a loop", "{done}");
+    assert!(said.ends_with("it goes around in a loop"), "{done}");
     let _gateway = gateway(&world, "[[route]]\nto = [{ upstream = \"here\" }]\n")?;
     let answer = ask(&world, "10.200.0.10:80", &[])?;
     assert_eq!(answer.status, 508, "{answer:?}");
