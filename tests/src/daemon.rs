@@ -2,9 +2,17 @@
 
 use std::{fs, net::SocketAddr, path::PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
 
-use crate::{gateway::LOG, netns::NetNs, process::Process, programs, world::World};
+use crate::{
+    gateway::LOG,
+    netns::NetNs,
+    process::Process,
+    programs,
+    wait::{PATIENCE, wait_for},
+    world::World,
+};
 
 /// A running daemon.
 pub struct Daemon {
@@ -30,10 +38,41 @@ impl Daemon {
         let file = tempfile::Builder::new().prefix("daemon-").suffix(".toml").tempfile_in(world.folder())?;
         let (_, path) = file.keep()?;
         fs::write(&path, config)?;
-        let mut command = host.command_ended_by(programs::tunnel()?, nix::sys::signal::Signal::SIGTERM);
+        let mut command = host.command_ended_by(programs::tunnel()?, Signal::SIGTERM);
         command.args(["run", "--log", LOG, "--config"]).arg(&path);
         let process = Process::spawn("daemon", world.folder(), command)?;
         Ok(Self { process, config: path })
+    }
+
+    /// Writes another configuration to its file; returns when that is in force, or was found wrong.
+    pub fn tell(&mut self, config: &str) -> Result<()> {
+        let before = self.answers().len();
+        // As editors and deployments do.
+        let next = self.config.with_extension("next");
+        fs::write(&next, config)?;
+        fs::rename(&next, &self.config)?;
+        self.answers_beyond(before)
+    }
+
+    /// Sends it SIGHUP; returns when it has read its file again.
+    pub fn hang_up(&mut self) -> Result<()> {
+        let before = self.answers().len();
+        self.process.signal(Signal::SIGHUP)?;
+        self.answers_beyond(before)
+    }
+
+    /// What it has said so far to other configurations: in force, or not.
+    pub fn answers(&self) -> Vec<String> {
+        let log = self.log();
+        let answers = log.lines().filter(|l| l.contains("was read again") || l.contains("stays in force"));
+        answers.map(str::to_owned).collect()
+    }
+
+    fn answers_beyond(&self, before: usize) -> Result<()> {
+        wait_for("an answer to another configuration", PATIENCE, || {
+            (self.answers().len() > before).then_some(())
+        })
+        .with_context(|| self.log())
     }
 
     /// Its process.

@@ -29,6 +29,7 @@ pub mod leftovers;
 pub mod link;
 pub mod load;
 pub mod netns;
+pub mod node;
 pub mod pattern;
 pub mod peer;
 pub mod pki;

@@ -5,71 +5,13 @@ use std::{path::Path, process::Command, time::Duration};
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    Gateway, NetNs, PATIENCE, Process, TARGET4, Target, World,
-    bpffs::BpfFs,
-    cgroup::Cgroup,
-    daemon::{Daemon, through},
+    NetNs, PATIENCE, Process, TARGET4, World,
+    daemon::Daemon,
     dialogue::ask,
-    pki::GATEWAY_ID,
+    node::Node,
     process, programs, target, wait_for,
     world::{NET4, NODE4},
 };
-
-/// A node whose group is captured by a daemon.
-struct Node<'w> {
-    world: &'w World,
-    cgroup: Cgroup,
-    bpffs: BpfFs,
-}
-
-impl<'w> Node<'w> {
-    fn new(world: &'w World) -> Result<Self> {
-        Ok(Self { world, cgroup: Cgroup::new()?, bpffs: BpfFs::new(world)? })
-    }
-
-    /// `daemon` and `capture` are more keys of those sections.
-    fn config(&self, gateway: &Gateway<'_>, daemon: &str, capture: &str) -> String {
-        format!(
-            "[daemon]\n{}{daemon}\n{}[[capture]]\ncgroup = \"{}\"\n{capture}\n{}",
-            self.bpffs.toml(),
-            self.world.pki().named("node").toml(),
-            self.cgroup.path().display(),
-            through(gateway.addr(), GATEWAY_ID),
-        )
-    }
-
-    fn daemon(&self, config: &str) -> Result<Daemon> {
-        Daemon::start(self.world, self.world.node(), config)
-    }
-
-    /// An application in the group.
-    fn app(&self, words: &[&str]) -> Result<Process> {
-        self.app_on(self.world.node(), words)
-    }
-
-    fn app_on(&self, host: &NetNs, words: &[&str]) -> Result<Process> {
-        let mut command = host.command(programs::app()?);
-        command.args(words);
-        self.cgroup.adopt(&mut command)?;
-        Process::spawn_with_input("app", self.world.folder(), command)
-    }
-
-    /// An application in the group that has connected to `target` and exchanged a byte with it.
-    fn hold(&self, target: &Target) -> Result<Process> {
-        let mut app = self.app(&["hold", &target.addr().to_string()])?;
-        app.wait_for_line("held=1")?;
-        assert_eq!(ask(&mut app, "ping")?, "ok");
-        Ok(app)
-    }
-
-    /// What connect(2) says to an application in the group.
-    fn connect_error(&self, target: &Target) -> Result<String> {
-        let mut app = self.app(&["connect-error", &target.addr().to_string()])?;
-        let line = app.wait_for_line("connect=")?;
-        app.wait(PATIENCE)?;
-        Ok(line.trim_start_matches("connect=").to_owned())
-    }
-}
 
 fn detach(config: &Path) -> Result<String> {
     process::output(Command::new(programs::tunnel()?).args(["detach", "--config"]).arg(config))

@@ -83,11 +83,10 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
         let signals = unsafe { AsyncFd::register(signals) }.map_err(|e| os("signals", e.into()))?;
         let start = app::Options { group: Some(&group), keep_records: records, ..Default::default() };
         let mut running = app::start(config, start)?;
-        let mut rings = running.rings();
         let status = match spawn(&options.command, &group, before, limit) {
             Ok(mut child) => tokio::select! {
                 status = wait(&mut child, &signals) => status.map_err(|e| os("waiting for the command", e))?,
-                () = running.watch_captures(&mut rings) => {
+                () = running.watch_captures() => {
                     return Err(Failure::Other(Cause::new("the capture ended", "")));
                 }
             },

@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod drain;
 pub mod exec;
 pub mod exit;
+pub mod files;
 pub mod flow;
 pub mod index;
 pub mod limits;

@@ -1,7 +1,7 @@
 //! Signals that this process receives.
 //!
-//! Enters: what the kernel delivers. Leaves: the one that ends the daemon. Invariant: from the moment that
-//! it is made, none is lost. It never handles what a command in the foreground should get.
+//! Enters: what the kernel delivers. Leaves: those that end the daemon, and the one that has it read its file again.
+//! Invariant: from the moment that it is made, none is lost. It never handles what a command in the foreground should get.
 
 use std::io;
 
@@ -25,5 +25,20 @@ impl Terminate {
             _ = self.term.recv() => "SIGTERM",
             _ = self.int.recv() => "SIGINT",
         }
+    }
+}
+
+/// SIGHUP.
+pub struct Hangup(Signal);
+
+impl Hangup {
+    /// Catches it from now on, in a runtime.
+    pub fn new() -> io::Result<Self> {
+        signal(SignalKind::hangup()).map(Self)
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        let _hup = self.0.recv().await;
     }
 }

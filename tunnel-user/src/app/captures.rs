@@ -2,7 +2,8 @@
 //!
 //! Enters: `[[capture]]` sections. Leaves: loaded programs with listeners to send connections to, and the
 //! care for both. Invariant: a network namespace of a captured process has listeners or its connections are
-//! refused, and one that no captured process is in is not kept alive. It never attaches by itself.
+//! refused, and one that no captured process is in is not kept alive; programs are replaced without a moment
+//! in which nothing is attached. It never attaches by itself.
 
 use std::{
     collections::HashMap,
@@ -22,12 +23,13 @@ use crate::{
         accept::{self, Origins, Sockets},
         bpf::{self, BpfError, Capture, Lifetime, Spec},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
+        ring::Rings,
         rules::{self, Pattern},
         sys,
     },
     config::{self, AddrPattern, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
-    worker::{CaptureSocket, More},
+    worker::{CaptureSocket, More, SourceId},
 };
 
 /// A namespace in which no listener could be opened is tried again after this.
@@ -38,16 +40,23 @@ const LINGER: Duration = Duration::from_secs(30);
 
 /// One capture of a running daemon.
 pub(super) struct ActiveCapture {
-    pub(super) capture: Capture,
+    /// By which the workers know its listeners.
+    pub(super) source: SourceId,
+    pub(super) wanted: config::Capture,
+    pub(super) programs: Programs,
+    /// What earlier programs have counted.
+    counted: Vec<(&'static str, u64)>,
     pub(super) group: OwnedFd,
     pub(super) name: String,
-    /// What routes call it.
-    called: Option<Arc<str>>,
-    pub(super) on_failure: OnFailure,
     pub(super) pins: Option<PathBuf>,
     /// By inode number: unique among namespaces that are alive, and ours are, by their listeners.
     namespaces: HashMap<u64, Namespace>,
-    third_party: bool,
+}
+
+/// The programs of one capture, with their rules.
+pub(super) struct Programs {
+    pub(super) capture: Capture,
+    pub(super) rings: Rings,
 }
 
 /// What is known of one network namespace.
@@ -60,20 +69,35 @@ enum Namespace {
     Failed { at: Instant },
 }
 
-/// Loads the programs of one capture, with their rules.
+/// Loads the programs of one capture, in a runtime.
 pub(super) fn load(
+    source: SourceId,
     wanted: &config::Capture,
     config: &Config,
     fresh: Option<&Fresh>,
 ) -> Result<ActiveCapture, Failure> {
+    let (group, name) = group(&wanted.cgroup, fresh)?;
+    Ok(ActiveCapture {
+        source,
+        wanted: wanted.clone(),
+        programs: programs(wanted, config)?,
+        counted: Vec::new(),
+        group,
+        name,
+        pins: pin_dir(config, wanted),
+        namespaces: HashMap::new(),
+    })
+}
+
+/// Loads programs with the rules of a capture; where those of an earlier daemon, or of an earlier configuration, are
+/// attached, they find the flows of these.
+pub(super) fn programs(wanted: &config::Capture, config: &Config) -> Result<Programs, Failure> {
     let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
         list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
     };
     let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
         Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
     })?;
-    let (group, name) = group(&wanted.cgroup, fresh)?;
-    let pins = pin_dir(config, wanted);
     let spec = Spec {
         mark: config.daemon.mark.get(),
         on_failure: match wanted.on_failure {
@@ -81,18 +105,11 @@ pub(super) fn load(
             OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
         },
         listener_marked: wanted.proxy.is_none(),
-        lifetime: pins.clone().map_or(Lifetime::Cgroup, Lifetime::Pinned),
+        lifetime: pin_dir(config, wanted).map_or(Lifetime::Cgroup, Lifetime::Pinned),
     };
-    Ok(ActiveCapture {
-        capture: Capture::load(&spec, &rules).map_err(bpf_failure)?,
-        group,
-        name,
-        called: wanted.name.as_deref().map(Arc::from),
-        on_failure: wanted.on_failure,
-        pins,
-        namespaces: HashMap::new(),
-        third_party: wanted.proxy.is_some(),
-    })
+    let mut capture = Capture::load(&spec, &rules).map_err(bpf_failure)?;
+    let rings = Rings::new(&mut capture);
+    Ok(Programs { capture, rings })
 }
 
 fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
@@ -187,7 +204,7 @@ impl ActiveCapture {
     /// Opens listeners in network namespaces of captured processes that have none yet, and gives up those in
     /// namespaces that no captured process is in any more.
     pub(super) fn scan(&mut self, more: &[mpsc::Sender<More>], mark: u32) {
-        if self.third_party {
+        if self.wanted.proxy.is_some() {
             return;
         }
         let now = Instant::now();
@@ -219,7 +236,7 @@ impl ActiveCapture {
             };
             self.namespaces.insert(inode, namespace);
         }
-        let capture = &self.capture;
+        let (capture, source) = (&self.programs.capture, self.source);
         self.namespaces.retain(|inode, namespace| match namespace {
             Namespace::Own { .. } => true,
             Namespace::Failed { at } => now.duration_since(*at) < LINGER,
@@ -229,7 +246,7 @@ impl ActiveCapture {
                 if let Err(e) = capture.remove_listener(*cookie) {
                     tracing::warn!("{e}");
                 }
-                more.iter().for_each(|worker| tell(worker, More::Forget(*cookie)));
+                more.iter().for_each(|worker| tell(worker, More::Forget(source, *cookie)));
                 false
             }
         });
@@ -237,8 +254,8 @@ impl ActiveCapture {
 
     /// Attaches the programs, and forgets what an earlier daemon left in their maps.
     pub(super) fn attach(&mut self) -> Result<(), Failure> {
-        self.capture.attach(self.group.as_fd()).map_err(bpf_failure)?;
-        if self.third_party {
+        self.programs.capture.attach(self.group.as_fd()).map_err(bpf_failure)?;
+        if self.wanted.proxy.is_some() {
             return Ok(());
         }
         let cookies: Vec<u64> = self
@@ -249,7 +266,58 @@ impl ActiveCapture {
                 Namespace::Failed { .. } => None,
             })
             .collect();
-        self.capture.keep_listeners(&cookies).map_err(bpf_failure)
+        self.programs.capture.keep_listeners(&cookies).map_err(bpf_failure)
+    }
+
+    /// Whether the programs are those that a configuration wants.
+    pub(super) fn is_attached_as(&self, wanted: &config::Capture) -> bool {
+        let now = &self.wanted;
+        (&now.include, &now.exclude, now.on_failure) == (&wanted.include, &wanted.exclude, wanted.on_failure)
+    }
+
+    /// Attaches other programs in place of these, and returns these. Where it fails these stay.
+    pub(super) fn replace(&mut self, mut next: Programs) -> Result<Programs, Failure> {
+        if let Err(e) = next.capture.attach(self.group.as_fd()) {
+            // Some may have been replaced already.
+            if let Err(e) = self.programs.capture.attach(self.group.as_fd()) {
+                tracing::error!(cgroup = self.name, "the programs that were attached are not all back: {e}");
+            }
+            return Err(bpf_failure(e));
+        }
+        Ok(std::mem::replace(&mut self.programs, next))
+    }
+
+    /// Keeps what programs have counted that were replaced.
+    pub(super) fn count(&mut self, old: &Programs) {
+        self.counted = self.sums(old);
+    }
+
+    /// What all its programs have counted.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.sums(&self.programs)
+    }
+
+    fn sums(&self, of: &Programs) -> Vec<(&'static str, u64)> {
+        let mut all = of.capture.counters();
+        for ((_, n), (_, before)) in all.iter_mut().zip(&self.counted) {
+            *n += before;
+        }
+        all
+    }
+
+    /// Takes back what was attached, unless something of an earlier daemon was there before. The caller keeps other
+    /// daemons away.
+    pub(super) fn take_back(&self) {
+        if !self.programs.capture.is_adopted() {
+            self.detach();
+        }
+    }
+
+    /// Ends the capture: nothing is attached or pinned any more. The caller keeps other daemons away.
+    pub(super) fn detach(&self) {
+        if let Err(e) = self.pins.as_deref().map_or(Ok(()), bpf::unpin) {
+            tracing::error!(cgroup = self.name, "still captured, and refused: {e}");
+        }
     }
 
     /// Opens listeners in the network namespace of process `pid`; its cookie.
@@ -258,7 +326,7 @@ impl ActiveCapture {
             .and_then(|ns| accept::listen_in(ns, more.len(), mark))
             .map_err(|e| e.to_string())?;
         let cookie = sockets.netns;
-        let per_worker = hand_out(&self.capture, self.called.as_ref(), sockets).map_err(|e| e.to_string())?;
+        let per_worker = self.hand_out(sockets).map_err(|e| e.to_string())?;
         for (worker, sockets) in more.iter().zip(per_worker) {
             sockets.into_iter().for_each(|socket| tell(worker, More::Listen(socket)));
         }
@@ -269,18 +337,33 @@ impl ActiveCapture {
     /// their place; the sockets, for each worker.
     pub(super) fn listen_here(
         &mut self,
-        wanted: &config::Capture,
         workers: usize,
         mark: u32,
     ) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
-        if let Some(proxy) = wanted.proxy {
-            self.capture.set_listener(own_netns_cookie()?, proxy_listener(proxy)).map_err(bpf_failure)?;
+        if let Some(proxy) = self.wanted.proxy {
+            let listener = proxy_listener(proxy);
+            self.programs.capture.set_listener(own_netns_cookie()?, listener).map_err(bpf_failure)?;
             return Ok((0..workers).map(|_| Vec::new()).collect());
         }
         let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
         let own = Namespace::Own { cookie: opened.netns };
         self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), own);
-        hand_out(&self.capture, self.called.as_ref(), opened)
+        self.hand_out(opened)
+    }
+
+    /// Tells the programs of new listeners; the sockets, for each worker.
+    fn hand_out(&self, sockets: Sockets) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
+        let Sockets { netns, listener, per_worker } = sockets;
+        let capture = &self.programs.capture;
+        capture.set_listener(netns, listener).map_err(bpf_failure)?;
+        let name: Option<Arc<str>> = self.wanted.name.as_deref().map(Arc::from);
+        let wrap = |socket| CaptureSocket {
+            source: self.source,
+            name: name.clone(),
+            socket,
+            origins: Origins::Recorded { netns, flows: capture.flows() },
+        };
+        Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
     }
 }
 
@@ -288,22 +371,6 @@ fn tell(worker: &mpsc::Sender<More>, what: More) {
     if worker.try_send(what).is_err() {
         tracing::error!("a worker does not keep up with network namespaces that come and go");
     }
-}
-
-/// Tells the programs of new listeners; the sockets, for each worker.
-fn hand_out(
-    capture: &Capture,
-    called: Option<&Arc<str>>,
-    sockets: Sockets,
-) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
-    let Sockets { netns, listener, per_worker } = sockets;
-    capture.set_listener(netns, listener).map_err(bpf_failure)?;
-    let wrap = |socket| CaptureSocket {
-        name: called.cloned(),
-        socket,
-        origins: Origins::Recorded { netns, flows: capture.flows() },
-    };
-    Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
 }
 
 fn proxy_listener(proxy: SocketAddr) -> tunnel_common::capture::Listener {

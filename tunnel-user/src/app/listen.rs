@@ -4,19 +4,52 @@
 //! copies for the daemon that comes next. Invariant: a socket that was taken over is used, so what waits in
 //! it is accepted. It never serves anything.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use socket2::{Domain, Socket, Type};
 
+use super::no_identity;
 use crate::{
     capture::accept::Origins,
-    config::Redirect,
+    config::{self, Redirect},
     exit::{Cause, Failure},
+    listener::accept,
     own::OwnListeners,
     takeover::Listeners,
-    transport::tcp,
-    worker::CaptureSocket,
+    transport::{store::TlsStore, tcp},
+    worker::{CaptureSocket, ConnectSocket, SourceId},
 };
+
+/// Between two PINGs to a tunnel peer, and how long its answer may take.
+const LISTENER_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
+
+/// A listener for CONNECT requests that the workers serve.
+#[derive(Clone)]
+pub(super) struct ActiveListener {
+    /// By which they know it.
+    pub(super) source: SourceId,
+    pub(super) wanted: config::Listener,
+    /// Its address, with the port that it got.
+    pub(super) bound: SocketAddr,
+}
+
+/// What one worker is to accept from.
+#[derive(Default)]
+pub(super) struct Sockets {
+    pub(super) captures: Vec<CaptureSocket>,
+    pub(super) listeners: Vec<ConnectSocket>,
+}
+
+/// Numbers for captures and listeners; none is given twice.
+#[derive(Default)]
+pub(super) struct SourceIds(u64);
+
+impl SourceIds {
+    pub(super) fn next(&mut self) -> SourceId {
+        self.0 += 1;
+        SourceId(self.0)
+    }
+}
 
 /// Opens what listens for the workers of one daemon.
 pub(super) struct Opener {
@@ -46,25 +79,67 @@ impl Opener {
         Ok(sockets)
     }
 
-    /// Opens where rules redirect connections to, and gives every worker its share. Without a mark on our own
-    /// sockets no rule could tell them from the application's, and would redirect them as well.
+    /// Goes on with what listens at an address.
+    pub(super) fn keep(&mut self, address: SocketAddr) {
+        self.kept.extend(self.taken.remove_entry(&address));
+    }
+
+    /// Opens a listener for CONNECT requests, and gives every worker its share.
+    pub(super) fn open_listener(
+        &mut self,
+        source: SourceId,
+        wanted: &config::Listener,
+        tls: Option<&Arc<TlsStore>>,
+        sockets: &mut [Sockets],
+    ) -> Result<ActiveListener, Failure> {
+        let proving =
+            |check| Ok::<_, Failure>(accept::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
+        let settings = Arc::new(accept::Settings {
+            tls: wanted.check().map(proving).transpose()?,
+            protocols: wanted.protocols.clone(),
+            handshake_timeout: wanted.handshake_timeout,
+            max_streams: wanted.max_streams.get(),
+            keepalive_interval: LISTENER_KEEPALIVE.0,
+            keepalive_timeout: LISTENER_KEEPALIVE.1,
+        });
+        let opened = self.open(wanted.address)?;
+        let bound = opened.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(wanted.address);
+        let name: Option<Arc<str>> = wanted.name.as_deref().map(Arc::from);
+        for (i, socket) in opened.into_iter().enumerate() {
+            sockets[i % self.workers].listeners.push(ConnectSocket {
+                source,
+                name: name.clone(),
+                socket,
+                settings: Arc::clone(&settings),
+                dial_timeout: wanted.dial_timeout,
+            });
+        }
+        Ok(ActiveListener { source, wanted: wanted.clone(), bound })
+    }
+
+    /// Opens where rules redirect connections to, and gives every worker its share.
     pub(super) fn open_redirects(
         &mut self,
         redirects: &[Redirect],
-        sockets: &mut [Vec<CaptureSocket>],
-    ) -> Result<Vec<SocketAddr>, Failure> {
+        sources: &mut SourceIds,
+        sockets: &mut [Sockets],
+    ) -> Result<Vec<SourceId>, Failure> {
         let addresses: Vec<SocketAddr> = redirects.iter().flat_map(|r| &r.listen).copied().collect();
         let own = Arc::new(OwnListeners::new(&addresses));
+        let mut opened = Vec::new();
         for redirect in redirects {
-            let name = redirect.name.as_deref().map(Arc::from);
+            let source = sources.next();
+            let name: Option<Arc<str>> = redirect.name.as_deref().map(Arc::from);
             for address in &redirect.listen {
                 for (i, socket) in self.open(*address)?.into_iter().enumerate() {
                     let origins = Origins::Redirected(Arc::clone(&own));
-                    sockets[i % self.workers].push(CaptureSocket { name: name.clone(), socket, origins });
+                    let socket = CaptureSocket { source, name: name.clone(), socket, origins };
+                    sockets[i % self.workers].captures.push(socket);
                 }
             }
+            opened.push(source);
         }
-        Ok(addresses)
+        Ok(opened)
     }
 }
 

@@ -6,13 +6,14 @@
 
 mod captures;
 mod listen;
+mod reload;
+mod run;
 
 use std::{
     future::poll_fn,
     io,
     net::SocketAddr,
-    os::unix::net::UnixStream,
-    path::Path,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::Arc,
     task::Poll,
     thread,
@@ -22,33 +23,32 @@ use std::{
 use socket2::Socket;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
+pub use self::run::run;
 use self::{
     captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir},
-    listen::{Opener, may_mark, require_mark},
+    listen::{ActiveListener, Opener, Sockets, SourceIds, may_mark, require_mark},
 };
 use crate::{
     capture::{
         bpf::{self, Owner},
         cgroup::Fresh,
-        ring::Wake,
     },
     config::{self, Config, OnFailure},
     drain::{self, Phase, Trigger},
     exit::{Cause, Failure},
-    limits,
-    listener::accept,
+    files, limits,
     policy::Policies,
     privileges,
     route::Router,
-    signal::Terminate,
     stats::Counters,
-    takeover::{self, Listeners, Offer, TakeoverError},
+    takeover::{self, Listeners, TakeoverError},
     transport::{
         store::{self, TlsStore},
         tcp,
+        tls::IdentityFiles,
     },
     tunnel::{self, connect, headers::Trace, pool},
-    worker::{self, CaptureSocket, ConnectSocket, More, Report, Shared, Start},
+    worker::{self, More, Report, Shared, SourceId, Start},
 };
 
 /// New namespaces that a worker has not taken up yet.
@@ -57,23 +57,42 @@ const MORE_MAX: usize = 64;
 const NAMESPACE_SCAN: Duration = Duration::from_secs(1);
 /// How often flows that nobody accepted are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
-/// How often the place where the next daemon can take over is tried, while the last one has it.
-const OFFER_RETRY: Duration = Duration::from_millis(100);
-/// Between two PINGs to a tunnel peer, and how long its answer may take.
-const LISTENER_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
-
 /// A daemon whose workers run.
 pub struct Running {
     trigger: Trigger,
     threads: Vec<thread::JoinHandle<io::Result<Report>>>,
     counters: Vec<Arc<Counters>>,
-    captures: Vec<ActiveCapture>,
     more: Vec<mpsc::Sender<More>>,
+    fixed: Fixed,
+    /// What it was told last.
+    config: Config,
+    identity: Option<Identity>,
+    captures: Vec<ActiveCapture>,
+    redirects: Vec<SourceId>,
+    listeners: Vec<ActiveListener>,
+    /// The listening sockets whose addresses are configured, by them: for a daemon that replaces this one, and for a
+    /// configuration that says something else about them.
+    kept: Vec<(SocketAddr, Vec<Socket>)>,
+    sources: SourceIds,
+}
+
+/// What no configuration changes while a daemon runs.
+struct Fixed {
+    workers: usize,
+    /// The limit of descriptors.
+    nofile: u64,
     mark: u32,
-    addresses: Vec<SocketAddr>,
-    /// The listeners whose addresses are configured, by them, for a daemon that replaces this one.
-    listeners: Vec<(SocketAddr, Vec<Socket>)>,
-    _watch: Option<store::Watch>,
+    /// The mark of our own sockets, where we may set one.
+    socket_mark: tcp::Mark,
+    /// What this process calls itself in `via`.
+    pseudonym: String,
+    keep_records: bool,
+}
+
+/// Our certificate, and the watch over its files.
+struct Identity {
+    store: Arc<TlsStore>,
+    _watch: files::Watch,
 }
 
 /// What a start needs besides the configuration.
@@ -87,104 +106,67 @@ pub struct Options<'a> {
     pub taken: Listeners,
 }
 
-/// Binds, loads, starts the workers, and attaches.
+/// Binds, loads, starts the workers, and attaches. In a runtime.
 pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
-    let Options { keep_records, taken, .. } = options;
-    if !config.captures.is_empty() {
-        privileges::require_for_capture()?;
-    }
-    let nofile = limits::raise_nofile();
-    let workers = config.daemon.workers.map_or_else(cores, Into::into);
-    let capturing = !config.captures.is_empty();
+    let Options { keep_records, taken, group } = options;
+    require_privileges(&config)?;
     let mark = config.daemon.mark.get();
-    if !config.redirects.is_empty() {
-        require_mark(mark)?;
-    }
     // Unprivileged gateways cannot set it, and have nothing that could capture them.
-    let socket_mark = (capturing || may_mark(mark).is_ok()).then_some(mark);
-    let tls = config.identity.clone().map(TlsStore::load).transpose()?;
-    let watch = tls.as_ref().map(watch_identity).transpose()?;
-
-    let mut opener = Opener { workers, mark: socket_mark, taken, kept: Vec::new() };
-    let mut addresses = Vec::new();
-    let mut listeners: Vec<Vec<ConnectSocket>> = (0..workers).map(|_| Vec::new()).collect();
-    for listener in &config.listeners {
-        let sockets = opener.open(listener.address)?;
-        let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket());
-        addresses.push(bound.unwrap_or(listener.address));
-        let proving =
-            |check| Ok::<_, Failure>(accept::Tls { store: tls.clone().ok_or_else(no_identity)?, check });
-        let settings = Arc::new(accept::Settings {
-            tls: listener.check().map(proving).transpose()?,
-            protocols: listener.protocols.clone(),
-            handshake_timeout: listener.handshake_timeout,
-            max_streams: listener.max_streams.get(),
-            keepalive_interval: LISTENER_KEEPALIVE.0,
-            keepalive_timeout: LISTENER_KEEPALIVE.1,
-        });
-        let name = listener.name.as_deref().map(Arc::from);
-        for (i, socket) in sockets.into_iter().enumerate() {
-            let dial_timeout = listener.dial_timeout;
-            listeners[i % workers].push(ConnectSocket {
-                name: name.clone(),
-                socket,
-                settings: Arc::clone(&settings),
-                dial_timeout,
-            });
-        }
+    let marking = !config.captures.is_empty() || may_mark(mark).is_ok();
+    let fixed = Fixed {
+        workers: config.daemon.workers.map_or_else(cores, Into::into),
+        nofile: limits::raise_nofile(),
+        mark,
+        socket_mark: marking.then_some(mark),
+        pseudonym: pseudonym(),
+        keep_records,
+    };
+    let identity = config.identity.clone().map(load_identity).transpose()?;
+    let tls = identity.as_ref().map(|i| &i.store);
+    let mut sources = SourceIds::default();
+    let mut sockets: Vec<Sockets> = (0..fixed.workers).map(|_| Sockets::default()).collect();
+    let mut opener = Opener { workers: fixed.workers, mark: fixed.socket_mark, taken, kept: Vec::new() };
+    let mut listeners = Vec::new();
+    for wanted in &config.listeners {
+        listeners.push(opener.open_listener(sources.next(), wanted, tls, &mut sockets)?);
     }
-
-    let upstreams = config.upstreams.iter().map(|u| upstream(u, tls.as_ref(), socket_mark));
-    let upstreams = upstreams.collect::<Result<_, _>>()?;
 
     // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
-    let pinning = config.captures.iter().any(|c| pin_dir(&config, c).is_some());
-    let _lock = pinning.then(|| lock_pins(&config.daemon.bpffs)).transpose()?;
+    let _lock = lock_if_pinned(&config, &config.captures)?;
+    let redirects = opener.open_redirects(&config.redirects, &mut sources, &mut sockets)?;
     let mut captures = Vec::new();
-    let mut sockets: Vec<Vec<CaptureSocket>> = (0..workers).map(|_| Vec::new()).collect();
-    let redirects = opener.open_redirects(&config.redirects, &mut sockets)?;
     for wanted in &config.captures {
-        let mut active = captures::load(wanted, &config, options.group)?;
-        for (own, socket) in sockets.iter_mut().zip(active.listen_here(wanted, workers, mark)?) {
-            own.extend(socket);
+        let mut active = captures::load(sources.next(), wanted, &config, group)?;
+        for (own, opened) in sockets.iter_mut().zip(active.listen_here(fixed.workers, mark)?) {
+            own.captures.extend(opened);
         }
         captures.push(active);
     }
 
-    let shared = Arc::new(Shared {
-        router: Router::new(config.routes.clone()),
-        policies: Policies::new(config.policies.clone(), &[&addresses[..], &redirects].concat()),
-        upstreams,
-        mark: socket_mark,
-        pseudonym: pseudonym(),
-        flows_max: limits::flows_per_worker(
-            config.daemon.max_flows.get(),
-            nofile,
-            workers,
-            limits::per_flow(&config),
-        ),
-        relay: config.daemon.relay,
-        dial_timeout: config::DIAL_TIMEOUT,
-        drain_timeout: config.daemon.drain_timeout,
-        keep_records,
-    });
+    let shared = shared(&config, &fixed, &listeners);
+    let upstreams = config.upstreams.iter().map(|u| upstream(u, tls, fixed.socket_mark));
+    let upstreams = upstreams.collect::<Result<Vec<_>, _>>()?;
     let (trigger, phase) = drain::channel();
     let mut running = Running {
         trigger,
         threads: Vec::new(),
         counters: Vec::new(),
-        captures,
         more: Vec::new(),
-        mark,
-        addresses,
-        listeners: opener.kept,
-        _watch: watch,
+        fixed,
+        config,
+        identity,
+        captures,
+        redirects,
+        listeners,
+        kept: opener.kept,
+        sources,
     };
-    for (i, (captures, listeners)) in sockets.into_iter().zip(listeners).enumerate() {
+    for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
         let counters = Arc::new(Counters::default());
         let (tell, more) = mpsc::channel(MORE_MAX);
         let start = Start {
             shared: Arc::clone(&shared),
+            upstreams: upstreams.clone(),
             counters: Arc::clone(&counters),
             more,
             captures,
@@ -198,69 +180,88 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     }
     // Last: from here on connections are captured.
     for active in &mut running.captures {
-        active.scan(&running.more, running.mark);
+        active.scan(&running.more, running.fixed.mark);
         active.attach()?;
         tracing::info!(cgroup = active.name, "capturing");
     }
-    for address in redirects {
+    for address in running.config.redirects.iter().flat_map(|r| &r.listen) {
         tracing::info!(%address, "capturing what rules redirect here");
     }
     Ok(running)
 }
 
-/// Rings that the kernel programs of all captures write to.
-pub struct Rings {
-    logs: Vec<aya_log::EbpfLogger<&'static dyn log::Log>>,
-    events: Vec<aya::maps::RingBuf<aya::maps::MapData>>,
-    wakes: Vec<Wake>,
+/// Fails where this process may not do what a configuration asks for.
+fn require_privileges(config: &Config) -> Result<(), Failure> {
+    if !config.captures.is_empty() {
+        privileges::require_for_capture()?;
+    }
+    if !config.redirects.is_empty() {
+        require_mark(config.daemon.mark.get())?;
+    }
+    Ok(())
+}
+
+/// What all workers are told of a configuration.
+fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener]) -> Arc<Shared> {
+    let own = listeners.iter().map(|l| l.bound);
+    let own: Vec<_> = own.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
+    let per_flow = limits::per_flow(config);
+    Arc::new(Shared {
+        router: Router::new(config.routes.clone()),
+        policies: Policies::new(config.policies.clone(), &own),
+        mark: fixed.socket_mark,
+        pseudonym: fixed.pseudonym.clone(),
+        flows_max: limits::flows_per_worker(
+            config.daemon.max_flows.get(),
+            fixed.nofile,
+            fixed.workers,
+            per_flow,
+        ),
+        relay: config.daemon.relay,
+        dial_timeout: config::DIAL_TIMEOUT,
+        drain_timeout: config.daemon.drain_timeout,
+        keep_records: fixed.keep_records,
+    })
+}
+
+/// Keeps other daemons from what is pinned, where anything of these captures is.
+fn lock_if_pinned<'a>(
+    config: &Config,
+    captures: impl IntoIterator<Item = &'a config::Capture>,
+) -> Result<Option<OwnedFd>, Failure> {
+    let pinning = captures.into_iter().any(|c| pin_dir(config, c).is_some());
+    pinning.then(|| lock_pins(&config.daemon.bpffs)).transpose()
 }
 
 impl Running {
     /// The addresses of the CONNECT listeners, with the ports that they got.
-    pub fn addresses(&self) -> &[SocketAddr] {
-        &self.addresses
-    }
-
-    /// What the kernel programs write to, once.
-    pub fn rings(&mut self) -> Rings {
-        let logs: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_log()).collect();
-        let events: Vec<_> = self.captures.iter_mut().filter_map(|a| a.capture.take_events().ok()).collect();
-        let wakes = logs.iter().map(Wake::new).chain(events.iter().map(Wake::new)).filter_map(|w| {
-            // Without it the ticks of `watch_captures` still look.
-            w.map_err(|e| tracing::warn!("a ring of the kernel programs cannot be watched: {e}")).ok()
-        });
-        Rings { wakes: wakes.collect(), logs, events }
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.listeners.iter().map(|l| l.bound)
     }
 
     /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
-    pub async fn watch_captures(&mut self, rings: &mut Rings) {
-        let Rings { logs, events, wakes } = rings;
+    pub async fn watch_captures(&mut self) {
         let mut swept = Instant::now();
         let mut tick = tokio::time::interval(NAMESPACE_SCAN);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let written = poll_fn(|cx| {
-                let ready = wakes.iter().filter(|w| w.poll(cx).is_ready()).count();
+                let rings = self.captures.iter().map(|a| &a.programs.rings);
+                let ready = rings.filter(|r| r.poll(cx).is_ready()).count();
                 if ready > 0 { Poll::Ready(()) } else { Poll::Pending }
             });
             tokio::select! {
                 _ = tick.tick() => {}
                 () = written => {}
             }
-            for log in &mut *logs {
-                log.flush();
-            }
-            for ring in &mut *events {
-                // It has no more to say than that it is time to look.
-                while ring.next().is_some() {}
-            }
             for active in &mut self.captures {
-                active.scan(&self.more, self.mark);
+                active.programs.rings.read();
+                active.scan(&self.more, self.fixed.mark);
             }
             if swept.elapsed() >= SWEEP {
                 swept = Instant::now();
                 for active in &mut self.captures {
-                    let forgotten = active.capture.sweep();
+                    let forgotten = active.programs.capture.sweep();
                     tracing::debug!(cgroup = active.name, forgotten, "swept flows that nobody accepted");
                 }
             }
@@ -270,13 +271,13 @@ impl Running {
     /// Gives the listeners to a daemon that replaces this one.
     async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
         // Blocks until the other one runs; the workers go on meanwhile.
-        let listeners = std::mem::take(&mut self.listeners);
+        let kept = std::mem::take(&mut self.kept);
         let given = tokio::task::spawn_blocking(move || {
-            let given = takeover::give(&stream, &listeners);
-            (listeners, given)
+            let given = takeover::give(&stream, &kept);
+            (kept, given)
         });
-        let (listeners, given) = given.await.map_err(io::Error::other)?;
-        self.listeners = listeners;
+        let (kept, given) = given.await.map_err(io::Error::other)?;
+        self.kept = kept;
         given
     }
 
@@ -284,10 +285,10 @@ impl Running {
     /// wants captured connections refused rather than let through.
     pub fn stop(mut self) -> Report {
         // A copy would go on listening, with nobody to accept.
-        self.listeners.clear();
-        for active in self.captures.iter().filter(|a| a.on_failure == OnFailure::Open) {
-            active.tidy(|a| match a.capture.owner() {
-                Owner::Us => a.capture.detach_connect(),
+        self.kept.clear();
+        for active in self.captures.iter().filter(|a| a.wanted.on_failure == OnFailure::Open) {
+            active.tidy(|a| match a.programs.capture.owner() {
+                Owner::Us => a.programs.capture.detach_connect(),
                 Owner::Another | Owner::Nobody => Ok(()),
             });
         }
@@ -306,9 +307,9 @@ impl Running {
         }
         self.trigger.enter(Phase::Stop);
         for active in &self.captures {
-            let counters: Vec<_> = active.capture.counters().into_iter().filter(|(_, n)| *n > 0).collect();
+            let counters: Vec<_> = active.counters().into_iter().filter(|(_, n)| *n > 0).collect();
             tracing::info!(cgroup = active.name, ?counters, "kernel counters");
-            active.tidy(|a| match (a.capture.owner(), a.on_failure) {
+            active.tidy(|a| match (a.programs.capture.owner(), a.wanted.on_failure) {
                 (Owner::Another, _) => {
                     tracing::info!(cgroup = a.name, "another daemon has taken over");
                     Ok(())
@@ -339,82 +340,6 @@ impl Running {
     }
 }
 
-/// `tunnel run` and `tunnel gateway`: until a signal ends it, or another daemon takes over. A second signal
-/// ends the draining. `file` names the daemon: the one that replaces it is started with the same.
-pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), Failure> {
-    let runtime = control_runtime()?;
-    runtime.block_on(async {
-        let mut signals = Terminate::new().map_err(|e| other(&format!("signals: {e}")))?;
-        let old = match file {
-            Some(file) if take_over => takeover::take(file).map_err(|e| other(&e.to_string()))?,
-            _ => None,
-        };
-        if take_over && old.is_none() {
-            tracing::warn!("no daemon runs with this configuration file: nothing to take over");
-        }
-        let (taken, old) = old.map(takeover::Taken::split).unzip();
-        let options = Options { taken: taken.unwrap_or_default(), ..Options::default() };
-        let mut running = start(config, options)?;
-        for address in running.addresses() {
-            tracing::info!(%address, "listening");
-        }
-        if let Some(old) = old {
-            old.done().map_err(|e| other(&format!("the old daemon went away: {e}")))?;
-            tracing::info!("took over from the old daemon");
-        }
-        let mut offer = None;
-        let mut rings = running.rings();
-        let why = loop {
-            let wanted = tokio::select! {
-                why = signals.next() => break why,
-                () = running.watch_captures(&mut rings) => return Ok(()),
-                wanted = requested(file, &mut offer) => wanted,
-            };
-            let given = match wanted {
-                Ok(stream) => {
-                    // The new daemon makes the same offer as soon as it runs.
-                    offer = None;
-                    running.give(stream).await
-                }
-                Err(e) => Err(e),
-            };
-            match given {
-                Ok(()) => break "another daemon has taken over",
-                Err(e) => tracing::warn!("{e}"),
-            }
-        };
-        drop(offer);
-        tracing::info!("{why}: draining");
-        let trigger = running.trigger.clone();
-        let stopped = tokio::task::spawn_blocking(move || running.stop());
-        tokio::pin!(stopped);
-        let ended = tokio::select! {
-            ended = &mut stopped => ended,
-            _ = signals.next() => {
-                tracing::info!("a second signal: no longer draining");
-                trigger.enter(Phase::Stop);
-                stopped.await
-            }
-        };
-        ended.map(drop).map_err(|e| other(&format!("stopping failed: {e}")))
-    })
-}
-
-/// Waits for a daemon that wants to take over.
-async fn requested(file: Option<&Path>, offer: &mut Option<Offer>) -> Result<UnixStream, TakeoverError> {
-    let Some(file) = file else { return std::future::pending().await };
-    loop {
-        if let Some(offer) = offer {
-            return offer.requested().await;
-        }
-        match Offer::open(file) {
-            Ok(open) => *offer = Some(open),
-            // The daemon that this one has replaced has not let go yet.
-            Err(_) => tokio::time::sleep(OFFER_RETRY).await,
-        }
-    }
-}
-
 /// `tunnel detach`: ends the captures of a configuration, whether or not a daemon runs.
 pub fn detach(config: &Config) -> Result<(), Failure> {
     for capture in &config.captures {
@@ -441,9 +366,11 @@ fn cores() -> usize {
     thread::available_parallelism().map_or(1, Into::into)
 }
 
-fn watch_identity(tls: &Arc<TlsStore>) -> Result<store::Watch, Failure> {
-    store::watch(Arc::clone(tls), || tracing::info!("the identity was reloaded"))
-        .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))
+fn load_identity(files: IdentityFiles) -> Result<Identity, Failure> {
+    let store = TlsStore::load(files)?;
+    let watch = store::watch(Arc::clone(&store), || {})
+        .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))?;
+    Ok(Identity { store, _watch: watch })
 }
 
 /// A token (RFC 9110 section 5.6.2) that no other process has.

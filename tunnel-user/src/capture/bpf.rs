@@ -215,8 +215,9 @@ impl Capture {
             .override_global(names::LISTENER_MARKED, &marked, true);
         if let Lifetime::Pinned(dir) = &spec.lifetime {
             fs::create_dir_all(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
-            // What outlives a daemon: the flows of connections that live on, and the sockets' origins.
-            for name in [names::FLOWS, names::ORIGINS, names::LISTENERS, names::RULES_V4, names::RULES_V6] {
+            // What the next one has to find: the flows of connections that live on, the sockets' origins, and where
+            // their listeners are. The rules are the programs' own, so that both are replaced as one.
+            for name in [names::FLOWS, names::ORIGINS, names::LISTENERS] {
                 loader.map_pin_path(name, dir.join(format!("{name}_{}", names::ABI)));
             }
         }
@@ -336,6 +337,11 @@ impl Capture {
             sys::obj_pin(link.as_fd(), &path).map_err(pin_error)?;
         }
         Ok(())
+    }
+
+    /// Whether something of an earlier daemon was pinned when it was loaded.
+    pub fn is_adopted(&self) -> bool {
+        self.adopted
     }
 
     /// Whose programs are behind the pinned links.
@@ -477,21 +483,15 @@ fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
     ebpf.take_map(name).ok_or(BpfError::Missing(name))
 }
 
-/// Makes a trie hold exactly `wanted`: an adopted one may hold what an earlier configuration said.
-fn fill<K: aya::Pod + Eq + std::hash::Hash>(
+/// Fills a trie that was made with its programs.
+fn fill<K: aya::Pod>(
     trie: Map,
     name: &'static str,
-    wanted: impl Iterator<Item = (Key<K>, Rule)>,
+    rules: impl Iterator<Item = (Key<K>, Rule)>,
 ) -> Result<(), BpfError> {
     let mut trie: LpmTrie<MapData, K, Rule> = LpmTrie::try_from(trie).map_err(map(name))?;
-    let mut kept = std::collections::HashSet::new();
-    for (key, rule) in wanted {
+    for (key, rule) in rules {
         trie.insert(&key, rule, 0).map_err(map(name))?;
-        kept.insert((key.prefix_len(), key.data()));
-    }
-    let stale: Vec<_> = trie.keys().filter_map(Result::ok).collect();
-    for key in stale.into_iter().filter(|k| !kept.contains(&(k.prefix_len(), k.data()))) {
-        trie.remove(&key).map_err(map(name))?;
     }
     Ok(())
 }

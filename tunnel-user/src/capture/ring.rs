@@ -1,7 +1,7 @@
 //! Rings that the kernel programs write to.
 //!
-//! Enters: a ring buffer's descriptor. Leaves: a wake-up when there is something in it. Invariant: nothing
-//! wakes up while nothing is written. It never reads the ring itself.
+//! Enters: the programs of a capture. Leaves: what they log, and a wake-up when they have written something.
+//! Invariant: nothing wakes up while nothing is written. It never acts on what they say.
 
 use std::{
     io,
@@ -9,14 +9,55 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use aya::maps::{MapData, RingBuf};
+use aya_log::EbpfLogger;
 use tokio::io::{Interest, unix::AsyncFd};
 
+use super::bpf::Capture;
+
+/// The rings of one capture's programs.
+pub struct Rings {
+    log: Option<EbpfLogger<&'static dyn log::Log>>,
+    events: Option<RingBuf<MapData>>,
+    wakes: Vec<Wake>,
+}
+
+impl Rings {
+    /// Those of programs that were just loaded, in a runtime.
+    pub fn new(capture: &mut Capture) -> Self {
+        let (log, events) = (capture.take_log(), capture.take_events().ok());
+        let wakes = log.iter().map(Wake::new).chain(events.iter().map(Wake::new)).filter_map(|wake| {
+            // Whoever polls looks now and then all the same.
+            wake.map_err(|e| tracing::warn!("a ring of the kernel programs cannot be watched: {e}")).ok()
+        });
+        let wakes = wakes.collect();
+        Self { log, events, wakes }
+    }
+
+    /// Ready when something was written since the last time.
+    pub fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
+        // All of them, so that each wakes up whoever polls.
+        let written = self.wakes.iter().filter(|wake| wake.poll(cx).is_ready()).count();
+        if written > 0 { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Logs what was written. That a namespace has no listener says no more than that it is time to look.
+    pub fn read(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+        if let Some(events) = &mut self.events {
+            while events.next().is_some() {}
+        }
+    }
+}
+
 /// Tells when a ring has something.
-pub struct Wake(AsyncFd<OwnedFd>);
+struct Wake(AsyncFd<OwnedFd>);
 
 impl Wake {
     /// Watches a ring. Its reader stays with the caller.
-    pub fn new(ring: &impl AsFd) -> io::Result<Self> {
+    fn new(ring: &impl AsFd) -> io::Result<Self> {
         let fd = ring.as_fd().try_clone_to_owned()?;
         debug_assert!(fd.as_raw_fd() >= 0);
         // SAFETY: the descriptor is a duplicate that belongs to the AsyncFd, and stays open and the same
@@ -25,7 +66,7 @@ impl Wake {
     }
 
     /// Ready when something was written since the last time.
-    pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.0.poll_read_ready(cx))?.clear_ready();
         Poll::Ready(Ok(()))
     }

@@ -116,6 +116,8 @@ pub struct Daemon {
     pub max_flows: NonZeroUsize,
     /// How bytes are moved between two sockets of ours.
     pub relay: Relay,
+    /// Whether the configuration file is read again when it changes.
+    pub watch: bool,
 }
 
 impl Default for Daemon {
@@ -127,6 +129,7 @@ impl Default for Daemon {
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
+            watch: true,
         }
     }
 }
@@ -142,7 +145,7 @@ pub enum Relay {
 }
 
 /// `[[capture]]` with `mode = "ebpf"`, the default.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capture {
     /// What routes call it: its name, else its cgroup or unit.
     pub name: Option<String>,
@@ -218,7 +221,7 @@ pub enum ClientAuth {
 }
 
 /// `[[listener]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// What routes call it.
     pub name: Option<String>,
@@ -273,7 +276,7 @@ pub enum Balance {
 }
 
 /// `[[upstream]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
     /// What routes call it.
     pub name: String,

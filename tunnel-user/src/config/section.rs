@@ -153,7 +153,12 @@ impl Section for Daemon {
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"pipe\", in the kernel (splice), which takes less than half the CPU for bulk and as much for small messages.",
             Relay::Copy,
         );
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay })
+        let watch = r.default(
+            "watch",
+            "Whether this file is read again when it changes. SIGHUP has it read again anyway.",
+            true,
+        );
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, watch })
     }
 }
 

@@ -20,4 +20,4 @@ mod tests;
 
 pub use itself::Itself;
 pub use upstream::{Leg, Settings, Stream, Tls, TunnelError, Upstream};
-pub use upstreams::{Next, Upstreams};
+pub use upstreams::{Next, Upstreams, Wanted};

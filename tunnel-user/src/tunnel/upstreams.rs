@@ -21,27 +21,39 @@ pub enum Next<U> {
     Itself(Arc<Itself>),
 }
 
+/// One that is to be there.
+pub enum Wanted {
+    /// It is there already, with its connections and those that it goes through.
+    Made(Next<Rc<Upstream>>),
+    /// It is new.
+    New(Box<Next<Settings>>),
+}
+
 /// See the module.
 pub struct Upstreams(Vec<Option<Next<Rc<Upstream>>>>);
 
 impl Upstreams {
     /// In the configuration's order. No connection is opened.
-    pub fn new(configured: &[Next<Settings>]) -> Self {
-        let mut made: Vec<_> = configured.iter().map(|_| None).collect();
+    pub fn new(wanted: Vec<Wanted>) -> Self {
+        let mut made: Vec<_> = wanted.iter().map(|_| None).collect();
         // Whoever goes through another is made after it. Each round makes one at least, or there is none left: the
         // configuration admits no circle, and what was in one would not be there.
-        for _ in configured {
-            for (place, next) in configured.iter().enumerate() {
+        for _ in &wanted {
+            for (place, wanted) in wanted.iter().enumerate() {
                 if made[place].is_none() {
-                    made[place] = Self::make(next, &made);
+                    made[place] = Self::make(wanted, &made);
                 }
             }
         }
         Self(made)
     }
 
-    fn make(next: &Next<Settings>, made: &[Option<Next<Rc<Upstream>>>]) -> Option<Next<Rc<Upstream>>> {
-        let settings = match next {
+    fn make(wanted: &Wanted, made: &[Option<Next<Rc<Upstream>>>]) -> Option<Next<Rc<Upstream>>> {
+        let new = match wanted {
+            Wanted::Made(next) => return Some(next.clone()),
+            Wanted::New(new) => &**new,
+        };
+        let settings = match new {
             Next::Itself(itself) => return Some(Next::Itself(Arc::clone(itself))),
             Next::Tunnel(settings) => settings,
         };
@@ -60,7 +72,8 @@ impl Upstreams {
         self.0.get(place)?.as_ref()
     }
 
-    fn tunnels(&self) -> impl Iterator<Item = &Rc<Upstream>> {
+    /// Those that are other processes.
+    pub fn tunnels(&self) -> impl Iterator<Item = &Rc<Upstream>> {
         self.0.iter().filter_map(|next| match next {
             Some(Next::Tunnel(upstream)) => Some(upstream),
             _ => None,

@@ -6,7 +6,7 @@
 
 use std::{rc::Rc, sync::Arc, time::Instant};
 
-use super::{Place, Worker, back_off};
+use super::{Place, Worker, back_off, setup::At};
 use crate::{
     capture::accept::{Accept, Captured, Stray},
     drain::Tasks,
@@ -20,13 +20,8 @@ use crate::{
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-pub(super) async fn accept_captured(
-    worker: Rc<Worker>,
-    accept: Accept,
-    name: Option<Arc<str>>,
-    flows: Rc<Tasks>,
-) {
-    let mut watch = worker.watch.clone();
+pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+    let mut watch = at.watch.clone();
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
@@ -41,7 +36,7 @@ pub(super) async fn accept_captured(
         match accepted {
             Ok(Ok(captured)) => match worker.admit(None) {
                 Ok(place) => {
-                    flows.spawn(carry_captured(Rc::clone(&worker), captured, name.clone(), place));
+                    flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
                 }
                 Err(_) => {
                     worker.counters.over_limit.add(1);
@@ -83,7 +78,8 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
             server_name: None,
             request: None,
         };
-        let reach = worker.reach(&flow, worker.shared.dial_timeout, None, &mut record);
+        let setup = worker.setup();
+        let reach = worker.reach(&setup, &flow, setup.shared.dial_timeout, None, &mut record);
         tokio::select! {
             reached = reach => Some(reached),
             _ = leg.broken() => None,

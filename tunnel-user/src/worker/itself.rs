@@ -6,7 +6,7 @@
 
 use http::Version;
 
-use super::{Worker, reach::Sink};
+use super::{Worker, reach::Sink, setup::Setup};
 use crate::{
     flow::{Flow, Head},
     listener::request::Refusal,
@@ -26,6 +26,7 @@ impl Worker {
     /// Goes on as though a peer had asked the listener.
     pub(super) async fn hand_over(
         &self,
+        setup: &Setup,
         to: &Itself,
         flow: &Flow<'_>,
         ask: &Ask<'_>,
@@ -45,9 +46,9 @@ impl Worker {
         if record.identity.is_none() {
             record.identity = identity.as_ref().map(ToString::to_string);
         }
-        let peer = self.shared.router.peer(identity.as_ref());
-        let policies = self.shared.policies.peer(identity);
-        let permit = self.shared.policies.check_target(&policies, target);
+        let peer = setup.shared.router.peer(identity.as_ref());
+        let policies = setup.shared.policies.peer(identity);
+        let permit = setup.shared.policies.check_target(&policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
         let headers = handed_over(ask);
         let version = ask.received.map_or(Version::HTTP_2, |received| received.version);
@@ -60,6 +61,6 @@ impl Worker {
             request: Some(Head { version, headers: &headers }),
             ..*flow
         };
-        self.reach(&flow, ask.terms.timeout.unwrap_or(to.dial_timeout), Some(permit), record).await
+        self.reach(setup, &flow, ask.terms.timeout.unwrap_or(to.dial_timeout), Some(permit), record).await
     }
 }

@@ -8,6 +8,7 @@ mod captured;
 mod itself;
 mod reach;
 mod requests;
+mod setup;
 
 use std::{
     cell::{Cell, RefCell},
@@ -21,7 +22,6 @@ use std::{
 
 use socket2::Socket;
 use tokio::{
-    net::TcpListener,
     runtime,
     sync::mpsc,
     task::LocalSet,
@@ -29,23 +29,21 @@ use tokio::{
 };
 
 use self::{
-    captured::accept_captured,
     reach::Sink,
-    requests::{At, accept_tunnels},
+    setup::{Setup, Sources},
 };
 use crate::{
-    capture::accept::{Accept, Origins},
+    capture::accept::Origins,
     config,
     drain::{self, Phase, Tasks, Watch},
     flow::Identity,
-    limits,
     listener::{accept, request::Refusal},
     policy::Policies,
     relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, relay},
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
-    tunnel::{self, Upstreams, h1, headers::Trace},
+    tunnel::{self, Upstreams, Wanted, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -55,14 +53,12 @@ const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 /// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// What all workers share; nothing in it changes.
+/// What all workers share of one configuration.
 pub struct Shared {
     /// Where flows go.
     pub router: Router,
     /// Who may reach what through our listeners.
     pub policies: Policies,
-    /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<tunnel::Next<tunnel::Settings>>,
     /// The mark of our own sockets.
     pub mark: Mark,
     /// What this process calls itself in `via`, as no other does.
@@ -79,9 +75,15 @@ pub struct Shared {
     pub keep_records: bool,
 }
 
+/// A capture, or a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceId(pub u64);
+
 /// A redirected connections' listener, for one worker.
 pub struct CaptureSocket {
-    /// What routes call its capture.
+    /// Its capture.
+    pub source: SourceId,
+    /// What routes call that.
     pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
@@ -89,16 +91,10 @@ pub struct CaptureSocket {
     pub origins: Origins,
 }
 
-/// News about network namespaces.
-pub enum More {
-    /// One has appeared.
-    Listen(CaptureSocket),
-    /// One has gone: its listeners, by its cookie, keep it alive.
-    Forget(u64),
-}
-
 /// A listener for CONNECT requests, for one worker.
 pub struct ConnectSocket {
+    /// Which listener.
+    pub source: SourceId,
     /// What routes call it.
     pub name: Option<Arc<str>>,
     /// The listening socket.
@@ -109,13 +105,52 @@ pub struct ConnectSocket {
     pub dial_timeout: Duration,
 }
 
+/// News for a running worker.
+pub enum More {
+    /// A network namespace has appeared.
+    Listen(CaptureSocket),
+    /// One has gone: a capture's listeners there, by its cookie, keep it alive.
+    Forget(SourceId, u64),
+    /// Another configuration is in force.
+    Change(Box<Change>),
+}
+
+/// What is different in another configuration.
+pub struct Change {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// The upstreams, in the configuration's order.
+    pub upstreams: Vec<Planned>,
+    /// What routes call these now.
+    pub renamed: Vec<(SourceId, Option<Arc<str>>)>,
+    /// Nothing more is taken from these. What they have brought goes on.
+    pub retire: Vec<SourceId>,
+    /// Capture listeners that are new.
+    pub captures: Vec<CaptureSocket>,
+    /// CONNECT listeners that are new, or serve in another way.
+    pub listeners: Vec<ConnectSocket>,
+    /// Dropped once all of it is in force.
+    pub done: mpsc::Sender<()>,
+}
+
+/// An upstream of another configuration.
+#[derive(Clone, Debug)]
+pub enum Planned {
+    /// It is the one that was at this place, with its connections.
+    Kept(usize),
+    /// It is new, or is reached in another way.
+    New(Box<tunnel::Next<tunnel::Settings>>),
+}
+
 /// What one worker starts with.
 pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
+    /// The upstreams, in the configuration's order.
+    pub upstreams: Vec<tunnel::Next<tunnel::Settings>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
-    /// Namespaces that appear and go later.
+    /// What changes later.
     pub more: mpsc::Receiver<More>,
     /// Capture listeners.
     pub captures: Vec<CaptureSocket>,
@@ -143,82 +178,55 @@ pub fn run(start: Start) -> io::Result<Report> {
 }
 
 struct Worker {
-    shared: Arc<Shared>,
+    /// What new flows are carried by.
+    setup: RefCell<Rc<Setup>>,
+    /// Upstreams of earlier configurations, until their flows have ended.
+    retired: Tasks,
     counters: Arc<Counters>,
-    upstreams: Upstreams,
     records: Records,
-    /// What bytes are moved through between two sockets of ours, unless they are copied.
-    pipes: Option<Pipes>,
     trace: Trace,
     active: Cell<usize>,
     /// Flows of each peer of our listeners.
     peers: RefCell<HashMap<Account, usize>>,
-    watch: Watch,
     /// Told when the flows that are left are to end.
     stop: Watch,
 }
 
 async fn work(start: Start) -> io::Result<Report> {
-    let Start { shared, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = Upstreams::new(&shared.upstreams);
+    let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
+    let upstreams = Upstreams::new(upstreams.into_iter().map(|new| Wanted::New(Box::new(new))).collect());
     let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
-        pipes: match shared.relay {
-            config::Relay::Copy => None,
-            config::Relay::Pipe => Some(Pipes::new(limits::pipes_for(shared.flows_max))),
-        },
-        shared,
+        setup: RefCell::new(Rc::new(Setup::new(shared, upstreams, None))),
+        retired: Tasks::default(),
         counters,
-        upstreams,
         trace: Trace::default(),
         active: Cell::default(),
         peers: RefCell::default(),
-        watch: watch.clone(),
         stop: stopped,
     });
     let flows = Rc::new(Tasks::default());
-    let accepting = Tasks::default();
-    // By network namespace; those of redirected connections have none that the programs know.
-    let mut capturing: HashMap<Option<u64>, Tasks> = HashMap::new();
-    for CaptureSocket { name, socket, origins } in captures {
-        let netns = origins.netns();
-        let accept = Accept::new(socket, origins)?;
-        let accept = accept_captured(Rc::clone(&worker), accept, name, Rc::clone(&flows));
-        capturing.entry(netns).or_default().spawn(accept);
-    }
-    for listener in listeners {
-        let socket = TcpListener::from_std(listener.socket.into())?;
-        let at = Rc::new(At { name: listener.name, dial_timeout: listener.dial_timeout });
-        accepting.spawn(accept_tunnels(Rc::clone(&worker), socket, listener.settings, at, Rc::clone(&flows)));
-    }
+    let mut sources = Sources::default();
+    captures.into_iter().for_each(|socket| sources.capture(&worker, socket, &flows));
+    listeners.into_iter().for_each(|socket| sources.listen(&worker, socket, &flows));
     loop {
         tokio::select! {
             () = watch.draining() => break,
             Some(news) = more.recv() => match news {
-                More::Listen(CaptureSocket { name, socket, origins }) => {
-                    let netns = origins.netns();
-                    match Accept::new(socket, origins) {
-                        Ok(accept) => {
-                            let accept = accept_captured(Rc::clone(&worker), accept, name, Rc::clone(&flows));
-                            capturing.entry(netns).or_default().spawn(accept);
-                        }
-                        Err(e) => tracing::error!("a capture listener could not be used: {e}"),
-                    }
-                }
-                More::Forget(netns) => drop(capturing.remove(&Some(netns))),
+                More::Listen(socket) => sources.capture(&worker, socket, &flows),
+                More::Forget(source, netns) => sources.forget(source, netns),
+                More::Change(change) => worker.change(*change, &mut sources, &flows),
             },
         }
     }
-    drop(accepting);
-    // These take what is waiting, and end. The kernel programs see at once that a listener is closed.
-    for tasks in capturing.values() {
-        let _late = timeout(STOP_PATIENCE, tasks.ended()).await;
-    }
-    drop(capturing);
+    // The kernel programs see at once that a listener is closed.
+    sources.end().await;
+    let setup = worker.setup();
+    let patience = setup.shared.drain_timeout;
     let drained = async {
         tokio::select! {
-            _ = timeout(worker.shared.drain_timeout, flows.ended()) => {}
+            _ = timeout(patience, flows.ended()) => {}
             () = watch.stopping() => {}
         }
     };
@@ -229,12 +237,16 @@ async fn work(start: Start) -> io::Result<Report> {
     stop.enter(Phase::Stop);
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
     // What the flows have handed over is not on the wire yet.
+    let closed = async {
+        setup.upstreams.close().await;
+        worker.retired.ended().await;
+    };
     tokio::select! {
-        _ = timeout(worker.shared.drain_timeout, worker.upstreams.close()) => {}
+        _ = timeout(patience, closed) => {}
         () = watch.stopping() => {}
     }
     let (records, dropped) = worker.records.take();
-    let connections_opened = worker.upstreams.connections_opened();
+    let connections_opened = setup.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })
 }
 
@@ -278,7 +290,7 @@ impl Drop for Place {
 impl Worker {
     /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
     fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
-        let most = self.shared.flows_max;
+        let most = self.setup.borrow().shared.flows_max;
         let share = most - most / PEER_LEAVES;
         let mut peers = self.peers.borrow_mut();
         let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
@@ -304,7 +316,8 @@ impl Worker {
     ) {
         let mut early = Early { sent: early, received: Queue::default() };
         let meter = Meter::default();
-        let pipes = self.pipes.as_ref();
+        let pipes = self.setup.borrow().pipes.clone();
+        let pipes = pipes.as_deref();
         let relayed = async {
             match sink {
                 Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,

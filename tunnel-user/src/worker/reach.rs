@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::Worker;
+use super::{Worker, setup::Setup};
 use crate::{
     dial::{self, DialError},
     flow::{Flow, Target},
@@ -31,6 +31,7 @@ impl Worker {
     /// far as `permit` goes; captured applications are the operator's own.
     pub(super) async fn reach(
         &self,
+        setup: &Setup,
         flow: &Flow<'_>,
         dial_timeout: Duration,
         permit: Option<Permit<'_>>,
@@ -38,20 +39,20 @@ impl Worker {
     ) -> Result<Sink, Refusal> {
         let random = (self.trace.random() >> 32) as u32;
         let target = flow.target;
-        match self.shared.router.decide(flow, random) {
+        match setup.shared.router.decide(flow, random) {
             Decision::Upstream { upstream, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
-                let pseudonym = &self.shared.pseudonym;
+                let pseudonym = &setup.shared.pseudonym;
                 let upstream =
-                    self.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
+                    setup.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
                 let ask = Ask { target, client: Some(flow.client), received: flow.request, pseudonym, terms };
                 let upstream = match upstream {
                     Next::Tunnel(upstream) => upstream,
                     // Boxed, because it comes here again.
                     Next::Itself(itself) => {
-                        return Box::pin(self.hand_over(itself, flow, &ask, record)).await;
+                        return Box::pin(self.hand_over(setup, itself, flow, &ask, record)).await;
                     }
                 };
                 // What is dialled here goes around no further.
@@ -63,7 +64,8 @@ impl Worker {
                 Ok(Sink::Tunnel(stream))
             }
             Decision::Dial { instead, terms } => {
-                let sink = self.dial(target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
+                let sink =
+                    dial(setup, target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
                 record.via = Via::Direct;
                 Ok(sink)
             }
@@ -71,40 +73,40 @@ impl Worker {
             Decision::NoRoute => Err(denied(target, "no route takes it")),
         }
     }
+}
 
-    /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
-    /// has to be allowed as a name.
-    async fn dial(
-        &self,
-        target: &Target,
-        instead: Option<&Target>,
-        dial_timeout: Duration,
-        permit: Option<Permit<'_>>,
-    ) -> Result<Sink, Refusal> {
-        let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
-        if let (Some(_), Some(permit)) = (instead, &permit) {
-            permit.allows_unresolved().map_err(refused)?;
-        }
-        let dialled = instead.unwrap_or(target);
-        let deadline = tokio::time::Instant::now() + dial_timeout;
-        let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
-        let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
-        let mut addrs = resolved.map_err(timed_out)??;
-        let mut why = None;
-        if let Some(permit) = permit {
-            let allowed = |addr| match instead {
-                None => permit.allows_addr(addr),
-                Some(to) => self.shared.policies.allows_rewrite(to, addr),
-            };
-            addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
-        }
-        if let (true, Some(why)) = (addrs.is_empty(), why) {
-            return Err(refused(why));
-        }
-        let (stream, addr) = dial::connect(dialled, &addrs, self.shared.mark, deadline, dial_timeout).await?;
-        tracing::trace!(%target, %addr, "dialled");
-        Ok(Sink::Direct(TcpLeg::new(stream)))
+/// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
+/// has to be allowed as a name.
+async fn dial(
+    setup: &Setup,
+    target: &Target,
+    instead: Option<&Target>,
+    dial_timeout: Duration,
+    permit: Option<Permit<'_>>,
+) -> Result<Sink, Refusal> {
+    let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
+    if let (Some(_), Some(permit)) = (instead, &permit) {
+        permit.allows_unresolved().map_err(refused)?;
     }
+    let dialled = instead.unwrap_or(target);
+    let deadline = tokio::time::Instant::now() + dial_timeout;
+    let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
+    let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
+    let mut addrs = resolved.map_err(timed_out)??;
+    let mut why = None;
+    if let Some(permit) = permit {
+        let allowed = |addr| match instead {
+            None => permit.allows_addr(addr),
+            Some(to) => setup.shared.policies.allows_rewrite(to, addr),
+        };
+        addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
+    }
+    if let (true, Some(why)) = (addrs.is_empty(), why) {
+        return Err(refused(why));
+    }
+    let (stream, addr) = dial::connect(dialled, &addrs, setup.shared.mark, deadline, dial_timeout).await?;
+    tracing::trace!(%target, %addr, "dialled");
+    Ok(Sink::Direct(TcpLeg::new(stream)))
 }
 
 fn denied(target: &Target, why: &str) -> Refusal {

@@ -4,12 +4,7 @@
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
 //! and not before. It never reads a byte of a flow.
 
-use std::{
-    net::SocketAddr,
-    rc::Rc,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
@@ -19,7 +14,11 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use super::{Account, Worker, back_off, reach::Sink};
+use super::{
+    Account, Worker, back_off,
+    reach::Sink,
+    setup::{At, Setup},
+};
 use crate::{
     drain::Tasks,
     flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
@@ -41,13 +40,7 @@ use crate::{
 /// one of HTTP/1 is a flow, and counts as one, as soon as it is carried.
 const TUNNELS_MAX: usize = 4096;
 
-/// Where CONNECT requests arrive.
-pub(super) struct At {
-    pub(super) name: Option<Arc<str>>,
-    pub(super) dial_timeout: Duration,
-}
-
-/// Accepts until it is dropped.
+/// Accepts until it is told to stop. What waits then is the next daemon's, or its client tries again.
 pub(super) async fn accept_tunnels(
     worker: Rc<Worker>,
     socket: TcpListener,
@@ -55,12 +48,17 @@ pub(super) async fn accept_tunnels(
     at: Rc<At>,
     flows: Rc<Tasks>,
 ) {
+    let mut watch = at.watch.clone();
     let handshakes = Handshakes::default();
     let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
     loop {
         // It is never closed.
         let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
-        match socket.accept().await {
+        let accepted = tokio::select! {
+            accepted = socket.accept() => accepted,
+            () = watch.draining() => return,
+        };
+        match accepted {
             Ok((stream, peer)) => {
                 let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
                 let place = handshakes.place();
@@ -79,8 +77,22 @@ struct Requester {
     client: ClientAddr,
     identity: Option<Identity>,
     server_name: Option<Box<str>>,
+    known: RefCell<Rc<Known>>,
+}
+
+/// What one configuration says of a peer: found out once, for all its requests.
+struct Known {
+    setup: Rc<Setup>,
     routes: PeerSet,
     policies: policy::Peer,
+}
+
+impl Known {
+    fn new(setup: Rc<Setup>, identity: Option<&Identity>) -> Rc<Self> {
+        let routes = setup.shared.router.peer(identity);
+        let policies = setup.shared.policies.peer(identity.cloned());
+        Rc::new(Self { setup, routes, policies })
+    }
 }
 
 impl Worker {
@@ -111,8 +123,7 @@ impl Worker {
             at,
             client,
             server_name,
-            routes: self.shared.router.peer(identity.as_ref()),
-            policies: self.shared.policies.peer(identity.clone()),
+            known: RefCell::new(Known::new(self.setup(), identity.as_ref())),
             identity,
         });
         match link {
@@ -130,7 +141,7 @@ impl Worker {
         from: Rc<Requester>,
     ) {
         let handle = |incoming| carry_stream(Rc::clone(self), incoming, Rc::clone(&from));
-        if let Err(e) = h2_listener::serve(settings, tunnel, self.watch.clone(), handle).await {
+        if let Err(e) = h2_listener::serve(settings, tunnel, from.at.watch.clone(), handle).await {
             tracing::debug!(peer = %PeerAddr(from.client.0), "tunnel ended: {e}");
         }
     }
@@ -185,22 +196,33 @@ impl Worker {
         head: Head<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        let permit = self.shared.policies.check_target(&from.policies, target);
+        let known = from.known(self);
+        let Known { setup, routes, policies } = &*known;
+        let permit = setup.shared.policies.check_target(policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
+        let name = from.at.name();
         let flow = Flow {
             source: Source::Listener,
-            name: from.at.name.as_deref(),
+            name: name.as_deref(),
             target,
             client: from.client,
-            peer: &from.routes,
+            peer: routes,
             server_name: from.server_name.as_deref(),
             request: Some(head),
         };
-        self.reach(&flow, from.at.dial_timeout, Some(permit), record).await
+        self.reach(setup, &flow, from.at.dial_timeout, Some(permit), record).await
     }
 }
 
 impl Requester {
+    /// What the configuration that is in force now says of it.
+    fn known(&self, worker: &Worker) -> Rc<Known> {
+        if !Rc::ptr_eq(&self.known.borrow().setup, &*worker.setup.borrow()) {
+            self.known.replace(Known::new(worker.setup(), self.identity.as_ref()));
+        }
+        Rc::clone(&self.known.borrow())
+    }
+
     fn who(&self) -> Option<&Identity> {
         self.identity.as_ref()
     }

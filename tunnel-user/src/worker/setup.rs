@@ -1,0 +1,201 @@
+//! What a worker does by its configuration, and how another takes its place.
+//!
+//! Enters: a [`Change`]. Leaves: the setup that new flows are carried by, and listeners that are accepted from.
+//! Invariant: a flow keeps the setup that it began with, and what that has connected to; a change is seen whole or
+//! not at all. It never reads a configuration.
+
+use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
+
+use tokio::{
+    net::TcpListener,
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+
+use super::{
+    CaptureSocket, Change, ConnectSocket, Planned, STOP_PATIENCE, Shared, SourceId, Worker,
+    captured::accept_captured, requests::accept_tunnels,
+};
+use crate::{
+    capture::accept::Accept,
+    config::Relay,
+    drain::{self, Phase, Tasks, Trigger, Watch},
+    limits,
+    relay::Pipes,
+    tunnel::{Upstream, Upstreams, Wanted},
+};
+
+/// How often an upstream that is no longer configured is looked at, once its connections are closed: a flow that
+/// began before may still open one.
+const RETIRED_LOOK: Duration = Duration::from_secs(1);
+
+/// What flows are carried by.
+pub(super) struct Setup {
+    pub(super) shared: Arc<Shared>,
+    pub(super) upstreams: Upstreams,
+    /// What bytes are moved through between two sockets of ours, unless they are copied.
+    pub(super) pipes: Option<Rc<Pipes>>,
+}
+
+impl Setup {
+    pub(super) fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
+        let pipes = match (shared.relay, before.and_then(|b| b.pipes.clone())) {
+            (Relay::Copy, _) => None,
+            (Relay::Pipe, Some(pipes)) => Some(pipes),
+            (Relay::Pipe, None) => Some(Rc::new(Pipes::new(limits::pipes_for(shared.flows_max)))),
+        };
+        Self { shared, upstreams, pipes }
+    }
+}
+
+/// Where flows come from: one capture, or one listener.
+pub(super) struct At {
+    /// What routes call it.
+    name: RefCell<Option<Arc<str>>>,
+    /// How long a dial for one of its flows may take.
+    pub(super) dial_timeout: Duration,
+    /// Told when nothing more is taken from it.
+    pub(super) watch: Watch,
+}
+
+impl At {
+    /// What routes call it now.
+    pub(super) fn name(&self) -> Option<Arc<str>> {
+        self.name.borrow().clone()
+    }
+}
+
+/// Everything that is accepted from.
+#[derive(Default)]
+pub(super) struct Sources {
+    /// Those that the kernel programs send connections to have one entry for each network namespace.
+    open: HashMap<(SourceId, Option<u64>), Source>,
+    /// What was retired, until it has ended.
+    retired: Tasks,
+}
+
+struct Source {
+    /// Dropped, it tells the source that nothing more is taken.
+    trigger: Trigger,
+    at: Rc<At>,
+    accepting: Tasks,
+}
+
+impl Source {
+    fn new(name: Option<Arc<str>>, dial_timeout: Duration) -> Self {
+        let (trigger, watch) = drain::channel();
+        let at = Rc::new(At { name: RefCell::new(name), dial_timeout, watch });
+        Self { trigger, at, accepting: Tasks::default() }
+    }
+
+    /// Stops accepting, once what is waiting has been taken.
+    async fn end(self) {
+        self.trigger.enter(Phase::Drain);
+        let _late = timeout(STOP_PATIENCE, self.accepting.ended()).await;
+    }
+}
+
+impl Sources {
+    /// Accepts what was captured.
+    pub(super) fn capture(&mut self, worker: &Rc<Worker>, socket: CaptureSocket, flows: &Rc<Tasks>) {
+        let CaptureSocket { source, name, socket, origins } = socket;
+        let dial_timeout = worker.setup().shared.dial_timeout;
+        let entry = self.open.entry((source, origins.netns()));
+        let entry = entry.or_insert_with(|| Source::new(name, dial_timeout));
+        let at = Rc::clone(&entry.at);
+        match Accept::new(socket, origins) {
+            Ok(accept) => {
+                entry.accepting.spawn(accept_captured(Rc::clone(worker), accept, at, Rc::clone(flows)));
+            }
+            Err(e) => tracing::error!("a capture listener could not be used: {e}"),
+        }
+    }
+
+    /// Accepts peers.
+    pub(super) fn listen(&mut self, worker: &Rc<Worker>, socket: ConnectSocket, flows: &Rc<Tasks>) {
+        let ConnectSocket { source, name, socket, settings, dial_timeout } = socket;
+        let entry = self.open.entry((source, None)).or_insert_with(|| Source::new(name, dial_timeout));
+        let at = Rc::clone(&entry.at);
+        match TcpListener::from_std(socket.into()) {
+            Ok(socket) => {
+                let accept = accept_tunnels(Rc::clone(worker), socket, settings, at, Rc::clone(flows));
+                entry.accepting.spawn(accept);
+            }
+            Err(e) => tracing::error!("a listener could not be used: {e}"),
+        }
+    }
+
+    /// A network namespace has gone.
+    pub(super) fn forget(&mut self, source: SourceId, netns: u64) {
+        drop(self.open.remove(&(source, Some(netns))));
+    }
+
+    fn rename(&self, source: SourceId, name: &Option<Arc<str>>) {
+        for (_, source) in self.open.iter().filter(|((id, _), _)| *id == source) {
+            source.at.name.replace(name.clone());
+        }
+    }
+
+    fn retire(&mut self, source: SourceId) {
+        let gone: Vec<_> = self.open.keys().filter(|(id, _)| *id == source).copied().collect();
+        for source in gone.iter().filter_map(|key| self.open.remove(key)) {
+            self.retired.spawn(source.end());
+        }
+    }
+
+    /// Stops accepting everywhere.
+    pub(super) async fn end(self) {
+        // All at once, so that each has the whole time.
+        for source in self.open.into_values() {
+            self.retired.spawn(source.end());
+        }
+        self.retired.ended().await;
+    }
+}
+
+impl Worker {
+    /// What a flow that begins now is carried by.
+    pub(super) fn setup(&self) -> Rc<Setup> {
+        Rc::clone(&self.setup.borrow())
+    }
+
+    /// Puts a change in force.
+    pub(super) fn change(self: &Rc<Self>, change: Change, sources: &mut Sources, flows: &Rc<Tasks>) {
+        let Change { shared, upstreams, renamed, retire, captures, listeners, done } = change;
+        let before = self.setup();
+        let planned = |planned| match planned {
+            Planned::New(settings) => Some(Wanted::New(settings)),
+            Planned::Kept(i) => before.upstreams.get(i).cloned().map(Wanted::Made),
+        };
+        let Some(upstreams) = upstreams.into_iter().map(planned).collect::<Option<Vec<_>>>() else {
+            return tracing::error!(
+                "a worker does not have the upstreams that it is to keep: nothing changes"
+            );
+        };
+        let next = Rc::new(Setup::new(shared, Upstreams::new(upstreams), Some(&before)));
+        for old in before.upstreams.tunnels() {
+            if !next.upstreams.tunnels().any(|kept| Rc::ptr_eq(kept, old)) {
+                self.retired.spawn(retired(Rc::clone(old)));
+            }
+        }
+        self.setup.replace(next);
+        renamed.into_iter().for_each(|(source, name)| sources.rename(source, &name));
+        // Those that take the place of others have their sockets: these are accepted from all the time.
+        captures.into_iter().for_each(|socket| sources.capture(self, socket, flows));
+        listeners.into_iter().for_each(|socket| sources.listen(self, socket, flows));
+        retire.into_iter().for_each(|source| sources.retire(source));
+        drop::<mpsc::Sender<()>>(done);
+    }
+}
+
+/// Holds an upstream that is no longer configured until nobody uses it, and closes its connections as their streams
+/// end.
+async fn retired(upstream: Rc<Upstream>) {
+    loop {
+        upstream.close().await;
+        if Rc::strong_count(&upstream) == 1 {
+            return;
+        }
+        sleep(RETIRED_LOOK).await;
+    }
+}
