@@ -16,6 +16,7 @@ use tunnel_tests::{
     daemon::Daemon,
     dialogue::ask,
     gateway,
+    node::Node,
     pki::{Credentials, GATEWAY_ID, NODE_ID},
     target, wait_for,
 };
@@ -288,6 +289,54 @@ fn when_the_outer_gateway_is_killed_flows_are_reset_and_new_ones_work_once_it_is
         let done = app.finish()?;
         assert!(done.success() && !done.stderr.contains("panicked"), "{done}");
     }
+    Ok(())
+}
+
+#[test]
+fn when_the_configuration_changes_only_what_goes_through_something_else_is_connected_anew() -> Result<()> {
+    /// Where the outer gateway moves.
+    const MOVED: SocketAddr = SocketAddr::new(NET4, gateway::PORT + 3);
+    let world = World::new()?;
+    let (first, second) = (world.gateway().start()?, world.gateway().listen(MOVED).start()?);
+    let mut inner = inner(&world, H2)?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let config = |outer: SocketAddr, before: &str| {
+        format!(
+            "[daemon]\nworkers = 1\n{}\n{}[[capture]]\ncgroup = \"{}\"\n{before}[[route]]\nto = [{{ upstream = \
+             \"inner\" }}]\n{}{}",
+            node.bpffs.toml(),
+            world.pki().named("node").toml(),
+            node.cgroup.path().display(),
+            upstream("inner", &INNER.to_string(), H2, Some("outer")),
+            upstream("outer", &outer.to_string(), H2, None),
+        )
+    };
+    let accepted = |log: String| log.matches("tunnel accepted").count();
+    let mut daemon = node.daemon(&config(OUTER, ""))?;
+    let mut old = node.hold(&target)?;
+    // The places of both change, and nothing else.
+    daemon.tell(&config(OUTER, &upstream("unused", "10.77.0.2:1", H2, None)))?;
+    let mut same = node.hold(&target)?;
+    assert_eq!((accepted(first.log()), accepted(inner.log())), (1, 1), "{}", daemon.log());
+    // What the inner one goes through moves, so its connections are others too.
+    daemon.tell(&config(MOVED, ""))?;
+    let mut new = node.hold(&target)?;
+    assert_eq!((accepted(first.log()), accepted(second.log()), accepted(inner.log())), (1, 1, 2));
+    for app in [&mut old, &mut same] {
+        assert_eq!(ask(app, "ping")?, "ok");
+        app.hang_up();
+        app.wait(PATIENCE)?;
+    }
+    // Nobody uses the first way any more: both of its connections are closed, cleanly.
+    wait_for("the end of the old connections", PATIENCE, || {
+        let sockets = world.net().sockets().ok()?;
+        (!sockets.iter().any(|s| s.established() && s.local == OUTER)).then_some(())
+    })?;
+    let line = first.log().lines().find(|l| l.contains(" destination=")).unwrap_or_default().to_owned();
+    assert!(line.contains(": closed destination="), "{line}");
+    assert_eq!(ask(&mut new, "ping")?, "ok");
+    inner.process().stop()?;
     Ok(())
 }
 

@@ -381,7 +381,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
     let taken = "capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
-        capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
+        capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.watch daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.name listener.protocols \
         listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \

@@ -3,7 +3,8 @@
 //! Enters: a leg, and a session whose handshake was done over it. Leaves: records, through that leg. Invariant:
 //! ends are those of TLS over a socket (`tls.rs`): close_notify is the end of one direction, and a stream that
 //! ends without it was cut off; what breaks the leg below breaks this one in the same way. It holds what one
-//! read of the leg below gave it, and what rustls holds; the rest stays in that leg's window.
+//! read of the leg below gave it, and what rustls holds; the rest stays in that leg's window. Its tests are those of
+//! `tls.rs`.
 
 use std::{
     io::{self, Read as _},

@@ -273,3 +273,144 @@ impl<L: Leg> Leg for Nested<L> {
         self.0.borrow_mut().leg.abort();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+    use crate::relay::Cause;
+
+    /// A leg by script: what it says, what it was told, how much room it has.
+    #[derive(Default)]
+    struct Script {
+        says: VecDeque<Result<Option<Bytes>, Broken>>,
+        accepted: usize,
+        room: usize,
+        sent: Vec<u8>,
+        finished: usize,
+    }
+
+    impl Leg for Script {
+        const PREFETCH: bool = true;
+
+        fn poll_recv(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+            self.says.pop_front().map_or(Poll::Pending, Poll::Ready)
+        }
+
+        fn accepted(&mut self, n: usize) {
+            self.accepted += n;
+        }
+
+        fn poll_send(&mut self, _cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
+            let n = queue.front_len().min(self.room);
+            if n == 0 {
+                return Poll::Pending;
+            }
+            self.room -= n;
+            self.sent.extend_from_slice(&queue.take(n));
+            Poll::Ready(Ok(n))
+        }
+
+        fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+            self.finished += 1;
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
+            Poll::Pending
+        }
+
+        fn close(&mut self) {}
+
+        fn abort(&mut self) {}
+    }
+
+    fn chunk(bytes: &[u8]) -> Result<Option<Bytes>, Broken> {
+        Ok(Some(Bytes::copy_from_slice(bytes)))
+    }
+
+    fn reset() -> Result<Option<Bytes>, Broken> {
+        Err(Broken::Reset(Cause::Stream(h2::Reason::CANCEL)))
+    }
+
+    fn nested(says: impl IntoIterator<Item = Result<Option<Bytes>, Broken>>, room: usize) -> Nested<Script> {
+        Nested::new(Script { says: says.into_iter().collect(), room, ..Script::default() }, Queue::default())
+    }
+
+    fn cx() -> Context<'static> {
+        Context::from_waker(std::task::Waker::noop())
+    }
+
+    #[tokio::test]
+    async fn the_window_is_given_back_as_bytes_are_read_and_never_twice() {
+        let mut early = Queue::default();
+        early.push(Bytes::from_static(b"ab"));
+        let says = [chunk(b"cdef"), chunk(b""), chunk(b"gh"), Ok(None)];
+        let leg = Script { says: says.into_iter().collect(), ..Script::default() };
+        let mut nested = Nested::new(leg, early);
+        let mut three = [0; 3];
+        nested.read_exact(&mut three).await.unwrap();
+        assert_eq!((&three, nested.0.borrow().leg.accepted), (b"abc", 3));
+        // As the leg again, it is told of the last of those once more.
+        nested.read_ahead(1);
+        assert!(matches!(nested.poll_recv(&mut cx()), Poll::Ready(Ok(Some(rest))) if rest == "def"));
+        nested.accepted(4);
+        assert_eq!(nested.0.borrow().leg.accepted, 6);
+        assert!(matches!(nested.poll_recv(&mut cx()), Poll::Ready(Ok(Some(rest))) if rest == "gh"));
+        assert!(matches!(nested.poll_recv(&mut cx()), Poll::Ready(Ok(None))));
+    }
+
+    #[tokio::test]
+    async fn an_end_is_an_end_and_a_reset_is_an_error_behind_what_came_before_it() {
+        let mut all = Vec::new();
+        nested([chunk(b"all"), Ok(None)], 0).read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, b"all");
+        let mut broken = nested([chunk(b"some"), reset()], 0);
+        broken.read_exact(&mut [0; 4]).await.unwrap();
+        for _ in 0..2 {
+            let e = broken.read(&mut [0]).await.unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::ConnectionReset);
+            assert!(e.to_string().contains("stream reset"), "{e}");
+        }
+        assert!(matches!(nested([reset()], 0).poll_recv(&mut cx()), Poll::Ready(Err(Broken::Reset(_)))));
+    }
+
+    #[tokio::test]
+    async fn what_is_written_waits_for_room_and_is_bounded() {
+        let mut nested = nested([], 10);
+        let offered: Vec<u8> = (0..SENDING_MAX + 1).map(|i| (i % 251) as u8).collect();
+        assert_eq!(nested.write(&offered).await.unwrap(), SENDING_MAX);
+        let mut poll = |nested: &mut Nested<Script>| Pin::new(nested).poll_write(&mut cx(), b"more");
+        assert!(poll(&mut nested).is_pending(), "nothing is taken while something waits");
+        assert!(Pin::new(&mut nested).poll_shutdown(&mut cx()).is_pending(), "nor is the end said before it");
+        nested.0.borrow_mut().leg.room = usize::MAX;
+        assert!(poll(&mut nested).is_ready());
+        nested.shutdown().await.unwrap();
+        nested.shutdown().await.unwrap();
+        let leg = &nested.0.borrow().leg;
+        assert_eq!(
+            (leg.sent[..SENDING_MAX] == offered[..SENDING_MAX], &leg.sent[SENDING_MAX..]),
+            (true, &b"more"[..])
+        );
+        assert_eq!(leg.finished, 1);
+    }
+
+    #[tokio::test]
+    async fn while_nobody_reads_what_comes_is_taken_and_not_given_back() {
+        let ones = std::iter::repeat_with(|| chunk(b"x")).take(1000);
+        let mut full = nested(ones.chain([Ok(None)]), 0);
+        assert_eq!(full.write(b"waits").await.unwrap(), 5);
+        assert!(Pin::new(&mut full).poll_flush(&mut cx()).is_pending());
+        assert!(full.0.borrow().leg.says.is_empty(), "all of it");
+        assert_eq!(full.0.borrow().leg.accepted, 0);
+        let mut all = Vec::new();
+        full.read_to_end(&mut all).await.unwrap();
+        assert_eq!((all.len(), full.0.borrow().leg.accepted), (1000, 1000));
+        // The other way to be stuck: a relay whose other side takes nothing.
+        let mut deaf = nested([chunk(b"a"), reset()], 0);
+        assert!(matches!(deaf.poll_broken(&mut cx()), Poll::Ready(Broken::Reset(_))));
+    }
+}
