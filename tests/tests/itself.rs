@@ -21,7 +21,7 @@ const NEXT: SocketAddr = SocketAddr::new(NET4, gateway::PORT + 1);
 /// listener; `rest` is what it does with it.
 fn both(world: &World, keys: &str, rest: &str) -> Result<PathBuf> {
     let config = format!(
-        "[daemon]\nworkers = 1\n{}[[listener]]\nname = \"gw\"\naddress = \"127.0.0.1:15008\"\n{keys}\n\
+        "[daemon]\nworkers = 1\nrelay = \"pipe\"\n{}[[listener]]\nname = \"gw\"\naddress = \"127.0.0.1:15008\"\n{keys}\n\
          [[upstream]]\nname = \"here\"\nself = \"gw\"\n\
          [[route]]\nmatch = {{ source = [\"captured\"] }}\nto = [{{ upstream = \"here\" }}]\n{rest}",
         world.pki().named("node").toml()
