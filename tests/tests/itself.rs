@@ -59,7 +59,8 @@ fn what_is_captured_reaches_its_target_as_if_a_gateway_had_been_asked_by_us() ->
     assert_eq!(flow["passed"], serde_json::json!(["here"]), "{flow}");
     let line = done.stderr.lines().find(|line| line.contains(" closed destination=")).unwrap_or_default();
     assert!(line.contains("passed=\"here\"") && line.contains(NODE_ID), "{done}");
-    assert_eq!(done.stats["connections_opened"].as_u64().unwrap_or(0), 0, "{:#}", done.stats);
+    // Between two sockets, all of it in the kernel: there is nothing of TLS or HTTP on the way.
+    assert!(done.stderr.contains(&format!("(\"bytes_piped\", {})", 2 * BYTES)), "{done}");
 
     let target = world.serve(NET4, target::answer_after_end())?;
     let done = exec().run_app(&["half-close", &target.addr().to_string(), "300000"])?;
