@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -108,7 +108,7 @@ fn the_outer_gateway_carries_one_stream_to_the_inner_one_which_alone_sees_the_ta
 }
 
 /// Bytes both ways at once, ends that come one after the other, resets of either side.
-fn assert_byte_stream(world: &World, agent: &PathBuf, what: &str) -> Result<()> {
+fn assert_byte_stream(world: &World, agent: &Path, what: &str) -> Result<()> {
     const BYTES: u64 = 2 * MIB;
     let exec = || world.exec_with(agent);
     let target = world.serve(TARGET4, target::duplex(BYTES))?;
@@ -218,7 +218,7 @@ fn an_inner_gateway_that_has_a_name_is_resolved_by_the_outer_one() -> Result<()>
 }
 
 /// What is said of the only flow, which got nowhere.
-fn refusal(world: &World, agent: &PathBuf) -> Result<String> {
+fn refusal(world: &World, agent: &Path) -> Result<String> {
     let target = world.serve(TARGET4, target::echo())?;
     let done = world.exec_with(agent).run_app(&["expect-reset", &target.addr().to_string(), "10"])?;
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");

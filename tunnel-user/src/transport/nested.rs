@@ -2,7 +2,7 @@
 //!
 //! Enters: the leg of a flow that ends at a peer of ours. Leaves: a byte stream for TLS and HTTP to sit on, or
 //! that leg again. Invariant: the leg's window is given back as its bytes are read from here, and what is
-//! written waits for the leg's room, so the bounds are the leg's: its window one way, [`SENDING_MAX`] and what
+//! written waits for the leg's room, so the bounds are the leg's: its window one way, `SENDING_MAX` and what
 //! the leg itself takes the other way. An end is an end, and a reset is an error. It never looks at a byte.
 
 use std::{
