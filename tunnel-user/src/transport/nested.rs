@@ -381,9 +381,9 @@ mod tests {
     #[tokio::test]
     async fn what_is_written_waits_for_room_and_is_bounded() {
         let mut nested = nested([], 10);
-        let offered: Vec<u8> = (0..SENDING_MAX + 1).map(|i| (i % 251) as u8).collect();
+        let offered: Vec<u8> = (0..=250).cycle().take(SENDING_MAX + 1).collect();
         assert_eq!(nested.write(&offered).await.unwrap(), SENDING_MAX);
-        let mut poll = |nested: &mut Nested<Script>| Pin::new(nested).poll_write(&mut cx(), b"more");
+        let poll = |nested: &mut Nested<Script>| Pin::new(nested).poll_write(&mut cx(), b"more");
         assert!(poll(&mut nested).is_pending(), "nothing is taken while something waits");
         assert!(Pin::new(&mut nested).poll_shutdown(&mut cx()).is_pending(), "nor is the end said before it");
         nested.0.borrow_mut().leg.room = usize::MAX;
