@@ -15,6 +15,7 @@ use std::{
 use http::{HeaderName, HeaderValue};
 use rustls_pki_types::ServerName;
 
+mod endpoints;
 mod flags;
 pub mod pattern;
 mod reader;
@@ -26,9 +27,13 @@ mod tests;
 mod value;
 mod via;
 
+pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
-pub use route::{Action, HeaderChanges, HeaderMatch, Match, Regex, RegexError, Route, Terms, ValueMatch};
+pub use route::{
+    Action, Authority, HeaderChanges, HeaderMatch, Match, ProxyProtocol, Regex, RegexError, Route, Terms,
+    ValueMatch,
+};
 pub use schema::schema;
 pub use value::{
     HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,
@@ -62,6 +67,10 @@ pub const MAX_FLOWS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not 0");
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long what a client sends first is waited for, where a route asks for it. An application on this node that
+/// speaks first has sent it by then, and so has a peer within that round trip; whoever waits for its server to speak
+/// loses no more.
+pub const INSPECT_TIMEOUT: Duration = Duration::from_millis(50);
 /// CONNECT streams that a listener takes on one connection: twice what our own client opens.
 pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
 /// CONNECT streams on one connection to an upstream. RFC 9113 section 6.5.2 advises that peers allow no
@@ -116,6 +125,8 @@ pub struct Daemon {
     pub max_flows: NonZeroUsize,
     /// How bytes are moved between two sockets of ours.
     pub relay: Relay,
+    /// How long what a client sends first is waited for, where a route asks for it.
+    pub inspect_timeout: Duration,
     /// Whether the configuration file is read again when it changes.
     pub watch: bool,
 }
@@ -129,6 +140,7 @@ impl Default for Daemon {
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
+            inspect_timeout: INSPECT_TIMEOUT,
             watch: true,
         }
     }
@@ -229,6 +241,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// What it speaks; at least one. Of what a client offers, the first one of these is taken.
     pub protocols: Vec<Protocol>,
+    /// Whether a PROXY header stands in front of every connection, and is believed.
+    pub proxy_protocol: bool,
     /// Whether it speaks TLS. Without it nobody proves who he is: `client_auth` and `verify` mean nothing then.
     pub tls: bool,
     /// Whether clients must present a certificate.
@@ -250,6 +264,7 @@ impl Listener {
             name: None,
             address,
             protocols: vec![Protocol::H2],
+            proxy_protocol: false,
             tls: true,
             client_auth: ClientAuth::Required,
             verify: Vec::new(),
@@ -273,6 +288,10 @@ pub enum Balance {
     LeastRequest,
     /// Each in turn.
     RoundRobin,
+    /// By chance.
+    Random,
+    /// The same for the same target, as long as it is well.
+    ConsistentHash,
 }
 
 /// `[[upstream]]`
@@ -282,8 +301,10 @@ pub struct Upstream {
     pub name: String,
     /// What it speaks.
     pub protocol: Protocol,
-    /// Where it is; at least one, unless it is this process itself.
+    /// Where it is; at least one, unless a file says it, or it is this process itself.
     pub endpoints: Vec<Target>,
+    /// Where its endpoints come from.
+    pub discovery: Discovery,
     /// Which other upstream its connections go through: an index into [`Config::upstreams`]. That one is another
     /// process, and does not come back here.
     pub via: Option<usize>,
@@ -311,6 +332,12 @@ pub struct Upstream {
     pub keepalive_timeout: Duration,
     /// How long the answer to CONNECT may take.
     pub response_timeout: Duration,
+    /// Which endpoints are left out for what flows have met there.
+    pub outlier_detection: OutlierDetection,
+    /// How endpoints are checked; `None`: they are not.
+    pub health_check: Option<HealthCheck>,
+    /// How much it gets.
+    pub limits: Limits,
 }
 
 impl Upstream {
@@ -320,6 +347,7 @@ impl Upstream {
             name,
             protocol: Protocol::H2,
             endpoints,
+            discovery: Discovery::Static,
             via: None,
             itself: None,
             balance: Balance::LeastRequest,
@@ -333,6 +361,9 @@ impl Upstream {
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
             response_timeout: RESPONSE_TIMEOUT,
+            outlier_detection: OutlierDetection::default(),
+            health_check: None,
+            limits: Limits::default(),
         }
     }
 

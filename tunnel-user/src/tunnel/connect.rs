@@ -24,8 +24,8 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
+    TunnelError,
     nested::{Outer, Via},
-    upstream::TunnelError,
 };
 use crate::{
     config::Protocol,
@@ -126,19 +126,30 @@ pub enum ConnectError {
         /// How many may.
         most: usize,
     },
+    /// The upstream has as many connections as it may.
+    #[error("the limit of {most} connections is reached")]
+    Limit {
+        /// How many.
+        most: usize,
+    },
     /// The pool is gone.
     #[error("shutting down")]
     Shutdown,
 }
 
 impl ConnectError {
-    /// Whether it says anything about the endpoint: not where the way there failed.
-    pub fn is_of_endpoint(&self) -> bool {
+    /// Whether nothing is known of the endpoint: the reason is on this side, or on the way there.
+    pub fn is_ours(&self) -> bool {
         match self {
-            Self::Outer(why) => {
-                !matches!(**why, TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. })
-            }
-            _ => true,
+            Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown => true,
+            Self::Outer(why) => matches!(
+                **why,
+                TunnelError::Connect { .. }
+                    | TunnelError::NoEndpoint { .. }
+                    | TunnelError::Empty { .. }
+                    | TunnelError::Limit { .. }
+            ),
+            Self::Dial(_) | Self::Tls { .. } | Self::Http { .. } | Self::Timeout { .. } => false,
         }
     }
 }

@@ -19,7 +19,7 @@ use rustls::CipherSuite;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    sync::Notify,
+    sync::{Notify, oneshot},
     time::{Instant, sleep_until, timeout},
 };
 use tokio_rustls::client::TlsStream;
@@ -65,10 +65,14 @@ pub(super) struct Conn {
     max_streams: usize,
     pub(super) active: Cell<usize>,
     pub(super) idle_since: Cell<Instant>,
-    /// The last stream has ended.
+    /// The last stream has ended, or it is to be looked whether the peer is alive, or it is no longer wanted.
     pub(super) idle: Notify,
     /// Got GOAWAY, failed, or is being closed for idleness.
     pub(super) retired: Cell<bool>,
+    /// Its endpoint is gone: it is closed as soon as it is idle.
+    pub(super) unwanted: Cell<bool>,
+    /// Those who want to know whether the peer is alive.
+    pub(super) askers: RefCell<Vec<oneshot::Sender<()>>>,
     /// Why the connection was lost, once it was.
     pub(super) lost: RefCell<Option<String>>,
 }
@@ -189,6 +193,8 @@ pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, Conne
             idle_since: Cell::new(Instant::now()),
             idle: Notify::new(),
             retired: Cell::new(false),
+            unwanted: Cell::new(false),
+            askers: RefCell::default(),
             lost: RefCell::default(),
         });
         Ok(Opened { conn, suite, wire })
@@ -235,7 +241,11 @@ async fn drive<W: Wire>(
 ) -> bool {
     let mut ping_at = Instant::now() + settings.keepalive_interval;
     let lost = loop {
-        let idle_at = conn.idle_since.get() + settings.idle_timeout;
+        if !conn.askers.borrow().is_empty() {
+            ping_at = Instant::now();
+        }
+        let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
+        let idle_at = conn.idle_since.get() + keep_for;
         let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
         tokio::select! {
             biased;
@@ -243,7 +253,7 @@ async fn drive<W: Wire>(
             () = sleep_until(wake_at) => {}
             () = conn.idle.notified() => continue,
         }
-        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= settings.idle_timeout {
+        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= keep_for {
             conn.retired.set(true);
             // Without a handle that could open a stream, the connection says GOAWAY and ends.
             conn.send.borrow_mut().take();
@@ -257,7 +267,12 @@ async fn drive<W: Wire>(
             biased;
             ended = &mut connection => break ended.err().map(|e| explain(&e)),
             pong = timeout(settings.keepalive_timeout, ping.ping(h2::Ping::opaque())) => match pong {
-                Ok(Ok(_)) => {}
+                Ok(Ok(_)) => {
+                    for asker in conn.askers.take() {
+                        // It may have given up.
+                        let _gone = asker.send(());
+                    }
+                }
                 Ok(Err(e)) => break Some(explain(&e)),
                 Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
             },
@@ -267,5 +282,6 @@ async fn drive<W: Wire>(
     conn.retired.set(true);
     let clean = lost.is_none();
     *conn.lost.borrow_mut() = lost;
+    conn.askers.borrow_mut().clear();
     clean
 }

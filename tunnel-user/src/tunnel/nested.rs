@@ -16,9 +16,9 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    h1,
+    TunnelError, h1,
     headers::Ask,
-    upstream::{Leg, Stream, TunnelError, Upstream},
+    upstream::{Leg, Stream, Upstream},
 };
 use crate::{
     config::Terms,
@@ -40,7 +40,7 @@ impl Via {
     pub async fn open(&self, endpoint: &Target) -> Result<Outer, TunnelError> {
         // Nothing was received, so there is no `via` to stand in.
         let (terms, pseudonym) = (&Terms::default(), "");
-        let ask = Ask { target: endpoint, client: None, received: None, pseudonym, terms };
+        let ask = Ask { target: endpoint, instead: None, client: None, received: None, pseudonym, terms };
         let mut stream = self.0.connect(&ask).await?;
         let early = mem::take(&mut stream.early);
         Ok(Nested::new(stream, early))

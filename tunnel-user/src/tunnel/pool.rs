@@ -6,6 +6,7 @@
 //! - for one key, never more dials are in flight than the waiting flows need;
 //! - a connection never carries more streams than its limit and the peer's;
 //! - a connection that got GOAWAY takes no new streams, and its old ones go on;
+//! - there are never more connections and dials than the limit;
 //! - no lock is held across a handshake: a slow dial of one key holds up no other.
 
 use std::{
@@ -26,9 +27,10 @@ use tokio::{
 use super::{
     connect::{self, ConnectError, Key},
     h2::{Conn, open},
+    limit::{Count, Taken},
     pick,
 };
-use crate::flow::{FarEnd, Identity};
+use crate::flow::{FarEnd, Identity, Target};
 
 /// Flows that wait for a connection to the same peer; more are refused at once.
 const WAITING_MAX: usize = 4096;
@@ -40,6 +42,8 @@ const DIALING_MAX: usize = 4;
 pub struct Settings {
     /// Streams on one connection; the peer's limit counts too.
     pub max_streams: usize,
+    /// Connections, those being made too.
+    pub max_connections: usize,
     /// How they are made.
     pub connect: connect::Settings,
     /// A connection without streams is closed after this.
@@ -59,6 +63,8 @@ struct Inner {
     /// Dials and connections. They hold the pool weakly.
     tasks: RefCell<JoinSet<()>>,
     opened: Cell<u64>,
+    /// Connections, and dials.
+    open: Count,
     /// A connection has ended.
     closed: Notify,
 }
@@ -101,6 +107,19 @@ impl Lease {
     /// The connection takes no new streams: it got GOAWAY, or failed.
     pub fn retire(&self) {
         self.conn.retired.set(true);
+    }
+
+    /// Ready when the peer has answered a PING, sent now. The caller bounds the time.
+    pub async fn ping(&self) -> Result<(), String> {
+        let (tell, told) = oneshot::channel();
+        {
+            let mut askers = self.conn.askers.borrow_mut();
+            // Those who no longer wait.
+            askers.retain(|asker| !asker.is_closed());
+            askers.push(tell);
+        }
+        self.conn.idle.notify_one();
+        told.await.map_err(|_| self.lost().unwrap_or_else(|| "the connection has ended".to_owned()))
     }
 
     /// Why the connection was lost, if it was.
@@ -168,6 +187,7 @@ impl Pool {
             slots: RefCell::default(),
             tasks: RefCell::default(),
             opened: Cell::default(),
+            open: Count::default(),
             closed: Notify::new(),
         }))
     }
@@ -196,6 +216,23 @@ impl Pool {
                 return;
             }
             self.0.closed.notified().await;
+        }
+    }
+
+    /// Whether a connection has a place for one more stream.
+    pub fn has_room(&self, key: &Key) -> bool {
+        let slot = self.0.slots.borrow().get(key).cloned();
+        slot.is_some_and(|s| pick::with_room(&s.connections.borrow(), |c| c.free()).is_some())
+    }
+
+    /// Closes the connections to an endpoint that is gone, each when its last stream has ended.
+    pub fn forget(&self, endpoint: &Target) {
+        for (_, slot) in self.0.slots.borrow().iter().filter(|(key, _)| key.endpoint == *endpoint) {
+            for conn in slot.connections.borrow().iter() {
+                conn.retired.set(true);
+                conn.unwanted.set(true);
+                conn.idle.notify_one();
+            }
         }
     }
 
@@ -231,23 +268,30 @@ impl Inner {
         Rc::clone(slots.entry(key.clone()).or_default())
     }
 
-    /// As many dials as those who wait need.
+    /// As many dials as those who wait need. Where there may be none, nobody waits.
     fn dial_for_waiting(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
         let needed = slot.waiting.borrow().len().div_ceil(self.settings.max_streams).min(DIALING_MAX);
         while slot.dialing.get() < needed {
-            self.dial(key, slot);
+            if !self.dial(key, slot) {
+                if slot.dialing.get() == 0 {
+                    slot.fail(&ConnectError::Limit { most: self.settings.max_connections });
+                }
+                return;
+            }
         }
     }
 
-    /// Starts a dial; what comes of it serves those who wait.
-    fn dial(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
+    /// Starts a dial, if there may be one; what comes of it serves those who wait.
+    fn dial(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) -> bool {
+        let Some(open) = self.open.take(self.settings.max_connections) else { return false };
         slot.dialing.set(slot.dialing.get() + 1);
         let (key, slot, settings) = (key.clone(), Rc::clone(slot), self.settings.clone());
         let pool = Rc::downgrade(self);
         let mut tasks = self.tasks.borrow_mut();
         while tasks.try_join_next().is_some() {}
         tasks.spawn_local(async move {
-            let dialled = open(&key, &settings).await;
+            let open: Taken = open;
+            let dialled = self::open(&key, &settings).await;
             slot.dialing.set(slot.dialing.get() - 1);
             let opened = match dialled {
                 Ok(opened) => opened,
@@ -273,10 +317,12 @@ impl Inner {
             opened.drive(&settings).await;
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
+            drop(open);
             if let Some(inner) = pool.upgrade() {
                 inner.closed.notify_one();
                 inner.dial_for_waiting(&key, &slot);
             }
         });
+        true
     }
 }

@@ -6,11 +6,15 @@
 
 use http::Version;
 
-use super::{Worker, reach::Sink, setup::Setup};
+use super::{
+    Worker,
+    reach::{Sink, Wish},
+};
 use crate::{
     flow::{Flow, Head},
     listener::request::Refusal,
-    route::Source,
+    policy,
+    route::{Decision, Source},
     stats::Record,
     tunnel::{
         Itself,
@@ -26,9 +30,8 @@ impl Worker {
     /// Goes on as though a peer had asked the listener.
     pub(super) async fn hand_over(
         &self,
-        setup: &Setup,
         to: &Itself,
-        flow: &Flow<'_>,
+        wish: &Wish<'_>,
         ask: &Ask<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
@@ -46,21 +49,32 @@ impl Worker {
         if record.identity.is_none() {
             record.identity = identity.as_ref().map(ToString::to_string);
         }
-        let peer = setup.shared.router.peer(identity.as_ref());
-        let policies = setup.shared.policies.peer(identity);
-        let permit = setup.shared.policies.check_target(&policies, target);
-        let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
+        let (shared, refused) = (&wish.setup.shared, |e: policy::Denied| Refusal::Denied(e.to_string()));
+        let peer = shared.router.peer(identity.as_ref());
+        let policies = shared.policies.peer(identity.clone());
+        let permit = shared.policies.check_target(&policies, target).map_err(refused)?;
         let headers = handed_over(ask);
         let version = ask.received.map_or(Version::HTTP_2, |received| received.version);
         let flow = Flow {
             source: Source::Listener,
             name: Some(&to.listener),
             target,
+            identity: identity.as_ref(),
             peer: &peer,
             server_name: None,
             request: Some(Head { version, headers: &headers }),
-            ..*flow
+            ..wish.flow
         };
-        self.reach(setup, &flow, ask.terms.timeout.unwrap_or(to.dial_timeout), Some(permit), record).await
+        let dial_timeout = ask.terms.timeout.unwrap_or(to.dial_timeout);
+        let wish = Wish { setup: wish.setup, flow, permit: Some(permit), dial_timeout };
+        match self.route(&wish) {
+            // Its client would have to be answered first, and that is for the route before.
+            Decision::Look => Err(Refusal::Denied(format!(
+                "{target} is refused: the route at listener \"{}\" depends on what the connection carries, and the \
+                 one that led there has not looked at it",
+                to.listener
+            ))),
+            decision => self.reach(&wish, decision, record).await,
+        }
     }
 }
