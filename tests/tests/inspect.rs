@@ -344,16 +344,26 @@ fn curl_is_routed_by_its_host_through_a_listener_of_http_1() -> Result<()> {
         format!("[[route]]\nmatch = {{ http_host = [\"{name}\"] }}\nto = {{ dial = \"{to}\" }}\n")
     };
     let routes = by("one.internal", one.addr()) + &by("two.internal", two.addr());
-    let _gateway = chain(&world, LONG, "tls = false\nprotocols = [\"h1\"]", &routes)?;
-    let curl = |name: &str| {
+    let who = world.pki().named("node");
+    let curl = |proxy: &str, name: &str| {
         let mut command: Command = world.node().command("curl");
         command.args(["-sS", "--fail", "--proxytunnel", "--max-time", "20", "--noproxy", "", "-x"]);
-        process::output(command.arg(format!("http://{A}")).arg(format!("http://{name}/")))
+        command.arg(format!("{proxy}://{A}")).arg("--proxy-cacert").arg(&who.ca);
+        command.arg("--proxy-cert").arg(&who.cert).arg("--proxy-key").arg(&who.key);
+        process::output(command.arg(format!("http://{name}/")))
     };
-    assert_eq!(curl("one.internal")?, "one.internal");
-    assert_eq!(curl("two.internal")?, "two.internal");
-    assert!(curl("three.internal").is_err(), "reset after the 200");
-    assert_eq!((one.peers().len(), two.peers().len()), (1, 1));
+    let routed = |proxy: &str| -> Result<()> {
+        assert_eq!(curl(proxy, "one.internal")?, "one.internal");
+        assert_eq!(curl(proxy, "two.internal")?, "two.internal");
+        assert!(curl(proxy, "three.internal").is_err(), "reset after the 200");
+        Ok(())
+    };
+    let mut secure = chain(&world, LONG, "protocols = [\"h1\"]", &routes)?;
+    routed("https")?;
+    secure.process().stop()?;
+    let _gateway = chain(&world, LONG, "tls = false\nprotocols = [\"h1\"]", &routes)?;
+    routed("http")?;
+    assert_eq!((one.peers().len(), two.peers().len()), (2, 2));
     // What comes behind the request, in one write with it, is looked at and arrives.
     let answer = world.node().run(|| -> Result<String> {
         let mut stream = TcpStream::connect(A)?;
