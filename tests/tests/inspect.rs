@@ -6,6 +6,7 @@ use std::{
     path::PathBuf,
     process::Command,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -14,8 +15,9 @@ use h2::{Reason, RecvStream, SendStream};
 use nix::sys::signal::Signal;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use tokio::time::{sleep, timeout};
 use tunnel_tests::{
-    NET4, PATIENCE, TARGET4, World,
+    BLACKHOLE, NET4, PATIENCE, TARGET4, World,
     daemon::Daemon,
     gateway,
     hop::Hop,
@@ -310,6 +312,51 @@ fn a_hello_in_one_byte_frames_is_read_and_arrives_unchanged() -> Result<()> {
     assert_eq!(answer.status, 403);
     assert_eq!(next.asked().len(), 1);
     Ok(())
+}
+
+/// Waits for a line of the log that holds `text`, while connections go on.
+async fn logged(daemon: &Daemon, text: &str) -> Result<()> {
+    let look = async {
+        while !daemon.log().contains(text) {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, look).await.with_context(|| format!("no line \"{text}\":\n{}", daemon.log()))
+}
+
+#[test]
+fn what_a_client_sends_between_its_look_and_its_target_is_taken_and_its_reset_is_heard() -> Result<()> {
+    const FRAMES: usize = 20_000;
+    let world = World::new()?;
+    let _next = Hop::start(world.net(), C, &world.pki().named("gateway"))?;
+    let routes = format!(
+        "[[route]]\nmatch = {{ http_host = [\"hole.internal\"] }}\nto = {{ dial = \"{BLACKHOLE}:80\" }}\n\
+         timeout = \"1h\"\n[[route]]\nto = [{{ upstream = \"next\" }}]\n"
+    );
+    let gateway = &chain(&world, LONG, "", &routes)?;
+    let tls = peer::tls(&world.pki().named("node"))?;
+    world.node().block_on(|| async move {
+        let (mut requests, connection) = peer::connect(A, tls).await?;
+        let driving = tokio::task::spawn_local(connection);
+        let (response, mut stuck) = requests.send_request(connect_request("10.200.0.10:80")?, false)?;
+        ensure!(response.await?.status() == 200);
+        stuck.send_data("GET / HTTP/1.1\r\nHost: hole.internal\r\n\r\n".into(), false)?;
+        logged(gateway, "inside=Host(HostName(\"hole.internal\"))").await?;
+        for _ in 0..FRAMES {
+            stuck.send_data(Bytes::from_static(b"x"), false)?;
+            tokio::task::yield_now().await;
+        }
+        // Its connection has outlived that.
+        let mut requests = requests.ready().await?;
+        let (response, mut send) = requests.send_request(connect_request("10.200.0.10:81")?, false)?;
+        let mut body = response.await?.into_body();
+        send.send_data(Bytes::from_static(b"ping"), false)?;
+        ensure!(echoed(&mut body, 4).await? == b"ping");
+        stuck.send_reset(Reason::CANCEL);
+        logged(gateway, "the client left before the target answered").await?;
+        driving.abort();
+        Ok(())
+    })
 }
 
 #[test]
