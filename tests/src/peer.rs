@@ -2,7 +2,12 @@
 //!
 //! Enters: requests, good and bad. Leaves: the gateway's answers, as they are.
 
-use std::{fs, net::SocketAddr, sync::Arc};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
@@ -13,7 +18,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::{netns::NetNs, pki::Credentials, world::NET4};
+use crate::{netns::NetNs, pki::Credentials, wait::PATIENCE, world::NET4};
 
 /// What a gateway answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +44,20 @@ pub fn ask(host: &NetNs, gateway: SocketAddr, who: &Credentials, request: Reques
         let proxy_status = response.headers().get("proxy-status").map(|value| value.to_str()).transpose()?;
         Ok(Answer { status: response.status(), proxy_status: proxy_status.unwrap_or_default().to_owned() })
     })
+}
+
+/// Says something in plaintext, word by word, ends if it is to end, and hears the other side out, which has to close
+/// the connection.
+pub fn say_and_hear(host: &NetNs, to: SocketAddr, said: &[u8], end: bool) -> Result<String> {
+    let stream = host.run(|| std::net::TcpStream::connect(to))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    (&stream).write_all(said)?;
+    if end {
+        stream.shutdown(Shutdown::Write)?;
+    }
+    let mut heard = Vec::new();
+    (&stream).read_to_end(&mut heard).with_context(|| format!("{:?}", String::from_utf8_lossy(said)))?;
+    Ok(String::from_utf8(heard)?)
 }
 
 /// CONNECT for an authority, which may be none.

@@ -41,6 +41,30 @@ pub fn system(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} is not installed: cargo xtask setup installs it"))
 }
 
+/// The project's own folder of programs: `TUNNEL_TOOLS_DIR`, or `.tools` in the checkout.
+pub fn tools() -> PathBuf {
+    #[expect(clippy::disallowed_methods, reason = "a test has no command line of its own")]
+    let elsewhere = env::var_os("TUNNEL_TOOLS_DIR").map(PathBuf::from);
+    elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools"))
+}
+
+/// Envoy, in a folder of programs or in the system's.
+pub fn envoy(tools: &Path) -> Result<PathBuf> {
+    // Where the Python package puts it, inside of a virtual environment.
+    let libraries = std::fs::read_dir(tools.join("envoy/lib")).into_iter().flatten().flatten();
+    let inside = "site-packages/envoy/_bin/envoy";
+    let packaged = libraries.map(|python| python.path().join(inside)).find(|path| path.is_file());
+    let found = packaged.or_else(|| system("envoy").ok());
+    found.context("Envoy is not installed: cargo xtask setup --only peers installs it")
+}
+
+/// oha, an HTTP client, in a folder of programs or in the system's.
+pub fn oha(tools: &Path) -> Result<PathBuf> {
+    let built = Some(tools.join("bin/oha")).filter(|path| path.is_file());
+    let found = built.or_else(|| system("oha").ok());
+    found.context("oha is not installed: cargo xtask setup --only test installs it")
+}
+
 /// Cargo puts programs one folder above the tests.
 fn beside(name: &str) -> Result<PathBuf> {
     let test = env::current_exe()?;

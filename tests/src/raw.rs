@@ -7,11 +7,11 @@ use std::net::SocketAddr;
 use anyhow::{Context as _, Result, ensure};
 use rustls_pki_types::ServerName;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
     time::timeout,
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::TlsConnector;
 
 use crate::{PATIENCE, peer, pki::Credentials, world::NET4};
 
@@ -23,13 +23,17 @@ pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
 /// SETTINGS.
 pub const SETTINGS: u8 = 4;
+/// PING.
+pub const PING: u8 = 6;
 /// GOAWAY.
 pub const GOAWAY: u8 = 7;
 /// WINDOW_UPDATE.
 pub const WINDOW_UPDATE: u8 = 8;
 /// CONTINUATION.
 pub const CONTINUATION: u8 = 9;
-/// The flag of SETTINGS.
+/// What a client sends first.
+const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// The flag of SETTINGS and PING.
 pub const ACK: u8 = 1;
 /// The flag of DATA and HEADERS.
 pub const END_STREAM: u8 = 1;
@@ -62,10 +66,16 @@ impl Frame {
 }
 
 /// The half that sends.
-pub struct Sender(WriteHalf<TlsStream<TcpStream>>);
+pub struct Sender(Box<dyn AsyncWrite + Unpin>);
 
 /// The half that receives.
-pub struct Receiver(ReadHalf<TlsStream<TcpStream>>);
+pub struct Receiver(Box<dyn AsyncRead + Unpin>);
+
+/// Both, of one stream.
+fn halves(stream: impl AsyncRead + AsyncWrite + 'static) -> (Sender, Receiver) {
+    let (read, write) = tokio::io::split(stream);
+    (Sender(Box::new(write)), Receiver(Box::new(read)))
+}
 
 /// TLS, the preface, and empty SETTINGS.
 pub async fn connect(gateway: SocketAddr, who: &Credentials) -> Result<(Sender, Receiver)> {
@@ -73,11 +83,23 @@ pub async fn connect(gateway: SocketAddr, who: &Credentials) -> Result<(Sender, 
     tcp.set_nodelay(true)?;
     let name = ServerName::IpAddress(NET4.into());
     let tls = TlsConnector::from(peer::tls(who)?).connect(name, tcp).await.context("TLS")?;
-    let (read, write) = tokio::io::split(tls);
-    let mut sender = Sender(write);
-    sender.bytes(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    let (mut sender, receiver) = halves(tls);
+    sender.bytes(&PREFACE).await?;
     sender.frame(SETTINGS, 0, 0, &[]).await?;
-    Ok((sender, Receiver(read)))
+    Ok((sender, receiver))
+}
+
+/// The other side of it: takes a client's preface, and sends these SETTINGS.
+pub async fn accept(
+    stream: impl AsyncRead + AsyncWrite + 'static,
+    settings: &[u8],
+) -> Result<(Sender, Receiver)> {
+    let (mut sender, mut receiver) = halves(stream);
+    let mut preface = [0; PREFACE.len()];
+    timeout(PATIENCE, receiver.0.read_exact(&mut preface)).await.context("waiting for the preface")??;
+    ensure!(preface == PREFACE, "it begins with {:?}", String::from_utf8_lossy(&preface));
+    sender.frame(SETTINGS, 0, 0, settings).await?;
+    Ok((sender, receiver))
 }
 
 /// Waits until the windows of a gateway are as wide as it opens them: a stream's once its SETTINGS are acknowledged,
@@ -127,6 +149,60 @@ pub fn connect_block(authority: &str) -> Vec<u8> {
     out.push(u8::try_from(authority.len()).expect("authorities are short"));
     out.extend(authority.as_bytes());
     out
+}
+
+/// A field of a header block, by whatever name: a literal without indexing, no Huffman code.
+pub fn field(name: &[u8], value: &[u8]) -> Vec<u8> {
+    let mut out = vec![0];
+    for text in [name, value] {
+        length(text.len(), &mut out);
+        out.extend(text);
+    }
+    out
+}
+
+/// A string's length (RFC 7541 sections 5.1, 5.2).
+fn length(mut n: usize, out: &mut Vec<u8>) {
+    const PREFIX: usize = 127;
+    let low = |n: usize| u8::try_from(n & 127).expect("seven bits");
+    if n < PREFIX {
+        out.push(low(n));
+        return;
+    }
+    out.push(127);
+    n -= PREFIX;
+    while n > 127 {
+        out.push(low(n) | 128);
+        n >>= 7;
+    }
+    out.push(low(n));
+}
+
+/// The status at the front of a response's header block, as an encoder writes it that has not sent this one before on
+/// its connection: by the static table, or its digits, in the Huffman code (RFC 7541 appendices A, B) or not.
+pub fn status(block: &[u8]) -> Option<u16> {
+    let (first, rest) = block.split_first()?;
+    match first {
+        0x88 => return Some(200),
+        0x8c => return Some(400),
+        0x8d => return Some(404),
+        0x8e => return Some(500),
+        // A literal with the name at 8, to be indexed or not.
+        0x48 | 0x08 => {}
+        _ => return None,
+    }
+    let (length, text) = rest.split_first()?;
+    let text = text.get(..usize::from(length & 127))?;
+    if length & 128 == 0 {
+        return std::str::from_utf8(text).ok()?.parse().ok();
+    }
+    let mut bits = text.iter().flat_map(|byte| (0..8).rev().map(move |bit| u16::from(byte >> bit & 1)));
+    let mut digit = || {
+        let five = bits.by_ref().take(5).fold(0, |sum, bit| sum * 2 + bit);
+        // 0, 1 and 2 take five bits, the others six.
+        if five <= 2 { Some(five) } else { (five * 2 + bits.next()?).checked_sub(22).filter(|d| *d <= 9) }
+    };
+    Some(digit()? * 100 + digit()? * 10 + digit()?)
 }
 
 impl Receiver {

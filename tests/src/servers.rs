@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::unistd::User;
 
 use crate::{
+    netns::NetNs,
     process::{self, Process},
     programs,
     wait::{PATIENCE, wait_for},
@@ -37,16 +38,28 @@ impl Server {
     }
 
     fn start(world: &World, name: &str, port: u16, command: Command) -> Result<Self> {
-        let mut process = Process::spawn(name, world.folder(), command)?;
-        wait_for(&format!("{name} to listen"), PATIENCE, || {
-            let listens = world.net().listens(port).is_ok_and(|listens| listens);
-            let ended = process.ended().is_ok_and(|status| status.is_some());
-            (listens || ended).then_some(())
-        })
-        .with_context(|| format!("{process}"))?;
-        ensure!(process.ended()?.is_none(), "{name} ended at once\n{process}");
+        let process = listening(world.net(), &[port], name, world.folder(), command)?;
         Ok(Self { addr: SocketAddr::new(TARGET4, port), process })
     }
+}
+
+/// Starts a program, and returns when something on its host listens on every one of `ports`.
+pub fn listening(
+    host: &NetNs,
+    ports: &[u16],
+    name: &str,
+    folder: &Path,
+    command: Command,
+) -> Result<Process> {
+    let mut process = Process::spawn(name, folder, command)?;
+    wait_for(&format!("{name} to listen"), PATIENCE, || {
+        let ended = process.ended().is_ok_and(|status| status.is_some());
+        let listens = ports.iter().all(|port| host.listens(*port).is_ok_and(|listens| listens));
+        (listens || ended).then_some(())
+    })
+    .with_context(|| format!("{process}"))?;
+    ensure!(process.ended()?.is_none(), "{name} ended at once\n{process}");
+    Ok(process)
 }
 
 /// Python's web server, with the files of a folder.
@@ -56,6 +69,24 @@ pub fn http(world: &World, files: &Path) -> Result<Server> {
     command.args(["-m", "http.server", &PORT.to_string(), "--bind", &TARGET4.to_string(), "--directory"]);
     command.arg(files);
     Server::start(world, "http-server", PORT, command)
+}
+
+/// The same over TLS, several clients at once; it shows the gateway's certificate.
+pub fn https(world: &World, files: &Path) -> Result<Server> {
+    const PORT: u16 = 443;
+    const SCRIPT: &str = "import functools, http.server, ssl, sys\n\
+        ip, port, folder, cert, key = sys.argv[1:]\n\
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)\n\
+        server = http.server.ThreadingHTTPServer((ip, int(port)), handler)\n\
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n\
+        context.load_cert_chain(cert, key)\n\
+        server.socket = context.wrap_socket(server.socket, server_side=True)\n\
+        server.serve_forever()\n";
+    let who = world.pki().named("gateway");
+    let mut command = world.net().command("python3");
+    command.args(["-c", SCRIPT, &TARGET4.to_string(), &PORT.to_string()]);
+    command.arg(files).arg(who.cert).arg(who.key);
+    Server::start(world, "https-server", PORT, command)
 }
 
 /// Redis, without persistence.

@@ -171,14 +171,21 @@ pub fn echo() -> impl Handler {
 
 /// Receives and sends `bytes`, both at once, checks every one, then waits for the client's end.
 pub fn duplex(bytes: u64) -> impl Handler {
-    move |stream: &TcpStream| {
-        let (mut from, mut to) = (stream, stream);
-        thread::scope(|scope| {
-            let sending = scope.spawn(move || DOWN.send(&mut to, bytes));
-            let received = UP.receive(&mut from, bytes).and_then(|()| end(stream));
-            sending.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())).and(received)
-        })
-    }
+    move |stream: &TcpStream| both_ways(stream, bytes).and_then(|()| end(stream))
+}
+
+/// The same, but it is the target that ends first.
+pub fn duplex_then_end(bytes: u64) -> impl Handler {
+    move |stream: &TcpStream| both_ways(stream, bytes)
+}
+
+fn both_ways(stream: &TcpStream, bytes: u64) -> io::Result<()> {
+    let (mut from, mut to) = (stream, stream);
+    thread::scope(|scope| {
+        let sending = scope.spawn(move || DOWN.send(&mut to, bytes));
+        let received = UP.receive(&mut from, bytes);
+        sending.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())).and(received)
+    })
 }
 
 /// Receives until the client's end, checks, and only then sends as much.

@@ -1,26 +1,24 @@
 //! The benchmarks do what they say.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeSet;
 
 use anyhow::Result;
-use tunnel_tests::bench::{
-    model::{Report, State},
-    peers::Peers,
-    plan::{Extent, Plan},
-    report::{self, Progress},
-    runner::{self, Options},
+use tunnel_tests::{
+    bench::{
+        model::{Report, State},
+        peers::Peers,
+        plan::{Extent, Plan},
+        report::{self, Progress},
+        runner::{self, Options},
+    },
+    programs,
 };
 
 fn run(scenarios: &[&str]) -> Result<Report> {
     let names: Vec<String> = scenarios.iter().map(|&name| name.to_owned()).collect();
     let plan = Plan::new(Extent::Test, &names, None);
-    #[expect(clippy::disallowed_methods, reason = "a test has no command line of its own")]
-    let elsewhere = std::env::var_os("TUNNEL_TOOLS_DIR").map(PathBuf::from);
-    let tools = elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools"));
-    let options = Options { workers: 1, seed: 1, command: "a test".to_owned(), peers: Peers::find(&tools) };
+    let peers = Peers::find(&programs::tools());
+    let options = Options { workers: 1, seed: 1, command: "a test".to_owned(), peers };
     runner::run(&plan, &options, &Progress::new(plan.steps()))
 }
 

@@ -21,10 +21,11 @@ use tunnel_tests::{
     cgroup::Cgroup,
     daemon::Daemon,
     dialogue::ask,
+    ends::{self, Way},
     pattern::{DOWN, UP},
     peer,
     pki::{GATEWAY_ID, NODE_ID},
-    process, programs, servers, target, wait_for,
+    process, programs, proxies, servers, target, wait_for,
 };
 
 const MIB: u64 = 1 << 20;
@@ -64,26 +65,6 @@ fn agent(world: &World, tls: bool, protocol: &str, keys: &str) -> Result<PathBuf
         proxy()
     );
     world.file("agent.toml", config)
-}
-
-/// Waits until a process of `net` listens where the proxy has to be.
-fn listening(world: &World, process: &mut Process) -> Result<()> {
-    wait_for("the proxy to listen", PATIENCE, || {
-        let ended = process.ended().is_ok_and(|status| status.is_some());
-        (ended || world.net().listens(PORT).is_ok_and(|listens| listens)).then_some(())
-    })?;
-    ensure!(process.ended()?.is_none(), "it ended at once\n{process}");
-    Ok(())
-}
-
-fn tinyproxy(world: &World) -> Result<Process> {
-    let config = format!("Port {PORT}\nListen {NET4}\nTimeout 600\nMaxClients 100\nLogLevel Critical\n");
-    let config = world.file("tinyproxy.conf", config)?;
-    let mut command = world.net().command(programs::system("tinyproxy")?);
-    command.arg("-d").arg("-c").arg(config);
-    let mut process = Process::spawn("tinyproxy", world.folder(), command)?;
-    listening(world, &mut process)?;
-    Ok(process)
 }
 
 /// A page behind the proxy, and curl in front of it.
@@ -185,35 +166,7 @@ fn is_a_byte_stream(world: &World, exec: &Exec<'_>, bulk: u64) -> Result<()> {
         assert_eq!((flow["sent"].as_u64(), flow["received"].as_u64()), (Some(bulk), Some(bulk)), "{flow}");
         assert_eq!(flow["outcome"], "closed", "{flow}");
     }
-    for bytes in [0, 1, 300_000] {
-        let text = bytes.to_string();
-        let target = world.serve(TARGET4, target::answer_after_end())?;
-        let done = exec.run_app(&["half-close", &target.addr().to_string(), &text])?;
-        assert!(done.success(), "{bytes} bytes: {done}");
-        assert_eq!(done.value("answer")?, text);
-
-        let target = world.serve(TARGET4, target::end_then_listen(bytes))?;
-        let done = exec.run_app(&["hear-end-first", &target.addr().to_string(), &text])?;
-        assert!(done.success(), "{bytes} bytes: {done}");
-        assert_eq!(target.outcomes(1)?, [Ok(())], "{bytes} bytes");
-    }
-    for bytes in [1, 200_000] {
-        let text = bytes.to_string();
-        let target = world.serve(TARGET4, target::reset_after(bytes))?;
-        let done = exec.run_app(&["expect-reset", &target.addr().to_string(), &text])?;
-        assert_eq!(done.value("ended")?, "ECONNRESET", "after {bytes} bytes: {done}");
-        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
-
-        let target = world.serve(TARGET4, target::expect_reset_after(bytes))?;
-        let mut app = exec.spawn_app(&["reset", &target.addr().to_string(), &text])?;
-        // Only when everything has arrived: a reset may overtake what is on its way.
-        app.says("answered")?;
-        app.tell("reset")?;
-        let done = app.finish()?;
-        assert!(done.success(), "{done}");
-        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
-    }
-    Ok(())
+    ends::is_a_byte_stream(Way::Captured(world, exec))
 }
 
 /// What the next hop refuses resets the application, and says why.
@@ -274,7 +227,7 @@ fn heavy_64_mib_each_way_at_once_arrive_unchanged_over_http_1_with_and_without_t
 #[test]
 fn tinyproxy_carries_what_we_capture_and_what_it_refuses_resets_the_application() -> Result<()> {
     let world = World::new()?;
-    let _proxy = tinyproxy(&world)?;
+    let _proxy = proxies::tinyproxy(&world, proxy())?;
     let exec = world.exec_with(&agent(&world, false, "h1", "headers = { x-by = \"tunnel\" }")?);
     for ip in [TARGET4, TARGET6] {
         let target = world.serve(ip, target::echo())?;
@@ -372,85 +325,6 @@ fn answer(mut from: impl io::Read) -> Result<String> {
     Ok(String::from_utf8(head)?)
 }
 
-/// Says something, and hears the other side out; nothing may be left open.
-fn told(world: &World, said: &[u8], end: bool) -> Result<String> {
-    let stream = world.node().run(|| TcpStream::connect(proxy()))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    (&stream).write_all(said)?;
-    if end {
-        stream.shutdown(Shutdown::Write)?;
-    }
-    let mut heard = Vec::new();
-    (&stream).read_to_end(&mut heard).with_context(|| format!("{:?}", String::from_utf8_lossy(said)))?;
-    Ok(String::from_utf8(heard)?)
-}
-
-#[test]
-fn what_is_no_connect_request_is_answered_and_closed_and_nobody_else_notices() -> Result<()> {
-    let world = World::new()?;
-    let mut daemon = gateway(&world, false, "\"h1\"", "")?;
-    let target = world.serve(TARGET4, target::echo())?;
-    let exec = world.exec_with(&agent(&world, false, "h1", "")?);
-    let mut neighbour = exec.spawn_app(&["hold", &target.addr().to_string()])?;
-    neighbour.says("held=1")?;
-    let to = target.addr().to_string();
-    let connect = |fields: &str| format!("CONNECT {to} HTTP/1.1\r\n{fields}\r\n");
-    let long = connect(&format!("x: {}\r\n", "y".repeat(20_000)));
-    let endless = format!("CONNECT {to} HTTP/1.1\r\n{}", "x: y\r\n".repeat(5_000));
-    let table: Vec<(String, u16)> = vec![
-        (format!("CONNECT {TARGET4} HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT {TARGET4}:0 HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT {TARGET4}:65536 HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT me@{to} HTTP/1.1\r\n\r\n"), 400),
-        ("CONNECT [fe80::1%25eth0]:80 HTTP/1.1\r\n\r\n".to_owned(), 400),
-        (format!("CONNECT {to}\0 HTTP/1.1\r\n\r\n"), 400),
-        (connect("x: a\rb\r\n"), 400),
-        (connect("x: a\r\n folded\r\n"), 400),
-        (connect("x: a\0\r\n"), 400),
-        (connect("Content-Length: 0\r\n"), 400),
-        (connect("Content-Length: 1\r\nContent-Length: 2\r\n"), 400),
-        (connect("Transfer-Encoding: chunked\r\n"), 400),
-        (connect("Host: 10.200.0.11:80\r\n"), 400),
-        (format!("CONNECT http://{to}/ HTTP/1.1\r\n\r\n"), 400),
-        (format!("CONNECT {} HTTP/1.1\r\n\r\n", "a".repeat(10_000)), 400),
-        (format!("CONNECT {to} HTTP/1.1\r\n{}: x\r\n\r\n", "a".repeat(10_000)), 200),
-        (long, 431),
-        (endless, 431),
-        (connect(&"x: y\r\n".repeat(101)), 431),
-        (format!("GET http://{to}/ HTTP/1.1\r\nHost: {to}\r\n\r\n"), 405),
-        ("POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc".to_owned(), 405),
-        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), 400),
-        ("\u{16}\u{3}\u{1}\u{2}\0hello".to_owned(), 400),
-        ("CONNECT 10.200.0.10:81 HTTP/1.1\r\n\r\n".to_owned(), 403),
-        ("CONNECT 169.254.169.254:80 HTTP/1.1\r\n\r\n".to_owned(), 403),
-        (format!("CONNECT {} HTTP/1.1\r\n\r\n", proxy()), 403),
-        ("CONNECT 10.200.0.10:1024 HTTP/1.1\r\n\r\n".to_owned(), 502),
-    ];
-    for (said, status) in &table {
-        let shown = &said[..said.len().min(80)];
-        // An echo ends when we do.
-        let heard = told(&world, said.as_bytes(), *status == 200)?;
-        assert!(heard.starts_with(&format!("HTTP/1.1 {status} ")), "{shown:?}: {heard:?}");
-        if *status != 200 {
-            assert!(
-                heard.contains("\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
-                "{shown:?}: {heard:?}"
-            );
-            assert!(heard.contains("\r\nproxy-status: tunnel; error="), "{shown:?}: {heard:?}");
-        }
-        if *status == 405 {
-            assert!(heard.contains("\r\nallow: CONNECT\r\n"), "{heard:?}");
-        }
-        assert_eq!(ask(neighbour.process(), "ping")?, "ok", "its flow goes on");
-    }
-    // A request that ends before it is whole gets no answer.
-    assert_eq!(told(&world, b"CONNECT ", true)?, "");
-    assert_eq!(ask(neighbour.process(), "again")?, "ok", "and it can have another");
-    assert_eq!(target.peers().len(), 3, "nobody else was let through");
-    daemon.process().wait_for_line("closed before the head was complete")?;
-    Ok(())
-}
-
 #[test]
 fn what_is_sent_behind_the_request_arrives_once_in_order_after_a_200_and_nowhere_after_a_refusal()
 -> Result<()> {
@@ -486,7 +360,7 @@ fn what_is_sent_behind_the_request_arrives_once_in_order_after_a_200_and_nowhere
     let denied = Target::start(world.net(), SocketAddr::new(TARGET4, 81), target::echo())?;
     let mut said = format!("CONNECT {} HTTP/1.1\r\n\r\n", denied.addr()).into_bytes();
     said.extend([b'x'; 10_000]);
-    assert!(told(&world, &said, false)?.starts_with("HTTP/1.1 403 "));
+    assert!(peer::say_and_hear(world.node(), proxy(), &said, false)?.starts_with("HTTP/1.1 403 "));
     assert_eq!((denied.peers(), target.peers().len()), (Vec::new(), 3));
     Ok(())
 }

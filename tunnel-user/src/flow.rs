@@ -105,7 +105,7 @@ pub struct PeerAddr(pub SocketAddr);
 pub struct Identity(pub std::sync::Arc<str>);
 
 /// Where a flow is to end: what stands in the `:authority` of a CONNECT request (RFC 9110 section 9.3.6).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
     /// A literal address.
     Addr(SocketAddr),

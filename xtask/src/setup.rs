@@ -68,9 +68,11 @@ const PACKAGES: &[Package] = &[
     package("build-essential", &["cc", "make"], &ALL),
     package("bpftool", &["bpftool"], &[Test]),
     package("curl", &["curl"], &[Test, Demo]),
+    package("haproxy", &["haproxy"], &[Test]),
     package("iperf3", &["iperf3"], &[Test, Peers]),
     package("iproute2", &["ip"], &[Test, Demo, Peers]),
     package("iptables", &["iptables"], &[Test, Peers]),
+    package("nghttp2-proxy", &["nghttpx"], &[Test]),
     package("openssl", &["openssl"], &[Test]),
     package("postgresql", &[], &[Test]),
     package("procps", &["ps"], &[Test]),
@@ -79,6 +81,7 @@ const PACKAGES: &[Package] = &[
     package("redis-server", &["redis-server"], &[Test]),
     package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
     package("redsocks", &["redsocks"], &[Test, Peers]),
+    package("squid", &["squid"], &[Test]),
     package("tinyproxy-bin", &["tinyproxy"], &[Test, Peers]),
     package("util-linux", &["nsenter", "setpriv", "unshare"], &[Test, Demo]),
     package("rust-web-clippy", &[], &[Lint]),
@@ -99,8 +102,16 @@ const BPF_PACKAGES: [&str; 7] = [
 /// The other toolchain that will do.
 const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src --component clippy";
 
-/// Services among the packages: wanted for their programs, not as services of this machine.
-const SERVICES: [&str; 4] = ["iperf3", "postgresql", "redis-server", "redsocks"];
+/// Services, and the packages that bring them: wanted for their programs, not as services of this machine.
+const SERVICES: [(&str, &str); 7] = [
+    ("haproxy", "haproxy"),
+    ("iperf3", "iperf3"),
+    ("nghttpx", "nghttp2-proxy"),
+    ("postgresql", "postgresql"),
+    ("redis-server", "redis-server"),
+    ("redsocks", "redsocks"),
+    ("squid", "squid"),
+];
 
 /// A program from crates.io, built into the project's tools folder.
 struct Tool {
@@ -111,7 +122,7 @@ struct Tool {
     group: Group,
 }
 
-const TOOLS: [Tool; 3] = [
+const TOOLS: [Tool; 4] = [
     Tool {
         name: "bpf-linker",
         version: "0.13.0",
@@ -122,6 +133,13 @@ const TOOLS: [Tool; 3] = [
         name: "cargo-nextest",
         version: "0.9.143",
         features: &["--no-default-features", "--features", "default-no-update"],
+        group: Test,
+    },
+    // A CONNECT client that is neither ours nor Envoy's (hyper), over HTTP/2 too.
+    Tool {
+        name: "oha",
+        version: "1.16.0",
+        features: &["--no-default-features", "--features", "rustls"],
         group: Test,
     },
     Tool { name: "cargo-deny", version: "0.20.2", features: &[], group: Lint },
@@ -286,7 +304,7 @@ fn apt_install(checkout: &Checkout, packages: &[&str]) -> Result<()> {
         format!("where the archive has no rustc-web with LLVM {LLVM}, a nightly Rust will do: {NIGHTLY}")
     })?;
     if Path::new("/run/systemd/system").is_dir() {
-        for service in SERVICES.iter().filter(|service| packages.contains(service)) {
+        for (service, _) in SERVICES.iter().filter(|(_, package)| packages.contains(package)) {
             run::sh(&format!("systemctl --quiet disable {service}"))?;
         }
     }

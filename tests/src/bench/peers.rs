@@ -26,11 +26,7 @@ pub struct Peers {
 impl Peers {
     /// Looks for them; `tools` is the project's own folder of programs.
     pub fn find(tools: &Path) -> Self {
-        // Where the Python package puts it, inside of a virtual environment.
-        let libraries = std::fs::read_dir(tools.join("envoy/lib")).into_iter().flatten().flatten();
-        let inside = "site-packages/envoy/_bin/envoy";
-        let packaged = libraries.map(|python| python.path().join(inside)).find(|path| path.is_file());
-        Self { envoy: packaged.or_else(|| programs::system("envoy").ok()) }
+        Self { envoy: programs::envoy(tools).ok() }
     }
 
     /// As if none were there.

@@ -53,6 +53,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["many", addr, connections, bytes] => many(addr.parse()?, connections.parse()?, bytes.parse()?),
         ["keep-connecting", addr] => keep_connecting(addr),
         ["half-close", addr, bytes] => half_close(&open(addr)?, bytes.parse()?),
+        ["hear-end", addr, bytes] => hear_end(&open(addr)?, bytes.parse()?),
         ["hear-end-first", addr, bytes] => hear_end_first(&open(addr)?, bytes.parse()?),
         ["expect-reset", addr, bytes] => expect_reset(addr, bytes.parse()?),
         ["write", addr, bytes] => Ok(UP.send(&mut &open(addr)?, bytes.parse()?)?),
@@ -243,14 +244,19 @@ fn half_close(stream: &TcpStream, bytes: u64) -> Result<()> {
     Ok(())
 }
 
+/// Receives and hears the end.
+fn hear_end(mut stream: &TcpStream, bytes: u64) -> Result<()> {
+    let heard = DOWN.receive_to_end(&mut stream).context("receiving")?;
+    ensure!(heard == bytes, "heard {heard} bytes of {bytes}");
+    println!("heard={heard}");
+    Ok(())
+}
+
 /// Receives and hears the end, and only then sends.
 fn hear_end_first(stream: &TcpStream, bytes: u64) -> Result<()> {
-    let (mut from, mut to) = (stream, stream);
-    let heard = DOWN.receive_to_end(&mut from).context("receiving")?;
-    ensure!(heard == bytes, "heard {heard} bytes of {bytes}");
-    UP.send(&mut to, bytes).context("sending")?;
+    hear_end(stream, bytes)?;
+    UP.send(&mut &*stream, bytes).context("sending")?;
     stream.shutdown(Shutdown::Write)?;
-    println!("heard={heard}");
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use std::{
 use http::{HeaderName, HeaderValue};
 use rustls_pki_types::ServerName;
 
+mod endpoints;
 mod flags;
 pub mod pattern;
 mod reader;
@@ -25,6 +26,7 @@ mod section;
 mod tests;
 mod value;
 
+pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
 pub use route::{
@@ -285,6 +287,10 @@ pub enum Balance {
     LeastRequest,
     /// Each in turn.
     RoundRobin,
+    /// By chance.
+    Random,
+    /// The same for the same target, as long as it is well.
+    ConsistentHash,
 }
 
 /// `[[upstream]]`
@@ -294,8 +300,10 @@ pub struct Upstream {
     pub name: String,
     /// What it speaks.
     pub protocol: Protocol,
-    /// Where it is; at least one.
+    /// Where it is; at least one, unless a file says it.
     pub endpoints: Vec<Target>,
+    /// Where its endpoints come from.
+    pub discovery: Discovery,
     /// How an endpoint is picked.
     pub balance: Balance,
     /// Whether it is spoken to over TLS. Without it nothing is proved: `sni` and `verify` mean nothing then.
@@ -318,6 +326,12 @@ pub struct Upstream {
     pub keepalive_timeout: Duration,
     /// How long the answer to CONNECT may take.
     pub response_timeout: Duration,
+    /// Which endpoints are left out for what flows have met there.
+    pub outlier_detection: OutlierDetection,
+    /// How endpoints are checked; `None`: they are not.
+    pub health_check: Option<HealthCheck>,
+    /// How much it gets.
+    pub limits: Limits,
 }
 
 impl Upstream {
@@ -327,6 +341,7 @@ impl Upstream {
             name,
             protocol: Protocol::H2,
             endpoints,
+            discovery: Discovery::Static,
             balance: Balance::LeastRequest,
             tls: true,
             sni: None,
@@ -338,6 +353,9 @@ impl Upstream {
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
             response_timeout: RESPONSE_TIMEOUT,
+            outlier_detection: OutlierDetection::default(),
+            health_check: None,
+            limits: Limits::default(),
         }
     }
 

@@ -14,13 +14,13 @@ use super::{
     BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN, Daemon,
     HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
     LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT,
-    Redirect, Relay, UPSTREAM_STREAMS, Upstream,
+    Redirect, Relay, UPSTREAM_STREAMS, Upstream, endpoints,
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
     value::{FilePath, Headers, Mode},
 };
-use crate::{flow::Target, transport::tls::IdentityFiles};
+use crate::transport::tls::IdentityFiles;
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
@@ -372,8 +372,12 @@ impl Section for Upstream {
             Protocol::H2,
         );
         let tls = r.default("tls", "Whether to speak TLS to it. Without it nobody proves anything.", true);
-        let endpoints: Option<Vec<Target>> = r.required("endpoints", "Where it is: HOST:PORT.");
-        let balance = r.default("balance", "How an endpoint is picked.", Balance::LeastRequest);
+        let endpoints = endpoints::read(r);
+        let balance = r.default(
+            "balance",
+            "How an endpoint is picked: \"least_request\", the one with fewer flows of two picked by chance; \"round_robin\", each in turn; \"random\", by chance; \"consistent_hash\", the same for the same target.",
+            Balance::LeastRequest,
+        );
         let sni =
             r.optional("sni", "The name to ask for and, without verify, to verify. Default: the endpoint's.");
         let verify = r.default(
@@ -398,11 +402,13 @@ impl Section for Upstream {
             r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
         let response_timeout =
             r.default("response_timeout", "How long the answer to CONNECT may take.", RESPONSE_TIMEOUT);
+        let (outlier_detection, health_check) = endpoints::read_health(r, protocol);
+        let limits = r.section(
+            "limits",
+            "How much it gets, in the whole process; each worker has its share, rounded up. Beyond it flows are refused at once. Default: no limit.",
+        );
         r.later("via");
 
-        if endpoints.as_ref().is_some_and(Vec::is_empty) {
-            r.wrong("endpoints", "is empty: there is nothing to connect to");
-        }
         if !tls {
             for key in ["sni", "verify"] {
                 if r.has(key) {
@@ -418,10 +424,12 @@ impl Section for Upstream {
                 }
             }
         }
+        let (endpoints, discovery) = endpoints?;
         Some(Self {
             name: name?,
             protocol,
-            endpoints: endpoints?,
+            endpoints,
+            discovery,
             balance,
             tls,
             sni,
@@ -433,6 +441,9 @@ impl Section for Upstream {
             keepalive_interval,
             keepalive_timeout,
             response_timeout,
+            outlier_detection,
+            health_check,
+            limits: limits.unwrap_or_default(),
         })
     }
 }

@@ -3,7 +3,10 @@
 //! Enters: a request's head. Leaves: a target, or a status with the reason in `proxy-status` (RFC 9209).
 //! Invariant: one table maps every reason to its status. It never reads a body.
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header::ALLOW};
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{ALLOW, CONTENT_LENGTH},
+};
 
 use crate::{
     dial::DialError,
@@ -59,6 +62,8 @@ impl Refusal {
                 (StatusCode::BAD_REQUEST, "http_request_error")
             }
             Self::Head(HeadError::Syntax(_)) => (StatusCode::BAD_REQUEST, "http_request_error"),
+            // RFC 9112 section 3.
+            Self::Head(HeadError::LineTooLong) => (StatusCode::URI_TOO_LONG, "http_request_error"),
             // RFC 6585 section 5.
             Self::Head(HeadError::TooLong | HeadError::TooManyFields) => {
                 (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http_request_error")
@@ -73,9 +78,9 @@ impl Refusal {
             }
             Self::Dial(DialError::Timeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "connection_timeout"),
             Self::Dial(DialError::Local { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "proxy_internal_error"),
-            Self::Tunnel(TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. }) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable")
-            }
+            Self::Tunnel(
+                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } | TunnelError::Empty { .. },
+            ) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable"),
             // The next hop's word is passed on.
             Self::Tunnel(TunnelError::Refused { status, .. }) => (*status, "http_response_incomplete"),
             Self::Tunnel(TunnelError::Timeout { .. }) => {
@@ -83,7 +88,9 @@ impl Refusal {
             }
             Self::Tunnel(TunnelError::Dropped { .. }) => (StatusCode::BAD_GATEWAY, "connection_terminated"),
             Self::Tunnel(TunnelError::Request { .. }) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            Self::Limit(_) => (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached"),
+            Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached")
+            }
         }
     }
 
@@ -122,6 +129,10 @@ pub fn target(request: &Request<impl Sized>) -> Result<Target, Refusal> {
     if request.method() != Method::CONNECT {
         return Err(Refusal::Method(request.method().clone()));
     }
+    // As over HTTP/1: with one, the library would count the tunnel's bytes against it.
+    if request.headers().contains_key(CONTENT_LENGTH) {
+        return Err(Refusal::Content(CONTENT_LENGTH.as_str()));
+    }
     let authority = request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
     Ok(authority.parse()?)
 }
@@ -131,6 +142,7 @@ mod tests {
     use std::{io, time::Duration};
 
     use super::*;
+    use crate::tunnel::limit::Limited;
 
     fn request(method: &str, uri: &str) -> Request<()> {
         Request::builder().method(method).uri(uri).body(()).unwrap()
@@ -144,6 +156,9 @@ mod tests {
         assert_eq!(status(&request("CONNECT", "example.org")), 400);
         assert_eq!(status(&request("CONNECT", "user@example.org:80")), 400);
         assert_eq!(status(&request("CONNECT", "example.org:0")), 400);
+        let mut content = request("CONNECT", "example.org:1");
+        content.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        assert_eq!(status(&content), 400);
     }
 
     #[test]
@@ -161,6 +176,16 @@ mod tests {
             (unreachable.into(), 503, "destination_ip_unroutable"),
             (timeout.into(), 504, "connection_timeout"),
             (Refusal::Limit(1), 503, "connection_limit_reached"),
+            (
+                TunnelError::Limit { upstream: "a".into(), what: Limited::Streams, most: 2 }.into(),
+                503,
+                "connection_limit_reached",
+            ),
+            (
+                TunnelError::Empty { upstream: "a".into(), why: "gone".into() }.into(),
+                503,
+                "destination_unavailable",
+            ),
         ] {
             let response = refusal.response();
             assert_eq!(response.status().as_u16(), status, "{refusal}");

@@ -22,6 +22,9 @@ pub enum HeadError {
     /// They are not HTTP/1 (RFC 9112).
     #[error("it is not HTTP/1: {0}")]
     Syntax(httparse::Error),
+    /// Its first line has not ended where the whole head had to.
+    #[error("its first line is longer than {HEAD_MAX} bytes")]
+    LineTooLong,
     /// It has not ended where it had to.
     #[error("its head is longer than {HEAD_MAX} bytes")]
     TooLong,
@@ -73,7 +76,11 @@ pub async fn read_head<T>(
         }
         let room = HEAD_MAX.saturating_sub(buf.len());
         if room == 0 {
-            return Err(HeadError::TooLong.into());
+            // Empty lines in front of the first are not it (RFC 9112 section 2.2).
+            let first = buf.trim_ascii_start();
+            return Err(
+                if first.contains(&b'\n') { HeadError::TooLong } else { HeadError::LineTooLong }.into()
+            );
         }
         buf.reserve(STEP.min(room));
         if stream.read_buf(&mut (&mut *buf).limit(room)).await? == 0 {

@@ -17,6 +17,7 @@ use http::{
     header::{CONNECTION, FORWARDED, VIA},
 };
 
+use super::pick::mix;
 use crate::{
     config::Terms,
     flow::{ClientAddr, Head, Target},
@@ -187,9 +188,7 @@ impl Trace {
     pub fn random(&self) -> u64 {
         let state = self.state.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
         self.state.set(state);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        mix(state)
     }
 }
 

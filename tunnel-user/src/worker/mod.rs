@@ -43,7 +43,7 @@ use crate::{
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
-    tunnel::{self, Upstream, h1, headers::Trace},
+    tunnel::{self, TunnelError, Upstream, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -391,6 +391,7 @@ impl Worker {
             | Refusal::Host(_) => &self.counters.bad_requests,
             Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
             Refusal::Dial(_) => &self.counters.dial_failed,
+            Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) => &self.counters.over_limit,
         };

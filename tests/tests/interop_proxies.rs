@@ -1,0 +1,135 @@
+//! Other proxies and other clients, unmodified, at the end that each can take: haproxy, nghttpx and squid behind ours,
+//! oha in front of it. (curl, redsocks and tinyproxy are in `http1.rs`, Envoy in `interop_envoy.rs`.)
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use tunnel_tests::{
+    NET4, TARGET4, World,
+    daemon::Daemon,
+    ends::{self, Way},
+    gateway,
+    pki::GATEWAY_ID,
+    process, programs, proxies, servers, target,
+};
+
+/// What takes HTTP/2 over mTLS.
+const HBONE: SocketAddr = SocketAddr::new(NET4, gateway::PORT);
+/// What takes HTTP/1.1 in plaintext.
+const PLAIN: SocketAddr = SocketAddr::new(NET4, 3128);
+
+/// Enough for many frames and records.
+const BULK: u64 = 4 << 20;
+
+/// For `tunnel exec`: everything goes to the proxy, over HTTP/2 and mTLS or over HTTP/1.1 in plaintext.
+fn agent(world: &World, proxy: SocketAddr) -> Result<PathBuf> {
+    let (identity, keys) = match proxy {
+        HBONE => (world.pki().named("node").toml(), format!("verify = [\"{GATEWAY_ID}\"]")),
+        _ => (String::new(), "protocol = \"h1\"\ntls = false".to_owned()),
+    };
+    let config = format!(
+        "[daemon]\nworkers = 1\n{identity}[[route]]\nto = [{{ upstream = \"proxy\" }}]\n\
+         [[upstream]]\nname = \"proxy\"\nendpoints = [\"{proxy}\"]\n{keys}\n"
+    );
+    world.file("agent.toml", config)
+}
+
+/// One of ours in `net` that takes HTTP/1.1 in plaintext.
+fn ours(world: &World) -> Result<Daemon> {
+    let config = format!(
+        "[daemon]\nworkers = 1\n[[listener]]\naddress = \"{PLAIN}\"\ntls = false\nprotocols = [\"h1\"]\n\
+         [[route]]\nto = \"direct\"\n[[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n"
+    );
+    Daemon::start(world, world.net(), &config)
+}
+
+/// What every one of them carries: bytes both ways, on one connection and on many, and the target's end.
+fn carries(way: Way<'_>) -> Result<()> {
+    ends::bytes_arrive(way, BULK)?;
+    let target = way.serve(target::echo())?;
+    way.run_with("many", target.addr(), &["20", "100000"])?;
+    ends::the_targets_end_is_heard(way)
+}
+
+#[test]
+fn haproxy_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyproxy() -> Result<()> {
+    let world = World::new()?;
+    let _last = proxies::tinyproxy(&world, PLAIN)?;
+    let _haproxy = proxies::haproxy(&world, HBONE, PLAIN)?;
+    let exec = world.exec_with(&agent(&world, HBONE)?);
+    let way = Way::Captured(&world, &exec);
+    carries(way)?;
+    ends::nobody_there_is_a_reset(way)
+}
+
+#[test]
+fn haproxy_between_two_of_ours_passes_every_byte_and_end_on() -> Result<()> {
+    let world = World::new()?;
+    let _last = ours(&world)?;
+    let _haproxy = proxies::haproxy(&world, HBONE, PLAIN)?;
+    let exec = world.exec_with(&agent(&world, HBONE)?);
+    let way = Way::Captured(&world, &exec);
+    carries(way)?;
+    ends::its_end_is_heard_and_answered(way)?;
+    ends::the_targets_end_is_heard_and_answered(way)?;
+    // A target's reset is an end to haproxy; one that cannot be reached is not.
+    ends::nobody_there_is_a_reset(way)
+}
+
+#[test]
+fn nghttpx_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyproxy() -> Result<()> {
+    let world = World::new()?;
+    let _last = proxies::tinyproxy(&world, PLAIN)?;
+    let _nghttpx = proxies::nghttpx(&world, HBONE, PLAIN)?;
+    let exec = world.exec_with(&agent(&world, HBONE)?);
+    let way = Way::Captured(&world, &exec);
+    // It does not pass an application's end on.
+    ends::bytes_arrive_until_the_target_ends(way, BULK)?;
+    ends::the_targets_end_is_heard(way)?;
+    ends::nobody_there_is_a_reset(way)
+}
+
+#[test]
+fn squid_takes_what_we_carry_over_http_1() -> Result<()> {
+    let world = World::new()?;
+    let _squid = proxies::squid(&world, PLAIN)?;
+    let exec = world.exec_with(&agent(&world, PLAIN)?);
+    let way = Way::Captured(&world, &exec);
+    // One end is both to it, as to tinyproxy.
+    carries(way)?;
+    ends::nobody_there_is_a_reset(way)
+}
+
+/// Pages over TLS behind a listener of ours, which oha asks for through tunnels of its own.
+fn oha_gets_its_pages(protocols: &str, flags: &[&str]) -> Result<()> {
+    const PAGES: u64 = 40;
+    let world = World::new()?;
+    let files = world.folder().join("files");
+    std::fs::create_dir_all(&files)?;
+    std::fs::write(files.join("page"), "hello\n".repeat(1000))?;
+    let server = servers::https(&world, &files)?;
+    let config = format!(
+        "[daemon]\nworkers = 1\n[[listener]]\naddress = \"{PLAIN}\"\ntls = false\nprotocols = [{protocols}]\n\
+         [[route]]\nto = \"direct\"\n[[policy]]\nidentity = \"any\"\ntarget = [\"{TARGET4}:443\"]\n"
+    );
+    let mut ours = Daemon::start(&world, world.net(), &config)?;
+    let mut oha = world.node().command(programs::oha(&programs::tools())?);
+    oha.args(["-n", &PAGES.to_string(), "-c", "4", "--no-tui", "--output-format", "json", "--insecure"]);
+    oha.args(["-x", &format!("http://{PLAIN}")]).args(flags).arg(format!("https://{}/page", server.addr()));
+    let said = process::output(&mut oha)?;
+    let report: serde_json::Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+    assert_eq!(report["statusCodeDistribution"]["200"], PAGES, "{said}");
+    assert_eq!(report["summary"]["successRate"], 1.0, "{said}");
+    ours.process().wait_for_line(&format!(" closed destination=\"{}\"", server.addr()))?;
+    Ok(())
+}
+
+#[test]
+fn oha_gets_its_pages_through_a_listener_over_http_2_in_plaintext() -> Result<()> {
+    oha_gets_its_pages("\"h2\", \"h1\"", &["--proxy-http2"])
+}
+
+#[test]
+fn oha_gets_its_pages_through_a_listener_over_http_1() -> Result<()> {
+    oha_gets_its_pages("\"h1\"", &[])
+}
