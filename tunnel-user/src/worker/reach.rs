@@ -144,10 +144,11 @@ impl Worker {
             let random = || (self.trace.random() >> 32) as u32;
             let next = match &failed {
                 _ if left == 0 => None,
-                // All of its endpoints were tried.
-                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } => {
-                    another(shares, &tried, random())
-                }
+                // All of its endpoints were tried, or none may be.
+                TunnelError::Connect { .. }
+                | TunnelError::NoEndpoint { .. }
+                | TunnelError::Empty { .. }
+                | TunnelError::Limit { .. } => another(shares, &tried, random()),
                 TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
                     // Its next endpoint, when it is the only one.
                     another(shares, &tried, random()).or_else(|| {
