@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::{
     gateway::Gateway,
+    mounts,
     pki::{Credentials, GATEWAY_ID},
     process::{self, Process},
     programs,
@@ -33,6 +34,7 @@ pub struct Exec<'w> {
     env: Vec<(OsString, OsString)>,
     folder: Option<PathBuf>,
     fresh_sys: bool,
+    sees: Vec<(PathBuf, &'static str)>,
     limit: Duration,
 }
 
@@ -55,7 +57,8 @@ impl<'w> Exec<'w> {
 
     fn new(world: &'w World, how: How) -> Self {
         let (flags, env) = (Vec::new(), Vec::new());
-        Self { world, how, flags, env, folder: None, fresh_sys: false, limit: LIMIT }
+        let sees = Vec::new();
+        Self { world, how, flags, env, folder: None, fresh_sys: false, sees, limit: LIMIT }
     }
 
     /// Shows another certificate to the gateway.
@@ -108,6 +111,13 @@ impl<'w> Exec<'w> {
     #[must_use]
     pub fn by_ip_netns_exec(mut self) -> Self {
         self.fresh_sys = true;
+        self
+    }
+
+    /// Sees this file in place of another.
+    #[must_use]
+    pub fn sees(mut self, file: &Path, in_place_of: &'static str) -> Self {
+        self.sees.push((file.to_owned(), in_place_of));
         self
     }
 
@@ -180,6 +190,7 @@ impl<'w> Exec<'w> {
         if let Some(folder) = &self.folder {
             command.current_dir(folder);
         }
+        mounts::show(&mut command, &self.sees)?;
         Ok(command)
     }
 }

@@ -1,20 +1,15 @@
 //! `tunnel gateway`, running in `net`.
 
 use std::{
-    io,
     net::SocketAddr,
-    os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Command, ExitStatus},
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
 
 use crate::{
+    mounts,
     pki::Credentials,
     process::Process,
     programs,
@@ -109,19 +104,8 @@ impl<'w> Builder<'w> {
         for target in &self.allow {
             command.args(["--allow", target]);
         }
-        if let Some(hosts) = &self.hosts {
-            let hosts = std::ffi::CString::new(hosts.as_os_str().as_encoded_bytes())?;
-            let show = move || -> io::Result<()> {
-                const NONE: Option<&str> = None;
-                unshare(CloneFlags::CLONE_NEWNS)?;
-                mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
-                mount(Some(hosts.as_c_str()), "/etc/hosts", NONE, MsFlags::MS_BIND, NONE)?;
-                Ok(())
-            };
-            // SAFETY: between fork and exec the closure makes system calls only; its short paths are
-            // copied to the stack.
-            unsafe { command.pre_exec(show) };
-        }
+        let hosts: Vec<_> = self.hosts.iter().map(|file| (file.clone(), "/etc/hosts")).collect();
+        mounts::show(&mut command, &hosts)?;
         Ok(command)
     }
 }

@@ -6,16 +6,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use http::{HeaderName, HeaderValue, Request};
 use tunnel_tests::{
     BLACKHOLE, Finished, NET4, NODE4, TARGET4, World,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
     daemon::{Daemon, through},
     gateway,
     hop::Hop,
     peer::{self, Answer, connect_request},
     pki::{Credentials, GATEWAY_ID},
-    target,
+    process, programs, raw, target,
 };
 
 const A: SocketAddr = SocketAddr::new(NET4, gateway::PORT);
@@ -335,5 +337,96 @@ fn a_route_takes_the_connections_of_one_capture() -> Result<()> {
         let done = world.exec_with(&agent(&world, &more)?).run_app(&["names", &near.addr().to_string()])?;
         assert_eq!(seen(&done)?, wanted, "{name}: {done}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_flow_fails_over_to_another_upstream_before_a_byte_has_passed_and_only_where_its_route_says_so()
+-> Result<()> {
+    let world = World::new()?;
+    let standby = hop(&world, C)?;
+    // Its policy and what it can dial are those of any gateway.
+    let _refusing = gateway(&world, &[("b", B)], &[], "[[route]]\nto = \"direct\"\n")?;
+    let nobody = SocketAddr::new(NET4, gateway::PORT + 3);
+    let refused = world.serve(TARGET4, target::echo())?.addr();
+    let to = |first: &str, host: &str, retries: &str| {
+        format!(
+            "[[route]]\nmatch = {{ {host} }}\n{retries}\n\
+             to = [{{ upstream = \"{first}\", weight = 10000 }}, {{ upstream = \"standby\", weight = 1 }}]\n"
+        )
+    };
+    let routes = to("nobody", "host = [\"again.internal\"]", "retries = 1")
+        + &to("nobody", "host = [\"once.internal\"]", "")
+        + &to("refusing", "destination = [\"10.200.0.0/24:1024-65535\"]", "retries = 2")
+        + &to("refusing", "destination = [\"10.200.0.0/24:80\"]", "")
+        + &to("refusing", "host = [\"elsewhere.internal\"]", "authority = \"10.9.9.9:80\"\nretries = 2");
+    let upstreams = [("nobody", nobody), ("refusing", B), ("standby", C)];
+    let _gateway = gateway(&world, &[("a", A)], &upstreams, &routes)?;
+    let status = |authority: &str| Ok::<_, anyhow::Error>(ask(&world, A, authority, &[])?.status.as_u16());
+    // Connected to, then ejected: both times another one is asked. One in ten thousand goes there anyway.
+    for _ in 0..5 {
+        assert_eq!(status("again.internal:80")?, 200);
+    }
+    assert_eq!(standby.asked().len(), 5);
+    assert_eq!(status("once.internal:80")?, 503);
+    // 502, of a target that refuses: said by one, and the other does better.
+    assert_eq!(status(&refused.to_string())?, 200);
+    assert_eq!(standby.asked().len(), 6);
+    assert_eq!(status(&format!("{TARGET4}:80"))?, 502);
+    // What policy refuses is not asked for elsewhere.
+    assert_eq!(status("elsewhere.internal:80")?, 403);
+    assert_eq!(standby.asked().len(), 6);
+    Ok(())
+}
+
+#[test]
+fn a_route_takes_the_connections_of_a_cgroup_whatever_its_capture_is_called() -> Result<()> {
+    let world = World::new()?;
+    let near = world.serve(NET4, target::name_the_peer())?;
+    let (group, bpffs) = (Cgroup::new()?, BpfFs::new(&world)?);
+    let config = format!(
+        "[daemon]\n{}\n[[capture]]\nname = \"batch\"\ncgroup = \"{}\"\ninclude = [\"{NET4}/32\"]\n\
+         [[route]]\nmatch = {{ cgroup = [\"{}/*\"] }}\nto = \"direct\"\n",
+        bpffs.toml(),
+        group.path().display(),
+        group.path().parent().unwrap_or(group.path()).display()
+    );
+    let mut daemon = Daemon::start(&world, world.node(), &config)?;
+    let mut app = world.node().command(programs::app()?);
+    group.adopt(app.args(["names", &near.addr().to_string()]))?;
+    process::output(&mut app)?;
+    daemon.process().wait_for_line(" closed destination=")?;
+    Ok(())
+}
+
+/// Why no route can ask for a path.
+#[test]
+fn a_connect_request_with_a_path_is_refused_by_itself() -> Result<()> {
+    const PROTOCOL_ERROR: u32 = 1;
+    let world = World::new()?;
+    let next = hop(&world, C)?;
+    let _gateway = gateway(&world, &[("a", A)], &[("c", C)], "[[route]]\nto = [{ upstream = \"c\" }]\n")?;
+    let who = world.pki().named("node");
+    world.node().block_on(|| async move {
+        let (mut sender, mut receiver) = raw::connect(A, &who).await?;
+        let connect = raw::connect_block("10.200.0.10:80");
+        // ":path: /" is the fourth of the static table (RFC 7541 appendix A).
+        let with_path = [&[0x84][..], &connect].concat();
+        sender.frame(raw::HEADERS, raw::END_HEADERS, 1, &with_path).await?;
+        sender.frame(raw::HEADERS, raw::END_HEADERS, 3, &connect).await?;
+        let mut reset = None;
+        loop {
+            let frame = receiver.frame().await?.context("the connection was closed")?;
+            match (frame.kind, frame.stream) {
+                (raw::RST_STREAM, 1) => reset = frame.code(),
+                (raw::HEADERS, 3) => break,
+                (raw::HEADERS, 1) => anyhow::bail!("it was answered"),
+                _ => {}
+            }
+        }
+        anyhow::ensure!(reset == Some(PROTOCOL_ERROR), "{reset:?}");
+        Ok(())
+    })?;
+    assert_eq!(next.asked().len(), 1);
     Ok(())
 }

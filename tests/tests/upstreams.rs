@@ -9,7 +9,8 @@ use std::{
     },
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_rustls::TlsAcceptor;
 use tunnel_tests::{
@@ -156,11 +157,12 @@ fn after_goaway_new_streams_take_another_connection_and_old_ones_finish() -> Res
     Ok(())
 }
 
-/// A daemon with one worker that captures a group on the node; `limit` is put in front of it.
-fn limited(world: &World, keys: &str, limit: &[&str]) -> Result<(Cgroup, BpfFs, Process)> {
+/// A daemon with one worker that captures a group on the node; `limit` is put in front of it. `keys` are the daemon's,
+/// `upstream` those of its upstream.
+fn limited(world: &World, keys: &str, upstream: &str, limit: &[&str]) -> Result<(Cgroup, BpfFs, Process)> {
     let (cgroup, bpffs) = (Cgroup::new()?, BpfFs::new(world)?);
     let config = format!(
-        "[daemon]\nworkers = 1\n{}{keys}\n{}[[capture]]\ncgroup = \"{}\"\n{}",
+        "[daemon]\nworkers = 1\n{}{keys}\n{}[[capture]]\ncgroup = \"{}\"\n{}{upstream}\n",
         bpffs.toml(),
         world.pki().named("node").toml(),
         cgroup.path().display(),
@@ -168,21 +170,24 @@ fn limited(world: &World, keys: &str, limit: &[&str]) -> Result<(Cgroup, BpfFs, 
     );
     let config = world.file("limited.toml", config)?;
     let words: Vec<_> = limit.iter().map(std::path::PathBuf::from).chain([programs::tunnel()?]).collect();
-    let mut command = world.node().command_ended_by(&words[0], nix::sys::signal::Signal::SIGTERM);
+    let mut command = world.node().command_ended_by(&words[0], Signal::SIGTERM);
     command.args(&words[1..]).args(["run", "--config"]).arg(config);
     let mut daemon = Process::spawn("daemon", world.folder(), command)?;
     daemon.wait_for_line("capturing")?;
     Ok((cgroup, bpffs, daemon))
 }
 
+/// An application in the group.
+fn app(world: &World, cgroup: &Cgroup, word: &str, addr: SocketAddr) -> Result<Process> {
+    let mut command: Command = world.node().command(programs::app()?);
+    command.args([word, &addr.to_string()]);
+    cgroup.adopt(&mut command)?;
+    Process::spawn_with_input("app", world.folder(), command)
+}
+
 /// Holds connections until one more is refused; how many there were. They all live on.
 fn fill(world: &World, cgroup: &Cgroup, addr: SocketAddr, most: usize) -> Result<usize> {
-    let app = |word: &str| -> Result<Process> {
-        let mut command: Command = world.node().command(programs::app()?);
-        command.args([word, &addr.to_string()]);
-        cgroup.adopt(&mut command)?;
-        Process::spawn_with_input("app", world.folder(), command)
-    };
+    let app = |word: &str| app(world, cgroup, word, addr);
     let mut held = Vec::new();
     let refused = loop {
         let mut one = app("hold")?;
@@ -191,7 +196,7 @@ fn fill(world: &World, cgroup: &Cgroup, addr: SocketAddr, most: usize) -> Result
             "ok" => held.push(one),
             other => break other.to_owned(),
         }
-        anyhow::ensure!(held.len() <= most, "{} flows and no end", held.len());
+        ensure!(held.len() <= most, "{} flows and no end", held.len());
     };
     assert_eq!(refused, "ECONNRESET");
     for one in &mut held {
@@ -212,7 +217,7 @@ fn at_the_limit_of_flows_new_connections_are_refused_and_established_ones_live_o
     let world = World::new()?;
     let _gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::echo())?;
-    let (cgroup, _bpffs, mut daemon) = limited(&world, "max_flows = 5", &["env"])?;
+    let (cgroup, _bpffs, mut daemon) = limited(&world, "max_flows = 5", "", &["env"])?;
     assert_eq!(fill(&world, &cgroup, target.addr(), 5)?, 5);
     daemon.stop()?;
     assert!(daemon.stderr().contains("(\"over_limit\", "), "{}", daemon.stderr());
@@ -225,10 +230,67 @@ fn at_the_limit_of_descriptors_new_connections_are_refused_and_established_ones_
     let _gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::echo())?;
     // 512 are kept for everything else, a flow that rides on a tunnel takes one.
-    let (cgroup, _bpffs, mut daemon) = limited(&world, "", &["prlimit", "--nofile=520:520"])?;
+    let (cgroup, _bpffs, mut daemon) = limited(&world, "", "", &["prlimit", "--nofile=520:520"])?;
     assert_eq!(fill(&world, &cgroup, target.addr(), 8)?, 8);
     daemon.stop()?;
     assert!(daemon.stderr().contains("(\"over_limit\", "), "{}", daemon.stderr());
+    Ok(())
+}
+
+/// What an upstream with these limits takes at a time, and why it takes no more.
+fn taken_by(limits: &str, most: usize) -> Result<(usize, String)> {
+    let world = World::new()?;
+    let _gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let (cgroup, _bpffs, mut daemon) = limited(&world, "", limits, &["env"])?;
+    let taken = fill(&world, &cgroup, target.addr(), most)?;
+    daemon.stop()?;
+    let log = daemon.stderr();
+    ensure!(log.contains("(\"over_limit\", "), "{log}");
+    Ok((taken, log))
+}
+
+#[test]
+fn an_upstream_takes_no_more_flows_than_its_limit_and_those_it_has_live_on() -> Result<()> {
+    let (taken, log) = taken_by("limits = { streams = 3 }", 3)?;
+    assert_eq!(taken, 3);
+    assert!(log.contains("upstream gateway: the limit of 3 flows is reached"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn an_upstream_opens_no_more_connections_than_its_limit_and_those_it_has_are_filled() -> Result<()> {
+    let (taken, log) = taken_by("max_streams = 2\nlimits = { connections = 2 }", 4)?;
+    assert_eq!(taken, 4);
+    assert!(log.contains("upstream gateway: the limit of 2 connections is reached"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn no_more_flows_wait_for_a_connection_than_the_limit_and_those_that_wait_get_one() -> Result<()> {
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let addr = world.serve(TARGET4, target::echo())?;
+    // It accepts, and says nothing.
+    gateway.process().signal(Signal::SIGSTOP)?;
+    let (cgroup, _bpffs, mut daemon) =
+        limited(&world, "", "connect_timeout = \"60s\"\nlimits = { pending = 2 }", &["env"])?;
+    let hold = || {
+        let mut one = app(&world, &cgroup, "hold", addr.addr())?;
+        one.wait_for_line("held=1")?;
+        anyhow::Ok(one)
+    };
+    let mut waiting = [hold()?, hold()?];
+    assert_eq!(ask(&mut hold()?, "ping")?, "ECONNRESET");
+    daemon.wait_for_line("the limit of 2 flows that wait for a connection is reached")?;
+    gateway.process().signal(Signal::SIGCONT)?;
+    for one in &mut waiting {
+        assert_eq!(ask(one, "ping")?, "ok");
+    }
+    // There is a connection now: nobody has to wait.
+    assert_eq!(ask(&mut hold()?, "ping")?, "ok");
+    drop(waiting);
+    daemon.stop()?;
     Ok(())
 }
 

@@ -75,9 +75,11 @@ fn captured(target: &Target) -> Flow<'_> {
         name: None,
         target,
         client: client(),
+        identity: None,
         peer: &NOBODY,
         server_name: None,
         request: None,
+        inside: None,
     }
 }
 
@@ -179,7 +181,14 @@ fn captures(c: &mut Criterion) {
 fn headers(c: &mut Criterion) {
     let mut group = c.benchmark_group("CONNECT request");
     let (trace, target, terms) = (Trace::default(), last_of(1), Terms::default());
-    let ask = Ask { target: &target, client: client(), received: None, pseudonym: "tunnel-0", terms: &terms };
+    let ask = Ask {
+        target: &target,
+        instead: None,
+        client: client(),
+        received: None,
+        pseudonym: "tunnel-0",
+        terms: &terms,
+    };
     for extra in [0, 1, 8] {
         let configured: Vec<_> = (0..extra)
             .map(|i| {
@@ -202,13 +211,16 @@ fn picks(c: &mut Criterion) {
     let mut group = c.benchmark_group("pool");
     for endpoints in [2_usize, 16, 128] {
         let busy: Vec<usize> = (0..endpoints).map(|i| i * 37 % 11).collect();
-        for balance in [Balance::LeastRequest, Balance::RoundRobin] {
+        for balance in [Balance::LeastRequest, Balance::RoundRobin, Balance::ConsistentHash] {
             let id = BenchmarkId::new(format!("endpoints, {balance:?}"), endpoints);
             group.bench_with_input(id, &busy, |b, busy| {
                 let mut turn = 0;
                 b.iter(|| {
                     turn += 1;
-                    pick::in_order(balance, turn, black_box(busy), |n| *n).first().copied()
+                    let busy = black_box(busy);
+                    let random = pick::mix(turn as u64);
+                    let order = pick::order(balance, turn, random, || random, busy, |n| *n);
+                    pick::in_order(order, busy, |n| *n as u64).next().copied()
                 });
             });
         }

@@ -21,12 +21,61 @@ pub struct Flow<'a> {
     pub target: &'a Target,
     /// Who opened it.
     pub client: ClientAddr,
+    /// Who the peer behind a listener has proved to be.
+    pub identity: Option<&'a Identity>,
     /// What the routes know of the peer behind a listener ([`crate::route::Router::peer`]).
     pub peer: &'a PeerSet,
     /// The name by which that peer asked for us (SNI of the tunnel's own TLS).
     pub server_name: Option<&'a str>,
     /// The CONNECT request that it sent.
     pub request: Option<Head<'a>>,
+    /// What the connection that it carries says of itself; `None` until somebody has looked.
+    pub inside: Option<&'a Inside>,
+}
+
+/// What the first bytes of a carried connection say of where it wants to go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Inside {
+    /// Nothing that we understand.
+    Nothing,
+    /// TLS: the name that the client asks for (SNI, RFC 6066 section 3).
+    Sni(HostName),
+    /// HTTP/1: the host that the first request is for.
+    Host(HostName),
+}
+
+impl Inside {
+    /// The name that TLS asks for.
+    pub fn sni(&self) -> Option<&HostName> {
+        if let Self::Sni(name) = self { Some(name) } else { None }
+    }
+
+    /// The host that an HTTP/1 request is for.
+    pub fn host(&self) -> Option<&HostName> {
+        if let Self::Host(name) = self { Some(name) } else { None }
+    }
+}
+
+/// A host name as resolvers take it: lower case, no trailing dot, no address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostName(Box<str>);
+
+impl HostName {
+    /// From what a client wrote.
+    pub fn new(text: &str) -> Option<Self> {
+        let name = text.strip_suffix('.').unwrap_or(text);
+        is_host_name(name).then(|| Self(name.to_ascii_lowercase().into()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name and a port.
+    pub fn with_port(&self, port: u16) -> Target {
+        Target::Name(self.0.to_string(), port)
+    }
 }
 
 /// What a CONNECT request says besides its target.
@@ -56,7 +105,7 @@ pub struct PeerAddr(pub SocketAddr);
 pub struct Identity(pub std::sync::Arc<str>);
 
 /// Where a flow is to end: what stands in the `:authority` of a CONNECT request (RFC 9110 section 9.3.6).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
     /// A literal address.
     Addr(SocketAddr),
@@ -159,7 +208,7 @@ macro_rules! display_inner {
         }
     )*};
 }
-display_inner!(ClientAddr, OriginalDst, PeerAddr, Identity);
+display_inner!(ClientAddr, OriginalDst, PeerAddr, Identity, HostName);
 
 impl From<OriginalDst> for Target {
     fn from(o: OriginalDst) -> Self {

@@ -15,6 +15,7 @@ pub mod exit;
 pub mod files;
 pub mod flow;
 pub mod index;
+pub mod inspect;
 pub mod limits;
 pub mod listener;
 pub mod own;

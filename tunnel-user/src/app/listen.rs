@@ -95,6 +95,7 @@ impl Opener {
         let proving =
             |check| Ok::<_, Failure>(accept::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
         let settings = Arc::new(accept::Settings {
+            proxy_protocol: wanted.proxy_protocol,
             tls: wanted.check().map(proving).transpose()?,
             protocols: wanted.protocols.clone(),
             handshake_timeout: wanted.handshake_timeout,

@@ -8,6 +8,7 @@ mod captures;
 mod listen;
 mod reload;
 mod run;
+mod upstreams;
 
 use std::{
     future::poll_fn,
@@ -27,6 +28,7 @@ pub use self::run::run;
 use self::{
     captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir},
     listen::{ActiveListener, Opener, Sockets, SourceIds, may_mark, require_mark},
+    upstreams::Discover,
 };
 use crate::{
     capture::{
@@ -47,7 +49,7 @@ use crate::{
         tcp,
         tls::IdentityFiles,
     },
-    tunnel::{self, connect, headers::Trace, pool},
+    tunnel::headers::Trace,
     worker::{self, More, Report, Shared, SourceId, Start},
 };
 
@@ -74,6 +76,7 @@ pub struct Running {
     /// configuration that says something else about them.
     kept: Vec<(SocketAddr, Vec<Socket>)>,
     sources: SourceIds,
+    discover: Discover,
 }
 
 /// What no configuration changes while a daemon runs.
@@ -144,7 +147,8 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     }
 
     let shared = shared(&config, &fixed, &listeners);
-    let upstreams = config.upstreams.iter().map(|u| upstream(u, tls, fixed.socket_mark));
+    let mut discover = Discover::new(fixed.socket_mark, fixed.workers);
+    let upstreams = config.upstreams.iter().map(|u| discover.upstream(u, tls));
     let upstreams = upstreams.collect::<Result<Vec<_>, _>>()?;
     let (trigger, phase) = drain::channel();
     let mut running = Running {
@@ -160,6 +164,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         listeners,
         kept: opener.kept,
         sources,
+        discover,
     };
     for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
         let counters = Arc::new(Counters::default());
@@ -218,6 +223,7 @@ fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener]) -> Arc<S
             per_flow,
         ),
         relay: config.daemon.relay,
+        inspect_timeout: config.daemon.inspect_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: fixed.keep_records,
@@ -376,31 +382,6 @@ fn load_identity(files: IdentityFiles) -> Result<Identity, Failure> {
 /// A token (RFC 9110 section 5.6.2) that no other process has.
 fn pseudonym() -> String {
     format!("tunnel-{:016x}", Trace::default().random())
-}
-
-fn upstream(
-    u: &config::Upstream,
-    tls: Option<&Arc<TlsStore>>,
-    mark: tcp::Mark,
-) -> Result<tunnel::Settings, Failure> {
-    let proving =
-        |check| Ok::<_, Failure>(tunnel::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
-    Ok(tunnel::Settings {
-        name: u.name.clone(),
-        endpoints: u.endpoints.clone(),
-        balance: u.balance,
-        protocol: u.protocol,
-        tls: u.check().map(proving).transpose()?,
-        headers: u.headers.clone(),
-        response_timeout: u.response_timeout,
-        pool: pool::Settings {
-            max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
-            connect: connect::Settings { timeout: u.connect_timeout, mark },
-            idle_timeout: u.idle_timeout,
-            keepalive_interval: u.keepalive_interval,
-            keepalive_timeout: u.keepalive_timeout,
-        },
-    })
 }
 
 fn other(what: &str) -> Failure {

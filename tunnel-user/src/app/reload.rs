@@ -13,7 +13,7 @@ use super::{
     Identity, Running,
     captures::{self, ActiveCapture, Programs},
     listen::{ActiveListener, Opener, Sockets},
-    load_identity, lock_if_pinned, other, require_privileges, shared, upstream,
+    load_identity, lock_if_pinned, other, require_privileges, shared,
 };
 use crate::{
     config::{self, Config},
@@ -185,7 +185,7 @@ impl Running {
             let same = |old: &config::Upstream| old == u && (same_identity || !u.tls);
             match self.config.upstreams.iter().position(same) {
                 Some(i) => Ok(Planned::Kept(i)),
-                None => upstream(u, tls, self.fixed.socket_mark).map(|u| Planned::New(Box::new(u))),
+                None => self.discover.upstream(u, tls).map(|u| Planned::New(Box::new(u))),
             }
         };
         let planned: Vec<_> = config.upstreams.iter().map(planned).collect::<Result<_, _>>()?;

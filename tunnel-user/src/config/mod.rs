@@ -15,6 +15,7 @@ use std::{
 use http::{HeaderName, HeaderValue};
 use rustls_pki_types::ServerName;
 
+mod endpoints;
 mod flags;
 pub mod pattern;
 mod reader;
@@ -25,9 +26,13 @@ mod section;
 mod tests;
 mod value;
 
+pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
-pub use route::{Action, HeaderChanges, HeaderMatch, Match, Regex, RegexError, Route, Terms, ValueMatch};
+pub use route::{
+    Action, Authority, HeaderChanges, HeaderMatch, Match, ProxyProtocol, Regex, RegexError, Route, Terms,
+    ValueMatch,
+};
 pub use schema::schema;
 pub use value::{
     HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,
@@ -61,6 +66,10 @@ pub const MAX_FLOWS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not 0");
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long what a client sends first is waited for, where a route asks for it. An application on this node that
+/// speaks first has sent it by then, and so has a peer within that round trip; whoever waits for its server to speak
+/// loses no more.
+pub const INSPECT_TIMEOUT: Duration = Duration::from_millis(50);
 /// CONNECT streams that a listener takes on one connection: twice what our own client opens.
 pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
 /// CONNECT streams on one connection to an upstream. RFC 9113 section 6.5.2 advises that peers allow no
@@ -115,6 +124,8 @@ pub struct Daemon {
     pub max_flows: NonZeroUsize,
     /// How bytes are moved between two sockets of ours.
     pub relay: Relay,
+    /// How long what a client sends first is waited for, where a route asks for it.
+    pub inspect_timeout: Duration,
     /// Whether the configuration file is read again when it changes.
     pub watch: bool,
 }
@@ -128,6 +139,7 @@ impl Default for Daemon {
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
+            inspect_timeout: INSPECT_TIMEOUT,
             watch: true,
         }
     }
@@ -228,6 +240,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// What it speaks; at least one. Of what a client offers, the first one of these is taken.
     pub protocols: Vec<Protocol>,
+    /// Whether a PROXY header stands in front of every connection, and is believed.
+    pub proxy_protocol: bool,
     /// Whether it speaks TLS. Without it nobody proves who he is: `client_auth` and `verify` mean nothing then.
     pub tls: bool,
     /// Whether clients must present a certificate.
@@ -249,6 +263,7 @@ impl Listener {
             name: None,
             address,
             protocols: vec![Protocol::H2],
+            proxy_protocol: false,
             tls: true,
             client_auth: ClientAuth::Required,
             verify: Vec::new(),
@@ -272,6 +287,10 @@ pub enum Balance {
     LeastRequest,
     /// Each in turn.
     RoundRobin,
+    /// By chance.
+    Random,
+    /// The same for the same target, as long as it is well.
+    ConsistentHash,
 }
 
 /// `[[upstream]]`
@@ -281,8 +300,10 @@ pub struct Upstream {
     pub name: String,
     /// What it speaks.
     pub protocol: Protocol,
-    /// Where it is; at least one.
+    /// Where it is; at least one, unless a file says it.
     pub endpoints: Vec<Target>,
+    /// Where its endpoints come from.
+    pub discovery: Discovery,
     /// How an endpoint is picked.
     pub balance: Balance,
     /// Whether it is spoken to over TLS. Without it nothing is proved: `sni` and `verify` mean nothing then.
@@ -305,6 +326,12 @@ pub struct Upstream {
     pub keepalive_timeout: Duration,
     /// How long the answer to CONNECT may take.
     pub response_timeout: Duration,
+    /// Which endpoints are left out for what flows have met there.
+    pub outlier_detection: OutlierDetection,
+    /// How endpoints are checked; `None`: they are not.
+    pub health_check: Option<HealthCheck>,
+    /// How much it gets.
+    pub limits: Limits,
 }
 
 impl Upstream {
@@ -314,6 +341,7 @@ impl Upstream {
             name,
             protocol: Protocol::H2,
             endpoints,
+            discovery: Discovery::Static,
             balance: Balance::LeastRequest,
             tls: true,
             sni: None,
@@ -325,6 +353,9 @@ impl Upstream {
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
             response_timeout: RESPONSE_TIMEOUT,
+            outlier_detection: OutlierDetection::default(),
+            health_check: None,
+            limits: Limits::default(),
         }
     }
 

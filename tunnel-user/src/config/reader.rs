@@ -284,9 +284,14 @@ impl<'a> Reader<'a> {
 
     /// A key of the design that this version does not take yet.
     pub(crate) fn later(&mut self, key: &'static str) {
+        self.never(key, "is not supported yet");
+    }
+
+    /// A key that is asked for and cannot be, and why.
+    pub(crate) fn never(&mut self, key: &'static str, why: &str) {
         self.keys.push(Key { name: key, schema: None, required: false });
         if let Some(cell) = self.cell(key) {
-            cell.wrong::<()>("is not supported yet");
+            cell.wrong::<()>(why);
         }
     }
 
@@ -302,6 +307,18 @@ impl<'a> Reader<'a> {
             Some(At { value: value.get_ref().as_str()?.to_owned(), span: value.span(), key })
         };
         tables.iter().filter_map(text).collect()
+    }
+
+    /// The texts behind the first of `one` and the first of `other`, in each table of `[[key]]` that has both.
+    pub(crate) fn pairs_in(&self, key: &str, one: &[&str], other: &[&str]) -> Vec<(String, String)> {
+        let Some(DeValue::Array(tables)) = self.cell(key).map(|c| c.value) else {
+            return Vec::new();
+        };
+        let text = |t: &Spanned<DeValue<'_>>, inner: &[&str]| {
+            let value = inner.iter().find_map(|i| t.get_ref().get(*i))?;
+            Some(value.get_ref().as_str()?.to_owned())
+        };
+        tables.iter().filter_map(|t| Some((text(t, one)?, text(t, other)?))).collect()
     }
 
     /// Whether each table of `[[key]]` says `inner = said`.

@@ -12,15 +12,15 @@ use std::{
 
 use super::{
     BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN, Daemon,
-    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LISTENER_STREAMS, Listener, MARK,
-    MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT, Redirect, Relay, UPSTREAM_STREAMS,
-    Upstream,
+    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
+    LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT,
+    Redirect, Relay, UPSTREAM_STREAMS, Upstream, endpoints,
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
     value::{FilePath, Headers, Mode},
 };
-use crate::{flow::Target, transport::tls::IdentityFiles};
+use crate::transport::tls::IdentityFiles;
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
@@ -151,12 +151,17 @@ impl Section for Daemon {
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"pipe\", in the kernel (splice), which takes less than half the CPU for bulk and as much for small messages.",
             Relay::Copy,
         );
+        let inspect_timeout = r.default(
+            "inspect_timeout",
+            "How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its server to speak first is held up for as long.",
+            INSPECT_TIMEOUT,
+        );
         let watch = r.default(
             "watch",
             "Whether this file is read again when it changes. SIGHUP has it read again anyway.",
             true,
         );
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, watch })
+        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, inspect_timeout, watch })
     }
 }
 
@@ -293,6 +298,11 @@ impl Section for Listener {
             "Whether it speaks TLS. Without it no client can prove who it is: only policies for \"any\" match.",
             true,
         );
+        let proxy_protocol = r.default(
+            "proxy_protocol",
+            "Whether every connection begins with a PROXY header (version 1 or 2), whose client address is believed: for listeners that a balancer alone can reach. Connections without one are closed.",
+            false,
+        );
         let client_auth =
             r.default("client_auth", "Whether clients must present a certificate.", ClientAuth::Required);
         let verify = r.default(
@@ -331,6 +341,7 @@ impl Section for Listener {
             name,
             address: address?,
             protocols,
+            proxy_protocol,
             tls,
             client_auth,
             verify,
@@ -361,8 +372,12 @@ impl Section for Upstream {
             Protocol::H2,
         );
         let tls = r.default("tls", "Whether to speak TLS to it. Without it nobody proves anything.", true);
-        let endpoints: Option<Vec<Target>> = r.required("endpoints", "Where it is: HOST:PORT.");
-        let balance = r.default("balance", "How an endpoint is picked.", Balance::LeastRequest);
+        let endpoints = endpoints::read(r);
+        let balance = r.default(
+            "balance",
+            "How an endpoint is picked: \"least_request\", the one with fewer flows of two picked by chance; \"round_robin\", each in turn; \"random\", by chance; \"consistent_hash\", the same for the same target.",
+            Balance::LeastRequest,
+        );
         let sni =
             r.optional("sni", "The name to ask for and, without verify, to verify. Default: the endpoint's.");
         let verify = r.default(
@@ -387,11 +402,13 @@ impl Section for Upstream {
             r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
         let response_timeout =
             r.default("response_timeout", "How long the answer to CONNECT may take.", RESPONSE_TIMEOUT);
+        let (outlier_detection, health_check) = endpoints::read_health(r, protocol);
+        let limits = r.section(
+            "limits",
+            "How much it gets, in the whole process; each worker has its share, rounded up. Beyond it flows are refused at once. Default: no limit.",
+        );
         r.later("via");
 
-        if endpoints.as_ref().is_some_and(Vec::is_empty) {
-            r.wrong("endpoints", "is empty: there is nothing to connect to");
-        }
         if !tls {
             for key in ["sni", "verify"] {
                 if r.has(key) {
@@ -407,10 +424,12 @@ impl Section for Upstream {
                 }
             }
         }
+        let (endpoints, discovery) = endpoints?;
         Some(Self {
             name: name?,
             protocol,
-            endpoints: endpoints?,
+            endpoints,
+            discovery,
             balance,
             tls,
             sni,
@@ -422,6 +441,9 @@ impl Section for Upstream {
             keepalive_interval,
             keepalive_timeout,
             response_timeout,
+            outlier_detection,
+            health_check,
+            limits: limits.unwrap_or_default(),
         })
     }
 }

@@ -109,11 +109,10 @@ fn each_mistake_is_named() {
         (with("via = \"outer\"", upstream), "upstream.via", "is not supported yet"),
         (with("bypass = \"auto\"", capture), "capture.bypass", "is not supported yet"),
         (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
-        (with("balance = \"maglev\"", upstream), "upstream.balance", "\"maglev\" is not supported yet"),
         (
             with("balance = \"best\"", upstream),
             "upstream.balance",
-            "must be \"least_request\" or \"round_robin\", not \"best\"",
+            "must be \"least_request\" or \"round_robin\" or \"random\" or \"consistent_hash\", not \"best\"",
         ),
         (with("cgroup = \"/x\"", capture), "capture.unit", "stands beside cgroup"),
         (with("include = []", capture), "capture.include", "is empty"),
@@ -381,7 +380,8 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
+    let taken = "daemon.inspect_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
+        capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
         capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.name listener.protocols \
@@ -391,14 +391,21 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         route.match.identity route.match.listener route.match.server_name route.match.source \
         route.request_headers route.request_headers.add route.request_headers.copy route.request_headers.remove \
         route.timeout route.to route.to.dial route.to.upstream route.to.weight upstream \
-        upstream.balance upstream.connect_timeout upstream.endpoints upstream.headers \
+        upstream.balance upstream.connect_timeout upstream.discovery upstream.endpoints upstream.endpoints_file \
+        upstream.headers upstream.health_check upstream.health_check.healthy_threshold \
+        upstream.health_check.interval upstream.health_check.timeout upstream.health_check.type \
+        upstream.health_check.unhealthy_threshold \
         upstream.idle_timeout upstream.keepalive_interval upstream.keepalive_timeout \
-        upstream.max_streams upstream.name upstream.protocol upstream.response_timeout upstream.sni \
+        upstream.limits upstream.limits.connections upstream.limits.pending upstream.limits.streams \
+        upstream.max_streams upstream.name upstream.outlier_detection \
+        upstream.outlier_detection.base_ejection_time upstream.outlier_detection.consecutive_failures \
+        upstream.outlier_detection.consecutive_gateway_failures upstream.outlier_detection.max_ejection_percent \
+        upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.sni \
         upstream.tls upstream.verify";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");
-    assert_eq!(all["properties"]["upstream"]["items"]["required"], serde_json::json!(["name", "endpoints"]));
+    assert_eq!(all["properties"]["upstream"]["items"]["required"], serde_json::json!(["name"]));
 }
 
 #[test]

@@ -17,10 +17,11 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, ClientAuth, OnFailure, Peers, Protocol, Relay,
+    Balance, CheckKind, ClientAuth, OnFailure, Peers, Protocol, Relay,
+    endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
-    route::Regex,
+    route::{ProxyProtocol, Regex},
 };
 use crate::{flow::Target, route::Source, transport::identity::SanPattern};
 
@@ -106,7 +107,7 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, Source);
+by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, ProxyProtocol, Source, Method, CheckKind);
 
 /// Who captures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,13 +133,25 @@ impl Word for ClientAuth {
     const LATER: &'static [&'static str] = &["optional", "none"];
 }
 impl Word for Balance {
-    const WORDS: &'static [(&'static str, Self)] =
-        &[("least_request", Self::LeastRequest), ("round_robin", Self::RoundRobin)];
-    const LATER: &'static [&'static str] = &["random", "ring_hash", "maglev"];
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("least_request", Self::LeastRequest),
+        ("round_robin", Self::RoundRobin),
+        ("random", Self::Random),
+        ("consistent_hash", Self::ConsistentHash),
+    ];
+}
+impl Word for Method {
+    const WORDS: &'static [(&'static str, Self)] = &[("static", Self::Static), ("dns", Self::Dns)];
+}
+impl Word for CheckKind {
+    const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("ping", Self::Ping)];
 }
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] = &[("copy", Self::Copy), ("pipe", Self::Pipe)];
     const LATER: &'static [&'static str] = &["splice"];
+}
+impl Word for ProxyProtocol {
+    const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];
 }
 impl Word for Source {
     const WORDS: &'static [(&'static str, Self)] =

@@ -1,14 +1,14 @@
 //! From an accepted TCP connection to a peer that has been let in, and what it speaks.
 //!
 //! Enters: an accepted TCP connection. Leaves: the peer, who it has proved to be, and an HTTP/2 connection or
-//! an HTTP/1 request. Invariant: all of it happens within the handshake timeout; with TLS no byte of HTTP is
-//! looked at before the peer's certificate was verified. It never answers a request.
+//! an HTTP/1 request. Invariant: all of it, a PROXY header first, happens within the handshake timeout; with TLS no
+//! byte of HTTP is looked at before the peer's certificate was verified. It never answers a request.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls_pki_types::UnixTime;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
@@ -17,11 +17,12 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use super::{h1, h2};
 use crate::{
     config::Protocol,
-    flow::{ClientAddr, Identity, PeerAddr},
+    flow::{ClientAddr, Identity},
     transport::{
         h1::ReadError,
         identity::peer_identity,
-        io::Wire,
+        io::{Wire, peek_until},
+        proxy,
         store::TlsStore,
         tcp,
         verify::{ClientCheck, check_expiry, explain},
@@ -37,6 +38,8 @@ const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// How one listener serves.
 pub struct Settings {
+    /// Whether a PROXY header stands in front of every connection, and is believed.
+    pub proxy_protocol: bool,
     /// TLS, unless everybody may speak to it in plaintext.
     pub tls: Option<Tls>,
     /// What it speaks; of what a client offers, the first one of these is taken.
@@ -62,6 +65,9 @@ pub struct Tls {
 /// Why a connection was not served, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// What had to stand in front of it was not there.
+    #[error("{0}")]
+    Proxy(#[from] proxy::ReadError),
     /// TLS failed: which check, on which side.
     #[error("{0}")]
     Tls(String),
@@ -87,7 +93,7 @@ pub enum ServeError {
 
 /// A peer that has been let in.
 pub struct Accepted {
-    /// Its address.
+    /// Its address, or the one that a PROXY header says.
     pub client: ClientAddr,
     /// Who it has proved to be; nobody without TLS.
     pub identity: Option<Identity>,
@@ -119,15 +125,21 @@ pub async fn handshake(
     // Fails only on a socket that is gone, which the handshake will find.
     let _gone = tcp::tune(&stream);
     let shaken = timeout_at(deadline, async {
+        let mut stream = stream;
+        let told = match settings.proxy_protocol {
+            false => None,
+            true => proxy::read(&mut stream).await?,
+        };
+        let client = told.unwrap_or(ClientAddr(peer));
         match &settings.tls {
-            None => plain(settings, stream, peer).await,
-            Some(tls) => secure(settings, tls, stream, peer).await,
+            None => plain(settings, stream, client).await,
+            Some(tls) => secure(settings, tls, stream, client).await,
         }
     });
     shaken.await.map_err(|_| ServeError::HandshakeTimeout(settings.handshake_timeout))?
 }
 
-async fn plain(settings: &Settings, stream: TcpStream, peer: SocketAddr) -> Result<Accepted, ServeError> {
+async fn plain(settings: &Settings, stream: TcpStream, client: ClientAddr) -> Result<Accepted, ServeError> {
     let protocol = match &settings.protocols[..] {
         [only] => *only,
         _ => sniff(&stream).await?,
@@ -136,15 +148,15 @@ async fn plain(settings: &Settings, stream: TcpStream, peer: SocketAddr) -> Resu
         Protocol::H2 => Link::H2Plain(Box::new(h2::handshake(settings, stream).await?)),
         Protocol::H1 => Link::H1Plain(Box::new(request(stream).await?)),
     };
-    tracing::debug!(peer = %PeerAddr(peer), ?protocol, "accepted in plaintext");
-    Ok(Accepted { client: ClientAddr(peer), identity: None, server_name: None, link })
+    tracing::debug!(peer = %client, ?protocol, "accepted in plaintext");
+    Ok(Accepted { client, identity: None, server_name: None, link })
 }
 
 async fn secure(
     settings: &Settings,
     Tls { store, check }: &Tls,
     stream: TcpStream,
-    peer: SocketAddr,
+    client: ClientAddr,
 ) -> Result<Accepted, ServeError> {
     let acceptor = TlsAcceptor::from(store.server_config(check, &settings.protocols));
     let tls = match acceptor.accept(stream).into_fallible().await {
@@ -174,32 +186,24 @@ async fn secure(
         Protocol::H1 => Link::H1(Box::new(request(tls).await?)),
     };
     tracing::debug!(
-        peer = %PeerAddr(peer),
+        peer = %client,
         identity = identity.as_ref().map(tracing::field::display),
         ?suite,
         ?protocol,
         "tunnel accepted"
     );
-    Ok(Accepted { client: ClientAddr(peer), identity, server_name, link })
+    Ok(Accepted { client, identity, server_name, link })
 }
 
 /// Which protocol a client speaks in plaintext, by its first bytes, which stay where they are.
 async fn sniff(stream: &TcpStream) -> io::Result<Protocol> {
     let mut start = [0; PREFACE.len()];
-    loop {
-        let n = stream.peek(&mut start).await?;
-        if n == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        if start[..n] != PREFACE[..n] {
-            return Ok(Protocol::H1);
-        }
-        if n == PREFACE.len() {
-            return Ok(Protocol::H2);
-        }
-        // More raises a new edge; what has been seen would be reported again and again.
-        let _seen = stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
-    }
+    let judge = |seen: &[u8]| match seen.len() {
+        n if seen != &PREFACE[..n] => Some(Protocol::H1),
+        n if n == PREFACE.len() => Some(Protocol::H2),
+        _ => None,
+    };
+    peek_until(stream, &mut start, judge).await
 }
 
 async fn request<W: Wire>(wire: W) -> Result<h1::Incoming<W>, ServeError> {
@@ -255,6 +259,9 @@ mod tests {
         for other in ["CONNECT a:1 HTTP/1.1\r\n\r\n", "PRI * HTTP/1.1\r\n\r\n", "P\r\n", "x"] {
             assert_eq!(sniffed(other.as_bytes()).await.unwrap(), Protocol::H1, "{other:?}");
         }
+        // The end comes while more is wanted.
+        let cut = timeout(LINGER * 10, sniffed(&PREFACE[..9])).await.unwrap();
+        assert_eq!(cut.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(sniffed(b"").await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -78,9 +78,9 @@ impl Refusal {
             }
             Self::Dial(DialError::Timeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "connection_timeout"),
             Self::Dial(DialError::Local { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "proxy_internal_error"),
-            Self::Tunnel(TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. }) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable")
-            }
+            Self::Tunnel(
+                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } | TunnelError::Empty { .. },
+            ) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable"),
             // The next hop's word is passed on.
             Self::Tunnel(TunnelError::Refused { status, .. }) => (*status, "http_response_incomplete"),
             Self::Tunnel(TunnelError::Timeout { .. }) => {
@@ -88,7 +88,9 @@ impl Refusal {
             }
             Self::Tunnel(TunnelError::Dropped { .. }) => (StatusCode::BAD_GATEWAY, "connection_terminated"),
             Self::Tunnel(TunnelError::Request { .. }) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            Self::Limit(_) => (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached"),
+            Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached")
+            }
         }
     }
 
@@ -140,6 +142,7 @@ mod tests {
     use std::{io, time::Duration};
 
     use super::*;
+    use crate::tunnel::limit::Limited;
 
     fn request(method: &str, uri: &str) -> Request<()> {
         Request::builder().method(method).uri(uri).body(()).unwrap()
@@ -173,6 +176,16 @@ mod tests {
             (unreachable.into(), 503, "destination_ip_unroutable"),
             (timeout.into(), 504, "connection_timeout"),
             (Refusal::Limit(1), 503, "connection_limit_reached"),
+            (
+                TunnelError::Limit { upstream: "a".into(), what: Limited::Streams, most: 2 }.into(),
+                503,
+                "connection_limit_reached",
+            ),
+            (
+                TunnelError::Empty { upstream: "a".into(), why: "gone".into() }.into(),
+                503,
+                "destination_unavailable",
+            ),
         ] {
             let response = refusal.response();
             assert_eq!(response.status().as_u16(), status, "{refusal}");

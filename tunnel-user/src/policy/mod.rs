@@ -193,6 +193,11 @@ impl Permit<'_> {
         }
     }
 
+    /// Whether another target, which the peer has named since, may be passed on to a next hop too.
+    pub fn allows_too(&self, target: &Target) -> Result<(), Denied> {
+        self.policies.check_target(self.who, target)?.allows_unresolved()
+    }
+
     /// Whether `addr`, to which the target resolved or which it is, may be dialled.
     pub fn allows_addr(&self, addr: SocketAddr) -> Result<(), Denied> {
         let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());

@@ -181,6 +181,8 @@ pub struct Meter {
 pub struct Early {
     /// From the client.
     pub sent: Queue,
+    /// Bytes at the front of `sent` that are our own: the client gets no window for them.
+    pub ours: usize,
     /// From the target.
     pub received: Queue,
 }
@@ -197,14 +199,32 @@ pub async fn relay<C: Leg, T: Leg>(
     meter: &Meter,
     pipes: Option<&Pipes>,
 ) -> Outcome {
-    let Early { sent, received } = early;
+    let Early { sent, ours, received } = early;
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
-        let (up, down) = (pipe::Through::new(pipes, sent), pipe::Through::new(pipes, received));
+        let (up, down) = (pipe::Through::new(pipes, sent, ours), pipe::Through::new(pipes, received, 0));
         return run(client, target, meter, up, down).await;
     }
-    run(client, target, meter, Direction::new(sent), Direction::new(received)).await
+    run(client, target, meter, Direction::new(sent, ours), Direction::new(received, 0)).await
+}
+
+/// Waits on the client of a flow whose target is not reached yet: ready when it breaks. What it sends meanwhile is
+/// taken where its window bounds it: h2 ends a connection on which small frames pile up unread.
+pub async fn hold<L: Leg>(client: &mut L, early: &mut Queue) -> Broken {
+    let mut open = L::PREFETCH;
+    poll_fn(|cx| {
+        while open {
+            match client.poll_recv(cx) {
+                Poll::Ready(Ok(Some(chunk))) => early.push(chunk),
+                Poll::Ready(Ok(None)) => open = false,
+                Poll::Ready(Err(why)) => return Poll::Ready(why),
+                Poll::Pending => break,
+            }
+        }
+        client.poll_broken(cx)
+    })
+    .await
 }
 
 /// One direction of a flow, in one of the ways to move its bytes.
@@ -299,16 +319,25 @@ fn finish(cx: &mut Context<'_>, dst: &mut impl Leg) -> Result<bool, (bool, Broke
     }
 }
 
+/// How many of `n` bytes that were sent came from the source. Our own went first.
+fn theirs(ours: &mut usize, n: usize) -> usize {
+    let first = n.min(*ours);
+    *ours -= first;
+    n - first
+}
+
 /// One direction of a flow, copied.
 struct Direction {
     queue: Queue,
+    /// Bytes at its front that did not come from the source.
+    ours: usize,
     state: State,
 }
 
 impl Direction {
     /// With what is there already.
-    fn new(queue: Queue) -> Self {
-        Self { queue, state: State::Open }
+    fn new(queue: Queue, ours: usize) -> Self {
+        Self { queue, ours, state: State::Open }
     }
 }
 
@@ -343,6 +372,7 @@ impl<S: Leg, D: Leg> Way<S, D> for Direction {
             }
             match dst.poll_send(cx, &mut self.queue) {
                 Poll::Ready(Ok(n)) => {
+                    let n = theirs(&mut self.ours, n);
                     src.accepted(n);
                     moved.set(moved.get() + n as u64);
                 }

@@ -143,6 +143,8 @@ pub(super) struct Through<'p> {
     pipes: &'p Pipes,
     /// What was read before; it goes first.
     early: Queue,
+    /// Bytes at its front that did not come from the source.
+    ours: usize,
     held: Option<Held<'p>>,
     state: State,
     /// In the place of all that, once there was no pipe.
@@ -156,8 +158,8 @@ enum Filled {
 }
 
 impl<'p> Through<'p> {
-    pub(super) fn new(pipes: &'p Pipes, early: Queue) -> Self {
-        Self { pipes, early, held: None, state: State::Open, copy: None }
+    pub(super) fn new(pipes: &'p Pipes, early: Queue, ours: usize) -> Self {
+        Self { pipes, early, ours, held: None, state: State::Open, copy: None }
     }
 
     /// Sends what was read before; ready when nothing of it is left.
@@ -168,7 +170,7 @@ impl<'p> Through<'p> {
         moved: &Cell<u64>,
     ) -> Poll<Result<(), Broken>> {
         while !self.early.is_empty() {
-            let n = ready!(dst.poll_send(cx, &mut self.early))?;
+            let n = super::theirs(&mut self.ours, ready!(dst.poll_send(cx, &mut self.early))?);
             moved.set(moved.get() + n as u64);
         }
         Poll::Ready(Ok(()))
@@ -264,7 +266,10 @@ impl Way<TcpLeg, TcpLeg> for Through<'_> {
                     Poll::Ready(Ok(Filled::Bytes)) => {}
                     Poll::Ready(Ok(Filled::End)) => self.state = State::Draining,
                     Poll::Ready(Ok(Filled::NoPipe)) => {
-                        return self.copy.insert(Direction::new(Queue::default())).poll(cx, src, dst, moved);
+                        return self
+                            .copy
+                            .insert(Direction::new(Queue::default(), 0))
+                            .poll(cx, src, dst, moved);
                     }
                     Poll::Ready(Err(why)) => return Err((true, why)),
                     Poll::Pending => return Ok(()),

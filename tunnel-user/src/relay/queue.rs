@@ -40,6 +40,13 @@ impl Queue {
         self.chunks.push_back(chunk);
     }
 
+    /// Puts something in front of all.
+    pub fn put_first(&mut self, chunk: Bytes) {
+        if !chunk.is_empty() {
+            self.chunks.push_front(chunk);
+        }
+    }
+
     fn close(&mut self) {
         if !self.packing.is_empty() {
             self.chunks.push_back(std::mem::take(&mut self.packing).freeze());

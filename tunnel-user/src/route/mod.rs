@@ -5,13 +5,13 @@
 //! up, the other conditions are asked of the routes that are left. It never resolves a name, and has no state:
 //! chance is an argument.
 //!
-//! Everything that a route may ask is known before the first byte of the carried connection. What is not will
-//! be one more [`Decision`] of the route that asks for it (look first, and ask again), because the conditions
-//! of a route are asked in order and its index does not need them.
+//! What a route asks of the carried connection itself (`sni`, `http_host`, and an authority made of them) is not
+//! known before its first bytes. The first route that takes a flow but for that is a [`Decision`] of its own: look,
+//! and ask again. A flow that an earlier route takes is not looked at.
 
 use crate::{
-    config::{Action, Match, Route, TargetPattern, Terms},
-    flow::{Flow, Identity, Target},
+    config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
+    flow::{Flow, HostName, Identity, Inside, Target},
     index::{PeerIndex, PeerSet, TargetIndex},
     transport::identity::SanPattern,
 };
@@ -35,6 +35,8 @@ pub enum Decision<'a> {
     Upstream {
         /// Which: an index into the configuration's.
         upstream: usize,
+        /// All that the route names, and their weights; see [`another`].
+        shares: &'a [(usize, u32)],
         /// On which terms.
         terms: &'a Terms,
     },
@@ -45,6 +47,8 @@ pub enum Decision<'a> {
         /// On which terms.
         terms: &'a Terms,
     },
+    /// It depends on what the client sends first: to be asked again with [`Flow::inside`].
+    Look,
     /// A route refuses it.
     Deny,
     /// No route takes it; it is refused.
@@ -77,18 +81,22 @@ impl Router {
 
     /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
     pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
-        let Some(route) = self.first(flow) else { return Decision::NoRoute };
+        let route = match self.first(flow) {
+            Some(Taken::By(route)) => route,
+            Some(Taken::Perhaps) => return Decision::Look,
+            None => return Decision::NoRoute,
+        };
         let terms = &route.terms;
         match &route.to {
             Action::Deny => Decision::Deny,
             Action::Direct => Decision::Dial { instead: None, terms },
             Action::Dial(target) => Decision::Dial { instead: Some(target), terms },
-            Action::Upstreams(shares) => pick(shares, random)
-                .map_or(Decision::NoRoute, |upstream| Decision::Upstream { upstream, terms }),
+            Action::Upstreams(shares) => pick(shares, random, &[])
+                .map_or(Decision::NoRoute, |upstream| Decision::Upstream { upstream, shares, terms }),
         }
     }
 
-    fn first(&self, flow: &Flow<'_>) -> Option<&Route> {
+    fn first(&self, flow: &Flow<'_>) -> Option<Taken<'_>> {
         let takers = self.targets.takers(flow.target);
         let mut from = 0;
         loop {
@@ -99,11 +107,25 @@ impl Router {
             }
             let route = self.routes.get(rule)?;
             if takes(&route.matches, flow) {
-                return Some(route);
+                if !route.asks_inside() {
+                    return Some(Taken::By(route));
+                }
+                match flow.inside {
+                    None => return Some(Taken::Perhaps),
+                    Some(inside) if takes_inside(&route.matches, inside) => return Some(Taken::By(route)),
+                    Some(_) => {}
+                }
             }
             from = rule + 1;
         }
     }
+}
+
+/// The first route that takes a flow, as far as is known.
+enum Taken<'a> {
+    By(&'a Route),
+    /// Nobody has looked at what it asks for.
+    Perhaps,
 }
 
 fn peers_of(route: &Route) -> Option<&[SanPattern]> {
@@ -127,13 +149,27 @@ fn takes(wanted: &Match, flow: &Flow<'_>) -> bool {
         && wanted.headers.iter().all(|h| h.matches(headers))
 }
 
-/// The upstream into whose share `random` falls. `None` only when all weights are 0, which the
-/// configuration does not admit.
-fn pick(shares: &[(usize, u32)], random: u32) -> Option<usize> {
-    let sum: u64 = shares.iter().map(|(_, weight)| u64::from(*weight)).sum();
+/// Whether the conditions hold that are about the carried connection.
+fn takes_inside(wanted: &Match, inside: &Inside) -> bool {
+    let is = |names: &[NamePattern], found: Option<&HostName>| {
+        found.is_some_and(|found| names.iter().any(|name| name.contains(found.as_str(), 0)))
+    };
+    !wanted.asks_inside() || is(&wanted.sni, inside.sni()) || is(&wanted.http_host, inside.host())
+}
+
+/// One more upstream of a route, in the place of those that were tried; none when all were.
+pub fn another(shares: &[(usize, u32)], tried: &[usize], random: u32) -> Option<usize> {
+    pick(shares, random, tried)
+}
+
+/// The upstream into whose share `random` falls, without those that were tried. `None` only when all were, or all
+/// weights are 0, which the configuration does not admit.
+fn pick(shares: &[(usize, u32)], random: u32, tried: &[usize]) -> Option<usize> {
+    let left = || shares.iter().filter(|(upstream, _)| !tried.contains(upstream));
+    let sum: u64 = left().map(|(_, weight)| u64::from(*weight)).sum();
     // Scaled rather than reduced modulo the sum: no share gains by the remainder.
     let mut point = (u64::from(random) * sum) >> u32::BITS;
-    for (upstream, weight) in shares {
+    for (upstream, weight) in left() {
         match point.checked_sub(u64::from(*weight)) {
             None => return Some(*upstream),
             Some(left) => point = left,

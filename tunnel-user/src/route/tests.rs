@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{HeaderMatch, ValueMatch},
+    config::{Authority, HeaderMatch, Terms, ValueMatch},
     flow::{ClientAddr, Head},
     transport::identity::San,
 };
@@ -22,12 +22,21 @@ struct Told {
     who: Option<Identity>,
     server_name: Option<&'static str>,
     headers: Option<HeaderMap>,
+    inside: Option<Inside>,
 }
 
 impl Told {
     fn captured(target: &str) -> Self {
         let target = target.parse().unwrap();
-        Self { source: Source::Captured, name: None, target, who: None, server_name: None, headers: None }
+        Self {
+            source: Source::Captured,
+            name: None,
+            target,
+            who: None,
+            server_name: None,
+            headers: None,
+            inside: None,
+        }
     }
 
     fn asked(target: &str) -> Self {
@@ -52,6 +61,10 @@ impl Told {
         self
     }
 
+    fn showing(self, inside: Inside) -> Self {
+        Self { inside: Some(inside), ..self }
+    }
+
     fn with<T>(&self, router: &Router, look: impl FnOnce(&Flow<'_>) -> T) -> T {
         let peer = router.peer(self.who.as_ref());
         let client = ClientAddr("192.0.2.1:40000".parse().unwrap());
@@ -61,9 +74,11 @@ impl Told {
             name: self.name,
             target: &self.target,
             client,
+            identity: self.who.as_ref(),
             peer: &peer,
             server_name: self.server_name,
             request,
+            inside: self.inside.as_ref(),
         })
     }
 }
@@ -87,6 +102,15 @@ fn taken(router: &Router, told: &Told) -> Option<usize> {
     told.with(router, |flow| match router.decide(flow, 0) {
         Decision::Upstream { upstream, .. } => Some(upstream),
         _ => None,
+    })
+}
+
+/// The same; nothing where the router wants to look first.
+fn decided(router: &Router, told: &Told) -> Option<Option<usize>> {
+    told.with(router, |flow| match router.decide(flow, 0) {
+        Decision::Look => None,
+        Decision::Upstream { upstream, .. } => Some(Some(upstream)),
+        _ => Some(None),
     })
 }
 
@@ -115,6 +139,7 @@ fn the_first_match_wins_and_no_match_is_refused() {
             Decision::Dial { instead: Some(target), .. } => target.to_string(),
             Decision::Deny => "deny".to_owned(),
             Decision::NoRoute => "none".to_owned(),
+            Decision::Look => "look".to_owned(),
         })
     };
     assert_eq!(decide(Told::captured("10.1.0.1:80")), "deny");
@@ -248,9 +273,61 @@ fn weights_divide_the_flows_exactly() {
     assert_eq!(decide(u32::MAX), 2);
 }
 
-/// The definition: every condition of one route after the other.
-fn linear(routes: &[Match], told: &Told) -> Option<usize> {
-    let takes = |m: &&Match| {
+#[test]
+fn what_a_client_sends_is_looked_at_only_where_it_decides() {
+    let sni = |names: &[&str]| Match { sni: all(names), ..Match::default() };
+    let web = || Match { destination: all(&["10.0.0.0/8:443"]), ..Match::default() };
+    let router = numbered(vec![
+        Match { destination: all(&["10.1.0.0/16"]), ..Match::default() },
+        Match { sni: all(&["*.internal"]), ..web() },
+        Match { sni: all(&["both.example"]), http_host: all(&["both.example"]), ..web() },
+        web(),
+        sni(&["late.internal"]),
+    ]);
+    let told = || Told::captured("10.2.0.1:443");
+    assert_eq!(decided(&router, &Told::captured("10.1.0.1:443")), Some(Some(0)), "an earlier route takes it");
+    assert_eq!(decided(&router, &told()), None);
+    assert_eq!(decided(&router, &Told::captured("10.2.0.1:80")), None, "the last route might");
+    let name = |name| HostName::new(name).unwrap();
+    for (inside, wanted) in [
+        (Inside::Nothing, 3),
+        (Inside::Sni(name("A.internal.")), 1),
+        (Inside::Sni(name("internal")), 3),
+        (Inside::Host(name("a.internal")), 3),
+        (Inside::Sni(name("both.example")), 2),
+        (Inside::Host(name("both.example")), 2),
+        (Inside::Sni(name("late.internal")), 1),
+    ] {
+        assert_eq!(decided(&router, &told().showing(inside.clone())), Some(Some(wanted)), "{inside:?}");
+    }
+    let other = Told::captured("10.2.0.1:80").showing(Inside::Nothing);
+    assert_eq!(decided(&router, &other), Some(None));
+}
+
+#[test]
+fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
+    let terms = Terms { authority: Authority::Sni, ..Terms::default() };
+    let to = Action::Upstreams(vec![(0, 1)]);
+    let router = Router::new(vec![Route { matches: Match::default(), to, terms }]);
+    let told = Told::captured("10.2.0.1:443");
+    assert_eq!(decided(&router, &told), None);
+    assert_eq!(decided(&router, &told.showing(Inside::Nothing)), Some(Some(0)));
+}
+
+#[test]
+fn another_upstream_is_one_that_was_not_tried_and_is_in_use() {
+    let shares = [(4, 90), (5, 0), (6, 10)];
+    for random in [0, u32::MAX / 2, u32::MAX] {
+        assert_eq!(another(&shares, &[4], random), Some(6));
+        assert_eq!(another(&shares, &[6], random), Some(4));
+        assert_eq!(another(&shares, &[6, 4], random), None);
+    }
+}
+
+/// The definition: every condition of one route after the other. Nothing where one is met that asks what nobody
+/// has looked at.
+fn linear(routes: &[Match], told: &Told) -> Option<Option<usize>> {
+    let takes = |m: &Match| {
         let from = m.source.is_empty() || m.source.contains(&told.source);
         let names = if told.source == Source::Captured { &m.capture } else { &m.listener };
         let named = (m.listener.is_empty() && m.capture.is_empty())
@@ -267,7 +344,20 @@ fn linear(routes: &[Match], told: &Told) -> Option<usize> {
         let saying = m.headers.iter().all(|h| h.matches(told.headers.as_ref()));
         from && named && to && by && calling && saying
     };
-    routes.iter().position(|m| takes(&m))
+    for (number, m) in routes.iter().enumerate().filter(|(_, m)| takes(m)) {
+        let (sni, host) = match &told.inside {
+            _ if m.sni.is_empty() && m.http_host.is_empty() => return Some(Some(number)),
+            None => return None,
+            Some(inside) => (inside.sni(), inside.host()),
+        };
+        let is = |names: &[NamePattern], found: Option<&HostName>| {
+            found.is_some_and(|found| names.iter().any(|p| p.contains(found.as_str(), 0)))
+        };
+        if is(&m.sni, sni) || is(&m.http_host, host) {
+            return Some(Some(number));
+        }
+    }
+    Some(None)
 }
 
 /// None, or one or two of these.
@@ -290,10 +380,15 @@ fn any_match() -> impl Strategy<Value = Match> {
         some_of(all(&["s://t/a", "s://t/*", "*.example"])),
         some_of(all(&["gw", "*.gw"])),
         some_of(vec![header]),
+        (some_of(all(&["a.inside", "*.b.inside"])), some_of(all(&["*.inside", "c.inside"]))),
     )
-        .prop_map(|(source, listener, capture, destination, host, identity, server_name, headers)| {
-            Match { source, listener, capture, destination, host, identity, server_name, headers }
-        })
+        .prop_map(
+            |(source, listener, capture, destination, host, identity, server_name, headers, inside)| {
+                let (sni, http_host) = inside;
+                let to = Match { destination, host, ..Match::default() };
+                Match { source, listener, capture, identity, server_name, headers, sni, http_host, ..to }
+            },
+        )
 }
 
 fn any_told() -> impl Strategy<Value = Told> {
@@ -317,13 +412,20 @@ fn any_told() -> impl Strategy<Value = Told> {
         prop::option::of(prop::sample::select(vec!["s://t/a", "s://t/b", "s://u/a", "a.example"])),
         prop::option::of(prop::sample::select(vec!["gw", "a.gw", "no"])),
         prop::option::of(prop::sample::select(vec!["canary", "stable"])),
+        prop::option::of(any_inside()),
     )
-        .prop_map(|(captured, name, (host, port), who, server_name, header)| {
+        .prop_map(|(captured, name, (host, port), who, server_name, header, inside)| {
             let target = format!("{host}:{port}");
             let told = if captured { Told::captured(&target) } else { Told::asked(&target) };
-            let told = Told { name, who: who.map(|w| Identity(w.into())), server_name, ..told };
+            let told = Told { name, who: who.map(|w| Identity(w.into())), server_name, inside, ..told };
             header.into_iter().fold(told, |told, value| told.saying("x-route", value))
         })
+}
+
+fn any_inside() -> impl Strategy<Value = Inside> {
+    let name = prop::sample::select(vec!["a.inside", "x.b.inside", "c.inside", "elsewhere"]);
+    let name = name.prop_map(|name| HostName::new(name).unwrap());
+    prop_oneof![Just(Inside::Nothing), name.clone().prop_map(Inside::Sni), name.prop_map(Inside::Host),]
 }
 
 proptest! {
@@ -333,6 +435,6 @@ proptest! {
         routes in prop::collection::vec(any_match(), 0..8), told in any_told(),
     ) {
         let wanted = linear(&routes, &told);
-        prop_assert_eq!(taken(&numbered(routes), &told), wanted);
+        prop_assert_eq!(decided(&numbered(routes), &told), wanted);
     }
 }

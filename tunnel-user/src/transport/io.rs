@@ -13,7 +13,7 @@ use std::{
 
 use socket2::{SockRef, Socket};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -40,6 +40,31 @@ impl Wire for server::TlsStream<TcpStream> {
 impl Wire for client::TlsStream<TcpStream> {
     fn tcp(&self) -> &TcpStream {
         self.get_ref().0
+    }
+}
+
+/// Looks at the first bytes of a connection, which stay where they are, until `judge` has seen enough of them. As many
+/// as fit into `start` have to be enough.
+pub async fn peek_until<T>(
+    stream: &TcpStream,
+    start: &mut [u8],
+    judge: impl Fn(&[u8]) -> Option<T>,
+) -> io::Result<T> {
+    loop {
+        // Asked first: then everything in front of the end is there to be seen.
+        let ended = stream.ready(Interest::READABLE).await?.is_read_closed();
+        let n = stream.peek(start).await?;
+        if let Some(verdict) = judge(&start[..n]).filter(|_| n > 0) {
+            return Ok(verdict);
+        }
+        if n == 0 || ended {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if n == start.len() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        // More raises a new edge; what has been seen would be reported again and again.
+        let _seen = stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }
 

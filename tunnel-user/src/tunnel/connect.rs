@@ -114,9 +114,22 @@ pub enum ConnectError {
         /// How many may.
         most: usize,
     },
+    /// The upstream has as many connections as it may.
+    #[error("the limit of {most} connections is reached")]
+    Limit {
+        /// How many.
+        most: usize,
+    },
     /// The pool is gone.
     #[error("shutting down")]
     Shutdown,
+}
+
+impl ConnectError {
+    /// Whether nothing is known of the endpoint: the reason is on this side.
+    pub fn is_ours(&self) -> bool {
+        matches!(self, Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown)
+    }
 }
 
 /// A connection.

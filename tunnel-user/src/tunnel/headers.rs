@@ -17,6 +17,7 @@ use http::{
     header::{CONNECTION, FORWARDED, VIA},
 };
 
+use super::pick::mix;
 use crate::{
     config::Terms,
     flow::{ClientAddr, Head, Target},
@@ -38,6 +39,8 @@ pub struct Ask<'a> {
     pub client: ClientAddr,
     /// The request that it came with, in a chain.
     pub received: Option<Head<'a>>,
+    /// What is asked for in its place, because the route says so.
+    pub instead: Option<&'a Target>,
     /// What we call ourselves in `via`.
     pub pseudonym: &'a str,
     /// What the route changes.
@@ -47,7 +50,7 @@ pub struct Ask<'a> {
 impl Ask<'_> {
     /// What stands in the `:authority`.
     pub fn authority(&self) -> &Target {
-        self.terms.authority.as_ref().unwrap_or(self.target)
+        self.instead.unwrap_or(self.target)
     }
 }
 
@@ -185,9 +188,7 @@ impl Trace {
     pub fn random(&self) -> u64 {
         let state = self.state.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
         self.state.set(state);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        mix(state)
     }
 }
 
@@ -244,7 +245,8 @@ mod tests {
         let received = Some(Head { version: Version::HTTP_2, headers: received });
         let terms = Terms { headers, ..Terms::default() };
         let client = client("192.0.2.9:1");
-        let ask = Ask { target: &target, client, received, pseudonym: PSEUDONYM, terms: &terms };
+        let ask =
+            Ask { target: &target, instead: None, client, received, pseudonym: PSEUDONYM, terms: &terms };
         request(ask, configured).headers().clone()
     }
 
@@ -257,7 +259,14 @@ mod tests {
         let baggage = (BAGGAGE, HeaderValue::from_static("k8s.cluster.name=a"));
         let (target, terms) = ("10.0.0.1:80".parse().unwrap(), Terms::default());
         let client = client("[2001:db8::7]:40000");
-        let ask = Ask { target: &target, client, received: None, pseudonym: PSEUDONYM, terms: &terms };
+        let ask = Ask {
+            target: &target,
+            instead: None,
+            client,
+            received: None,
+            pseudonym: PSEUDONYM,
+            terms: &terms,
+        };
         let request = request(ask, &[baggage]);
         assert_eq!(request.method(), Method::CONNECT);
         assert_eq!(request.uri().to_string(), "10.0.0.1:80");
@@ -391,14 +400,14 @@ mod tests {
     #[test]
     fn ipv6_and_names_stand_in_the_authority_and_so_does_what_a_route_puts_there() {
         let client = client("192.0.2.1:1");
+        let (terms, other) = (Terms::default(), "other.internal:81".parse().unwrap());
         for text in ["[2001:db8::1]:443", "web.internal:80"] {
-            let (target, mut terms) = (text.parse().unwrap(), Terms::default());
-            let other = "other.internal:81";
-            for wanted in [text, other] {
+            let target = text.parse().unwrap();
+            for (instead, wanted) in [(None, text), (Some(&other), "other.internal:81")] {
+                let received = None;
                 let ask =
-                    Ask { target: &target, client, received: None, pseudonym: PSEUDONYM, terms: &terms };
+                    Ask { target: &target, instead, client, received, pseudonym: PSEUDONYM, terms: &terms };
                 assert_eq!(request(ask, &[]).uri().authority().unwrap(), wanted);
-                terms.authority = Some(other.parse().unwrap());
             }
         }
     }

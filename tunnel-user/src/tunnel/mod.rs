@@ -5,8 +5,13 @@
 //! why. It never relays.
 
 pub mod connect;
+pub mod discovery;
+pub mod endpoints;
+mod error;
 pub mod h1;
 pub mod headers;
+pub mod health;
+pub mod limit;
 pub mod pick;
 pub mod pool;
 pub mod upstream;
@@ -14,4 +19,5 @@ pub mod upstream;
 #[cfg(test)]
 mod tests;
 
-pub use upstream::{Leg, Settings, Stream, Tls, TunnelError, Upstream};
+pub use error::TunnelError;
+pub use upstream::{Leg, Settings, Stream, Tls, Upstream};

@@ -6,6 +6,7 @@
 //! - for one key, never more dials are in flight than the waiting flows need;
 //! - a connection never carries more streams than its limit and the peer's;
 //! - a connection that got GOAWAY takes no new streams, and its old ones go on;
+//! - there are never more connections and dials than the limit;
 //! - no lock is held across a handshake: a slow dial of one key holds up no other.
 
 use std::{
@@ -32,12 +33,13 @@ use tokio_rustls::client::TlsStream;
 
 use super::{
     connect::{self, ConnectError, Connected, Key, Link, connect},
+    limit::{Count, Taken},
     pick,
 };
 use crate::{
     config::Protocol,
     dial::DialError,
-    flow::{Identity, PeerAddr},
+    flow::{Identity, PeerAddr, Target},
     transport::{
         io::{AlertFirst, LastReader, Wire as _},
         verify::explain,
@@ -72,6 +74,8 @@ const DIALING_MAX: usize = 4;
 pub struct Settings {
     /// Streams on one connection; the peer's limit counts too.
     pub max_streams: usize,
+    /// Connections, those being made too.
+    pub max_connections: usize,
     /// How they are made.
     pub connect: connect::Settings,
     /// A connection without streams is closed after this.
@@ -91,6 +95,8 @@ struct Inner {
     /// Dials and connections. They hold the pool weakly.
     tasks: RefCell<JoinSet<()>>,
     opened: Cell<u64>,
+    /// Connections, and dials.
+    open: Count,
     /// A connection has ended.
     closed: Notify,
 }
@@ -112,10 +118,14 @@ struct Conn {
     max_streams: usize,
     active: Cell<usize>,
     idle_since: Cell<Instant>,
-    /// The last stream has ended.
+    /// The last stream has ended, or it is to be looked whether the peer is alive, or it is no longer wanted.
     idle: Notify,
     /// Got GOAWAY, failed, or is being closed for idleness.
     retired: Cell<bool>,
+    /// Its endpoint is gone: it is closed as soon as it is idle.
+    unwanted: Cell<bool>,
+    /// Those who want to know whether the peer is alive.
+    askers: RefCell<Vec<oneshot::Sender<()>>>,
     /// Why the connection was lost, once it was.
     lost: RefCell<Option<String>>,
 }
@@ -163,6 +173,19 @@ impl Lease {
     /// The connection takes no new streams: it got GOAWAY, or failed.
     pub fn retire(&self) {
         self.conn.retired.set(true);
+    }
+
+    /// Ready when the peer has answered a PING, sent now. The caller bounds the time.
+    pub async fn ping(&self) -> Result<(), String> {
+        let (tell, told) = oneshot::channel();
+        {
+            let mut askers = self.conn.askers.borrow_mut();
+            // Those who no longer wait.
+            askers.retain(|asker| !asker.is_closed());
+            askers.push(tell);
+        }
+        self.conn.idle.notify_one();
+        told.await.map_err(|_| self.lost().unwrap_or_else(|| "the connection has ended".to_owned()))
     }
 
     /// Why the connection was lost, if it was.
@@ -230,6 +253,7 @@ impl Pool {
             slots: RefCell::default(),
             tasks: RefCell::default(),
             opened: Cell::default(),
+            open: Count::default(),
             closed: Notify::new(),
         }))
     }
@@ -258,6 +282,23 @@ impl Pool {
                 return;
             }
             self.0.closed.notified().await;
+        }
+    }
+
+    /// Whether a connection has a place for one more stream.
+    pub fn has_room(&self, key: &Key) -> bool {
+        let slot = self.0.slots.borrow().get(key).cloned();
+        slot.is_some_and(|s| pick::with_room(&s.connections.borrow(), |c| c.free()).is_some())
+    }
+
+    /// Closes the connections to an endpoint that is gone, each when its last stream has ended.
+    pub fn forget(&self, endpoint: &Target) {
+        for (_, slot) in self.0.slots.borrow().iter().filter(|(key, _)| key.endpoint == *endpoint) {
+            for conn in slot.connections.borrow().iter() {
+                conn.retired.set(true);
+                conn.unwanted.set(true);
+                conn.idle.notify_one();
+            }
         }
     }
 
@@ -293,23 +334,30 @@ impl Inner {
         Rc::clone(slots.entry(key.clone()).or_default())
     }
 
-    /// As many dials as those who wait need.
+    /// As many dials as those who wait need. Where there may be none, nobody waits.
     fn dial_for_waiting(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
         let needed = slot.waiting.borrow().len().div_ceil(self.settings.max_streams).min(DIALING_MAX);
         while slot.dialing.get() < needed {
-            self.dial(key, slot);
+            if !self.dial(key, slot) {
+                if slot.dialing.get() == 0 {
+                    slot.fail(&ConnectError::Limit { most: self.settings.max_connections });
+                }
+                return;
+            }
         }
     }
 
-    /// Starts a dial; what comes of it serves those who wait.
-    fn dial(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
+    /// Starts a dial, if there may be one; what comes of it serves those who wait.
+    fn dial(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) -> bool {
+        let Some(open) = self.open.take(self.settings.max_connections) else { return false };
         slot.dialing.set(slot.dialing.get() + 1);
         let (key, slot, settings) = (key.clone(), Rc::clone(slot), self.settings.clone());
         let pool = Rc::downgrade(self);
         let mut tasks = self.tasks.borrow_mut();
         while tasks.try_join_next().is_some() {}
         tasks.spawn_local(async move {
-            let dialled = open(&key, &settings).await;
+            let open: Taken = open;
+            let dialled = self::open(&key, &settings).await;
             slot.dialing.set(slot.dialing.get() - 1);
             let Opened { conn, suite, connection, ping, last } = match dialled {
                 Ok(opened) => opened,
@@ -337,11 +385,13 @@ impl Inner {
             }
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
+            drop(open);
             if let Some(inner) = pool.upgrade() {
                 inner.closed.notify_one();
                 inner.dial_for_waiting(&key, &slot);
             }
         });
+        true
     }
 }
 
@@ -394,6 +444,8 @@ async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
             idle_since: Cell::new(Instant::now()),
             idle: Notify::new(),
             retired: Cell::new(false),
+            unwanted: Cell::new(false),
+            askers: RefCell::default(),
             lost: RefCell::default(),
         };
         Ok(Opened { conn, suite, connection, ping, last })
@@ -439,7 +491,11 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
 ) {
     let mut ping_at = Instant::now() + settings.keepalive_interval;
     let lost = loop {
-        let idle_at = conn.idle_since.get() + settings.idle_timeout;
+        if !conn.askers.borrow().is_empty() {
+            ping_at = Instant::now();
+        }
+        let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
+        let idle_at = conn.idle_since.get() + keep_for;
         let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
         tokio::select! {
             biased;
@@ -447,7 +503,7 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
             () = sleep_until(wake_at) => {}
             () = conn.idle.notified() => continue,
         }
-        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= settings.idle_timeout {
+        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= keep_for {
             conn.retired.set(true);
             // Without a handle that could open a stream, the connection says GOAWAY and ends.
             conn.send.borrow_mut().take();
@@ -461,7 +517,12 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
             biased;
             ended = &mut connection => break ended.err().map(|e| explain(&e)),
             pong = timeout(settings.keepalive_timeout, ping.ping(h2::Ping::opaque())) => match pong {
-                Ok(Ok(_)) => {}
+                Ok(Ok(_)) => {
+                    for asker in conn.askers.take() {
+                        // It may have given up.
+                        let _gone = asker.send(());
+                    }
+                }
                 Ok(Err(e)) => break Some(explain(&e)),
                 Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
             },
@@ -472,6 +533,7 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
     // Clean: GOAWAY and close_notify are on their way.
     let clean = lost.is_none();
     *conn.lost.borrow_mut() = lost;
+    conn.askers.borrow_mut().clear();
     drop(connection);
     if clean {
         last.linger(LINGER).await;

@@ -47,6 +47,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 fn settings(max_streams: usize) -> Settings {
     Settings {
         max_streams,
+        max_connections: usize::MAX,
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
@@ -304,6 +305,90 @@ fn an_idle_connection_is_closed_and_a_new_one_opened_when_needed() {
 }
 
 #[test]
+fn there_are_never_more_connections_and_dials_than_the_limit() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Serve, 2).await;
+        let pool = Rc::new(Pool::new(Settings { max_connections: 2, ..settings(100) }));
+        let key = peer.key(&tls);
+        assert!(!pool.has_room(&key));
+        // Five at once, where the peer turns out to take two on each connection.
+        let flows: Vec<_> = (0..5)
+            .map(|_| {
+                let (pool, key) = (Rc::clone(&pool), key.clone());
+                spawn_local(async move { pool.lease(&key).await })
+            })
+            .collect();
+        let mut leases = Vec::new();
+        let mut refused = 0;
+        for flow in flows {
+            match flow.await.unwrap() {
+                Ok(lease) => {
+                    let stream = open(&lease).await;
+                    leases.push((lease, stream));
+                }
+                Err(ConnectError::Limit { most: 2 }) => refused += 1,
+                Err(e) => panic!("{e}"),
+            }
+        }
+        assert_eq!((leases.len(), refused, peer.accepted.get()), (4, 1, 2));
+        assert!(!pool.has_room(&key));
+        assert!(matches!(pool.lease(&key).await, Err(ConnectError::Limit { most: 2 })));
+        // A place that is given back is there again.
+        leases.pop();
+        assert!(pool.has_room(&key));
+        let _again = pool.lease(&key).await.unwrap();
+        assert_eq!(peer.accepted.get(), 2);
+    });
+}
+
+#[test]
+fn a_connection_to_an_endpoint_that_is_gone_ends_with_its_last_stream() {
+    run(async {
+        let tls = identity();
+        let (gone, stays) =
+            (Peer::start(&tls, Script::Serve, 100).await, Peer::start(&tls, Script::Serve, 100).await);
+        let pool = Pool::new(settings(100));
+        let lease = pool.lease(&gone.key(&tls)).await.unwrap();
+        let (_send, mut recv) = open(&lease).await;
+        drop(pool.lease(&stays.key(&tls)).await.unwrap());
+        pool.forget(&gone.key(&tls).endpoint);
+        assert!(!pool.has_room(&gone.key(&tls)) && pool.has_room(&stays.key(&tls)));
+        // Its stream goes on.
+        let mut held = gone.held.borrow_mut().remove(0);
+        held.send_data(Bytes::from_static(b"still here"), true).unwrap();
+        assert_eq!(recv.data().await.unwrap().unwrap(), "still here");
+        assert_eq!(pool.connections(), 2);
+        drop((lease, _send, recv));
+        while pool.connections() > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert!(pool.has_room(&stays.key(&tls)));
+    });
+}
+
+#[test]
+fn a_peer_is_asked_whether_it_is_alive_and_one_that_does_not_answer_is_found_out() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Mute, 100).await;
+        let pool = Pool::new(Settings { keepalive_timeout: Duration::from_millis(300), ..settings(100) });
+        let lease = pool.lease(&peer.key(&tls)).await.unwrap();
+        let (one, other) = tokio::join!(lease.ping(), lease.ping());
+        assert_eq!((one, other), (Ok(()), Ok(())));
+        peer.turn.notify_one();
+        let silent = loop {
+            // It may be told after this one.
+            if let Err(why) = lease.ping().await {
+                break why;
+            }
+            tokio::task::yield_now().await;
+        };
+        assert!(silent.contains("no answer to PING"), "{silent}");
+    });
+}
+
+#[test]
 fn a_peer_that_answers_no_ping_is_given_up_and_its_streams_are_reset() {
     run(async {
         let tls = identity();
@@ -330,6 +415,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
     run(async {
         let tls = identity();
         let settings = accept::Settings {
+            proxy_protocol: false,
             tls: Some(accept::Tls { store: Arc::clone(&tls), check: ClientCheck::default() }),
             protocols: vec![Protocol::H2],
             handshake_timeout: PATIENCE,

@@ -1,4 +1,4 @@
-//! An upstream: its endpoints, which of them are well, and how a stream is opened on one.
+//! An upstream: how a stream is opened through it.
 //!
 //! Enters: a target. Leaves: a stream after its 200, or who failed and why. Invariant: another endpoint,
 //! or another connection, is tried only while the request cannot have been acted on. It never retries
@@ -12,21 +12,27 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderName, HeaderValue, Request, StatusCode};
+use http::{HeaderName, HeaderValue, Request};
 use tokio::{
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, timeout},
 };
 
 use super::{
+    TunnelError,
     connect::{self, ConnectError, Connected, Key, TlsKey, connect},
+    discovery::{Feed, Known, Site, Source},
+    endpoints::{Endpoint, Endpoints, Lack, Turn},
     h1,
     headers::{Ask, Trace, connect_request},
+    health::{Check, Health},
+    limit::{Count, Limited, Limits, Taken},
     pick,
     pool::{self, Lease, Pool},
 };
 use crate::{
-    config::{Balance, Protocol},
+    config::{Balance, HealthCheck, OutlierDetection, Protocol},
+    dial,
     flow::{Identity, PeerAddr, Target},
     relay::{H2Leg, Queue},
     transport::{
@@ -36,12 +42,6 @@ use crate::{
     },
 };
 
-/// Failures in a row after which an endpoint is ejected.
-const EJECT_AFTER: u32 = 3;
-/// The first wait before an ejected endpoint is probed; it doubles up to [`PROBE_MAX`].
-const PROBE_MIN: Duration = Duration::from_millis(100);
-/// A restarted endpoint is found within this.
-const PROBE_MAX: Duration = Duration::from_secs(1);
 /// How often a request that was surely not acted on is sent again on another connection: GOAWAY
 /// (RFC 9113 section 6.8) and REFUSED_STREAM (section 8.7) say so.
 const RETRIES: u32 = 3;
@@ -52,7 +52,7 @@ pub struct Settings {
     /// Its name, for logs and statistics.
     pub name: String,
     /// Where it is.
-    pub endpoints: Vec<Target>,
+    pub endpoints: Source,
     /// Which endpoint is next.
     pub balance: Balance,
     /// What it speaks.
@@ -65,6 +65,12 @@ pub struct Settings {
     pub response_timeout: Duration,
     /// Its connections; those of HTTP/1 are made in the same way, and not kept.
     pub pool: pool::Settings,
+    /// Which endpoints are left out for what flows have met there.
+    pub outlier: OutlierDetection,
+    /// How endpoints are checked; `None`: they are not.
+    pub check: Option<HealthCheck>,
+    /// How much it gets from this worker.
+    pub limits: Limits,
 }
 
 /// How an upstream is spoken to over TLS.
@@ -114,129 +120,59 @@ impl Stream {
     }
 }
 
-/// A stream's place among the streams of its endpoint, and on its connection.
+/// A stream's place among the streams of its endpoint and of its upstream, and on its connection.
 pub struct Place {
     /// Given back when dropped.
     _lease: Option<Lease>,
     _turn: Turn,
-}
-
-/// A place among the streams of an endpoint.
-struct Turn(Rc<Endpoint>);
-
-impl Turn {
-    fn new(endpoint: &Rc<Endpoint>) -> Self {
-        endpoint.active.set(endpoint.active.get() + 1);
-        Self(Rc::clone(endpoint))
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.0.active.set(self.0.active.get() - 1);
-    }
-}
-
-/// Why there is no stream.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TunnelError {
-    /// No endpoint could be connected to: the upstream's fault, or the network's.
-    #[error("upstream {upstream}: {source}")]
-    Connect {
-        /// Which.
-        upstream: String,
-        /// The last endpoint's failure.
-        #[source]
-        source: ConnectError,
-    },
-    /// Every endpoint has failed repeatedly and is being probed.
-    #[error("upstream {upstream}: no endpoint is left, all have failed repeatedly (last: {last})")]
-    NoEndpoint {
-        /// Which.
-        upstream: String,
-        /// The last failure.
-        last: String,
-    },
-    /// The far end said no.
-    #[error("{peer} refused {target}: {status}{}", detail.as_deref().map(|d| format!(" ({d})")).unwrap_or_default())]
-    Refused {
-        /// Who refused.
-        peer: PeerAddr,
-        /// What was asked for.
-        target: Target,
-        /// The status.
-        status: StatusCode,
-        /// Its `proxy-status` (RFC 9209).
-        detail: Option<String>,
-    },
-    /// The far end did not answer the CONNECT in time.
-    #[error("{peer} did not answer CONNECT {target} within {after:?}")]
-    Timeout {
-        /// Who was asked.
-        peer: PeerAddr,
-        /// What for.
-        target: Target,
-        /// The time allowed.
-        after: Duration,
-    },
-    /// The stream or its connection broke before the answer.
-    #[error("{peer} dropped CONNECT {target}: {why}")]
-    Dropped {
-        /// Who was asked.
-        peer: PeerAddr,
-        /// What for.
-        target: Target,
-        /// How.
-        why: String,
-    },
-    /// The target cannot be written as an `:authority`.
-    #[error("{target} cannot be asked for: {why}")]
-    Request {
-        /// The target.
-        target: Target,
-        /// Why.
-        why: String,
-    },
-}
-
-/// One endpoint, and how it fares.
-struct Endpoint {
-    target: Target,
-    active: Cell<usize>,
-    failures: Cell<u32>,
-    ejected: Cell<bool>,
-    last: RefCell<String>,
+    _taken: Option<Taken>,
 }
 
 /// One upstream on one worker.
 pub struct Upstream {
     settings: Settings,
     lines: Rc<Lines>,
-    endpoints: Vec<Rc<Endpoint>>,
+    endpoints: Rc<Endpoints>,
+    health: Rc<Health>,
     next: Cell<usize>,
     trace: Trace,
-    probes: RefCell<JoinSet<()>>,
+    streams: Count,
+    pending: Count,
+    /// What hears of endpoints that come and go.
+    tasks: RefCell<JoinSet<()>>,
 }
 
 impl Upstream {
-    /// Nothing is connected until a flow needs it.
+    /// Nothing is connected until a flow needs it, or a check.
     pub fn new(settings: Settings) -> Self {
-        let endpoint = |target: &Target| {
-            Rc::new(Endpoint {
-                target: target.clone(),
-                active: Cell::default(),
-                failures: Cell::default(),
-                ejected: Cell::default(),
-                last: RefCell::default(),
-            })
-        };
+        let (lines, endpoints) = (Rc::new(Lines::new(&settings)), Rc::new(Endpoints::default()));
+        let Settings { name, outlier, check, .. } = &settings;
+        let (of_lines, of_endpoints) = (Rc::clone(&lines), Rc::clone(&endpoints));
+        let health = Rc::new(Health::new(name, outlier.clone(), check.clone(), of_lines, of_endpoints));
+        let mut tasks = JoinSet::new();
+        match settings.endpoints.clone() {
+            Source::Fixed(sites) => {
+                take(&Known::new(sites.iter().cloned(), String::new()), &lines, &endpoints, &health);
+            }
+            Source::Fed(mut feed) => {
+                if let Some(known) = feed.now() {
+                    take(&known, &lines, &endpoints, &health);
+                }
+                let (lines, endpoints, health) =
+                    (Rc::clone(&lines), Rc::clone(&endpoints), Rc::clone(&health));
+                tasks.spawn_local(follow(feed, lines, endpoints, health));
+            }
+        }
         Self {
-            lines: Rc::new(Lines::new(&settings)),
-            endpoints: settings.endpoints.iter().map(endpoint).collect(),
+            lines,
+            endpoints,
+            health,
             settings,
             next: Cell::default(),
             trace: Trace::default(),
-            probes: RefCell::default(),
+            streams: Count::default(),
+            pending: Count::default(),
+            tasks: RefCell::new(tasks),
         }
     }
 
@@ -255,7 +191,8 @@ impl Upstream {
 
     /// Closes its connections; see [`Pool::close`].
     pub async fn close(&self) {
-        self.probes.borrow_mut().abort_all();
+        self.tasks.borrow_mut().abort_all();
+        self.health.stop();
         if let Kind::Pool(pool) = &self.lines.kind {
             pool.close().await;
         }
@@ -263,75 +200,123 @@ impl Upstream {
 
     /// Opens a stream.
     pub async fn connect(&self, ask: &Ask<'_>) -> Result<Stream, TunnelError> {
+        let taken = self.take_stream()?;
         let mut tries = 0;
-        loop {
-            let asked = match self.line().await? {
-                (Line::Shared(lease), turn) => self.request(lease, turn, ask).await,
-                (Line::Own(connected), turn) => self.ask(*connected, turn, ask).await,
+        let stream = loop {
+            let (line, turn) = self.line(ask).await?;
+            let endpoint = Rc::clone(turn.endpoint());
+            let asked = match line {
+                Line::Shared(lease) => self.request(lease, turn, ask).await,
+                Line::Own(connected) => self.ask(*connected, turn, ask).await,
             };
             match asked {
-                Ok(stream) => return Ok(stream),
+                Ok(stream) => {
+                    self.health.answered(&endpoint);
+                    break stream;
+                }
                 Err(Attempt::NotActedOn(_)) if tries < RETRIES => tries += 1,
-                Err(Attempt::NotActedOn(e) | Attempt::Failed(e)) => return Err(e),
+                Err(Attempt::NotActedOn(e)) => return Err(e),
+                Err(Attempt::Failed(e)) => {
+                    if e.is_the_gateways() {
+                        self.health.refused(&endpoint, &e);
+                    } else {
+                        self.health.answered(&endpoint);
+                    }
+                    return Err(e);
+                }
             }
-        }
+        };
+        Ok(Stream { place: Place { _taken: taken, ..stream.place }, ..stream })
+    }
+
+    /// A place among the flows, where they are limited. Over HTTP/1 each has a connection of its own.
+    fn take_stream(&self) -> Result<Option<Taken>, TunnelError> {
+        let Limits { streams, connections, .. } = self.settings.limits;
+        let (what, most) = match (streams, connections, self.settings.protocol) {
+            (Some(streams), Some(connections), Protocol::H1) if connections < streams => {
+                (Limited::Connections, connections)
+            }
+            (None, Some(connections), Protocol::H1) => (Limited::Connections, connections),
+            (Some(streams), _, _) => (Limited::Streams, streams),
+            (None, _, _) => return Ok(None),
+        };
+        self.streams.take(most).map(Some).ok_or_else(|| self.limit(what, most))
+    }
+
+    fn limit(&self, what: Limited, most: usize) -> TunnelError {
+        TunnelError::Limit { upstream: self.settings.name.clone(), what, most }
     }
 
     /// A connection to the next endpoint that is well, or a place on one.
-    async fn line(&self) -> Result<(Line, Turn), TunnelError> {
+    async fn line(&self, ask: &Ask<'_>) -> Result<(Line, Turn), TunnelError> {
+        let upstream = || self.settings.name.clone();
+        if !self.endpoints.are_known() {
+            let allowed = self.settings.pool.connect.timeout;
+            timeout(allowed, self.endpoints.settled()).await.map_err(|_| TunnelError::Empty {
+                upstream: upstream(),
+                why: format!("nothing was found out about them within {allowed:?}"),
+            })?;
+        }
+        let well = self.endpoints.well();
         let mut failed = None;
-        let order = self.in_order();
-        let again = order.clone();
+        let order = self.order(&well, ask.target);
+        let in_order = || pick::in_order(order, &well, |e| e.seed());
         // Once more where a connection was closed before it was ready, as by a gateway that is being
         // replaced: nothing was asked on it yet.
         let closed = |e: &Option<ConnectError>| matches!(e, Some(ConnectError::Http { .. }));
-        let rest = order.into_iter().chain(again).enumerate();
-        for (i, endpoint) in rest {
-            if i >= self.endpoints.len() && !closed(&failed) {
+        for (i, endpoint) in in_order().chain(in_order()).enumerate() {
+            if i >= well.len() && !closed(&failed) {
                 break;
             }
-            if endpoint.ejected.get() {
+            // It may have been ejected meanwhile.
+            if !endpoint.is_well() {
                 continue;
             }
-            match self.lines.get(&endpoint.target).await {
+            let waits = self.take_pending(endpoint)?;
+            let got = self.lines.get(&endpoint.site).await;
+            drop(waits);
+            match got {
                 Ok(line) => {
-                    endpoint.failures.set(0);
+                    self.health.connected(endpoint);
                     return Ok((line, Turn::new(endpoint)));
                 }
                 Err(e) => {
-                    self.note_failure(endpoint, &e);
+                    if !e.is_ours() {
+                        self.health.failed(endpoint, &e);
+                    }
                     failed = Some(e);
                 }
             }
         }
-        let upstream = self.settings.name.clone();
         Err(match failed {
-            Some(source) => TunnelError::Connect { upstream, source },
-            None => {
-                let last = self.endpoints.iter().map(|e| e.last.borrow().clone()).next_back();
-                TunnelError::NoEndpoint { upstream, last: last.unwrap_or_default() }
-            }
+            Some(ConnectError::Limit { most }) => self.limit(Limited::Connections, most),
+            Some(source) => TunnelError::Connect { upstream: upstream(), source },
+            None => match self.endpoints.lack() {
+                Lack::Empty(why) => TunnelError::Empty { upstream: upstream(), why },
+                Lack::Unwell(last) => TunnelError::NoEndpoint { upstream: upstream(), last },
+            },
         })
     }
 
-    /// The endpoints in the order in which they are tried; streams are counted per worker.
-    fn in_order(&self) -> Vec<&Rc<Endpoint>> {
+    /// The order in which endpoints are tried; streams are counted per worker.
+    fn order(&self, endpoints: &[Rc<Endpoint>], target: &Target) -> pick::Order {
+        // One has no order, and needs no numbers.
+        if endpoints.len() < 2 {
+            return pick::Order::Around(0);
+        }
         let turn = self.next.get();
         self.next.set(turn.wrapping_add(1));
-        pick::in_order(self.settings.balance, turn, &self.endpoints, |e| e.active.get())
+        let hash = || pick::hash(target);
+        pick::order(self.settings.balance, turn, self.trace.random(), hash, endpoints, |e| e.active())
     }
 
-    fn note_failure(&self, endpoint: &Rc<Endpoint>, why: &ConnectError) {
-        endpoint.failures.set(endpoint.failures.get() + 1);
-        *endpoint.last.borrow_mut() = why.to_string();
-        if endpoint.failures.get() < EJECT_AFTER || endpoint.ejected.get() {
-            return;
+    /// A place among the flows that wait for a connection, where they are limited and this one has to wait.
+    fn take_pending(&self, endpoint: &Endpoint) -> Result<Option<Taken>, TunnelError> {
+        let Some(most) = self.settings.limits.pending else { return Ok(None) };
+        if self.lines.have_room(&endpoint.site) {
+            return Ok(None);
         }
-        endpoint.ejected.set(true);
-        tracing::warn!(upstream = self.settings.name, endpoint = %endpoint.target, "ejected: {why}");
-        let mut probes = self.probes.borrow_mut();
-        while probes.try_join_next().is_some() {}
-        probes.spawn_local(probe(Rc::clone(&self.lines), Rc::clone(endpoint)));
+        self.pending.take(most).map(Some).ok_or_else(|| self.limit(Limited::Pending, most))
     }
 
     async fn request(&self, lease: Lease, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
@@ -378,7 +363,7 @@ impl Upstream {
         }
         let identity = lease.identity();
         let leg = Leg::H2(H2Leg::client(send, response.into_body()));
-        let place = Place { _lease: Some(lease), _turn: turn };
+        let place = Place { _lease: Some(lease), _turn: turn, _taken: None };
         Ok(Stream { leg, early: Queue::default(), peer, identity, place })
     }
 
@@ -393,7 +378,7 @@ impl Upstream {
             asked.map_err(|_| Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }))?;
         match asked {
             Ok(h1::Asked::Open(leg, early)) => {
-                let place = Place { _lease: None, _turn: turn };
+                let place = Place { _lease: None, _turn: turn, _taken: None };
                 Ok(Stream { leg: Leg::H1(leg), early, peer, identity, place })
             }
             Ok(h1::Asked::Refused(h1::Answer { status, detail })) => {
@@ -419,8 +404,25 @@ enum Attempt {
     Failed(TunnelError),
 }
 
+/// Takes a new set of endpoints.
+fn take(known: &Known, lines: &Lines, endpoints: &Endpoints, health: &Health) {
+    let changes = endpoints.replace(known);
+    health.watch(&changes.came);
+    let Kind::Pool(pool) = &lines.kind else { return };
+    for gone in changes.left {
+        pool.forget(&gone.site.at);
+    }
+}
+
+/// Takes every new set.
+async fn follow(mut feed: Feed, lines: Rc<Lines>, endpoints: Rc<Endpoints>, health: Rc<Health>) {
+    loop {
+        take(&feed.next().await, &lines, &endpoints, &health);
+    }
+}
+
 /// How an upstream's connections are had.
-struct Lines {
+pub struct Lines {
     protocol: Protocol,
     tls: Option<Tls>,
     connect: connect::Settings,
@@ -435,7 +437,7 @@ enum Kind {
 }
 
 /// A connection for one flow.
-enum Line {
+pub(super) enum Line {
     /// A place on one.
     Shared(Lease),
     /// All of it.
@@ -452,12 +454,25 @@ impl Lines {
         Self { protocol: *protocol, tls: tls.clone(), connect: pool.connect, kind }
     }
 
-    async fn get(&self, endpoint: &Target) -> Result<Line, ConnectError> {
+    fn key(&self, site: &Site) -> Key {
         let tls = self.tls.as_ref().map(|Tls { store, check }| TlsKey {
             config: store.client_config(check, self.protocol),
-            server_name: check.server_name(endpoint),
+            server_name: check.server_name(&site.named),
         });
-        let key = Key { endpoint: endpoint.clone(), tls };
+        Key { endpoint: site.at.clone(), tls }
+    }
+
+    /// Whether a flow would not have to wait.
+    fn have_room(&self, site: &Site) -> bool {
+        match &self.kind {
+            Kind::Pool(pool) => pool.has_room(&self.key(site)),
+            Kind::Each(_) => false,
+        }
+    }
+
+    /// A connection, or a place on one.
+    pub(super) async fn get(&self, site: &Site) -> Result<Line, ConnectError> {
+        let key = self.key(site);
         match &self.kind {
             Kind::Pool(pool) => pool.lease(&key).await.map(Line::Shared),
             Kind::Each(opened) => {
@@ -467,20 +482,20 @@ impl Lines {
             }
         }
     }
-}
 
-/// Connects to an ejected endpoint until it succeeds; the connection stays in the pool, if there is one.
-async fn probe(lines: Rc<Lines>, endpoint: Rc<Endpoint>) {
-    let mut wait = PROBE_MIN;
-    loop {
-        sleep(wait).await;
-        match lines.get(&endpoint.target).await {
-            Ok(_line) => break,
-            Err(e) => *endpoint.last.borrow_mut() = e.to_string(),
-        }
-        wait = (wait * 2).min(PROBE_MAX);
+    /// Whether TCP connects there.
+    pub(super) async fn reach(&self, site: &Site, allowed: Duration) -> Result<(), Check> {
+        let failed = |e: dial::DialError| Check::Failed(e.to_string());
+        let addrs = dial::resolve(&site.at).await.map_err(failed)?;
+        let deadline = Instant::now() + allowed;
+        dial::connect(&site.at, &addrs, self.connect.mark, deadline, allowed).await.map(drop).map_err(failed)
     }
-    endpoint.failures.set(0);
-    endpoint.ejected.set(false);
-    tracing::info!(endpoint = %endpoint.target, "well again");
+
+    /// Whether a peer there answers a PING, on a connection as flows have it.
+    pub(super) async fn ping(&self, site: &Site) -> Result<(), Check> {
+        match self.get(site).await? {
+            Line::Shared(lease) => lease.ping().await.map_err(Check::Failed),
+            Line::Own(_) => Ok(()),
+        }
+    }
 }

@@ -6,14 +6,14 @@
 
 use std::{rc::Rc, sync::Arc, time::Instant};
 
-use super::{Place, Worker, back_off, setup::At};
+use super::{Place, Worker, back_off, reach::Wish, setup::At};
 use crate::{
     capture::accept::{Accept, Captured, Stray},
     drain::Tasks,
     flow::{Flow, Target},
     index::NOBODY,
     relay::{Queue, TcpLeg, abort_on_close},
-    route::Source,
+    route::{Decision, Source},
     stats::Record,
     transport::tcp,
 };
@@ -69,19 +69,32 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
     // Dropped without a clean end it resets the application's connection.
     let mut leg = TcpLeg::new(stream);
     let reached = {
-        let flow = Flow {
-            source: Source::Captured,
-            name: name.as_deref(),
-            target: &target,
-            client,
-            peer: &NOBODY,
-            server_name: None,
-            request: None,
-        };
         let setup = worker.setup();
-        let reach = worker.reach(&setup, &flow, setup.shared.dial_timeout, None, &mut record);
+        let wish = Wish {
+            setup: &setup,
+            flow: Flow {
+                source: Source::Captured,
+                name: name.as_deref(),
+                target: &target,
+                client,
+                identity: None,
+                peer: &NOBODY,
+                server_name: None,
+                request: None,
+                inside: None,
+            },
+            permit: None,
+            dial_timeout: setup.shared.dial_timeout,
+        };
+        let decision = worker.route(&wish);
+        if let Decision::Look = decision {
+            // Apart, so that the tasks of other flows are no larger for it.
+            let carried = worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
+            Box::pin(carried).await;
+            return drop(place);
+        }
         tokio::select! {
-            reached = reach => Some(reached),
+            reached = worker.reach(&wish, decision, &mut record) => Some(reached),
             _ = leg.broken() => None,
         }
     };

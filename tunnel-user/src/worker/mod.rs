@@ -5,6 +5,7 @@
 //! itself: those are bound before any worker starts.
 
 mod captured;
+mod look;
 mod reach;
 mod requests;
 mod setup;
@@ -42,7 +43,7 @@ use crate::{
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
-    tunnel::{self, Upstream, h1, headers::Trace},
+    tunnel::{self, TunnelError, Upstream, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -66,6 +67,8 @@ pub struct Shared {
     pub flows_max: usize,
     /// How bytes are moved between two sockets of ours.
     pub relay: config::Relay,
+    /// How long what a client sends first is waited for, where its route depends on it.
+    pub inspect_timeout: Duration,
     /// How long a dial for a captured flow may take.
     pub dial_timeout: Duration,
     /// How long flows may go on after the order to stop.
@@ -315,13 +318,17 @@ impl Worker {
         mut record: Record,
         started: Instant,
     ) {
-        let mut early = Early { sent: early, received: Queue::default() };
+        let mut early = Early { sent: early, ..Early::default() };
         let meter = Meter::default();
         let pipes = self.setup.borrow().pipes.clone();
         let pipes = pipes.as_deref();
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
+                Sink::Direct(mut leg, first) => {
+                    early.ours = first.len();
+                    early.sent.put_first(first);
+                    relay(client, &mut leg, early, &meter, pipes).await
+                }
                 Sink::Tunnel(stream) => {
                     early.received = stream.early;
                     let _place = stream.place;
@@ -384,6 +391,7 @@ impl Worker {
             | Refusal::Host(_) => &self.counters.bad_requests,
             Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
             Refusal::Dial(_) => &self.counters.dial_failed,
+            Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) => &self.counters.over_limit,
         };

@@ -3,44 +3,71 @@
 //! Enters: a flow that policy has let through as far as its target. Leaves: a sink, or why there is none.
 //! Invariant: what a listener's peer reaches is within its permit, whatever a route does. It never moves a byte.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use http::StatusCode;
+use tokio::net::TcpStream;
 
 use super::{Worker, setup::Setup};
 use crate::{
+    config::{Authority, ProxyProtocol},
     dial::{self, DialError},
-    flow::{Flow, Target},
+    flow::{Flow, Inside, Target},
     listener::request::Refusal,
     policy::{self, Permit},
     relay::TcpLeg,
-    route::Decision,
+    route::{Decision, another},
     stats::{Record, Via},
+    transport::proxy::Header,
     tunnel::{
-        self,
+        self, TunnelError, Upstream,
         headers::{Ask, is_loop},
     },
 };
 
+/// Answers after which another upstream may be asked, where a route says so: its target, or its next hop, was not
+/// reached.
+const AGAIN: [StatusCode; 3] =
+    [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
+
 /// Where a flow goes on.
 pub(super) enum Sink {
-    Direct(TcpLeg),
+    /// What the target was dialled by, and what it is told before anything else.
+    Direct(TcpLeg, Bytes),
     Tunnel(tunnel::Stream),
 }
 
+/// A flow that wants to go to its target.
+#[derive(Clone, Copy)]
+pub(super) struct Wish<'a> {
+    /// What it is carried by.
+    pub(super) setup: &'a Setup,
+    pub(super) flow: Flow<'a>,
+    /// How far it may, when it came through a listener; captured applications are the operator's own.
+    pub(super) permit: Option<Permit<'a>>,
+    /// How long a dial may take, unless its route says otherwise.
+    pub(super) dial_timeout: Duration,
+}
+
 impl Worker {
-    /// Reaches the target: through an upstream, or by dialling. What came through a listener does so only as
-    /// far as `permit` goes; captured applications are the operator's own.
+    /// Asks the router.
+    pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
+        let random = (self.trace.random() >> 32) as u32;
+        wish.setup.shared.router.decide(&wish.flow, random)
+    }
+
+    /// Reaches the target, as the router has decided: through an upstream, or by dialling.
     pub(super) async fn reach(
         &self,
-        setup: &Setup,
-        flow: &Flow<'_>,
-        dial_timeout: Duration,
-        permit: Option<Permit<'_>>,
+        wish: &Wish<'_>,
+        decision: Decision<'_>,
         record: &mut Record,
     ) -> Result<Sink, Refusal> {
-        let random = (self.trace.random() >> 32) as u32;
+        let Wish { setup, flow, permit, dial_timeout } = *wish;
         let target = flow.target;
-        match setup.shared.router.decide(flow, random) {
-            Decision::Upstream { upstream, terms } => {
+        match decision {
+            Decision::Upstream { upstream, shares, terms } => {
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
@@ -49,21 +76,77 @@ impl Worker {
                 if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
                     return Err(Refusal::Loop);
                 }
-                let upstream =
-                    setup.upstreams.get(upstream).ok_or_else(|| denied(target, "its upstream is gone"))?;
-                let ask = Ask { target, client: flow.client, received: flow.request, pseudonym, terms };
-                let stream = upstream.connect(&ask).await?;
+                let named = match terms.authority {
+                    Authority::Sni => flow.inside.and_then(Inside::sni),
+                    Authority::Host => flow.inside.and_then(Inside::host),
+                    Authority::Destination | Authority::Is(_) => None,
+                };
+                let named = named.map(|name| name.with_port(target.port()));
+                // Unlike a name that the route itself holds, this one is the peer's word.
+                if let (Some(permit), Some(named)) = (permit, &named) {
+                    permit.allows_too(named).map_err(|e| Refusal::Denied(e.to_string()))?;
+                }
+                let instead =
+                    if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
+                let (client, received) = (flow.client, flow.request);
+                let ask = Ask { target, instead, client, received, pseudonym, terms };
+                let (upstream, stream) = self.connect(setup, upstream, shares, &ask).await?;
                 record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
                 Ok(Sink::Tunnel(stream))
             }
             Decision::Dial { instead, terms } => {
-                let sink =
-                    dial(setup, target, instead, terms.timeout.unwrap_or(dial_timeout), permit).await?;
+                let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
+                let (stream, addr) = dial(setup, target, instead, dial_timeout, permit).await?;
                 record.via = Via::Direct;
-                Ok(sink)
+                let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
+                Ok(Sink::Direct(TcpLeg::new(stream), first.unwrap_or_default()))
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
-            Decision::NoRoute => Err(denied(target, "no route takes it")),
+            // Nothing depends on what has been looked at already.
+            Decision::NoRoute | Decision::Look => Err(denied(target, "no route takes it")),
+        }
+    }
+
+    /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
+    /// `shares`, or another endpoint.
+    async fn connect<'a>(
+        &self,
+        setup: &'a Setup,
+        mut upstream: usize,
+        shares: &[(usize, u32)],
+        ask: &Ask<'_>,
+    ) -> Result<(&'a Upstream, tunnel::Stream), Refusal> {
+        let mut left = ask.terms.retries;
+        let mut tried = Vec::new();
+        loop {
+            let chosen =
+                setup.upstreams.get(upstream).ok_or_else(|| denied(ask.target, "its upstream is gone"))?;
+            let failed = match chosen.connect(ask).await {
+                Ok(stream) => return Ok((chosen, stream)),
+                Err(e) => e,
+            };
+            tried.push(upstream);
+            let random = || (self.trace.random() >> 32) as u32;
+            let next = match &failed {
+                _ if left == 0 => None,
+                // All of its endpoints were tried.
+                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } => {
+                    another(shares, &tried, random())
+                }
+                TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
+                    // Its next endpoint, when it is the only one.
+                    another(shares, &tried, random()).or_else(|| {
+                        tried.clear();
+                        another(shares, &tried, random())
+                    })
+                }
+                // Somebody has, or may have, acted on it; or will say the same again.
+                _ => None,
+            };
+            let Some(next) = next else { return Err(failed.into()) };
+            tracing::debug!(target = %ask.target, upstream = chosen.name(), "trying again: {failed}");
+            left -= 1;
+            upstream = next;
         }
     }
 }
@@ -76,7 +159,7 @@ async fn dial(
     instead: Option<&Target>,
     dial_timeout: Duration,
     permit: Option<Permit<'_>>,
-) -> Result<Sink, Refusal> {
+) -> Result<(TcpStream, SocketAddr), Refusal> {
     let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
     if let (Some(_), Some(permit)) = (instead, &permit) {
         permit.allows_unresolved().map_err(refused)?;
@@ -99,7 +182,16 @@ async fn dial(
     }
     let (stream, addr) = dial::connect(dialled, &addrs, setup.shared.mark, deadline, dial_timeout).await?;
     tracing::trace!(%target, %addr, "dialled");
-    Ok(Sink::Direct(TcpLeg::new(stream)))
+    Ok((stream, addr))
+}
+
+/// What a target is told of a flow, where it was dialled at `addr`.
+fn header<'a>(flow: &Flow<'a>, addr: SocketAddr) -> Header<'a> {
+    let (destination, name) = match flow.target {
+        Target::Addr(destination) => (*destination, None),
+        Target::Name(name, _) => (addr, Some(name.as_str())),
+    };
+    Header { client: flow.client, destination, name, identity: flow.identity }
 }
 
 fn denied(target: &Target, why: &str) -> Refusal {

@@ -2,13 +2,13 @@
 //!
 //! Enters: accepted TCP connections. Leaves: flows that have ended, booked. Invariant: one way through policy,
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
-//! and not before. It never reads a byte of a flow.
+//! and not before, but for a flow whose route depends on what its client sends. It never reads a byte of a flow.
 
 use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     Account, Worker, back_off,
-    reach::Sink,
+    reach::Wish,
     setup::{At, Setup},
 };
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
     },
     policy,
     relay::{IntoLeg, Waiting, broken},
-    route::Source,
+    route::{Decision, Source},
     stats::Record,
     transport::io::Wire,
 };
@@ -166,9 +166,25 @@ impl Worker {
         };
         let mut record = from.record(&target);
         let head = Head { version, headers: &headers };
-        let reached = tokio::select! {
-            reached = self.reach_for(from, &target, head, &mut record) => Some(reached),
-            _ = broken(pending.wire().tcp()) => None,
+        let reached = {
+            let (known, name) = (from.known(self), from.at.name());
+            match self.allow(from, &known, name.as_deref(), &target, head) {
+                Ok((wish, Decision::Look)) => {
+                    match pending.accept().await {
+                        Some((mut leg, early)) => {
+                            drop(tunnel);
+                            Box::pin(self.look_and_carry(&mut leg, early, wish, record, started)).await;
+                        }
+                        None => self.left(record, started),
+                    }
+                    return drop(place);
+                }
+                Ok((wish, decision)) => tokio::select! {
+                    reached = self.reach(&wish, decision, &mut record) => Some(reached),
+                    _ = broken(pending.wire().tcp()) => None,
+                },
+                Err(refusal) => Some(Err(refusal)),
+            }
         };
         match reached {
             Some(Ok(sink)) => match pending.accept().await {
@@ -188,29 +204,31 @@ impl Worker {
         drop(place);
     }
 
-    /// Policy, then the router and what it says.
-    async fn reach_for(
+    /// Policy, then the router.
+    fn allow<'a>(
         &self,
-        from: &Requester,
-        target: &Target,
-        head: Head<'_>,
-        record: &mut Record,
-    ) -> Result<Sink, Refusal> {
-        let known = from.known(self);
-        let Known { setup, routes, policies } = &*known;
+        from: &'a Requester,
+        known: &'a Known,
+        name: Option<&'a str>,
+        target: &'a Target,
+        head: Head<'a>,
+    ) -> Result<(Wish<'a>, Decision<'a>), Refusal> {
+        let Known { setup, routes, policies } = known;
         let permit = setup.shared.policies.check_target(policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
-        let name = from.at.name();
         let flow = Flow {
             source: Source::Listener,
-            name: name.as_deref(),
+            name,
             target,
             client: from.client,
+            identity: from.who(),
             peer: routes,
             server_name: from.server_name.as_deref(),
             request: Some(head),
+            inside: None,
         };
-        self.reach(setup, &flow, from.at.dial_timeout, Some(permit), record).await
+        let wish = Wish { setup, flow, permit: Some(permit), dial_timeout: from.at.dial_timeout };
+        Ok((wish, self.route(&wish)))
     }
 }
 
@@ -270,25 +288,38 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
     };
     let mut record = from.record(&target);
     let head = Head { version: request.version(), headers: request.headers() };
-    let reached = tokio::select! {
-        reached = worker.reach_for(&from, &target, head, &mut record) => Some(reached),
-        _ = waiting.broken(&mut respond) => None,
+    let reached = {
+        let (known, name) = (from.known(&worker), from.at.name());
+        match worker.allow(&from, &known, name.as_deref(), &target, head) {
+            // The one 200 that comes before the target has answered: a client sends nothing before it.
+            Ok((wish, Decision::Look)) => {
+                match respond.send_response(Response::new(()), false) {
+                    Ok(send) => {
+                        let (mut leg, early) = waiting.answered(send);
+                        Box::pin(worker.look_and_carry(&mut leg, early, wish, record, started)).await;
+                    }
+                    Err(_) => worker.left(record, started),
+                }
+                return drop(place);
+            }
+            Ok((wish, decision)) => tokio::select! {
+                reached = worker.reach(&wish, decision, &mut record) => Some(reached),
+                _ = waiting.broken(&mut respond) => None,
+            },
+            Err(refusal) => Some(Err(refusal)),
+        }
     };
     match reached {
-        Some(Ok(sink)) => {
-            let mut ok = Response::new(());
-            *ok.status_mut() = StatusCode::OK;
-            match respond.send_response(ok, false) {
-                Ok(send) => {
-                    let (mut leg, early) = waiting.answered(send);
-                    worker.relay(&mut leg, early, sink, record, started).await;
-                }
-                Err(e) => {
-                    record.outcome = format!("the client left before the target answered: {e}");
-                    worker.book(record, started);
-                }
+        Some(Ok(sink)) => match respond.send_response(Response::new(()), false) {
+            Ok(send) => {
+                let (mut leg, early) = waiting.answered(send);
+                worker.relay(&mut leg, early, sink, record, started).await;
             }
-        }
+            Err(e) => {
+                record.outcome = format!("the client left before the target answered: {e}");
+                worker.book(record, started);
+            }
+        },
         Some(Err(refusal)) => {
             answer(&mut respond, refusal.response());
             worker.refused(&refusal, record, from.who(), started);

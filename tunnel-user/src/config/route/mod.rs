@@ -4,23 +4,20 @@
 //! there, and no header that is the tunnel's own to set is copied, added, or taken out where it is needed. It
 //! never looks at a flow.
 
-use std::{fmt, str::FromStr, time::Duration};
-
-use http::{HeaderMap, HeaderName, HeaderValue};
-use serde_json::{Value as Json, json};
-
-use super::{
-    pattern::{AddrPattern, NamePattern},
-    reader::{At, Cell, Reader, Section, Value, nearest, schema_of},
-    value::{Headers, parse_header_name},
-};
-use crate::{flow::Target, route::Source, transport::identity::SanPattern};
-
+mod matches;
+mod terms;
 #[cfg(test)]
 mod tests;
 
-/// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
-const REGEX_SIZE: usize = 1 << 20;
+use serde_json::{Value as Json, json};
+
+use self::terms::Retries;
+pub use self::{
+    matches::{HeaderMatch, Match, Regex, RegexError, ValueMatch},
+    terms::{Authority, HeaderChanges, ProxyProtocol, Terms},
+};
+use super::reader::{At, Cell, Reader, Section, Value, nearest, schema_of};
+use crate::flow::Target;
 
 /// `[[route]]`
 #[derive(Clone, Debug)]
@@ -33,113 +30,10 @@ pub struct Route {
     pub terms: Terms,
 }
 
-/// Which flows: those of which every condition that is there is true.
-#[derive(Clone, Debug, Default)]
-pub struct Match {
-    /// Flows from where. Empty: from everywhere.
-    pub source: Vec<Source>,
-    /// Flows from the listeners of these names. With `capture`: from one of either.
-    pub listener: Vec<String>,
-    /// Flows from the captures of these names. With `listener`: from one of either.
-    pub capture: Vec<String>,
-    /// Flows to these addresses. With `host`: to one of either, as a target is an address or a name.
-    pub destination: Vec<AddrPattern>,
-    /// Flows to these names. With `destination`: to one of either.
-    pub host: Vec<NamePattern>,
-    /// Flows of peers with one of these names.
-    pub identity: Vec<SanPattern>,
-    /// Flows of peers that asked for one of these names when they connected (SNI, RFC 6066 section 3).
-    pub server_name: Vec<NamePattern>,
-    /// What the CONNECT request has to say; all of them.
-    pub headers: Vec<HeaderMatch>,
-}
-
-/// A condition on one header of a CONNECT request.
-#[derive(Clone, Debug)]
-pub struct HeaderMatch {
-    /// Which header.
-    pub name: HeaderName,
-    /// What it has to say.
-    pub value: ValueMatch,
-}
-
-/// A condition on a value.
-#[derive(Clone, Debug)]
-pub enum ValueMatch {
-    /// This, byte for byte.
-    Exact(String),
-    /// This in front.
-    Prefix(String),
-    /// Something, or nothing.
-    Present(bool),
-    /// What this describes, from its first byte to its last.
-    Regex(Regex),
-}
-
-impl HeaderMatch {
-    /// Whether one of the header's lines is as wanted. Without a request there are no headers.
-    pub fn matches(&self, headers: Option<&HeaderMap>) -> bool {
-        let mut lines = headers.into_iter().flat_map(|h| h.get_all(&self.name)).map(HeaderValue::as_bytes);
-        match &self.value {
-            ValueMatch::Exact(wanted) => lines.any(|line| line == wanted.as_bytes()),
-            ValueMatch::Prefix(wanted) => lines.any(|line| line.starts_with(wanted.as_bytes())),
-            ValueMatch::Present(wanted) => lines.next().is_some() == *wanted,
-            ValueMatch::Regex(wanted) => lines.any(|line| wanted.is_match(line)),
-        }
-    }
-}
-
-/// A regular expression for whole values, which takes time linear in them (the syntax of the `regex` crate, in
-/// bytes).
-#[derive(Clone, Debug)]
-pub struct Regex {
-    text: String,
-    whole: regex::bytes::Regex,
-}
-
-impl Regex {
-    /// Whether it describes all of `value`.
-    pub fn is_match(&self, value: &[u8]) -> bool {
-        self.whole.is_match(value)
-    }
-}
-
-/// Why a text is no regular expression.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RegexError {
-    /// It cannot be read.
-    #[error("not a regular expression: {0}")]
-    Syntax(String),
-    /// It can, but would take too much memory once it is compiled.
-    #[error("the regular expression is too large once it is compiled")]
-    TooLarge,
-}
-
-impl FromStr for Regex {
-    type Err = RegexError;
-
-    fn from_str(s: &str) -> Result<Self, RegexError> {
-        let compile = |text: &str| {
-            let mut builder = regex::bytes::RegexBuilder::new(text);
-            builder.unicode(false).size_limit(REGEX_SIZE).build().map_err(|e| match e {
-                regex::Error::CompiledTooBig(_) => RegexError::TooLarge,
-                // The last line says what is wrong, the lines before show where.
-                other => {
-                    let text = other.to_string();
-                    let last = text.lines().next_back().unwrap_or_default();
-                    RegexError::Syntax(last.strip_prefix("error: ").unwrap_or(last).to_owned())
-                }
-            })
-        };
-        // By itself first: what is wrong with it must not be right between the brackets.
-        compile(s)?;
-        Ok(Self { text: s.to_owned(), whole: compile(&format!("\\A(?:{s})\\z"))? })
-    }
-}
-
-impl fmt::Display for Regex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+impl Route {
+    /// Whether it needs to know what only the first bytes of the carried connection tell.
+    pub fn asks_inside(&self) -> bool {
+        self.matches.asks_inside() || self.terms.authority.asks_inside()
     }
 }
 
@@ -157,181 +51,6 @@ pub enum Action {
     Deny,
 }
 
-/// On which terms a route sends a flow. The default changes nothing.
-#[derive(Clone, Debug, Default)]
-pub struct Terms {
-    /// How long the dial, or the answer to CONNECT, may take, in place of what is usual there.
-    pub timeout: Option<Duration>,
-    /// What the CONNECT request asks for, in place of the target.
-    pub authority: Option<Target>,
-    /// How the headers of the CONNECT request differ.
-    pub headers: HeaderChanges,
-}
-
-/// Changes of a CONNECT request's headers, in the order in which they are made.
-#[derive(Clone, Debug, Default)]
-pub struct HeaderChanges {
-    /// Taken over from the CONNECT request that the flow came with.
-    pub copy: Vec<HeaderName>,
-    /// Taken out, whoever has put them there.
-    pub remove: Vec<HeaderName>,
-    /// Added.
-    pub add: Vec<(HeaderName, HeaderValue)>,
-}
-
-impl Section for Match {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let source: Vec<Source> =
-            r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
-        let listener = r.default(
-            "listener",
-            "Flows from listeners of these names. Beside capture: from one of either.",
-            Vec::new(),
-        );
-        let capture = r.default(
-            "capture",
-            "Flows from captures of these names; one without a name is called by its cgroup or unit. Beside listener: from one of either.",
-            Vec::new(),
-        );
-        let destination = r.default(
-            "destination",
-            "Flows to which addresses: CIDR[:PORTS]. Beside host: to one of either.",
-            Vec::new(),
-        );
-        let host = r.default(
-            "host",
-            "Flows to which names: NAME[:PORTS], NAME may be *.suffix. Beside destination: to one of either.",
-            Vec::new(),
-        );
-        let identity = r.default(
-            "identity",
-            "Flows of peers whose certificate carries one of these names; * stands for a whole segment.",
-            Vec::new(),
-        );
-        let server_name: Vec<At<NamePattern>> = r.default(
-            "server_name",
-            "Flows of peers that asked for one of these names when they connected to us (SNI); it may be *.suffix.",
-            Vec::new(),
-        );
-        let headers =
-            r.default("headers", "What the CONNECT request has to say: every one of these.", Vec::new());
-        r.later("path");
-        r.later("sni");
-
-        for name in server_name.iter().filter(|name| !name.value.ports().is_all()) {
-            r.wrong_at(name, "has ports: it is what a peer called us, and not a target");
-        }
-        for (key, source_of) in [("listener", Source::Listener), ("capture", Source::Captured)] {
-            if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
-                r.wrong(key, "names flows that source leaves out: nothing would match");
-            }
-        }
-        let server_name = server_name.into_iter().map(|at| at.value).collect();
-        Some(Self { source, listener, capture, destination, host, identity, server_name, headers })
-    }
-}
-
-impl Section for HeaderMatch {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name: Option<At<String>> = r.required("name", "Which header of the CONNECT request.");
-        let exact = r.optional("exact", "What one of its lines has to be.").map(ValueMatch::Exact);
-        let prefix = r.optional("prefix", "What one of its lines has to begin with.").map(ValueMatch::Prefix);
-        let present = r.optional("present", "Whether it has to be there.").map(ValueMatch::Present);
-        let regex = r
-            .optional("regex", "A regular expression that describes the whole of one of its lines.")
-            .map(ValueMatch::Regex);
-
-        let mut said = ["exact", "prefix", "present", "regex"].into_iter().filter(|key| r.has(key));
-        match (said.next(), said.next()) {
-            (None, _) => r.wrong("", "says nothing of the value: exact, prefix, present or regex is missing"),
-            (Some(first), Some(second)) => {
-                r.wrong(second, format!("stands beside {first}: only one of them can be meant"));
-            }
-            (Some(_), None) => {}
-        }
-        let name = name?;
-        let parsed = match name.value.parse() {
-            Ok(name) => Some(name),
-            Err(_) => {
-                r.wrong_at(&name, format!("\"{}\" is not a header name", name.value));
-                None
-            }
-        };
-        Some(Self { name: parsed?, value: exact.or(prefix).or(present).or(regex)? })
-    }
-}
-
-impl Value for HeaderMatch {
-    fn schema() -> Json {
-        schema_of::<Self>()
-    }
-    fn read(cell: &Cell<'_>) -> Option<Self> {
-        cell.section()
-    }
-    fn show(&self) -> Json {
-        json!({})
-    }
-}
-
-impl Section for HeaderChanges {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let copy: Vec<At<String>> = r.default(
-            "copy",
-            "Headers to take over from the CONNECT request that the flow came with. baggage is taken over anyway.",
-            Vec::new(),
-        );
-        let remove: Vec<At<String>> =
-            r.default("remove", "Headers to leave out, whoever has put them there.", Vec::new());
-        let add = r.default("add", "Headers to add, once others are left out.", Headers::default()).0;
-
-        let copied =
-            |at: &At<String>| parse_header_name(&at.value).map_err(|e| r.wrong_at(at, e.to_string())).ok();
-        let removed = |at: &At<String>| match at.value.parse::<HeaderName>() {
-            Ok(name) if name == http::header::VIA => {
-                r.wrong_at(at, "\"via\" has to stay: it is what loops are found by");
-                None
-            }
-            Ok(name) => Some(name),
-            Err(_) => {
-                r.wrong_at(at, format!("\"{}\" is not a header name", at.value));
-                None
-            }
-        };
-        let copy: Vec<_> = copy.iter().map(copied).collect();
-        let remove: Vec<_> = remove.iter().map(removed).collect();
-        Some(Self {
-            copy: copy.into_iter().collect::<Option<_>>()?,
-            remove: remove.into_iter().collect::<Option<_>>()?,
-            add,
-        })
-    }
-}
-
-/// What a CONNECT request asks for; none: the target.
-struct Authority(Option<Target>);
-
-impl Value for Authority {
-    fn schema() -> Json {
-        json!({ "type": "string", "examples": ["{destination}", "web.internal:443"] })
-    }
-    fn read(cell: &Cell<'_>) -> Option<Self> {
-        match cell.text("a string: \"{destination}\" or HOST:PORT")? {
-            "{destination}" => Some(Self(None)),
-            "{host}" => cell.wrong("\"{host}\" is not supported yet"),
-            text if text.contains(['{', '}']) => {
-                cell.wrong(format!("must be \"{{destination}}\" or HOST:PORT, not \"{text}\""))
-            }
-            text => match text.parse() {
-                Ok(target) => Some(Self(Some(target))),
-                Err(e) => cell.wrong(format!("\"{text}\": {e}")),
-            },
-        }
-    }
-    fn show(&self) -> Json {
-        self.0.as_ref().map_or_else(|| json!("{destination}"), |target| json!(target.to_string()))
-    }
-}
-
 /// A route whose upstreams are still names.
 pub(super) struct RouteByName {
     matches: Match,
@@ -339,6 +58,7 @@ pub(super) struct RouteByName {
     terms: Terms,
     listeners: Vec<At<String>>,
     captures: Vec<At<String>>,
+    cgroups: Vec<At<String>>,
 }
 
 impl Section for RouteByName {
@@ -352,26 +72,61 @@ impl Section for RouteByName {
             "timeout",
             "How long the dial, or the answer to CONNECT, may take, in place of the dial_timeout of the listener or the response_timeout of the upstream.",
         );
-        let Authority(authority) = r.default(
+        let Retries(retries) = r.default(
+            "retries",
+            "How often the CONNECT request to the upstream is made again when no endpoint of it can be connected to, or when it was answered with 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
+            Retries(0),
+        );
+        let authority = r.default(
             "authority",
-            "What the CONNECT request to the upstream asks for: \"{destination}\", or another HOST:PORT.",
-            Authority(None),
+            "What the CONNECT request to the upstream asks for: \"{destination}\"; \"{sni}\" or \"{host}\", the name that the connection's own TLS or HTTP/1 request asks for, at the destination's port (the destination where it asks for none); or another HOST:PORT.",
+            Authority::Destination,
+        );
+        let proxy_protocol = r.optional(
+            "proxy_protocol",
+            "What a target that is dialled from here is told before anything else: \"v2\", a PROXY header with the address and the proven name of the client.",
         );
         let headers: Option<HeaderChanges> =
             r.section("request_headers", "How the headers of the CONNECT request to the upstream differ.");
 
-        let (listeners, captures) = (r.texts_below("match", "listener"), r.texts_below("match", "capture"));
+        let [listeners, captures, cgroups] =
+            ["listener", "capture", "cgroup"].map(|key| r.texts_below("match", key));
         if let Some(ActionByName::Fixed(action)) = &to {
-            for key in ["authority", "request_headers"].into_iter().filter(|key| r.has(key)) {
+            for key in ["retries", "authority", "request_headers"].into_iter().filter(|key| r.has(key)) {
                 r.wrong(key, "is for the CONNECT request to an upstream, and \"to\" names none");
             }
-            if *action == Action::Deny && r.has("timeout") {
-                r.wrong("timeout", "has no meaning where \"to\" refuses");
+            for key in ["timeout", "proxy_protocol"].into_iter().filter(|key| r.has(key)) {
+                if *action == Action::Deny {
+                    r.wrong(key, "has no meaning where \"to\" refuses");
+                }
             }
         }
+        if let Some(ActionByName::Upstreams(_)) = &to
+            && r.has("proxy_protocol")
+        {
+            r.wrong("proxy_protocol", "is for what is dialled from here, and \"to\" names upstreams");
+        }
         let matches = if r.has("match") { matches? } else { Match::default() };
+        let never = match authority {
+            Authority::Sni => matches.sni.is_empty() && !matches.http_host.is_empty(),
+            Authority::Host => matches.http_host.is_empty() && !matches.sni.is_empty(),
+            Authority::Destination | Authority::Is(_) => false,
+        };
+        if never {
+            r.wrong(
+                "authority",
+                "is what no connection has that match takes: it is TLS, or HTTP, and not both",
+            );
+        }
         let headers = if r.has("request_headers") { headers? } else { HeaderChanges::default() };
-        Some(Self { matches, to: to?, terms: Terms { timeout, authority, headers }, listeners, captures })
+        Some(Self {
+            matches,
+            to: to?,
+            terms: Terms { timeout, retries, authority, headers, proxy_protocol },
+            listeners,
+            captures,
+            cgroups,
+        })
     }
 }
 
@@ -469,6 +224,7 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
     let upstreams = r.texts_in("upstream", &["name"]);
     let listeners = r.texts_in("listener", &["name"]);
     let captures = r.texts_in("capture", &["name", "cgroup", "unit"]);
+    let groups = r.pairs_in("capture", &["name", "cgroup", "unit"], &["cgroup", "unit"]);
     let find = |kind: &str, names: &[At<String>], name: &At<String>| {
         let found = names.iter().position(|n| n.value == name.value);
         if found.is_none() {
@@ -479,12 +235,20 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         found
     };
     let route = |route: RouteByName| {
-        let RouteByName { matches, to, terms, .. } = route;
+        let RouteByName { mut matches, to, terms, .. } = route;
         for name in &route.listeners {
             find("listener", &listeners, name);
         }
         for name in &route.captures {
             find("capture", &captures, name);
+        }
+        for wanted in &route.cgroups {
+            let found = groups.iter().filter(|(_, group)| is_group(&wanted.value, group));
+            let before = matches.capture.len();
+            matches.capture.extend(found.map(|(name, _)| name.clone()));
+            if matches.capture.len() == before {
+                r.wrong_at(wanted, format!("no capture is of \"{}\"", wanted.value));
+            }
         }
         let to = match to {
             ActionByName::Fixed(action) => action,
@@ -499,4 +263,12 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
     };
     let resolved: Vec<_> = routes.into_iter().map(route).collect();
     resolved.into_iter().collect()
+}
+
+/// Whether a capture's cgroup or unit is the one that is wanted, or below it.
+fn is_group(wanted: &str, group: &str) -> bool {
+    match wanted.strip_suffix("/*") {
+        Some(above) => group.strip_prefix(above).is_some_and(|rest| rest.len() > 1 && rest.starts_with('/')),
+        None => wanted == group,
+    }
 }

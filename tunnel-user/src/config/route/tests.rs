@@ -2,6 +2,8 @@
 //!
 //! Enters: texts. Leaves: verdicts. Invariant: every message is compared whole. It never needs a file.
 
+use std::time::Duration;
+
 use super::*;
 use crate::config::tests::{mistakes, parse};
 
@@ -65,13 +67,50 @@ fn a_route_says_which_flows_where_to_and_on_which_terms() {
     assert_eq!((source.len(), listener.len(), destination.len(), host.len()), (1, 1, 1, 1));
     assert_eq!((identity.len(), server_name.len(), headers.len()), (1, 1, 2));
     assert_eq!(headers[1].name, "x-version");
-    let Terms { timeout, authority, headers } = &chain.terms;
+    let Terms { timeout, authority, headers, .. } = &chain.terms;
     assert_eq!(*timeout, Some(Duration::from_millis(250)));
-    assert_eq!(authority.as_ref().map(ToString::to_string).as_deref(), Some("web.internal:443"));
+    assert_eq!(*authority, Authority::Is("web.internal:443".parse().unwrap()));
     let HeaderChanges { copy, remove, add } = headers;
     assert_eq!((copy.len(), remove.len(), add.len()), (1, 1, 1));
-    let plain = parse(&ROUTES.replace("\"web.internal:443\"", "\"{destination}\"")).unwrap();
-    assert!(plain.routes[1].terms.authority.is_none());
+    for (text, wanted) in
+        [("{destination}", Authority::Destination), ("{sni}", Authority::Sni), ("{host}", Authority::Host)]
+    {
+        let said = parse(&ROUTES.replace("web.internal:443", text)).unwrap();
+        assert_eq!(said.routes[1].terms.authority, wanted);
+        assert_eq!(said.routes[1].asks_inside(), wanted != Authority::Destination);
+    }
+    let inside = "sni = [\"*.internal\"]\nhttp_host = [\"web.internal\"]\nsource = [\"listener\"]";
+    let inside = parse(&ROUTES.replace("source = [\"listener\"]", inside)).unwrap();
+    assert!(inside.routes[1].asks_inside() && !inside.routes[0].asks_inside());
+}
+
+#[test]
+fn captures_are_named_by_their_cgroups_too() {
+    for (cgroup, wanted) in [
+        ("/sys/fs/cgroup/app.slice", &["/sys/fs/cgroup/app.slice"][..]),
+        ("/sys/fs/cgroup/*", &["/sys/fs/cgroup/app.slice"]),
+        ("batch.service", &["batch"]),
+    ] {
+        let said = format!("cgroup = [\"{cgroup}\"]");
+        let routes =
+            parse(&ROUTES.replace("capture = [\"batch\", \"/sys/fs/cgroup/app.slice\"]", &said)).unwrap();
+        assert_eq!(routes.routes[0].matches.capture, wanted);
+    }
+    for (wanted, group, is) in
+        [("/a/*", "/a/b", true), ("/a/*", "/a", false), ("/a/*", "/ab", false), ("/a/*", "/a/", false)]
+    {
+        assert_eq!(is_group(wanted, group), is, "{wanted} {group}");
+    }
+}
+
+#[test]
+fn an_authority_that_no_connection_of_the_route_has_is_a_mistake() {
+    for (asked, authority) in [("sni", "{host}"), ("http_host", "{sni}")] {
+        let text = ROUTES.replace("web.internal:443", authority);
+        let said = mistakes(&text.replace("source = [\"listener\"]", &format!("{asked} = [\"a.b\"]")));
+        let why = "is what no connection has that match takes: it is TLS, or HTTP, and not both";
+        assert_eq!(said, [format!("28:13: route.authority: {why}")]);
+    }
 }
 
 #[test]
@@ -122,7 +161,21 @@ fn each_mistake_in_a_route_is_named() {
             "name = \":path\"",
             "39:21: route.match.headers[0].name: \":path\" is not a header name",
         ),
-        ("source = [\"listener\"]", "path = \"/\"", "33:8: route.match.path: is not supported yet"),
+        (
+            "source = [\"listener\"]",
+            "path = \"/\"",
+            "33:8: route.match.path: can never match: a CONNECT request has no :path (RFC 9113 section 8.5), and one that has is refused before it is routed",
+        ),
+        (
+            "source = [\"listener\"]",
+            "cgroup = [\"/sys/fs/cgroup/other.slice\"]",
+            "33:11: route.match.cgroup[0]: no capture is of \"/sys/fs/cgroup/other.slice\"",
+        ),
+        (
+            "capture = [\"batch\", ",
+            "cgroup = [\"batch.service\"], capture = [\"batch\", ",
+            "23:20: route.match.cgroup: stands beside capture: only one of them can be meant",
+        ),
         (
             "copy = [\"x-route\"]",
             "copy = [\":path\"]",
@@ -143,11 +196,15 @@ fn each_mistake_in_a_route_is_named() {
             "remove = [\"Via\"]",
             "43:11: route.request_headers.remove[0]: \"via\" has to stay: it is what loops are found by",
         ),
-        ("\"web.internal:443\"", "\"{host}\"", "28:13: route.authority: \"{host}\" is not supported yet"),
+        (
+            "source = [\"listener\"]",
+            "sni = [\"a:443\"]",
+            "33:8: route.match.sni[0]: has ports: it is what a client asks for, and destination says at which port",
+        ),
         (
             "\"web.internal:443\"",
             "\"{sni}:443\"",
-            "28:13: route.authority: must be \"{destination}\" or HOST:PORT, not \"{sni}:443\"",
+            "28:13: route.authority: must be \"{destination}\", \"{sni}\", \"{host}\" or HOST:PORT, not \"{sni}:443\"",
         ),
         (
             "\"web.internal:443\"",
@@ -163,6 +220,22 @@ fn each_mistake_in_a_route_is_named() {
             "to = { dial = \"db.internal:5432\" }",
             "to = \"deny\"",
             "25:11: route.timeout: has no meaning where \"to\" refuses",
+        ),
+        ("timeout = \"250ms\"", "retries = 11", "29:11: route.retries: must be from 0 to 10, not 11"),
+        (
+            "timeout = \"3s\"",
+            "retries = 1",
+            "25:11: route.retries: is for the CONNECT request to an upstream, and \"to\" names none",
+        ),
+        (
+            "timeout = \"250ms\"",
+            "proxy_protocol = \"v2\"",
+            "29:18: route.proxy_protocol: is for what is dialled from here, and \"to\" names upstreams",
+        ),
+        (
+            "timeout = \"3s\"",
+            "proxy_protocol = \"v1\"",
+            "25:18: route.proxy_protocol: must be \"v2\", not \"v1\"",
         ),
         (
             "timeout = \"3s\"",

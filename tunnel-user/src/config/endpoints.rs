@@ -1,0 +1,376 @@
+//! What an upstream's configuration says of its endpoints: where they come from, how they are watched, and how much
+//! they get.
+//!
+//! Enters: keys of `[[upstream]]`. Leaves: types. Invariant: a key that has no meaning beside another is a mistake.
+//! It never reads the file that names endpoints: that is read again and again.
+
+use std::{
+    num::{NonZeroU32, NonZeroUsize},
+    path::PathBuf,
+    time::Duration,
+};
+
+use serde_json::{Value as Json, json};
+
+use super::{
+    Protocol,
+    reader::{Cell, Reader, Section, Value},
+    value::FilePath,
+};
+use crate::flow::Target;
+
+/// Endpoints of one upstream: consistent hashing looks at each of them for every flow, in less than the time of a
+/// system call or two.
+pub const ENDPOINTS_MAX: usize = 1000;
+/// Failures in a row after which an endpoint is ejected. One may be chance.
+const CONSECUTIVE_FAILURES: NonZeroU32 = NonZeroU32::new(3).expect("not 0");
+/// The first wait before an ejected endpoint is tried again.
+const BASE_EJECTION_TIME: Duration = Duration::from_millis(100);
+/// The longest: a restarted endpoint is found within this.
+const MAX_EJECTION_TIME: Duration = Duration::from_secs(1);
+/// Between two checks of one endpoint by one worker.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// How long one check may take: endpoints are near.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
+/// Checks in a row that have to fail: one lost packet is no illness.
+const UNHEALTHY_THRESHOLD: NonZeroU32 = NonZeroU32::new(3).expect("not 0");
+/// Checks in a row that have to succeed afterwards.
+const HEALTHY_THRESHOLD: NonZeroU32 = NonZeroU32::new(2).expect("not 0");
+
+/// Where the endpoints of an upstream come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Discovery {
+    /// They are listed; a name among them is resolved when it is connected to, and is one endpoint.
+    #[default]
+    Static,
+    /// They are listed; each address of a name is an endpoint, and names are resolved again and again.
+    Dns,
+    /// They stand in this file, which is read again when it changes.
+    File(PathBuf),
+}
+
+/// The word behind `discovery`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Method {
+    Static,
+    Dns,
+}
+
+/// Reads `endpoints`, `endpoints_file` and `discovery`.
+pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
+    let endpoints: Option<Vec<Target>> =
+        r.optional("endpoints", "Where it is: HOST:PORT. This, or endpoints_file.");
+    let file = r.optional::<FilePath>(
+        "endpoints_file",
+        "A file that says where it is, HOST:PORT on each line, # for comments; read again when it changes. This, or endpoints.",
+    );
+    let method = r.default(
+        "discovery",
+        "What a name among the endpoints stands for: \"static\", one endpoint, resolved when it is connected to; \"dns\", an endpoint for each of its addresses, resolved again when their time to live is over.",
+        Method::Static,
+    );
+    if r.has("endpoints_file") {
+        if r.has("endpoints") {
+            r.wrong("endpoints_file", "stands beside endpoints: only one of them can be meant");
+        }
+        if r.has("discovery") {
+            r.wrong("discovery", "has no meaning with endpoints_file: the file says when they change");
+        }
+        return Some((Vec::new(), Discovery::File(file?.0)));
+    }
+    r.demand("endpoints");
+    let endpoints = endpoints?;
+    if endpoints.is_empty() {
+        r.wrong("endpoints", "is empty: there is nothing to connect to");
+    }
+    if endpoints.len() > ENDPOINTS_MAX {
+        r.wrong("endpoints", format!("has more than {ENDPOINTS_MAX}"));
+    }
+    let discovery = match method {
+        Method::Static => Discovery::Static,
+        Method::Dns => Discovery::Dns,
+    };
+    if discovery == Discovery::Dns && !endpoints.iter().any(|e| matches!(e, Target::Name(..))) {
+        r.wrong("discovery", "is \"dns\", and endpoints has no name: there is nothing to resolve");
+    }
+    Some((endpoints, discovery))
+}
+
+/// A share of a hundred, and not nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Percent(u8);
+
+impl Percent {
+    /// All of it.
+    pub const ALL: Self = Self(100);
+
+    /// This share of `n`, rounded down.
+    pub fn of(self, n: usize) -> usize {
+        n.saturating_mul(self.0.into()) / 100
+    }
+}
+
+impl Value for Percent {
+    fn schema() -> Json {
+        json!({ "type": "integer", "minimum": 1, "maximum": 100 })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        cell.integer(1, 100).and_then(|n| u8::try_from(n).ok()).map(Self)
+    }
+    fn show(&self) -> Json {
+        json!(self.0)
+    }
+}
+
+/// `[upstream.outlier_detection]`: which endpoints are left out for what flows have met there. The names are Envoy's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutlierDetection {
+    /// Connections in a row that failed.
+    pub consecutive_failures: NonZeroU32,
+    /// Answers of 502, 503 and 504, and answers that did not come, in a row. `None`: they do not count.
+    pub consecutive_gateway_failures: Option<NonZeroU32>,
+    /// How long it is left out at first.
+    pub base_ejection_time: Duration,
+    /// How long at most.
+    pub max_ejection_time: Duration,
+    /// How many of the endpoints at a time.
+    pub max_ejection_percent: Percent,
+}
+
+impl Default for OutlierDetection {
+    fn default() -> Self {
+        Self {
+            consecutive_failures: CONSECUTIVE_FAILURES,
+            consecutive_gateway_failures: None,
+            base_ejection_time: BASE_EJECTION_TIME,
+            max_ejection_time: MAX_EJECTION_TIME,
+            max_ejection_percent: Percent::ALL,
+        }
+    }
+}
+
+impl Section for OutlierDetection {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let consecutive_failures = r.default(
+            "consecutive_failures",
+            "Connections in a row that fail, until the endpoint gets no new flows.",
+            CONSECUTIVE_FAILURES,
+        );
+        let consecutive_gateway_failures = r.optional(
+            "consecutive_gateway_failures",
+            "Answers to CONNECT in a row that are 502, 503 or 504, or do not come, until the endpoint gets no new flows. Default: they do not count, because a gateway is not at fault when a target behind it is down.",
+        );
+        let base_ejection_time = r.default(
+            "base_ejection_time",
+            "How long an endpoint gets no flows before a connection tries whether it is well again; doubled each time.",
+            BASE_EJECTION_TIME,
+        );
+        let max_ejection_time =
+            r.default("max_ejection_time", "The longest of these waits.", MAX_EJECTION_TIME);
+        let max_ejection_percent = r.default(
+            "max_ejection_percent",
+            "How many of a hundred endpoints may be ejected at a time, rounded down.",
+            Percent::ALL,
+        );
+        if base_ejection_time > max_ejection_time {
+            let key = if r.has("base_ejection_time") { "base_ejection_time" } else { "max_ejection_time" };
+            r.wrong(key, "base_ejection_time is longer than max_ejection_time");
+        }
+        Some(Self {
+            consecutive_failures,
+            consecutive_gateway_failures,
+            base_ejection_time,
+            max_ejection_time,
+            max_ejection_percent,
+        })
+    }
+}
+
+/// How an endpoint is checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckKind {
+    /// By a TCP connection, closed at once.
+    Tcp,
+    /// By a PING on a connection as flows have it.
+    Ping,
+}
+
+/// `[upstream.health_check]`: endpoints are asked whether they are well before a flow finds out. The names are Envoy's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// How.
+    pub kind: CheckKind,
+    /// Between two checks of one endpoint by one worker.
+    pub interval: Duration,
+    /// How long one may take.
+    pub timeout: Duration,
+    /// Failures in a row after which it gets no new flows.
+    pub unhealthy_threshold: NonZeroU32,
+    /// Successes in a row after which it gets flows again.
+    pub healthy_threshold: NonZeroU32,
+}
+
+impl Section for HealthCheck {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let kind = r.required(
+            "type",
+            "How: \"tcp\", by a connection that is closed at once; \"ping\", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.",
+        );
+        let interval = r.default(
+            "interval",
+            "How often each worker checks each endpoint; up to a tenth more or less, by chance.",
+            CHECK_INTERVAL,
+        );
+        let timeout = r.default("timeout", "How long one check may take.", CHECK_TIMEOUT);
+        let unhealthy_threshold = r.default(
+            "unhealthy_threshold",
+            "Checks in a row that fail, until the endpoint gets no new flows.",
+            UNHEALTHY_THRESHOLD,
+        );
+        let healthy_threshold = r.default(
+            "healthy_threshold",
+            "Checks in a row that succeed, until it gets flows again.",
+            HEALTHY_THRESHOLD,
+        );
+        Some(Self { kind: kind?, interval, timeout, unhealthy_threshold, healthy_threshold })
+    }
+}
+
+/// Reads the sections of an upstream that are about its health.
+pub(super) fn read_health(r: &mut Reader<'_>, protocol: Protocol) -> (OutlierDetection, Option<HealthCheck>) {
+    let outlier = r.section(
+        "outlier_detection",
+        "Which endpoints get no new flows for a while, for what flows have met there.",
+    );
+    let check: Option<HealthCheck> =
+        r.section("health_check", "Checks of every endpoint, before a flow finds out. Default: none.");
+    if protocol == Protocol::H1 && check.as_ref().is_some_and(|c| c.kind == CheckKind::Ping) {
+        r.wrong(
+            "health_check",
+            "is of type \"ping\", which HTTP/1 does not have: \"tcp\" checks a connection",
+        );
+    }
+    (outlier.unwrap_or_default(), check)
+}
+
+/// `[upstream.limits]`, in the whole process; shared out to the workers, rounded up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at a time.
+    pub connections: Option<NonZeroUsize>,
+    /// Flows at a time.
+    pub streams: Option<NonZeroUsize>,
+    /// Flows that wait for a connection.
+    pub pending: Option<NonZeroUsize>,
+}
+
+impl Section for Limits {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let connections = r.optional("connections", "Connections at a time, those being made too.");
+        let streams = r.optional("streams", "Flows at a time, those being opened too.");
+        let pending = r.optional("pending", "Flows at a time that wait for a connection.");
+        Some(Self { connections, streams, pending })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{mistakes, parse};
+    use super::*;
+
+    /// One upstream with these lines; the first of them is line 6.
+    fn with(lines: &str) -> String {
+        format!(
+            "[[listener]]\naddress = \"[::]:15008\"\ntls = false\n[[upstream]]\nname = \"east\"\n{lines}\ntls = false\n\
+             [[route]]\nto = [{{ upstream = \"east\" }}]\n"
+        )
+    }
+
+    #[test]
+    fn endpoints_are_listed_resolved_or_in_a_file() {
+        let of = |lines: &str| parse(&with(lines)).unwrap_or_else(|e| panic!("{e}")).upstreams.remove(0);
+        let listed = of("endpoints = [\"gw.test:1\", \"10.0.0.1:2\"]");
+        assert_eq!((listed.endpoints.len(), &listed.discovery), (2, &Discovery::Static));
+        let named = of("endpoints = [\"gw.test:1\", \"10.0.0.1:2\"]\ndiscovery = \"dns\"");
+        assert_eq!((named.endpoints.len(), &named.discovery), (2, &Discovery::Dns));
+        let filed = of("endpoints_file = \"east.endpoints\"");
+        assert_eq!(filed.discovery, Discovery::File("etc/east.endpoints".into()));
+        assert!(filed.endpoints.is_empty());
+        assert_ne!(listed, named);
+        assert_eq!(
+            listed,
+            of("endpoints = [\"gw.test:1\", \"10.0.0.1:2\"]"),
+            "the same text is the same upstream"
+        );
+    }
+
+    #[test]
+    fn health_and_limits_have_defaults_that_change_nothing() {
+        let of = |lines: &str| parse(&with(lines)).unwrap_or_else(|e| panic!("{e}")).upstreams.remove(0);
+        let plain = of("endpoints = [\"10.0.0.1:2\"]");
+        assert_eq!(plain.outlier_detection, OutlierDetection::default());
+        assert_eq!((&plain.health_check, &plain.limits), (&None, &Limits::default()));
+        let full = of(
+            "endpoints = [\"10.0.0.1:2\"]\noutlier_detection = { consecutive_gateway_failures = 5, \
+                       base_ejection_time = \"1s\", max_ejection_time = \"30s\", max_ejection_percent = 50 }\n\
+                       health_check = { type = \"ping\", interval = \"2s\" }\nlimits = { streams = 7 }",
+        );
+        assert_eq!(full.outlier_detection.consecutive_gateway_failures, NonZeroU32::new(5));
+        assert_eq!(full.outlier_detection.max_ejection_percent.of(5), 2);
+        let check = full.health_check.unwrap();
+        assert_eq!(
+            (check.kind, check.interval, check.timeout),
+            (CheckKind::Ping, Duration::from_secs(2), CHECK_TIMEOUT)
+        );
+        assert_eq!(full.limits.streams, NonZeroUsize::new(7));
+    }
+
+    #[test]
+    fn what_has_no_meaning_beside_another_key_is_said() {
+        let endpoints = "endpoints = [\"10.0.0.1:2\"]";
+        for (lines, said) in [
+            ("".to_owned(), "4:1: upstream.endpoints: is missing".to_owned()),
+            ("endpoints = []".to_owned(), "6:13: upstream.endpoints: is empty: there is nothing to connect to".to_owned()),
+            (
+                format!("{endpoints}\nendpoints_file = \"a\""),
+                "7:18: upstream.endpoints_file: stands beside endpoints: only one of them can be meant".to_owned(),
+            ),
+            (
+                "endpoints_file = \"a\"\ndiscovery = \"dns\"".to_owned(),
+                "7:13: upstream.discovery: has no meaning with endpoints_file: the file says when they change".to_owned(),
+            ),
+            (
+                format!("{endpoints}\ndiscovery = \"dns\""),
+                "7:13: upstream.discovery: is \"dns\", and endpoints has no name: there is nothing to resolve".to_owned(),
+            ),
+            (
+                format!("endpoints = [{}]", "\"a.test:1\", ".repeat(ENDPOINTS_MAX + 1)),
+                "6:13: upstream.endpoints: has more than 1000".to_owned(),
+            ),
+            (
+                format!("{endpoints}\noutlier_detection = {{ base_ejection_time = \"2s\" }}"),
+                "7:44: upstream.outlier_detection.base_ejection_time: base_ejection_time is longer than max_ejection_time"
+                    .to_owned(),
+            ),
+            (
+                format!("{endpoints}\noutlier_detection = {{ max_ejection_percent = 101 }}"),
+                "7:46: upstream.outlier_detection.max_ejection_percent: must be from 1 to 100, not 101".to_owned(),
+            ),
+            (
+                format!("{endpoints}\nhealth_check = {{ interval = \"1s\" }}"),
+                "7:16: upstream.health_check.type: is missing".to_owned(),
+            ),
+            (
+                format!("{endpoints}\nprotocol = \"h1\"\nhealth_check = {{ type = \"ping\" }}"),
+                "8:16: upstream.health_check: is of type \"ping\", which HTTP/1 does not have: \"tcp\" checks a connection"
+                    .to_owned(),
+            ),
+            (
+                format!("{endpoints}\nlimits = {{ streams = 0 }}"),
+                "7:22: upstream.limits.streams: must be from 1 to 2147483647, not 0".to_owned(),
+            ),
+        ] {
+            assert_eq!(mistakes(&with(&lines)), [said], "{lines}");
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! `[route.match]`: which flows.
+//!
+//! Enters: a table. Leaves: [`Match`]. Invariant: no two of its conditions leave nothing to match. It never looks at
+//! a flow, but at a header.
+
+use std::{fmt, str::FromStr};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::{Value as Json, json};
+
+use super::super::{
+    pattern::{AddrPattern, NamePattern},
+    reader::{At, Cell, Reader, Section, Value, schema_of},
+};
+use crate::{route::Source, transport::identity::SanPattern};
+
+/// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
+const REGEX_SIZE: usize = 1 << 20;
+
+/// Which flows: those of which every condition that is there is true.
+#[derive(Clone, Debug, Default)]
+pub struct Match {
+    /// Flows from where. Empty: from everywhere.
+    pub source: Vec<Source>,
+    /// Flows from the listeners of these names. With `capture`: from one of either.
+    pub listener: Vec<String>,
+    /// Flows from the captures of these names, those of a `cgroup` among them. With `listener`: from one of either.
+    pub capture: Vec<String>,
+    /// Flows to these addresses. With `host`: to one of either, as a target is an address or a name.
+    pub destination: Vec<AddrPattern>,
+    /// Flows to these names. With `destination`: to one of either.
+    pub host: Vec<NamePattern>,
+    /// Flows of peers with one of these names.
+    pub identity: Vec<SanPattern>,
+    /// Flows of peers that asked for one of these names when they connected (SNI, RFC 6066 section 3).
+    pub server_name: Vec<NamePattern>,
+    /// What the CONNECT request has to say; all of them.
+    pub headers: Vec<HeaderMatch>,
+    /// Flows whose own TLS asks for one of these names. With `http_host`: for one of either, as what a connection
+    /// begins with is TLS or HTTP.
+    pub sni: Vec<NamePattern>,
+    /// Flows whose own first HTTP/1 request is for one of these hosts. With `sni`: for one of either.
+    pub http_host: Vec<NamePattern>,
+}
+
+impl Match {
+    /// Whether it asks for something that only the first bytes of the carried connection tell.
+    pub fn asks_inside(&self) -> bool {
+        !self.sni.is_empty() || !self.http_host.is_empty()
+    }
+}
+
+/// A condition on one header of a CONNECT request.
+#[derive(Clone, Debug)]
+pub struct HeaderMatch {
+    /// Which header.
+    pub name: HeaderName,
+    /// What it has to say.
+    pub value: ValueMatch,
+}
+
+/// A condition on a value.
+#[derive(Clone, Debug)]
+pub enum ValueMatch {
+    /// This, byte for byte.
+    Exact(String),
+    /// This in front.
+    Prefix(String),
+    /// Something, or nothing.
+    Present(bool),
+    /// What this describes, from its first byte to its last.
+    Regex(Regex),
+}
+
+impl HeaderMatch {
+    /// Whether one of the header's lines is as wanted. Without a request there are no headers.
+    pub fn matches(&self, headers: Option<&HeaderMap>) -> bool {
+        let mut lines = headers.into_iter().flat_map(|h| h.get_all(&self.name)).map(HeaderValue::as_bytes);
+        match &self.value {
+            ValueMatch::Exact(wanted) => lines.any(|line| line == wanted.as_bytes()),
+            ValueMatch::Prefix(wanted) => lines.any(|line| line.starts_with(wanted.as_bytes())),
+            ValueMatch::Present(wanted) => lines.next().is_some() == *wanted,
+            ValueMatch::Regex(wanted) => lines.any(|line| wanted.is_match(line)),
+        }
+    }
+}
+
+/// A regular expression for whole values, which takes time linear in them (the syntax of the `regex` crate, in
+/// bytes).
+#[derive(Clone, Debug)]
+pub struct Regex {
+    text: String,
+    whole: regex::bytes::Regex,
+}
+
+impl Regex {
+    /// Whether it describes all of `value`.
+    pub fn is_match(&self, value: &[u8]) -> bool {
+        self.whole.is_match(value)
+    }
+}
+
+/// Why a text is no regular expression.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegexError {
+    /// It cannot be read.
+    #[error("not a regular expression: {0}")]
+    Syntax(String),
+    /// It can, but would take too much memory once it is compiled.
+    #[error("the regular expression is too large once it is compiled")]
+    TooLarge,
+}
+
+impl FromStr for Regex {
+    type Err = RegexError;
+
+    fn from_str(s: &str) -> Result<Self, RegexError> {
+        let compile = |text: &str| {
+            let mut builder = regex::bytes::RegexBuilder::new(text);
+            builder.unicode(false).size_limit(REGEX_SIZE).build().map_err(|e| match e {
+                regex::Error::CompiledTooBig(_) => RegexError::TooLarge,
+                // The last line says what is wrong, the lines before show where.
+                other => {
+                    let text = other.to_string();
+                    let last = text.lines().next_back().unwrap_or_default();
+                    RegexError::Syntax(last.strip_prefix("error: ").unwrap_or(last).to_owned())
+                }
+            })
+        };
+        // By itself first: what is wrong with it must not be right between the brackets.
+        compile(s)?;
+        Ok(Self { text: s.to_owned(), whole: compile(&format!("\\A(?:{s})\\z"))? })
+    }
+}
+
+impl fmt::Display for Regex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Section for Match {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let source: Vec<Source> =
+            r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
+        let listener = r.default(
+            "listener",
+            "Flows from listeners of these names. Beside capture: from one of either.",
+            Vec::new(),
+        );
+        let capture = r.default(
+            "capture",
+            "Flows from captures of these names; one without a name is called by its cgroup or unit. Beside listener: from one of either.",
+            Vec::new(),
+        );
+        let destination = r.default(
+            "destination",
+            "Flows to which addresses: CIDR[:PORTS]. Beside host: to one of either.",
+            Vec::new(),
+        );
+        let host = r.default(
+            "host",
+            "Flows to which names: NAME[:PORTS], NAME may be *.suffix. Beside destination: to one of either.",
+            Vec::new(),
+        );
+        let identity = r.default(
+            "identity",
+            "Flows of peers whose certificate carries one of these names; * stands for a whole segment.",
+            Vec::new(),
+        );
+        let server_name: Vec<At<NamePattern>> = r.default(
+            "server_name",
+            "Flows of peers that asked for one of these names when they connected to us (SNI); it may be *.suffix.",
+            Vec::new(),
+        );
+        let headers =
+            r.default("headers", "What the CONNECT request has to say: every one of these.", Vec::new());
+        let sni: Vec<At<NamePattern>> = r.default(
+            "sni",
+            "Flows whose own TLS asks for one of these names; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside http_host: one of either.",
+            Vec::new(),
+        );
+        let http_host: Vec<At<NamePattern>> = r.default(
+            "http_host",
+            "Flows whose own first HTTP/1 request is for one of these hosts; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside sni: one of either.",
+            Vec::new(),
+        );
+        // Read again when the captures are known.
+        let _names: Vec<String> = r.default(
+            "cgroup",
+            "Flows from captures of these cgroups or units, whatever their names; PATH/* is every cgroup below PATH that is captured. Beside listener: from one of either.",
+            Vec::new(),
+        );
+        r.never(
+            "path",
+            "can never match: a CONNECT request has no :path (RFC 9113 section 8.5), and one that has is refused before it is routed",
+        );
+
+        for name in server_name.iter().filter(|name| !name.value.ports().is_all()) {
+            r.wrong_at(name, "has ports: it is what a peer called us, and not a target");
+        }
+        for name in sni.iter().chain(&http_host).filter(|name| !name.value.ports().is_all()) {
+            r.wrong_at(name, "has ports: it is what a client asks for, and destination says at which port");
+        }
+        if r.has("capture") && r.has("cgroup") {
+            r.wrong("cgroup", "stands beside capture: only one of them can be meant");
+        }
+        for (key, source_of) in
+            [("listener", Source::Listener), ("capture", Source::Captured), ("cgroup", Source::Captured)]
+        {
+            if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
+                r.wrong(key, "names flows that source leaves out: nothing would match");
+            }
+        }
+        let names = |list: Vec<At<NamePattern>>| list.into_iter().map(|at| at.value).collect();
+        Some(Self {
+            source,
+            listener,
+            capture,
+            destination,
+            host,
+            identity,
+            server_name: names(server_name),
+            headers,
+            sni: names(sni),
+            http_host: names(http_host),
+        })
+    }
+}
+
+impl Section for HeaderMatch {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let name: Option<At<String>> = r.required("name", "Which header of the CONNECT request.");
+        let exact = r.optional("exact", "What one of its lines has to be.").map(ValueMatch::Exact);
+        let prefix = r.optional("prefix", "What one of its lines has to begin with.").map(ValueMatch::Prefix);
+        let present = r.optional("present", "Whether it has to be there.").map(ValueMatch::Present);
+        let regex = r
+            .optional("regex", "A regular expression that describes the whole of one of its lines.")
+            .map(ValueMatch::Regex);
+
+        let mut said = ["exact", "prefix", "present", "regex"].into_iter().filter(|key| r.has(key));
+        match (said.next(), said.next()) {
+            (None, _) => r.wrong("", "says nothing of the value: exact, prefix, present or regex is missing"),
+            (Some(first), Some(second)) => {
+                r.wrong(second, format!("stands beside {first}: only one of them can be meant"));
+            }
+            (Some(_), None) => {}
+        }
+        let name = name?;
+        let parsed = match name.value.parse() {
+            Ok(name) => Some(name),
+            Err(_) => {
+                r.wrong_at(&name, format!("\"{}\" is not a header name", name.value));
+                None
+            }
+        };
+        Some(Self { name: parsed?, value: exact.or(prefix).or(present).or(regex)? })
+    }
+}
+
+impl Value for HeaderMatch {
+    fn schema() -> Json {
+        schema_of::<Self>()
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        cell.section()
+    }
+    fn show(&self) -> Json {
+        json!({})
+    }
+}

@@ -1,0 +1,230 @@
+//! How the endpoints of one upstream fare: what flows meet there, and what checks find.
+//!
+//! Enters: failures and successes of flows, and endpoints as they come and go. Leaves: endpoints that are left out,
+//! and taken back. Invariant: an endpoint that is left out comes back by itself when it is well; every wait of its way
+//! back is bounded by the configuration. It never decides which endpoint a flow gets.
+//!
+//! It is one worker's, as its connections are: nothing is shared, and each worker checks by itself.
+
+use std::{
+    cell::RefCell,
+    rc::{Rc, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use super::{
+    connect::ConnectError,
+    endpoints::{Endpoint, Endpoints},
+    headers::Trace,
+    upstream::Lines,
+};
+use crate::config::{CheckKind, HealthCheck, OutlierDetection};
+
+/// Checks come up to one part in this many earlier or later than the interval says, by chance: those of many workers
+/// and endpoints spread.
+const JITTER: u32 = 10;
+
+/// Looks after endpoints.
+pub struct Health(Rc<Inner>);
+
+struct Inner {
+    upstream: String,
+    outlier: OutlierDetection,
+    check: Option<HealthCheck>,
+    lines: Rc<Lines>,
+    endpoints: Rc<Endpoints>,
+    chance: Trace,
+    /// They hold the rest weakly.
+    tasks: RefCell<JoinSet<()>>,
+}
+
+impl Health {
+    /// Nothing is checked until an endpoint comes.
+    pub fn new(
+        upstream: &str,
+        outlier: OutlierDetection,
+        check: Option<HealthCheck>,
+        lines: Rc<Lines>,
+        endpoints: Rc<Endpoints>,
+    ) -> Self {
+        let (chance, tasks) = (Trace::default(), RefCell::default());
+        Self(Rc::new(Inner {
+            upstream: upstream.to_owned(),
+            outlier,
+            check,
+            lines,
+            endpoints,
+            chance,
+            tasks,
+        }))
+    }
+
+    /// Checks these from now on, if endpoints are checked.
+    pub fn watch(&self, came: &[Rc<Endpoint>]) {
+        let Some(check) = &self.0.check else { return };
+        for endpoint in came {
+            let task = watch(Rc::downgrade(&self.0), check.clone(), Rc::downgrade(endpoint));
+            self.0.tend(endpoint, task);
+        }
+    }
+
+    /// Ends everything.
+    pub fn stop(&self) {
+        self.0.tasks.borrow_mut().abort_all();
+    }
+
+    /// A connection has failed.
+    pub fn failed(&self, endpoint: &Rc<Endpoint>, why: &ConnectError) {
+        let inner = &self.0;
+        endpoint.note(&why.to_string());
+        endpoint.failures.set(endpoint.failures.get().saturating_add(1));
+        if endpoint.failures.get() >= inner.outlier.consecutive_failures.get() {
+            inner.eject(endpoint, why);
+        }
+    }
+
+    /// A connection was made, or was there.
+    pub fn connected(&self, endpoint: &Endpoint) {
+        endpoint.failures.set(0);
+    }
+
+    /// It has answered a request as a gateway does that is at fault, or not at all.
+    pub fn refused(&self, endpoint: &Rc<Endpoint>, why: &dyn std::fmt::Display) {
+        let Some(most) = self.0.outlier.consecutive_gateway_failures else { return };
+        endpoint.note(&why.to_string());
+        endpoint.refusals.set(endpoint.refusals.get().saturating_add(1));
+        if endpoint.refusals.get() >= most.get() {
+            self.0.eject(endpoint, why);
+        }
+    }
+
+    /// It has answered a request otherwise.
+    pub fn answered(&self, endpoint: &Endpoint) {
+        endpoint.refusals.set(0);
+        endpoint.ejections.set(0);
+    }
+}
+
+impl Inner {
+    fn eject(self: &Rc<Self>, endpoint: &Rc<Endpoint>, why: &dyn std::fmt::Display) {
+        if !self.endpoints.eject(endpoint, self.outlier.max_ejection_percent) {
+            return;
+        }
+        tracing::warn!(upstream = self.upstream, endpoint = %endpoint.site.at, "ejected: {why}");
+        let OutlierDetection { base_ejection_time, max_ejection_time, .. } = self.outlier;
+        let first = back_off(base_ejection_time, max_ejection_time, endpoint.ejections.get());
+        endpoint.ejections.set(endpoint.ejections.get().saturating_add(1));
+        let probe = probe(Rc::downgrade(self), Rc::downgrade(endpoint), first, max_ejection_time);
+        self.tend(endpoint, probe);
+    }
+
+    /// Starts a task that ends with the endpoint, and with us.
+    fn tend(&self, endpoint: &Endpoint, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.tasks.borrow_mut();
+        while tasks.try_join_next().is_some() {}
+        endpoint.tend(tasks.spawn_local(task));
+    }
+
+    /// An interval, more or less.
+    fn jittered(&self, interval: Duration) -> Duration {
+        let part = u32::try_from(self.chance.random() >> 48).unwrap_or(0);
+        interval - interval / JITTER + (interval / JITTER) * 2 * part / u32::from(u16::MAX)
+    }
+}
+
+/// The first wait, doubled for each time before.
+fn back_off(base: Duration, max: Duration, times: u32) -> Duration {
+    base.saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX)).min(max)
+}
+
+/// Connects to an ejected endpoint until it succeeds; the connection stays in the pool, if there is one.
+async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, max: Duration) {
+    let mut wait = first;
+    loop {
+        sleep(wait).await;
+        let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };
+        match health.lines.get(&endpoint.site).await {
+            // At a limit of ours there is nothing to try it with: a flow will.
+            Ok(_) | Err(ConnectError::Limit { .. } | ConnectError::Overflow { .. }) => {
+                health.endpoints.readmit(&endpoint);
+                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "well again");
+                return;
+            }
+            Err(e) => endpoint.note(&e.to_string()),
+        }
+        wait = (wait * 2).min(max);
+    }
+}
+
+/// Checks an endpoint again and again. The first time after a part of the interval: workers start together.
+async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>) {
+    let (mut good, mut bad) = (0_u32, 0_u32);
+    let mut wait = {
+        let Some(health) = health.upgrade() else { return };
+        let part = u32::try_from(health.chance.random() >> 48).unwrap_or(0);
+        check.interval * part / u32::from(u16::MAX)
+    };
+    loop {
+        sleep(wait).await;
+        let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };
+        wait = health.jittered(check.interval);
+        let asked = async {
+            match check.kind {
+                CheckKind::Tcp => health.lines.reach(&endpoint.site, check.timeout).await,
+                CheckKind::Ping => health.lines.ping(&endpoint.site).await,
+            }
+        };
+        let found = timeout(check.timeout, asked).await.unwrap_or_else(|_| {
+            Err(Check::Failed(format!("no answer to a health check within {:?}", check.timeout)))
+        });
+        match found {
+            Ok(()) => {
+                (good, bad) = (good.saturating_add(1), 0);
+                if endpoint.is_unhealthy() && good >= check.healthy_threshold.get() {
+                    health.endpoints.set_unhealthy(&endpoint, false);
+                    tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "healthy");
+                }
+            }
+            Err(Check::Impossible) => {}
+            Err(Check::Failed(why)) => {
+                (good, bad) = (0, bad.saturating_add(1));
+                endpoint.note(&why);
+                if !endpoint.is_unhealthy() && bad >= check.unhealthy_threshold.get() {
+                    health.endpoints.set_unhealthy(&endpoint, true);
+                    tracing::warn!(upstream = health.upstream, endpoint = %endpoint.site.at, "unhealthy: {why}");
+                }
+            }
+        }
+    }
+}
+
+/// Why a check did not succeed.
+pub enum Check {
+    /// The endpoint's fault, or the network's.
+    Failed(String),
+    /// At a limit of ours: nothing is known.
+    Impossible,
+}
+
+impl From<ConnectError> for Check {
+    fn from(e: ConnectError) -> Self {
+        if e.is_ours() { Self::Impossible } else { Self::Failed(e.to_string()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_back_gets_longer_up_to_a_bound() {
+        let ms = Duration::from_millis;
+        let waits = [0, 1, 2, 3, 4, 40].map(|times| back_off(ms(100), ms(1000), times));
+        assert_eq!(waits, [ms(100), ms(200), ms(400), ms(800), ms(1000), ms(1000)]);
+    }
+}
