@@ -269,7 +269,7 @@ fn a_client_that_leaves_while_it_is_looked_at_costs_nobody_anything_and_a_stop_d
         send.send_reset(Reason::CANCEL);
         // The task that sends it has a turn.
         tokio::task::yield_now().await;
-        tokio::time::timeout(PATIENCE, std::future::poll_fn(|cx| send.poll_reset(cx))).await.ok();
+        timeout(PATIENCE, std::future::poll_fn(|cx| send.poll_reset(cx))).await.ok();
         Ok(())
     })?;
     gateway.process().wait_for_line("the client left")?;
