@@ -10,6 +10,7 @@ mod bpf_build;
 mod build;
 mod ci;
 mod demo;
+mod fuzz;
 mod leftovers;
 mod run;
 mod setup;
@@ -45,6 +46,9 @@ enum Task {
     /// Results go to the terminal, to report.html for people and to report.json for programs. Needs root.
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::Args),
+    /// Looks for inputs that break what is promised of every input; with an address sanitizer.
+    #[command(after_help = fuzz::EXAMPLES)]
+    Fuzz(fuzz::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
 }
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&checkout, &args),
         Task::Test(args) => test::run(&checkout, &args),
         Task::Bench(args) => bench::run(&checkout, &args),
+        Task::Fuzz(args) => fuzz::run(&checkout, &args),
         Task::Ci => ci::run(&checkout),
     });
     match outcome {

@@ -46,11 +46,13 @@ pub(crate) enum Group {
     Lint,
     /// The programs that `cargo xtask bench` compares with.
     Peers,
+    /// `cargo xtask fuzz`.
+    Fuzz,
 }
 
-use Group::{Build, Demo, Lint, Peers, Test};
+use Group::{Build, Demo, Fuzz, Lint, Peers, Test};
 
-const ALL: [Group; 5] = [Build, Test, Demo, Lint, Peers];
+const ALL: [Group; 6] = [Build, Test, Demo, Lint, Peers, Fuzz];
 
 /// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
 struct Package {
@@ -122,7 +124,7 @@ struct Tool {
     group: Group,
 }
 
-const TOOLS: [Tool; 4] = [
+const TOOLS: [Tool; 5] = [
     Tool {
         name: "bpf-linker",
         version: "0.13.0",
@@ -142,6 +144,7 @@ const TOOLS: [Tool; 4] = [
         features: &["--no-default-features", "--features", "rustls"],
         group: Test,
     },
+    Tool { name: "cargo-fuzz", version: "0.13.2", features: &[], group: Fuzz },
     Tool { name: "cargo-deny", version: "0.20.2", features: &[], group: Lint },
 ];
 

@@ -69,6 +69,9 @@ pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
         "What a name among the endpoints stands for: \"static\", one endpoint, resolved when it is connected to; \"dns\", an endpoint for each of its addresses, resolved again when their time to live is over.",
         Method::Static,
     );
+    if r.has("self") {
+        return Some((Vec::new(), Discovery::Static));
+    }
     if r.has("endpoints_file") {
         if r.has("endpoints") {
             r.wrong("endpoints_file", "stands beside endpoints: only one of them can be meant");

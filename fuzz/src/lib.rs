@@ -1,0 +1,146 @@
+//! What must hold for every input, however it came about.
+//!
+//! Enters: bytes, as a peer or an operator could send or write them. Leaves: nothing, or a panic that names the promise
+//! that was broken. Invariant: each function asks what a parser promises to those who use it, and not how it works.
+//! `cargo xtask fuzz` looks for inputs; the corpora are tried by `cargo xtask test` as well.
+
+use std::path::Path;
+
+use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use tunnel::{
+    config::{CheckFiles, Config},
+    flow::Target,
+    inspect::{Look, look},
+    listener::{h1, request},
+    policy::Policies,
+    route::Router,
+    transport::proxy,
+};
+
+/// Every function by the name of its corpus.
+pub const ALL: [(&str, fn(&[u8])); 5] = [
+    ("connect_request", connect_request),
+    ("h1_head", h1_head),
+    ("inspect", inspect),
+    ("proxy_header", proxy_header),
+    ("config", config),
+];
+
+/// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
+pub fn connect_request(input: &[u8]) {
+    let mut lines = input.split(|b| *b == b'\n');
+    let method = lines.next().and_then(|m| Method::from_bytes(m).ok());
+    let authority = lines.next().unwrap_or_default();
+    if let Some(target) = std::str::from_utf8(authority).ok().and_then(|a| a.parse::<Target>().ok()) {
+        same_target(&target);
+    }
+    let Some(uri) = Uri::from_maybe_shared(authority.to_vec()).ok() else { return };
+    let mut asked = Request::new(());
+    *asked.method_mut() = method.unwrap_or(Method::CONNECT);
+    *asked.uri_mut() = uri;
+    for line in lines {
+        let mut parts = line.splitn(2, |b| *b == b':');
+        let name = parts.next().and_then(|n| HeaderName::from_bytes(n).ok());
+        let value = parts.next().and_then(|v| HeaderValue::from_bytes(v).ok());
+        if let (Some(name), Some(value)) = (name, value) {
+            asked.headers_mut().append(name, value);
+        }
+    }
+    match request::target(&asked) {
+        Ok(target) => {
+            assert_eq!(asked.method(), Method::CONNECT);
+            same_target(&target);
+        }
+        Err(refusal) => {
+            let response = refusal.response();
+            assert!(response.status().is_client_error(), "{refusal}");
+            let reason = response.headers().get("proxy-status").expect("a refusal says why");
+            assert!(reason.as_bytes().iter().all(|b| (b' '..=b'~').contains(b)), "{reason:?}");
+        }
+    }
+}
+
+/// The head of an HTTP/1 request.
+pub fn h1_head(input: &[u8]) {
+    let whole = h1::parse(input);
+    // However it is cut, it is the same request: nothing is decided before its end.
+    for cut in 0..input.len().min(64) {
+        match (h1::parse(&input[..cut]), &whole) {
+            (Ok(None), _) => {}
+            (Ok(Some((early, length))), Ok(Some((asked, all)))) => {
+                assert_eq!((length, &early.authority), (*all, &asked.authority), "a head ends where it ends");
+            }
+            (Ok(Some(_)), _) => panic!("what was a head is none with more behind it"),
+            (Err(_), Err(_)) => {}
+            (Err(e), Ok(_)) => panic!("what was refused is taken with more behind it: {e}"),
+        }
+    }
+    let Ok(Some((asked, length))) = whole else { return };
+    assert!(length <= input.len() && input[..length].ends_with(b"\n"));
+    assert!(asked.authority.chars().all(|c| c.is_ascii_graphic()), "it is logged");
+    match asked.target {
+        Ok(target) => {
+            same_target(&target);
+            for ambiguous in ["content-length", "transfer-encoding"] {
+                assert!(!asked.headers.contains_key(ambiguous), "{ambiguous} could be read in two ways");
+            }
+            assert!(asked.headers.get_all("host").iter().count() <= 1);
+        }
+        Err(refusal) => assert!(refusal.status().0.is_client_error(), "{refusal}"),
+    }
+}
+
+/// The first bytes of a carried connection.
+pub fn inspect(input: &[u8]) {
+    let whole = look(input);
+    for cut in 0..input.len().min(64) {
+        match look(&input[..cut]) {
+            Look::More => {}
+            done => assert_eq!(done, whole, "what was found stays found, whatever follows"),
+        }
+    }
+}
+
+/// A PROXY header, and what is behind it.
+pub fn proxy_header(input: &[u8]) {
+    let whole = proxy::parse(input);
+    for cut in 0..input.len().min(64) {
+        match proxy::parse(&input[..cut]) {
+            Ok(None) => {}
+            done => assert_eq!(done, whole, "a header does not depend on what is behind it"),
+        }
+    }
+    let Ok(Some((client, length))) = whole else { return };
+    assert!(length <= input.len().min(proxy::V2_MAX));
+    let Some(client) = client else { return };
+    let destination = client.0;
+    let said = proxy::Header { client, destination, name: None, identity: None }.encode();
+    let again = proxy::parse(&said).expect("what we write can be read").expect("it is whole");
+    let (Some(again), length) = again else { panic!("it has an address") };
+    assert_eq!((again.0.ip().to_canonical(), length), (client.0.ip().to_canonical(), said.len()));
+}
+
+/// A configuration file.
+pub fn config(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    match Config::parse(text, Path::new("fuzz.toml"), CheckFiles::No) {
+        Ok(config) => {
+            let names = config.upstreams.len();
+            let router = Router::new(config.routes);
+            let _routes = (router.peer(None), names);
+            let policies = Policies::new(config.policies, &[]);
+            let _peer = policies.peer(None);
+        }
+        Err(mistakes) => {
+            let said = mistakes.to_string();
+            assert!(said.contains("fuzz.toml"), "a mistake has its place: {said}");
+        }
+    }
+}
+
+/// A target is what it prints, to whoever reads it next.
+fn same_target(target: &Target) {
+    let again: Result<Target, _> = target.to_string().parse();
+    assert_eq!(again.as_ref(), Ok(target), "it is asked for in these words");
+    assert_ne!(target.port(), 0);
+}
