@@ -392,3 +392,35 @@ fn stopped(counter: &AtomicU64) -> Result<()> {
         (now > 0 && since.elapsed() > Duration::from_secs(2)).then_some(())
     })
 }
+
+#[test]
+fn an_endpoint_behind_another_gateway_that_accepts_no_connection_gets_no_flows_until_it_does() -> Result<()> {
+    let world = World::new()?;
+    let plain = ("h1", false);
+    let _outer = gateway(&world, OUTER, H2, "10.200.0.0/24")?;
+    let _well = gateway(&world, INNER, plain, "10.200.0.0/24")?;
+    let mut ill = gateway(&world, INNERMOST, plain, "10.200.0.0/24")?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let both = upstream("inner", &format!("{INNER}\", \"{INNERMOST}"), plain, Some("outer"));
+    let checked = format!(
+        "{both}balance = \"round_robin\"\nhealth_check = {{ type = \"tcp\", interval = \"100ms\", unhealthy_threshold = 2 }}\n"
+    );
+    let config = agent(&world, &[checked, upstream("outer", &OUTER.to_string(), H2, None)])?;
+    let exec = world.exec_with(&config).flag("--log", "info");
+    let mut app = exec.spawn_app(&["reconnect", &target.addr().to_string()])?;
+    app.says("ready=1")?;
+    for _ in 0..4 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    ill.process().kill()?;
+    assert!(app.says("unhealthy: ")?.contains(&INNERMOST.to_string()));
+    // Each of these would be passed on to the other one, and say so.
+    for _ in 0..10 {
+        assert_eq!(ask(app.process(), "once")?, "ok");
+    }
+    let _again = gateway(&world, INNERMOST, plain, "10.200.0.0/24")?;
+    assert!(app.says(": healthy")?.contains(&INNERMOST.to_string()));
+    assert!(!app.process().stderr().contains("ejected"), "no flow has met a failure");
+    assert!(app.finish()?.success());
+    Ok(())
+}

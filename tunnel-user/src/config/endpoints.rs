@@ -217,7 +217,7 @@ impl Section for HealthCheck {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let kind = r.required(
             "type",
-            "How: \"tcp\", by a connection that is closed at once; \"ping\", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.",
+            "How: \"tcp\", by a connection that is closed at once, from the far end of the upstream that it goes through if there is one; \"ping\", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.",
         );
         let interval = r.default(
             "interval",
@@ -252,10 +252,6 @@ pub(super) fn read_health(r: &mut Reader<'_>, protocol: Protocol) -> (OutlierDet
             "health_check",
             "is of type \"ping\", which HTTP/1 does not have: \"tcp\" checks a connection",
         );
-    }
-    if r.has("via") && check.as_ref().is_some_and(|c| c.kind == CheckKind::Tcp) {
-        let why = "is of type \"tcp\", which would not go through via: \"ping\" goes the whole way";
-        r.wrong("health_check", why);
     }
     (outlier.unwrap_or_default(), check)
 }
@@ -370,15 +366,6 @@ mod tests {
             (
                 format!("{endpoints}\nprotocol = \"h1\"\nhealth_check = {{ type = \"ping\" }}"),
                 "8:16: upstream.health_check: is of type \"ping\", which HTTP/1 does not have: \"tcp\" checks a connection"
-                    .to_owned(),
-            ),
-            (
-                format!(
-                    "{endpoints}\nvia = \"west\"\ntls = false\nhealth_check = {{ type = \"tcp\" }}\n\
-                     [[upstream]]\nname = \"west\"\n{endpoints}"
-                ),
-                "9:16: upstream.health_check: is of type \"tcp\", which would not go through via: \"ping\" goes the \
-                 whole way"
                     .to_owned(),
             ),
             (
