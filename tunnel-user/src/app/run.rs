@@ -44,7 +44,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
         let (taken, old) = old.map(takeover::Taken::split).unzip();
         let options = Options { taken: taken.unwrap_or_default(), ..Options::default() };
         // Before it is used: a change in between is seen.
-        let mut source = file.map(|file| Source::new(file, config.daemon.watch)).transpose()?;
+        let mut source = file.map(|file| Source::new(file, config.daemon.watch));
         let mut running = start(config, options)?;
         for address in running.addresses() {
             tracing::info!(%address, "listening");
@@ -129,19 +129,19 @@ struct Source {
 }
 
 impl Source {
-    fn new(file: &Path, watch: bool) -> Result<Self, Failure> {
+    fn new(file: &Path, watch: bool) -> Self {
         // One waiting token says all there is to say.
         let (tell, changes) = mpsc::channel(1);
         let text = fs::read_to_string(file).unwrap_or_default();
         let mut source = Self { file: file.to_owned(), text, changes, tell, watch: None };
-        source.watch(watch)?;
-        Ok(source)
+        source.watch(watch);
+        source
     }
 
-    /// Watches the file, or no longer.
-    fn watch(&mut self, wanted: bool) -> Result<(), Failure> {
+    /// Watches the file, or no longer. Where the kernel has no more watches to give, the daemon does without.
+    fn watch(&mut self, wanted: bool) {
         if wanted == self.watch.is_some() {
-            return Ok(());
+            return;
         }
         self.watch = None;
         if wanted {
@@ -149,11 +149,14 @@ impl Source {
             let look = move || {
                 let _full = tell.try_send(());
             };
-            let watch = files::watch([&*self.file], "config-watch", look);
-            let file = self.file.display();
-            self.watch = Some(watch.map_err(|e| other(&format!("{file} cannot be watched: {e}")))?);
+            match files::watch([&*self.file], "config-watch", look) {
+                Ok(watch) => self.watch = Some(watch),
+                Err(e) => {
+                    let file = self.file.display();
+                    tracing::warn!("{file} cannot be watched, so that only SIGHUP has it read again: {e}");
+                }
+            }
         }
-        Ok(())
     }
 
     /// Reads the file again. `asked`: somebody wants to hear of it, also if nothing is different.
@@ -184,9 +187,7 @@ impl Source {
             ),
             Err(e) => return tracing::error!("{kept}: {e}"),
         }
-        if let Err(e) = self.watch(watch) {
-            tracing::error!("{e}");
-        }
+        self.watch(watch);
     }
 }
 
