@@ -133,7 +133,7 @@ impl<'w> Exec<'w> {
         self.spawn(words)?.finish()
     }
 
-    /// Runs the tests' own application (`src/bin/tt-app.rs`) to its end.
+    /// Runs the tests' own application (`src/bin/tt-app/`) to its end.
     pub fn run_app(&self, words: &[&str]) -> Result<Finished> {
         self.spawn_app(words)?.finish()
     }

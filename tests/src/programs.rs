@@ -22,7 +22,7 @@ pub fn tunnel() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// The application of the tests: see `src/bin/tt-app.rs`.
+/// The application of the tests: see `src/bin/tt-app/`.
 pub fn app() -> Result<PathBuf> {
     beside("tt-app")
 }
