@@ -66,6 +66,45 @@ fn new_flows_take_another_upstream_and_old_ones_keep_theirs() -> Result<()> {
 }
 
 #[test]
+fn an_upstream_that_stays_follows_its_endpoints_and_one_that_is_new_does_too() -> Result<()> {
+    let world = World::new()?;
+    let (first, second) = (world.gateway().start()?, world.gateway().listen(SECOND).start()?);
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let file = |name: &str, at: SocketAddr| world.file(&format!("{name}.endpoints"), format!("{at}\n"));
+    file("east", FIRST)?;
+    let of_file = |name: &str| {
+        let fixed = format!("endpoints = [\"{}\"]", first.addr());
+        node.config(&first, "", "").replace(&fixed, &format!("endpoints_file = \"{name}.endpoints\""))
+    };
+    let carried = |gateway: &tunnel_tests::Gateway<'_>| gateway.log().matches(" closed destination=").count();
+    let flows_reach = |gateway: &tunnel_tests::Gateway<'_>| {
+        let before = carried(gateway);
+        wait_for("a flow through the other gateway", PATIENCE, || {
+            let mut app = node.hold(&target).ok()?;
+            app.hang_up();
+            app.wait(PATIENCE).ok()?;
+            (carried(gateway) > before).then_some(())
+        })
+    };
+    let mut daemon = node.daemon(&of_file("east"))?;
+    flows_reach(&first)?;
+    // Something else changes, and the upstream stays.
+    daemon.tell(&format!("{}[[route]]\nto = \"deny\"\n", of_file("east")))?;
+    file("east", SECOND)?;
+    flows_reach(&second)?;
+    // Another file, so another upstream.
+    file("west", FIRST)?;
+    daemon.tell(&of_file("west"))?;
+    flows_reach(&first)?;
+    file("west", SECOND)?;
+    flows_reach(&second)?;
+    let answers = daemon.answers();
+    assert!(answers.len() == 2 && answers.iter().all(|a| a.contains("is in force")), "{answers:?}");
+    Ok(())
+}
+
+#[test]
 fn a_file_with_mistakes_changes_nothing_and_every_mistake_is_named() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
