@@ -17,8 +17,11 @@ use tunnel::{
     transport::proxy,
 };
 
-/// Every function by the name of its corpus.
-pub const ALL: [(&str, fn(&[u8])); 5] = [
+/// What is asked of an input.
+pub type Check = fn(&[u8]);
+
+/// Every check by the name of its corpus.
+pub const ALL: [(&str, Check); 5] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("inspect", inspect),
@@ -34,7 +37,7 @@ pub fn connect_request(input: &[u8]) {
     if let Some(target) = std::str::from_utf8(authority).ok().and_then(|a| a.parse::<Target>().ok()) {
         same_target(&target);
     }
-    let Some(uri) = Uri::from_maybe_shared(authority.to_vec()).ok() else { return };
+    let Ok(uri) = Uri::try_from(authority) else { return };
     let mut asked = Request::new(());
     *asked.method_mut() = method.unwrap_or(Method::CONNECT);
     *asked.uri_mut() = uri;

@@ -49,8 +49,7 @@ fn agent(world: &World, keys: &str) -> Result<PathBuf> {
     world.file("agent.toml", config)
 }
 
-/// New flows until one has gone through this hop; every one of them gets through. To be asked for when it is about to
-/// be so: h2 ends a connection on which too many frames are small, and those of `again` are.
+/// New flows until one has gone through this hop; every one of them gets through.
 fn flows_reach(app: &mut Process, hop: &Hop) -> Result<()> {
     let before = hop.asked().len();
     wait_for("a flow through the other hop", PATIENCE, || {

@@ -6,6 +6,7 @@ use std::{
     path::PathBuf,
     process::Command,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -14,8 +15,9 @@ use h2::{Reason, RecvStream, SendStream};
 use nix::sys::signal::Signal;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use tokio::time::{sleep, timeout};
 use tunnel_tests::{
-    NET4, PATIENCE, TARGET4, World,
+    BLACKHOLE, NET4, PATIENCE, TARGET4, World,
     daemon::Daemon,
     gateway,
     hop::Hop,
@@ -267,7 +269,7 @@ fn a_client_that_leaves_while_it_is_looked_at_costs_nobody_anything_and_a_stop_d
         send.send_reset(Reason::CANCEL);
         // The task that sends it has a turn.
         tokio::task::yield_now().await;
-        tokio::time::timeout(PATIENCE, std::future::poll_fn(|cx| send.poll_reset(cx))).await.ok();
+        timeout(PATIENCE, std::future::poll_fn(|cx| send.poll_reset(cx))).await.ok();
         Ok(())
     })?;
     gateway.process().wait_for_line("the client left")?;
@@ -312,6 +314,51 @@ fn a_hello_in_one_byte_frames_is_read_and_arrives_unchanged() -> Result<()> {
     Ok(())
 }
 
+/// Waits for a line of the log that holds `text`, while connections go on.
+async fn logged(daemon: &Daemon, text: &str) -> Result<()> {
+    let look = async {
+        while !daemon.log().contains(text) {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, look).await.with_context(|| format!("no line \"{text}\":\n{}", daemon.log()))
+}
+
+#[test]
+fn what_a_client_sends_between_its_look_and_its_target_is_taken_and_its_reset_is_heard() -> Result<()> {
+    const FRAMES: usize = 20_000;
+    let world = World::new()?;
+    let _next = Hop::start(world.net(), C, &world.pki().named("gateway"))?;
+    let routes = format!(
+        "[[route]]\nmatch = {{ http_host = [\"hole.internal\"] }}\nto = {{ dial = \"{BLACKHOLE}:80\" }}\n\
+         timeout = \"1h\"\n[[route]]\nto = [{{ upstream = \"next\" }}]\n"
+    );
+    let gateway = &chain(&world, LONG, "", &routes)?;
+    let tls = peer::tls(&world.pki().named("node"))?;
+    world.node().block_on(|| async move {
+        let (mut requests, connection) = peer::connect(A, tls).await?;
+        let driving = tokio::task::spawn_local(connection);
+        let (response, mut stuck) = requests.send_request(connect_request("10.200.0.10:80")?, false)?;
+        ensure!(response.await?.status() == 200);
+        stuck.send_data("GET / HTTP/1.1\r\nHost: hole.internal\r\n\r\n".into(), false)?;
+        logged(gateway, "inside=Host(HostName(\"hole.internal\"))").await?;
+        for _ in 0..FRAMES {
+            stuck.send_data(Bytes::from_static(b"x"), false)?;
+            tokio::task::yield_now().await;
+        }
+        // Its connection has outlived that.
+        let mut requests = requests.ready().await?;
+        let (response, mut send) = requests.send_request(connect_request("10.200.0.10:81")?, false)?;
+        let mut body = response.await?.into_body();
+        send.send_data(Bytes::from_static(b"ping"), false)?;
+        ensure!(echoed(&mut body, 4).await? == b"ping");
+        stuck.send_reset(Reason::CANCEL);
+        logged(gateway, "the client left before the target answered").await?;
+        driving.abort();
+        Ok(())
+    })
+}
+
 #[test]
 fn a_name_that_a_peer_asks_for_inside_is_for_policy_too() -> Result<()> {
     let world = World::new()?;
@@ -344,16 +391,26 @@ fn curl_is_routed_by_its_host_through_a_listener_of_http_1() -> Result<()> {
         format!("[[route]]\nmatch = {{ http_host = [\"{name}\"] }}\nto = {{ dial = \"{to}\" }}\n")
     };
     let routes = by("one.internal", one.addr()) + &by("two.internal", two.addr());
-    let _gateway = chain(&world, LONG, "tls = false\nprotocols = [\"h1\"]", &routes)?;
-    let curl = |name: &str| {
+    let who = world.pki().named("node");
+    let curl = |proxy: &str, name: &str| {
         let mut command: Command = world.node().command("curl");
         command.args(["-sS", "--fail", "--proxytunnel", "--max-time", "20", "--noproxy", "", "-x"]);
-        process::output(command.arg(format!("http://{A}")).arg(format!("http://{name}/")))
+        command.arg(format!("{proxy}://{A}")).arg("--proxy-cacert").arg(&who.ca);
+        command.arg("--proxy-cert").arg(&who.cert).arg("--proxy-key").arg(&who.key);
+        process::output(command.arg(format!("http://{name}/")))
     };
-    assert_eq!(curl("one.internal")?, "one.internal");
-    assert_eq!(curl("two.internal")?, "two.internal");
-    assert!(curl("three.internal").is_err(), "reset after the 200");
-    assert_eq!((one.peers().len(), two.peers().len()), (1, 1));
+    let routed = |proxy: &str| -> Result<()> {
+        assert_eq!(curl(proxy, "one.internal")?, "one.internal");
+        assert_eq!(curl(proxy, "two.internal")?, "two.internal");
+        assert!(curl(proxy, "three.internal").is_err(), "reset after the 200");
+        Ok(())
+    };
+    let mut secure = chain(&world, LONG, "protocols = [\"h1\"]", &routes)?;
+    routed("https")?;
+    secure.process().stop()?;
+    let _gateway = chain(&world, LONG, "tls = false\nprotocols = [\"h1\"]", &routes)?;
+    routed("http")?;
+    assert_eq!((one.peers().len(), two.peers().len()), (2, 2));
     // What comes behind the request, in one write with it, is looked at and arrives.
     let answer = world.node().run(|| -> Result<String> {
         let mut stream = TcpStream::connect(A)?;

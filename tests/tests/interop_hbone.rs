@@ -31,7 +31,9 @@ use tunnel_tests::{
     pattern::UP,
     peer::{self, connect_request},
     pki::Credentials,
-    raw::{self, ACK, DATA, END_HEADERS, HEADERS, PING, SETTINGS, field},
+    raw::{
+        self, ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, RST_STREAM, SETTINGS, field,
+    },
     target, wait_for,
 };
 
@@ -51,7 +53,7 @@ fn waypoint(world: &World) -> Result<Credentials> {
 fn agent(world: &World) -> Result<PathBuf> {
     let config = format!(
         "[daemon]\nworkers = 1\n{}[[route]]\nto = [{{ upstream = \"waypoint\" }}]\n[[upstream]]\nname = \"waypoint\"\n\
-         endpoints = [\"{HBONE}\"]\nverify = [\"{WAYPOINT}\"]\n\
+         endpoints = [\"{HBONE}\"]\nverify = [\"{WAYPOINT}\"]\nresponse_timeout = \"2s\"\n\
          headers = {{ baggage = \"k8s.cluster.name=Kubernetes,k8s.namespace.name=shop\" }}\n",
         world.pki().issue("web", WEB, &[])?.toml()
     );
@@ -140,7 +142,16 @@ fn what_a_request_says_that_we_do_not_know_is_ignored() -> Result<()> {
     Ok(())
 }
 
-/// A peer that speaks frame by frame: it takes every stream, answers with a block of ours, and echoes.
+/// An answer: the kind, the flags and the payload of each of its frames.
+type Answer = Vec<(u8, u8, Vec<u8>)>;
+
+/// A head, whole, and the tunnel goes on.
+fn whole(block: Vec<u8>) -> (u8, u8, Vec<u8>) {
+    (HEADERS, END_HEADERS, block)
+}
+
+/// A peer that speaks frame by frame: it takes every stream, answers with frames of ours, but to the first stream of a
+/// connection with 200, and echoes.
 struct Scripted {
     /// The connection and the number of each stream so far.
     streams: Arc<Mutex<Vec<(usize, u32)>>>,
@@ -161,7 +172,7 @@ fn max_streams(most: u32) -> Vec<u8> {
 }
 
 impl Scripted {
-    fn start(world: &World, who: &Credentials, blocks: Vec<Vec<u8>>) -> Result<Self> {
+    fn start(world: &World, who: &Credentials, answer: Answer) -> Result<Self> {
         let acceptor = hop::acceptor(who)?;
         let (streams, acknowledged) = (Arc::default(), Arc::new(AtomicU64::new(0)));
         let (settings, told) = watch::channel(None);
@@ -174,7 +185,7 @@ impl Scripted {
                 let listener = TcpListener::bind(HBONE).await?;
                 tell.send(())?;
                 tokio::select! {
-                    served = accept(listener, acceptor, Rc::new(blocks), noted, counted, told) => served,
+                    served = accept(listener, acceptor, Rc::new(answer), noted, counted, told) => served,
                     _ = stopped => Ok(()),
                 }
             })
@@ -212,7 +223,7 @@ impl Drop for Scripted {
 async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
-    blocks: Rc<Vec<Vec<u8>>>,
+    answer: Rc<Answer>,
     streams: Arc<Mutex<Vec<(usize, u32)>>>,
     acknowledged: Arc<AtomicU64>,
     told: watch::Receiver<Option<u32>>,
@@ -220,11 +231,12 @@ async fn accept(
     for number in 1.. {
         let (tcp, _) = listener.accept().await?;
         tcp.set_nodelay(true)?;
-        let (acceptor, blocks, streams) = (acceptor.clone(), Rc::clone(&blocks), Arc::clone(&streams));
+        let (acceptor, answer, streams) = (acceptor.clone(), Rc::clone(&answer), Arc::clone(&streams));
         let (acknowledged, mut told) = (Arc::clone(&acknowledged), told.clone());
         task::spawn_local(async move {
             let (sender, mut receiver) = raw::accept(acceptor.accept(tcp).await?, &max_streams(100)).await?;
             let sender = Rc::new(tokio::sync::Mutex::new(sender));
+            let ended = answer.iter().any(|(_, flags, _)| flags & END_STREAM != 0);
             let settling = Rc::clone(&sender);
             let settings = task::spawn_local(async move {
                 while number == 1 && told.changed().await.is_ok() {
@@ -242,10 +254,13 @@ async fn accept(
                     (PING, false) => sender.frame(PING, ACK, 0, &frame.payload).await?,
                     (HEADERS, _) => {
                         streams.lock().unwrap_or_else(PoisonError::into_inner).push((number, frame.stream));
-                        for block in &*blocks {
-                            sender.frame(HEADERS, END_HEADERS, frame.stream, block).await?;
+                        let good = vec![whole(vec![OK])];
+                        for (kind, flags, payload) in if frame.stream == 1 { &good } else { &*answer } {
+                            sender.frame(*kind, *flags, frame.stream, payload).await?;
                         }
                     }
+                    // Nothing comes behind an end.
+                    (DATA, _) if frame.stream != 1 && ended => {}
                     // END_STREAM is echoed too.
                     (DATA, _) => sender.frame(DATA, frame.flags, frame.stream, &frame.payload).await?,
                     _ => {}
@@ -265,7 +280,7 @@ const OK: u8 = 0x88;
 #[test]
 fn what_a_peer_allows_in_streams_holds_when_it_changes() -> Result<()> {
     let world = World::new()?;
-    let peer = Scripted::start(&world, &waypoint(&world)?, vec![vec![OK]])?;
+    let peer = Scripted::start(&world, &waypoint(&world)?, vec![whole(vec![OK])])?;
     let mut app = world.exec_with(&agent(&world)?).spawn_app(&["hold", "10.200.0.10:80"])?;
     app.says("held=1")?;
     assert_eq!(ask(app.process(), "ping")?, "ok");
@@ -302,16 +317,64 @@ fn what_an_answer_says_that_we_do_not_know_is_ignored() -> Result<()> {
     let early = [field(b":status", b"103"), field(b"link", b"</style.css>")].concat();
     let world = World::new()?;
     let (who, exec) = (waypoint(&world)?, world.exec_with(&agent(&world)?));
-    for (what, blocks) in [
-        ("fields of others", vec![ok(&known_to_others)]),
-        ("fields that make no sense here", vec![ok(&odd)]),
-        ("another status of success", vec![field(b":status", b"201")]),
-        ("an early hint", vec![early, ok(&[])]),
+    for (what, answer) in [
+        ("fields of others", vec![whole(ok(&known_to_others))]),
+        ("fields that make no sense here", vec![whole(ok(&odd))]),
+        ("another status of success", vec![whole(field(b":status", b"201"))]),
+        ("an early hint", vec![whole(early), whole(ok(&[]))]),
     ] {
-        let _peer = Scripted::start(&world, &who, blocks)?;
+        let _peer = Scripted::start(&world, &who, answer)?;
         let done = exec.run_app(&["many", "10.200.0.10:80", "3", "1000"])?;
         assert!(done.success(), "{what}: {done}");
     }
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_is_none_resets_its_flow_and_the_peer_can_be_asked_again() -> Result<()> {
+    const FAILS: &str = "ECONNRESET";
+    let world = World::new()?;
+    let (who, exec) = (waypoint(&world)?, world.exec_with(&agent(&world)?));
+    let status = |code: &str| whole(field(b":status", code.as_bytes()));
+    let ok = |name: &str, value: &str| whole([vec![OK], field(name.as_bytes(), value.as_bytes())].concat());
+    let long = (0..20).flat_map(|_| field(b"x", &[b'y'; 1000]));
+    let parts: Vec<u8> = [OK].into_iter().chain(long).collect();
+    let (first, rest) = parts.split_at(16 * 1024);
+    let long = vec![(HEADERS, 0, first.to_vec()), (CONTINUATION, END_HEADERS, rest.to_vec())];
+    let refused = 7u32.to_be_bytes().to_vec();
+    let mut wrong = Vec::new();
+    // What the flow sees, and whether the connection's other stream goes on.
+    for (what, answer, sees, lives) in [
+        ("no :status", vec![whole(field(b"server", b"x"))], FAILS, true),
+        ("two :status", vec![whole(vec![OK, OK])], FAILS, true),
+        ("a :status that is none", vec![status("ok")], FAILS, false),
+        ("a :status too short", vec![status("20")], FAILS, false),
+        ("a status of HTTP/1", vec![status("101")], FAILS, true),
+        ("Transfer-Encoding", vec![ok("transfer-encoding", "chunked")], FAILS, true),
+        ("a line feed in a value", vec![ok("x", "a\nb")], FAILS, false),
+        ("an upper-case name", vec![ok("X", "a")], FAILS, false),
+        ("a head of 20 KiB", long, FAILS, true),
+        ("a redirection", vec![status("302")], FAILS, true),
+        ("a refusal that goes on", vec![status("403"), (DATA, 0, b"because".to_vec())], FAILS, true),
+        ("a refusal with its end", vec![(HEADERS, END_HEADERS | END_STREAM, vec![0x8d])], FAILS, true),
+        ("an end at once", vec![(HEADERS, END_HEADERS | END_STREAM, vec![OK])], "EOF", true),
+        ("bytes in front of the answer", vec![(DATA, 0, b"early".to_vec())], FAILS, false),
+        ("a stream that is refused, each time", vec![(RST_STREAM, 0, refused)], FAILS, true),
+    ] {
+        let _peer = Scripted::start(&world, &who, answer)?;
+        let mut app = exec.spawn_app(&["hold", "10.200.0.10:80"])?;
+        app.says("held=1")?;
+        assert_eq!(ask(app.process(), "ping")?, "ok", "{what}");
+        let saw = ask(app.process(), "again")?;
+        let lived = ask(app.process(), "ping")? == "ok";
+        // On another connection, where this one is gone.
+        let again = if lived { "ok".to_owned() } else { ask(app.process(), "again")? };
+        if (saw.as_str(), lived, again.as_str()) != (sees, lives, "ok") {
+            wrong.push(format!("{what}: {saw}, the other stream lives: {lived}, again: {again}"));
+        }
+        assert!(app.finish()?.success(), "{what}");
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(())
 }
 

@@ -184,7 +184,7 @@ fn headers(c: &mut Criterion) {
     let ask = Ask {
         target: &target,
         instead: None,
-        client: client(),
+        client: Some(client()),
         received: None,
         pseudonym: "tunnel-0",
         terms: &terms,

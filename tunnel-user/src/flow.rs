@@ -99,6 +99,16 @@ pub struct OriginalDst(pub SocketAddr);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PeerAddr(pub SocketAddr);
 
+/// The far end of a connection to an upstream: where its socket leads, or, of one that goes through another
+/// upstream and has no socket, what that upstream was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum FarEnd {
+    /// The address of a socket of ours.
+    Socket(PeerAddr),
+    /// An endpoint as it is written: nobody here resolves it.
+    Through(Target),
+}
+
 /// Who a peer has proved to be: one subject alternative name of its verified certificate
 /// (a SPIFFE URI if it has one, else a DNS name, else an IP address).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -195,6 +205,15 @@ impl fmt::Display for Target {
         match self {
             Self::Addr(a) => a.fmt(f),
             Self::Name(name, port) => write!(f, "{name}:{port}"),
+        }
+    }
+}
+
+impl fmt::Display for FarEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(addr) => addr.fmt(f),
+            Self::Through(endpoint) => endpoint.fmt(f),
         }
     }
 }

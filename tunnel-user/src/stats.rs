@@ -13,7 +13,7 @@ use std::{
 
 use serde::Serialize;
 
-use crate::flow::{ClientAddr, Identity, PeerAddr, Target};
+use crate::flow::{ClientAddr, FarEnd, Identity, Target};
 
 /// Records that one worker keeps for `--stats`; later flows are counted only.
 pub const RECORDS_MAX: usize = 50_000;
@@ -114,6 +114,9 @@ pub struct Record {
     pub client: String,
     /// How it left.
     pub via: Via,
+    /// Upstreams before that which were this process itself.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub passed: Vec<String>,
     /// Who the far end proved to be.
     pub identity: Option<String>,
     /// Bytes from the client.
@@ -133,6 +136,7 @@ impl Record {
             destination: target.to_string(),
             client: client.to_string(),
             via: Via::Nowhere,
+            passed: Vec::new(),
             identity: None,
             sent: 0,
             received: 0,
@@ -145,12 +149,17 @@ impl Record {
     pub fn through(
         &mut self,
         upstream: &str,
-        peer: PeerAddr,
+        peer: &FarEnd,
         stream: Option<u32>,
         identity: Option<&Identity>,
     ) {
         self.via = Via::Tunnel { upstream: upstream.to_owned(), peer: peer.to_string(), stream };
         self.identity = identity.map(ToString::to_string);
+    }
+
+    /// For the log: the upstreams that were this process itself, if there were any.
+    pub fn passed(&self) -> Option<String> {
+        (!self.passed.is_empty()).then(|| self.passed.join(", "))
     }
 
     /// It took this long.
@@ -206,6 +215,7 @@ pub fn table(records: &[Record], dropped: u64) -> String {
                 }
                 Via::Nowhere => ("-".to_owned(), "-".to_owned()),
             };
+            let gateway = r.passed().map_or(gateway.clone(), |passed| format!("{passed}, {gateway}"));
             [
                 r.destination.clone(),
                 gateway,
@@ -267,12 +277,14 @@ fn time(ms: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::PeerAddr;
 
     #[test]
     fn the_table_lines_up_and_says_what_was_left_out() {
         let mut record =
             Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
-        record.through("gateway", PeerAddr("10.77.0.2:15008".parse().unwrap()), Some(3), None);
+        let gateway = FarEnd::Socket(PeerAddr("10.77.0.2:15008".parse().unwrap()));
+        record.through("gateway", &gateway, Some(3), None);
         (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".to_owned());
         record.lasted(Duration::from_micros(1234));
         let text = table(&[record], 2);

@@ -182,8 +182,8 @@ impl Running {
         }
 
         let planned = |u: &config::Upstream| {
-            let same = |old: &config::Upstream| old == u && (same_identity || !u.tls);
-            match self.config.upstreams.iter().position(same) {
+            let kept = kept(u, &config.upstreams, &self.config.upstreams, same_identity);
+            match kept {
                 Some(i) => Ok(Planned::Kept(i)),
                 None => self.discover.upstream(u, tls).map(|u| Planned::New(Box::new(u))),
             }
@@ -262,4 +262,26 @@ impl Running {
         let redirected = self.redirects.iter().copied().filter(|s| !redirects.contains(s));
         before.chain(redirected).chain(gone.iter().map(|a| a.source)).collect()
     }
+}
+
+/// The place that an upstream had before, when nothing about it is different, nor about one that it goes through.
+fn kept(
+    u: &config::Upstream,
+    all: &[config::Upstream],
+    before: &[config::Upstream],
+    same_identity: bool,
+) -> Option<usize> {
+    let same = |old: &config::Upstream| {
+        // Where in the configuration that other one stands is no difference.
+        *old == config::Upstream { via: old.via, ..u.clone() }
+            && (same_identity || !u.tls)
+            && match (old.via, u.via) {
+                (None, None) => true,
+                (Some(old), Some(outer)) => {
+                    all.get(outer).is_some_and(|outer| kept(outer, all, before, same_identity) == Some(old))
+                }
+                _ => false,
+            }
+    };
+    before.iter().position(same)
 }

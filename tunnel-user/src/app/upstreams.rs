@@ -12,7 +12,7 @@ use crate::{
     exit::{Cause, Failure},
     transport::{store::TlsStore, tcp},
     tunnel::{
-        self, connect,
+        self, Next, connect,
         discovery::{Source, dns, file},
         limit::Limits,
         pool,
@@ -37,13 +37,20 @@ impl Discover {
         &mut self,
         u: &config::Upstream,
         tls: Option<&Arc<TlsStore>>,
-    ) -> Result<tunnel::Settings, Failure> {
-        let proving =
-            |check| Ok::<_, Failure>(tunnel::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
+    ) -> Result<Next<tunnel::Settings>, Failure> {
+        let store = || tls.cloned().ok_or_else(no_identity);
+        if let Some(itself) = &u.itself {
+            let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
+            let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
+            let itself = tunnel::Itself { name: u.name.clone(), listener, proof, dial_timeout };
+            return Ok(Next::Itself(Arc::new(itself)));
+        }
+        let proving = |check| Ok::<_, Failure>(tunnel::Tls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);
-        Ok(tunnel::Settings {
+        Ok(Next::Tunnel(tunnel::Settings {
             name: u.name.clone(),
             endpoints: self.source(u)?,
+            via: u.via,
             balance: u.balance,
             protocol: u.protocol,
             tls: u.check().map(proving).transpose()?,
@@ -60,7 +67,7 @@ impl Discover {
             outlier: u.outlier_detection.clone(),
             check: u.health_check.clone(),
             limits,
-        })
+        }))
     }
 
     fn source(&mut self, u: &config::Upstream) -> Result<Source, Failure> {

@@ -69,6 +69,9 @@ pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
         "What a name among the endpoints stands for: \"static\", one endpoint, resolved when it is connected to; \"dns\", an endpoint for each of its addresses, resolved again when their time to live is over.",
         Method::Static,
     );
+    if r.has("self") {
+        return Some((Vec::new(), Discovery::Static));
+    }
     if r.has("endpoints_file") {
         if r.has("endpoints") {
             r.wrong("endpoints_file", "stands beside endpoints: only one of them can be meant");
@@ -214,7 +217,7 @@ impl Section for HealthCheck {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let kind = r.required(
             "type",
-            "How: \"tcp\", by a connection that is closed at once; \"ping\", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.",
+            "How: \"tcp\", by a connection that is closed at once, from the far end of the upstream that it goes through if there is one; \"ping\", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.",
         );
         let interval = r.default(
             "interval",

@@ -25,6 +25,7 @@ mod section;
 #[cfg(test)]
 mod tests;
 mod value;
+mod via;
 
 pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
@@ -300,10 +301,15 @@ pub struct Upstream {
     pub name: String,
     /// What it speaks.
     pub protocol: Protocol,
-    /// Where it is; at least one, unless a file says it.
+    /// Where it is; at least one, unless a file says it, or it is this process itself.
     pub endpoints: Vec<Target>,
     /// Where its endpoints come from.
     pub discovery: Discovery,
+    /// Which other upstream its connections go through: an index into [`Config::upstreams`]. That one is another
+    /// process, and does not come back here.
+    pub via: Option<usize>,
+    /// It is this process: nothing else of this is used then.
+    pub itself: Option<Itself>,
     /// How an endpoint is picked.
     pub balance: Balance,
     /// Whether it is spoken to over TLS. Without it nothing is proved: `sni` and `verify` mean nothing then.
@@ -342,6 +348,8 @@ impl Upstream {
             protocol: Protocol::H2,
             endpoints,
             discovery: Discovery::Static,
+            via: None,
+            itself: None,
             balance: Balance::LeastRequest,
             tls: true,
             sni: None,
@@ -363,6 +371,17 @@ impl Upstream {
     pub fn check(&self) -> Option<ServerCheck> {
         self.tls.then(|| ServerCheck { name: self.sni.clone(), san: self.verify.clone() })
     }
+}
+
+/// An upstream that is this process: flows go to one of its listeners, as a peer's would.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Itself {
+    /// The listener's name.
+    pub listener: String,
+    /// What its clients must prove; without TLS nothing.
+    pub check: Option<ClientCheck>,
+    /// How long a dial for it may take.
+    pub dial_timeout: Duration,
 }
 
 /// `[[policy]]`: these peers may reach these targets.

@@ -323,9 +323,17 @@ impl<'a> Reader<'a> {
 
     /// Whether each table of `[[key]]` says `inner = said`.
     pub(crate) fn all_say(&self, key: &str, inner: &str, said: bool) -> bool {
+        self.all(key, |t| says(t, inner, said))
+    }
+
+    /// Whether each table of `[[key]]` says `inner = said`, or has the key `other`.
+    pub(crate) fn all_say_or_have(&self, key: &str, inner: &str, said: bool, other: &str) -> bool {
+        self.all(key, |t| says(t, inner, said) || t.get(other).is_some())
+    }
+
+    fn all(&self, key: &str, is: impl Fn(&DeValue<'_>) -> bool) -> bool {
         let Some(DeValue::Array(tables)) = self.cell(key).map(|c| c.value) else { return false };
-        let says = |t: &Spanned<DeValue<'_>>| matches!(t.get_ref().get(inner).map(Spanned::get_ref), Some(DeValue::Boolean(b)) if *b == said);
-        tables.iter().all(says)
+        tables.iter().all(|t| is(t.get_ref()))
     }
 
     /// The texts of the list behind `inner` in the table behind `key`.
@@ -383,6 +391,12 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Keys that are known and there, but for these.
+    pub(crate) fn others(&self, but: &[&str]) -> Vec<&'static str> {
+        let known = self.keys.iter().map(|k| k.name);
+        known.filter(|name| !but.contains(name) && self.has(name)).collect()
+    }
+
     /// Reports the key as missing if it is.
     pub(crate) fn demand(&self, key: &str) {
         if !self.has(key)
@@ -428,6 +442,10 @@ impl<'a> Reader<'a> {
             doc.mistake(key.span(), &self.path_of(name), message);
         }
     }
+}
+
+fn says(table: &DeValue<'_>, key: &str, said: bool) -> bool {
+    matches!(table.get(key).map(Spanned::get_ref), Some(DeValue::Boolean(b)) if *b == said)
 }
 
 /// The JSON Schema of a section.

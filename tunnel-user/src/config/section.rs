@@ -19,6 +19,7 @@ use super::{
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
     value::{FilePath, Headers, Mode},
+    via::{self, UpstreamByName},
 };
 use crate::transport::tls::IdentityFiles;
 
@@ -36,7 +37,7 @@ impl Section for Config {
         let listeners: Vec<At<Listener>> = r.sections("listener", "Where CONNECT requests arrive.");
         let routes: Vec<RouteByName> =
             r.sections("route", "Where flows go. The first match wins; no match is refused.");
-        let upstreams: Vec<Upstream> =
+        let upstreams: Vec<UpstreamByName> =
             r.sections("upstream", "A gateway or proxy that flows are tunnelled through.");
         let policies: Vec<At<Policy>> = r.sections(
             "policy",
@@ -56,6 +57,7 @@ impl Section for Config {
             }
         }
         let routes = resolve(r, routes);
+        let upstreams = via::resolve(r, upstreams, &listeners);
         let listeners = listeners.into_iter().map(|l| l.value).collect();
         let policies = policies.into_iter().map(|p| p.value).collect();
         Some(Self {
@@ -65,7 +67,7 @@ impl Section for Config {
             redirects,
             listeners,
             routes: routes?,
-            upstreams,
+            upstreams: upstreams?,
             policies,
         })
     }
@@ -77,7 +79,7 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         r.wrong("", "there is nothing to do: neither [[capture]] nor [[listener]] is there");
     }
     for key in ["listener", "upstream"] {
-        if r.has(key) && !r.all_say(key, "tls", false) && !r.has("identity") {
+        if r.has(key) && !r.all_say_or_have(key, "tls", false, "self") && !r.has("identity") {
             r.wrong(key, "needs a certificate: [identity] is missing");
         }
     }
@@ -407,7 +409,6 @@ impl Section for Upstream {
             "limits",
             "How much it gets, in the whole process; each worker has its share, rounded up. Beyond it flows are refused at once. Default: no limit.",
         );
-        r.later("via");
 
         if !tls {
             for key in ["sni", "verify"] {
@@ -430,6 +431,8 @@ impl Section for Upstream {
             protocol,
             endpoints,
             discovery,
+            via: None,
+            itself: None,
             balance,
             tls,
             sni,

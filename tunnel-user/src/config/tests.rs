@@ -96,7 +96,7 @@ max_streams = "many"
 }
 
 /// `GOOD` with one more line in front of, or behind, a line of it.
-fn with(extra: &str, after: &str) -> String {
+pub(super) fn with(extra: &str, after: &str) -> String {
     let at = GOOD.find(after).unwrap() + after.len();
     format!("{}\n{extra}{}", &GOOD[..at], &GOOD[at..])
 }
@@ -106,7 +106,6 @@ fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
     let capture = "unit = \"legacy.service\"";
     for (text, key, said) in [
-        (with("via = \"outer\"", upstream), "upstream.via", "is not supported yet"),
         (with("bypass = \"auto\"", capture), "capture.bypass", "is not supported yet"),
         (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
         (
@@ -400,8 +399,8 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         upstream.max_streams upstream.name upstream.outlier_detection \
         upstream.outlier_detection.base_ejection_time upstream.outlier_detection.consecutive_failures \
         upstream.outlier_detection.consecutive_gateway_failures upstream.outlier_detection.max_ejection_percent \
-        upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.sni \
-        upstream.tls upstream.verify";
+        upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.self \
+        upstream.sni upstream.tls upstream.verify upstream.via";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");

@@ -21,7 +21,7 @@ use crate::{
         io::{LastReader, Wire},
         verify::explain,
     },
-    tunnel::pool::{FRAME, HEADERS, SEND_BUFFER, STREAM_WINDOW, connection_window},
+    tunnel::h2::{FRAME, HEADERS, SEND_BUFFER, STREAM_WINDOW, connection_window},
 };
 
 /// Streams that the peer reset before we looked at them; more end the connection (CVE-2023-44487).

@@ -14,6 +14,7 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod tls_over;
 
 use std::{
     cell::Cell,
@@ -33,6 +34,7 @@ pub use self::{
     queue::Queue,
     tcp::{TcpLeg, abort_on_close, broken},
     tls::TlsLeg,
+    tls_over::TlsOver,
 };
 use crate::transport::io::Wire;
 
@@ -41,6 +43,11 @@ pub trait Leg {
     /// Whether bytes may be taken before the other side has room. So it is where the peer's window bounds
     /// them anyway; a socket's bytes are better left in the kernel.
     const PREFETCH: bool;
+
+    /// The same of this very leg, where its type stands for several kinds.
+    fn may_prefetch(&self) -> bool {
+        Self::PREFETCH
+    }
 
     /// The next bytes; `None` at EOF (FIN, END_STREAM, or close_notify).
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;

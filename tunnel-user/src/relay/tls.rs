@@ -40,29 +40,6 @@ impl TlsLeg {
         Self { stream: Rc::new(stream), session, sealed: 0, finishing: false, error: ErrorWatch::default() }
     }
 
-    /// What the session has decrypted; `None` when it has nothing yet.
-    fn decrypted(&mut self) -> Option<Result<Option<Bytes>, Broken>> {
-        let mut out = BytesMut::new();
-        while out.len() < READ_MAX {
-            let mut reader = self.session.reader();
-            let n = match reader.fill_buf() {
-                Ok([]) if out.is_empty() => return Some(Ok(None)),
-                Ok([]) => break,
-                Ok(chunk) => {
-                    let n = chunk.len().min(READ_MAX - out.len());
-                    out.extend_from_slice(&chunk[..n]);
-                    n
-                }
-                // What is there comes first; this comes again.
-                Err(_) if !out.is_empty() => break,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
-                Err(e) => return Some(Err(reset(e))),
-            };
-            reader.consume(n);
-        }
-        Some(Ok(Some(out.freeze())))
-    }
-
     /// Puts records into the socket; ready when none is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         while self.session.wants_write() {
@@ -77,6 +54,29 @@ impl TlsLeg {
         }
         Poll::Ready(Ok(()))
     }
+}
+
+/// What a session has decrypted; `None` when it has nothing yet.
+pub(super) fn decrypted(session: &mut Connection) -> Option<Result<Option<Bytes>, Broken>> {
+    let mut out = BytesMut::new();
+    while out.len() < READ_MAX {
+        let mut reader = session.reader();
+        let n = match reader.fill_buf() {
+            Ok([]) if out.is_empty() => return Some(Ok(None)),
+            Ok([]) => break,
+            Ok(chunk) => {
+                let n = chunk.len().min(READ_MAX - out.len());
+                out.extend_from_slice(&chunk[..n]);
+                n
+            }
+            // What is there comes first; this comes again.
+            Err(_) if !out.is_empty() => break,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(e) => return Some(Err(reset(e))),
+        };
+        reader.consume(n);
+    }
+    Some(Ok(Some(out.freeze())))
 }
 
 /// The socket as rustls wants it.
@@ -107,7 +107,7 @@ impl Leg for TlsLeg {
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {
-            if let Some(received) = self.decrypted() {
+            if let Some(received) = decrypted(&mut self.session) {
                 return Poll::Ready(received);
             }
             ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
@@ -170,7 +170,7 @@ impl Leg for TlsLeg {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, future::Future, sync::Arc, time::Duration};
+    use std::{fs, sync::Arc, time::Duration};
 
     use socket2::SockRef;
     use tokio::{
@@ -182,7 +182,7 @@ mod tests {
     use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
     use super::{
-        super::{Early, IntoLeg as _, Meter, TcpLeg, relay},
+        super::{Early, IntoLeg as _, Meter, TcpLeg, TlsOver, relay},
         *,
     };
     use crate::{
@@ -229,8 +229,17 @@ mod tests {
         (outside, listener.accept().await.unwrap().0)
     }
 
+    /// What it speaks TLS with: a socket, or another leg.
+    #[derive(Clone, Copy)]
+    enum Below {
+        Socket,
+        Leg,
+    }
+
+    const BOTH: [Below; 2] = [Below::Socket, Below::Leg];
+
     impl Flow {
-        async fn start() -> Self {
+        async fn start(below: Below) -> Self {
             let (identity, check) = (identity(), ServerCheck::default());
             let ((app, inside), (target, onward)) = (accepted().await, accepted().await);
             let name = check.server_name(&Target::Addr(app.peer_addr().unwrap()));
@@ -238,18 +247,29 @@ mod tests {
             let config = identity.server_config(&ClientCheck::default(), &[Protocol::H1]);
             let acceptor = TlsAcceptor::from(Arc::clone(&config));
             let (app, inside) = tokio::join!(connector.connect(name, app), acceptor.accept(inside));
-            let (mut client, mut onward) = (inside.unwrap().into_leg(), TcpLeg::new(onward));
+            let (inside, mut onward) = (inside.unwrap(), TcpLeg::new(onward));
             let relayed = tokio::task::spawn_local(async move {
-                let meter = Meter::default();
-                relay(&mut client, &mut onward, Early::default(), &meter, None).await.to_string()
+                let (early, meter) = (Early::default(), Meter::default());
+                let ended = match below {
+                    Below::Socket => relay(&mut inside.into_leg(), &mut onward, early, &meter, None).await,
+                    Below::Leg => {
+                        let (stream, session) = inside.into_inner();
+                        let mut client = TlsOver::new(TcpLeg::new(stream), session);
+                        relay(&mut client, &mut onward, early, &meter, None).await
+                    }
+                };
+                ended.to_string()
             });
             Self { app: app.unwrap(), target, relayed }
         }
     }
 
-    fn run(test: impl Future<Output = ()>) {
+    fn run(test: impl AsyncFn(Below)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        LocalSet::new().block_on(&runtime, async { timeout(PATIENCE, test).await.expect("in time") });
+        for below in BOTH {
+            LocalSet::new()
+                .block_on(&runtime, async { timeout(PATIENCE, test(below)).await.expect("in time") });
+        }
     }
 
     fn pattern(len: usize) -> Vec<u8> {
@@ -258,8 +278,8 @@ mod tests {
 
     #[test]
     fn bytes_arrive_once_in_order_unchanged_both_ways_at_once_and_each_end_by_itself() {
-        run(async {
-            let Flow { app, mut target, relayed } = Flow::start().await;
+        run(async |below| {
+            let Flow { app, mut target, relayed } = Flow::start(below).await;
             let (mut app_in, mut app_out) = tokio::io::split(app);
             let (mut target_in, mut target_out) = target.split();
             let up = async {
@@ -281,8 +301,8 @@ mod tests {
 
     #[test]
     fn a_direction_that_is_read_late_ends_cleanly_and_the_other_goes_on_meanwhile_and_afterwards() {
-        run(async {
-            let Flow { mut app, mut target, relayed } = Flow::start().await;
+        run(async |below| {
+            let Flow { mut app, mut target, relayed } = Flow::start(below).await;
             // More than there is room for, and the end behind it.
             let (mut target_in, target_out) = target.split();
             let offered = pattern(BYTES);
@@ -312,9 +332,9 @@ mod tests {
 
     #[test]
     fn an_end_without_close_notify_and_a_broken_record_are_resets_and_a_reset_is_never_an_end() {
-        run(async {
+        run(async |below| {
             for broken in [false, true] {
-                let Flow { mut app, mut target, relayed } = Flow::start().await;
+                let Flow { mut app, mut target, relayed } = Flow::start(below).await;
                 app.write_all(b"x").await.unwrap();
                 target.read_exact(&mut [0]).await.unwrap();
                 let (mut tcp, _session) = app.into_inner();
@@ -329,7 +349,7 @@ mod tests {
                 let said = relayed.await.unwrap();
                 assert!(said.starts_with("reset by client: "), "{said}");
             }
-            let Flow { mut app, target, relayed } = Flow::start().await;
+            let Flow { mut app, target, relayed } = Flow::start(below).await;
             SockRef::from(&target).set_linger(Some(Duration::ZERO)).unwrap();
             drop(target);
             let reset = app.read(&mut [0]).await.unwrap_err();
@@ -340,8 +360,8 @@ mod tests {
 
     #[test]
     fn a_reset_behind_a_stuck_direction_is_heard() {
-        run(async {
-            let Flow { mut app, mut target, relayed } = Flow::start().await;
+        run(async |below| {
+            let Flow { mut app, mut target, relayed } = Flow::start(below).await;
             // Nobody reads from the target: it is full.
             let chunk = pattern(64 * 1024);
             while timeout(Duration::from_millis(200), app.write_all(&chunk)).await.is_ok() {}

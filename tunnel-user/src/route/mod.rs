@@ -59,6 +59,8 @@ pub enum Decision<'a> {
 #[derive(Clone, Debug)]
 pub struct Router {
     routes: Vec<Route>,
+    /// Whether one of them asks for what is inside: else no flow pays for the question.
+    asks_inside: bool,
     targets: TargetIndex,
     peers: PeerIndex,
 }
@@ -71,7 +73,8 @@ impl Router {
             addresses.chain(r.matches.host.iter().cloned().map(TargetPattern::Name))
         }));
         let peers = PeerIndex::new(routes.iter().map(peers_of));
-        Self { routes, targets, peers }
+        let asks_inside = routes.iter().any(Route::asks_inside);
+        Self { routes, asks_inside, targets, peers }
     }
 
     /// Which routes speak of a peer, for [`Flow::peer`]: found out once for a connection.
@@ -107,7 +110,7 @@ impl Router {
             }
             let route = self.routes.get(rule)?;
             if takes(&route.matches, flow) {
-                if !route.asks_inside() {
+                if !self.asks_inside || !route.asks_inside() {
                     return Some(Taken::By(route));
                 }
                 match flow.inside {

@@ -7,6 +7,7 @@
 pub mod h1;
 pub mod identity;
 pub mod io;
+pub mod nested;
 pub mod proxy;
 pub mod store;
 pub mod tcp;

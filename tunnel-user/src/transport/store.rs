@@ -15,7 +15,7 @@ use crate::{
     flow::Identity,
     transport::{
         tls::{IdentityFiles, TlsError, TlsIdentity},
-        verify::{ClientCheck, ServerCheck},
+        verify::{ClientCheck, PeerRejected, ServerCheck},
     },
 };
 
@@ -50,6 +50,11 @@ impl TlsStore {
     /// See [`TlsIdentity::server_config`].
     pub fn server_config(&self, check: &ClientCheck, protocols: &[Protocol]) -> Arc<ServerConfig> {
         self.current.load().server_config(check, protocols)
+    }
+
+    /// See [`TlsIdentity::as_client`].
+    pub fn as_client(&self, check: &ClientCheck) -> Result<Option<Identity>, PeerRejected> {
+        self.current.load().as_client(check)
     }
 
     /// Who we are to our peers now.

@@ -31,7 +31,9 @@ use crate::{
     flow::Identity,
     transport::{
         identity::{SanPattern, peer_identity},
-        verify::{ClientCheck, ClientVerifier, ServerCheck, ServerVerifier, check_expiry},
+        verify::{
+            ClientCheck, ClientVerifier, PeerRejected, ServerCheck, ServerVerifier, check_expiry, names_pass,
+        },
     },
 };
 
@@ -188,6 +190,15 @@ impl TlsIdentity {
     /// Who we are to our peers. `None` when the certificate carries no name.
     pub fn identity(&self) -> Option<&Identity> {
         self.identity.as_ref()
+    }
+
+    /// Who we would be to a listener of our own, if it let us in. Its chain is not asked for: it is ours.
+    pub fn as_client(&self, check: &ClientCheck) -> Result<Option<Identity>, PeerRejected> {
+        check_expiry(&self.key.cert, UnixTime::now())?;
+        if let Some(leaf) = self.key.cert.first() {
+            names_pass(&check.san, leaf)?;
+        }
+        Ok(self.identity.clone())
     }
 
     /// Whether the files hold, byte for byte, what this was loaded from.

@@ -115,6 +115,11 @@ fn list<T: fmt::Display>(items: &[T]) -> String {
 }
 
 fn check_names(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+    names_pass(san, leaf).map_err(PeerRejected::into_rustls)
+}
+
+/// Whether one of a certificate's names is among those that are taken.
+pub(crate) fn names_pass(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Result<(), PeerRejected> {
     let names = names_of(leaf);
     let taken = if san.is_empty() {
         !names.is_empty()
@@ -125,7 +130,7 @@ fn check_names(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Result<(), rust
         return Ok(());
     }
     let wanted = if san.is_empty() { "a URI, DNS or IP name".to_owned() } else { list(san) };
-    Err(PeerRejected::san(&wanted, &names).into_rustls())
+    Err(PeerRejected::san(&wanted, &names))
 }
 
 /// Verifies servers: chain and expiry always, then [`ServerCheck`].

@@ -1,7 +1,9 @@
-//! One connection to an endpoint of an upstream: TCP, and TLS with its checks.
+//! One connection to an endpoint of an upstream: TCP, or a stream through another upstream, and TLS with its
+//! checks.
 //!
 //! Enters: a key. Leaves: a connection whose far end has proved what the key wants. Invariant: it is tried
-//! within the connect timeout, with our mark. It never speaks HTTP, and keeps nothing.
+//! within the connect timeout, which covers every upstream on the way, with our mark. It never speaks HTTP, and
+//! keeps nothing.
 
 use std::{
     hash::{Hash, Hasher},
@@ -15,15 +17,20 @@ use rustls::{
     pki_types::{ServerName, UnixTime},
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     time::{Instant, timeout_at},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+use super::{
+    TunnelError,
+    nested::{Outer, Via},
+};
 use crate::{
     config::Protocol,
     dial::{self, DialError},
-    flow::{Identity, PeerAddr, Target},
+    flow::{FarEnd, Identity, PeerAddr, Target},
     transport::{
         identity::peer_identity,
         tcp::Mark,
@@ -38,6 +45,8 @@ pub struct Key {
     pub endpoint: Target,
     /// How TLS is spoken there; `None`: in plaintext.
     pub tls: Option<TlsKey>,
+    /// Through which other upstream; `None`: over a socket of ours.
+    pub via: Option<Via>,
 }
 
 /// TLS, as far as it makes one connection different from another.
@@ -80,6 +89,9 @@ pub enum ConnectError {
     /// TCP did not connect.
     #[error("{0}")]
     Dial(Rc<DialError>),
+    /// The upstream that it goes through has no stream to it: whose fault that was, it says itself.
+    #[error("{0}")]
+    Outer(Rc<TunnelError>),
     /// TLS failed: what failed, in a sentence.
     #[error("TLS with {endpoint} failed: {why}")]
     Tls {
@@ -126,9 +138,19 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// Whether nothing is known of the endpoint: the reason is on this side.
+    /// Whether nothing is known of the endpoint: the reason is on this side, or on the way there.
     pub fn is_ours(&self) -> bool {
-        matches!(self, Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown)
+        match self {
+            Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown => true,
+            Self::Outer(why) => matches!(
+                **why,
+                TunnelError::Connect { .. }
+                    | TunnelError::NoEndpoint { .. }
+                    | TunnelError::Empty { .. }
+                    | TunnelError::Limit { .. }
+            ),
+            Self::Dial(_) | Self::Tls { .. } | Self::Http { .. } | Self::Timeout { .. } => false,
+        }
     }
 }
 
@@ -137,19 +159,23 @@ pub struct Connected {
     /// What is written to and read from.
     pub link: Link,
     /// The far end.
-    pub peer: PeerAddr,
+    pub peer: FarEnd,
     /// Who it has proved to be; nobody without TLS.
     pub identity: Option<Identity>,
     /// What both sides agreed on, for the log.
     pub suite: Option<CipherSuite>,
 }
 
-/// With TLS or without.
+/// With TLS or without, over a socket or through another upstream.
 pub enum Link {
     /// In plaintext.
     Plain(TcpStream),
     /// With TLS.
     Tls(Box<TlsStream<TcpStream>>),
+    /// In plaintext, through another upstream.
+    Nested(Outer),
+    /// With TLS, through another upstream.
+    NestedTls(Box<TlsStream<Outer>>),
 }
 
 /// Connects, and shakes hands on TLS; `then` is what else has to be done in the same time.
@@ -162,14 +188,10 @@ pub async fn connect<T>(
     let allowed = settings.timeout;
     let deadline = Instant::now() + allowed;
     let connected = timeout_at(deadline, async {
-        let dial = |e| ConnectError::Dial(Rc::new(e));
-        let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
-        let (tcp, addr) =
-            dial::connect(&key.endpoint, &addrs, settings.mark, deadline, allowed).await.map_err(dial)?;
-        let peer = PeerAddr(addr);
-        let connected = match &key.tls {
-            None => Connected { link: Link::Plain(tcp), peer, identity: None, suite: None },
-            Some(tls) => secure(&key.endpoint, tls, protocol, tcp, peer).await?,
+        let connected = match &key.via {
+            None => over_socket(key, protocol, settings, deadline).await?,
+            // Boxed, because it comes here again for that upstream's own connection.
+            Some(via) => Box::pin(through(key, protocol, via)).await?,
         };
         then(connected).await
     });
@@ -177,17 +199,53 @@ pub async fn connect<T>(
     connected.await.map_err(late)?
 }
 
-async fn secure(
+async fn over_socket(
+    key: &Key,
+    protocol: Protocol,
+    settings: &Settings,
+    deadline: Instant,
+) -> Result<Connected, ConnectError> {
+    let dial = |e| ConnectError::Dial(Rc::new(e));
+    let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
+    let (tcp, addr) = dial::connect(&key.endpoint, &addrs, settings.mark, deadline, settings.timeout)
+        .await
+        .map_err(dial)?;
+    let peer = FarEnd::Socket(PeerAddr(addr));
+    let Some(tls) = &key.tls else {
+        return Ok(Connected { link: Link::Plain(tcp), peer, identity: None, suite: None });
+    };
+    let Secured { stream, identity, suite } = secure(&key.endpoint, tls, protocol, tcp).await?;
+    Ok(Connected { link: Link::Tls(Box::new(stream)), peer, identity, suite })
+}
+
+/// The far end of that upstream resolves the endpoint, if it is a name.
+async fn through(key: &Key, protocol: Protocol, via: &Via) -> Result<Connected, ConnectError> {
+    let outer = via.open(&key.endpoint).await.map_err(|e| ConnectError::Outer(Rc::new(e)))?;
+    let peer = FarEnd::Through(key.endpoint.clone());
+    let Some(tls) = &key.tls else {
+        return Ok(Connected { link: Link::Nested(outer), peer, identity: None, suite: None });
+    };
+    let Secured { stream, identity, suite } = secure(&key.endpoint, tls, protocol, outer).await?;
+    Ok(Connected { link: Link::NestedTls(Box::new(stream)), peer, identity, suite })
+}
+
+/// A connection whose far end has passed the checks.
+struct Secured<S> {
+    stream: TlsStream<S>,
+    identity: Option<Identity>,
+    suite: Option<CipherSuite>,
+}
+
+async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
     endpoint: &Target,
     TlsKey { config, server_name }: &TlsKey,
     protocol: Protocol,
-    tcp: TcpStream,
-    peer: PeerAddr,
-) -> Result<Connected, ConnectError> {
+    below: S,
+) -> Result<Secured<S>, ConnectError> {
     let failed = |why| ConnectError::Tls { endpoint: endpoint.clone(), why };
-    let connecting = TlsConnector::from(Arc::clone(config)).connect(server_name.clone(), tcp);
-    let tls = connecting.await.map_err(|e| failed(explain(&e)))?;
-    let session = tls.get_ref().1;
+    let connecting = TlsConnector::from(Arc::clone(config)).connect(server_name.clone(), below);
+    let stream = connecting.await.map_err(|e| failed(explain(&e)))?;
+    let session = stream.get_ref().1;
     let agreed = match session.alpn_protocol() {
         Some(agreed) => agreed == protocol.alpn(),
         // Proxies are older than ALPN; HTTP/2 over TLS is not (RFC 9113 section 3.2).
@@ -202,5 +260,5 @@ async fn secure(
     check_expiry(certificates, UnixTime::now()).map_err(|e| failed(e.to_string()))?;
     let (identity, suite) =
         (peer_identity(certificates), session.negotiated_cipher_suite().map(|s| s.suite()));
-    Ok(Connected { link: Link::Tls(Box::new(tls)), peer, identity, suite })
+    Ok(Secured { stream, identity, suite })
 }

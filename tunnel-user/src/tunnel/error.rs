@@ -8,7 +8,7 @@ use std::time::Duration;
 use http::StatusCode;
 
 use super::{connect::ConnectError, limit::Limited};
-use crate::flow::{PeerAddr, Target};
+use crate::flow::{FarEnd, Target};
 
 /// Why there is no stream.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ pub enum TunnelError {
     #[error("{peer} refused {target}: {status}{}", detail.as_deref().map(|d| format!(" ({d})")).unwrap_or_default())]
     Refused {
         /// Who refused.
-        peer: PeerAddr,
+        peer: FarEnd,
         /// What was asked for.
         target: Target,
         /// The status.
@@ -64,7 +64,7 @@ pub enum TunnelError {
     #[error("{peer} did not answer CONNECT {target} within {after:?}")]
     Timeout {
         /// Who was asked.
-        peer: PeerAddr,
+        peer: FarEnd,
         /// What for.
         target: Target,
         /// The time allowed.
@@ -74,7 +74,7 @@ pub enum TunnelError {
     #[error("{peer} dropped CONNECT {target}: {why}")]
     Dropped {
         /// Who was asked.
-        peer: PeerAddr,
+        peer: FarEnd,
         /// What for.
         target: Target,
         /// How.

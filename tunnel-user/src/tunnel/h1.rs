@@ -6,13 +6,13 @@
 
 use std::io;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http::{Request, StatusCode, header::HOST};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 
-use super::connect::Link;
+use super::{connect::Link, nested::Outer};
 use crate::{
-    relay::{IntoLeg, Queue, TcpLeg, TlsLeg},
+    relay::{IntoLeg as _, Queue, TcpLeg, TlsLeg, TlsOver},
     transport::{
         h1::{HeadError, ReadError, no_fields, read_head},
         io::AlertFirst,
@@ -42,35 +42,66 @@ pub enum Leg {
     Tcp(TcpLeg),
     /// With TLS.
     Tls(Box<TlsLeg>),
+    /// In plaintext, through another upstream.
+    Nested(Box<Outer>),
+    /// With TLS, through another upstream.
+    NestedTls(Box<TlsOver<Outer>>),
 }
 
 /// Asks, and waits for the answer. The caller bounds the time.
 pub async fn ask(link: Link, request: &Request<()>) -> Result<Asked, ReadError> {
+    match open(link, &encode(request)).await {
+        Ok((leg, first)) => {
+            let mut early = Queue::default();
+            early.push(first);
+            Ok(Asked::Open(leg, early))
+        }
+        Err(Closed::Refused(answer)) => Ok(Asked::Refused(answer)),
+        Err(Closed::Failed(e)) => Err(e),
+    }
+}
+
+/// Why a connection is no tunnel.
+enum Closed {
+    Refused(Answer),
+    Failed(ReadError),
+}
+
+impl From<ReadError> for Closed {
+    fn from(e: ReadError) -> Self {
+        Self::Failed(e)
+    }
+}
+
+/// The tunnel, and what has come behind the head of the answer.
+async fn open(link: Link, request: &[u8]) -> Result<(Leg, Bytes), Closed> {
     Ok(match link {
-        Link::Plain(tcp) => match ask_on(tcp, request).await? {
-            Ok((leg, early)) => Asked::Open(Leg::Tcp(leg), early),
-            Err(answer) => Asked::Refused(answer),
-        },
-        Link::Tls(tls) => match ask_on(*tls, request).await? {
-            Ok((leg, early)) => Asked::Open(Leg::Tls(Box::new(leg)), early),
-            Err(answer) => Asked::Refused(answer),
-        },
+        Link::Plain(mut tcp) => {
+            let first = ask_on(&mut tcp, request).await?;
+            (Leg::Tcp(tcp.into_leg()), first)
+        }
+        Link::Tls(mut tls) => {
+            let first = ask_on(&mut *tls, request).await?;
+            (Leg::Tls(Box::new(tls.into_leg())), first)
+        }
+        Link::Nested(mut outer) => {
+            let first = ask_on(&mut outer, request).await?;
+            outer.read_ahead(first.len());
+            (Leg::Nested(Box::new(outer)), first)
+        }
+        Link::NestedTls(mut tls) => {
+            let first = ask_on(&mut *tls, request).await?;
+            let (outer, session) = tls.into_inner();
+            (Leg::NestedTls(Box::new(TlsOver::new(outer, session))), first)
+        }
     })
 }
 
-async fn ask_on<W: IntoLeg>(
-    mut wire: W,
-    request: &Request<()>,
-) -> Result<Result<(W::Leg, Queue), Answer>, ReadError> {
+async fn ask_on(wire: &mut (impl AsyncRead + AsyncWrite + Unpin), request: &[u8]) -> Result<Bytes, Closed> {
     let mut buf = BytesMut::new();
     // In TLS 1.3 a server judges our certificate after we have finished (RFC 8446 section 4.4.2).
-    let answer = exchange(&mut AlertFirst::new(&mut wire), &encode(request), &mut buf).await?;
-    if !answer.status.is_success() {
-        return Ok(Err(answer));
-    }
-    let mut early = Queue::default();
-    early.push(buf.freeze());
-    Ok(Ok((wire.into_leg(), early)))
+    let answer = exchange(&mut AlertFirst::new(wire), request, &mut buf).await?;
+    if answer.status.is_success() { Ok(buf.freeze()) } else { Err(Closed::Refused(answer)) }
 }
 
 async fn exchange(

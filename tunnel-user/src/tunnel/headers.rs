@@ -35,8 +35,8 @@ const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 pub struct Ask<'a> {
     /// Where the flow is to end.
     pub target: &'a Target,
-    /// Who opened it.
-    pub client: ClientAddr,
+    /// Who opened it; nobody in particular where it is to carry a connection that many flows share.
+    pub client: Option<ClientAddr>,
     /// The request that it came with, in a chain.
     pub received: Option<Head<'a>>,
     /// What is asked for in its place, because the route says so.
@@ -72,11 +72,15 @@ pub fn connect_request(
     let changes = &ask.terms.headers;
     match ask.received {
         None => {
-            headers.insert(FORWARDED, HeaderValue::try_from(forwarded(ask.client))?);
+            if let Some(client) = ask.client {
+                headers.insert(FORWARDED, HeaderValue::try_from(forwarded(client))?);
+            }
             headers.insert(TRACEPARENT, HeaderValue::try_from(trace.start())?);
         }
         Some(Head { version, headers: received }) => {
-            headers.insert(FORWARDED, appended(received, &FORWARDED, &forwarded(ask.client))?);
+            if let Some(client) = ask.client {
+                headers.insert(FORWARDED, appended(received, &FORWARDED, &forwarded(client))?);
+            }
             headers.insert(VIA, appended(received, &VIA, &via(version, ask.pseudonym))?);
             match trace.go_on(received) {
                 Some(parent) => {
@@ -103,6 +107,26 @@ pub fn connect_request(
         headers.append(name.clone(), value.clone());
     }
     Ok(request)
+}
+
+/// What a flow that this process hands to a listener of its own has for a request: what a gateway would pass on
+/// of the one that it came with, as the route changes it. It has not left the process: nobody is added to
+/// `forwarded` and `via`, and the trace has no new parent.
+pub fn handed_over(ask: &Ask<'_>) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    let changes = &ask.terms.headers;
+    if let Some(Head { headers: received, .. }) = ask.received {
+        for name in [FORWARDED, VIA, TRACEPARENT, TRACESTATE, BAGGAGE].iter().chain(&changes.copy) {
+            copy(received, name, &mut headers);
+        }
+    }
+    for name in &changes.remove {
+        headers.remove(name);
+    }
+    for (name, value) in &changes.add {
+        headers.append(name.clone(), value.clone());
+    }
+    headers
 }
 
 /// Whether a request has passed this process already: its pseudonym stands in `via`.
@@ -244,7 +268,7 @@ mod tests {
         let target = "10.0.0.1:80".parse().unwrap();
         let received = Some(Head { version: Version::HTTP_2, headers: received });
         let terms = Terms { headers, ..Terms::default() };
-        let client = client("192.0.2.9:1");
+        let client = Some(client("192.0.2.9:1"));
         let ask =
             Ask { target: &target, instead: None, client, received, pseudonym: PSEUDONYM, terms: &terms };
         request(ask, configured).headers().clone()
@@ -258,7 +282,7 @@ mod tests {
     fn the_request_is_what_hbone_peers_send() {
         let baggage = (BAGGAGE, HeaderValue::from_static("k8s.cluster.name=a"));
         let (target, terms) = ("10.0.0.1:80".parse().unwrap(), Terms::default());
-        let client = client("[2001:db8::7]:40000");
+        let client = Some(client("[2001:db8::7]:40000"));
         let ask = Ask {
             target: &target,
             instead: None,
@@ -276,6 +300,22 @@ mod tests {
         assert_eq!(trace.len(), 55);
         assert!(trace.starts_with("00-") && trace.ends_with("-01"), "{trace}");
         assert_eq!(request.headers().len(), 3, "nothing was received, so there is no via");
+    }
+
+    #[test]
+    fn a_request_for_a_connection_of_many_names_no_client() {
+        let (target, terms) = ("gw.internal:15008".parse().unwrap(), Terms::default());
+        let ask = Ask {
+            target: &target,
+            instead: None,
+            client: None,
+            received: None,
+            pseudonym: PSEUDONYM,
+            terms: &terms,
+        };
+        let request = request(ask, &[]);
+        let names: Vec<_> = request.headers().keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["traceparent"]);
     }
 
     #[test]
@@ -399,7 +439,7 @@ mod tests {
 
     #[test]
     fn ipv6_and_names_stand_in_the_authority_and_so_does_what_a_route_puts_there() {
-        let client = client("192.0.2.1:1");
+        let client = Some(client("192.0.2.1:1"));
         let (terms, other) = (Terms::default(), "other.internal:81".parse().unwrap());
         for text in ["[2001:db8::1]:443", "web.internal:80"] {
             let target = text.parse().unwrap();

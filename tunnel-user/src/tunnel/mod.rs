@@ -9,15 +9,21 @@ pub mod discovery;
 pub mod endpoints;
 mod error;
 pub mod h1;
+pub mod h2;
 pub mod headers;
 pub mod health;
+pub mod itself;
 pub mod limit;
+pub mod nested;
 pub mod pick;
 pub mod pool;
 pub mod upstream;
+pub mod upstreams;
 
 #[cfg(test)]
 mod tests;
 
 pub use error::TunnelError;
+pub use itself::Itself;
 pub use upstream::{Leg, Settings, Stream, Tls, Upstream};
+pub use upstreams::{Next, Upstreams, Wanted};

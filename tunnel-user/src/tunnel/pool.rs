@@ -17,53 +17,21 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{
-    PingPong,
-    client::{Connection, SendRequest},
-};
-use rustls::CipherSuite;
+use h2::client::SendRequest;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
     sync::{Notify, oneshot},
     task::JoinSet,
-    time::{Instant, sleep_until, timeout},
+    time::Instant,
 };
-use tokio_rustls::client::TlsStream;
 
 use super::{
-    connect::{self, ConnectError, Connected, Key, Link, connect},
+    connect::{self, ConnectError, Key},
+    h2::{Conn, open},
     limit::{Count, Taken},
     pick,
 };
-use crate::{
-    config::Protocol,
-    dial::DialError,
-    flow::{Identity, PeerAddr, Target},
-    transport::{
-        io::{AlertFirst, LastReader, Wire as _},
-        verify::explain,
-    },
-};
+use crate::flow::{FarEnd, Identity, Target};
 
-/// What a peer may send on one stream before we have passed it on: 1 MiB carries 400 Mbit/s over 20 ms.
-pub const STREAM_WINDOW: u32 = 1 << 20;
-/// What a peer may send on all streams of one connection: as much as its streams together, so that stuck
-/// streams never take the window from the others.
-pub const fn connection_window(streams: u32) -> u32 {
-    /// The most that HTTP/2 has (RFC 9113 section 6.9.1).
-    const MAX: u32 = (1 << 31) - 1;
-    let all = STREAM_WINDOW.saturating_mul(streams);
-    if all > MAX { MAX } else { all }
-}
-/// The largest DATA frame we take: one read of the other leg.
-pub const FRAME: u32 = 64 * 1024;
-/// What one stream may have waiting for the socket.
-pub const SEND_BUFFER: usize = 256 * 1024;
-/// The most bytes of headers in one request or response.
-pub const HEADERS: u32 = 16 * 1024;
-/// How long a peer that we have said goodbye to may take to close its side.
-const LINGER: Duration = Duration::from_secs(1);
 /// Flows that wait for a connection to the same peer; more are refused at once.
 const WAITING_MAX: usize = 4096;
 /// Dials in flight to the same peer.
@@ -109,40 +77,6 @@ struct Slot {
     waiting: RefCell<VecDeque<oneshot::Sender<Result<Lease, ConnectError>>>>,
 }
 
-/// One connection.
-struct Conn {
-    /// `None` once retired for idleness.
-    send: RefCell<Option<SendRequest<Bytes>>>,
-    peer: PeerAddr,
-    identity: Option<Identity>,
-    max_streams: usize,
-    active: Cell<usize>,
-    idle_since: Cell<Instant>,
-    /// The last stream has ended, or it is to be looked whether the peer is alive, or it is no longer wanted.
-    idle: Notify,
-    /// Got GOAWAY, failed, or is being closed for idleness.
-    retired: Cell<bool>,
-    /// Its endpoint is gone: it is closed as soon as it is idle.
-    unwanted: Cell<bool>,
-    /// Those who want to know whether the peer is alive.
-    askers: RefCell<Vec<oneshot::Sender<()>>>,
-    /// Why the connection was lost, once it was.
-    lost: RefCell<Option<String>>,
-}
-
-impl Conn {
-    /// Streams that it may carry: our limit and the peer's. None once it is retired.
-    fn limit(&self) -> usize {
-        let send = self.send.borrow();
-        let Some(send) = send.as_ref().filter(|_| !self.retired.get()) else { return 0 };
-        self.max_streams.min(send.current_max_send_streams())
-    }
-
-    fn free(&self) -> usize {
-        self.limit().saturating_sub(self.active.get())
-    }
-}
-
 /// A place for one stream; given back when dropped.
 pub struct Lease {
     conn: Rc<Conn>,
@@ -161,8 +95,8 @@ impl Lease {
     }
 
     /// The far end of the connection.
-    pub fn peer(&self) -> PeerAddr {
-        self.conn.peer
+    pub fn peer(&self) -> &FarEnd {
+        &self.conn.peer
     }
 
     /// Who the far end has proved to be.
@@ -359,7 +293,7 @@ impl Inner {
             let open: Taken = open;
             let dialled = self::open(&key, &settings).await;
             slot.dialing.set(slot.dialing.get() - 1);
-            let Opened { conn, suite, connection, ping, last } = match dialled {
+            let opened = match dialled {
                 Ok(opened) => opened,
                 Err(why) => {
                     tracing::debug!(endpoint = %key.endpoint, "dial failed: {why}");
@@ -370,7 +304,7 @@ impl Inner {
                     return;
                 }
             };
-            let conn = Rc::new(conn);
+            let conn = Rc::clone(opened.conn());
             slot.connections.borrow_mut().push(Rc::clone(&conn));
             slot.serve();
             let Some(inner) = pool.upgrade() else { return };
@@ -378,11 +312,9 @@ impl Inner {
             // The peer may allow fewer streams than we thought.
             inner.dial_for_waiting(&key, &slot);
             drop(inner);
+            let suite = opened.suite();
             tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, ?suite, "connection opened");
-            match connection {
-                H2Connection::Tls(connection) => drive(*connection, ping, last, &conn, &settings).await,
-                H2Connection::Plain(connection) => drive(*connection, ping, last, &conn, &settings).await,
-            }
+            opened.drive(&settings).await;
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
             drop(open);
@@ -392,150 +324,5 @@ impl Inner {
             }
         });
         true
-    }
-}
-
-/// A connection that a peer has let us in on.
-struct Opened {
-    conn: Conn,
-    /// What both sides agreed on, for the log.
-    suite: Option<CipherSuite>,
-    connection: H2Connection,
-    ping: PingPong,
-    last: LastReader,
-}
-
-/// With TLS or without.
-enum H2Connection {
-    Tls(Box<Connection<AlertFirst<TlsStream<TcpStream>>, Bytes>>),
-    Plain(Box<Connection<TcpStream, Bytes>>),
-}
-
-/// Connects, and waits until the peer has answered a PING: in TLS 1.3 a server judges the client's certificate
-/// after the client has finished (RFC 8446 section 4.4.2), so only an answer says that we were let in; and its
-/// SETTINGS have come by then.
-async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
-    connect(key, Protocol::H2, &settings.connect, async |connected| {
-        let Connected { link, peer, identity, suite } = connected;
-        let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: key.endpoint.clone(), why };
-        let last_of = |tcp: &TcpStream| {
-            let local = |source| DialError::Local { addr: peer.0, source };
-            LastReader::new(tcp).map_err(|e| ConnectError::Dial(Rc::new(local(e))))
-        };
-        let (last, send, connection, ping) = match link {
-            Link::Plain(tcp) => {
-                let last = last_of(&tcp)?;
-                let (send, connection, ping) = handshake(tcp, settings).await.map_err(failed)?;
-                (last, send, H2Connection::Plain(Box::new(connection)), ping)
-            }
-            Link::Tls(tls) => {
-                let last = last_of(tls.tcp())?;
-                let shaken = handshake(AlertFirst::new(*tls), settings).await;
-                let (send, connection, ping) = shaken.map_err(failed)?;
-                (last, send, H2Connection::Tls(Box::new(connection)), ping)
-            }
-        };
-        let conn = Conn {
-            send: RefCell::new(Some(send)),
-            peer,
-            identity,
-            max_streams: settings.max_streams,
-            active: Cell::new(0),
-            idle_since: Cell::new(Instant::now()),
-            idle: Notify::new(),
-            retired: Cell::new(false),
-            unwanted: Cell::new(false),
-            askers: RefCell::default(),
-            lost: RefCell::default(),
-        };
-        Ok(Opened { conn, suite, connection, ping, last })
-    })
-    .await
-}
-
-/// The error is one sentence: the peer's alert about our certificate comes as the first thing it sends.
-async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
-    io: T,
-    settings: &Settings,
-) -> Result<(SendRequest<Bytes>, Connection<T, Bytes>, PingPong), String> {
-    let streams = u32::try_from(settings.max_streams).unwrap_or(u32::MAX);
-    let (send, mut connection) = h2::client::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(connection_window(streams))
-        .max_frame_size(FRAME)
-        .max_header_list_size(HEADERS)
-        .max_send_buffer_size(SEND_BUFFER)
-        .enable_push(false)
-        .handshake::<_, Bytes>(io)
-        .await
-        .map_err(|e| explain(&e))?;
-    let Some(mut ping) = connection.ping_pong() else { return Err("no PING handle".to_owned()) };
-    tokio::select! {
-        biased;
-        ended = &mut connection => match ended {
-            Err(e) => return Err(explain(&e)),
-            Ok(()) => return Err("the peer closed the connection".to_owned()),
-        },
-        pong = ping.ping(h2::Ping::opaque()) => { pong.map_err(|e| explain(&e))?; }
-    }
-    Ok((send, connection, ping))
-}
-
-/// Runs a connection to its end: PINGs it, and closes it when it is idle.
-async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
-    mut connection: Connection<T, Bytes>,
-    mut ping: PingPong,
-    last: LastReader,
-    conn: &Conn,
-    settings: &Settings,
-) {
-    let mut ping_at = Instant::now() + settings.keepalive_interval;
-    let lost = loop {
-        if !conn.askers.borrow().is_empty() {
-            ping_at = Instant::now();
-        }
-        let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
-        let idle_at = conn.idle_since.get() + keep_for;
-        let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
-        tokio::select! {
-            biased;
-            ended = &mut connection => break ended.err().map(|e| explain(&e)),
-            () = sleep_until(wake_at) => {}
-            () = conn.idle.notified() => continue,
-        }
-        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= keep_for {
-            conn.retired.set(true);
-            // Without a handle that could open a stream, the connection says GOAWAY and ends.
-            conn.send.borrow_mut().take();
-            let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
-            break None;
-        }
-        if Instant::now() < ping_at {
-            continue;
-        }
-        tokio::select! {
-            biased;
-            ended = &mut connection => break ended.err().map(|e| explain(&e)),
-            pong = timeout(settings.keepalive_timeout, ping.ping(h2::Ping::opaque())) => match pong {
-                Ok(Ok(_)) => {
-                    for asker in conn.askers.take() {
-                        // It may have given up.
-                        let _gone = asker.send(());
-                    }
-                }
-                Ok(Err(e)) => break Some(explain(&e)),
-                Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
-            },
-        }
-        ping_at = Instant::now() + settings.keepalive_interval;
-    };
-    conn.retired.set(true);
-    // Clean: GOAWAY and close_notify are on their way.
-    let clean = lost.is_none();
-    *conn.lost.borrow_mut() = lost;
-    conn.askers.borrow_mut().clear();
-    drop(connection);
-    if clean {
-        last.linger(LINGER).await;
     }
 }

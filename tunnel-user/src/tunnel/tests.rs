@@ -149,7 +149,7 @@ impl Peer {
     fn key(&self, tls: &Arc<TlsStore>) -> Key {
         let check = ServerCheck::default();
         let endpoint = Target::Addr(self.addr);
-        Key { tls: Some(tls_key(tls, &check, &endpoint)), endpoint }
+        Key { tls: Some(tls_key(tls, &check, &endpoint)), endpoint, via: None }
     }
 }
 

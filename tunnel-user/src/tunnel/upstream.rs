@@ -27,13 +27,14 @@ use super::{
     headers::{Ask, Trace, connect_request},
     health::{Check, Health},
     limit::{Count, Limited, Limits, Taken},
+    nested::Via,
     pick,
     pool::{self, Lease, Pool},
 };
 use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
     dial,
-    flow::{Identity, PeerAddr, Target},
+    flow::{FarEnd, Identity, Target},
     relay::{H2Leg, Queue},
     transport::{
         h1::ReadError,
@@ -53,6 +54,8 @@ pub struct Settings {
     pub name: String,
     /// Where it is.
     pub endpoints: Source,
+    /// Through which other upstream it is reached: its place among the configuration's.
+    pub via: Option<usize>,
     /// Which endpoint is next.
     pub balance: Balance,
     /// What it speaks.
@@ -103,7 +106,7 @@ pub struct Stream {
     /// What the target has sent already.
     pub early: Queue,
     /// The endpoint it goes through.
-    pub peer: PeerAddr,
+    pub peer: FarEnd,
     /// Who the endpoint has proved to be.
     pub identity: Option<Identity>,
     /// Held as long as the stream lives.
@@ -131,6 +134,8 @@ pub struct Place {
 /// One upstream on one worker.
 pub struct Upstream {
     settings: Settings,
+    /// Its name in what is said of it, with those that it goes through.
+    way: String,
     lines: Rc<Lines>,
     endpoints: Rc<Endpoints>,
     health: Rc<Health>,
@@ -143,9 +148,13 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// Nothing is connected until a flow needs it, or a check.
-    pub fn new(settings: Settings) -> Self {
-        let (lines, endpoints) = (Rc::new(Lines::new(&settings)), Rc::new(Endpoints::default()));
+    /// Nothing is connected until a flow needs it, or a check. `via` is the upstream that the settings speak of.
+    pub fn new(settings: Settings, via: Option<Via>) -> Self {
+        let way = match &via {
+            None => settings.name.clone(),
+            Some(via) => format!("{} via {}", settings.name, via.0.way),
+        };
+        let (lines, endpoints) = (Rc::new(Lines::new(&settings, via)), Rc::new(Endpoints::default()));
         let Settings { name, outlier, check, .. } = &settings;
         let (of_lines, of_endpoints) = (Rc::clone(&lines), Rc::clone(&endpoints));
         let health = Rc::new(Health::new(name, outlier.clone(), check.clone(), of_lines, of_endpoints));
@@ -164,6 +173,7 @@ impl Upstream {
             }
         }
         Self {
+            way,
             lines,
             endpoints,
             health,
@@ -179,6 +189,11 @@ impl Upstream {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.settings.name
+    }
+
+    /// How many others it goes through.
+    pub fn depth(&self) -> usize {
+        self.lines.via.as_ref().map_or(0, |via| 1 + via.0.depth())
     }
 
     /// Connections opened since the start.
@@ -244,12 +259,12 @@ impl Upstream {
     }
 
     fn limit(&self, what: Limited, most: usize) -> TunnelError {
-        TunnelError::Limit { upstream: self.settings.name.clone(), what, most }
+        TunnelError::Limit { upstream: self.way.clone(), what, most }
     }
 
     /// A connection to the next endpoint that is well, or a place on one.
     async fn line(&self, ask: &Ask<'_>) -> Result<(Line, Turn), TunnelError> {
-        let upstream = || self.settings.name.clone();
+        let upstream = || self.way.clone();
         if !self.endpoints.are_known() {
             let allowed = self.settings.pool.connect.timeout;
             timeout(allowed, self.endpoints.settled()).await.map_err(|_| TunnelError::Empty {
@@ -321,8 +336,8 @@ impl Upstream {
 
     async fn request(&self, lease: Lease, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
         let target = ask.authority();
-        let peer = lease.peer();
-        let dropped = |why: String| TunnelError::Dropped { peer, target: target.clone(), why };
+        let peer = || lease.peer().clone();
+        let dropped = |why: String| TunnelError::Dropped { peer: peer(), target: target.clone(), why };
         let request = self.connect_request(ask)?;
         let not_sent = |why: String| {
             lease.retire();
@@ -348,20 +363,20 @@ impl Upstream {
             }
             Err(_) => {
                 let target = target.clone();
-                return Err(Attempt::Failed(TunnelError::Timeout { peer, target, after }));
+                return Err(Attempt::Failed(TunnelError::Timeout { peer: peer(), target, after }));
             }
         };
         // Any 2xx (RFC 9110 section 9.3.6).
         if !response.status().is_success() {
             let detail = response.headers().get("proxy-status").and_then(|v| v.to_str().ok());
             return Err(Attempt::Failed(TunnelError::Refused {
-                peer,
+                peer: peer(),
                 target: target.clone(),
                 status: response.status(),
                 detail: detail.map(str::to_owned),
             }));
         }
-        let identity = lease.identity();
+        let (peer, identity) = (peer(), lease.identity());
         let leg = Leg::H2(H2Leg::client(send, response.into_body()));
         let place = Place { _lease: Some(lease), _turn: turn, _taken: None };
         Ok(Stream { leg, early: Queue::default(), peer, identity, place })
@@ -374,8 +389,9 @@ impl Upstream {
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let asked = timeout(after, h1::ask(link, &request)).await;
         let target = || ask.authority().clone();
-        let asked =
-            asked.map_err(|_| Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }))?;
+        let Ok(asked) = asked else {
+            return Err(Attempt::Failed(TunnelError::Timeout { peer, target: target(), after }));
+        };
         match asked {
             Ok(h1::Asked::Open(leg, early)) => {
                 let place = Place { _lease: None, _turn: turn, _taken: None };
@@ -425,6 +441,7 @@ async fn follow(mut feed: Feed, lines: Rc<Lines>, endpoints: Rc<Endpoints>, heal
 pub struct Lines {
     protocol: Protocol,
     tls: Option<Tls>,
+    via: Option<Via>,
     connect: connect::Settings,
     kind: Kind,
 }
@@ -445,13 +462,13 @@ pub(super) enum Line {
 }
 
 impl Lines {
-    fn new(settings: &Settings) -> Self {
+    fn new(settings: &Settings, via: Option<Via>) -> Self {
         let kind = match settings.protocol {
             Protocol::H2 => Kind::Pool(Pool::new(settings.pool.clone())),
             Protocol::H1 => Kind::Each(Cell::default()),
         };
         let Settings { protocol, tls, pool, .. } = settings;
-        Self { protocol: *protocol, tls: tls.clone(), connect: pool.connect, kind }
+        Self { protocol: *protocol, tls: tls.clone(), via, connect: pool.connect, kind }
     }
 
     fn key(&self, site: &Site) -> Key {
@@ -459,7 +476,7 @@ impl Lines {
             config: store.client_config(check, self.protocol),
             server_name: check.server_name(&site.named),
         });
-        Key { endpoint: site.at.clone(), tls }
+        Key { endpoint: site.at.clone(), tls, via: self.via.clone() }
     }
 
     /// Whether a flow would not have to wait.
@@ -483,8 +500,12 @@ impl Lines {
         }
     }
 
-    /// Whether TCP connects there.
+    /// Whether TCP connects there: from here, or from the far end of the upstream that it goes through.
     pub(super) async fn reach(&self, site: &Site, allowed: Duration) -> Result<(), Check> {
+        if let Some(via) = &self.via {
+            let opened = Box::pin(via.open(&site.at)).await;
+            return Ok(opened.map(drop).map_err(|e| ConnectError::Outer(Rc::new(e)))?);
+        }
         let failed = |e: dial::DialError| Check::Failed(e.to_string());
         let addrs = dial::resolve(&site.at).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;

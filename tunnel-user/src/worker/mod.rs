@@ -5,6 +5,7 @@
 //! itself: those are bound before any worker starts.
 
 mod captured;
+mod itself;
 mod look;
 mod reach;
 mod requests;
@@ -43,7 +44,7 @@ use crate::{
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
-    tunnel::{self, TunnelError, Upstream, h1, headers::Trace},
+    tunnel::{self, TunnelError, Upstreams, Wanted, h1, headers::Trace},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -141,7 +142,7 @@ pub enum Planned {
     /// It is the one that was at this place, with its connections.
     Kept(usize),
     /// It is new, or is reached in another way.
-    New(Box<tunnel::Settings>),
+    New(Box<tunnel::Next<tunnel::Settings>>),
 }
 
 /// What one worker starts with.
@@ -149,7 +150,7 @@ pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
     /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<tunnel::Settings>,
+    pub upstreams: Vec<tunnel::Next<tunnel::Settings>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
     /// What changes later.
@@ -196,7 +197,7 @@ struct Worker {
 
 async fn work(start: Start) -> io::Result<Report> {
     let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = upstreams.into_iter().map(|settings| Rc::new(Upstream::new(settings))).collect();
+    let upstreams = Upstreams::new(upstreams.into_iter().map(|new| Wanted::New(Box::new(new))).collect());
     let (stop, stopped) = drain::channel();
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
@@ -240,9 +241,7 @@ async fn work(start: Start) -> io::Result<Report> {
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
     // What the flows have handed over is not on the wire yet.
     let closed = async {
-        for upstream in &setup.upstreams {
-            upstream.close().await;
-        }
+        setup.upstreams.close().await;
         worker.retired.ended().await;
     };
     tokio::select! {
@@ -250,7 +249,7 @@ async fn work(start: Start) -> io::Result<Report> {
         () = watch.stopping() => {}
     }
     let (records, dropped) = worker.records.take();
-    let connections_opened = setup.upstreams.iter().map(|u| u.connections_opened()).sum();
+    let connections_opened = setup.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })
 }
 
@@ -329,16 +328,16 @@ impl Worker {
                     early.sent.put_first(first);
                     relay(client, &mut leg, early, &meter, pipes).await
                 }
-                Sink::Tunnel(stream) => {
-                    early.received = stream.early;
-                    let _place = stream.place;
-                    match stream.leg {
-                        tunnel::Leg::H2(mut leg) => relay(client, &mut leg, early, &meter, pipes).await,
-                        tunnel::Leg::H1(h1::Leg::Tcp(mut leg)) => {
-                            relay(client, &mut leg, early, &meter, pipes).await
+                Sink::Tunnel(mut stream) => {
+                    early.received = std::mem::take(&mut stream.early);
+                    match &mut stream.leg {
+                        tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, pipes).await,
+                        tunnel::Leg::H1(h1::Leg::Tcp(leg)) => relay(client, leg, early, &meter, pipes).await,
+                        tunnel::Leg::H1(h1::Leg::Tls(leg)) => {
+                            relay(client, &mut **leg, early, &meter, pipes).await
                         }
-                        tunnel::Leg::H1(h1::Leg::Tls(mut leg)) => {
-                            relay(client, &mut *leg, early, &meter, pipes).await
+                        tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
+                            relay(client, &mut stream, early, &meter, pipes).await
                         }
                     }
                 }
@@ -374,6 +373,7 @@ impl Worker {
             client = record.client,
             identity = record.identity,
             via = ?record.via,
+            passed = record.passed(),
             sent = record.sent,
             received = record.received,
             ms = record.duration_ms,
@@ -403,6 +403,7 @@ impl Worker {
             destination = record.destination,
             client = record.client,
             identity = identity.map(tracing::field::display),
+            passed = record.passed(),
             ms = record.duration_ms,
             "{}", record.outcome
         );

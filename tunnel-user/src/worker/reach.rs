@@ -21,7 +21,7 @@ use crate::{
     stats::{Record, Via},
     transport::proxy::Header,
     tunnel::{
-        self, TunnelError, Upstream,
+        self, Itself, Next, TunnelError, Upstream,
         headers::{Ask, is_loop},
     },
 };
@@ -37,6 +37,9 @@ pub(super) enum Sink {
     Direct(TcpLeg, Bytes),
     Tunnel(tunnel::Stream),
 }
+
+/// An upstream and a stream through it, or one that is this process.
+type Chosen<'a> = Result<(&'a Upstream, tunnel::Stream), &'a Itself>;
 
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]
@@ -72,10 +75,6 @@ impl Worker {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
                 let pseudonym = &setup.shared.pseudonym;
-                // What is dialled here goes around no further.
-                if flow.request.is_some_and(|r| is_loop(r.headers, pseudonym)) {
-                    return Err(Refusal::Loop);
-                }
                 let named = match terms.authority {
                     Authority::Sni => flow.inside.and_then(Inside::sni),
                     Authority::Host => flow.inside.and_then(Inside::host),
@@ -88,11 +87,17 @@ impl Worker {
                 }
                 let instead =
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
-                let (client, received) = (flow.client, flow.request);
+                let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
-                let (upstream, stream) = self.connect(setup, upstream, shares, &ask).await?;
-                record.through(upstream.name(), stream.peer, stream.number(), stream.identity.as_ref());
-                Ok(Sink::Tunnel(stream))
+                match self.connect(setup, upstream, shares, &ask).await? {
+                    Ok((upstream, stream)) => {
+                        let (number, identity) = (stream.number(), stream.identity.as_ref());
+                        record.through(upstream.name(), &stream.peer, number, identity);
+                        Ok(Sink::Tunnel(stream))
+                    }
+                    // Boxed, because it comes here again.
+                    Err(itself) => Box::pin(self.hand_over(itself, wish, &ask, record)).await,
+                }
             }
             Decision::Dial { instead, terms } => {
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
@@ -115,24 +120,35 @@ impl Worker {
         mut upstream: usize,
         shares: &[(usize, u32)],
         ask: &Ask<'_>,
-    ) -> Result<(&'a Upstream, tunnel::Stream), Refusal> {
+    ) -> Result<Chosen<'a>, Refusal> {
         let mut left = ask.terms.retries;
         let mut tried = Vec::new();
         loop {
-            let chosen =
-                setup.upstreams.get(upstream).ok_or_else(|| denied(ask.target, "its upstream is gone"))?;
+            let chosen = match setup
+                .upstreams
+                .get(upstream)
+                .ok_or_else(|| denied(ask.target, "its upstream is gone"))?
+            {
+                Next::Tunnel(chosen) => chosen,
+                Next::Itself(itself) => return Ok(Err(itself)),
+            };
+            // What is dialled here goes around no further.
+            if ask.received.is_some_and(|r| is_loop(r.headers, ask.pseudonym)) {
+                return Err(Refusal::Loop);
+            }
             let failed = match chosen.connect(ask).await {
-                Ok(stream) => return Ok((chosen, stream)),
+                Ok(stream) => return Ok(Ok((chosen, stream))),
                 Err(e) => e,
             };
             tried.push(upstream);
             let random = || (self.trace.random() >> 32) as u32;
             let next = match &failed {
                 _ if left == 0 => None,
-                // All of its endpoints were tried.
-                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } => {
-                    another(shares, &tried, random())
-                }
+                // All of its endpoints were tried, or none may be.
+                TunnelError::Connect { .. }
+                | TunnelError::NoEndpoint { .. }
+                | TunnelError::Empty { .. }
+                | TunnelError::Limit { .. } => another(shares, &tried, random()),
                 TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
                     // Its next endpoint, when it is the only one.
                     another(shares, &tried, random()).or_else(|| {

@@ -22,7 +22,7 @@ use crate::{
     drain::{self, Phase, Tasks, Trigger, Watch},
     limits,
     relay::Pipes,
-    tunnel::Upstream,
+    tunnel::{Upstream, Upstreams, Wanted},
 };
 
 /// How often an upstream that is no longer configured is looked at, once its connections are closed: a flow that
@@ -32,13 +32,13 @@ const RETIRED_LOOK: Duration = Duration::from_secs(1);
 /// What flows are carried by.
 pub(super) struct Setup {
     pub(super) shared: Arc<Shared>,
-    pub(super) upstreams: Vec<Rc<Upstream>>,
+    pub(super) upstreams: Upstreams,
     /// What bytes are moved through between two sockets of ours, unless they are copied.
     pub(super) pipes: Option<Rc<Pipes>>,
 }
 
 impl Setup {
-    pub(super) fn new(shared: Arc<Shared>, upstreams: Vec<Rc<Upstream>>, before: Option<&Self>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
         let pipes = match (shared.relay, before.and_then(|b| b.pipes.clone())) {
             (Relay::Copy, _) => None,
             (Relay::Pipe, Some(pipes)) => Some(pipes),
@@ -164,17 +164,17 @@ impl Worker {
         let Change { shared, upstreams, renamed, retire, captures, listeners, done } = change;
         let before = self.setup();
         let planned = |planned| match planned {
-            Planned::New(settings) => Some(Rc::new(Upstream::new(*settings))),
-            Planned::Kept(i) => before.upstreams.get(i).map(Rc::clone),
+            Planned::New(settings) => Some(Wanted::New(settings)),
+            Planned::Kept(i) => before.upstreams.get(i).cloned().map(Wanted::Made),
         };
-        let Some(upstreams) = upstreams.into_iter().map(planned).collect() else {
+        let Some(upstreams) = upstreams.into_iter().map(planned).collect::<Option<Vec<_>>>() else {
             return tracing::error!(
                 "a worker does not have the upstreams that it is to keep: nothing changes"
             );
         };
-        let next = Rc::new(Setup::new(shared, upstreams, Some(&before)));
-        for old in &before.upstreams {
-            if !next.upstreams.iter().any(|kept| Rc::ptr_eq(kept, old)) {
+        let next = Rc::new(Setup::new(shared, Upstreams::new(upstreams), Some(&before)));
+        for old in before.upstreams.tunnels() {
+            if !next.upstreams.tunnels().any(|kept| Rc::ptr_eq(kept, old)) {
                 self.retired.spawn(retired(Rc::clone(old)));
             }
         }

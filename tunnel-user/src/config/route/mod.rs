@@ -74,7 +74,7 @@ impl Section for RouteByName {
         );
         let Retries(retries) = r.default(
             "retries",
-            "How often the CONNECT request to the upstream is made again when no endpoint of it can be connected to, or when it was answered with 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
+            "How often the CONNECT request to the upstream is made again when no endpoint of it can be connected to or none has room, or when it was answered with 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
             Retries(0),
         );
         let authority = r.default(

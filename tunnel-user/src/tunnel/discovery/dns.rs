@@ -2,7 +2,7 @@
 //!
 //! Enters: names. Leaves: a set of endpoints, one for each address, as long as the answers are good for and then the
 //! next. Invariant: what is known stays when a question is not answered; an answer that there is nothing is an
-//! answer. It never asks more often than every [`AGAIN_MIN`], whatever the answers say.
+//! answer. It never asks more often than every `AGAIN_MIN`, whatever the answers say.
 //!
 //! The questions are asked here and not by getaddrinfo(3), which does not say how long an answer is good for. What it
 //! would go by is gone by here too: /etc/hosts first, then the name servers, search list and options of

@@ -1,0 +1,287 @@
+//! One HTTP/2 connection to an upstream, from its handshake to its end.
+//!
+//! Enters: a key. Leaves: a connection on which the peer has answered, and why it was lost, once it was.
+//! Invariant: it is asked whether it is alive, and one that ended cleanly is given up only once the peer has ended
+//! it too. It never opens a stream.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{
+    PingPong,
+    client::{Connection, SendRequest},
+};
+use rustls::CipherSuite;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::{Notify, oneshot},
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_rustls::client::TlsStream;
+
+use super::{
+    connect::{ConnectError, Connected, Key, Link, connect},
+    nested::Outer,
+    pool::Settings,
+};
+use crate::{
+    config::Protocol,
+    flow::{FarEnd, Identity},
+    transport::{
+        io::{AlertFirst, LastReader},
+        verify::explain,
+    },
+};
+
+/// What a peer may send on one stream before we have passed it on: 1 MiB carries 400 Mbit/s over 20 ms.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+/// What a peer may send on all streams of one connection: as much as its streams together, so that stuck
+/// streams never take the window from the others.
+pub const fn connection_window(streams: u32) -> u32 {
+    /// The most that HTTP/2 has (RFC 9113 section 6.9.1).
+    const MAX: u32 = (1 << 31) - 1;
+    let all = STREAM_WINDOW.saturating_mul(streams);
+    if all > MAX { MAX } else { all }
+}
+/// The largest DATA frame we take: one read of the other leg.
+pub const FRAME: u32 = 64 * 1024;
+/// What one stream may have waiting for the socket.
+pub const SEND_BUFFER: usize = 256 * 1024;
+/// The most bytes of headers in one request or response.
+pub const HEADERS: u32 = 16 * 1024;
+/// How long a peer that we have said goodbye to may take to close its side.
+const LINGER: Duration = Duration::from_secs(1);
+/// What is known of one connection.
+pub(super) struct Conn {
+    /// `None` once retired for idleness.
+    pub(super) send: RefCell<Option<SendRequest<Bytes>>>,
+    pub(super) peer: FarEnd,
+    pub(super) identity: Option<Identity>,
+    max_streams: usize,
+    pub(super) active: Cell<usize>,
+    pub(super) idle_since: Cell<Instant>,
+    /// The last stream has ended, or it is to be looked whether the peer is alive, or it is no longer wanted.
+    pub(super) idle: Notify,
+    /// Got GOAWAY, failed, or is being closed for idleness.
+    pub(super) retired: Cell<bool>,
+    /// Its endpoint is gone: it is closed as soon as it is idle.
+    pub(super) unwanted: Cell<bool>,
+    /// Those who want to know whether the peer is alive.
+    pub(super) askers: RefCell<Vec<oneshot::Sender<()>>>,
+    /// Why the connection was lost, once it was.
+    pub(super) lost: RefCell<Option<String>>,
+}
+
+impl Conn {
+    /// Streams that it may carry: our limit and the peer's. None once it is retired.
+    pub(super) fn limit(&self) -> usize {
+        let send = self.send.borrow();
+        let Some(send) = send.as_ref().filter(|_| !self.retired.get()) else { return 0 };
+        self.max_streams.min(send.current_max_send_streams())
+    }
+
+    pub(super) fn free(&self) -> usize {
+        self.limit().saturating_sub(self.active.get())
+    }
+}
+
+/// A connection that a peer has let us in on.
+pub(super) struct Opened {
+    conn: Rc<Conn>,
+    suite: Option<CipherSuite>,
+    wire: Opening,
+}
+
+/// With TLS or without, and what is left of the byte stream once the connection on it has gone. Through another
+/// upstream it is one kind, whatever lies below: the bytes have been through TLS and HTTP/2 once already.
+enum Opening {
+    Tls(Driven<AlertFirst<TlsStream<TcpStream>>, LastReader>),
+    Plain(Driven<TcpStream, LastReader>),
+    Nested(Driven<Box<dyn Wire>, Outer>),
+}
+
+trait Wire: AsyncRead + AsyncWrite + Unpin {}
+
+impl<W: AsyncRead + AsyncWrite + Unpin> Wire for W {}
+
+struct Driven<W, L> {
+    connection: Box<Connection<W, Bytes>>,
+    ping: PingPong,
+    last: L,
+}
+
+impl Opened {
+    /// What is known of it.
+    pub(super) fn conn(&self) -> &Rc<Conn> {
+        &self.conn
+    }
+
+    /// What both sides agreed on, for the log.
+    pub(super) fn suite(&self) -> Option<CipherSuite> {
+        self.suite
+    }
+
+    /// Runs it to its end.
+    pub(super) async fn drive(self, settings: &Settings) {
+        let Self { conn, wire, .. } = self;
+        match wire {
+            Opening::Tls(Driven { connection, ping, last }) => {
+                if drive(*connection, ping, &conn, settings).await {
+                    last.linger(LINGER).await;
+                }
+            }
+            Opening::Plain(Driven { connection, ping, last }) => {
+                if drive(*connection, ping, &conn, settings).await {
+                    last.linger(LINGER).await;
+                }
+            }
+            Opening::Nested(Driven { connection, ping, last }) => {
+                if drive(*connection, ping, &conn, settings).await {
+                    last.linger(LINGER).await;
+                }
+            }
+        }
+    }
+}
+
+/// Connects, and waits until the peer has answered a PING: in TLS 1.3 a server judges the client's certificate
+/// after the client has finished (RFC 8446 section 4.4.2), so only an answer says that we were let in; and its
+/// SETTINGS have come by then.
+pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
+    connect(key, Protocol::H2, &settings.connect, async |connected| {
+        let Connected { link, peer, identity, suite } = connected;
+        let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: key.endpoint.clone(), why };
+        let last_of = |tcp: &TcpStream| {
+            LastReader::new(tcp).map_err(|e| failed(format!("this node cannot wait for its end: {e}")))
+        };
+        let (send, wire) = match link {
+            Link::Plain(tcp) => {
+                let last = last_of(&tcp)?;
+                let (send, driven) = handshake(tcp, last, settings).await.map_err(failed)?;
+                (send, Opening::Plain(driven))
+            }
+            Link::Tls(tls) => {
+                let last = last_of(tls.get_ref().0)?;
+                let shaken = handshake(AlertFirst::new(*tls), last, settings).await;
+                let (send, driven) = shaken.map_err(failed)?;
+                (send, Opening::Tls(driven))
+            }
+            Link::Nested(outer) => {
+                let last = outer.held();
+                let shaken = handshake(Box::new(outer) as Box<dyn Wire>, last, settings).await;
+                let (send, driven) = shaken.map_err(failed)?;
+                (send, Opening::Nested(driven))
+            }
+            Link::NestedTls(tls) => {
+                let last = tls.get_ref().0.held();
+                let wire: Box<dyn Wire> = Box::new(AlertFirst::new(*tls));
+                let (send, driven) = handshake(wire, last, settings).await.map_err(failed)?;
+                (send, Opening::Nested(driven))
+            }
+        };
+        let conn = Rc::new(Conn {
+            send: RefCell::new(Some(send)),
+            peer,
+            identity,
+            max_streams: settings.max_streams,
+            active: Cell::new(0),
+            idle_since: Cell::new(Instant::now()),
+            idle: Notify::new(),
+            retired: Cell::new(false),
+            unwanted: Cell::new(false),
+            askers: RefCell::default(),
+            lost: RefCell::default(),
+        });
+        Ok(Opened { conn, suite, wire })
+    })
+    .await
+}
+
+/// The error is one sentence: the peer's alert about our certificate comes as the first thing it sends.
+async fn handshake<W: Wire, L>(
+    wire: W,
+    last: L,
+    settings: &Settings,
+) -> Result<(SendRequest<Bytes>, Driven<W, L>), String> {
+    let streams = u32::try_from(settings.max_streams).unwrap_or(u32::MAX);
+    let (send, mut connection) = h2::client::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(connection_window(streams))
+        .max_frame_size(FRAME)
+        .max_header_list_size(HEADERS)
+        .max_send_buffer_size(SEND_BUFFER)
+        .enable_push(false)
+        .handshake::<_, Bytes>(wire)
+        .await
+        .map_err(|e| explain(&e))?;
+    let Some(mut ping) = connection.ping_pong() else { return Err("no PING handle".to_owned()) };
+    tokio::select! {
+        biased;
+        ended = &mut connection => match ended {
+            Err(e) => return Err(explain(&e)),
+            Ok(()) => return Err("the peer closed the connection".to_owned()),
+        },
+        pong = ping.ping(h2::Ping::opaque()) => { pong.map_err(|e| explain(&e))?; }
+    }
+    Ok((send, Driven { connection: Box::new(connection), ping, last }))
+}
+
+/// Runs a connection to its end: PINGs it, and closes it when it is idle. Whether that end was clean: then GOAWAY
+/// and close_notify are on their way.
+async fn drive<W: Wire>(
+    mut connection: Connection<W, Bytes>,
+    mut ping: PingPong,
+    conn: &Conn,
+    settings: &Settings,
+) -> bool {
+    let mut ping_at = Instant::now() + settings.keepalive_interval;
+    let lost = loop {
+        if !conn.askers.borrow().is_empty() {
+            ping_at = Instant::now();
+        }
+        let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
+        let idle_at = conn.idle_since.get() + keep_for;
+        let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
+        tokio::select! {
+            biased;
+            ended = &mut connection => break ended.err().map(|e| explain(&e)),
+            () = sleep_until(wake_at) => {}
+            () = conn.idle.notified() => continue,
+        }
+        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= keep_for {
+            conn.retired.set(true);
+            // Without a handle that could open a stream, the connection says GOAWAY and ends.
+            conn.send.borrow_mut().take();
+            let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
+            break None;
+        }
+        if Instant::now() < ping_at {
+            continue;
+        }
+        tokio::select! {
+            biased;
+            ended = &mut connection => break ended.err().map(|e| explain(&e)),
+            pong = timeout(settings.keepalive_timeout, ping.ping(h2::Ping::opaque())) => match pong {
+                Ok(Ok(_)) => {
+                    for asker in conn.askers.take() {
+                        // It may have given up.
+                        let _gone = asker.send(());
+                    }
+                }
+                Ok(Err(e)) => break Some(explain(&e)),
+                Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
+            },
+        }
+        ping_at = Instant::now() + settings.keepalive_interval;
+    };
+    conn.retired.set(true);
+    let clean = lost.is_none();
+    *conn.lost.borrow_mut() = lost;
+    conn.askers.borrow_mut().clear();
+    clean
+}
