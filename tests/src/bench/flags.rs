@@ -43,8 +43,8 @@ pub struct Flags {
 }
 
 /// The scenarios, in the order in which they are run.
-pub const SCENARIOS: [&str; 7] =
-    ["capture-bare", "capture", "relay", "chain", "memory", "link-20ms", "link-100mbit"];
+pub const SCENARIOS: [&str; 8] =
+    ["capture-bare", "capture", "relay", "chain", "fairness", "memory", "link-20ms", "link-100mbit"];
 
 /// What the help ends with.
 pub const EXAMPLES: &str = "\

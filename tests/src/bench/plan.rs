@@ -80,8 +80,8 @@ pub(super) struct Work {
 impl Plan {
     /// The scenarios of these names (of [`SCENARIOS`](super::flags::SCENARIOS)), or all.
     pub fn new(extent: Extent, only: &[String], rounds: Option<u32>) -> Self {
-        let mut scenarios =
-            vec![capture(extent, true), capture(extent, false), relay(extent), chain(extent), memory(extent)];
+        let mut scenarios = vec![capture(extent, true), capture(extent, false), relay(extent), chain(extent)];
+        scenarios.extend([fairness(extent), memory(extent)]);
         scenarios.extend([link_20ms(extent), link_100mbit(extent)]);
         scenarios.retain(|scenario| only.is_empty() || only.iter().any(|name| name == scenario.name));
         if let Some(rounds) = rounds {
@@ -293,6 +293,30 @@ fn chain(extent: Extent) -> Scenario {
                 a gateway that dials the server. Node and gateway are two network namespaces with a veth cable.",
         link: None,
         arms: chain_arms(),
+        tasks,
+        rounds: rounds(extent),
+    }
+}
+
+fn fairness(extent: Extent) -> Scenario {
+    let crowd = |bulk, title: &str| {
+        let workload = Workload::Crowd { connections: 99, size: 64, bulk };
+        work(workload, &format!("64 B round trips on 99 connections{title}"), time(extent, 1.0, 0.5))
+    };
+    let mut tasks = vec![crowd(None, ""), crowd(Some(Direction::Up), ", beside bulk up")];
+    if extent != Extent::Quick {
+        tasks.push(crowd(Some(Direction::Down), ", beside bulk down"));
+    }
+    let mut arms = chain_arms();
+    // redsocks has a connection for each.
+    arms.retain(|arm| arm.name != "redsocks");
+    Scenario {
+        name: "fairness",
+        title: "One bulk stream among a hundred",
+        about: "What a connection that carries as much as it can does to 99 others that share its HTTP/2 connection: \
+                their round trips without it, and with it.",
+        link: None,
+        arms,
         tasks,
         rounds: rounds(extent),
     }

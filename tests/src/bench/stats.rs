@@ -64,6 +64,10 @@ impl Metric {
             Workload::Connect { .. } => {
                 &[PerSecond, P50, P90, P99, P999, CpuPerThousand, ProxyCpuPerThousand]
             }
+            Workload::Crowd { bulk: None, .. } => {
+                &[P99, P50, P90, P999, PerSecond, CpuPerThousand, ProxyCpuPerThousand]
+            }
+            Workload::Crowd { .. } => &[P99, P50, P90, P999, PerSecond, Gbits],
             Workload::Rate { .. } => &[P50, P90, P99, P999, PerSecond, CpuPerThousand, ProxyCpuPerThousand],
             Workload::Bulk { .. } => &[Gbits, CpuPerGb, ProxyCpuPerGb],
             Workload::Idle { .. } => MEMORY,

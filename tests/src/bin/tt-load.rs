@@ -45,7 +45,7 @@ enum Command {
         #[arg(long, value_name = "IP:PORT")]
         to: SocketAddr,
         /// What to do: ping-pong:SIZE, connect:AT_ONCE, first-byte, up:STREAMS, down:STREAMS,
-        /// rate:PER_SECOND/CONNECTIONS/SIZE, or idle:CONNECTIONS.
+        /// crowd:CONNECTIONS/SIZE (with /up or /down behind it, beside bulk), rate:PER_SECOND/CONNECTIONS/SIZE, or idle:CONNECTIONS.
         #[arg(long, value_name = "WORKLOAD")]
         workload: Workload,
         /// How long to measure.

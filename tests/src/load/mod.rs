@@ -60,6 +60,17 @@ pub enum Workload {
         /// Which way.
         direction: Direction,
     },
+    /// On each of so many connections one message of `size` bytes there and back at a time; beside them one connection
+    /// that carries as many bytes as it goes, this way, or none: `crowd:99/64`, `crowd:99/64/up`. Latency is that of
+    /// messages.
+    Crowd {
+        /// Connections with messages.
+        connections: u32,
+        /// Bytes of a message.
+        size: u32,
+        /// Which way the bulk goes.
+        bulk: Option<Direction>,
+    },
     /// Requests and answers of `size` bytes on `connections`, started `per_second` whatever the answers do:
     /// `rate:2000/100/16384`. Latency counts from when a request should have started.
     Rate {
@@ -130,6 +141,7 @@ impl fmt::Display for UnknownWorkload {
         write!(
             f,
             "\"{}\" is none of ping-pong:SIZE, connect:AT_ONCE, first-byte, up:STREAMS, down:STREAMS, \
+             crowd:CONNECTIONS/SIZE, crowd:CONNECTIONS/SIZE/up, crowd:CONNECTIONS/SIZE/down, \
              rate:PER_SECOND/CONNECTIONS/SIZE, idle:CONNECTIONS (with numbers from 1)",
             self.0
         )
@@ -146,6 +158,14 @@ impl fmt::Display for Workload {
             Self::FirstByte => f.write_str("first-byte"),
             Self::Bulk { streams, direction: Direction::Up } => write!(f, "up:{streams}"),
             Self::Bulk { streams, direction: Direction::Down } => write!(f, "down:{streams}"),
+            Self::Crowd { connections, size, bulk } => {
+                let bulk = match bulk {
+                    None => "",
+                    Some(Direction::Up) => "/up",
+                    Some(Direction::Down) => "/down",
+                };
+                write!(f, "crowd:{connections}/{size}{bulk}")
+            }
             Self::Rate { per_second, connections, size } => {
                 write!(f, "rate:{per_second}/{connections}/{size}")
             }
@@ -167,12 +187,24 @@ impl FromStr for Workload {
             let (per_second, connections, size) = all;
             numbers.next().is_none().then_some(Self::Rate { per_second, connections, size })
         };
+        let crowd = || {
+            let mut words = of.split('/');
+            let (connections, size) = (number(words.next()?)?, number(words.next()?)?);
+            let bulk = match words.next() {
+                None => None,
+                Some("up") => Some(Direction::Up),
+                Some("down") => Some(Direction::Down),
+                Some(_) => return None,
+            };
+            words.next().is_none().then_some(Self::Crowd { connections, size, bulk })
+        };
         match name {
             "ping-pong" => number(of).map(|size| Self::PingPong { size }),
             "connect" => number(of).map(|at_once| Self::Connect { at_once }),
             "first-byte" => of.is_empty().then_some(Self::FirstByte),
             "up" => bulk(Direction::Up),
             "down" => bulk(Direction::Down),
+            "crowd" => crowd(),
             "rate" => rate(),
             "idle" => number(of).map(|connections| Self::Idle { connections }),
             _ => None,
@@ -201,14 +233,12 @@ mod words {
 
     #[test]
     fn a_workload_is_what_its_word_says_and_nothing_else_is_one() {
-        for word in
-            ["ping-pong:64", "connect:1", "first-byte", "up:4", "down:16", "rate:2000/100/16384", "idle:9"]
-        {
+        let words = ["ping-pong:64", "connect:1", "first-byte", "up:4", "down:16", "rate:2000/100/16384", "idle:9"];
+        for word in words.into_iter().chain(["crowd:99/64", "crowd:99/64/up", "crowd:1/1/down"]) {
             assert_eq!(word.parse::<Workload>().map(|w| w.to_string()), Ok(word.to_owned()));
         }
-        for word in
-            ["", "ping-pong", "ping-pong:0", "up:-1", "rate:1/2", "rate:1/2/3/4", "first-byte:1", "idle:x"]
-        {
+        let words = ["", "ping-pong", "ping-pong:0", "up:-1", "rate:1/2", "rate:1/2/3/4", "first-byte:1", "idle:x"];
+        for word in words.into_iter().chain(["crowd:1", "crowd:0/64", "crowd:1/64/", "crowd:1/64/up/up"]) {
             assert_eq!(word.parse::<Workload>(), Err(UnknownWorkload(word.to_owned())));
         }
     }

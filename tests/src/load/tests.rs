@@ -32,7 +32,7 @@ const BETWEEN: SocketAddr = SocketAddr::new(LOOPBACK, 7100);
 const SHORT: Duration = Duration::from_millis(300);
 const WARM_UP: Duration = Duration::from_millis(50);
 
-const ALL: [&str; 11] = [
+const ALL: [&str; 14] = [
     "ping-pong:1",
     "ping-pong:64",
     "ping-pong:300000",
@@ -43,6 +43,9 @@ const ALL: [&str; 11] = [
     "down:3",
     "rate:500/7/64",
     "rate:200/3/100000",
+    "crowd:5/64",
+    "crowd:5/64/up",
+    "crowd:5/64/down",
     "idle:200",
 ];
 
@@ -78,13 +81,22 @@ fn every_workload_arrives_whole_and_is_counted() -> Result<()> {
             let Outcome { seconds, operations, bytes_up, bytes_down, latency } =
                 run(SERVER, workload).await.map_err(|e| e.context(word))?;
             let each = match workload {
-                Workload::PingPong { size } | Workload::Rate { size, .. } => u64::from(size),
+                Workload::PingPong { size } | Workload::Rate { size, .. } | Workload::Crowd { size, .. } => {
+                    u64::from(size)
+                }
                 Workload::Connect { .. } | Workload::Idle { .. } => 64,
                 Workload::FirstByte => 1,
                 Workload::Bulk { .. } => 0,
             };
             match workload {
                 Workload::Bulk { direction: Direction::Up, .. } => assert!(bytes_up > 0 && bytes_down == 0),
+                Workload::Crowd { bulk: Some(direction), .. } => {
+                    let (bulk, other) = match direction {
+                        Direction::Up => (bytes_up, bytes_down),
+                        Direction::Down => (bytes_down, bytes_up),
+                    };
+                    assert!(bulk > other && other == operations * each, "{word}");
+                }
                 Workload::Bulk { direction: Direction::Down, .. } => {
                     assert!(bytes_down > 0 && bytes_up == 0);
                 }

@@ -4,7 +4,10 @@
 //! handshake, header list, window and number of streams is bounded (the constants say by what); a peer
 //! that goes beyond ends its own connection. It never answers a request itself.
 
-use std::{future::Future, rc::Rc};
+use std::{
+    future::{Future, poll_fn},
+    rc::Rc,
+};
 
 use bytes::Bytes;
 use h2::{
@@ -12,16 +15,18 @@ use h2::{
     server::{Connection, SendResponse},
 };
 use http::Request;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{sleep_until, timeout};
 
 use super::accept::{LINGER, ServeError, Settings};
 use crate::{
     drain::{Tasks, Watch},
     transport::{
         io::{LastReader, Wire},
+        pulse::{Event, Pulse},
         verify::explain,
+        window::{Share, Traffic, WINDOW_START, connection_window},
     },
-    tunnel::h2::{FRAME, HEADERS, SEND_BUFFER, STREAM_WINDOW, connection_window},
+    tunnel::h2::{FRAME, HEADERS, SEND_BUFFER},
 };
 
 /// Streams that the peer reset before we looked at them; more end the connection (CVE-2023-44487).
@@ -37,6 +42,8 @@ pub struct Incoming {
     pub request: Request<RecvStream>,
     /// Where the answer goes.
     pub respond: SendResponse<Bytes>,
+    /// What the stream reports to.
+    pub share: Share,
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
@@ -49,7 +56,7 @@ pub struct Tunnel<W> {
 pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
     let last = LastReader::new(wire.tcp())?;
     let connection = h2::server::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(WINDOW_START)
         .initial_connection_window_size(connection_window(settings.max_streams))
         .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
@@ -73,35 +80,29 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
 ) -> Result<(), ServeError> {
     let Tunnel { mut connection, last } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
-    let mut ping = connection.ping_pong();
-    let mut ping_at = Instant::now() + settings.keepalive_interval;
-    let mut awaiting_pong = false;
+    let Some(ping) = connection.ping_pong() else {
+        return Err(ServeError::H2("no PING handle".to_owned()));
+    };
+    let traffic = Rc::new(Traffic::default());
+    let mut pulse = Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &traffic);
     // Owned here: when the connection goes, so do its streams.
     let streams = Rc::new(Tasks::default());
     let mut draining = false;
     loop {
         tokio::select! {
             biased;
-            accepted = connection.accept() => match accepted {
-                Some(Ok((request, respond))) => {
-                    streams.spawn(handle(Incoming { request, respond }));
+            event = poll_fn(|cx| pulse.poll(cx, &mut connection, Connection::poll_accept)) => match event {
+                Event::Of(Some(Ok((request, respond)))) => {
+                    streams.spawn(handle(Incoming { request, respond, share: traffic.share() }));
                 }
-                Some(Err(e)) => return Err(h2_error(e)),
-                None => break,
+                Event::Of(Some(Err(e))) => return Err(h2_error(e)),
+                Event::Of(None) => break,
+                Event::Answered => {}
+                Event::Gone(e) => return Err(h2_error(e)),
             },
-            pong = pong(ping.as_mut()), if awaiting_pong => {
-                pong.map_err(h2_error)?;
-                awaiting_pong = false;
-                ping_at = Instant::now() + settings.keepalive_interval;
-            }
-            () = sleep_until(ping_at) => {
-                if awaiting_pong {
+            () = sleep_until(pulse.wake_at()) => {
+                if !pulse.beat().map_err(h2_error)? {
                     return Err(ServeError::KeepaliveTimeout(settings.keepalive_timeout));
-                }
-                if let Some(ping) = &mut ping {
-                    ping.send_ping(h2::Ping::opaque()).map_err(h2_error)?;
-                    awaiting_pong = true;
-                    ping_at = Instant::now() + settings.keepalive_timeout;
                 }
             }
             () = drain.draining(), if !draining => {
@@ -116,11 +117,4 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     drop(connection);
     last.linger(LINGER).await;
     Ok(())
-}
-
-async fn pong(ping: Option<&mut h2::PingPong>) -> Result<(), h2::Error> {
-    match ping {
-        Some(ping) => std::future::poll_fn(|cx| ping.poll_pong(cx)).await.map(drop),
-        None => std::future::pending().await,
-    }
 }

@@ -10,24 +10,26 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 
 use super::{Broken, Cause, Leg, Queue};
+use crate::transport::window::Share;
 
 /// See the module.
 pub struct H2Leg {
     send: SendStream<Bytes>,
     recv: RecvStream,
+    share: Share,
     /// What is sent when the other leg breaks.
     on_abort: Reason,
 }
 
 impl H2Leg {
     /// A stream that we opened: the other leg is the application, and CANCEL says it has gone.
-    pub fn client(send: SendStream<Bytes>, recv: RecvStream) -> Self {
-        Self { send, recv, on_abort: Reason::CANCEL }
+    pub fn client(send: SendStream<Bytes>, recv: RecvStream, share: Share) -> Self {
+        Self { send, recv, share, on_abort: Reason::CANCEL }
     }
 
     /// A stream that we serve: a TCP error of the target's is CONNECT_ERROR (RFC 9113 section 8.5).
-    pub fn server(send: SendStream<Bytes>, recv: RecvStream) -> Self {
-        Self { send, recv, on_abort: Reason::CONNECT_ERROR }
+    pub fn server(send: SendStream<Bytes>, recv: RecvStream, share: Share) -> Self {
+        Self { send, recv, share, on_abort: Reason::CONNECT_ERROR }
     }
 
     /// The stream's number on its connection.
@@ -47,13 +49,14 @@ impl H2Leg {
 /// is kept within the stream's window, of which nothing is given back until somebody has taken the bytes.
 pub struct Waiting {
     body: RecvStream,
+    share: Share,
     early: Queue,
 }
 
 impl Waiting {
     /// Nothing has been read of it.
-    pub fn new(body: RecvStream) -> Self {
-        Self { body, early: Queue::default() }
+    pub fn new(body: RecvStream, share: Share) -> Self {
+        Self { body, share, early: Queue::default() }
     }
 
     /// Takes what comes; ready when the peer resets the stream.
@@ -61,7 +64,10 @@ impl Waiting {
         std::future::poll_fn(|cx| {
             while let Poll::Ready(Some(chunk)) = self.body.poll_data(cx) {
                 match chunk {
-                    Ok(chunk) => self.early.push(chunk),
+                    Ok(chunk) => {
+                        self.share.received(chunk.len());
+                        self.early.push(chunk);
+                    }
                     Err(e) => return Poll::Ready(broken(&e)),
                 }
             }
@@ -76,7 +82,7 @@ impl Waiting {
 
     /// After the answer: the leg, and what the peer has sent before it.
     pub fn answered(self, send: SendStream<Bytes>) -> (H2Leg, Queue) {
-        (H2Leg::server(send, self.body), self.early)
+        (H2Leg::server(send, self.body, self.share), self.early)
     }
 }
 
@@ -93,7 +99,10 @@ impl Leg for H2Leg {
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         match ready!(self.recv.poll_data(cx)) {
-            Some(Ok(chunk)) => Poll::Ready(Ok(Some(chunk))),
+            Some(Ok(chunk)) => {
+                self.share.received(chunk.len());
+                Poll::Ready(Ok(Some(chunk)))
+            }
             None => Poll::Ready(Ok(None)),
             Some(Err(e)) => Poll::Ready(match broken(&e) {
                 // All that was sent has been received: END_STREAM came before the reset.
@@ -104,6 +113,7 @@ impl Leg for H2Leg {
     }
 
     fn accepted(&mut self, n: usize) {
+        self.share.passed_on(n);
         // Fails only for more than was received.
         let released = self.recv.flow_control().release_capacity(n);
         debug_assert!(released.is_ok(), "released more than was received");

@@ -9,10 +9,12 @@ pub mod identity;
 pub mod io;
 pub mod nested;
 pub mod proxy;
+pub mod pulse;
 pub mod store;
 pub mod tcp;
 pub mod tls;
 pub mod verify;
+pub mod window;
 
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,8 @@
 
 use std::{
     cell::{Cell, RefCell},
+    future::{Future as _, poll_fn},
+    pin::Pin,
     rc::Rc,
     time::Duration,
 };
@@ -34,20 +36,12 @@ use crate::{
     flow::{FarEnd, Identity},
     transport::{
         io::{AlertFirst, LastReader},
+        pulse::{Event, Pulse},
         verify::explain,
+        window::{Traffic, WINDOW_START, connection_window},
     },
 };
 
-/// What a peer may send on one stream before we have passed it on: 1 MiB carries 400 Mbit/s over 20 ms.
-pub const STREAM_WINDOW: u32 = 1 << 20;
-/// What a peer may send on all streams of one connection: as much as its streams together, so that stuck
-/// streams never take the window from the others.
-pub const fn connection_window(streams: u32) -> u32 {
-    /// The most that HTTP/2 has (RFC 9113 section 6.9.1).
-    const MAX: u32 = (1 << 31) - 1;
-    let all = STREAM_WINDOW.saturating_mul(streams);
-    if all > MAX { MAX } else { all }
-}
 /// The largest DATA frame we take: one read of the other leg.
 pub const FRAME: u32 = 64 * 1024;
 /// What one stream may have waiting for the socket.
@@ -75,6 +69,8 @@ pub(super) struct Conn {
     pub(super) askers: RefCell<Vec<oneshot::Sender<()>>>,
     /// Why the connection was lost, once it was.
     pub(super) lost: RefCell<Option<String>>,
+    /// What its streams report to, and what sizes their windows.
+    pub(super) traffic: Rc<Traffic>,
 }
 
 impl Conn {
@@ -196,6 +192,7 @@ pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, Conne
             unwanted: Cell::new(false),
             askers: RefCell::default(),
             lost: RefCell::default(),
+            traffic: Rc::default(),
         });
         Ok(Opened { conn, suite, wire })
     })
@@ -210,7 +207,7 @@ async fn handshake<W: Wire, L>(
 ) -> Result<(SendRequest<Bytes>, Driven<W, L>), String> {
     let streams = u32::try_from(settings.max_streams).unwrap_or(u32::MAX);
     let (send, mut connection) = h2::client::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(WINDOW_START)
         .initial_connection_window_size(connection_window(streams))
         .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
@@ -231,25 +228,37 @@ async fn handshake<W: Wire, L>(
     Ok((send, Driven { connection: Box::new(connection), ping, last }))
 }
 
-/// Runs a connection to its end: PINGs it, and closes it when it is idle. Whether that end was clean: then GOAWAY
-/// and close_notify are on their way.
+/// Runs a connection to its end: PINGs it, sizes its windows, and closes it when it is idle. Whether that end was
+/// clean: then GOAWAY and close_notify are on their way.
 async fn drive<W: Wire>(
     mut connection: Connection<W, Bytes>,
-    mut ping: PingPong,
+    ping: PingPong,
     conn: &Conn,
     settings: &Settings,
 ) -> bool {
-    let mut ping_at = Instant::now() + settings.keepalive_interval;
+    let mut pulse =
+        Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &conn.traffic);
     let lost = loop {
         if !conn.askers.borrow().is_empty() {
-            ping_at = Instant::now();
+            pulse.make_due();
         }
         let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
         let idle_at = conn.idle_since.get() + keep_for;
-        let wake_at = if conn.active.get() == 0 { ping_at.min(idle_at) } else { ping_at };
+        let beat_at = pulse.wake_at();
+        let wake_at = if conn.active.get() == 0 { beat_at.min(idle_at) } else { beat_at };
         tokio::select! {
             biased;
-            ended = &mut connection => break ended.err().map(|e| explain(&e)),
+            event = poll_fn(|cx| pulse.poll(cx, &mut connection, |c, cx| Pin::new(c).poll(cx))) => match event {
+                Event::Of(ended) => break ended.err().map(|e| explain(&e)),
+                Event::Answered => {
+                    for asker in conn.askers.take() {
+                        // It may have given up.
+                        let _gone = asker.send(());
+                    }
+                    continue;
+                }
+                Event::Gone(e) => break Some(explain(&e)),
+            },
             () = sleep_until(wake_at) => {}
             () = conn.idle.notified() => continue,
         }
@@ -260,24 +269,11 @@ async fn drive<W: Wire>(
             let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
             break None;
         }
-        if Instant::now() < ping_at {
-            continue;
+        match pulse.beat() {
+            Ok(true) => {}
+            Ok(false) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
+            Err(e) => break Some(explain(&e)),
         }
-        tokio::select! {
-            biased;
-            ended = &mut connection => break ended.err().map(|e| explain(&e)),
-            pong = timeout(settings.keepalive_timeout, ping.ping(h2::Ping::opaque())) => match pong {
-                Ok(Ok(_)) => {
-                    for asker in conn.askers.take() {
-                        // It may have given up.
-                        let _gone = asker.send(());
-                    }
-                }
-                Ok(Err(e)) => break Some(explain(&e)),
-                Err(_) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
-            },
-        }
-        ping_at = Instant::now() + settings.keepalive_interval;
     };
     conn.retired.set(true);
     let clean = lost.is_none();

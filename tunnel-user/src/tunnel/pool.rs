@@ -30,7 +30,10 @@ use super::{
     limit::{Count, Taken},
     pick,
 };
-use crate::flow::{FarEnd, Identity, Target};
+use crate::{
+    flow::{FarEnd, Identity, Target},
+    transport::window::Share,
+};
 
 /// Flows that wait for a connection to the same peer; more are refused at once.
 const WAITING_MAX: usize = 4096;
@@ -97,6 +100,11 @@ impl Lease {
     /// The far end of the connection.
     pub fn peer(&self) -> &FarEnd {
         &self.conn.peer
+    }
+
+    /// What the stream reports to.
+    pub fn share(&self) -> Share {
+        self.conn.traffic.share()
     }
 
     /// Who the far end has proved to be.

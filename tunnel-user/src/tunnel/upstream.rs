@@ -377,7 +377,7 @@ impl Upstream {
             }));
         }
         let (peer, identity) = (peer(), lease.identity());
-        let leg = Leg::H2(H2Leg::client(send, response.into_body()));
+        let leg = Leg::H2(H2Leg::client(send, response.into_body(), lease.share()));
         let place = Place { _lease: Some(lease), _turn: turn, _taken: None };
         Ok(Stream { leg, early: Queue::default(), peer, identity, place })
     }

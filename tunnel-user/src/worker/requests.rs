@@ -267,10 +267,10 @@ impl Requester {
 /// listener → dial or tunnel, over HTTP/2.
 async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from: Rc<Requester>) {
     let started = Instant::now();
-    let h2_listener::Incoming { request, mut respond } = incoming;
+    let h2_listener::Incoming { request, mut respond, share } = incoming;
     let (request, body) = request.into_parts();
     let request = Request::from_parts(request, ());
-    let mut waiting = Waiting::new(body);
+    let mut waiting = Waiting::new(body, share);
     let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
     let place = match worker.admit(Some(&from.account())) {
         Ok(place) => place,

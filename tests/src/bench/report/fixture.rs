@@ -342,7 +342,7 @@ impl Made {
                 outcome.bytes_up = outcome.operations * u64::from(size);
                 outcome.latency = Some(self.latency(outcome.operations, micros));
             }
-            Workload::PingPong { .. } | Workload::FirstByte => {
+            Workload::PingPong { .. } | Workload::FirstByte | Workload::Crowd { .. } => {
                 outcome.operations = (seconds * 1e6 / micros) as u64;
                 outcome.latency = Some(self.latency(outcome.operations, micros));
             }
@@ -414,6 +414,7 @@ fn all_tasks(words: &[&str]) -> Vec<Task> {
         Ok(Workload::Rate { per_second, connections, size }) => {
             format!("{per_second} requests/s of {size} B on {connections} connections")
         }
+        Ok(Workload::Crowd { connections, .. }) => format!("Round trips on {connections} connections"),
         Ok(Workload::Bulk { streams, direction: Direction::Up }) => format!("Upload, {streams} streams"),
         Ok(Workload::Bulk { streams, direction: Direction::Down }) => format!("Download, {streams} streams"),
         Ok(Workload::Idle { connections }) => format!("{connections} idle connections"),

@@ -139,6 +139,8 @@ fn headlines(task: &Task) -> Vec<Metric> {
         Workload::Connect { .. } => vec![PerSecond, P99, ProxyCpuPerThousand],
         Workload::FirstByte => vec![P50],
         Workload::Bulk { .. } => vec![Gbits, ProxyCpuPerGb],
+        Workload::Crowd { bulk: None, .. } => vec![P50, P99],
+        Workload::Crowd { .. } => vec![P50, P99, Gbits],
         Workload::Rate { .. } => vec![P50, P99, P999, ProxyCpuPerThousand],
         Workload::Idle { .. } => Metric::of(task.workload).iter().copied().take(4).collect(),
     }

@@ -8,6 +8,7 @@
 //! Everything runs in one thread, so that a run's processor time is that of one client that does one thing.
 
 mod bulk;
+mod crowd;
 mod idle;
 mod once;
 mod ping_pong;
@@ -30,6 +31,7 @@ use tokio::net::TcpStream;
 
 use self::{
     bulk::Bulk,
+    crowd::Crowd,
     idle::Idle,
     once::{Kind, Once},
     ping_pong::PingPong,
@@ -84,6 +86,7 @@ enum What {
     PingPong(PingPong),
     Once(Once),
     Bulk(Bulk),
+    Crowd(Crowd),
     Rate(Rate),
     Idle(Idle),
 }
@@ -104,6 +107,9 @@ impl Session {
                 }
                 Workload::FirstByte => What::Once(Once::new(at(port::MESSAGES)?, Kind::Byte, 1)),
                 Workload::Bulk { streams, direction } => What::Bulk(Bulk::new(to, direction, streams).await?),
+                Workload::Crowd { connections, size, bulk } => {
+                    What::Crowd(Crowd::new(to, at(port::ECHO)?, connections, size, bulk).await?)
+                }
                 Workload::Rate { per_second, connections, size } => {
                     What::Rate(Rate::new(at(port::MESSAGES)?, per_second, connections, size).await?)
                 }
@@ -129,6 +135,7 @@ impl Session {
                 What::PingPong(ping_pong) => ping_pong.run(length, &record, &progress).await,
                 What::Once(once) => once.run(length, &record, &progress).await,
                 What::Bulk(bulk) => bulk.run(length, &progress).await,
+                What::Crowd(crowd) => crowd.run(length, &record, &progress).await,
                 What::Rate(rate) => rate.run(length, &record, &progress).await,
                 What::Idle(idle) => Ok(idle.outcome()),
             }
@@ -146,6 +153,7 @@ impl Session {
                 What::PingPong(ping_pong) => ping_pong.end().await,
                 What::Once(_) => Ok(()),
                 What::Bulk(bulk) => bulk.end(&progress).await,
+                What::Crowd(crowd) => crowd.end(&progress).await,
                 What::Rate(rate) => rate.end().await,
                 What::Idle(idle) => idle.end(&progress).await,
             }

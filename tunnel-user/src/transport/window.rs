@@ -1,0 +1,473 @@
+//! How much a peer may send on a stream before we have passed it on: bandwidth × delay, within bounds.
+//!
+//! Enters: what streams receive and pass on; when PINGs left and were answered. Leaves: when a PING is worth its
+//! bytes, and the window that the peer is to be told. Invariant: a window is never outside its bounds, and shrinks
+//! for all when much is held, so that streams that are stuck leave the others theirs. It never touches a connection.
+//!
+//! What arrives between a PING and its answer fills one round trip. Times what a round trip takes when nothing is in
+//! the way, it is bandwidth × delay: where the window is what limits a stream, the window itself, so that it doubles
+//! with each round trip; where it is not, a window of twice as much is what the stream has use for, and no more.
+
+use std::{
+    cell::Cell,
+    rc::Rc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// The window of a stream at first: 1 MiB carries 400 Mbit/s over 20 ms, and what one core seals over 1 ms.
+pub const WINDOW_START: u32 = 1 << 20;
+/// The most it grows to: what Envoy offers, 6.7 Gbit/s over 20 ms.
+pub const WINDOW_MAX: u32 = 16 << 20;
+/// What it shrinks to while too much is held: four frames of ours, so that a stream still flows.
+pub const WINDOW_MIN: u32 = 256 * 1024;
+/// What the streams of one connection hold before windows shrink to the least: four streams that are stuck with the
+/// largest window.
+pub const HELD_MAX: u32 = 4 * WINDOW_MAX;
+
+/// What a peer may send on all streams of one connection: what they may hold, the largest window on its way while the
+/// peer is being told of a smaller one (it is twice what arrives in a round trip), and the least window for each. So
+/// stuck streams never take the window from the others.
+pub const fn connection_window(streams: u32) -> u32 {
+    /// The most that HTTP/2 has (RFC 9113 section 6.9.1).
+    const MAX: u32 = (1 << 31) - 1;
+    let all = WINDOW_MAX.saturating_mul(streams);
+    let bound = WINDOW_MIN.saturating_mul(streams).saturating_add(HELD_MAX + WINDOW_MAX);
+    let least = if all < bound { all } else { bound };
+    if least > MAX { MAX } else { least }
+}
+
+/// Round trips below this have no use for more than the first window: it carries 8 Gbit/s over one, more than a core
+/// seals. What they seem to take is mostly what processes wait for their turn.
+const SHORT: Duration = Duration::from_millis(1);
+/// Between a PING and the next one: at least and at most. In between it is asked again when as much time has passed as
+/// since the last time that something changed.
+const AGAIN_MIN: Duration = Duration::from_millis(10);
+const AGAIN_MAX: Duration = Duration::from_secs(1);
+/// The shortest round trip is forgotten after one to two of these: paths change. Linux remembers it for 300 s
+/// (`net.ipv4.tcp_min_rtt_wlen`).
+const TRIPS: Duration = Duration::from_secs(150);
+
+/// What the streams of one connection have received, and what of it has not been passed on.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    received: Cell<u64>,
+    held: Cell<u64>,
+}
+
+impl Traffic {
+    /// Bytes received since the beginning.
+    pub fn received(&self) -> u64 {
+        self.received.get()
+    }
+
+    /// Bytes received that the other side has not taken.
+    pub fn held(&self) -> u64 {
+        self.held.get()
+    }
+
+    /// The part of a new stream.
+    pub fn share(self: &Rc<Self>) -> Share {
+        Share { traffic: Rc::clone(self), held: 0 }
+    }
+}
+
+/// One stream's part of it. Dropped, it holds nothing more.
+#[derive(Debug)]
+pub struct Share {
+    traffic: Rc<Traffic>,
+    held: u64,
+}
+
+impl Share {
+    /// So many bytes have come.
+    pub fn received(&mut self, n: usize) {
+        let n = n as u64;
+        self.held += n;
+        self.traffic.received.set(self.traffic.received.get() + n);
+        self.traffic.held.set(self.traffic.held.get() + n);
+    }
+
+    /// So many of them have been passed on.
+    pub fn passed_on(&mut self, n: usize) {
+        let n = (n as u64).min(self.held);
+        self.held -= n;
+        self.traffic.held.set(self.traffic.held.get() - n);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.traffic.held.set(self.traffic.held.get() - self.held);
+    }
+}
+
+/// The windows of one connection's streams: all have the same.
+#[derive(Debug)]
+pub struct Windows {
+    /// What the peer was told last.
+    announced: u32,
+    /// Twice the largest product of bandwidth and delay that was measured, or the first window.
+    wanted: u32,
+    shortest: Shortest,
+    /// The PING under way: when it left, and what had been received by then.
+    asked: Option<(Instant, u64)>,
+    /// What has to be received before another PING is worth it.
+    worth: u64,
+    /// Since when nothing has changed; not before this is asked again.
+    settled: Option<(Instant, Instant)>,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Self {
+            announced: WINDOW_START,
+            wanted: WINDOW_START,
+            shortest: Shortest::default(),
+            asked: None,
+            // The first one before anything is in its way.
+            worth: 1,
+            settled: None,
+        }
+    }
+}
+
+impl Windows {
+    /// Whether enough has come for a PING to tell something new: half a window, so there is none while nothing flows,
+    /// and the peer has always sent us DATA in between.
+    pub fn is_worth_a_ping(&self, received: u64) -> bool {
+        received >= self.worth && self.asked.is_none()
+    }
+
+    /// The same, and whether it is time.
+    pub fn wants_ping(&mut self, received: u64, now: Instant) -> bool {
+        if !self.is_worth_a_ping(received) {
+            return false;
+        }
+        match self.settled {
+            Some((_, again)) if now < again => false,
+            // It could have been asked long ago: what flows now is something else.
+            Some((_, again)) if now - again > AGAIN_MAX => {
+                self.settled = None;
+                true
+            }
+            _ => true,
+        }
+    }
+
+    /// A PING has left, for whatever reason.
+    pub fn asked(&mut self, received: u64, now: Instant) {
+        self.asked = Some((now, received));
+    }
+
+    /// It was answered.
+    pub fn answered(&mut self, received: u64, now: Instant) {
+        let Some((at, before)) = self.asked.take() else { return };
+        let took = (now - at).max(Duration::from_nanos(1));
+        let shortest = self.shortest.heard(took, now);
+        let product = u128::from(received - before) * shortest.as_nanos() / took.as_nanos();
+        let twice = u32::try_from(2 * product).unwrap_or(WINDOW_MAX).clamp(WINDOW_START, WINDOW_MAX);
+        // In steps, so that a peer is told four times at most.
+        let twice = twice.next_power_of_two();
+        let since = match self.settled {
+            // Of the first answer nobody knows yet how long it should have taken.
+            Some((since, _)) if shortest < SHORT || twice <= self.wanted => since,
+            Some(_) => {
+                self.wanted = twice;
+                now
+            }
+            None => now,
+        };
+        self.settled = Some((since, now + (now - since).clamp(AGAIN_MIN, AGAIN_MAX)));
+        self.worth = received + u64::from(self.announced / 2);
+    }
+
+    /// What the peer is to be told, if it is not what it was told last. `held` is what the streams hold together.
+    pub fn change(&self, held: u64) -> Option<u32> {
+        let most = allowed(held).min(self.wanted);
+        if most < self.announced {
+            return Some(most);
+        }
+        // Growing again takes twice the room, so that it does not go back and forth.
+        let ample = allowed(held.saturating_mul(2)).min(self.wanted);
+        (ample > self.announced).then_some(ample)
+    }
+
+    /// The peer is told.
+    pub fn told(&mut self, window: u32) {
+        self.announced = window;
+    }
+
+    /// What the peer was told last.
+    pub fn announced(&self) -> u32 {
+        self.announced
+    }
+}
+
+/// The largest window while so much is held: what is left, as a power of two.
+fn allowed(held: u64) -> u32 {
+    let left = u32::try_from(held).map_or(0, |held| HELD_MAX.saturating_sub(held));
+    let power = if left == 0 { 0 } else { 1 << left.ilog2() };
+    power.clamp(WINDOW_MIN, WINDOW_MAX)
+}
+
+/// The shortest round trip of the last [`TRIPS`], and of those before.
+#[derive(Debug, Default)]
+struct Shortest {
+    now: Option<(Instant, Duration)>,
+    before: Option<Duration>,
+}
+
+impl Shortest {
+    fn heard(&mut self, took: Duration, at: Instant) -> Duration {
+        let now = match self.now {
+            Some((since, shortest)) if at - since < TRIPS => (since, shortest.min(took)),
+            old => {
+                self.before = old.map(|(_, shortest)| shortest);
+                (at, took)
+            }
+        };
+        self.now = Some(now);
+        self.before.map_or(now.1, |before| before.min(now.1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A peer that has more to send than any window lets it, over a link with a rate and a delay, and a PING that
+    /// queues behind what it has sent.
+    struct Link {
+        /// Bytes per second.
+        rate: f64,
+        trip: Duration,
+        streams: u32,
+    }
+
+    struct Run {
+        windows: Windows,
+        pings: u32,
+        /// What was received, in each of the last two halves.
+        halves: [u64; 2],
+        largest: u32,
+        smallest: u32,
+    }
+
+    impl Link {
+        fn product(&self) -> f64 {
+            self.rate * self.trip.as_secs_f64()
+        }
+
+        /// For so many round trips, with what is held by readers that do not read.
+        fn run(&self, trips: u32, held: impl Fn(u32) -> u64) -> Run {
+            const TICKS: u32 = 64;
+            let (tick, half) = (self.trip / TICKS, self.trip / 2);
+            let start = Instant::now();
+            let mut run = Run {
+                windows: Windows::default(),
+                pings: 0,
+                halves: [0; 2],
+                largest: WINDOW_START,
+                smallest: WINDOW_START,
+            };
+            let (mut received, mut queued, mut window) = (0u64, 0.0f64, u64::from(WINDOW_START));
+            let mut under_way = 0.0f64;
+            // When, and what: bytes that arrive, room that the peer hears of, windows, the answer to a PING.
+            let (mut arriving, mut room) = (VecDeque::new(), VecDeque::new());
+            let mut told: VecDeque<(Instant, u32)> = VecDeque::new();
+            let (mut ping, mut pong) = (None, None);
+            for step in 0..trips * TICKS {
+                let now = start + tick * step;
+                while told.front().is_some_and(|(at, _)| *at <= now) {
+                    window = told.pop_front().map_or(window, |(_, new)| u64::from(new));
+                }
+                while room.front().is_some_and(|(at, _)| *at <= now) {
+                    under_way -= room.pop_front().map_or(0.0, |(_, n): (Instant, f64)| n);
+                }
+                let sends = ((window * u64::from(self.streams)) as f64 - under_way).max(0.0);
+                under_way += sends;
+                queued += sends;
+                if ping.is_some_and(|at| at <= now) {
+                    ping = None;
+                    pong = Some(now + Duration::from_secs_f64(queued / self.rate) + half);
+                }
+                let leaves = queued.min(self.rate * tick.as_secs_f64());
+                queued -= leaves;
+                arriving.push_back((now + half, leaves));
+                while arriving.front().is_some_and(|(at, _)| *at <= now) {
+                    let n = arriving.pop_front().map_or(0.0, |(_, n): (Instant, f64)| n);
+                    received += n as u64;
+                    run.halves[usize::from(step >= trips * TICKS / 2)] += n as u64;
+                    room.push_back((now + half, n));
+                }
+                if pong.is_some_and(|at| at <= now) {
+                    pong = None;
+                    run.windows.answered(received, now);
+                }
+                if run.windows.wants_ping(received, now) {
+                    run.pings += 1;
+                    run.windows.asked(received, now);
+                    ping = Some(now + half);
+                }
+                if let Some(new) = run.windows.change(held(step / TICKS)) {
+                    run.windows.told(new);
+                    told.push_back((now + half, new));
+                }
+                run.largest = run.largest.max(run.windows.announced());
+                run.smallest = run.smallest.min(run.windows.announced());
+            }
+            run
+        }
+    }
+
+    fn nothing(_: u32) -> u64 {
+        0
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_window_is_within_its_bounds_whatever_the_link_and_the_readers_do(
+            megabits in 1u32..20_000,
+            micros in 50u64..200_000,
+            streams in 1u32..100,
+            held in proptest::collection::vec(0u64..200 << 20, 30),
+        ) {
+            let link = Link {
+                rate: f64::from(megabits) * 125_000.0,
+                trip: Duration::from_micros(micros),
+                streams,
+            };
+            let run = link.run(30, |trip| held[trip as usize]);
+            prop_assert!(run.largest <= WINDOW_MAX && run.smallest >= WINDOW_MIN);
+            let run = link.run(30, nothing);
+            prop_assert!(run.largest <= WINDOW_MAX && run.smallest == WINDOW_START);
+        }
+
+        #[test]
+        fn one_stream_gets_twice_bandwidth_times_delay_in_a_few_round_trips(
+            megabits in 50u32..3_000,
+            millis in 2u64..200,
+        ) {
+            let link = Link {
+                rate: f64::from(megabits) * 125_000.0,
+                trip: Duration::from_millis(millis),
+                streams: 1,
+            };
+            // Two for each of the four times that it can double, and some for what is not seen at once; over a short
+            // trip it is the time between two PINGs that counts.
+            let run = link.run(24 + 400 / u32::try_from(millis).unwrap(), nothing);
+            let wanted = (2.0 * link.product()).min(f64::from(WINDOW_MAX));
+            let got = f64::from(run.windows.announced());
+            prop_assert!(got >= 0.95 * wanted, "{got} for a product of {}", link.product());
+            // And not much more than there is use for.
+            prop_assert!(got <= f64::from(WINDOW_START).max(4.4 * link.product()), "{got}, {}", link.product());
+        }
+
+        #[test]
+        fn over_a_short_round_trip_it_stays_as_it_is(
+            megabits in 100u32..40_000,
+            micros in 20u64..900,
+            streams in 1u32..100,
+        ) {
+            let link = Link {
+                rate: f64::from(megabits) * 125_000.0,
+                trip: Duration::from_micros(micros),
+                streams,
+            };
+            let run = link.run(200, nothing);
+            prop_assert_eq!((run.smallest, run.largest), (WINDOW_START, WINDOW_START));
+        }
+
+        #[test]
+        fn what_the_streams_of_a_connection_hold_leaves_each_of_the_others_the_least_window(
+            streams in 1u32..400,
+        ) {
+            // One after the other they are stuck, each with the window that it has at that time.
+            let (mut windows, mut held) = (Windows::default(), 0u64);
+            windows.wanted = WINDOW_MAX;
+            for _ in 0..streams {
+                if let Some(new) = windows.change(held) {
+                    windows.told(new);
+                }
+                let left = u64::from(connection_window(streams)) - held;
+                prop_assert!(left >= u64::from(windows.announced()), "{left} left, with {held} held");
+                held += u64::from(windows.announced());
+            }
+            prop_assert!(held <= u64::from(connection_window(streams)));
+        }
+    }
+
+    #[test]
+    fn windows_that_shrank_grow_again_when_there_is_room_and_not_at_once() {
+        let mut windows = Windows { announced: WINDOW_MAX, wanted: WINDOW_MAX, ..Windows::default() };
+        let held = u64::from(HELD_MAX);
+        assert_eq!(windows.change(held / 2), None);
+        assert_eq!(windows.change(held), Some(WINDOW_MIN));
+        windows.told(WINDOW_MIN);
+        assert_eq!(windows.change(held * 3 / 4), None, "what is held has to be half of what it was");
+        assert_eq!(windows.change(held * 3 / 8), Some(WINDOW_MAX));
+    }
+
+    #[test]
+    fn nothing_is_asked_while_nothing_flows_and_a_quiet_link_is_asked_once_a_second() {
+        let (mut windows, start) = (Windows::default(), Instant::now());
+        assert!(!windows.wants_ping(0, start));
+        // Ten seconds of 80 Mbit/s over 30 ms.
+        let (mut received, mut pings, mut answer) = (0, 0, None);
+        for millis in 0..10_000 {
+            let now = start + Duration::from_millis(millis);
+            received += 10_000;
+            if answer.is_some_and(|at| at <= now) {
+                answer = None;
+                windows.answered(received, now);
+            }
+            if windows.wants_ping(received, now) {
+                pings += 1;
+                windows.asked(received, now);
+                answer = Some(now + Duration::from_millis(30));
+            }
+        }
+        assert!((9..20).contains(&pings), "{pings}");
+        assert_eq!(windows.change(0), None);
+        let later = start + Duration::from_secs(3600);
+        assert!(!windows.wants_ping(windows.worth - 1, later));
+    }
+
+    #[test]
+    fn a_path_that_became_longer_is_believed_after_a_while() {
+        let (mut shortest, start) = (Shortest::default(), Instant::now());
+        let (near, far) = (Duration::from_millis(2), Duration::from_millis(80));
+        assert_eq!(shortest.heard(near, start), near);
+        assert_eq!(shortest.heard(far, start + Duration::from_secs(10)), near);
+        assert_eq!(shortest.heard(far, start + TRIPS), near);
+        assert_eq!(shortest.heard(far, start + 2 * TRIPS), far);
+    }
+
+    #[test]
+    fn a_stream_that_is_dropped_holds_nothing() {
+        let traffic = Rc::new(Traffic::default());
+        let (mut one, mut other) = (traffic.share(), traffic.share());
+        one.received(1000);
+        other.received(10);
+        one.passed_on(400);
+        assert_eq!((traffic.received(), traffic.held()), (1010, 610));
+        drop(one);
+        assert_eq!((traffic.received(), traffic.held()), (1010, 10));
+    }
+
+    #[test]
+    fn the_bound_of_a_connection_is_what_its_streams_can_use() {
+        assert_eq!(connection_window(1), WINDOW_MAX);
+        assert_eq!(connection_window(100), 105 << 20);
+        assert_eq!(connection_window(200), 130 << 20);
+        assert_eq!(connection_window(u32::MAX), (1 << 31) - 1);
+    }
+}
