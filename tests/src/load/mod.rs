@@ -233,11 +233,13 @@ mod words {
 
     #[test]
     fn a_workload_is_what_its_word_says_and_nothing_else_is_one() {
-        let words = ["ping-pong:64", "connect:1", "first-byte", "up:4", "down:16", "rate:2000/100/16384", "idle:9"];
+        let words =
+            ["ping-pong:64", "connect:1", "first-byte", "up:4", "down:16", "rate:2000/100/16384", "idle:9"];
         for word in words.into_iter().chain(["crowd:99/64", "crowd:99/64/up", "crowd:1/1/down"]) {
             assert_eq!(word.parse::<Workload>().map(|w| w.to_string()), Ok(word.to_owned()));
         }
-        let words = ["", "ping-pong", "ping-pong:0", "up:-1", "rate:1/2", "rate:1/2/3/4", "first-byte:1", "idle:x"];
+        let words =
+            ["", "ping-pong", "ping-pong:0", "up:-1", "rate:1/2", "rate:1/2/3/4", "first-byte:1", "idle:x"];
         for word in words.into_iter().chain(["crowd:1", "crowd:0/64", "crowd:1/64/", "crowd:1/64/up/up"]) {
             assert_eq!(word.parse::<Workload>(), Err(UnknownWorkload(word.to_owned())));
         }

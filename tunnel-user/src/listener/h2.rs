@@ -23,6 +23,7 @@ use crate::{
     transport::{
         io::{LastReader, Wire},
         pulse::{Event, Pulse},
+        tcp,
         verify::explain,
         window::{Share, Traffic, WINDOW_START, connection_window},
     },
@@ -55,6 +56,7 @@ pub struct Tunnel<W> {
 /// Shakes hands on HTTP/2. The caller bounds the time.
 pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
     let last = LastReader::new(wire.tcp())?;
+    tcp::share(wire.tcp());
     let connection = h2::server::Builder::new()
         .initial_window_size(WINDOW_START)
         .initial_connection_window_size(connection_window(settings.max_streams))
@@ -89,6 +91,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     let streams = Rc::new(Tasks::default());
     let mut draining = false;
     loop {
+        let wake_at = pulse.wake_at();
         tokio::select! {
             biased;
             event = poll_fn(|cx| pulse.poll(cx, &mut connection, Connection::poll_accept)) => match event {
@@ -100,7 +103,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
                 Event::Answered => {}
                 Event::Gone(e) => return Err(h2_error(e)),
             },
-            () = sleep_until(pulse.wake_at()) => {
+            () = sleep_until(wake_at) => {
                 if !pulse.beat().map_err(h2_error)? {
                     return Err(ServeError::KeepaliveTimeout(settings.keepalive_timeout));
                 }

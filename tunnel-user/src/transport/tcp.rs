@@ -19,6 +19,10 @@ const KEEPALIVE_RETRIES: u32 = 4;
 /// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
 pub const BACKLOG: i32 = 4096;
 
+/// What the kernel takes of a connection that many streams share beyond what it has sent: two of our writes. More would
+/// only stand in front of the next stream's bytes; what is on its way does not count.
+const UNSENT_MAX: u32 = 128 * 1024;
+
 /// `SO_MARK` for the sockets of this process; `None` where nothing is captured here, or where the
 /// process may not set it.
 pub type Mark = Option<u32>;
@@ -44,6 +48,12 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_RETRIES),
     )
+}
+
+/// Keeps what waits in the kernel short, for a connection that many streams share.
+pub fn share(stream: &TcpStream) {
+    // Fails only on a socket that is gone.
+    let _gone = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_MAX);
 }
 
 /// Listening sockets that share one address, one for each worker. Port 0 is the same port for all.

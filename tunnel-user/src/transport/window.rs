@@ -8,11 +8,7 @@
 //! the way, it is bandwidth × delay: where the window is what limits a stream, the window itself, so that it doubles
 //! with each round trip; where it is not, a window of twice as much is what the stream has use for, and no more.
 
-use std::{
-    cell::Cell,
-    rc::Rc,
-    time::Duration,
-};
+use std::{cell::Cell, rc::Rc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -45,9 +41,11 @@ const SHORT: Duration = Duration::from_millis(1);
 /// since the last time that something changed.
 const AGAIN_MIN: Duration = Duration::from_millis(10);
 const AGAIN_MAX: Duration = Duration::from_secs(1);
-/// The shortest round trip is forgotten after one to two of these: paths change. Linux remembers it for 300 s
+/// After this long a longer round trip is believed, if nothing was in its way: paths change. Linux has it the same
 /// (`net.ipv4.tcp_min_rtt_wlen`).
-const TRIPS: Duration = Duration::from_secs(150);
+const TRIPS: Duration = Duration::from_secs(300);
+/// Of the window: less, and nothing was in the way.
+const FREE: u32 = 16;
 
 /// What the streams of one connection have received, and what of it has not been passed on.
 #[derive(Debug, Default)]
@@ -126,16 +124,16 @@ impl Default for Windows {
             wanted: WINDOW_START,
             shortest: Shortest::default(),
             asked: None,
-            // The first one before anything is in its way.
-            worth: 1,
+            // The first one at once, before anything is in its way.
+            worth: 0,
             settled: None,
         }
     }
 }
 
 impl Windows {
-    /// Whether enough has come for a PING to tell something new: half a window, so there is none while nothing flows,
-    /// and the peer has always sent us DATA in between.
+    /// Whether enough has come for a PING to tell something new: half a window, so there is none but the first while
+    /// nothing flows, and the peer has always sent us DATA in between.
     pub fn is_worth_a_ping(&self, received: u64) -> bool {
         received >= self.worth && self.asked.is_none()
     }
@@ -165,8 +163,9 @@ impl Windows {
     pub fn answered(&mut self, received: u64, now: Instant) {
         let Some((at, before)) = self.asked.take() else { return };
         let took = (now - at).max(Duration::from_nanos(1));
-        let shortest = self.shortest.heard(took, now);
-        let product = u128::from(received - before) * shortest.as_nanos() / took.as_nanos();
+        let came = received - before;
+        let shortest = self.shortest.heard(took, came < u64::from(self.announced / FREE), now);
+        let product = u128::from(came) * shortest.as_nanos() / took.as_nanos();
         let twice = u32::try_from(2 * product).unwrap_or(WINDOW_MAX).clamp(WINDOW_START, WINDOW_MAX);
         // In steps, so that a peer is told four times at most.
         let twice = twice.next_power_of_two();
@@ -212,24 +211,18 @@ fn allowed(held: u64) -> u32 {
     power.clamp(WINDOW_MIN, WINDOW_MAX)
 }
 
-/// The shortest round trip of the last [`TRIPS`], and of those before.
+/// The shortest round trip, and when it was measured. One behind a full queue says how long the queue is.
 #[derive(Debug, Default)]
-struct Shortest {
-    now: Option<(Instant, Duration)>,
-    before: Option<Duration>,
-}
+struct Shortest(Option<(Duration, Instant)>);
 
 impl Shortest {
-    fn heard(&mut self, took: Duration, at: Instant) -> Duration {
-        let now = match self.now {
-            Some((since, shortest)) if at - since < TRIPS => (since, shortest.min(took)),
-            old => {
-                self.before = old.map(|(_, shortest)| shortest);
-                (at, took)
-            }
+    fn heard(&mut self, took: Duration, free: bool, now: Instant) -> Duration {
+        let shortest = match self.0 {
+            Some((shortest, at)) if took > shortest && !(free && now - at >= TRIPS) => (shortest, at),
+            _ => (took, now),
         };
-        self.now = Some(now);
-        self.before.map_or(now.1, |before| before.min(now.1))
+        self.0 = Some(shortest);
+        shortest.0
     }
 }
 
@@ -252,9 +245,6 @@ mod tests {
 
     struct Run {
         windows: Windows,
-        pings: u32,
-        /// What was received, in each of the last two halves.
-        halves: [u64; 2],
         largest: u32,
         smallest: u32,
     }
@@ -269,13 +259,7 @@ mod tests {
             const TICKS: u32 = 64;
             let (tick, half) = (self.trip / TICKS, self.trip / 2);
             let start = Instant::now();
-            let mut run = Run {
-                windows: Windows::default(),
-                pings: 0,
-                halves: [0; 2],
-                largest: WINDOW_START,
-                smallest: WINDOW_START,
-            };
+            let mut run = Run { windows: Windows::default(), largest: WINDOW_START, smallest: WINDOW_START };
             let (mut received, mut queued, mut window) = (0u64, 0.0f64, u64::from(WINDOW_START));
             let mut under_way = 0.0f64;
             // When, and what: bytes that arrive, room that the peer hears of, windows, the answer to a PING.
@@ -290,7 +274,9 @@ mod tests {
                 while room.front().is_some_and(|(at, _)| *at <= now) {
                     under_way -= room.pop_front().map_or(0.0, |(_, n): (Instant, f64)| n);
                 }
-                let sends = ((window * u64::from(self.streams)) as f64 - under_way).max(0.0);
+                // The first PING finds the link empty.
+                let all = if step < 2 * TICKS { 0 } else { window * u64::from(self.streams) };
+                let sends = (all as f64 - under_way).max(0.0);
                 under_way += sends;
                 queued += sends;
                 if ping.is_some_and(|at| at <= now) {
@@ -303,7 +289,6 @@ mod tests {
                 while arriving.front().is_some_and(|(at, _)| *at <= now) {
                     let n = arriving.pop_front().map_or(0.0, |(_, n): (Instant, f64)| n);
                     received += n as u64;
-                    run.halves[usize::from(step >= trips * TICKS / 2)] += n as u64;
                     room.push_back((now + half, n));
                 }
                 if pong.is_some_and(|at| at <= now) {
@@ -311,7 +296,6 @@ mod tests {
                     run.windows.answered(received, now);
                 }
                 if run.windows.wants_ping(received, now) {
-                    run.pings += 1;
                     run.windows.asked(received, now);
                     ping = Some(now + half);
                 }
@@ -419,11 +403,14 @@ mod tests {
     #[test]
     fn nothing_is_asked_while_nothing_flows_and_a_quiet_link_is_asked_once_a_second() {
         let (mut windows, start) = (Windows::default(), Instant::now());
-        assert!(!windows.wants_ping(0, start));
+        assert!(windows.wants_ping(0, start), "the first");
+        windows.asked(0, start);
+        windows.answered(0, start + Duration::from_millis(30));
+        assert!(!windows.wants_ping(0, start + Duration::from_secs(60)));
         // Ten seconds of 80 Mbit/s over 30 ms.
         let (mut received, mut pings, mut answer) = (0, 0, None);
         for millis in 0..10_000 {
-            let now = start + Duration::from_millis(millis);
+            let now = start + Duration::from_millis(30 + millis);
             received += 10_000;
             if answer.is_some_and(|at| at <= now) {
                 answer = None;
@@ -442,13 +429,14 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_became_longer_is_believed_after_a_while() {
+    fn a_path_that_became_longer_is_believed_when_nothing_was_in_the_way() {
         let (mut shortest, start) = (Shortest::default(), Instant::now());
         let (near, far) = (Duration::from_millis(2), Duration::from_millis(80));
-        assert_eq!(shortest.heard(near, start), near);
-        assert_eq!(shortest.heard(far, start + Duration::from_secs(10)), near);
-        assert_eq!(shortest.heard(far, start + TRIPS), near);
-        assert_eq!(shortest.heard(far, start + 2 * TRIPS), far);
+        assert_eq!(shortest.heard(near, true, start), near);
+        assert_eq!(shortest.heard(far, true, start + Duration::from_secs(10)), near);
+        assert_eq!(shortest.heard(far, false, start + TRIPS), near);
+        assert_eq!(shortest.heard(far, true, start + TRIPS), far);
+        assert_eq!(shortest.heard(near, false, start + TRIPS), near);
     }
 
     #[test]

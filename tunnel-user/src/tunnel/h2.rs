@@ -9,6 +9,7 @@ use std::{
     future::{Future as _, poll_fn},
     pin::Pin,
     rc::Rc,
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -37,6 +38,7 @@ use crate::{
     transport::{
         io::{AlertFirst, LastReader},
         pulse::{Event, Pulse},
+        tcp,
         verify::explain,
         window::{Traffic, WINDOW_START, connection_window},
     },
@@ -153,6 +155,7 @@ pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, Conne
         let Connected { link, peer, identity, suite } = connected;
         let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: key.endpoint.clone(), why };
         let last_of = |tcp: &TcpStream| {
+            tcp::share(tcp);
             LastReader::new(tcp).map_err(|e| failed(format!("this node cannot wait for its end: {e}")))
         };
         let (send, wire) = match link {
@@ -228,6 +231,13 @@ async fn handshake<W: Wire, L>(
     Ok((send, Driven { connection: Box::new(connection), ping, last }))
 }
 
+fn go_on<W: Wire>(
+    connection: &mut Connection<W, Bytes>,
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), h2::Error>> {
+    Pin::new(connection).poll(cx)
+}
+
 /// Runs a connection to its end: PINGs it, sizes its windows, and closes it when it is idle. Whether that end was
 /// clean: then GOAWAY and close_notify are on their way.
 async fn drive<W: Wire>(
@@ -236,8 +246,7 @@ async fn drive<W: Wire>(
     conn: &Conn,
     settings: &Settings,
 ) -> bool {
-    let mut pulse =
-        Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &conn.traffic);
+    let mut pulse = Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &conn.traffic);
     let lost = loop {
         if !conn.askers.borrow().is_empty() {
             pulse.make_due();
@@ -248,7 +257,7 @@ async fn drive<W: Wire>(
         let wake_at = if conn.active.get() == 0 { beat_at.min(idle_at) } else { beat_at };
         tokio::select! {
             biased;
-            event = poll_fn(|cx| pulse.poll(cx, &mut connection, |c, cx| Pin::new(c).poll(cx))) => match event {
+            event = poll_fn(|cx| pulse.poll(cx, &mut connection, go_on)) => match event {
                 Event::Of(ended) => break ended.err().map(|e| explain(&e)),
                 Event::Answered => {
                     for asker in conn.askers.take() {

@@ -21,9 +21,7 @@ use tokio::{
 };
 
 use super::{Event, Pulse};
-use crate::transport::window::{
-    Share, Traffic, WINDOW_MAX, WINDOW_MIN, WINDOW_START, connection_window,
-};
+use crate::transport::window::{Share, Traffic, WINDOW_MAX, WINDOW_MIN, WINDOW_START, connection_window};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Streams of a listener, if nothing else is configured.
