@@ -55,5 +55,5 @@ pub use link::{Link, Profile};
 pub use netns::NetNs;
 pub use process::Process;
 pub use target::Target;
-pub use wait::{PATIENCE, wait_for};
+pub use wait::{PATIENCE, stopped, wait_for};
 pub use world::{BLACKHOLE, NET4, NET6, NODE4, NODE6, NOWHERE, TARGET4, TARGET6, World};

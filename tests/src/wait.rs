@@ -1,7 +1,7 @@
 //! Waiting for what has no event that one could wait for.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -35,6 +35,18 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option
         }
         pause(POLL);
     }
+}
+
+/// Waits until a counter that has begun to count has stood still for two seconds.
+pub fn stopped(counter: &AtomicU64) -> Result<()> {
+    let (mut last, mut since) = (0, Instant::now());
+    wait_for("a counter to stand still", 3 * PATIENCE, || {
+        let now = counter.load(Ordering::Relaxed);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        (now > 0 && since.elapsed() > Duration::from_secs(2)).then_some(())
+    })
 }
 
 /// Between two looks. Nothing else here may sleep.

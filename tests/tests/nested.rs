@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Result;
@@ -18,7 +18,7 @@ use tunnel_tests::{
     gateway,
     node::Node,
     pki::{Credentials, GATEWAY_ID, NODE_ID},
-    target, wait_for,
+    stopped, target, wait_for,
 };
 
 const MIB: u64 = 1 << 20;
@@ -379,18 +379,6 @@ fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_in_a
         assert_eq!(source.outcomes(1)?, [Ok(())]);
     }
     Ok(())
-}
-
-/// Waits until a counter has stood still for two seconds.
-fn stopped(counter: &AtomicU64) -> Result<()> {
-    let (mut last, mut since) = (0, Instant::now());
-    wait_for("the target's kernel to take no more", 3 * PATIENCE, || {
-        let now = counter.load(Ordering::Relaxed);
-        if now != last {
-            (last, since) = (now, Instant::now());
-        }
-        (now > 0 && since.elapsed() > Duration::from_secs(2)).then_some(())
-    })
 }
 
 #[test]
