@@ -25,7 +25,7 @@ fn heavy_over_a_long_link_the_windows_of_both_directions_grow() -> Result<()> {
     let world = World::with_link(Profile::delay(Duration::from_millis(30)))?;
     let gateway = world.gateway().flag("--workers", "1").start()?;
     let target = world.serve(TARGET4, target::duplex(BYTES))?;
-    let exec = world.exec(&gateway).flag("--workers", "1");
+    let exec = world.exec(&gateway).flag("--workers", "1").flag("--log", gateway::LOG);
     let done = exec.run_app(&["duplex", &target.addr().to_string(), &BYTES.to_string()])?;
     assert!(done.success(), "{done}");
     assert_eq!(target.outcomes(1)?, [Ok(())]);

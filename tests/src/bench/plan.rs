@@ -357,6 +357,7 @@ fn link_20ms(extent: Extent) -> Scenario {
                 time(extent, 1.0, 0.5),
             ),
             work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.2, 0.5)),
+            work(bulk(1, Direction::Down), "bulk down, 1 stream", time(extent, 1.2, 0.5)),
             work(bulk(4, Direction::Down), "bulk down, 4 streams", time(extent, 1.2, 0.5)),
         ]);
     }
