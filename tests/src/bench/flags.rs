@@ -5,7 +5,7 @@ use std::path::PathBuf;
 /// What is run, and what it is compared with.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Flags {
-    /// The headlines, in 5 minutes on two cores; without it everything, in 30.
+    /// The headlines, in 6 minutes on two cores; without it everything, in 30.
     #[arg(long)]
     pub quick: bool,
 
@@ -50,7 +50,7 @@ pub const SCENARIOS: [&str; 8] =
 pub const EXAMPLES: &str = "\
 Examples:
   cargo xtask bench --peers                      install Envoy, redsocks and tinyproxy to compare with
-  cargo xtask bench --quick                      the headlines, 5 minutes
+  cargo xtask bench --quick                      the headlines, 6 minutes
   cargo xtask bench                              everything, 30 minutes
   cargo xtask bench --scenario chain --rounds 15
   cargo xtask bench --compare old/report.json    run, and tell what moved since

@@ -255,6 +255,7 @@ mod tests {
         }
 
         /// For so many round trips, with what is held by readers that do not read.
+        #[expect(clippy::cast_possible_truncation, reason = "bytes of a few round trips")]
         fn run(&self, trips: u32, held: impl Fn(u32) -> u64) -> Run {
             const TICKS: u32 = 64;
             let (tick, half) = (self.trip / TICKS, self.trip / 2);
