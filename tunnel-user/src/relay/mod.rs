@@ -14,7 +14,6 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;
-mod tls_over;
 
 use std::{
     cell::Cell,
@@ -26,7 +25,6 @@ use std::{
 
 use bytes::Bytes;
 use tokio::net::TcpStream;
-use tokio_rustls::{client, server};
 
 pub use self::{
     h2::{H2Leg, Waiting},
@@ -34,9 +32,8 @@ pub use self::{
     queue::Queue,
     tcp::{TcpLeg, abort_on_close, broken},
     tls::TlsLeg,
-    tls_over::TlsOver,
 };
-use crate::transport::io::Wire;
+use crate::transport::{io::Wire, record::TlsStream};
 
 /// One side of a flow, to be polled from one task.
 pub trait Leg {
@@ -93,21 +90,12 @@ impl IntoLeg for TcpStream {
     }
 }
 
-impl IntoLeg for server::TlsStream<TcpStream> {
-    type Leg = TlsLeg;
+impl IntoLeg for TlsStream<TcpStream> {
+    type Leg = TlsLeg<TcpLeg>;
 
-    fn into_leg(self) -> TlsLeg {
-        let (stream, session) = self.into_inner();
-        TlsLeg::new(stream, session)
-    }
-}
-
-impl IntoLeg for client::TlsStream<TcpStream> {
-    type Leg = TlsLeg;
-
-    fn into_leg(self) -> TlsLeg {
-        let (stream, session) = self.into_inner();
-        TlsLeg::new(stream, session)
+    fn into_leg(self) -> Self::Leg {
+        let (stream, session) = self.into_parts();
+        TlsLeg::new(TcpLeg::new(stream), session)
     }
 }
 
