@@ -62,7 +62,7 @@ impl<L: Leg> Leg for TlsLeg<L> {
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {
-            let next = self.session.next();
+            let next = self.session.advance();
             if !self.session.unsent().is_empty() && !matches!(next, Ok(Next::Data)) {
                 // An alert, or the answer to a new key, neither of which anybody waits for.
                 let _later = self.poll_flush(cx);

@@ -180,8 +180,8 @@ impl Session {
         })
     }
 
-    /// What comes next of what has been received.
-    pub fn next(&mut self) -> Result<Next, RecordError> {
+    /// Opens what has been received, as far as needed; what comes next.
+    pub fn advance(&mut self) -> Result<Next, RecordError> {
         if let Some(why) = &self.failed {
             return Err(why.clone());
         }

@@ -68,7 +68,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
         let this = &mut *self;
         let before = buf.filled().len();
         loop {
-            match this.session.next() {
+            match this.session.advance() {
                 Ok(Next::Data) if buf.remaining() == 0 => return Poll::Ready(Ok(())),
                 Ok(Next::Data) => {
                     let data = this.session.data();

@@ -47,12 +47,7 @@ fn files() -> Files {
     let (cert, key) = (file("cert.pem", &issued.cert_pem), file("key.pem", &issued.key_pem));
     let identity =
         TlsIdentity::load(&IdentityFiles { cert, key, ca: file("ca.pem", ca.cert_pem()) }).unwrap();
-    Files {
-        identity,
-        cert: issued.cert_pem.clone(),
-        key: issued.key_pem.clone(),
-        ca: ca.cert_pem().to_owned(),
-    }
+    Files { identity, cert: issued.cert_pem.clone(), key: issued.key_pem, ca: ca.cert_pem().to_owned() }
 }
 
 fn identity() -> TlsIdentity {
@@ -309,7 +304,9 @@ fn seal(from: &mut Session, content: Content, message: &[u8]) -> Vec<u8> {
 async fn what_has_no_place_after_the_handshake_ends_the_connection() {
     use Content::{Alert, Data, Handshake};
     let update: &[u8] = &[KEY_UPDATE, 0, 0, 1, 0];
-    let cases: &[(&str, &[(Content, &[u8])])] = &[
+    /// A record: what it says that it carries, and what it carries.
+    type Said<'a> = (Content, &'a [u8]);
+    let cases: &[(&str, &[Said<'_>])] = &[
         ("a handshake message", &[(Handshake, &[1, 0, 0, 1, 0])]),
         // A server's ticket, said by a client.
         ("a handshake message", &[(Handshake, &[NEW_SESSION_TICKET, 0, 0, 0])]),
@@ -330,9 +327,9 @@ async fn what_has_no_place_after_the_handshake_ends_the_connection() {
         let all: Vec<u8> =
             records.iter().flat_map(|(content, said)| seal(&mut near, *content, said)).collect();
         give(&mut far, &all);
-        let e = far.next().unwrap_err();
+        let e = far.advance().unwrap_err();
         assert!(e.to_string().contains(why), "{why}: {e}");
-        assert!(far.next().is_err() && far.write(&[IoSlice::new(b"x")]).is_err(), "{why}");
+        assert!(far.advance().is_err() && far.write(&[IoSlice::new(b"x")]).is_err(), "{why}");
         assert_eq!(far.unsent().is_empty(), why.contains("alert: "), "{why}: the peer is told");
     }
     for (why, bytes) in [
@@ -343,10 +340,10 @@ async fn what_has_no_place_after_the_handshake_ends_the_connection() {
     ] {
         let (_near, mut far) = sessions().await;
         give(&mut far, bytes);
-        let e = far.next().unwrap_err();
+        let e = far.advance().unwrap_err();
         assert!(e.to_string().contains(why), "{why}: {e}");
     }
-    assert!(CIPHERTEXT_MAX < 0x4101);
+    const { assert!(CIPHERTEXT_MAX < 0x4101) };
 }
 
 #[tokio::test]
@@ -356,7 +353,7 @@ async fn a_peer_that_only_changes_its_keys_is_stopped_and_one_answer_is_enough()
         let record = seal(&mut near, Content::Handshake, &[KEY_UPDATE, 0, 0, 1, 1]);
         near.tx = Key::new(near.kernel.next_tx().unwrap()).unwrap();
         give(&mut far, &record);
-        match far.next() {
+        match far.advance() {
             Ok(next) => assert_eq!((next, n <= MESSAGES_MAX), (Next::More, true)),
             Err(e) => {
                 assert_eq!(n, MESSAGES_MAX + 1);
@@ -374,12 +371,12 @@ async fn an_idle_session_holds_no_buffer() {
     let records = near.unsent().to_vec();
     near.sent(records.len());
     give(&mut far, &records[..records.len() - 1]);
-    assert_eq!(far.next().unwrap(), Next::More);
+    assert_eq!(far.advance().unwrap(), Next::More);
     assert!(far.incoming.is_some(), "a record that is not whole is kept");
     give(&mut far, &records[records.len() - 1..]);
-    assert_eq!((far.next().unwrap(), far.data()), (Next::Data, &b"some"[..]));
+    assert_eq!((far.advance().unwrap(), far.data()), (Next::Data, &b"some"[..]));
     far.taken(4);
-    assert_eq!(far.next().unwrap(), Next::More);
+    assert_eq!(far.advance().unwrap(), Next::More);
     far.room();
     far.received(0);
     for session in [near, far] {
@@ -418,7 +415,7 @@ proptest! {
         let (mut got, mut rest) = (Vec::new(), &records[..]);
         let (mut cuts, mut takes) = (cuts.into_iter().cycle(), takes.into_iter().cycle());
         loop {
-            match far.next().unwrap() {
+            match far.advance().unwrap() {
                 Next::Data => {
                     let n = far.data().len().min(takes.next().unwrap());
                     got.extend_from_slice(&far.data()[..n]);
@@ -458,7 +455,7 @@ proptest! {
             let content = [Content::Alert, Content::Handshake, Content::Data][content];
             give(&mut far, &seal(&mut near, content, &message));
             loop {
-                match far.next() {
+                match far.advance() {
                     Ok(Next::Data) => {
                         prop_assert!(!failed && far.data() == message, "data is what was sealed as data");
                         far.taken(message.len());
@@ -471,7 +468,7 @@ proptest! {
                     }
                 }
             }
-            prop_assert!(!failed || far.next().is_err());
+            prop_assert!(!failed || far.advance().is_err());
             if failed {
                 break;
             }
@@ -486,6 +483,6 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let (_near, mut far) = runtime.block_on(sessions());
         give(&mut far, &bytes);
-        prop_assert!(!matches!(far.next(), Ok(Next::Data | Next::End)));
+        prop_assert!(!matches!(far.advance(), Ok(Next::Data | Next::End)));
     }
 }
