@@ -51,6 +51,10 @@ pub const fn connection_window(streams: u32) -> u32 {
 /// The largest DATA frame we take: with its header (RFC 9113 section 4.1) it fills four TLS records, and one read of the
 /// other leg fills it.
 pub const FRAME: u32 = 64 * 1024 - 9;
+/// What small DATA frames may weigh that nobody has taken yet, by the measure of h2: 256 bytes each, less what is in them;
+/// beyond it, it ends the connection. Flows take what has come after each turn of its connection, so it is what comes in
+/// one: over TLS 256 KiB (`record::TURN`), in plaintext 128 reads (tokio) of 8 KiB; frames of one byte take ten.
+pub const SMALL_FRAMES: usize = 32 << 20;
 /// What one stream may have waiting for the socket.
 pub const SEND_BUFFER: usize = 256 * 1024;
 /// The most bytes of headers in one request or response.
@@ -216,6 +220,7 @@ async fn handshake<W: Wire, L>(
         .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
         .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(SMALL_FRAMES)
         .enable_push(false)
         .handshake::<_, Bytes>(wire)
         .await
