@@ -51,6 +51,10 @@ pub trait Leg {
         Self::PREFETCH
     }
 
+    /// The next [`poll_recv`](Self::poll_recv) asks the peer's socket, even where the runtime has not heard yet that
+    /// something has come: it hears when it looks at epoll again.
+    fn ask_now(&mut self) {}
+
     /// The next bytes; `None` at EOF (FIN, END_STREAM, or close_notify).
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
 

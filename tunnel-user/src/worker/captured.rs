@@ -67,7 +67,7 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
     let target = Target::from(original_dst);
     let mut record = Record::new(&target, client);
     // Dropped without a clean end it resets the application's connection.
-    let mut leg = TcpLeg::accepted(stream);
+    let mut leg = TcpLeg::new(stream);
     let reached = {
         let setup = worker.setup();
         let wish = Wish {
