@@ -219,8 +219,10 @@ pub async fn relay<C: Leg, T: Leg>(
     pipes: Option<&Pipes>,
 ) -> Outcome {
     let Early { sent, ours, passed, ended, finished, received } = early;
-    client.accepted(passed);
-    meter.sent.set(passed as u64);
+    if passed > 0 {
+        client.accepted(passed);
+        meter.sent.set(passed as u64);
+    }
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
