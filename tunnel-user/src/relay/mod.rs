@@ -7,6 +7,7 @@
 //! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel
 //! (`pipe.rs`). How a flow ends is decided here for both.
 
+mod early;
 mod h2;
 mod pipe;
 mod queue;
@@ -14,7 +15,6 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;
-mod tls_over;
 
 use std::{
     cell::Cell,
@@ -26,17 +26,16 @@ use std::{
 
 use bytes::Bytes;
 use tokio::net::TcpStream;
-use tokio_rustls::{client, server};
 
 pub use self::{
+    early::{Ahead, EARLY_MAX, Source},
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     tcp::{TcpLeg, abort_on_close, broken},
     tls::TlsLeg,
-    tls_over::TlsOver,
 };
-use crate::transport::io::Wire;
+use crate::transport::{io::Wire, record::TlsStream};
 
 /// One side of a flow, to be polled from one task.
 pub trait Leg {
@@ -48,6 +47,10 @@ pub trait Leg {
     fn may_prefetch(&self) -> bool {
         Self::PREFETCH
     }
+
+    /// The next [`poll_recv`](Self::poll_recv) asks the peer's socket, even where the runtime has not heard yet that
+    /// something has come: it hears when it looks at epoll again.
+    fn ask_now(&mut self) {}
 
     /// The next bytes; `None` at EOF (FIN, END_STREAM, or close_notify).
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
@@ -93,21 +96,12 @@ impl IntoLeg for TcpStream {
     }
 }
 
-impl IntoLeg for server::TlsStream<TcpStream> {
-    type Leg = TlsLeg;
+impl IntoLeg for TlsStream<TcpStream> {
+    type Leg = TlsLeg<TcpLeg>;
 
-    fn into_leg(self) -> TlsLeg {
-        let (stream, session) = self.into_inner();
-        TlsLeg::new(stream, session)
-    }
-}
-
-impl IntoLeg for client::TlsStream<TcpStream> {
-    type Leg = TlsLeg;
-
-    fn into_leg(self) -> TlsLeg {
-        let (stream, session) = self.into_inner();
-        TlsLeg::new(stream, session)
+    fn into_leg(self) -> Self::Leg {
+        let (stream, session) = self.into_parts();
+        TlsLeg::new(TcpLeg::new(stream), session)
     }
 }
 
@@ -183,13 +177,19 @@ pub struct Meter {
     pub received: Cell<u64>,
 }
 
-/// What was read before the relay began. It goes first.
+/// What has moved before the relay began. Where it has not been sent on, it goes first.
 #[derive(Default)]
 pub struct Early {
     /// From the client.
     pub sent: Queue,
     /// Bytes at the front of `sent` that are our own: the client gets no window for them.
     pub ours: usize,
+    /// Bytes from the client that the target's side has been given already.
+    pub passed: usize,
+    /// The client has ended, behind all of these.
+    pub ended: bool,
+    /// The target's side was told so.
+    pub finished: bool,
     /// From the target.
     pub received: Queue,
 }
@@ -206,32 +206,25 @@ pub async fn relay<C: Leg, T: Leg>(
     meter: &Meter,
     pipes: Option<&Pipes>,
 ) -> Outcome {
-    let Early { sent, ours, received } = early;
+    let Early { sent, ours, passed, ended, finished, received } = early;
+    if passed > 0 {
+        client.accepted(passed);
+        meter.sent.set(passed as u64);
+    }
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
+        // A socket says its end again.
         let (up, down) = (pipe::Through::new(pipes, sent, ours), pipe::Through::new(pipes, received, 0));
         return run(client, target, meter, up, down).await;
     }
-    run(client, target, meter, Direction::new(sent, ours), Direction::new(received, 0)).await
-}
-
-/// Waits on the client of a flow whose target is not reached yet: ready when it breaks. What it sends meanwhile is
-/// taken where its window bounds it: h2 ends a connection on which small frames pile up unread.
-pub async fn hold<L: Leg>(client: &mut L, early: &mut Queue) -> Broken {
-    let mut open = L::PREFETCH;
-    poll_fn(|cx| {
-        while open {
-            match client.poll_recv(cx) {
-                Poll::Ready(Ok(Some(chunk))) => early.push(chunk),
-                Poll::Ready(Ok(None)) => open = false,
-                Poll::Ready(Err(why)) => return Poll::Ready(why),
-                Poll::Pending => break,
-            }
-        }
-        client.poll_broken(cx)
-    })
-    .await
+    let state = match (ended, finished) {
+        (_, true) => State::Done,
+        (true, false) => State::Draining,
+        (false, false) => State::Open,
+    };
+    let up = Direction { state, ..Direction::new(sent, ours) };
+    run(client, target, meter, up, Direction::new(received, 0)).await
 }
 
 /// One direction of a flow, in one of the ways to move its bytes.

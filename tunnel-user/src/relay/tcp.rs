@@ -6,7 +6,7 @@
 
 use std::{
     future::Future,
-    io,
+    io::{self, Read as _},
     net::Shutdown,
     pin::Pin,
     rc::Rc,
@@ -22,12 +22,14 @@ use super::{Broken, Cause, Leg, Queue};
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;
-/// The most one read takes: four TLS records; beyond it the profile of a bulk flow no longer changes.
-pub(super) const READ_MAX: usize = 64 * 1024;
+/// The most one read takes: a DATA frame of ours, which fills four TLS records; beyond it the profile of a bulk flow no
+/// longer changes.
+const READ_MAX: usize = 64 * 1024 - 9;
 
 /// See the module.
 pub struct TcpLeg {
     stream: Rc<TcpStream>,
+    /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
 }
@@ -37,11 +39,6 @@ impl TcpLeg {
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
         Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
-    }
-
-    /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
-    pub async fn broken(&mut self) -> Broken {
-        std::future::poll_fn(|cx| self.poll_broken(cx)).await
     }
 }
 
@@ -93,7 +90,17 @@ pub(super) fn let_arrive(stream: &TcpStream) {
 impl Leg for TcpLeg {
     const PREFETCH: bool = false;
 
+    fn ask_now(&mut self) {
+        self.next_read = 0;
+    }
+
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        if self.next_read == 0 {
+            self.next_read = READ_MIN;
+            if let Some(first) = self.recv_unheard() {
+                return Poll::Ready(first);
+            }
+        }
         loop {
             ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
             let mut buf = BytesMut::with_capacity(self.next_read);
@@ -167,6 +174,21 @@ impl Leg for TcpLeg {
 }
 
 impl TcpLeg {
+    /// What has come before the runtime could hear of it. Nothing is lost where it has heard: the next read says that
+    /// there is nothing, and waits.
+    fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {
+        let mut buf = BytesMut::zeroed(READ_MIN);
+        match (&*SockRef::from(&*self.stream)).read(&mut buf) {
+            Ok(0) => Some(Ok(None)),
+            Ok(n) => {
+                buf.truncate(n);
+                Some(Ok(Some(buf.freeze())))
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
+            Err(e) => Some(Err(reset(e))),
+        }
+    }
+
     /// The socket.
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream

@@ -10,6 +10,7 @@ pub mod io;
 pub mod nested;
 pub mod proxy;
 pub mod pulse;
+pub mod record;
 pub mod store;
 pub mod tcp;
 pub mod tls;

@@ -12,7 +12,7 @@ use crate::{
     drain::Tasks,
     flow::{Flow, Target},
     index::NOBODY,
-    relay::{Queue, TcpLeg, abort_on_close},
+    relay::{Ahead, Queue, TcpLeg, abort_on_close},
     route::{Decision, Source},
     stats::Record,
     transport::tcp,
@@ -93,13 +93,17 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
             Box::pin(carried).await;
             return drop(place);
         }
+        let ahead = Ahead::new(&mut leg, Queue::default());
         tokio::select! {
-            reached = worker.reach(&wish, decision, &mut record) => Some(reached),
-            _ = leg.broken() => None,
+            biased;
+            reached = worker.reach(&wish, decision, &mut record, Some(&ahead)) => {
+                Some(reached.map(|sink| (sink, ahead.into_early())))
+            }
+            _ = ahead.left() => None,
         }
     };
     match reached {
-        Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,
+        Some(Ok((sink, early))) => worker.relay(&mut leg, early, sink, record, started).await,
         Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
         None => worker.left(record, started),
     }
