@@ -35,7 +35,7 @@ impl Worker {
             Some(Err(_)) => return self.left(record, started),
             None => {
                 leg.abort();
-                record.outcome = Outcome::Stopped.to_string();
+                record.outcome = Outcome::Stopped.to_string().into();
                 return self.book(record, started);
             }
         };

@@ -23,9 +23,8 @@ use std::{
 
 use socket2::Socket;
 use tokio::{
-    runtime,
+    runtime::{self, LocalOptions},
     sync::mpsc,
-    task::LocalSet,
     time::{sleep, timeout},
 };
 
@@ -176,8 +175,9 @@ pub struct Report {
 
 /// Runs a worker on this thread until it is told to stop and its flows have ended.
 pub fn run(start: Start) -> io::Result<Report> {
-    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    LocalSet::new().block_on(&runtime, work(start))
+    // Not a LocalSet in a runtime: that has a queue of its own, and wakes its runtime for every task that it wakes.
+    let runtime = runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    runtime.block_on(work(start))
 }
 
 struct Worker {
@@ -351,7 +351,10 @@ impl Worker {
             () = stop.stopping() => Outcome::Stopped,
         };
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
-        record.outcome = outcome.to_string();
+        record.outcome = match &outcome {
+            Outcome::Closed => "closed".into(),
+            other => other.to_string().into(),
+        };
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
@@ -369,9 +372,9 @@ impl Worker {
         record.lasted(started.elapsed());
         tracing::info!(
             target: "tunnel::flow",
-            destination = record.destination,
-            client = record.client,
-            identity = record.identity,
+            destination = %record.destination,
+            client = %record.client,
+            identity = record.identity.as_ref().map(tracing::field::display),
             via = ?record.via,
             passed = record.passed(),
             sent = record.sent,
@@ -396,12 +399,12 @@ impl Worker {
             Refusal::Limit(_) => &self.counters.over_limit,
         };
         counter.add(1);
-        record.outcome = format!("refused: {refusal}");
+        record.outcome = format!("refused: {refusal}").into();
         record.lasted(started.elapsed());
         tracing::warn!(
             target: "tunnel::flow",
-            destination = record.destination,
-            client = record.client,
+            destination = %record.destination,
+            client = %record.client,
             identity = identity.map(tracing::field::display),
             passed = record.passed(),
             ms = record.duration_ms,
@@ -412,7 +415,7 @@ impl Worker {
 
     /// Books a flow whose client did not wait for it.
     fn left(&self, mut record: Record, started: Instant) {
-        "the client left before the target answered".clone_into(&mut record.outcome);
+        record.outcome = "the client left before the target answered".into();
         self.book(record, started);
     }
 }

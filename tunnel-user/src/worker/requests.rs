@@ -32,7 +32,7 @@ use crate::{
     policy,
     relay::{IntoLeg, Waiting, broken},
     route::{Decision, Source},
-    stats::Record,
+    stats::{Destination, Record},
     transport::io::Wire,
 };
 
@@ -252,14 +252,14 @@ impl Requester {
 
     fn record(&self, target: &Target) -> Record {
         let mut record = Record::new(target, self.client);
-        record.identity = self.identity.as_ref().map(ToString::to_string);
+        record.identity = self.identity.clone();
         record
     }
 
     /// Of a request that asks for no target.
     fn unknown(&self, asked: &str) -> Record {
         let mut record = Record::new(&Target::Name(String::new(), 0), self.client);
-        asked.clone_into(&mut record.destination);
+        record.destination = Destination::Asked(asked.into());
         record
     }
 }
@@ -316,7 +316,7 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
                 worker.relay(&mut leg, early, sink, record, started).await;
             }
             Err(e) => {
-                record.outcome = format!("the client left before the target answered: {e}");
+                record.outcome = format!("the client left before the target answered: {e}").into();
                 worker.book(record, started);
             }
         },
