@@ -32,7 +32,7 @@ pub use self::{
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
-    tcp::{TcpLeg, abort_on_close, broken},
+    tcp::{TcpLeg, broken},
     tls::TlsLeg,
     tls_over::TlsOver,
 };

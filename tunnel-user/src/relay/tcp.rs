@@ -36,12 +36,18 @@ impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
+        Self::aborting(stream)
+    }
+
+    /// The same of one that aborts when it is closed already, as those of a listener that was given this.
+    pub fn aborting(stream: TcpStream) -> Self {
         Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 
     /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
     pub async fn broken(&mut self) -> Broken {
-        std::future::poll_fn(|cx| self.poll_broken(cx)).await
+        // Not `poll_broken`, whose watch would be kept as long as the leg.
+        broken(&self.stream).await
     }
 }
 
@@ -181,7 +187,7 @@ impl TcpLeg {
 
 /// Makes close send RST and drop what is queued (socket(7), SO_LINGER with a timeout of zero), also when it
 /// is the kernel that closes.
-pub fn abort_on_close(stream: &TcpStream) {
+pub(super) fn abort_on_close(stream: &TcpStream) {
     // Fails only on a socket that is gone already.
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }

@@ -12,10 +12,9 @@ use crate::{
     drain::Tasks,
     flow::{Flow, Target},
     index::NOBODY,
-    relay::{Queue, TcpLeg, abort_on_close},
+    relay::{Queue, TcpLeg},
     route::{Decision, Source},
     stats::Record,
-    transport::tcp,
 };
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
@@ -38,10 +37,7 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                 Ok(place) => {
                     flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
                 }
-                Err(_) => {
-                    worker.counters.over_limit.add(1);
-                    abort_on_close(&captured.stream);
-                }
+                Err(_) => worker.counters.over_limit.add(1),
             },
             Ok(Err(stray)) => {
                 let counter = match &stray {
@@ -62,12 +58,10 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
 async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc<str>>, place: Place) {
     let started = Instant::now();
     let Captured { stream, client, original_dst } = captured;
-    // Fails only on a socket that is gone, which the relay will find.
-    let _gone = tcp::tune(&stream);
     let target = Target::from(original_dst);
     let mut record = Record::new(&target, client);
     // Dropped without a clean end it resets the application's connection.
-    let mut leg = TcpLeg::new(stream);
+    let mut leg = TcpLeg::aborting(stream);
     let reached = {
         let setup = worker.setup();
         let wish = Wish {
