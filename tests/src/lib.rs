@@ -42,6 +42,7 @@ pub mod programs;
 pub mod proxies;
 pub mod raw;
 pub mod rules;
+pub mod script;
 pub mod servers;
 pub mod sockets;
 pub mod target;

@@ -56,6 +56,7 @@ impl Discover {
             tls: u.check().map(proving).transpose()?,
             headers: u.headers.clone(),
             response_timeout: u.response_timeout,
+            optimistic_data: u.optimistic_data,
             pool: pool::Settings {
                 max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
                 max_connections: limits.connections.unwrap_or(usize::MAX),

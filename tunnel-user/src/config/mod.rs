@@ -332,6 +332,8 @@ pub struct Upstream {
     pub keepalive_timeout: Duration,
     /// How long the answer to CONNECT may take.
     pub response_timeout: Duration,
+    /// Whether what a client sends goes with the request, before its answer, where HTTP/2 is spoken.
+    pub optimistic_data: bool,
     /// Which endpoints are left out for what flows have met there.
     pub outlier_detection: OutlierDetection,
     /// How endpoints are checked; `None`: they are not.
@@ -361,6 +363,7 @@ impl Upstream {
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
             response_timeout: RESPONSE_TIMEOUT,
+            optimistic_data: true,
             outlier_detection: OutlierDetection::default(),
             health_check: None,
             limits: Limits::default(),

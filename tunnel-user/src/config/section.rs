@@ -404,6 +404,11 @@ impl Section for Upstream {
             r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
         let response_timeout =
             r.default("response_timeout", "How long the answer to CONNECT may take.", RESPONSE_TIMEOUT);
+        let optimistic_data = r.default(
+            "optimistic_data",
+            "Whether what a client sends goes with the CONNECT request, before its answer, which spares a round trip: false for a peer that takes no DATA before its 200, or passes it on over HTTP/1 without waiting for one. Over HTTP/1 nothing is sent before the answer.",
+            true,
+        );
         let (outlier_detection, health_check) = endpoints::read_health(r, protocol);
         let limits = r.section(
             "limits",
@@ -425,6 +430,10 @@ impl Section for Upstream {
                 }
             }
         }
+        if protocol == Protocol::H1 && r.has("optimistic_data") {
+            let why = "over HTTP/1 nothing is sent before the answer, which a proxy could take for its next request";
+            r.wrong("optimistic_data", format!("has no meaning with protocol = \"h1\": {why}"));
+        }
         let (endpoints, discovery) = endpoints?;
         Some(Self {
             name: name?,
@@ -444,6 +453,7 @@ impl Section for Upstream {
             keepalive_interval,
             keepalive_timeout,
             response_timeout,
+            optimistic_data,
             outlier_detection,
             health_check,
             limits: limits.unwrap_or_default(),

@@ -222,6 +222,13 @@ fn without_tls_nothing_is_proved_and_what_would_need_it_is_a_mistake() {
         ("[[policy]]", "max_streams = 3\n[[policy]]", format!("12:15: upstream.max_streams: {one_each}")),
         ("[[policy]]", "idle_timeout = \"3s\"\n[[policy]]", format!("12:16: upstream.idle_timeout: {one_each}")),
         (
+            "[[policy]]",
+            "optimistic_data = true\n[[policy]]",
+            "12:19: upstream.optimistic_data: has no meaning with protocol = \"h1\": over HTTP/1 nothing is sent before \
+             the answer, which a proxy could take for its next request"
+                .to_owned(),
+        ),
+        (
             "\"any\"",
             "[\"spiffe://example.org/web\"]",
             "13:12: policy.identity: names peers, and no listener has TLS, by which a client could prove to be one: \
@@ -396,7 +403,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         upstream.health_check.unhealthy_threshold \
         upstream.idle_timeout upstream.keepalive_interval upstream.keepalive_timeout \
         upstream.limits upstream.limits.connections upstream.limits.pending upstream.limits.streams \
-        upstream.max_streams upstream.name upstream.outlier_detection \
+        upstream.max_streams upstream.name upstream.optimistic_data upstream.outlier_detection \
         upstream.outlier_detection.base_ejection_time upstream.outlier_detection.consecutive_failures \
         upstream.outlier_detection.consecutive_gateway_failures upstream.outlier_detection.max_ejection_percent \
         upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.self \

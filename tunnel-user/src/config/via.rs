@@ -154,6 +154,7 @@ mod tests {
             ("tls = false", 7, "tls"),
             ("protocol = \"h1\"", 12, "protocol"),
             ("response_timeout = \"3s\"", 20, "response_timeout"),
+            ("optimistic_data = false", 19, "optimistic_data"),
         ] {
             said(
                 line,

@@ -4,12 +4,21 @@
 //! given back only as the other side accepts; capacity of the connection is reserved only for bytes that
 //! are in hand, so an idle stream takes none from the others.
 
-use std::task::{Context, Poll, ready};
+use std::{
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
+use http::Response;
+use tokio::time::timeout;
 
-use super::{Broken, Cause, Leg, Queue};
+use super::{Broken, Cause, Leg, Queue, Source};
+
+/// How long a peer may take to notice that it was refused: longer than any round trip, and as long as h2 remembers
+/// streams that were reset.
+const REFUSED_LINGER: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub struct H2Leg {
@@ -43,41 +52,67 @@ impl H2Leg {
 
 /// A stream that we serve, before its answer.
 ///
-/// What its peer sends meanwhile is taken at once: h2 ends a connection on which small frames pile up unread. It
-/// is kept within the stream's window, of which nothing is given back until somebody has taken the bytes.
+/// What its peer sends meanwhile is kept within the stream's window, of which nothing is given back until somebody has
+/// taken the bytes.
 pub struct Waiting {
     body: RecvStream,
-    early: Queue,
+    respond: SendResponse<Bytes>,
 }
 
 impl Waiting {
     /// Nothing has been read of it.
-    pub fn new(body: RecvStream) -> Self {
-        Self { body, early: Queue::default() }
+    pub fn new(body: RecvStream, respond: SendResponse<Bytes>) -> Self {
+        Self { body, respond }
     }
 
-    /// Takes what comes; ready when the peer resets the stream.
-    pub async fn broken(&mut self, respond: &mut SendResponse<Bytes>) -> Broken {
-        std::future::poll_fn(|cx| {
-            while let Poll::Ready(Some(chunk)) = self.body.poll_data(cx) {
-                match chunk {
-                    Ok(chunk) => self.early.push(chunk),
-                    Err(e) => return Poll::Ready(broken(&e)),
-                }
-            }
-            // Also after the peer's END_STREAM.
-            respond.poll_reset(cx).map(|reset| match reset {
-                Ok(reason) => Broken::Reset(Cause::Stream(reason)),
-                Err(e) => broken(&e),
-            })
+    /// Answers 200. Fails only when the peer has reset the stream.
+    pub fn accept(mut self) -> Result<H2Leg, h2::Error> {
+        let send = self.respond.send_response(Response::new(()), false)?;
+        Ok(H2Leg::server(send, self.body))
+    }
+
+    /// Answers with a refusal, and hears out what the peer sends before it knows, within the stream's window. Reset
+    /// instead, the stream would be forgotten while its bytes still come, which h2 takes for an attack on the connection.
+    pub async fn refuse(mut self, refusal: Response<()>) {
+        // Fails only when the peer has reset the stream, and then nobody waits for the answer.
+        let _gone = self.respond.send_response(refusal, true);
+        let until_ended = async { while let Some(Ok(_)) = self.body.data().await {} };
+        // It goes on: now it is reset.
+        let _gave_up = timeout(REFUSED_LINGER, until_ended).await;
+    }
+}
+
+impl Source for Waiting {
+    fn prefetches(&self) -> bool {
+        true
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        self.body.poll_data(cx).map(|next| next.transpose().map_err(|e| broken(&e)))
+    }
+
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        self.respond.poll_reset(cx).map(|reset| match reset {
+            Ok(reason) => Broken::Reset(Cause::Stream(reason)),
+            Err(e) => broken(&e),
         })
-        .await
     }
+}
 
-    /// After the answer: the leg, and what the peer has sent before it.
-    pub fn answered(self, send: SendStream<Bytes>) -> (H2Leg, Queue) {
-        (H2Leg::server(send, self.body), self.early)
+/// Room on a stream for some of `want` bytes. `None`: it takes no more.
+pub(super) fn poll_room(
+    send: &mut SendStream<Bytes>,
+    cx: &mut Context<'_>,
+    want: usize,
+) -> Poll<Option<Result<usize, h2::Error>>> {
+    send.reserve_capacity(want);
+    while send.capacity() == 0 {
+        match ready!(send.poll_capacity(cx)) {
+            Some(Ok(_)) => {}
+            gone => return Poll::Ready(gone),
+        }
     }
+    Poll::Ready(Some(Ok(want.min(send.capacity()))))
 }
 
 fn broken(e: &h2::Error) -> Broken {
@@ -110,16 +145,12 @@ impl Leg for H2Leg {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
-        let want = queue.front_len();
-        self.send.reserve_capacity(want);
-        while self.send.capacity() == 0 {
-            match ready!(self.send.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(e)) => return Poll::Ready(Err(broken(&e))),
-                None => return Poll::Ready(Err(self.gone(cx))),
-            }
-        }
-        let chunk = queue.take(want.min(self.send.capacity()));
+        let room = match ready!(poll_room(&mut self.send, cx, queue.front_len())) {
+            Some(Ok(room)) => room,
+            Some(Err(e)) => return Poll::Ready(Err(broken(&e))),
+            None => return Poll::Ready(Err(self.gone(cx))),
+        };
+        let chunk = queue.take(room);
         let n = chunk.len();
         match self.send.send_data(chunk, false) {
             Ok(()) => Poll::Ready(Ok(n)),

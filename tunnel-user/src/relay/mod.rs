@@ -7,6 +7,7 @@
 //! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel
 //! (`pipe.rs`). How a flow ends is decided here for both.
 
+mod early;
 mod h2;
 mod pipe;
 mod queue;
@@ -29,6 +30,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{client, server};
 
 pub use self::{
+    early::{Ahead, EARLY_MAX, Source},
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
@@ -183,13 +185,19 @@ pub struct Meter {
     pub received: Cell<u64>,
 }
 
-/// What was read before the relay began. It goes first.
+/// What has moved before the relay began. Where it has not been sent on, it goes first.
 #[derive(Default)]
 pub struct Early {
     /// From the client.
     pub sent: Queue,
     /// Bytes at the front of `sent` that are our own: the client gets no window for them.
     pub ours: usize,
+    /// Bytes from the client that the target's side has been given already.
+    pub passed: usize,
+    /// The client has ended, behind all of these.
+    pub ended: bool,
+    /// The target's side was told so.
+    pub finished: bool,
     /// From the target.
     pub received: Queue,
 }
@@ -206,32 +214,23 @@ pub async fn relay<C: Leg, T: Leg>(
     meter: &Meter,
     pipes: Option<&Pipes>,
 ) -> Outcome {
-    let Early { sent, ours, received } = early;
+    let Early { sent, ours, passed, ended, finished, received } = early;
+    client.accepted(passed);
+    meter.sent.set(passed as u64);
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
+        // A socket says its end again.
         let (up, down) = (pipe::Through::new(pipes, sent, ours), pipe::Through::new(pipes, received, 0));
         return run(client, target, meter, up, down).await;
     }
-    run(client, target, meter, Direction::new(sent, ours), Direction::new(received, 0)).await
-}
-
-/// Waits on the client of a flow whose target is not reached yet: ready when it breaks. What it sends meanwhile is
-/// taken where its window bounds it: h2 ends a connection on which small frames pile up unread.
-pub async fn hold<L: Leg>(client: &mut L, early: &mut Queue) -> Broken {
-    let mut open = L::PREFETCH;
-    poll_fn(|cx| {
-        while open {
-            match client.poll_recv(cx) {
-                Poll::Ready(Ok(Some(chunk))) => early.push(chunk),
-                Poll::Ready(Ok(None)) => open = false,
-                Poll::Ready(Err(why)) => return Poll::Ready(why),
-                Poll::Pending => break,
-            }
-        }
-        client.poll_broken(cx)
-    })
-    .await
+    let state = match (ended, finished) {
+        (_, true) => State::Done,
+        (true, false) => State::Draining,
+        (false, false) => State::Open,
+    };
+    let up = Direction { state, ..Direction::new(sent, ours) };
+    run(client, target, meter, up, Direction::new(received, 0)).await
 }
 
 /// One direction of a flow, in one of the ways to move its bytes.

@@ -6,7 +6,7 @@
 
 use std::{
     future::Future,
-    io,
+    io::{self, Read as _},
     net::Shutdown,
     pin::Pin,
     rc::Rc,
@@ -28,6 +28,7 @@ pub(super) const READ_MAX: usize = 64 * 1024;
 /// See the module.
 pub struct TcpLeg {
     stream: Rc<TcpStream>,
+    /// 0: it was accepted, and nobody has asked it yet what has come.
     next_read: usize,
     error: ErrorWatch,
 }
@@ -36,18 +37,13 @@ impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
-        Self::aborting(stream)
-    }
-
-    /// The same of one that aborts when it is closed already, as those of a listener that was given this.
-    pub fn aborting(stream: TcpStream) -> Self {
         Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 
-    /// Ready when the peer resets the connection, or it fails: for the time before the relay starts.
-    pub async fn broken(&mut self) -> Broken {
-        // Not `poll_broken`, whose watch would be kept as long as the leg.
-        broken(&self.stream).await
+    /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
+    /// aborts already. Its client may have sent something, of which the runtime only hears when it looks at epoll again.
+    pub fn accepted(stream: TcpStream) -> Self {
+        Self { stream: Rc::new(stream), next_read: 0, error: ErrorWatch::default() }
     }
 }
 
@@ -100,6 +96,12 @@ impl Leg for TcpLeg {
     const PREFETCH: bool = false;
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        if self.next_read == 0 {
+            self.next_read = READ_MIN;
+            if let Some(first) = self.recv_unheard() {
+                return Poll::Ready(first);
+            }
+        }
         loop {
             ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
             let mut buf = BytesMut::with_capacity(self.next_read);
@@ -173,6 +175,21 @@ impl Leg for TcpLeg {
 }
 
 impl TcpLeg {
+    /// What has come before the runtime could hear of it. Nothing is lost where it has heard: the next read says that
+    /// there is nothing, and waits.
+    fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {
+        let mut buf = BytesMut::zeroed(READ_MIN);
+        match (&*SockRef::from(&*self.stream)).read(&mut buf) {
+            Ok(0) => Some(Ok(None)),
+            Ok(n) => {
+                buf.truncate(n);
+                Some(Ok(Some(buf.freeze())))
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
+            Err(e) => Some(Err(reset(e))),
+        }
+    }
+
     /// The socket.
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream

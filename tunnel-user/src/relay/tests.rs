@@ -170,7 +170,7 @@ fn what_was_read_before_goes_first_each_way_and_counts() {
             queue
         };
         let pipes = way.map(|most| Rc::new(Pipes::new(most)));
-        let early = Early { sent: queue(1), ours: OURS, received: queue(2) };
+        let early = Early { sent: queue(1), ours: OURS, received: queue(2), ..Early::default() };
         let mut flow = Flow::start_after(early, pipes).await;
         let (mut app_in, mut app_out) = flow.app.split();
         let (mut target_in, mut target_out) = flow.target.split();

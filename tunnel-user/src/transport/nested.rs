@@ -104,7 +104,7 @@ impl<L: Leg> Below<L> {
     }
 
     /// While nobody reads: takes what comes, within the leg's window. h2 ends a connection on which small frames
-    /// pile up unread (`Waiting` in relay/h2.rs).
+    /// pile up unread (`Ahead` in relay/early.rs).
     fn take_what_comes(&mut self, cx: &mut Context<'_>) {
         while self.end.is_none() && self.leg.may_prefetch() {
             match self.leg.poll_recv(cx) {

@@ -41,7 +41,7 @@ impl Via {
         // Nothing was received, so there is no `via` to stand in.
         let (terms, pseudonym) = (&Terms::default(), "");
         let ask = Ask { target: endpoint, instead: None, client: None, received: None, pseudonym, terms };
-        let mut stream = self.0.connect(&ask).await?;
+        let mut stream = self.0.connect(&ask, None).await?;
         let early = mem::take(&mut stream.early);
         Ok(Nested::new(stream, early))
     }

@@ -35,7 +35,7 @@ use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
     dial,
     flow::{FarEnd, Identity, Target},
-    relay::{H2Leg, Queue},
+    relay::{Ahead, H2Leg, Queue},
     transport::{
         h1::ReadError,
         store::TlsStore,
@@ -66,6 +66,8 @@ pub struct Settings {
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// From the request to its answer: the far end dials in this time.
     pub response_timeout: Duration,
+    /// Whether what a client sends goes ahead of the answer, where HTTP/2 is spoken.
+    pub optimistic_data: bool,
     /// Its connections; those of HTTP/1 are made in the same way, and not kept.
     pub pool: pool::Settings,
     /// Which endpoints are left out for what flows have met there.
@@ -216,15 +218,16 @@ impl Upstream {
         }
     }
 
-    /// Opens a stream.
-    pub async fn connect(&self, ask: &Ask<'_>) -> Result<Stream, TunnelError> {
+    /// Opens a stream. What a client sends meanwhile may go `ahead` of the answer; what was refused goes nowhere.
+    pub async fn connect(&self, ask: &Ask<'_>, ahead: Option<&Ahead<'_>>) -> Result<Stream, TunnelError> {
+        let ahead = ahead.filter(|_| self.settings.optimistic_data);
         let taken = self.take_stream()?;
         let mut tries = 0;
         let stream = loop {
             let (line, turn) = self.line(ask).await?;
             let endpoint = Rc::clone(turn.endpoint());
             let asked = match line {
-                Line::Shared(lease) => self.request(lease, turn, ask).await,
+                Line::Shared(lease) => self.request(lease, turn, ask, ahead).await,
                 Line::Own(connected) => self.ask(*connected, turn, ask).await,
             };
             match asked {
@@ -337,7 +340,13 @@ impl Upstream {
         self.pending.take(most).map(Some).ok_or_else(|| self.limit(Limited::Pending, most))
     }
 
-    async fn request(&self, lease: Lease, turn: Turn, ask: &Ask<'_>) -> Result<Stream, Attempt> {
+    async fn request(
+        &self,
+        lease: Lease,
+        turn: Turn,
+        ask: &Ask<'_>,
+        ahead: Option<&Ahead<'_>>,
+    ) -> Result<Stream, Attempt> {
         let target = ask.authority();
         let peer = || lease.peer().clone();
         let dropped = |why: String| TunnelError::Dropped { peer: peer(), target: target.clone(), why };
@@ -348,10 +357,16 @@ impl Upstream {
         };
         let sender = lease.sender().ok_or_else(|| not_sent("the connection was idle".to_owned()))?;
         let mut sender = sender.ready().await.map_err(|e| not_sent(e.to_string()))?;
-        let (response, send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
+        let (response, mut send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
         drop(sender);
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
-        let response = match timeout(after, response).await {
+        let answer = async {
+            match ahead {
+                Some(ahead) => ahead.until(&mut send, response).await,
+                None => response.await,
+            }
+        };
+        let response = match timeout(after, answer).await {
             Ok(Ok(response)) => response,
             Ok(Err(e)) => {
                 let refused = e.reason() == Some(h2::Reason::REFUSED_STREAM);
@@ -378,6 +393,9 @@ impl Upstream {
                 status: response.status(),
                 detail: detail.map(str::to_owned),
             }));
+        }
+        if let Some(ahead) = ahead {
+            ahead.answered();
         }
         let (peer, identity) = (peer(), lease.identity());
         let leg = Leg::H2(H2Leg::client(send, response.into_body()));

@@ -12,7 +12,7 @@ use crate::{
     drain::Tasks,
     flow::{Flow, Target},
     index::NOBODY,
-    relay::{Queue, TcpLeg},
+    relay::{Ahead, Queue, TcpLeg},
     route::{Decision, Source},
     stats::Record,
 };
@@ -61,7 +61,7 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
     let target = Target::from(original_dst);
     let mut record = Record::new(&target, client);
     // Dropped without a clean end it resets the application's connection.
-    let mut leg = TcpLeg::aborting(stream);
+    let mut leg = TcpLeg::accepted(stream);
     let reached = {
         let setup = worker.setup();
         let wish = Wish {
@@ -87,13 +87,17 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
             Box::pin(carried).await;
             return drop(place);
         }
+        let ahead = Ahead::new(&mut leg, Queue::default());
         tokio::select! {
-            reached = worker.reach(&wish, decision, &mut record) => Some(reached),
-            _ = leg.broken() => None,
+            biased;
+            reached = worker.reach(&wish, decision, &mut record, Some(&ahead)) => {
+                Some(reached.map(|sink| (sink, ahead.into_early())))
+            }
+            _ = ahead.left() => None,
         }
     };
     match reached {
-        Some(Ok(sink)) => worker.relay(&mut leg, Queue::default(), sink, record, started).await,
+        Some(Ok((sink, early))) => worker.relay(&mut leg, early, sink, record, started).await,
         Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
         None => worker.left(record, started),
     }

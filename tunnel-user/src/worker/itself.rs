@@ -14,6 +14,7 @@ use crate::{
     flow::{Flow, Head},
     listener::request::Refusal,
     policy,
+    relay::Ahead,
     route::{Decision, Source},
     stats::Record,
     tunnel::{
@@ -34,6 +35,7 @@ impl Worker {
         wish: &Wish<'_>,
         ask: &Ask<'_>,
         record: &mut Record,
+        ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
         if record.passed.len() >= HANDED_MAX {
             return Err(Refusal::Loop);
@@ -74,7 +76,7 @@ impl Worker {
                  one that led there has not looked at it",
                 to.listener
             ))),
-            decision => self.reach(&wish, decision, record).await,
+            decision => self.reach(&wish, decision, record, ahead).await,
         }
     }
 }

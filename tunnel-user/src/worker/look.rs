@@ -10,7 +10,7 @@ use super::{Worker, reach::Wish};
 use crate::{
     flow::Flow,
     inspect::inspect,
-    relay::{Leg, Outcome, Queue, hold},
+    relay::{Ahead, Leg, Outcome, Queue},
     stats::Record,
 };
 
@@ -42,12 +42,16 @@ impl Worker {
         tracing::debug!(target = %wish.flow.target, ?inside, "looked at");
         let wish = Wish { flow: Flow { inside: Some(&inside), ..wish.flow }, ..wish };
         let decision = self.route(&wish);
+        let ahead = Ahead::new(leg, early);
         let reached = tokio::select! {
-            reached = self.reach(&wish, decision, &mut record) => Some(reached),
-            _ = hold(leg, &mut early) => None,
+            biased;
+            reached = self.reach(&wish, decision, &mut record, Some(&ahead)) => {
+                Some(reached.map(|sink| (sink, ahead.into_early())))
+            }
+            _ = ahead.left() => None,
         };
         match reached {
-            Some(Ok(sink)) => self.relay(leg, early, sink, record, started).await,
+            Some(Ok((sink, early))) => self.relay(leg, early, sink, record, started).await,
             Some(Err(refusal)) => {
                 leg.abort();
                 self.refused(&refusal, record, wish.flow.identity, started);

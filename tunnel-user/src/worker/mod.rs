@@ -39,7 +39,7 @@ use crate::{
     flow::Identity,
     listener::{accept, request::Refusal},
     policy::Policies,
-    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, Queue, relay},
+    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, relay},
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
@@ -312,12 +312,11 @@ impl Worker {
     async fn relay(
         &self,
         client: &mut impl Leg,
-        early: Queue,
+        mut early: Early,
         sink: Sink,
         mut record: Record,
         started: Instant,
     ) {
-        let mut early = Early { sent: early, ..Early::default() };
         let meter = Meter::default();
         let pipes = self.setup.borrow().pipes.clone();
         let pipes = pipes.as_deref();

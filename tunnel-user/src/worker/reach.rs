@@ -16,7 +16,7 @@ use crate::{
     flow::{Flow, Inside, Target},
     listener::request::Refusal,
     policy::{self, Permit},
-    relay::TcpLeg,
+    relay::{Ahead, TcpLeg},
     route::{Decision, another},
     stats::{Record, Via},
     transport::proxy::Header,
@@ -60,12 +60,14 @@ impl Worker {
         wish.setup.shared.router.decide(&wish.flow, random)
     }
 
-    /// Reaches the target, as the router has decided: through an upstream, or by dialling.
+    /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
+    /// meanwhile may go `ahead` through an upstream.
     pub(super) async fn reach(
         &self,
         wish: &Wish<'_>,
         decision: Decision<'_>,
         record: &mut Record,
+        ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
         let Wish { setup, flow, permit, dial_timeout } = *wish;
         let target = flow.target;
@@ -89,14 +91,14 @@ impl Worker {
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
-                match self.connect(setup, upstream, shares, &ask).await? {
+                match self.connect(setup, upstream, shares, &ask, ahead).await? {
                     Ok((upstream, stream)) => {
                         let (number, identity) = (stream.number(), stream.identity.as_ref());
                         record.through(upstream.name(), &stream.peer, number, identity);
                         Ok(Sink::Tunnel(stream))
                     }
                     // Boxed, because it comes here again.
-                    Err(itself) => Box::pin(self.hand_over(itself, wish, &ask, record)).await,
+                    Err(itself) => Box::pin(self.hand_over(itself, wish, &ask, record, ahead)).await,
                 }
             }
             Decision::Dial { instead, terms } => {
@@ -120,6 +122,7 @@ impl Worker {
         mut upstream: usize,
         shares: &[(usize, u32)],
         ask: &Ask<'_>,
+        ahead: Option<&Ahead<'_>>,
     ) -> Result<Chosen<'a>, Refusal> {
         let mut left = ask.terms.retries;
         let mut tried = Vec::new();
@@ -136,7 +139,7 @@ impl Worker {
             if ask.received.is_some_and(|r| is_loop(r.headers, ask.pseudonym)) {
                 return Err(Refusal::Loop);
             }
-            let failed = match chosen.connect(ask).await {
+            let failed = match chosen.connect(ask, ahead).await {
                 Ok(stream) => return Ok(Ok((chosen, stream))),
                 Err(e) => e,
             };

@@ -6,9 +6,7 @@
 
 use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use http::{Request, Response};
+use http::Request;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -30,7 +28,7 @@ use crate::{
         request::{self, Refusal},
     },
     policy,
-    relay::{IntoLeg, Waiting, broken},
+    relay::{Ahead, Early, IntoLeg, Queue, Waiting, broken},
     route::{Decision, Source},
     stats::{Destination, Record},
     transport::io::Wire,
@@ -180,7 +178,7 @@ impl Worker {
                     return drop(place);
                 }
                 Ok((wish, decision)) => tokio::select! {
-                    reached = self.reach(&wish, decision, &mut record) => Some(reached),
+                    reached = self.reach(&wish, decision, &mut record, None) => Some(reached),
                     _ = broken(pending.wire().tcp()) => None,
                 },
                 Err(refusal) => Some(Err(refusal)),
@@ -190,6 +188,7 @@ impl Worker {
             Some(Ok(sink)) => match pending.accept().await {
                 Some((mut leg, early)) => {
                     drop(tunnel);
+                    let early = Early { sent: early, ..Early::default() };
                     self.relay(&mut leg, early, sink, record, started).await;
                 }
                 None => self.left(record, started),
@@ -267,23 +266,24 @@ impl Requester {
 /// listener → dial or tunnel, over HTTP/2.
 async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from: Rc<Requester>) {
     let started = Instant::now();
-    let h2_listener::Incoming { request, mut respond } = incoming;
+    let h2_listener::Incoming { request, respond } = incoming;
     let (request, body) = request.into_parts();
     let request = Request::from_parts(request, ());
-    let mut waiting = Waiting::new(body);
+    let mut waiting = Waiting::new(body, respond);
     let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
     let place = match worker.admit(Some(&from.account())) {
         Ok(place) => place,
         Err(refusal) => {
-            answer(&mut respond, refusal.response());
-            return worker.refused(&refusal, from.unknown(&asked), from.who(), started);
+            worker.refused(&refusal, from.unknown(&asked), from.who(), started);
+            return waiting.refuse(refusal.response()).await;
         }
     };
     let target = match request::target(&request) {
         Ok(target) => target,
         Err(refusal) => {
-            answer(&mut respond, refusal.response());
-            return worker.refused(&refusal, from.unknown(&asked), from.who(), started);
+            drop(place);
+            worker.refused(&refusal, from.unknown(&asked), from.who(), started);
+            return waiting.refuse(refusal.response()).await;
         }
     };
     let mut record = from.record(&target);
@@ -293,26 +293,32 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
         match worker.allow(&from, &known, name.as_deref(), &target, head) {
             // The one 200 that comes before the target has answered: a client sends nothing before it.
             Ok((wish, Decision::Look)) => {
-                match respond.send_response(Response::new(()), false) {
-                    Ok(send) => {
-                        let (mut leg, early) = waiting.answered(send);
-                        Box::pin(worker.look_and_carry(&mut leg, early, wish, record, started)).await;
+                match waiting.accept() {
+                    Ok(mut leg) => {
+                        let carried =
+                            worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
+                        Box::pin(carried).await;
                     }
                     Err(_) => worker.left(record, started),
                 }
                 return drop(place);
             }
-            Ok((wish, decision)) => tokio::select! {
-                reached = worker.reach(&wish, decision, &mut record) => Some(reached),
-                _ = waiting.broken(&mut respond) => None,
-            },
+            Ok((wish, decision)) => {
+                let ahead = Ahead::new(&mut waiting, Queue::default());
+                tokio::select! {
+                    biased;
+                    reached = worker.reach(&wish, decision, &mut record, Some(&ahead)) => {
+                        Some(reached.map(|sink| (sink, ahead.into_early())))
+                    }
+                    _ = ahead.left() => None,
+                }
+            }
             Err(refusal) => Some(Err(refusal)),
         }
     };
     match reached {
-        Some(Ok(sink)) => match respond.send_response(Response::new(()), false) {
-            Ok(send) => {
-                let (mut leg, early) = waiting.answered(send);
+        Some(Ok((sink, early))) => match waiting.accept() {
+            Ok(mut leg) => {
                 worker.relay(&mut leg, early, sink, record, started).await;
             }
             Err(e) => {
@@ -321,15 +327,11 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
             }
         },
         Some(Err(refusal)) => {
-            answer(&mut respond, refusal.response());
+            drop(place);
             worker.refused(&refusal, record, from.who(), started);
+            return waiting.refuse(refusal.response()).await;
         }
         None => worker.left(record, started),
     }
     drop(place);
-}
-
-/// Fails only when the peer has reset the stream, and then nobody waits for the answer.
-fn answer(respond: &mut SendResponse<Bytes>, response: Response<()>) {
-    let _gone = respond.send_response(response, true);
 }

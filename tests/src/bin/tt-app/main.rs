@@ -58,6 +58,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["expect-reset", addr, bytes] => expect_reset(addr, bytes.parse()?),
         ["write", addr, bytes] => Ok(UP.send(&mut &open(addr)?, bytes.parse()?)?),
         ["reset", addr, bytes] => reset_after(&open(addr)?, bytes.parse()?),
+        ["reset-unanswered", addr, bytes] => reset_unanswered(&open(addr)?, bytes.parse()?),
         ["names", addr] => names(&open(addr)?),
         ["connect-error", addr] => connect_error(addr.parse()?),
         ["v4mapped", addr, bytes] => duplex(&v4mapped(addr.parse()?)?, bytes.parse()?),
@@ -296,6 +297,17 @@ fn reset_after(stream: &TcpStream, bytes: u64) -> Result<()> {
     UP.send(&mut to, bytes)?;
     from.read_exact(&mut [0])?;
     say("answered=1");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    reset(stream)?;
+    println!("reset=1");
+    Ok(())
+}
+
+/// Sends, hears nothing, and resets the connection when it is told to.
+fn reset_unanswered(stream: &TcpStream, bytes: u64) -> Result<()> {
+    UP.send(&mut &*stream, bytes)?;
+    say("sent=1");
     let mut line = String::new();
     io::stdin().read_line(&mut line)?;
     reset(stream)?;
