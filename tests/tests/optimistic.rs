@@ -118,7 +118,8 @@ fn what_an_application_sends_first_is_there_before_the_gateway_has_answered() ->
 fn what_was_looked_at_goes_ahead_too() -> Result<()> {
     let world = World::new()?;
     let gateway = script(&world, FIRST, |_, talk| answers_what_has_come(talk))?;
-    let route = "match = { sni = [\"somebody.else\"] }\nto = \"deny\"\n[[route]]\nto = [{ upstream = \"first\" }]";
+    let route =
+        "match = { sni = [\"somebody.else\"] }\nto = \"deny\"\n[[route]]\nto = [{ upstream = \"first\" }]";
     let agent = routed(&world, route, &upstream("first", FIRST, ""))?;
     let done = world.exec_with(&agent).run_app(&["many", ASKED, "1", "1000"])?;
     assert!(done.success(), "{done}");
@@ -261,7 +262,8 @@ fn where_a_route_tries_again_the_other_upstream_gets_what_went_ahead() -> Result
         talk.hold().await
     })?;
     let standby = script(&world, NEXT, |_, talk| answers_what_has_come(talk))?;
-    let route = "retries = 1\nto = [{ upstream = \"first\", weight = 10000 }, { upstream = \"next\", weight = 1 }]";
+    let route =
+        "retries = 1\nto = [{ upstream = \"first\", weight = 10000 }, { upstream = \"next\", weight = 1 }]";
     let upstreams = upstream("first", FIRST, "") + &upstream("next", NEXT, "");
     let agent = routed(&world, route, &upstreams)?;
     let done = world.exec_with(&agent).run_app(&["many", ASKED, "1", "1000"])?;
@@ -331,7 +333,10 @@ fn an_application_that_resets_before_the_answer_takes_its_request_back() -> Resu
         assert!(done.success(), "{done}");
         gateway.played()?;
         let outcome = done.flows()?[0]["outcome"].as_str().map(str::to_owned);
-        assert!(outcome.as_ref().is_some_and(|o| o.contains("the client left")), "{bytes} bytes: {outcome:?}");
+        assert!(
+            outcome.as_ref().is_some_and(|o| o.contains("the client left")),
+            "{bytes} bytes: {outcome:?}"
+        );
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::{fs, io::Write, thread, time::Duration};
 use anyhow::{Context as _, Result, bail};
 
 use super::{
+    accounting,
     arms::{Bed, SetUp, Whose},
     flags::SCENARIOS,
     plan::{Extent, Plan},
@@ -52,7 +53,9 @@ pub fn hold(
     }
     writeln!(out, "go")?;
     out.flush()?;
+    let before = accounting::cpu(bed.parts(Whose::Captured))?;
     let outcome = client.measure()?;
+    let after = accounting::cpu(bed.parts(Whose::Captured))?;
     if matches!(workload, Workload::Idle { .. }) {
         #[expect(clippy::disallowed_methods, reason = "this is what it was asked for")]
         thread::sleep(length);
@@ -62,6 +65,9 @@ pub fn hold(
         "{} operations, {} bytes up, {} bytes down in {:.3} s",
         outcome.operations, outcome.bytes_up, outcome.bytes_down, outcome.seconds
     )?;
+    for (role, seconds) in accounting::spent(&before, &after) {
+        writeln!(out, "cpu {role}: {seconds:.6}")?;
+    }
     client.end()?;
     bed.check()
 }

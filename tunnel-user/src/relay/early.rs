@@ -303,8 +303,7 @@ mod tests {
         let (ours, theirs) = duplex(1 << 20);
         let writes = Rc::new(Cell::new(0));
         let ours = Counted(ours, Rc::clone(&writes));
-        let (client, server) =
-            tokio::join!(h2::client::handshake(ours), h2::server::handshake(theirs));
+        let (client, server) = tokio::join!(h2::client::handshake(ours), h2::server::handshake(theirs));
         let ((requests, mut connection), mut server) = (client.unwrap(), server.unwrap());
         let mut ping = connection.ping_pong().unwrap();
         spawn_local(async move { connection.await.unwrap() });

@@ -249,13 +249,15 @@ mod tests {
             let (app, inside) = tokio::join!(connector.connect(name, app), acceptor.accept(inside));
             let (inside, mut onward) = (inside.unwrap(), TcpLeg::new(onward));
             let relayed = tokio::task::spawn_local(async move {
-                let (early, meter) = (Early::default(), Meter::default());
+                let (mut early, meter) = (Early::default(), Meter::default());
                 let ended = match below {
-                    Below::Socket => relay(&mut inside.into_leg(), &mut onward, early, &meter, None).await,
+                    Below::Socket => {
+                        relay(&mut inside.into_leg(), &mut onward, &mut early, &meter, None).await
+                    }
                     Below::Leg => {
                         let (stream, session) = inside.into_inner();
                         let mut client = TlsOver::new(TcpLeg::new(stream), session);
-                        relay(&mut client, &mut onward, early, &meter, None).await
+                        relay(&mut client, &mut onward, &mut early, &meter, None).await
                     }
                 };
                 ended.to_string()

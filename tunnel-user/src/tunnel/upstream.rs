@@ -357,7 +357,8 @@ impl Upstream {
         };
         let sender = lease.sender().ok_or_else(|| not_sent("the connection was idle".to_owned()))?;
         let mut sender = sender.ready().await.map_err(|e| not_sent(e.to_string()))?;
-        let (response, mut send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
+        let (response, mut send) =
+            sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
         drop(sender);
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let answer = async {

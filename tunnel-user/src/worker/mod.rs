@@ -25,7 +25,7 @@ use socket2::Socket;
 use tokio::{
     runtime::{self, LocalOptions},
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use self::{
@@ -52,6 +52,11 @@ const PEER_LEAVES: usize = 4;
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 /// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How often a worker wakes for nothing. tokio wakes its own thread, by a write to an eventfd and another turn of epoll,
+/// for every timer that is due before all others, which those of a new flow often are; not before one that is always
+/// due sooner.
+const PULSE: Duration = Duration::from_secs(1);
 
 /// What all workers share of one configuration.
 pub struct Shared {
@@ -213,9 +218,12 @@ async fn work(start: Start) -> io::Result<Report> {
     let mut sources = Sources::default();
     captures.into_iter().for_each(|socket| sources.capture(&worker, socket, &flows));
     listeners.into_iter().for_each(|socket| sources.listen(&worker, socket, &flows));
+    let mut pulse = interval(PULSE);
+    pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = watch.draining() => break,
+            _ = pulse.tick() => {}
             Some(news) = more.recv() => match news {
                 More::Listen(socket) => sources.capture(&worker, socket, &flows),
                 More::Forget(source, netns) => sources.forget(source, netns),
@@ -259,6 +267,16 @@ async fn back_off(e: &io::Error) {
         tracing::warn!("accepting failed: {e}");
         sleep(ACCEPT_BACK_OFF).await;
     }
+}
+
+/// What a flow goes on with once its target is reached. A task holds no more of it than a pointer, and nothing of what
+/// it took to come so far.
+struct Going {
+    sink: Sink,
+    /// What has moved already.
+    early: Early,
+    record: Record,
+    started: Instant,
 }
 
 /// Whose flows are counted together.
@@ -308,26 +326,19 @@ impl Worker {
     }
 
     /// Relays to the end, and books it.
-    /// `early`: what the client has sent already.
-    async fn relay(
-        &self,
-        client: &mut impl Leg,
-        mut early: Early,
-        sink: Sink,
-        mut record: Record,
-        started: Instant,
-    ) {
+    async fn relay(&self, client: &mut impl Leg, mut going: Box<Going>) {
         let meter = Meter::default();
         let pipes = self.setup.borrow().pipes.clone();
         let pipes = pipes.as_deref();
+        let Going { sink, early, .. } = &mut *going;
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg, first) => {
+                Sink::Direct(leg, first) => {
                     early.ours = first.len();
-                    early.sent.put_first(first);
-                    relay(client, &mut leg, early, &meter, pipes).await
+                    early.sent.put_first(std::mem::take(first));
+                    relay(client, leg, early, &meter, pipes).await
                 }
-                Sink::Tunnel(mut stream) => {
+                Sink::Tunnel(stream) => {
                     early.received = std::mem::take(&mut stream.early);
                     match &mut stream.leg {
                         tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, pipes).await,
@@ -336,7 +347,7 @@ impl Worker {
                             relay(client, &mut **leg, early, &meter, pipes).await
                         }
                         tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            relay(client, &mut stream, early, &meter, pipes).await
+                            relay(client, stream, early, &meter, pipes).await
                         }
                     }
                 }
@@ -349,6 +360,9 @@ impl Worker {
             // Both legs are dropped before their ends: both are reset.
             () = stop.stopping() => Outcome::Stopped,
         };
+        // Their resets, or their ends, go out before anything is written about them.
+        let Going { sink, mut record, started, .. } = *going;
+        drop(sink);
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
         record.outcome = match &outcome {
             Outcome::Closed => "closed".into(),
