@@ -301,6 +301,27 @@ pub fn connect_proxy(asked: &Arc<Mutex<Vec<String>>>) -> impl Handler {
     }
 }
 
+/// An HTTP/1.1 proxy that takes one request, and answers 200 when nothing has come behind it for `a_while`; then it is
+/// the target itself, of [`duplex_then_end`].
+pub fn late_proxy(a_while: Duration, bytes: u64) -> impl Handler {
+    move |stream: &TcpStream| {
+        let (mut from, mut to) = (stream, stream);
+        let (mut head, mut byte) = (Vec::new(), [0]);
+        while !head.ends_with(b"\r\n\r\n") {
+            from.read_exact(&mut byte)?;
+            head.push(byte[0]);
+        }
+        stream.set_read_timeout(Some(a_while))?;
+        match from.read(&mut byte) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            other => return Err(io::Error::other(format!("{other:?} behind the head, before the answer"))),
+        }
+        stream.set_read_timeout(None)?;
+        to.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
+        both_ways(stream, bytes)
+    }
+}
+
 fn copy(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
     io::copy(&mut from, &mut to)?;
     to.shutdown(Shutdown::Write)

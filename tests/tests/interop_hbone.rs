@@ -237,6 +237,8 @@ async fn accept(
             let (sender, mut receiver) = raw::accept(acceptor.accept(tcp).await?, &max_streams(100)).await?;
             let sender = Rc::new(tokio::sync::Mutex::new(sender));
             let ended = answer.iter().any(|(_, flags, _)| flags & END_STREAM != 0);
+            // An interim answer opens nothing: an echo behind it would be bytes in front of the answer.
+            let opens = answer.iter().any(|(_, _, block)| *block != field(b":status", b"101"));
             let settling = Rc::clone(&sender);
             let settings = task::spawn_local(async move {
                 while number == 1 && told.changed().await.is_ok() {
@@ -260,7 +262,7 @@ async fn accept(
                         }
                     }
                     // Nothing comes behind an end.
-                    (DATA, _) if frame.stream != 1 && ended => {}
+                    (DATA, _) if frame.stream != 1 && (ended || !opens) => {}
                     // END_STREAM is echoed too.
                     (DATA, _) => sender.frame(DATA, frame.flags, frame.stream, &frame.payload).await?,
                     _ => {}

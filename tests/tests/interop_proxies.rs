@@ -1,11 +1,11 @@
 //! Other proxies and other clients, unmodified, at the end that each can take: haproxy, nghttpx and squid behind ours,
 //! oha in front of it. (curl, redsocks and tinyproxy are in `http1.rs`, Envoy in `interop_envoy.rs`.)
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tunnel_tests::{
-    NET4, TARGET4, World,
+    NET4, TARGET4, Target, World,
     daemon::Daemon,
     ends::{self, Way},
     gateway,
@@ -21,15 +21,19 @@ const PLAIN: SocketAddr = SocketAddr::new(NET4, 3128);
 /// Enough for many frames and records.
 const BULK: u64 = 4 << 20;
 
-/// For `tunnel exec`: everything goes to the proxy, over HTTP/2 and mTLS or over HTTP/1.1 in plaintext.
-fn agent(world: &World, proxy: SocketAddr) -> Result<PathBuf> {
+/// nghttpx would pass on what goes ahead before the next proxy has answered, over HTTP/1.1.
+const NGHTTPX: &str = "optimistic_data = false";
+
+/// For `tunnel exec`: everything goes to the proxy, over HTTP/2 and mTLS or over HTTP/1.1 in plaintext. `more` keys of
+/// the upstream.
+fn agent(world: &World, proxy: SocketAddr, more: &str) -> Result<PathBuf> {
     let (identity, keys) = match proxy {
         HBONE => (world.pki().named("node").toml(), format!("verify = [\"{GATEWAY_ID}\"]")),
         _ => (String::new(), "protocol = \"h1\"\ntls = false".to_owned()),
     };
     let config = format!(
         "[daemon]\nworkers = 1\n{identity}[[route]]\nto = [{{ upstream = \"proxy\" }}]\n\
-         [[upstream]]\nname = \"proxy\"\nendpoints = [\"{proxy}\"]\n{keys}\n"
+         [[upstream]]\nname = \"proxy\"\nendpoints = [\"{proxy}\"]\n{keys}\n{more}\n"
     );
     world.file("agent.toml", config)
 }
@@ -56,7 +60,7 @@ fn haproxy_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyprox
     let world = World::new()?;
     let _last = proxies::tinyproxy(&world, PLAIN)?;
     let _haproxy = proxies::haproxy(&world, HBONE, PLAIN)?;
-    let exec = world.exec_with(&agent(&world, HBONE)?);
+    let exec = world.exec_with(&agent(&world, HBONE, "")?);
     let way = Way::Captured(&world, &exec);
     carries(way)?;
     ends::nobody_there_is_a_reset(way)
@@ -67,7 +71,7 @@ fn haproxy_between_two_of_ours_passes_every_byte_and_end_on() -> Result<()> {
     let world = World::new()?;
     let _last = ours(&world)?;
     let _haproxy = proxies::haproxy(&world, HBONE, PLAIN)?;
-    let exec = world.exec_with(&agent(&world, HBONE)?);
+    let exec = world.exec_with(&agent(&world, HBONE, "")?);
     let way = Way::Captured(&world, &exec);
     carries(way)?;
     ends::its_end_is_heard_and_answered(way)?;
@@ -81,7 +85,7 @@ fn nghttpx_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyprox
     let world = World::new()?;
     let _last = proxies::tinyproxy(&world, PLAIN)?;
     let _nghttpx = proxies::nghttpx(&world, HBONE, PLAIN)?;
-    let exec = world.exec_with(&agent(&world, HBONE)?);
+    let exec = world.exec_with(&agent(&world, HBONE, NGHTTPX)?);
     let way = Way::Captured(&world, &exec);
     // It does not pass an application's end on.
     ends::bytes_arrive_until_the_target_ends(way, BULK)?;
@@ -89,11 +93,36 @@ fn nghttpx_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyprox
     ends::nobody_there_is_a_reset(way)
 }
 
+/// Whether what goes ahead waits in a proxy until the next one, over HTTP/1.1, has answered.
+fn what_goes_ahead_waits(world: &World, keys: &str) -> Result<()> {
+    const A_WHILE: Duration = Duration::from_millis(300);
+    let last = Target::start(world.net(), PLAIN, target::late_proxy(A_WHILE, BULK))?;
+    let agent = agent(world, HBONE, keys)?;
+    let done = world.exec_with(&agent).run_app(&["duplex", "10.200.0.10:80", &BULK.to_string()])?;
+    assert_eq!(last.outcomes(1)?, [Ok(())], "{done}");
+    assert!(done.success(), "{done}");
+    Ok(())
+}
+
+#[test]
+fn what_goes_ahead_waits_in_haproxy() -> Result<()> {
+    let world = World::new()?;
+    let _haproxy = proxies::haproxy(&world, HBONE, PLAIN)?;
+    what_goes_ahead_waits(&world, "")
+}
+
+#[test]
+fn where_nothing_goes_ahead_nghttpx_passes_nothing_on_before_the_answer() -> Result<()> {
+    let world = World::new()?;
+    let _nghttpx = proxies::nghttpx(&world, HBONE, PLAIN)?;
+    what_goes_ahead_waits(&world, NGHTTPX)
+}
+
 #[test]
 fn squid_takes_what_we_carry_over_http_1() -> Result<()> {
     let world = World::new()?;
     let _squid = proxies::squid(&world, PLAIN)?;
-    let exec = world.exec_with(&agent(&world, PLAIN)?);
+    let exec = world.exec_with(&agent(&world, PLAIN, "")?);
     let way = Way::Captured(&world, &exec);
     // One end is both to it, as to tinyproxy.
     carries(way)?;

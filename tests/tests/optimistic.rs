@@ -3,18 +3,12 @@
 //!
 //! What "one round trip" means is counted and not timed: the far end has the bytes before it has said a word.
 
-use std::{
-    io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpListener},
-    path::PathBuf,
-    sync::mpsc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::mpsc, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use tokio::time::timeout;
 use tunnel_tests::{
-    NET4, PATIENCE, TARGET4, World,
+    NET4, PATIENCE, TARGET4, Target, World,
     daemon::Daemon,
     ends::{self, Way},
     envoy::{ENVOY_ID, Envoy},
@@ -136,9 +130,11 @@ fn through_a_chain_of_two_the_first_bytes_are_there_before_anybody_has_answered(
         world.pki().named("gateway").toml(),
         upstream("next", NEXT, ""),
     );
-    let _hop = Daemon::start(&world, world.net(), &config)?;
+    let mut hop = Daemon::start(&world, world.net(), &config)?;
     let done = world.exec_with(&agent(&world, "")?).run_app(&["many", ASKED, "1", "1000"])?;
     assert!(done.success(), "{done}");
+    // With its connections.
+    hop.process().stop()?;
     last.played()
 }
 
@@ -164,7 +160,7 @@ fn a_target_that_speaks_first_is_heard_and_nothing_goes_ahead_of_what_was_not_se
 fn an_end_before_the_answer_goes_behind_the_bytes() -> Result<()> {
     let world = World::new()?;
     for bytes in [0, 1000] {
-        let gateway = script(&world, FIRST, async move |_, mut talk| {
+        let gateway = script(&world, FIRST, move |_, mut talk| async move {
             let stream = talk.request().await?;
             if !talk.bytes(stream, 0, bytes).await? {
                 talk.end(stream).await?;
@@ -377,31 +373,14 @@ fn where_it_is_switched_off_nothing_goes_ahead() -> Result<()> {
 #[test]
 fn over_http_1_nothing_goes_ahead() -> Result<()> {
     let world = World::new()?;
-    let listener = world.net().run(|| TcpListener::bind(FIRST))?;
-    let proxy = world.net().spawn("proxy", move || {
-        let (mut stream, _) = listener.accept()?;
-        let (mut head, mut byte) = (Vec::new(), [0]);
-        while !head.ends_with(b"\r\n\r\n") {
-            stream.read_exact(&mut byte)?;
-            head.push(byte[0]);
-        }
-        stream.set_read_timeout(Some(A_WHILE))?;
-        match stream.read(&mut byte) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            other => return Err(io::Error::other(format!("before the answer: {other:?}"))),
-        }
-        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        UP.receive_to_end(&mut stream)?;
-        stream.write_all(&down(HALF))
-    })?;
+    let proxy = Target::start(world.net(), FIRST, target::late_proxy(A_WHILE, 1000))?;
     let config = format!(
         "[daemon]\nworkers = 1\n[[route]]\nto = [{{ upstream = \"proxy\" }}]\n[[upstream]]\nname = \"proxy\"\n\
          endpoints = [\"{FIRST}\"]\nprotocol = \"h1\"\ntls = false\n"
     );
-    let words = ["half-close", ASKED, &HALF.to_string()];
-    let done = world.exec_with(&world.file("agent.toml", config)?).run_app(&words)?;
-    proxy.join().ok().context("the proxy panicked")??;
+    let agent = world.file("agent.toml", config)?;
+    let done = world.exec_with(&agent).run_app(&["duplex", ASKED, "1000"])?;
+    assert_eq!(proxy.outcomes(1)?, [Ok(())]);
     assert!(done.success(), "{done}");
     Ok(())
 }

@@ -27,6 +27,9 @@ pub trait Source {
     /// Whether bytes may be taken while nobody has room for them: see [`Leg::may_prefetch`].
     fn prefetches(&self) -> bool;
 
+    /// Has the next call find what has come just now: see [`Leg::ask_now`].
+    fn ask_now(&mut self) {}
+
     /// The next bytes; `None` at its end.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
 
@@ -37,6 +40,10 @@ pub trait Source {
 impl<L: Leg> Source for L {
     fn prefetches(&self) -> bool {
         self.may_prefetch()
+    }
+
+    fn ask_now(&mut self) {
+        Leg::ask_now(self);
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
@@ -136,6 +143,7 @@ impl<'a, 'c> Asking<'a, 'c> {
         // The stream before was refused, if there was one.
         waiting.begin_anew();
         waiting.asking = true;
+        waiting.client.ask_now();
         Self(ahead)
     }
 }
@@ -339,6 +347,7 @@ mod tests {
                     ahead.answered();
                     let early = ahead.into_early();
                     assert_eq!((early.passed, early.sent.is_empty(), early.ended), (bytes, true, false));
+                    (requests, send)
                 });
                 let (asked, mut respond) = server.accept().await.unwrap().unwrap();
                 let mut body = asked.into_body();
@@ -346,7 +355,7 @@ mod tests {
                     assert_eq!(body.data().await.unwrap().unwrap().len(), bytes);
                     assert_eq!(writes.get() - before, 1, "{bytes} bytes");
                     respond.send_response(Response::new(()), false).unwrap();
-                    asking.await.unwrap();
+                    let _open = asking.await.unwrap();
                 };
                 tokio::select! {
                     () = hear => {}

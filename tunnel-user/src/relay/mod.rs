@@ -52,6 +52,10 @@ pub trait Leg {
         Self::PREFETCH
     }
 
+    /// The next [`poll_recv`](Self::poll_recv) asks the peer's socket, even where the runtime has not heard yet that
+    /// something has come: it hears when it looks at epoll again.
+    fn ask_now(&mut self) {}
+
     /// The next bytes; `None` at EOF (FIN, END_STREAM, or close_notify).
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
 
@@ -217,8 +221,10 @@ pub async fn relay<C: Leg, T: Leg>(
     pipes: Option<&Pipes>,
 ) -> Outcome {
     let Early { sent, ours, passed, ended, finished, received } = early;
-    client.accepted(*passed);
-    meter.sent.set(*passed as u64);
+    if *passed > 0 {
+        client.accepted(*passed);
+        meter.sent.set(*passed as u64);
+    }
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {

@@ -28,7 +28,7 @@ pub(super) const READ_MAX: usize = 64 * 1024;
 /// See the module.
 pub struct TcpLeg {
     stream: Rc<TcpStream>,
-    /// 0: it was accepted, and nobody has asked it yet what has come.
+    /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
 }
@@ -41,9 +41,9 @@ impl TcpLeg {
     }
 
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
-    /// aborts already. Its client may have sent something, of which the runtime only hears when it looks at epoll again.
-    pub fn accepted(stream: TcpStream) -> Self {
-        Self { stream: Rc::new(stream), next_read: 0, error: ErrorWatch::default() }
+    /// aborts already.
+    pub fn aborting(stream: TcpStream) -> Self {
+        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 }
 
@@ -94,6 +94,10 @@ pub(super) fn let_arrive(stream: &TcpStream) {
 
 impl Leg for TcpLeg {
     const PREFETCH: bool = false;
+
+    fn ask_now(&mut self) {
+        self.next_read = 0;
+    }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         if self.next_read == 0 {

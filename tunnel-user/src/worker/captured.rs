@@ -82,7 +82,7 @@ async fn reach_captured(
     let Captured { stream, client, original_dst } = captured;
     let target = Target::from(original_dst);
     let mut record = Record::new(&target, client);
-    let mut leg = TcpLeg::accepted(stream);
+    let mut leg = TcpLeg::aborting(stream);
     let reached = {
         let setup = worker.setup();
         let wish = Wish {
