@@ -31,7 +31,7 @@ impl Peers {
 
     /// As if none were there.
     #[cfg(test)]
-    pub(super) fn none() -> Self {
+    pub fn none() -> Self {
         Self { envoy: None }
     }
 
