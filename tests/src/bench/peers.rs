@@ -30,7 +30,6 @@ impl Peers {
     }
 
     /// As if none were there.
-    #[cfg(test)]
     pub fn none() -> Self {
         Self { envoy: None }
     }
