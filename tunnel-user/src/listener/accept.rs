@@ -12,7 +12,6 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{h1, h2};
 use crate::{
@@ -23,6 +22,7 @@ use crate::{
         identity::peer_identity,
         io::{Wire, peek_until},
         proxy,
+        record::{self, Agreed, TlsStream},
         store::TlsStore,
         verify::{ClientCheck, check_expiry, explain},
     },
@@ -155,22 +155,19 @@ async fn secure(
     stream: TcpStream,
     client: ClientAddr,
 ) -> Result<Accepted, ServeError> {
-    let acceptor = TlsAcceptor::from(store.server_config(check, &settings.protocols));
-    let tls = match acceptor.accept(stream).into_fallible().await {
-        Ok(tls) => tls,
+    let config = store.server_config(check, &settings.protocols);
+    let (tls, agreed) = match record::accept(&config, stream).await {
+        Ok(shaken) => shaken,
         Err((e, stream)) => {
             hear_out(stream).await;
             return Err(ServeError::Tls(explain(&e)));
         }
     };
-    let session = tls.get_ref().1;
-    let certificates = session.peer_certificates().unwrap_or_default();
+    let Agreed { alpn, certificates, suite, server_name } = agreed;
     // A resumed session brings its certificate along, and nobody has looked at the date since.
-    check_expiry(certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
-    let identity = peer_identity(certificates);
-    let server_name = session.server_name().map(Box::from);
-    let suite = session.negotiated_cipher_suite().map(|s| s.suite());
-    let protocol = match session.alpn_protocol() {
+    check_expiry(&certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
+    let identity = peer_identity(&certificates);
+    let protocol = match &alpn {
         Some(agreed) => settings.protocols.iter().find(|p| p.alpn() == agreed),
         // Clients of proxies are older than ALPN; HTTP/2 over TLS is not (RFC 9113 section 3.2).
         None => settings.protocols.iter().find(|p| **p == Protocol::H1),

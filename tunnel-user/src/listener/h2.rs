@@ -21,7 +21,7 @@ use crate::{
         io::{LastReader, Wire},
         verify::explain,
     },
-    tunnel::h2::{FRAME, HEADERS, SEND_BUFFER, STREAM_WINDOW, connection_window},
+    tunnel::h2::{FRAME, HEADERS, SEND_BUFFER, SMALL_FRAMES, STREAM_WINDOW, connection_window},
 };
 
 /// Streams that the peer reset before we looked at them; more end the connection (CVE-2023-44487).
@@ -58,6 +58,7 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
         .max_local_error_reset_streams(Some(LOCAL_ERRORS_MAX))
         .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(SMALL_FRAMES)
         .handshake::<_, Bytes>(wire)
         .await
         .map_err(|e| ServeError::H2(explain(&e)))?;

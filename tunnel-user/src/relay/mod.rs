@@ -15,7 +15,6 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;
-mod tls_over;
 
 use std::{
     cell::Cell,
@@ -28,7 +27,6 @@ use std::{
 
 use bytes::Bytes;
 use tokio::net::TcpStream;
-use tokio_rustls::{client, server};
 
 pub use self::{
     early::{Ahead, EARLY_MAX, Source},
@@ -37,9 +35,8 @@ pub use self::{
     queue::Queue,
     tcp::{TcpLeg, broken},
     tls::TlsLeg,
-    tls_over::TlsOver,
 };
-use crate::transport::io::Wire;
+use crate::transport::{io::Wire, record::TlsStream};
 
 /// One side of a flow, to be polled from one task.
 pub trait Leg {
@@ -100,21 +97,12 @@ impl IntoLeg for TcpStream {
     }
 }
 
-impl IntoLeg for server::TlsStream<TcpStream> {
-    type Leg = TlsLeg;
+impl IntoLeg for TlsStream<TcpStream> {
+    type Leg = TlsLeg<TcpLeg>;
 
-    fn into_leg(self) -> TlsLeg {
-        let (stream, session) = self.into_inner();
-        TlsLeg::new(stream, session)
-    }
-}
-
-impl IntoLeg for client::TlsStream<TcpStream> {
-    type Leg = TlsLeg;
-
-    fn into_leg(self) -> TlsLeg {
-        let (stream, session) = self.into_inner();
-        TlsLeg::new(stream, session)
+    fn into_leg(self) -> Self::Leg {
+        let (stream, session) = self.into_parts();
+        TlsLeg::new(TcpLeg::new(stream), session)
     }
 }
 

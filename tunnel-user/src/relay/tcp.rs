@@ -26,8 +26,9 @@ use super::{Broken, Cause, Leg, Queue};
 const READ_MIN: usize = 4 * 1024;
 /// What is copied out of the buffer that it was read into: cheaper than to allocate another one of those.
 const COPIED: usize = 1024;
-/// The most one read takes: four TLS records; beyond it the profile of a bulk flow no longer changes.
-pub(super) const READ_MAX: usize = 64 * 1024;
+/// The most one read takes: a DATA frame of ours, which fills four TLS records; beyond it the profile of a bulk flow no
+/// longer changes.
+const READ_MAX: usize = 64 * 1024 - 9;
 
 /// See the module.
 pub struct TcpLeg {

@@ -1,144 +1,107 @@
-//! A TLS connection of its own as a leg: the tunnel is what remains of an HTTP/1 connection after its 200.
+//! TLS over another leg: the tunnel is what remains of an HTTP/1 connection after its 200.
 //!
-//! Enters: a connection whose handshake is done. Leaves: records. Invariant: close_notify is the end of one
-//! direction, as FIN is, and a connection that ends without it was cut off: a reset (RFC 8446 section 6.1).
-//! Bytes count as sent once their records are in the socket. Closed before both directions ended, it sends
-//! RST. An idle leg holds no buffer but rustls's.
+//! Enters: a leg (a socket, or a stream of another tunnel), and the session whose handshake was done over it. Leaves:
+//! records, through that leg. Invariant: close_notify is the end of one direction, as FIN is, and a connection that ends
+//! without it was cut off: a reset (RFC 8446 section 6.1); what breaks the leg below breaks this one in the same way.
+//! Bytes count as sent once the leg below has taken their records. It holds what one read of the leg below gave it, and
+//! what its session holds; idle, nothing.
 
 use std::{
-    io::{self, BufRead as _, IoSlice, Read, Write},
-    rc::Rc,
+    io,
     task::{Context, Poll, ready},
 };
 
-use bytes::{Bytes, BytesMut};
-use rustls::Connection;
-use tokio::net::TcpStream;
+use bytes::{Buf as _, Bytes};
 
-use super::{
-    Broken, Cause, Leg, Queue,
-    tcp::{ErrorWatch, READ_MAX, abort_on_close, let_arrive, reset, shut_down},
+use super::{Broken, Cause, Leg, Queue, tcp::reset};
+use crate::transport::{
+    record::{Next, RecordError, Session},
+    verify::explain,
 };
-use crate::transport::verify::explain;
 
 /// See the module.
-pub struct TlsLeg {
-    stream: Rc<TcpStream>,
-    session: Connection,
-    /// Bytes at the front of the queue whose records are on their way into the socket.
+pub struct TlsLeg<L> {
+    below: L,
+    session: Session,
+    /// What has come from below and was not given to the session yet: it takes no more than it has room for.
+    received: Bytes,
+    /// Records on their way down: what one write of the session sealed.
+    records: Queue,
+    /// Bytes at the front of the caller's queue that are among the records.
     sealed: usize,
-    /// close_notify is among the records.
-    finishing: bool,
-    error: ErrorWatch,
 }
 
-impl TlsLeg {
+fn broken(why: &RecordError) -> Broken {
+    Broken::Reset(Cause::Connection(explain(why)))
+}
+
+impl<L: Leg> TlsLeg<L> {
     /// Takes over a connection, and what its session has received already.
-    pub fn new(stream: TcpStream, session: impl Into<Connection>) -> Self {
-        abort_on_close(&stream);
-        let session = session.into();
-        Self { stream: Rc::new(stream), session, sealed: 0, finishing: false, error: ErrorWatch::default() }
+    pub fn new(below: L, session: Session) -> Self {
+        Self { below, session, received: Bytes::new(), records: Queue::default(), sealed: 0 }
     }
 
-    /// Puts records into the socket; ready when none is left.
+    /// Hands records down; ready when none is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        while self.session.wants_write() {
-            ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
-            match self.session.write_tls(&mut Socket(&self.stream)) {
-                Ok(0) => return Poll::Ready(Err(reset(io::ErrorKind::WriteZero.into()))),
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Poll::Ready(Err(reset(e))),
+        loop {
+            let sealed = self.session.unsent().len();
+            if sealed > 0 {
+                self.records.push(Bytes::copy_from_slice(self.session.unsent()));
+                self.session.sent(sealed);
             }
+            if self.records.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            ready!(self.below.poll_send(cx, &mut self.records))?;
         }
-        Poll::Ready(Ok(()))
     }
 }
 
-/// What a session has decrypted; `None` when it has nothing yet.
-pub(super) fn decrypted(session: &mut Connection) -> Option<Result<Option<Bytes>, Broken>> {
-    let mut out = BytesMut::new();
-    while out.len() < READ_MAX {
-        let mut reader = session.reader();
-        let n = match reader.fill_buf() {
-            Ok([]) if out.is_empty() => return Some(Ok(None)),
-            Ok([]) => break,
-            Ok(chunk) => {
-                let n = chunk.len().min(READ_MAX - out.len());
-                out.extend_from_slice(&chunk[..n]);
-                n
-            }
-            // What is there comes first; this comes again.
-            Err(_) if !out.is_empty() => break,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
-            Err(e) => return Some(Err(reset(e))),
-        };
-        reader.consume(n);
-    }
-    Some(Ok(Some(out.freeze())))
-}
-
-/// The socket as rustls wants it.
-struct Socket<'s>(&'s TcpStream);
-
-impl Read for Socket<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.try_read(buf)
-    }
-}
-
-impl Write for Socket<'_> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.0.try_write(buf)
-    }
-
-    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_write_vectored(bufs)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Leg for TlsLeg {
+impl<L: Leg> Leg for TlsLeg<L> {
     const PREFETCH: bool = false;
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {
-            if let Some(received) = decrypted(&mut self.session) {
-                return Poll::Ready(received);
-            }
-            ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
-            match self.session.read_tls(&mut Socket(&self.stream)) {
-                // The end is in the records too, or else the session says that it was not.
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Poll::Ready(Err(reset(e))),
-            }
-            let processed = self.session.process_new_packets();
-            if self.session.wants_write() {
+            let next = self.session.advance();
+            if !self.session.unsent().is_empty() && !matches!(next, Ok(Next::Data)) {
                 // An alert, or the answer to a new key, neither of which anybody waits for.
-                let _later = self.session.write_tls(&mut Socket(&self.stream));
+                let _later = self.poll_flush(cx);
             }
-            if let Err(e) = processed {
-                return Poll::Ready(Err(Broken::Reset(Cause::Connection(explain(&e)))));
+            match next {
+                Ok(Next::Data) => {
+                    let chunk = Bytes::copy_from_slice(self.session.data());
+                    self.session.taken(chunk.len());
+                    return Poll::Ready(Ok(Some(chunk)));
+                }
+                Ok(Next::End) => return Poll::Ready(Ok(None)),
+                Ok(Next::More) => {}
+                Err(why) => return Poll::Ready(Err(broken(&why))),
             }
+            if self.received.is_empty() {
+                match ready!(self.below.poll_recv(cx))? {
+                    Some(chunk) => self.received = chunk,
+                    None => return Poll::Ready(Err(reset(io::ErrorKind::UnexpectedEof.into()))),
+                }
+            }
+            let room = self.session.room();
+            let n = room.len().min(self.received.len());
+            room[..n].copy_from_slice(&self.received[..n]);
+            self.session.received(n);
+            self.received.advance(n);
+            self.below.accepted(n);
         }
     }
 
     fn accepted(&mut self, _n: usize) {
-        // The kernel's window follows what was read, and nothing is read ahead.
+        // The window below follows what the session has taken, which is no more than it has room for.
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         // They stay in the queue meanwhile: nobody else would ask for the rest of their records.
         while self.sealed == 0 {
             ready!(self.poll_flush(cx))?;
-            self.sealed =
-                queue.with_slices(|slices| self.session.writer().write_vectored(slices)).map_err(reset)?;
+            let sealed = queue.with_slices(|slices| self.session.write(slices));
+            self.sealed = sealed.map_err(|why| broken(&why))?;
         }
         ready!(self.poll_flush(cx))?;
         let n = std::mem::take(&mut self.sealed);
@@ -147,42 +110,39 @@ impl Leg for TlsLeg {
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        if !self.finishing {
-            self.session.send_close_notify();
-            self.finishing = true;
-        }
+        self.session.end().map_err(|why| broken(&why))?;
         ready!(self.poll_flush(cx))?;
-        Poll::Ready(shut_down(&self.stream))
+        self.below.poll_finish(cx)
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        self.error.poll(cx, &self.stream)
+        self.below.poll_broken(cx)
     }
 
     fn close(&mut self) {
-        let_arrive(&self.stream);
+        self.below.close();
     }
 
     fn abort(&mut self) {
-        // The drop does it.
+        self.below.abort();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, sync::Arc, time::Duration};
+    use std::{fs, time::Duration};
 
     use socket2::SockRef;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::TcpListener,
+        net::{TcpListener, TcpStream},
         task::{JoinHandle, LocalSet},
         time::timeout,
     };
-    use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+    use tokio_rustls::{TlsConnector, client::TlsStream};
 
     use super::{
-        super::{Early, IntoLeg as _, Meter, TcpLeg, TlsOver, relay},
+        super::{Early, IntoLeg as _, Meter, TcpLeg, relay},
         *,
     };
     use crate::{
@@ -190,6 +150,8 @@ mod tests {
         flow::Target,
         pki::{Ca, IssueRequest, Validity},
         transport::{
+            nested::Nested,
+            record,
             tls::{IdentityFiles, TlsIdentity},
             verify::{ClientCheck, ServerCheck},
         },
@@ -245,9 +207,8 @@ mod tests {
             let name = check.server_name(&Target::Addr(app.peer_addr().unwrap()));
             let connector = TlsConnector::from(identity.client_config(&check, Protocol::H1));
             let config = identity.server_config(&ClientCheck::default(), &[Protocol::H1]);
-            let acceptor = TlsAcceptor::from(Arc::clone(&config));
-            let (app, inside) = tokio::join!(connector.connect(name, app), acceptor.accept(inside));
-            let (inside, mut onward) = (inside.unwrap(), TcpLeg::new(onward));
+            let (app, inside) = tokio::join!(connector.connect(name, app), record::accept(&config, inside));
+            let (inside, mut onward) = (inside.map_err(|(e, _)| e).unwrap().0, TcpLeg::new(onward));
             let relayed = tokio::task::spawn_local(async move {
                 let (mut early, meter) = (Early::default(), Meter::default());
                 let ended = match below {
@@ -255,8 +216,9 @@ mod tests {
                         relay(&mut inside.into_leg(), &mut onward, &mut early, &meter, None).await
                     }
                     Below::Leg => {
-                        let (stream, session) = inside.into_inner();
-                        let mut client = TlsOver::new(TcpLeg::new(stream), session);
+                        let (stream, session) = inside.into_parts();
+                        let below = Nested::new(TcpLeg::new(stream), Queue::default());
+                        let mut client = TlsLeg::new(below, session);
                         relay(&mut client, &mut onward, &mut early, &meter, None).await
                     }
                 };

@@ -17,7 +17,8 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
-use tokio_rustls::{client, server};
+
+use super::record::TlsStream;
 
 /// A connection of ours: a TCP socket, or TLS over one.
 pub trait Wire: AsyncRead + AsyncWrite + Unpin {
@@ -31,15 +32,9 @@ impl Wire for TcpStream {
     }
 }
 
-impl Wire for server::TlsStream<TcpStream> {
+impl Wire for TlsStream<TcpStream> {
     fn tcp(&self) -> &TcpStream {
-        self.get_ref().0
-    }
-}
-
-impl Wire for client::TlsStream<TcpStream> {
-    fn tcp(&self) -> &TcpStream {
-        self.get_ref().0
+        self.below()
     }
 }
 

@@ -9,6 +9,7 @@ pub mod identity;
 pub mod io;
 pub mod nested;
 pub mod proxy;
+pub mod record;
 pub mod store;
 pub mod tcp;
 pub mod tls;

@@ -19,6 +19,7 @@ use tempfile::TempDir;
 
 use super::{
     identity::peer_identity,
+    record,
     store::{TlsStore, watch},
     tls::{IdentityFiles, TlsError, TlsIdentity, provider},
     verify::{Check, ClientCheck, ServerCheck, check_expiry, explain, failed_check},
@@ -475,17 +476,17 @@ async fn a_refusal_is_explained_through_h2() {
     let client = identity_of(&theirs, &request(CLIENT), &ours);
     let server = identity_of(&ours, &request(SERVER), &ours);
     let (near, far) = tokio::io::duplex(64 * 1024);
-    let accept =
-        tokio_rustls::TlsAcceptor::from(server.server_config(&clients(&[]), &[Protocol::H2])).accept(far);
+    let config = server.server_config(&clients(&[]), &[Protocol::H2]);
+    let accept = record::accept(&config, far);
     let connect = async {
         let name = ServerName::try_from("10.9.0.1").unwrap();
-        let connector = tokio_rustls::TlsConnector::from(client.client_config(&servers(&[]), Protocol::H2));
-        let tls = connector.connect(name, near).await.unwrap();
+        let config = client.client_config(&servers(&[]), Protocol::H2);
+        let (tls, _) = record::connect(config, name, near).await.unwrap();
         let (_requests, connection) = h2::client::handshake(tls).await.unwrap();
         connection.await.unwrap_err()
     };
     let (accepted, client_error) = tokio::join!(accept, connect);
-    let server_error = accepted.unwrap_err();
+    let server_error = accepted.err().expect("it is refused").0;
     assert_eq!(
         explain(&server_error),
         "the peer's certificate failed the chain check: it is not from our CA"

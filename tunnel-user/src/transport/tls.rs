@@ -228,6 +228,8 @@ impl TlsIdentity {
             .with_custom_certificate_verifier(verifier)
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
         config.alpn_protocols = vec![protocol.alpn().to_vec()];
+        // For the record layer of this process (`record`); they go nowhere else.
+        config.enable_secret_extraction = true;
         // Keyed by server name inside one config: a session never crosses over to other checks.
         config.resumption = Resumption::in_memory_sessions(CLIENT_SESSIONS);
         let config = Arc::new(config);
@@ -250,6 +252,7 @@ impl TlsIdentity {
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
         config.alpn_protocols = protocols.iter().map(|p| p.alpn().to_vec()).collect();
+        config.enable_secret_extraction = true;
         // Tickets carry the client's chain, so a resumed session still has its identity, on any worker.
         // Without randomness for ticket keys, rustls keeps the sessions itself.
         if let Ok(ticketer) = aws_lc_rs::Ticketer::new() {

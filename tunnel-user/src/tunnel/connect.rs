@@ -21,7 +21,6 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout_at},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     TunnelError,
@@ -33,6 +32,7 @@ use crate::{
     flow::{FarEnd, Identity, PeerAddr, Target},
     transport::{
         identity::peer_identity,
+        record::{self, Agreed, TlsStream},
         tcp::Mark,
         verify::{check_expiry, explain},
     },
@@ -243,10 +243,10 @@ async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
     below: S,
 ) -> Result<Secured<S>, ConnectError> {
     let failed = |why| ConnectError::Tls { endpoint: endpoint.clone(), why };
-    let connecting = TlsConnector::from(Arc::clone(config)).connect(server_name.clone(), below);
-    let stream = connecting.await.map_err(|e| failed(explain(&e)))?;
-    let session = stream.get_ref().1;
-    let agreed = match session.alpn_protocol() {
+    let connecting = record::connect(Arc::clone(config), server_name.clone(), below);
+    let (stream, agreed) = connecting.await.map_err(|e| failed(explain(&e)))?;
+    let Agreed { alpn, certificates, suite, .. } = agreed;
+    let agreed = match &alpn {
         Some(agreed) => agreed == protocol.alpn(),
         // Proxies are older than ALPN; HTTP/2 over TLS is not (RFC 9113 section 3.2).
         None => protocol == Protocol::H1,
@@ -255,10 +255,7 @@ async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
         let why = "the peer did not agree to speak it (ALPN)".to_owned();
         return Err(ConnectError::Http { protocol, endpoint: endpoint.clone(), why });
     }
-    let certificates = session.peer_certificates().unwrap_or_default();
     // A resumed session brings its certificate along, and nobody has looked at the date since.
-    check_expiry(certificates, UnixTime::now()).map_err(|e| failed(e.to_string()))?;
-    let (identity, suite) =
-        (peer_identity(certificates), session.negotiated_cipher_suite().map(|s| s.suite()));
-    Ok(Secured { stream, identity, suite })
+    check_expiry(&certificates, UnixTime::now()).map_err(|e| failed(e.to_string()))?;
+    Ok(Secured { stream, identity: peer_identity(&certificates), suite })
 }

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 
 use super::{connect::Link, nested::Outer};
 use crate::{
-    relay::{IntoLeg as _, Queue, TcpLeg, TlsLeg, TlsOver},
+    relay::{IntoLeg as _, Queue, TcpLeg, TlsLeg},
     transport::{
         h1::{HeadError, ReadError, no_fields, read_head},
         io::AlertFirst,
@@ -41,11 +41,11 @@ pub enum Leg {
     /// In plaintext.
     Tcp(TcpLeg),
     /// With TLS.
-    Tls(Box<TlsLeg>),
+    Tls(Box<TlsLeg<TcpLeg>>),
     /// In plaintext, through another upstream.
     Nested(Box<Outer>),
     /// With TLS, through another upstream.
-    NestedTls(Box<TlsOver<Outer>>),
+    NestedTls(Box<TlsLeg<Outer>>),
 }
 
 /// Asks, and waits for the answer. The caller bounds the time.
@@ -91,8 +91,8 @@ async fn open(link: Link, request: &[u8]) -> Result<(Leg, Bytes), Closed> {
         }
         Link::NestedTls(mut tls) => {
             let first = ask_on(&mut *tls, request).await?;
-            let (outer, session) = tls.into_inner();
-            (Leg::NestedTls(Box::new(TlsOver::new(outer, session))), first)
+            let (outer, session) = tls.into_parts();
+            (Leg::NestedTls(Box::new(TlsLeg::new(outer, session))), first)
         }
     })
 }

@@ -22,7 +22,6 @@ use tokio::{
     sync::{Notify, oneshot},
     time::{Instant, sleep_until, timeout},
 };
-use tokio_rustls::client::TlsStream;
 
 use super::{
     connect::{ConnectError, Connected, Key, Link, connect},
@@ -34,6 +33,7 @@ use crate::{
     flow::{FarEnd, Identity},
     transport::{
         io::{AlertFirst, LastReader},
+        record::TlsStream,
         verify::explain,
     },
 };
@@ -48,8 +48,13 @@ pub const fn connection_window(streams: u32) -> u32 {
     let all = STREAM_WINDOW.saturating_mul(streams);
     if all > MAX { MAX } else { all }
 }
-/// The largest DATA frame we take: one read of the other leg.
-pub const FRAME: u32 = 64 * 1024;
+/// The largest DATA frame we take: with its header (RFC 9113 section 4.1) it fills four TLS records, and one read of the
+/// other leg fills it.
+pub const FRAME: u32 = 64 * 1024 - 9;
+/// What small DATA frames may weigh that nobody has taken yet, by the measure of h2: 256 bytes each, less what is in them;
+/// beyond it, it ends the connection. Flows take what has come after each turn of its connection, so it is what comes in
+/// one: over TLS 256 KiB (`record::TURN`), in plaintext 128 reads (tokio) of 8 KiB; frames of one byte take ten.
+pub const SMALL_FRAMES: usize = 32 << 20;
 /// What one stream may have waiting for the socket.
 pub const SEND_BUFFER: usize = 256 * 1024;
 /// The most bytes of headers in one request or response.
@@ -166,7 +171,7 @@ pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, Conne
                 (send, Opening::Plain(driven))
             }
             Link::Tls(tls) => {
-                let last = last_of(tls.get_ref().0)?;
+                let last = last_of(tls.below())?;
                 let shaken = handshake(AlertFirst::new(*tls), last, settings).await;
                 let (send, driven) = shaken.map_err(failed)?;
                 (send, Opening::Tls(driven))
@@ -178,7 +183,7 @@ pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, Conne
                 (send, Opening::Nested(driven))
             }
             Link::NestedTls(tls) => {
-                let last = tls.get_ref().0.held();
+                let last = tls.below().held();
                 let wire: Box<dyn Wire> = Box::new(AlertFirst::new(*tls));
                 let (send, driven) = handshake(wire, last, settings).await.map_err(failed)?;
                 (send, Opening::Nested(driven))
@@ -215,6 +220,7 @@ async fn handshake<W: Wire, L>(
         .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
         .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(SMALL_FRAMES)
         .enable_push(false)
         .handshake::<_, Bytes>(wire)
         .await

@@ -1,0 +1,155 @@
+//! A byte stream with TLS over it.
+//!
+//! Enters: a byte stream whose handshake is done. Leaves: plaintext, and records. Invariant: an end without
+//! close_notify is an error (RFC 8446 section 6.1); what was written is in the stream below once it was flushed. It
+//! holds what its session holds.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{Next, RecordError, Session};
+
+/// What is received before the others on this thread have a turn: about 50 µs' worth. tokio's own measure is the number of
+/// reads, whatever their size.
+const TURN: usize = 256 * 1024;
+
+/// See the module.
+pub struct TlsStream<S> {
+    below: S,
+    session: Session,
+    /// Bytes received in this turn.
+    turn: usize,
+}
+
+impl<S> TlsStream<S> {
+    /// Over a stream on which nothing but the session's own records follows.
+    pub(super) fn new(below: S, session: Session) -> Self {
+        Self { below, session, turn: 0 }
+    }
+
+    /// The stream below.
+    pub fn below(&self) -> &S {
+        &self.below
+    }
+
+    /// Both parts, what was received and not read among them.
+    pub fn into_parts(self) -> (S, Session) {
+        (self.below, self.session)
+    }
+}
+
+/// As whoever expects a socket takes it; what the peer said is inside.
+fn to_io(why: RecordError) -> io::Error {
+    match why {
+        RecordError::Alert(alert) => io::Error::new(io::ErrorKind::InvalidData, alert),
+        why => io::Error::new(io::ErrorKind::InvalidData, why),
+    }
+}
+
+impl<S: AsyncWrite + Unpin> TlsStream<S> {
+    /// Puts records into the stream below; ready when none is left.
+    fn poll_sent(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.session.unsent().is_empty() {
+            let n = ready!(Pin::new(&mut self.below).poll_write(cx, self.session.unsent()))?;
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.session.sent(n);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let before = buf.filled().len();
+        loop {
+            match this.session.advance() {
+                Ok(Next::Data) if buf.remaining() == 0 => return Poll::Ready(Ok(())),
+                Ok(Next::Data) => {
+                    let data = this.session.data();
+                    let n = data.len().min(buf.remaining());
+                    buf.put_slice(&data[..n]);
+                    this.session.taken(n);
+                }
+                // What is there is not held up by what is still to come.
+                Ok(Next::More | Next::End) | Err(_) if buf.filled().len() > before => {
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Next::End) => return Poll::Ready(Ok(())),
+                Ok(Next::More) if this.turn >= TURN => {
+                    this.turn = 0;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Ok(Next::More) => {
+                    let mut room = ReadBuf::new(this.session.room());
+                    let read = Pin::new(&mut this.below).poll_read(cx, &mut room);
+                    let n = room.filled().len();
+                    this.session.received(n);
+                    this.turn = if read.is_pending() { 0 } else { this.turn + n };
+                    ready!(read)?;
+                    if n == 0 {
+                        return Poll::Ready(Err(io::Error::new(
+                            io::ErrorKind::UnexpectedEof,
+                            "the peer closed the connection without ending it (TLS close_notify)",
+                        )));
+                    }
+                }
+                Err(why) => {
+                    // The alert says why; nobody waits for it.
+                    let _told = this.poll_sent(cx);
+                    return Poll::Ready(Err(to_io(why)));
+                }
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if bufs.iter().all(|buf| buf.is_empty()) {
+            return Poll::Ready(Ok(0));
+        }
+        loop {
+            let n = self.session.write(bufs).map_err(to_io)?;
+            if n > 0 {
+                return Poll::Ready(Ok(n));
+            }
+            ready!(self.poll_sent(cx))?;
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_sent(cx))?;
+        Pin::new(&mut self.below).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.session.end().map_err(to_io)?;
+        ready!(self.poll_sent(cx))?;
+        Pin::new(&mut self.below).poll_shutdown(cx)
+    }
+}
