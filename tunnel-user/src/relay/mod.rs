@@ -377,7 +377,7 @@ impl<S: Leg, D: Leg, Q: DerefMut<Target = Queue>> Way<S, D> for Direction<Q> {
                 }
                 return Ok(());
             }
-            match dst.poll_send(cx, &mut *self.queue) {
+            match dst.poll_send(cx, &mut self.queue) {
                 Poll::Ready(Ok(n)) => {
                     let n = theirs(&mut self.ours, n);
                     src.accepted(n);
