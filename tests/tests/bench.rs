@@ -1,16 +1,18 @@
 //! The benchmarks do what they say.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::Result;
 use tunnel_tests::{
     bench::{
+        hold::hold,
         model::{Report, State},
         peers::Peers,
         plan::{Extent, Plan},
         report::{self, Progress},
         runner::{self, Options},
     },
+    load::Workload,
     programs,
 };
 
@@ -86,5 +88,23 @@ fn heavy_every_chain_moves_the_bytes_it_claims() -> Result<()> {
 #[test]
 fn heavy_every_chain_over_a_link_moves_the_bytes_it_claims() -> Result<()> {
     every_arm_moved_its_bytes(&run(&["link-20ms", "link-100mbit"])?);
+    Ok(())
+}
+
+#[test]
+fn an_arm_that_is_kept_up_names_its_processes_before_it_goes_on_and_what_they_did_after() -> Result<()> {
+    let options = Options { workers: 1, seed: 1, command: "a test".to_owned(), peers: Peers::none() };
+    let mut said = Vec::new();
+    hold(&[], "ours", Workload::Connect { at_once: 4 }, Duration::from_millis(200), &options, &mut said)?;
+    let said = String::from_utf8(said)?;
+    let (before, after) = said.split_once("go\n").expect("it goes on");
+    for role in ["client: ", "near proxy: ", "far proxy: ", "server: "] {
+        let process = before.lines().find_map(|line| line.strip_prefix(role)).expect(role);
+        assert!(process.parse::<u32>().is_ok(), "{before}");
+    }
+    let operations = after.split(' ').next().and_then(|n| n.parse::<u64>().ok());
+    assert!(operations.is_some_and(|n| n > 0) && after.contains("cpu near proxy: "), "{after}");
+    let unknown = hold(&[], "nobody", Workload::FirstByte, Duration::ZERO, &options, &mut Vec::new());
+    assert!(unknown.unwrap_err().to_string().contains("no arm nobody"));
     Ok(())
 }

@@ -5,13 +5,17 @@
 //! never holds more than [`RECORDS_MAX`] records.
 
 use std::{
+    borrow::Cow,
     cell::{Cell, RefCell},
-    fmt::Write as _,
-    sync::atomic::{AtomicU64, Ordering},
+    fmt::{self, Write as _},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::flow::{ClientAddr, FarEnd, Identity, Target};
 
@@ -87,7 +91,7 @@ impl Counter {
 }
 
 /// How a flow left this process.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Via {
     /// Dialled from here.
@@ -95,9 +99,11 @@ pub enum Via {
     /// In a stream of a connection to this peer.
     Tunnel {
         /// The upstream's name.
-        upstream: String,
+        #[serde(serialize_with = "shown")]
+        upstream: Arc<str>,
         /// Its endpoint.
-        peer: String,
+        #[serde(serialize_with = "shown")]
+        peer: FarEnd,
         /// The stream's number on its connection; none where the connection is the flow's alone.
         stream: Option<u32>,
     },
@@ -105,20 +111,57 @@ pub enum Via {
     Nowhere,
 }
 
-/// One flow, after its end.
+impl fmt::Debug for Via {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct => f.write_str("Direct"),
+            Self::Nowhere => f.write_str("Nowhere"),
+            Self::Tunnel { upstream, peer, stream } => {
+                let mut shown = f.debug_struct("Tunnel");
+                // As people write an address, and not as the type is made.
+                shown.field("upstream", upstream).field("peer", &peer.to_string());
+                shown.field("stream", stream).finish()
+            }
+        }
+    }
+}
+
+/// What a flow wanted to reach.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A target.
+    Target(Target),
+    /// What was asked for, and is none.
+    Asked(Box<str>),
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Target(target) => target.fmt(f),
+            Self::Asked(text) => f.write_str(text),
+        }
+    }
+}
+
+/// One flow, after its end. What is known of it is kept as it is, and written out only for who reads it: most flows
+/// are only counted.
 #[derive(Clone, Debug, Serialize)]
 pub struct Record {
     /// Where it was to go.
-    pub destination: String,
+    #[serde(serialize_with = "shown")]
+    pub destination: Destination,
     /// Who asked for it.
-    pub client: String,
+    #[serde(serialize_with = "shown")]
+    pub client: ClientAddr,
     /// How it left.
     pub via: Via,
     /// Upstreams before that which were this process itself.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub passed: Vec<String>,
     /// Who the far end proved to be.
-    pub identity: Option<String>,
+    #[serde(serialize_with = "shown_if_known")]
+    pub identity: Option<Identity>,
     /// Bytes from the client.
     pub sent: u64,
     /// Bytes to the client.
@@ -126,35 +169,46 @@ pub struct Record {
     /// From connect to end, in milliseconds.
     pub duration_ms: f64,
     /// How it ended.
-    pub outcome: String,
+    pub outcome: Cow<'static, str>,
+}
+
+fn shown<S: Serializer>(what: &impl fmt::Display, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(what)
+}
+
+fn shown_if_known<S: Serializer>(who: &Option<Identity>, to: S) -> Result<S::Ok, S::Error> {
+    match who {
+        Some(who) => to.collect_str(who),
+        None => to.serialize_none(),
+    }
 }
 
 impl Record {
     /// A record of a flow that got nowhere, to be filled in.
     pub fn new(target: &Target, client: ClientAddr) -> Self {
         Self {
-            destination: target.to_string(),
-            client: client.to_string(),
+            destination: Destination::Target(target.clone()),
+            client,
             via: Via::Nowhere,
             passed: Vec::new(),
             identity: None,
             sent: 0,
             received: 0,
             duration_ms: 0.0,
-            outcome: String::new(),
+            outcome: Cow::Borrowed(""),
         }
     }
 
     /// It went through a tunnel.
     pub fn through(
         &mut self,
-        upstream: &str,
+        upstream: &Arc<str>,
         peer: &FarEnd,
         stream: Option<u32>,
         identity: Option<&Identity>,
     ) {
-        self.via = Via::Tunnel { upstream: upstream.to_owned(), peer: peer.to_string(), stream };
-        self.identity = identity.map(ToString::to_string);
+        self.via = Via::Tunnel { upstream: Arc::clone(upstream), peer: peer.clone(), stream };
+        self.identity = identity.cloned();
     }
 
     /// For the log: the upstreams that were this process itself, if there were any.
@@ -211,20 +265,20 @@ pub fn table(records: &[Record], dropped: u64) -> String {
             let (gateway, stream) = match &r.via {
                 Via::Direct => ("direct".to_owned(), "-".to_owned()),
                 Via::Tunnel { peer, stream, .. } => {
-                    (peer.clone(), stream.map_or_else(|| "-".to_owned(), |n| n.to_string()))
+                    (peer.to_string(), stream.map_or_else(|| "-".to_owned(), |n| n.to_string()))
                 }
                 Via::Nowhere => ("-".to_owned(), "-".to_owned()),
             };
             let gateway = r.passed().map_or(gateway.clone(), |passed| format!("{passed}, {gateway}"));
             [
-                r.destination.clone(),
+                r.destination.to_string(),
                 gateway,
                 stream,
-                r.identity.clone().unwrap_or_else(|| "-".to_owned()),
+                r.identity.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string),
                 bytes(r.sent),
                 bytes(r.received),
                 time(r.duration_ms),
-                r.outcome.clone(),
+                r.outcome.to_string(),
             ]
         })
         .collect();
@@ -284,8 +338,8 @@ mod tests {
         let mut record =
             Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
         let gateway = FarEnd::Socket(PeerAddr("10.77.0.2:15008".parse().unwrap()));
-        record.through("gateway", &gateway, Some(3), None);
-        (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".to_owned());
+        record.through(&"gateway".into(), &gateway, Some(3), None);
+        (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".into());
         record.lasted(Duration::from_micros(1234));
         let text = table(&[record], 2);
         let lines: Vec<_> = text.lines().collect();

@@ -199,6 +199,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::transport::tcp;
 
     #[test]
     fn a_connection_that_waits_in_a_listener_is_accepted_by_the_next_owner() {
@@ -208,7 +209,8 @@ mod tests {
         assert!(take(&config).unwrap().is_none(), "nobody runs with this file");
 
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let sockets = crate::transport::tcp::listen("127.0.0.1:0".parse().unwrap(), 3, None).unwrap();
+        let at = "127.0.0.1:0".parse().unwrap();
+        let sockets = tcp::listen(at, 3, None, tcp::OnClose::Deliver).unwrap();
         let address = sockets[0].local_addr().unwrap().as_socket().unwrap();
         let waiting: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
         let new = {

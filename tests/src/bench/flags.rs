@@ -37,6 +37,19 @@ pub struct Flags {
     #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare"])]
     pub publish: Option<PathBuf>,
 
+    /// Keeps one arm of a scenario up under one workload for others to look at (perf, strace), tells what its
+    /// processes are, and reports nothing.
+    #[arg(long, value_name = "ARM", requires = "workload", conflicts_with_all = ["quick", "rounds", "compare", "publish"])]
+    pub hold: Option<String>,
+
+    /// What the arm is kept up under: ping-pong:64, connect:1, up:4, idle:1000, …
+    #[arg(long, value_name = "WORKLOAD", requires = "hold")]
+    pub workload: Option<String>,
+
+    /// How long it is kept up.
+    #[arg(long, default_value_t = 20, requires = "hold", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub seconds: u64,
+
     /// Where report.html, report.json and plots/ go.
     #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
     pub out: PathBuf,
@@ -53,6 +66,7 @@ Examples:
   cargo xtask bench --quick                      the headlines, 6 minutes
   cargo xtask bench                              everything, 30 minutes
   cargo xtask bench --scenario chain --rounds 15
+  cargo xtask bench --hold ours --workload connect:64 --seconds 60
   cargo xtask bench --compare old/report.json    run, and tell what moved since
   cargo xtask bench --compare old.json --with new.json
   cargo xtask bench --publish target/bench/report.json";

@@ -7,6 +7,7 @@
 mod accounting;
 mod arms;
 pub mod flags;
+pub mod hold;
 mod machine;
 pub mod model;
 pub mod peers;

@@ -4,6 +4,7 @@ use std::{
     io::IsTerminal as _,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -12,6 +13,7 @@ use nix::unistd::geteuid;
 use tunnel_tests::{
     bench::{
         flags::Flags,
+        hold::hold,
         model::Report,
         peers::Peers,
         plan::{Extent, Plan},
@@ -53,9 +55,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let colour = std::io::stdout().is_terminal() && !no_colour();
     let old = cli.flags.compare.as_deref().map(report::load).transpose()?;
     let new = match &cli.flags.with {
-        Some(path) => report::load(path)?,
+        Some(path) => Some(report::load(path)?),
         None => measure(cli, colour)?,
     };
+    let Some(new) = new else { return Ok(ExitCode::SUCCESS) };
     if let Some(old) = &old {
         println!("{}", report::compare(old, &new).text(colour));
     }
@@ -69,7 +72,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn measure(cli: &Cli, colour: bool) -> Result<Report> {
+/// No report of an arm that was only kept up.
+fn measure(cli: &Cli, colour: bool) -> Result<Option<Report>> {
     ensure!(
         geteuid().is_root(),
         "benchmarks make network namespaces and load kernel programs: run them as root"
@@ -81,14 +85,20 @@ fn measure(cli: &Cli, colour: bool) -> Result<Report> {
             bail!("{} is a debug build: cargo xtask bench builds what is worth measuring", program.display());
         }
     }
-    let extent = if cli.flags.quick { Extent::Quick } else { Extent::Full };
-    let plan = Plan::new(extent, &cli.flags.scenario, cli.flags.rounds);
     let options = Options {
         workers: cli.flags.workers,
         seed: cli.flags.seed,
         command: command(),
         peers: Peers::find(&cli.tools),
     };
+    if let (Some(arm), Some(workload)) = (&cli.flags.hold, &cli.flags.workload) {
+        let length = Duration::from_secs(cli.flags.seconds);
+        let workload = workload.parse()?;
+        hold(&cli.flags.scenario, arm, workload, length, &options, std::io::stdout())?;
+        return Ok(None);
+    }
+    let extent = if cli.flags.quick { Extent::Quick } else { Extent::Full };
+    let plan = Plan::new(extent, &cli.flags.scenario, cli.flags.rounds);
     let progress = Progress::new(plan.steps());
     let report = runner::run(&plan, &options, &progress)?;
     println!("{}", report::table(&report, width(), colour));
@@ -96,7 +106,7 @@ fn measure(cli: &Cli, colour: bool) -> Result<Report> {
         .with_context(|| format!("writing to {}", cli.flags.out.display()))?;
     let page = cli.flags.out.join("report.html");
     println!("{}", Path::display(&page));
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// What was typed, as far as it matters to somebody else.

@@ -16,7 +16,10 @@ use crate::{
     listener::accept,
     own::OwnListeners,
     takeover::Listeners,
-    transport::{store::TlsStore, tcp},
+    transport::{
+        store::TlsStore,
+        tcp::{self, OnClose},
+    },
     worker::{CaptureSocket, ConnectSocket, SourceId},
 };
 
@@ -63,14 +66,16 @@ pub(super) struct Opener {
 
 impl Opener {
     /// The sockets of one address: those that were taken over, and as many more as there are workers.
-    pub(super) fn open(&mut self, address: SocketAddr) -> Result<Vec<Socket>, Failure> {
+    fn open(&mut self, address: SocketAddr, on_close: OnClose) -> Result<Vec<Socket>, Failure> {
         let failed = |e: io::Error| cannot_listen(address, &e);
         let sockets = match self.taken.remove(&address) {
-            None => tcp::listen(address, self.workers, self.mark).map_err(failed)?,
+            None => tcp::listen(address, self.workers, self.mark, on_close).map_err(failed)?,
             Some(mut sockets) => {
                 let missing = self.workers.saturating_sub(sockets.len());
                 let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(address);
-                sockets.extend(tcp::listen_beside(bound, missing, self.mark).map_err(failed)?);
+                // They may have listened for something else.
+                sockets.iter().try_for_each(|s| tcp::bequeath(s, on_close)).map_err(failed)?;
+                sockets.extend(tcp::listen_beside(bound, missing, self.mark, on_close).map_err(failed)?);
                 sockets
             }
         };
@@ -103,7 +108,7 @@ impl Opener {
             keepalive_interval: LISTENER_KEEPALIVE.0,
             keepalive_timeout: LISTENER_KEEPALIVE.1,
         });
-        let opened = self.open(wanted.address)?;
+        let opened = self.open(wanted.address, OnClose::Deliver)?;
         let bound = opened.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(wanted.address);
         let name: Option<Arc<str>> = wanted.name.as_deref().map(Arc::from);
         for (i, socket) in opened.into_iter().enumerate() {
@@ -132,7 +137,7 @@ impl Opener {
             let source = sources.next();
             let name: Option<Arc<str>> = redirect.name.as_deref().map(Arc::from);
             for address in &redirect.listen {
-                for (i, socket) in self.open(*address)?.into_iter().enumerate() {
+                for (i, socket) in self.open(*address, OnClose::Abort)?.into_iter().enumerate() {
                     let origins = Origins::Redirected(Arc::clone(&own));
                     let socket = CaptureSocket { source, name: name.clone(), socket, origins };
                     sockets[i % self.workers].captures.push(socket);

@@ -22,8 +22,7 @@ use super::{bpf::FlowTable, redirect, sys};
 use crate::{
     flow::{ClientAddr, OriginalDst},
     own::OwnListeners,
-    relay::abort_on_close,
-    transport::tcp,
+    transport::tcp::{self, OnClose},
 };
 
 /// Listeners in one network namespace, one of each family for every worker.
@@ -39,9 +38,10 @@ pub struct Sockets {
 
 /// Opens listeners in the namespace that the calling thread is in.
 pub fn listen(workers: usize, mark: u32) -> io::Result<Sockets> {
-    let v4 = tcp::listen((Ipv4Addr::LOCALHOST, 0).into(), workers, Some(mark))?;
+    let v4 = tcp::listen((Ipv4Addr::LOCALHOST, 0).into(), workers, Some(mark), OnClose::Abort)?;
     // A node without IPv6 has no `::1`; the programs then refuse captured IPv6 connections.
-    let v6 = tcp::listen((Ipv6Addr::LOCALHOST, 0).into(), workers, Some(mark)).unwrap_or_default();
+    let v6 =
+        tcp::listen((Ipv6Addr::LOCALHOST, 0).into(), workers, Some(mark), OnClose::Abort).unwrap_or_default();
     let first = v4.first().ok_or(io::ErrorKind::InvalidInput)?;
     let (netns, listener) = (
         sys::netns_cookie(first.as_fd())?,
@@ -128,7 +128,7 @@ pub enum Stray {
 /// A redirected connection.
 #[derive(Debug)]
 pub struct Captured {
-    /// The socket, connected to the application's.
+    /// The socket, connected to the application's. Dropped, it resets that: [`OnClose::Abort`].
     pub stream: TcpStream,
     /// The application's address.
     pub client: ClientAddr,
@@ -137,7 +137,7 @@ pub struct Captured {
 }
 
 impl Accept {
-    /// Takes over a listening socket, in the runtime of its worker.
+    /// Takes over a listening socket, whose connections are born with [`OnClose::Abort`], in the runtime of its worker.
     pub fn new(socket: Socket, origins: Origins) -> io::Result<Self> {
         let listener = TcpListener::from_std(socket.into())?;
         let local = listener.local_addr()?;
@@ -147,13 +147,8 @@ impl Accept {
     /// The next connection, or why it is no flow: then it has been reset.
     pub async fn next(&self) -> io::Result<Result<Captured, Stray>> {
         let (stream, peer) = self.listener.accept().await?;
-        Ok(match self.origin(&stream, peer) {
-            Ok(original_dst) => Ok(Captured { stream, client: ClientAddr(peer), original_dst }),
-            Err(stray) => {
-                abort_on_close(&stream);
-                Err(stray)
-            }
-        })
+        let origin = self.origin(&stream, peer);
+        Ok(origin.map(|original_dst| Captured { stream, client: ClientAddr(peer), original_dst }))
     }
 
     fn origin(&self, stream: &TcpStream, peer: SocketAddr) -> Result<OriginalDst, Stray> {

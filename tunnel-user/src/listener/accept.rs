@@ -24,7 +24,6 @@ use crate::{
         proxy,
         record::{self, Agreed, TlsStream},
         store::TlsStore,
-        tcp,
         verify::{ClientCheck, check_expiry, explain},
     },
 };
@@ -122,8 +121,6 @@ pub async fn handshake(
     peer: SocketAddr,
 ) -> Result<Accepted, ServeError> {
     let deadline = Instant::now() + settings.handshake_timeout;
-    // Fails only on a socket that is gone, which the handshake will find.
-    let _gone = tcp::tune(&stream);
     let shaken = timeout_at(deadline, async {
         let mut stream = stream;
         let told = match settings.proxy_protocol {

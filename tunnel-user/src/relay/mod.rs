@@ -20,7 +20,8 @@ use std::{
     cell::Cell,
     fmt,
     future::poll_fn,
-    io,
+    io, mem,
+    ops::DerefMut,
     task::{Context, Poll},
 };
 
@@ -32,7 +33,7 @@ pub use self::{
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
-    tcp::{TcpLeg, abort_on_close, broken},
+    tcp::{TcpLeg, broken},
     tls::TlsLeg,
 };
 use crate::transport::{io::Wire, record::TlsStream};
@@ -198,33 +199,39 @@ pub struct Early {
 /// that is 1 MiB, about 200 µs.
 const STEPS: u32 = 16;
 
-/// Runs a flow to its end: through `pipes` where there are some and both legs are sockets, else by copying.
+/// Runs a flow to its end: through `pipes` where there are some and both legs are sockets, else by copying. Everything is
+/// borrowed: an argument of a future takes its room once as such and once as what it becomes, in every idle flow.
 pub async fn relay<C: Leg, T: Leg>(
     client: &mut C,
     target: &mut T,
-    early: Early,
+    early: &mut Early,
     meter: &Meter,
     pipes: Option<&Pipes>,
 ) -> Outcome {
     let Early { sent, ours, passed, ended, finished, received } = early;
-    if passed > 0 {
-        client.accepted(passed);
-        meter.sent.set(passed as u64);
+    if *passed > 0 {
+        client.accepted(*passed);
+        meter.sent.set(*passed as u64);
     }
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
-        // A socket says its end again.
-        let (up, down) = (pipe::Through::new(pipes, sent, ours), pipe::Through::new(pipes, received, 0));
-        return run(client, target, meter, up, down).await;
+        // Apart, because few flows have them. A socket says its end again.
+        let (sent, received) = (mem::take(sent), mem::take(received));
+        let piped = async {
+            let mut up = pipe::Through::new(pipes, sent, *ours);
+            let mut down = pipe::Through::new(pipes, received, 0);
+            run(client, target, meter, &mut up, &mut down).await
+        };
+        return Box::pin(piped).await;
     }
     let state = match (ended, finished) {
         (_, true) => State::Done,
         (true, false) => State::Draining,
         (false, false) => State::Open,
     };
-    let up = Direction { state, ..Direction::new(sent, ours) };
-    run(client, target, meter, up, Direction::new(received, 0)).await
+    let mut up = Direction { state, ..Direction::new(sent, *ours) };
+    run(client, target, meter, &mut up, &mut Direction::new(received, 0)).await
 }
 
 /// One direction of a flow, in one of the ways to move its bytes.
@@ -249,8 +256,8 @@ async fn run<C: Leg, T: Leg>(
     client: &mut C,
     target: &mut T,
     meter: &Meter,
-    mut up: impl Way<C, T>,
-    mut down: impl Way<T, C>,
+    up: &mut impl Way<C, T>,
+    down: &mut impl Way<T, C>,
 ) -> Outcome {
     let ended = poll_fn(|cx| {
         let sent = up
@@ -327,21 +334,21 @@ fn theirs(ours: &mut usize, n: usize) -> usize {
 }
 
 /// One direction of a flow, copied.
-struct Direction {
-    queue: Queue,
+struct Direction<Q> {
+    queue: Q,
     /// Bytes at its front that did not come from the source.
     ours: usize,
     state: State,
 }
 
-impl Direction {
+impl<Q: DerefMut<Target = Queue>> Direction<Q> {
     /// With what is there already.
-    fn new(queue: Queue, ours: usize) -> Self {
+    fn new(queue: Q, ours: usize) -> Self {
         Self { queue, ours, state: State::Open }
     }
 }
 
-impl<S: Leg, D: Leg> Way<S, D> for Direction {
+impl<S: Leg, D: Leg, Q: DerefMut<Target = Queue>> Way<S, D> for Direction<Q> {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -379,7 +386,7 @@ impl<S: Leg, D: Leg> Way<S, D> for Direction {
                 Poll::Ready(Err(Broken::Done)) => {
                     // Nobody wants the rest. The client learns it from the kernel, which answers bytes
                     // that come for a closed socket with RST.
-                    self.queue = Queue::default();
+                    *self.queue = Queue::default();
                     self.state = State::Done;
                     return Ok(());
                 }

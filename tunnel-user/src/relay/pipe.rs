@@ -148,7 +148,7 @@ pub(super) struct Through<'p> {
     held: Option<Held<'p>>,
     state: State,
     /// In the place of all that, once there was no pipe.
-    copy: Option<Direction>,
+    copy: Option<Direction<Box<Queue>>>,
 }
 
 enum Filled {
@@ -266,10 +266,7 @@ impl Way<TcpLeg, TcpLeg> for Through<'_> {
                     Poll::Ready(Ok(Filled::Bytes)) => {}
                     Poll::Ready(Ok(Filled::End)) => self.state = State::Draining,
                     Poll::Ready(Ok(Filled::NoPipe)) => {
-                        return self
-                            .copy
-                            .insert(Direction::new(Queue::default(), 0))
-                            .poll(cx, src, dst, moved);
+                        return self.copy.insert(Direction::new(Box::default(), 0)).poll(cx, src, dst, moved);
                     }
                     Poll::Ready(Err(why)) => return Err((true, why)),
                     Poll::Pending => return Ok(()),

@@ -5,8 +5,10 @@
 //! An idle leg holds no buffer.
 
 use std::{
+    cell::Cell,
     future::Future,
     io::{self, Read as _},
+    mem,
     net::Shutdown,
     pin::Pin,
     rc::Rc,
@@ -22,6 +24,8 @@ use super::{Broken, Cause, Leg, Queue};
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;
+/// What is copied out of the buffer that it was read into: cheaper than to allocate another one of those.
+const COPIED: usize = 1024;
 /// The most one read takes: a DATA frame of ours, which fills four TLS records; beyond it the profile of a bulk flow no
 /// longer changes.
 const READ_MAX: usize = 64 * 1024 - 9;
@@ -38,6 +42,12 @@ impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
+        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+    }
+
+    /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
+    /// aborts already.
+    pub fn aborting(stream: TcpStream) -> Self {
         Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 }
@@ -81,6 +91,44 @@ pub(super) fn shut_down(stream: &TcpStream) -> Result<(), Broken> {
     }
 }
 
+thread_local! {
+    /// A buffer for a first read, which most reads of a flow are: one for each worker, when it is not in use.
+    static SPARE: Cell<BytesMut> = Cell::default();
+}
+
+/// Room for one read.
+struct Room(BytesMut);
+
+impl Room {
+    fn take(size: usize) -> Self {
+        if size == READ_MIN {
+            let spare = SPARE.take();
+            if spare.capacity() == READ_MIN {
+                return Self(spare);
+            }
+        }
+        Self(BytesMut::with_capacity(size))
+    }
+
+    /// What was read: few bytes in a buffer of their own size, so that they hold no more than that while they wait, and
+    /// this one is there for the next read.
+    fn filled(mut self) -> Bytes {
+        if self.0.capacity() == READ_MIN && self.0.len() <= COPIED {
+            return Bytes::copy_from_slice(&self.0);
+        }
+        mem::take(&mut self.0).freeze()
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if self.0.capacity() == READ_MIN {
+            self.0.clear();
+            SPARE.set(mem::take(&mut self.0));
+        }
+    }
+}
+
 /// From here on a close is clean: what is queued still has to arrive.
 pub(super) fn let_arrive(stream: &TcpStream) {
     // Fails only on a socket that is gone already.
@@ -103,8 +151,8 @@ impl Leg for TcpLeg {
         }
         loop {
             ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
-            let mut buf = BytesMut::with_capacity(self.next_read);
-            match self.stream.try_read_buf(&mut buf) {
+            let mut buf = Room::take(self.next_read);
+            match self.stream.try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
                     if n < self.next_read {
@@ -115,7 +163,7 @@ impl Leg for TcpLeg {
                     } else if n < self.next_read / 4 {
                         self.next_read = (self.next_read / 2).max(READ_MIN);
                     }
-                    return Poll::Ready(Ok(Some(buf.freeze())));
+                    return Poll::Ready(Ok(Some(buf.filled())));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -177,13 +225,10 @@ impl TcpLeg {
     /// What has come before the runtime could hear of it. Nothing is lost where it has heard: the next read says that
     /// there is nothing, and waits.
     fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {
-        let mut buf = BytesMut::zeroed(READ_MIN);
+        let mut buf = [0; READ_MIN];
         match (&*SockRef::from(&*self.stream)).read(&mut buf) {
             Ok(0) => Some(Ok(None)),
-            Ok(n) => {
-                buf.truncate(n);
-                Some(Ok(Some(buf.freeze())))
-            }
+            Ok(n) => Some(Ok(Some(Bytes::copy_from_slice(&buf[..n])))),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
             Err(e) => Some(Err(reset(e))),
         }
@@ -203,7 +248,7 @@ impl TcpLeg {
 
 /// Makes close send RST and drop what is queued (socket(7), SO_LINGER with a timeout of zero), also when it
 /// is the kernel that closes.
-pub fn abort_on_close(stream: &TcpStream) {
+pub(super) fn abort_on_close(stream: &TcpStream) {
     // Fails only on a socket that is gone already.
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }

@@ -49,12 +49,12 @@ impl Flow {
     }
 
     /// With what was read before.
-    async fn start_after(early: Early, pipes: Option<Rc<Pipes>>) -> Self {
+    async fn start_after(mut early: Early, pipes: Option<Rc<Pipes>>) -> Self {
         let ((app, mut client), (target, mut onward)) = (pair().await, pair().await);
         let through = pipes.clone();
         let relayed = tokio::task::spawn_local(async move {
             let meter = Meter::default();
-            let outcome = relay(&mut client, &mut onward, early, &meter, through.as_deref()).await;
+            let outcome = relay(&mut client, &mut onward, &mut early, &meter, through.as_deref()).await;
             (outcome.to_string(), meter.sent.get(), meter.received.get())
         });
         Self { app, target, pipes, relayed }

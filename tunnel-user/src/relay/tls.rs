@@ -210,14 +210,16 @@ mod tests {
             let (app, inside) = tokio::join!(connector.connect(name, app), record::accept(&config, inside));
             let (inside, mut onward) = (inside.map_err(|(e, _)| e).unwrap().0, TcpLeg::new(onward));
             let relayed = tokio::task::spawn_local(async move {
-                let (early, meter) = (Early::default(), Meter::default());
+                let (mut early, meter) = (Early::default(), Meter::default());
                 let ended = match below {
-                    Below::Socket => relay(&mut inside.into_leg(), &mut onward, early, &meter, None).await,
+                    Below::Socket => {
+                        relay(&mut inside.into_leg(), &mut onward, &mut early, &meter, None).await
+                    }
                     Below::Leg => {
                         let (stream, session) = inside.into_parts();
                         let below = Nested::new(TcpLeg::new(stream), Queue::default());
                         let mut client = TlsLeg::new(below, session);
-                        relay(&mut client, &mut onward, early, &meter, None).await
+                        relay(&mut client, &mut onward, &mut early, &meter, None).await
                     }
                 };
                 ended.to_string()

@@ -27,20 +27,27 @@ const UNSENT_MAX: u32 = 128 * 1024;
 /// process may not set it.
 pub type Mark = Option<u32>;
 
+/// What closing a connection does to bytes that are still on their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnClose {
+    /// They go out, and FIN behind them.
+    Deliver,
+    /// They are dropped, and the peer gets RST (socket(7), SO_LINGER with a timeout of zero).
+    Abort,
+}
+
 /// Connects. The caller bounds the time.
 pub async fn connect(addr: SocketAddr, mark: Mark) -> io::Result<TcpStream> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(mark) = mark {
         SockRef::from(&socket).set_mark(mark)?;
     }
-    let stream = socket.connect(addr).await?;
-    tune(&stream)?;
-    Ok(stream)
+    tune(&SockRef::from(&socket))?;
+    socket.connect(addr).await
 }
 
-/// The options of every connected socket: no delay for small writes, and dead peers are found.
-pub fn tune(stream: &TcpStream) -> io::Result<()> {
-    let socket = SockRef::from(stream);
+/// The options of every connection: no delay for small writes, and dead peers are found.
+fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
@@ -56,19 +63,31 @@ pub fn share(stream: &TcpStream) {
     let _gone = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_MAX);
 }
 
+/// Gives a listening socket the options of the connections that will be accepted from it. They are born with them
+/// (the kernel clones the listener, `inet_csk_clone_lock`): six system calls less for each.
+pub fn bequeath(listener: &Socket, on_close: OnClose) -> io::Result<()> {
+    tune(listener)?;
+    listener.set_linger((on_close == OnClose::Abort).then_some(Duration::ZERO))
+}
+
 /// Listening sockets that share one address, one for each worker. Port 0 is the same port for all.
 /// Fails where another process listens already, although the address could be shared with it too.
-pub fn listen(addr: SocketAddr, workers: usize, mark: Mark) -> io::Result<Vec<Socket>> {
+pub fn listen(addr: SocketAddr, workers: usize, mark: Mark, on_close: OnClose) -> io::Result<Vec<Socket>> {
     if addr.port() != 0 {
         let alone = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
         alone.set_reuse_address(true)?;
         alone.bind(&addr.into())?;
     }
-    listen_beside(addr, workers, mark)
+    listen_beside(addr, workers, mark, on_close)
 }
 
 /// The same, beside sockets that listen there already.
-pub fn listen_beside(mut addr: SocketAddr, count: usize, mark: Mark) -> io::Result<Vec<Socket>> {
+pub fn listen_beside(
+    mut addr: SocketAddr,
+    count: usize,
+    mark: Mark,
+    on_close: OnClose,
+) -> io::Result<Vec<Socket>> {
     (0..count)
         .map(|_| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
@@ -78,6 +97,8 @@ pub fn listen_beside(mut addr: SocketAddr, count: usize, mark: Mark) -> io::Resu
             if let Some(mark) = mark {
                 socket.set_mark(mark)?;
             }
+            // Before it listens: no connection comes in between.
+            bequeath(&socket, on_close)?;
             socket.bind(&addr.into())?;
             socket.listen(BACKLOG)?;
             let bound = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
@@ -85,4 +106,37 @@ pub fn listen_beside(mut addr: SocketAddr, count: usize, mark: Mark) -> io::Resu
             Ok(socket)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_is_born_with_what_its_listener_was_given() {
+        for (on_close, linger) in [(OnClose::Abort, Some(Duration::ZERO)), (OnClose::Deliver, None)] {
+            for addr in ["127.0.0.1:0", "[::1]:0"] {
+                let listener = listen(addr.parse().unwrap(), 1, None, on_close).unwrap().remove(0);
+                let at = listener.local_addr().unwrap().as_socket().unwrap();
+                let _client = connect(at, None).await.unwrap();
+                let (accepted, _) = listener.accept().unwrap();
+                assert_eq!(accepted.linger().unwrap(), linger);
+                assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
+                assert_eq!(accepted.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
+                assert_eq!(accepted.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
+                assert_eq!(accepted.tcp_keepalive_retries().unwrap(), KEEPALIVE_RETRIES);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_we_connect_has_the_same_options() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = connect(listener.local_addr().unwrap(), None).await.unwrap();
+        let socket = SockRef::from(&stream);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), KEEPALIVE_RETRIES);
+    }
 }

@@ -8,13 +8,16 @@
 
 use std::{
     cell::Cell,
+    fmt::{self, Write as _},
     hash::{BuildHasher as _, Hasher as _, RandomState},
     net::IpAddr,
 };
 
+use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version,
     header::{CONNECTION, FORWARDED, VIA},
+    uri::Authority,
 };
 
 use super::pick::mix;
@@ -63,32 +66,34 @@ pub fn connect_request(
     trace: &Trace,
     configured: &[(HeaderName, HeaderValue)],
 ) -> Result<Request<()>, http::Error> {
+    let mut text = Text(BytesMut::with_capacity(WRITTEN));
+    let authority = Authority::from_maybe_shared(text.of(format_args!("{}", ask.authority())))?;
     let mut request = Request::builder()
         .method(Method::CONNECT)
         .version(Version::HTTP_2)
-        .uri(Uri::builder().authority(ask.authority().to_string()).build()?)
+        .uri(Uri::builder().authority(authority).build()?)
         .body(())?;
     let headers = request.headers_mut();
     let changes = &ask.terms.headers;
     match ask.received {
         None => {
             if let Some(client) = ask.client {
-                headers.insert(FORWARDED, HeaderValue::try_from(forwarded(client))?);
+                headers.insert(FORWARDED, text.value(format_args!("{}", Forwarded(client)))?);
             }
-            headers.insert(TRACEPARENT, HeaderValue::try_from(trace.start())?);
+            headers.insert(TRACEPARENT, trace.start(&mut text)?);
         }
         Some(Head { version, headers: received }) => {
             if let Some(client) = ask.client {
-                headers.insert(FORWARDED, appended(received, &FORWARDED, &forwarded(client))?);
+                headers.insert(FORWARDED, appended(received, &FORWARDED, &Forwarded(client).to_string())?);
             }
             headers.insert(VIA, appended(received, &VIA, &via(version, ask.pseudonym))?);
-            match trace.go_on(received) {
+            match trace.go_on(received, &mut text)? {
                 Some(parent) => {
-                    headers.insert(TRACEPARENT, HeaderValue::try_from(parent)?);
+                    headers.insert(TRACEPARENT, parent);
                     copy(received, &TRACESTATE, headers);
                 }
                 None => {
-                    headers.insert(TRACEPARENT, HeaderValue::try_from(trace.start())?);
+                    headers.insert(TRACEPARENT, trace.start(&mut text)?);
                 }
             }
             copy(received, &BAGGAGE, headers);
@@ -174,10 +179,40 @@ fn via(version: Version, pseudonym: &str) -> String {
 }
 
 /// `for=192.0.2.43`, `for="[2001:db8::1]"` (RFC 7239 section 6).
-fn forwarded(client: ClientAddr) -> String {
-    match client.0.ip().to_canonical() {
-        IpAddr::V4(ip) => format!("for={ip}"),
-        IpAddr::V6(ip) => format!("for=\"[{ip}]\""),
+struct Forwarded(ClientAddr);
+
+impl fmt::Display for Forwarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.0.ip().to_canonical() {
+            IpAddr::V4(ip) => write!(f, "for={ip}"),
+            IpAddr::V6(ip) => write!(f, "for=\"[{ip}]\""),
+        }
+    }
+}
+
+/// Room for the texts of one request, before it grows: an address with its port, the client's, and a trace.
+const WRITTEN: usize = 192;
+
+/// What is written for one request, in one piece of memory.
+struct Text(BytesMut);
+
+impl Text {
+    fn of(&mut self, what: fmt::Arguments<'_>) -> Bytes {
+        // Writing to memory does not fail.
+        let _written = self.0.write_fmt(what);
+        self.0.split().freeze()
+    }
+
+    fn value(&mut self, what: fmt::Arguments<'_>) -> Result<HeaderValue, http::Error> {
+        Ok(HeaderValue::from_maybe_shared(self.of(what))?)
+    }
+
+    /// The same of what no other request will say. It is kept out of the tables of HPACK (RFC 7541 section 6.2.3),
+    /// where it would push out what others do say.
+    fn unique(&mut self, what: fmt::Arguments<'_>) -> Result<HeaderValue, http::Error> {
+        let mut value = self.value(what)?;
+        value.set_sensitive(true);
+        Ok(value)
     }
 }
 
@@ -196,16 +231,18 @@ impl Default for Trace {
 
 impl Trace {
     /// A new trace with a new parent, sampled: `00-{32 hex}-{16 hex}-01`.
-    fn start(&self) -> String {
-        format!("00-{:016x}{:016x}-{:016x}-01", self.random(), self.random(), self.random().max(1))
+    fn start(&self, text: &mut Text) -> Result<HeaderValue, http::Error> {
+        let [a, b, parent] = [self.random(), self.random(), self.random().max(1)];
+        text.unique(format_args!("00-{a:016x}{b:016x}-{parent:016x}-01"))
     }
 
     /// The trace of a request, with us as the parent; none, if what it says is none.
-    fn go_on(&self, received: &HeaderMap) -> Option<String> {
+    fn go_on(&self, received: &HeaderMap, text: &mut Text) -> Result<Option<HeaderValue>, http::Error> {
         let mut lines = received.get_all(&TRACEPARENT).iter();
-        let only = lines.next().filter(|_| lines.next().is_none())?;
-        let (id, flags) = trace_of(only.to_str().ok()?)?;
-        Some(format!("00-{id}-{:016x}-{flags:02x}", self.random().max(1)))
+        let only = lines.next().filter(|_| lines.next().is_none());
+        let Some((id, flags)) = only.and_then(|v| trace_of(v.to_str().ok()?)) else { return Ok(None) };
+        let parent = self.random().max(1);
+        text.unique(format_args!("00-{id}-{parent:016x}-{flags:02x}")).map(Some)
     }
 
     /// SplitMix64 (Steele, Lea, Flood 2014): every state is visited once.
@@ -433,7 +470,7 @@ mod tests {
     #[test]
     fn ipv4_clients_are_named_without_quotes_even_when_mapped() {
         for addr in ["192.0.2.43:1", "[::ffff:192.0.2.43]:1"] {
-            assert_eq!(forwarded(client(addr)), "for=192.0.2.43");
+            assert_eq!(Forwarded(client(addr)).to_string(), "for=192.0.2.43");
         }
     }
 

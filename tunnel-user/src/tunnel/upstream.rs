@@ -136,6 +136,8 @@ pub struct Place {
 /// One upstream on one worker.
 pub struct Upstream {
     settings: Settings,
+    /// Its name, as every record of a flow has it.
+    name: Arc<str>,
     /// Its name in what is said of it, with those that it goes through.
     way: String,
     lines: Rc<Lines>,
@@ -175,6 +177,7 @@ impl Upstream {
             }
         }
         Self {
+            name: settings.name.as_str().into(),
             way,
             lines,
             endpoints,
@@ -189,8 +192,8 @@ impl Upstream {
     }
 
     /// Its name.
-    pub fn name(&self) -> &str {
-        &self.settings.name
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
     }
 
     /// How many others it goes through.

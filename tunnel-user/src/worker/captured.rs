@@ -4,18 +4,17 @@
 //! Invariant: what the kernel has accepted when the order to stop comes is carried too. It never asks a policy:
 //! captured applications are the operator's own.
 
-use std::{rc::Rc, sync::Arc, time::Instant};
+use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
-use super::{Place, Worker, back_off, reach::Wish, setup::At};
+use super::{Going, Place, Worker, back_off, reach::Wish, setup::At};
 use crate::{
     capture::accept::{Accept, Captured, Stray},
     drain::Tasks,
     flow::{Flow, Target},
     index::NOBODY,
-    relay::{Ahead, Queue, TcpLeg, abort_on_close},
+    relay::{Ahead, Queue, TcpLeg},
     route::{Decision, Source},
     stats::Record,
-    transport::tcp,
 };
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
@@ -38,10 +37,7 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                 Ok(place) => {
                     flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
                 }
-                Err(_) => {
-                    worker.counters.over_limit.add(1);
-                    abort_on_close(&captured.stream);
-                }
+                Err(_) => worker.counters.over_limit.add(1),
             },
             Ok(Err(stray)) => {
                 let counter = match &stray {
@@ -59,15 +55,34 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
 }
 
 /// captured → tunnel or dial.
-async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc<str>>, place: Place) {
+fn carry_captured(
+    worker: Rc<Worker>,
+    captured: Captured,
+    name: Option<Arc<str>>,
+    place: Place,
+) -> impl Future<Output = ()> {
+    // Apart: what it takes to reach a target is not held as long as the flow.
+    let reached = Box::pin(reach_captured(Rc::clone(&worker), captured, name));
+    async move {
+        if let Some((mut leg, going)) = reached.await {
+            worker.relay(&mut leg, going).await;
+        }
+        drop(place);
+    }
+}
+
+/// The application's socket, and what the flow goes on with. One that does not go on is booked, and its socket dropped,
+/// which resets the application's connection.
+async fn reach_captured(
+    worker: Rc<Worker>,
+    captured: Captured,
+    name: Option<Arc<str>>,
+) -> Option<(TcpLeg, Box<Going>)> {
     let started = Instant::now();
     let Captured { stream, client, original_dst } = captured;
-    // Fails only on a socket that is gone, which the relay will find.
-    let _gone = tcp::tune(&stream);
     let target = Target::from(original_dst);
     let mut record = Record::new(&target, client);
-    // Dropped without a clean end it resets the application's connection.
-    let mut leg = TcpLeg::new(stream);
+    let mut leg = TcpLeg::aborting(stream);
     let reached = {
         let setup = worker.setup();
         let wish = Wish {
@@ -88,10 +103,10 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
         };
         let decision = worker.route(&wish);
         if let Decision::Look = decision {
-            // Apart, so that the tasks of other flows are no larger for it.
-            let carried = worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
-            Box::pin(carried).await;
-            return drop(place);
+            // Apart, so that other flows take no more room for it.
+            let looked = worker.look_and_reach(&mut leg, Queue::default(), wish, record, started);
+            let going = Box::pin(looked).await?;
+            return Some((leg, going));
         }
         let ahead = Ahead::new(&mut leg, Queue::default());
         tokio::select! {
@@ -103,9 +118,9 @@ async fn carry_captured(worker: Rc<Worker>, captured: Captured, name: Option<Arc
         }
     };
     match reached {
-        Some(Ok((sink, early))) => worker.relay(&mut leg, early, sink, record, started).await,
+        Some(Ok((sink, early))) => return Some((leg, Box::new(Going { sink, early, record, started }))),
         Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
         None => worker.left(record, started),
     }
-    drop(place);
+    None
 }

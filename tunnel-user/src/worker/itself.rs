@@ -49,7 +49,7 @@ impl Worker {
             ))
         })?;
         if record.identity.is_none() {
-            record.identity = identity.as_ref().map(ToString::to_string);
+            record.identity.clone_from(&identity);
         }
         let (shared, refused) = (&wish.setup.shared, |e: policy::Denied| Refusal::Denied(e.to_string()));
         let peer = shared.router.peer(identity.as_ref());

@@ -1,12 +1,12 @@
 //! Flows whose route depends on what their client sends first.
 //!
-//! Enters: a client that takes itself for connected. Leaves: a flow that has ended, booked. Invariant: policy has
+//! Enters: a client that takes itself for connected. Leaves: what its flow goes on with, if it does. Invariant: policy has
 //! allowed its target before a byte is looked at, and a refusal is a reset. It never sees flows that are routed
 //! without a look.
 
 use std::time::Instant;
 
-use super::{Worker, reach::Wish};
+use super::{Going, Worker, reach::Wish};
 use crate::{
     flow::Flow,
     inspect::inspect,
@@ -15,15 +15,16 @@ use crate::{
 };
 
 impl Worker {
-    /// Looks at what the client sends, asks the router again, and carries the flow. `early`: what it has sent.
-    pub(super) async fn look_and_carry(
+    /// Looks at what the client sends, asks the router again, and reaches the target. `early`: what it has sent. A flow
+    /// that does not go on is booked.
+    pub(super) async fn look_and_reach(
         &self,
         leg: &mut impl Leg,
         mut early: Queue,
         wish: Wish<'_>,
         mut record: Record,
         started: Instant,
-    ) {
+    ) -> Option<Box<Going>> {
         let mut stop = self.stop.clone();
         let looked = tokio::select! {
             biased;
@@ -32,11 +33,15 @@ impl Worker {
         };
         let inside = match looked {
             Some(Ok(inside)) => inside,
-            Some(Err(_)) => return self.left(record, started),
+            Some(Err(_)) => {
+                self.left(record, started);
+                return None;
+            }
             None => {
                 leg.abort();
-                record.outcome = Outcome::Stopped.to_string();
-                return self.book(record, started);
+                record.outcome = Outcome::Stopped.to_string().into();
+                self.book(record, started);
+                return None;
             }
         };
         tracing::debug!(target = %wish.flow.target, ?inside, "looked at");
@@ -51,12 +56,13 @@ impl Worker {
             _ = ahead.left() => None,
         };
         match reached {
-            Some(Ok((sink, early))) => self.relay(leg, early, sink, record, started).await,
+            Some(Ok((sink, early))) => return Some(Box::new(Going { sink, early, record, started })),
             Some(Err(refusal)) => {
                 leg.abort();
                 self.refused(&refusal, record, wish.flow.identity, started);
             }
             None => self.left(record, started),
         }
+        None
     }
 }

@@ -23,10 +23,9 @@ use std::{
 
 use socket2::Socket;
 use tokio::{
-    runtime,
+    runtime::{self, LocalOptions},
     sync::mpsc,
-    task::LocalSet,
-    time::{sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use self::{
@@ -53,6 +52,11 @@ const PEER_LEAVES: usize = 4;
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 /// How long flows that were told to end may take for it.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How often a worker wakes for nothing. tokio wakes its own thread, by a write to an eventfd and another turn of epoll,
+/// for every timer that is due before all others, which those of a new flow often are; not before one that is always
+/// due sooner.
+const PULSE: Duration = Duration::from_secs(1);
 
 /// What all workers share of one configuration.
 pub struct Shared {
@@ -176,8 +180,9 @@ pub struct Report {
 
 /// Runs a worker on this thread until it is told to stop and its flows have ended.
 pub fn run(start: Start) -> io::Result<Report> {
-    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    LocalSet::new().block_on(&runtime, work(start))
+    // Not a LocalSet in a runtime: that has a queue of its own, and wakes its runtime for every task that it wakes.
+    let runtime = runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    runtime.block_on(work(start))
 }
 
 struct Worker {
@@ -213,9 +218,12 @@ async fn work(start: Start) -> io::Result<Report> {
     let mut sources = Sources::default();
     captures.into_iter().for_each(|socket| sources.capture(&worker, socket, &flows));
     listeners.into_iter().for_each(|socket| sources.listen(&worker, socket, &flows));
+    let mut pulse = interval(PULSE);
+    pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = watch.draining() => break,
+            _ = pulse.tick() => {}
             Some(news) = more.recv() => match news {
                 More::Listen(socket) => sources.capture(&worker, socket, &flows),
                 More::Forget(source, netns) => sources.forget(source, netns),
@@ -259,6 +267,16 @@ async fn back_off(e: &io::Error) {
         tracing::warn!("accepting failed: {e}");
         sleep(ACCEPT_BACK_OFF).await;
     }
+}
+
+/// What a flow goes on with once its target is reached. A task holds no more of it than a pointer, and nothing of what
+/// it took to come so far.
+struct Going {
+    sink: Sink,
+    /// What has moved already.
+    early: Early,
+    record: Record,
+    started: Instant,
 }
 
 /// Whose flows are counted together.
@@ -308,26 +326,19 @@ impl Worker {
     }
 
     /// Relays to the end, and books it.
-    /// `early`: what the client has sent already.
-    async fn relay(
-        &self,
-        client: &mut impl Leg,
-        mut early: Early,
-        sink: Sink,
-        mut record: Record,
-        started: Instant,
-    ) {
+    async fn relay(&self, client: &mut impl Leg, mut going: Box<Going>) {
         let meter = Meter::default();
         let pipes = self.setup.borrow().pipes.clone();
         let pipes = pipes.as_deref();
+        let Going { sink, early, .. } = &mut *going;
         let relayed = async {
             match sink {
-                Sink::Direct(mut leg, first) => {
+                Sink::Direct(leg, first) => {
                     early.ours = first.len();
-                    early.sent.put_first(first);
-                    relay(client, &mut leg, early, &meter, pipes).await
+                    early.sent.put_first(std::mem::take(first));
+                    relay(client, leg, early, &meter, pipes).await
                 }
-                Sink::Tunnel(mut stream) => {
+                Sink::Tunnel(stream) => {
                     early.received = std::mem::take(&mut stream.early);
                     match &mut stream.leg {
                         tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, pipes).await,
@@ -336,7 +347,7 @@ impl Worker {
                             relay(client, &mut **leg, early, &meter, pipes).await
                         }
                         tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            relay(client, &mut stream, early, &meter, pipes).await
+                            relay(client, stream, early, &meter, pipes).await
                         }
                     }
                 }
@@ -349,8 +360,14 @@ impl Worker {
             // Both legs are dropped before their ends: both are reset.
             () = stop.stopping() => Outcome::Stopped,
         };
+        // Their resets, or their ends, go out before anything is written about them.
+        let Going { sink, mut record, started, .. } = *going;
+        drop(sink);
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
-        record.outcome = outcome.to_string();
+        record.outcome = match &outcome {
+            Outcome::Closed => "closed".into(),
+            other => other.to_string().into(),
+        };
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
@@ -368,9 +385,9 @@ impl Worker {
         record.lasted(started.elapsed());
         tracing::info!(
             target: "tunnel::flow",
-            destination = record.destination,
-            client = record.client,
-            identity = record.identity,
+            destination = %record.destination,
+            client = %record.client,
+            identity = record.identity.as_ref().map(tracing::field::display),
             via = ?record.via,
             passed = record.passed(),
             sent = record.sent,
@@ -395,12 +412,12 @@ impl Worker {
             Refusal::Limit(_) => &self.counters.over_limit,
         };
         counter.add(1);
-        record.outcome = format!("refused: {refusal}");
+        record.outcome = format!("refused: {refusal}").into();
         record.lasted(started.elapsed());
         tracing::warn!(
             target: "tunnel::flow",
-            destination = record.destination,
-            client = record.client,
+            destination = %record.destination,
+            client = %record.client,
             identity = identity.map(tracing::field::display),
             passed = record.passed(),
             ms = record.duration_ms,
@@ -411,7 +428,7 @@ impl Worker {
 
     /// Books a flow whose client did not wait for it.
     fn left(&self, mut record: Record, started: Instant) {
-        "the client left before the target answered".clone_into(&mut record.outcome);
+        record.outcome = "the client left before the target answered".into();
         self.book(record, started);
     }
 }

@@ -163,7 +163,7 @@ impl Worker {
                 _ => None,
             };
             let Some(next) = next else { return Err(failed.into()) };
-            tracing::debug!(target = %ask.target, upstream = chosen.name(), "trying again: {failed}");
+            tracing::debug!(target = %ask.target, upstream = %chosen.name(), "trying again: {failed}");
             left -= 1;
             upstream = next;
         }

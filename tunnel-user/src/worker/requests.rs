@@ -4,7 +4,7 @@
 //! router, dial and limits, whatever the request was written in; a 200 is sent when the target has answered,
 //! and not before, but for a flow whose route depends on what its client sends. It never reads a byte of a flow.
 
-use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+use std::{cell::RefCell, future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use http::Request;
 use tokio::{
@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    Account, Worker, back_off,
+    Account, Going, Place, Worker, back_off,
     reach::Wish,
     setup::{At, Setup},
 };
@@ -28,9 +28,9 @@ use crate::{
         request::{self, Refusal},
     },
     policy,
-    relay::{Ahead, Early, IntoLeg, Queue, Waiting, broken},
+    relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting, broken},
     route::{Decision, Source},
-    stats::Record,
+    stats::{Destination, Record},
     transport::io::Wire,
 };
 
@@ -171,16 +171,22 @@ impl Worker {
                     match pending.accept().await {
                         Some((mut leg, early)) => {
                             drop(tunnel);
-                            Box::pin(self.look_and_carry(&mut leg, early, wish, record, started)).await;
+                            let looked = self.look_and_reach(&mut leg, early, wish, record, started);
+                            if let Some(going) = Box::pin(looked).await {
+                                self.relay(&mut leg, going).await;
+                            }
                         }
                         None => self.left(record, started),
                     }
                     return drop(place);
                 }
-                Ok((wish, decision)) => tokio::select! {
-                    reached = self.reach(&wish, decision, &mut record, None) => Some(reached),
-                    _ = broken(pending.wire().tcp()) => None,
-                },
+                Ok((wish, decision)) => {
+                    let reached = Box::pin(self.reach(&wish, decision, &mut record, None));
+                    tokio::select! {
+                        reached = reached => Some(reached),
+                        _ = broken(pending.wire().tcp()) => None,
+                    }
+                }
                 Err(refusal) => Some(Err(refusal)),
             }
         };
@@ -189,7 +195,7 @@ impl Worker {
                 Some((mut leg, early)) => {
                     drop(tunnel);
                     let early = Early { sent: early, ..Early::default() };
-                    self.relay(&mut leg, early, sink, record, started).await;
+                    self.relay(&mut leg, Box::new(Going { sink, early, record, started })).await;
                 }
                 None => self.left(record, started),
             },
@@ -251,39 +257,61 @@ impl Requester {
 
     fn record(&self, target: &Target) -> Record {
         let mut record = Record::new(target, self.client);
-        record.identity = self.identity.as_ref().map(ToString::to_string);
+        record.identity = self.identity.clone();
         record
     }
 
     /// Of a request that asks for no target.
     fn unknown(&self, asked: &str) -> Record {
         let mut record = Record::new(&Target::Name(String::new(), 0), self.client);
-        asked.clone_into(&mut record.destination);
+        record.destination = Destination::Asked(asked.into());
         record
     }
 }
 
 /// listener → dial or tunnel, over HTTP/2.
-async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from: Rc<Requester>) {
+fn carry_stream(
+    worker: Rc<Worker>,
+    incoming: h2_listener::Incoming,
+    from: Rc<Requester>,
+) -> impl Future<Output = ()> {
+    // Apart: the request, and what it takes to reach its target, are not held as long as the flow.
+    let reached = Box::pin(reach_requested(Rc::clone(&worker), incoming, from));
+    async move {
+        if let Some((mut leg, going, place)) = reached.await {
+            worker.relay(&mut leg, going).await;
+            drop(place);
+        }
+    }
+}
+
+/// The stream after its 200, and what the flow goes on with. One that does not go on is answered and booked.
+async fn reach_requested(
+    worker: Rc<Worker>,
+    incoming: h2_listener::Incoming,
+    from: Rc<Requester>,
+) -> Option<(H2Leg, Box<Going>, Place)> {
     let started = Instant::now();
     let h2_listener::Incoming { request, respond, share } = incoming;
     let (request, body) = request.into_parts();
     let request = Request::from_parts(request, ());
     let mut waiting = Waiting::new(body, respond, share);
-    let asked = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
+    let asked = || request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
     let place = match worker.admit(Some(&from.account())) {
         Ok(place) => place,
         Err(refusal) => {
-            worker.refused(&refusal, from.unknown(&asked), from.who(), started);
-            return waiting.refuse(refusal.response()).await;
+            worker.refused(&refusal, from.unknown(asked()), from.who(), started);
+            waiting.refuse(refusal.response()).await;
+            return None;
         }
     };
     let target = match request::target(&request) {
         Ok(target) => target,
         Err(refusal) => {
             drop(place);
-            worker.refused(&refusal, from.unknown(&asked), from.who(), started);
-            return waiting.refuse(refusal.response()).await;
+            worker.refused(&refusal, from.unknown(asked()), from.who(), started);
+            waiting.refuse(refusal.response()).await;
+            return None;
         }
     };
     let mut record = from.record(&target);
@@ -293,15 +321,13 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
         match worker.allow(&from, &known, name.as_deref(), &target, head) {
             // The one 200 that comes before the target has answered: a client sends nothing before it.
             Ok((wish, Decision::Look)) => {
-                match waiting.accept() {
-                    Ok(mut leg) => {
-                        let carried =
-                            worker.look_and_carry(&mut leg, Queue::default(), wish, record, started);
-                        Box::pin(carried).await;
-                    }
-                    Err(_) => worker.left(record, started),
-                }
-                return drop(place);
+                let Ok(mut leg) = waiting.accept() else {
+                    worker.left(record, started);
+                    return None;
+                };
+                let looked = worker.look_and_reach(&mut leg, Queue::default(), wish, record, started);
+                let going = Box::pin(looked).await?;
+                return Some((leg, going, place));
             }
             Ok((wish, decision)) => {
                 let ahead = Ahead::new(&mut waiting, Queue::default());
@@ -318,20 +344,18 @@ async fn carry_stream(worker: Rc<Worker>, incoming: h2_listener::Incoming, from:
     };
     match reached {
         Some(Ok((sink, early))) => match waiting.accept() {
-            Ok(mut leg) => {
-                worker.relay(&mut leg, early, sink, record, started).await;
-            }
+            Ok(leg) => return Some((leg, Box::new(Going { sink, early, record, started }), place)),
             Err(e) => {
-                record.outcome = format!("the client left before the target answered: {e}");
+                record.outcome = format!("the client left before the target answered: {e}").into();
                 worker.book(record, started);
             }
         },
         Some(Err(refusal)) => {
             drop(place);
             worker.refused(&refusal, record, from.who(), started);
-            return waiting.refuse(refusal.response()).await;
+            waiting.refuse(refusal.response()).await;
         }
         None => worker.left(record, started),
     }
-    drop(place);
+    None
 }

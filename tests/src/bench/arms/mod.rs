@@ -271,7 +271,8 @@ impl Bed {
         Ok(())
     }
 
-    fn client(&self, workload: Workload, whose: Whose, time: Duration) -> Result<Client> {
+    /// Starts a client; it is told when to go on.
+    pub(super) fn client(&self, workload: Workload, whose: Whose, time: Duration) -> Result<Client> {
         let mut command = self.world.node().command(programs::load()?);
         self.group(whose).adopt(&mut command)?;
         Client::start(command, self.world.folder(), self.address(whose), workload, time, WARM_UP)
@@ -297,7 +298,7 @@ impl Bed {
     }
 
     /// The groups of all parts, the client's being the one that it ran in.
-    fn parts(&self, whose: Whose) -> impl Iterator<Item = (Role, &Cgroup)> {
+    pub(super) fn parts(&self, whose: Whose) -> impl Iterator<Item = (Role, &Cgroup)> {
         let client = self.group(whose);
         let plays = |role: &Role| match role {
             Role::Near => self.build.near.is_some(),
