@@ -176,7 +176,7 @@ fn new_connections_use_rotated_certificates_and_old_flows_go_on() -> Result<()> 
 
     // The gateway's own: a node that wants the new name finds it there, without a restart.
     world.pki().issue("gateway", "spiffe://test.tunnel/gateway-rotated", &["--force"])?;
-    gateway.logs("identity=spiffe://test.tunnel/gateway-rotated")?;
+    gateway.logs("identity=\"spiffe://test.tunnel/gateway-rotated\"")?;
     let other = world.exec(&gateway).verify(Some("spiffe://test.tunnel/gateway-rotated"));
     let done = other.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
     assert!(done.success(), "{done}");
