@@ -18,6 +18,7 @@ pub mod index;
 pub mod inspect;
 pub mod limits;
 pub mod listener;
+pub mod memory;
 pub mod own;
 pub mod pki;
 pub mod policy;

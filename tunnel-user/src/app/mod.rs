@@ -38,7 +38,7 @@ use crate::{
     config::{self, Config, OnFailure},
     drain::{self, Phase, Trigger},
     exit::{Cause, Failure},
-    files, limits,
+    files, limits, memory,
     policy::Policies,
     privileges,
     route::Router,
@@ -113,6 +113,7 @@ pub struct Options<'a> {
 pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let Options { keep_records, taken, group } = options;
     require_privileges(&config)?;
+    memory::keep_freed();
     let mark = config.daemon.mark.get();
     // Unprivileged gateways cannot set it, and have nothing that could capture them.
     let marking = !config.captures.is_empty() || may_mark(mark).is_ok();
