@@ -41,6 +41,11 @@ impl<L: Leg> TlsLeg<L> {
         Self { below, session, received: Bytes::new(), records: Queue::default(), sealed: 0 }
     }
 
+    /// The leg below.
+    pub fn below(&self) -> &L {
+        &self.below
+    }
+
     /// Hands records down; ready when none is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         loop {

@@ -56,7 +56,7 @@ pub const SEND_BUFFER: usize = 256 * 1024;
 /// The most bytes of headers in one request or response.
 pub const HEADERS: u32 = 16 * 1024;
 /// How long a peer that we have said goodbye to may take to close its side.
-const LINGER: Duration = Duration::from_secs(1);
+pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// What is known of one connection.
 pub(super) struct Conn {
     /// `None` once retired for idleness.

@@ -17,6 +17,7 @@ use bytes::Bytes;
 
 use super::{
     TunnelError, h1,
+    h2::LINGER,
     headers::Ask,
     upstream::{Leg, Stream, Upstream},
 };
@@ -64,6 +65,19 @@ impl Hash for Via {
 impl fmt::Debug for Via {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Via").field(&self.0.name()).finish()
+    }
+}
+
+impl Stream {
+    /// After a relay that closed cleanly: waits for a second at most until the stream of the other upstream has ended too.
+    /// TLS inside has said its end before that stream does, which would be reset if it were dropped in between.
+    pub async fn linger(&self) {
+        let outer = match &self.leg {
+            Leg::H1(h1::Leg::Nested(outer)) => outer.held(),
+            Leg::H1(h1::Leg::NestedTls(tls)) => tls.below().held(),
+            Leg::H2(_) | Leg::H1(h1::Leg::Tcp(_) | h1::Leg::Tls(_)) => return,
+        };
+        outer.linger(LINGER).await;
     }
 }
 

@@ -347,7 +347,12 @@ impl Worker {
                             relay(client, &mut **leg, early, &meter, pipes).await
                         }
                         tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            relay(client, stream, early, &meter, pipes).await
+                            let outcome = relay(client, stream, early, &meter, pipes).await;
+                            if let Outcome::Closed = outcome {
+                                // Apart: it is of no other kind of flow.
+                                Box::pin(stream.linger()).await;
+                            }
+                            outcome
                         }
                     }
                 }
