@@ -324,7 +324,7 @@ impl Session {
 
     /// Takes the handshake messages that are whole.
     fn messages(&mut self) -> Result<(), RecordError> {
-        let message = std::mem::take(&mut self.message);
+        let mut message = std::mem::take(&mut self.message);
         let mut rest = &message[..];
         while let [kind, a, b, c, behind @ ..] = rest {
             let len = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
@@ -355,10 +355,13 @@ impl Session {
                 _ => return Err(RecordError::Unexpected("a handshake message")),
             }
         }
-        if !rest.is_empty() {
+        let left = rest.len();
+        if left > 0 {
             // What is longer than its first bytes say has been refused.
-            debug_assert!(rest.len() < MESSAGE_HEADER + MESSAGE_MAX, "a whole message was left");
-            self.message = rest.to_vec();
+            debug_assert!(left < MESSAGE_HEADER + MESSAGE_MAX, "a whole message was left");
+            // Moved only behind a message that was whole: one that comes byte by byte is not copied with each.
+            message.drain(..message.len() - left);
+            self.message = message;
         }
         Ok(())
     }

@@ -365,6 +365,19 @@ async fn a_peer_that_only_changes_its_keys_is_stopped_and_one_answer_is_enough()
 }
 
 #[tokio::test]
+async fn a_handshake_message_that_comes_byte_by_byte_is_one() {
+    let (mut near, mut far) = sessions().await;
+    for byte in [KEY_UPDATE, 0, 0, 1, 0] {
+        give(&mut far, &seal(&mut near, Content::Handshake, &[byte]));
+        assert_eq!(far.advance().unwrap(), Next::More);
+    }
+    near.tx = Key::new(near.kernel.next_tx().unwrap()).unwrap();
+    give(&mut far, &seal(&mut near, Content::Data, b"with the new key"));
+    assert_eq!((far.advance().unwrap(), far.data()), (Next::Data, &b"with the new key"[..]));
+    assert_eq!(far.message.capacity(), 0, "nothing of it is kept");
+}
+
+#[tokio::test]
 async fn an_idle_session_holds_no_buffer() {
     let (mut near, mut far) = sessions().await;
     assert_eq!(near.write(&[IoSlice::new(b"some")]).unwrap(), 4);
