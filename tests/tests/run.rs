@@ -228,6 +228,22 @@ fn detach_leaves_no_pins_and_connections_go_their_own_way() -> Result<()> {
 }
 
 #[test]
+fn detach_leaves_no_pins_although_the_group_and_the_certificates_are_gone() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let node = Node::new(&world)?;
+    let mut daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    daemon.process().stop()?;
+    let Node { cgroup, bpffs, .. } = node;
+    drop(cgroup);
+    std::fs::remove_file(world.pki().named("node").cert)?;
+    assert!(!bpffs.pins().is_empty());
+    detach(daemon.config())?;
+    assert_eq!(bpffs.pins(), Vec::<std::path::PathBuf>::new());
+    Ok(())
+}
+
+#[test]
 fn a_systemd_unit_is_found_by_its_name_wherever_it_is_and_its_subgroups_are_captured() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;

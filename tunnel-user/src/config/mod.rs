@@ -434,6 +434,11 @@ impl Config {
         Self::read(&text_of(file)?, file, CheckFiles::Yes, Purpose::Daemon)
     }
 
+    /// Reads a file for `tunnel detach`: nothing that it names has to be there any more, be it a group or a certificate.
+    pub fn load_to_detach(file: &Path) -> Result<Self, ConfigErrors> {
+        Self::read(&text_of(file)?, file, CheckFiles::No, Purpose::Daemon)
+    }
+
     /// Reads a file for `tunnel exec`: its routes, upstreams and identity hold; it serves no listener, and
     /// the one capture is that of the command. What is captured say `capture` and `exclude` (see
     /// [`Capture::for_exec`]), or when both are empty the file's first `[[capture]]`, if it has one; rules of
