@@ -1,7 +1,7 @@
-//! Puts the kernel programs' object at `$OUT_DIR/tunnel-ebpf.bpf.o`, where the loader includes it.
+//! Puts the kernel programs' objects into `$OUT_DIR`, where their loaders include them (`NAME.bpf.o`).
 //!
-//! `TUNNEL_BPF` decides: `source` builds it, or fails; `prebuilt` takes the committed object; `auto` (the
-//! default) builds it where a BPF toolchain is present and takes the committed object elsewhere, so that plain
+//! `TUNNEL_BPF` decides: `source` builds them, or fails; `prebuilt` takes the committed objects; `auto` (the
+//! default) builds them where a BPF toolchain is present and takes the committed ones elsewhere, so that plain
 //! `cargo build` needs nothing but stable Rust and a C compiler.
 
 #![expect(clippy::disallowed_methods, reason = "the environment is cargo's interface to a build script")]
@@ -18,7 +18,10 @@ use anyhow::{Context as _, Result, bail};
 #[expect(dead_code, reason = "shared with xtask, which uses all of it")]
 mod bpf_build;
 
-use bpf_build::{PREBUILT, PROVENANCE, SOURCES, Toolchain};
+use bpf_build::{OBJECTS, PREBUILT, PROVENANCE, SOURCES, Toolchain};
+
+/// The bytes of each of [`OBJECTS`].
+type Objects = [Vec<u8>; OBJECTS.len()];
 
 fn main() -> ExitCode {
     match run() {
@@ -49,25 +52,27 @@ fn run() -> Result<()> {
     }
 
     let wanted = env::var("TUNNEL_BPF").unwrap_or_else(|_| "auto".to_owned());
-    let object = match wanted.as_str() {
+    let objects = match wanted.as_str() {
         "source" => from_source(checkout, &out_dir)?,
         "prebuilt" => committed(checkout)?,
         "auto" => from_either(checkout, &out_dir)?,
         other => bail!("TUNNEL_BPF is {other:?}; it is one of source, prebuilt, auto"),
     };
-    fs::write(out_dir.join("tunnel-ebpf.bpf.o"), object)?;
+    for (object, name) in objects.iter().zip(OBJECTS) {
+        fs::write(out_dir.join(bpf_build::file_name(name)), object)?;
+    }
     Ok(())
 }
 
-fn from_either(checkout: &Path, out_dir: &Path) -> Result<Vec<u8>> {
+fn from_either(checkout: &Path, out_dir: &Path) -> Result<Objects> {
     let unchanged = fs::read_to_string(checkout.join(PROVENANCE)).is_ok_and(|provenance| {
         bpf_build::sources_line(checkout).is_ok_and(|line| provenance.lines().any(|l| l == line))
     });
     match Toolchain::find(checkout).map(|_| from_source(checkout, out_dir)) {
-        Ok(Ok(object)) => Ok(object),
+        Ok(Ok(objects)) => Ok(objects),
         Ok(Err(error)) if unchanged => {
             println!(
-                "cargo::warning=building the kernel programs failed, the committed object is used: {error:#}"
+                "cargo::warning=building the kernel programs failed, the committed objects are used: {error:#}"
             );
             committed(checkout)
         }
@@ -75,7 +80,7 @@ fn from_either(checkout: &Path, out_dir: &Path) -> Result<Vec<u8>> {
         Err(missing) => {
             if !unchanged {
                 println!(
-                    "cargo::warning=the kernel programs' sources have changed, but the committed object is used: \
+                    "cargo::warning=the kernel programs' sources have changed, but the committed objects are used: \
                      {missing:#}; `cargo xtask setup --only build` installs it"
                 );
             }
@@ -84,13 +89,19 @@ fn from_either(checkout: &Path, out_dir: &Path) -> Result<Vec<u8>> {
     }
 }
 
-fn from_source(checkout: &Path, out_dir: &Path) -> Result<Vec<u8>> {
+fn from_source(checkout: &Path, out_dir: &Path) -> Result<Objects> {
     let toolchain = Toolchain::find(checkout).context("`cargo xtask setup --only build` installs it")?;
     toolchain.build(checkout, &bpf_target_dir(out_dir))
 }
 
-fn committed(checkout: &Path) -> Result<Vec<u8>> {
-    fs::read(checkout.join(PREBUILT)).with_context(|| format!("reading the committed object {PREBUILT}"))
+fn committed(checkout: &Path) -> Result<Objects> {
+    let mut objects = Objects::default();
+    for (object, name) in objects.iter_mut().zip(OBJECTS) {
+        let path = checkout.join(PREBUILT).join(bpf_build::file_name(name));
+        *object =
+            fs::read(&path).with_context(|| format!("reading the committed object {}", path.display()))?;
+    }
+    Ok(objects)
 }
 
 /// A folder beside the profiles' in the outer target folder: all profiles share one build of the kernel

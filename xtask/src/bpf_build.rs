@@ -1,6 +1,6 @@
 //! How the kernel programs are built: the one recipe, shared by `tunnel-user/build.rs` and `cargo xtask`.
 //!
-//! Enters: the checkout. Leaves: one BPF object with BTF and without DWARF. Invariant: the object depends on
+//! Enters: the checkout. Leaves: BPF objects with BTF and without DWARF. Invariant: an object depends on
 //! the sources and the versions of the tools only, never on the folder, the user or the environment of the
 //! build, so that a committed object can be checked against its source byte for byte.
 //! Never: it does not install anything, and it reads no environment but `TUNNEL_TOOLS_DIR`, `PATH`,
@@ -19,13 +19,16 @@ use anyhow::{Context as _, Result, bail, ensure};
 /// The LLVM that Debian's `rustc-web` is built with; bpf-linker has to read the bitcode which that writes.
 pub(crate) const LLVM: &str = "22";
 
-/// The committed object, relative to the checkout.
-pub(crate) const PREBUILT: &str = "tunnel-ebpf/prebuilt/tunnel-ebpf.bpf.o";
+/// The objects: one for each program of the package, loaded by itself.
+pub(crate) const OBJECTS: [&str; 2] = ["tunnel-ebpf", "splice"];
 
-/// What the committed object was built from and with, relative to the checkout.
+/// Where the committed objects lie, relative to the checkout.
+pub(crate) const PREBUILT: &str = "tunnel-ebpf/prebuilt";
+
+/// What the committed objects were built from and with, relative to the checkout.
 pub(crate) const PROVENANCE: &str = "tunnel-ebpf/prebuilt/BUILT-FROM";
 
-/// Everything the object is made of, relative to the checkout; folders are taken whole.
+/// Everything the objects are made of, relative to the checkout; folders are taken whole.
 pub(crate) const SOURCES: [&str; 4] =
     ["tunnel-common/Cargo.toml", "tunnel-common/src", "tunnel-ebpf/Cargo.toml", "tunnel-ebpf/src"];
 
@@ -102,8 +105,8 @@ impl Toolchain {
         Ok(driver)
     }
 
-    /// Builds the object and returns its bytes.
-    pub(crate) fn build(&self, checkout: &Path, target_dir: &Path) -> Result<Vec<u8>> {
+    /// Builds the objects and returns the bytes of each, in the order of [`OBJECTS`].
+    pub(crate) fn build(&self, checkout: &Path, target_dir: &Path) -> Result<[Vec<u8>; OBJECTS.len()]> {
         let status = self
             .cargo(checkout, "build", target_dir)?
             .stdin(Stdio::null())
@@ -111,11 +114,19 @@ impl Toolchain {
             .context("cargo does not start")?;
         ensure!(status.success(), "the kernel programs do not build ({status})");
 
-        let linked = target_dir.join(TARGET).join("release/tunnel-ebpf");
-        let stripped = target_dir.join("tunnel-ebpf.bpf.o");
+        let mut objects = OBJECTS.map(|_| Vec::new());
+        for (object, name) in objects.iter_mut().zip(OBJECTS) {
+            *object = self.strip(&target_dir.join(TARGET).join("release").join(name), target_dir, name)?;
+        }
+        Ok(objects)
+    }
+
+    /// The bytes of a linked program without what only a debugger reads.
+    fn strip(&self, linked: &Path, target_dir: &Path, name: &str) -> Result<Vec<u8>> {
+        let stripped = target_dir.join(file_name(name));
         let status = Command::new(&self.objcopy)
             .arg("--strip-debug")
-            .args([&linked, &stripped])
+            .args([linked, &stripped])
             .status()
             .with_context(|| format!("{} does not start", self.objcopy.display()))?;
         ensure!(status.success(), "{} failed on {}", self.objcopy.display(), linked.display());
@@ -147,6 +158,11 @@ impl Toolchain {
     }
 }
 
+/// The file of one of [`OBJECTS`].
+pub(crate) fn file_name(object: &str) -> String {
+    format!("{object}.bpf.o")
+}
+
 /// The project's own tools folder.
 pub(crate) fn tools_dir(checkout: &Path) -> PathBuf {
     env::var_os("TUNNEL_TOOLS_DIR").map_or_else(|| checkout.join(".tools"), PathBuf::from)
@@ -157,7 +173,7 @@ pub(crate) fn llvm_prefix() -> PathBuf {
     env::var_os("LLVM_PREFIX").map_or_else(|| format!("/usr/lib/llvm-{LLVM}").into(), PathBuf::from)
 }
 
-/// What [`PROVENANCE`] has to say when the committed object is what `checkout`'s sources give.
+/// What [`PROVENANCE`] has to say when the committed objects are what `checkout`'s sources give.
 pub(crate) fn sources_line(checkout: &Path) -> Result<String> {
     let mut files = Vec::new();
     for source in SOURCES {

@@ -26,7 +26,7 @@ pub(crate) fn run(checkout: &Checkout) -> Result<()> {
     heading("kernel programs: lints");
     clippy_bpf(checkout)?;
 
-    heading("kernel programs: the committed object");
+    heading("kernel programs: the committed objects");
     build::run(checkout, &build::Args::check())?;
 
     heading("host: lints");
