@@ -14,7 +14,7 @@ use tokio::{
 
 use crate::{
     flow::Target,
-    transport::tcp::{self, Mark},
+    transport::tcp::{self, First, Mark},
 };
 
 /// How long one address is tried before the next is tried beside it (RFC 8305 section 5, "Connection
@@ -94,26 +94,31 @@ pub async fn connect(
     target: &Target,
     addrs: &[SocketAddr],
     mark: Mark,
+    first: First,
     deadline: Instant,
     allowed: Duration,
 ) -> Result<(TcpStream, SocketAddr), DialError> {
     let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
     if let [addr] = addrs {
-        let connected = timeout_at(deadline, tcp::connect(*addr, mark)).await.map_err(|_| timeout())?;
+        let connected = timeout_at(deadline, tcp::connect(*addr, mark, first)).await.map_err(|_| timeout())?;
         return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
     }
-    timeout_at(deadline, race(addrs, mark)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
+    timeout_at(deadline, race(addrs, mark, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
 }
 
 /// `None` for no addresses.
-async fn race(addrs: &[SocketAddr], mark: Mark) -> Option<Result<(TcpStream, SocketAddr), DialError>> {
+async fn race(
+    addrs: &[SocketAddr],
+    mark: Mark,
+    first: First,
+) -> Option<Result<(TcpStream, SocketAddr), DialError>> {
     let mut attempts = JoinSet::new();
     let mut last = None;
     let mut rest = addrs.iter().copied();
     loop {
         let next = rest.next();
         if let Some(addr) = next {
-            attempts.spawn_local(async move { (addr, tcp::connect(addr, mark).await) });
+            attempts.spawn_local(async move { (addr, tcp::connect(addr, mark, first).await) });
         }
         let head_start = async {
             match next {
@@ -185,7 +190,7 @@ mod tests {
 
     async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
         let target = Target::Name("a.example".to_owned(), 1);
-        connect(&target, addrs, None, Instant::now() + allowed, allowed).await.map(|(_, addr)| addr)
+        connect(&target, addrs, None, First::Anybody, Instant::now() + allowed, allowed).await.map(|(_, addr)| addr)
     }
 
     #[test]

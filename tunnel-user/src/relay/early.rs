@@ -123,6 +123,16 @@ impl<'c> Ahead<'c> {
         poll_fn(|cx| self.0.borrow_mut().poll_left(cx)).await
     }
 
+    /// Whether the client has said anything yet, as far as that is known without asking its socket.
+    pub async fn has_bytes(&self) -> bool {
+        poll_fn(|cx| {
+            let waiting = &mut *self.0.borrow_mut();
+            waiting.take_what_comes(cx);
+            Poll::Ready(!waiting.queue.is_empty())
+        })
+        .await
+    }
+
     /// What the relay goes on with.
     pub fn into_early(self) -> Early {
         let mut waiting = self.0.into_inner();

@@ -230,6 +230,9 @@ pub async fn relay<C: Leg, T: Leg>(
         (true, false) => State::Draining,
         (false, false) => State::Open,
     };
+    if state == State::Draining {
+        sent.end();
+    }
     let mut up = Direction { state, ..Direction::new(sent, *ours) };
     run(client, target, meter, &mut up, &mut Direction::new(received, 0)).await
 }
@@ -363,7 +366,10 @@ impl<S: Leg, D: Leg, Q: DerefMut<Target = Queue>> Way<S, D> for Direction<Q> {
             while self.state == State::Open && (S::PREFETCH || self.queue.is_empty()) {
                 match src.poll_recv(cx) {
                     Poll::Ready(Ok(Some(chunk))) => self.queue.push(chunk),
-                    Poll::Ready(Ok(None)) => self.state = State::Draining,
+                    Poll::Ready(Ok(None)) => {
+                        self.state = State::Draining;
+                        self.queue.end();
+                    }
                     Poll::Ready(Err(why)) => return Err((true, why)),
                     Poll::Pending => break,
                 }

@@ -20,6 +20,7 @@ const SLICES: usize = 64;
 pub struct Queue {
     chunks: VecDeque<Bytes>,
     packing: BytesMut,
+    ended: bool,
 }
 
 impl Queue {
@@ -38,6 +39,11 @@ impl Queue {
         }
         self.close();
         self.chunks.push_back(chunk);
+    }
+
+    /// The end comes right behind what is in here.
+    pub fn end(&mut self) {
+        self.ended = true;
     }
 
     /// Puts something in front of all.
@@ -60,6 +66,11 @@ impl Queue {
 
     /// Calls `write` with the front of the queue as slices.
     pub fn with_slices<R>(&mut self, write: impl FnOnce(&[IoSlice<'_>]) -> R) -> R {
+        self.with_slices_to_the_end(|slices, _| write(slices))
+    }
+
+    /// The same; and `write` is told whether the end comes right behind them.
+    pub fn with_slices_to_the_end<R>(&mut self, write: impl FnOnce(&[IoSlice<'_>], bool) -> R) -> R {
         self.close();
         let mut slices = [IoSlice::new(&[]); SLICES];
         let mut n = 0;
@@ -67,7 +78,7 @@ impl Queue {
             *slot = IoSlice::new(chunk);
             n += 1;
         }
-        write(&slices[..n])
+        write(&slices[..n], self.ended && n == self.chunks.len())
     }
 
     /// Forgets the first `n` bytes.

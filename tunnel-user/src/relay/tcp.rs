@@ -7,7 +7,7 @@
 use std::{
     cell::Cell,
     future::Future,
-    io::{self, Read as _},
+    io::{self, IoSlice, Read as _},
     mem,
     net::Shutdown,
     pin::Pin,
@@ -179,9 +179,14 @@ impl Leg for TcpLeg {
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
             ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
-            let written = queue.with_slices(|slices| {
+            let written = queue.with_slices_to_the_end(|slices, end_follows| {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
-                self.stream.try_write_vectored(slices).map(|n| (n, offered))
+                let sent = if end_follows {
+                    self.send_before_end(slices)
+                } else {
+                    self.stream.try_write_vectored(slices)
+                };
+                sent.map(|n| (n, offered))
             });
             match written {
                 Ok((n, offered)) => {
@@ -232,6 +237,14 @@ impl TcpLeg {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
             Err(e) => Some(Err(reset(e))),
         }
+    }
+
+    /// Sends what is followed by FIN at once: it goes out with it, in one segment (`tcp_send_fin` takes the last one that
+    /// has not left), and a peer that waits for both wakes once.
+    fn send_before_end(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        const FLAGS: i32 = libc::MSG_MORE | libc::MSG_NOSIGNAL;
+        let send = || SockRef::from(&*self.stream).send_vectored_with_flags(slices, FLAGS);
+        self.stream.try_io(Interest::WRITABLE, send)
     }
 
     /// The socket.

@@ -36,13 +36,27 @@ pub enum OnClose {
     Abort,
 }
 
+/// Who says something first on a connection that is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum First {
+    /// We do, as soon as it is there. So the ACK of the handshake waits for our bytes, and goes with them: a segment less,
+    /// and a server that accepts finds them there (`tcp_rcv_synsent_state_process`, "Save one ACK").
+    Us,
+    /// Nobody knows. The ACK goes at once: a server that speaks first would otherwise wait for it (200 ms,
+    /// TCP_DELACK_MAX).
+    Anybody,
+}
+
 /// Connects. The caller bounds the time.
-pub async fn connect(addr: SocketAddr, mark: Mark) -> io::Result<TcpStream> {
+pub async fn connect(addr: SocketAddr, mark: Mark, first: First) -> io::Result<TcpStream> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(mark) = mark {
         SockRef::from(&socket).set_mark(mark)?;
     }
     tune(&SockRef::from(&socket))?;
+    if first == First::Us {
+        SockRef::from(&socket).set_tcp_quickack(false)?;
+    }
     socket.connect(addr).await
 }
 
@@ -118,7 +132,7 @@ mod tests {
             for addr in ["127.0.0.1:0", "[::1]:0"] {
                 let listener = listen(addr.parse().unwrap(), 1, None, on_close).unwrap().remove(0);
                 let at = listener.local_addr().unwrap().as_socket().unwrap();
-                let _client = connect(at, None).await.unwrap();
+                let _client = connect(at, None, First::Anybody).await.unwrap();
                 let (accepted, _) = listener.accept().unwrap();
                 assert_eq!(accepted.linger().unwrap(), linger);
                 assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
@@ -132,7 +146,7 @@ mod tests {
     #[tokio::test]
     async fn what_we_connect_has_the_same_options() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let stream = connect(listener.local_addr().unwrap(), None).await.unwrap();
+        let stream = connect(listener.local_addr().unwrap(), None, First::Us).await.unwrap();
         let socket = SockRef::from(&stream);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);

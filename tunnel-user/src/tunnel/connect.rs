@@ -33,7 +33,7 @@ use crate::{
     transport::{
         identity::peer_identity,
         record::{self, Agreed, TlsStream},
-        tcp::Mark,
+        tcp::{First, Mark},
         verify::{check_expiry, explain},
     },
 };
@@ -207,9 +207,11 @@ async fn over_socket(
 ) -> Result<Connected, ConnectError> {
     let dial = |e| ConnectError::Dial(Rc::new(e));
     let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
-    let (tcp, addr) = dial::connect(&key.endpoint, &addrs, settings.mark, deadline, settings.timeout)
-        .await
-        .map_err(dial)?;
+    // A ClientHello, a preface, or a request.
+    let (tcp, addr) =
+        dial::connect(&key.endpoint, &addrs, settings.mark, First::Us, deadline, settings.timeout)
+            .await
+            .map_err(dial)?;
     let peer = FarEnd::Socket(PeerAddr(addr));
     let Some(tls) = &key.tls else {
         return Ok(Connected { link: Link::Plain(tcp), peer, identity: None, suite: None });

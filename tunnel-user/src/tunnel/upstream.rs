@@ -39,6 +39,7 @@ use crate::{
     transport::{
         h1::ReadError,
         store::TlsStore,
+        tcp::First,
         verify::{ServerCheck, explain},
     },
 };
@@ -531,7 +532,9 @@ impl Lines {
         let failed = |e: dial::DialError| Check::Failed(e.to_string());
         let addrs = dial::resolve(&site.at).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
-        dial::connect(&site.at, &addrs, self.connect.mark, deadline, allowed).await.map(drop).map_err(failed)
+        let connected =
+            dial::connect(&site.at, &addrs, self.connect.mark, First::Anybody, deadline, allowed).await;
+        connected.map(drop).map_err(failed)
     }
 
     /// Whether a peer there answers a PING, on a connection as flows have it.

@@ -19,7 +19,7 @@ use crate::{
     relay::{Ahead, TcpLeg},
     route::{Decision, another},
     stats::{Record, Via},
-    transport::proxy::Header,
+    transport::{proxy::Header, tcp::First},
     tunnel::{
         self, Itself, Next, TunnelError, Upstream,
         headers::{Ask, is_loop},
@@ -103,7 +103,12 @@ impl Worker {
             }
             Decision::Dial { instead, terms } => {
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
-                let (stream, addr) = dial(setup, target, instead, dial_timeout, permit).await?;
+                let first = match ahead {
+                    _ if terms.proxy_protocol.is_some() => First::Us,
+                    Some(ahead) if ahead.has_bytes().await => First::Us,
+                    _ => First::Anybody,
+                };
+                let (stream, addr) = dial(setup, target, instead, dial_timeout, permit, first).await?;
                 record.via = Via::Direct;
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::new(stream), first.unwrap_or_default()))
@@ -178,6 +183,7 @@ async fn dial(
     instead: Option<&Target>,
     dial_timeout: Duration,
     permit: Option<Permit<'_>>,
+    first: First,
 ) -> Result<(TcpStream, SocketAddr), Refusal> {
     let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
     if let (Some(_), Some(permit)) = (instead, &permit) {
@@ -199,7 +205,8 @@ async fn dial(
     if let (true, Some(why)) = (addrs.is_empty(), why) {
         return Err(refused(why));
     }
-    let (stream, addr) = dial::connect(dialled, &addrs, setup.shared.mark, deadline, dial_timeout).await?;
+    let mark = setup.shared.mark;
+    let (stream, addr) = dial::connect(dialled, &addrs, mark, first, deadline, dial_timeout).await?;
     tracing::trace!(%target, %addr, "dialled");
     Ok((stream, addr))
 }

@@ -41,7 +41,7 @@ use tokio::{
 use super::{Feed, Known, Site, tell};
 use crate::{
     flow::Target,
-    transport::tcp::{self, Mark},
+    transport::tcp::{self, First, Mark},
 };
 
 /// The shortest time after which a name is resolved again, also where that failed: CoreDNS gives the names of
@@ -265,7 +265,7 @@ impl RuntimeProvider for Marked {
     ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
         let mark = self.mark;
         Box::pin(async move {
-            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, mark)).await;
+            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, mark, First::Us)).await;
             let stream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
             Ok(hickory_resolver::net::runtime::iocompat::AsyncIoTokioAsStd(stream))
         })
