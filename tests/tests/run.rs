@@ -362,3 +362,25 @@ fn a_daemon_without_privilege_ends_with_77_and_one_with_five_mistakes_with_64() 
     }
     Ok(())
 }
+
+#[test]
+fn a_captured_connection_runs_over_loopback_and_is_not_paced_whatever_its_host_does_to_others() -> Result<()> {
+    let world = World::new()?;
+    let host = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let _daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    let _app = node.hold(&target)?;
+    let mut ss = world.node().command(programs::system("ss")?);
+    let sockets = process::output(ss.args(["-tinH", "state", "established"]))?;
+    // A line for the addresses of each, and one with what it does.
+    let lines: Vec<_> = sockets.lines().collect();
+    let controls = |of: &str| -> Vec<_> {
+        let wanted = lines.chunks(2).filter(|pair| pair[0].contains(of));
+        wanted.map(|pair| pair[1].split_whitespace().next().unwrap_or_default()).collect()
+    };
+    assert_eq!(controls("127.0.0.1:"), ["reno", "reno"], "{sockets}");
+    assert_eq!(controls(&gateway.addr().to_string()), [host.trim()], "{sockets}");
+    Ok(())
+}

@@ -7,6 +7,11 @@
 
 use crate::addr::Endpoint;
 
+/// What connections over loopback are given in place of their host's congestion control (tcp(7), TCP_CONGESTION): nothing
+/// is lost there, so the simplest is the best, and every kernel has it. BBR paces, which means timers and small segments:
+/// where it is the host's, an upload through both proxies cost 1.29 s of their time for a GB, and takes 1.07 without.
+pub const LOCAL_CONGESTION_CONTROL: [u8; 4] = *b"reno";
+
 /// A connection of a captured application, as the application's own socket names it.
 ///
 /// A 4-tuple is unique among the live sockets of one network namespace; the namespace's cookie

@@ -10,25 +10,51 @@ use core::ptr;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
     },
-    helpers::bpf_get_netns_cookie,
+    helpers::{bpf_get_netns_cookie, generated::bpf_setsockopt},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::warn;
-use tunnel_common::{addr::Endpoint, flow::FlowKey, names::Counter};
+use tunnel_common::{
+    addr::Endpoint,
+    flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
+    names::Counter,
+};
 
 use crate::maps;
 
 const AF_INET: u32 = 2;
+const SOL_TCP: i32 = 6;
+const TCP_CONGESTION: i32 = 13;
 
 #[inline(always)]
 pub(crate) fn on_event(ctx: &SockOpsContext) {
     match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => on_connect(ctx),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => on_established(ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => on_close(ctx),
         _ => {}
     }
+}
+
+/// Before the SYN: the connection is one over loopback, whatever the application takes it for. What its host's congestion
+/// control does for networks costs there and gains nothing, above all where it paces (BBR): see
+/// [`tunnel_common::flow::LOCAL_CONGESTION_CONTROL`].
+#[inline(always)]
+fn on_connect(ctx: &SockOpsContext) {
+    // SAFETY: a field of the context.
+    let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    if sk.is_null() || maps::origin(sk).is_none() {
+        return;
+    }
+    let mut name = LOCAL_CONGESTION_CONTROL;
+    // SAFETY: the context as it is, and a name with its length; the helper copies it. It fails for sockets that are not
+    // TCP's own (MPTCP), which keep what they have.
+    let _kept = unsafe {
+        bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), name.len() as i32)
+    };
 }
 
 #[inline(always)]

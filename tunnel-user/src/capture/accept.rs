@@ -16,7 +16,10 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use socket2::Socket;
 use tokio::net::{TcpListener, TcpStream};
-use tunnel_common::{capture, flow::FlowKey};
+use tunnel_common::{
+    capture,
+    flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
+};
 
 use super::{bpf::FlowTable, redirect, sys};
 use crate::{
@@ -47,6 +50,10 @@ pub fn listen(workers: usize, mark: u32) -> io::Result<Sockets> {
         sys::netns_cookie(first.as_fd())?,
         capture::Listener::new(port_of(first), v6.first().and_then(port_of)),
     );
+    for socket in v4.iter().chain(&v6) {
+        // Its connections inherit it (tcp_ca_openreq_child).
+        socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
+    }
     let mut v6 = v6.into_iter();
     let per_worker =
         v4.into_iter().map(|socket| std::iter::once(socket).chain(v6.next()).collect()).collect();

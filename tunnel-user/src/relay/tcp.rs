@@ -21,6 +21,7 @@ use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{Broken, Cause, Leg, Queue};
+use crate::transport::tcp;
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;
@@ -30,9 +31,15 @@ const COPIED: usize = 1024;
 /// longer changes.
 const READ_MAX: usize = 64 * 1024 - 9;
 
+/// After so many bytes to a peer it is looked whether that is on this machine: its own congestion control takes longer
+/// than this to matter, and most flows never send as much.
+const MUCH: usize = 256 * 1024;
+
 /// See the module.
 pub struct TcpLeg {
     stream: Rc<TcpStream>,
+    /// Of [`MUCH`], what is still to be sent.
+    until_much: usize,
     /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
@@ -42,13 +49,13 @@ impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+        Self { until_much: MUCH, ..Self::aborting(stream) }
     }
 
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
     /// aborts already.
     pub fn aborting(stream: TcpStream) -> Self {
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+        Self { stream: Rc::new(stream), until_much: 0, next_read: READ_MIN, error: ErrorWatch::default() }
     }
 }
 
@@ -191,6 +198,12 @@ impl Leg for TcpLeg {
             match written {
                 Ok((n, offered)) => {
                     queue.advance(n);
+                    if self.until_much > 0 {
+                        self.until_much = self.until_much.saturating_sub(n);
+                        if self.until_much == 0 {
+                            tcp::spare_local(&self.stream);
+                        }
+                    }
                     // Not by what is left in the queue: that may never have been offered, and a socket that
                     // was never full raises no edge.
                     if n < offered {

@@ -8,6 +8,7 @@ use std::{io, net::SocketAddr, time::Duration};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
+use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
 /// A peer that is silent this long is asked whether it is there. A closed application whose socket the
 /// kernel has forgotten (FIN-WAIT-2 ends after tcp_fin_timeout, 60 s) is found this way.
@@ -69,6 +70,17 @@ fn tune(socket: &Socket) -> io::Result<()> {
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_RETRIES),
     )
+}
+
+/// Where both ends of a connection are on this machine, spares it what congestion control costs.
+pub fn spare_local(stream: &TcpStream) {
+    let ip = |addr: io::Result<SocketAddr>| addr.ok().map(|a| a.ip().to_canonical());
+    // A connection to one of this machine's own addresses comes from the same one (RFC 6724 section 5, rule 1).
+    let (local, peer) = (ip(stream.local_addr()), ip(stream.peer_addr()));
+    if local.is_some() && local == peer {
+        // Fails only on a socket that is gone.
+        let _gone = SockRef::from(stream).set_tcp_congestion(&LOCAL_CONGESTION_CONTROL);
+    }
 }
 
 /// Keeps what waits in the kernel short, for a connection that many streams share.
@@ -140,6 +152,19 @@ mod tests {
                 assert_eq!(accepted.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
                 assert_eq!(accepted.tcp_keepalive_retries().unwrap(), KEEPALIVE_RETRIES);
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_on_this_machine_is_spared_what_congestion_control_costs() {
+        for addr in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = std::net::TcpListener::bind(addr).unwrap();
+            let stream = connect(listener.local_addr().unwrap(), None, First::Anybody).await.unwrap();
+            let control = || SockRef::from(&stream).tcp_congestion().unwrap();
+            SockRef::from(&stream).set_tcp_congestion(b"cubic").unwrap();
+            assert!(control().starts_with(b"cubic"));
+            spare_local(&stream);
+            assert!(control().starts_with(&LOCAL_CONGESTION_CONTROL));
         }
     }
 
