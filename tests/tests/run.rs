@@ -364,7 +364,8 @@ fn a_daemon_without_privilege_ends_with_77_and_one_with_five_mistakes_with_64() 
 }
 
 #[test]
-fn a_captured_connection_runs_over_loopback_and_is_not_paced_whatever_its_host_does_to_others() -> Result<()> {
+fn a_captured_connection_runs_over_loopback_and_is_not_paced_whatever_its_host_does_to_others() -> Result<()>
+{
     let world = World::new()?;
     let host = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?;
     let gateway = world.gateway().start()?;

@@ -100,7 +100,8 @@ pub async fn connect(
 ) -> Result<(TcpStream, SocketAddr), DialError> {
     let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
     if let [addr] = addrs {
-        let connected = timeout_at(deadline, tcp::connect(*addr, mark, first)).await.map_err(|_| timeout())?;
+        let connected =
+            timeout_at(deadline, tcp::connect(*addr, mark, first)).await.map_err(|_| timeout())?;
         return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
     }
     timeout_at(deadline, race(addrs, mark, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
@@ -190,7 +191,9 @@ mod tests {
 
     async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
         let target = Target::Name("a.example".to_owned(), 1);
-        connect(&target, addrs, None, First::Anybody, Instant::now() + allowed, allowed).await.map(|(_, addr)| addr)
+        connect(&target, addrs, None, First::Anybody, Instant::now() + allowed, allowed)
+            .await
+            .map(|(_, addr)| addr)
     }
 
     #[test]

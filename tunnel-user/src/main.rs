@@ -46,7 +46,9 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Run(args) => app::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
             .map(|()| ExitCode::SUCCESS),
         Command::Gateway(args) => app::run(args.to_config(), None, false).map(|()| ExitCode::SUCCESS),
-        Command::Detach(args) => app::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS),
+        Command::Detach(args) => {
+            app::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
+        }
         Command::Doctor(args) => diagnose(args.json),
         Command::Config(command) => config(command),
         Command::Pki(command) => issue(command),

@@ -21,7 +21,7 @@ use super::{
     connect::ConnectError,
     endpoints::{Endpoint, Endpoints},
     headers::Trace,
-    upstream::Lines,
+    lines::Lines,
 };
 use crate::config::{CheckKind, HealthCheck, OutlierDetection};
 

@@ -14,6 +14,7 @@ pub mod headers;
 pub mod health;
 pub mod itself;
 pub mod limit;
+mod lines;
 pub mod nested;
 pub mod pick;
 pub mod pool;

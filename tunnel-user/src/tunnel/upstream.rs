@@ -13,33 +13,29 @@ use std::{
 };
 
 use http::{HeaderName, HeaderValue, Request};
-use tokio::{
-    task::JoinSet,
-    time::{Instant, timeout},
-};
+use tokio::{task::JoinSet, time::timeout};
 
 use super::{
     TunnelError,
-    connect::{self, ConnectError, Connected, Key, TlsKey, connect},
-    discovery::{Feed, Known, Site, Source},
+    connect::{ConnectError, Connected},
+    discovery::{Feed, Known, Source},
     endpoints::{Endpoint, Endpoints, Lack, Turn},
     h1,
     headers::{Ask, Trace, connect_request},
-    health::{Check, Health},
+    health::Health,
     limit::{Count, Limited, Limits, Taken},
+    lines::{Line, Lines},
     nested::Via,
     pick,
-    pool::{self, Lease, Pool},
+    pool::{self, Lease},
 };
 use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
-    dial,
     flow::{FarEnd, Identity, Target},
     relay::{Ahead, H2Leg, Queue},
     transport::{
         h1::ReadError,
         store::TlsStore,
-        tcp::First,
         verify::{ServerCheck, explain},
     },
 };
@@ -204,19 +200,14 @@ impl Upstream {
 
     /// Connections opened since the start.
     pub fn connections_opened(&self) -> u64 {
-        match &self.lines.kind {
-            Kind::Pool(pool) => pool.opened(),
-            Kind::Each(opened) => opened.get(),
-        }
+        self.lines.opened()
     }
 
-    /// Closes its connections; see [`Pool::close`].
+    /// Closes its connections; see [`Lines::close`].
     pub async fn close(&self) {
         self.tasks.borrow_mut().abort_all();
         self.health.stop();
-        if let Kind::Pool(pool) = &self.lines.kind {
-            pool.close().await;
-        }
+        self.lines.close().await;
     }
 
     /// Opens a stream. What a client sends meanwhile may go `ahead` of the answer; what was refused goes nowhere.
@@ -447,9 +438,8 @@ enum Attempt {
 fn take(known: &Known, lines: &Lines, endpoints: &Endpoints, health: &Health) {
     let changes = endpoints.replace(known);
     health.watch(&changes.came);
-    let Kind::Pool(pool) = &lines.kind else { return };
     for gone in changes.left {
-        pool.forget(&gone.site.at);
+        lines.forget(&gone.site);
     }
 }
 
@@ -457,91 +447,5 @@ fn take(known: &Known, lines: &Lines, endpoints: &Endpoints, health: &Health) {
 async fn follow(mut feed: Feed, lines: Rc<Lines>, endpoints: Rc<Endpoints>, health: Rc<Health>) {
     loop {
         take(&feed.next().await, &lines, &endpoints, &health);
-    }
-}
-
-/// How an upstream's connections are had.
-pub struct Lines {
-    protocol: Protocol,
-    tls: Option<Tls>,
-    via: Option<Via>,
-    connect: connect::Settings,
-    kind: Kind,
-}
-
-enum Kind {
-    /// Shared by many flows.
-    Pool(Pool),
-    /// One for each flow; how many there were.
-    Each(Cell<u64>),
-}
-
-/// A connection for one flow.
-pub(super) enum Line {
-    /// A place on one.
-    Shared(Lease),
-    /// All of it.
-    Own(Box<Connected>),
-}
-
-impl Lines {
-    fn new(settings: &Settings, via: Option<Via>) -> Self {
-        let kind = match settings.protocol {
-            Protocol::H2 => Kind::Pool(Pool::new(settings.pool.clone())),
-            Protocol::H1 => Kind::Each(Cell::default()),
-        };
-        let Settings { protocol, tls, pool, .. } = settings;
-        Self { protocol: *protocol, tls: tls.clone(), via, connect: pool.connect, kind }
-    }
-
-    fn key(&self, site: &Site) -> Key {
-        let tls = self.tls.as_ref().map(|Tls { store, check }| TlsKey {
-            config: store.client_config(check, self.protocol),
-            server_name: check.server_name(&site.named),
-        });
-        Key { endpoint: site.at.clone(), tls, via: self.via.clone() }
-    }
-
-    /// Whether a flow would not have to wait.
-    fn have_room(&self, site: &Site) -> bool {
-        match &self.kind {
-            Kind::Pool(pool) => pool.has_room(&self.key(site)),
-            Kind::Each(_) => false,
-        }
-    }
-
-    /// A connection, or a place on one.
-    pub(super) async fn get(&self, site: &Site) -> Result<Line, ConnectError> {
-        let key = self.key(site);
-        match &self.kind {
-            Kind::Pool(pool) => pool.lease(&key).await.map(Line::Shared),
-            Kind::Each(opened) => {
-                let connected = connect(&key, self.protocol, &self.connect, async |c| Ok(c)).await?;
-                opened.set(opened.get() + 1);
-                Ok(Line::Own(Box::new(connected)))
-            }
-        }
-    }
-
-    /// Whether TCP connects there: from here, or from the far end of the upstream that it goes through.
-    pub(super) async fn reach(&self, site: &Site, allowed: Duration) -> Result<(), Check> {
-        if let Some(via) = &self.via {
-            let opened = Box::pin(via.open(&site.at)).await;
-            return Ok(opened.map(drop).map_err(|e| ConnectError::Outer(Rc::new(e)))?);
-        }
-        let failed = |e: dial::DialError| Check::Failed(e.to_string());
-        let addrs = dial::resolve(&site.at).await.map_err(failed)?;
-        let deadline = Instant::now() + allowed;
-        let connected =
-            dial::connect(&site.at, &addrs, self.connect.mark, First::Anybody, deadline, allowed).await;
-        connected.map(drop).map_err(failed)
-    }
-
-    /// Whether a peer there answers a PING, on a connection as flows have it.
-    pub(super) async fn ping(&self, site: &Site) -> Result<(), Check> {
-        match self.get(site).await? {
-            Line::Shared(lease) => lease.ping().await.map_err(Check::Failed),
-            Line::Own(_) => Ok(()),
-        }
     }
 }
