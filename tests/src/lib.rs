@@ -21,6 +21,7 @@ pub mod bpffs;
 pub mod cgroup;
 pub mod daemon;
 pub mod dialogue;
+pub mod dmesg;
 pub mod dns;
 pub mod ends;
 pub mod envoy;

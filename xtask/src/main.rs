@@ -12,6 +12,7 @@ mod ci;
 mod demo;
 mod fuzz;
 mod leftovers;
+mod matrix;
 mod run;
 mod setup;
 mod test;
@@ -49,6 +50,16 @@ enum Task {
     /// Looks for inputs that break what is promised of every input; with an address sanitizer.
     #[command(after_help = fuzz::EXAMPLES)]
     Fuzz(fuzz::Args),
+    /// Runs tests on Debian's kernels 6.1 and 6.12, under QEMU without KVM; takes minutes.
+    ///
+    /// Downloads the kernels' packages, unpacks them in target/matrix (nothing is installed), boots each on top of this
+    /// machine's files, which it cannot change, and reports what `tunnel doctor` finds there, which tests pass, and what
+    /// the kernel complains of. Not part of `cargo xtask ci`.
+    #[command(after_help = matrix::EXAMPLES)]
+    Matrix(matrix::Args),
+    /// What `cargo xtask matrix` runs in the kernels that it boots.
+    #[command(hide = true)]
+    MatrixGuest(matrix::guest::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
 }
@@ -62,6 +73,8 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&checkout, &args),
         Task::Bench(args) => bench::run(&checkout, &args),
         Task::Fuzz(args) => fuzz::run(&checkout, &args),
+        Task::Matrix(args) => matrix::run(&checkout, &args),
+        Task::MatrixGuest(args) => matrix::guest::run(&args),
         Task::Ci => ci::run(&checkout),
     });
     match outcome {

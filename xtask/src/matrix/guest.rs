@@ -1,0 +1,122 @@
+//! Inside: the one program that a booted kernel is there for.
+//!
+//! Enters: a plan. Leaves: events. Invariant: one test at a time, in a process of its own, as nextest runs them; the
+//! kernel's log is read after each, so that a complaint has a culprit. Never: it goes on after a test that nothing ends.
+
+use std::{
+    fs::{self, File},
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+
+use super::{
+    dmesg::Mark,
+    events::{Event, Finding, Outcome, Plan, Shared, Test, Trial},
+};
+use crate::run;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The folder that both sides see.
+    folder: std::path::PathBuf,
+}
+
+/// How much of a failed test's output is told.
+const SHOWN: usize = 16 * 1024;
+/// How long SIGKILL may take: freeing a namespace does, on a slow machine.
+const DEATH: Duration = Duration::from_secs(30);
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let shared = Shared(&args.folder);
+    let plan = shared.read_plan()?;
+    let seconds = fs::read_to_string("/proc/uptime")?;
+    let seconds = seconds.split(' ').next().and_then(|text| text.parse().ok()).context("/proc/uptime")?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
+    shared.tell(&Event::Booted { release, seconds })?;
+
+    let mut log = Mark::now()?;
+    shared.tell(&Event::Doctor(doctor(&plan.tunnel)?))?;
+    let mut outside = log.warnings()?;
+    let (limit, folder) = (Duration::from_secs(plan.limit_seconds), tempfolder()?);
+    for test in &plan.tests {
+        shared.tell(&Event::Began(test.full_name()))?;
+        let mut trial = try_one(test, &plan, limit, &folder)?;
+        trial.warnings = log.warnings()?;
+        let stuck = trial.outcome == Outcome::Stuck;
+        shared.tell(&Event::Ended(trial))?;
+        if stuck {
+            break;
+        }
+    }
+    outside.extend(log.warnings()?);
+    shared.tell(&Event::Done { warnings: outside })
+}
+
+/// Everything is gone with this machine: nothing has to be tidied up.
+fn tempfolder() -> Result<std::path::PathBuf> {
+    let folder = Path::new("/tmp/matrix");
+    fs::create_dir_all(folder)?;
+    Ok(folder.to_owned())
+}
+
+fn doctor(tunnel: &Path) -> Result<Vec<Finding>> {
+    // What it finds missing is in its answer, and in its status too.
+    let answer = Command::new(tunnel).args(["doctor", "--json"]).stdin(Stdio::null()).output();
+    let answer = answer.context("tunnel doctor does not start")?;
+    serde_json::from_slice(&answer.stdout)
+        .with_context(|| format!("tunnel doctor: {}", String::from_utf8_lossy(&answer.stderr)))
+}
+
+fn try_one(test: &Test, plan: &Plan, limit: Duration, folder: &Path) -> Result<Trial> {
+    let (started, said) = (Instant::now(), folder.join("said"));
+    let file = File::create(&said)?;
+    let mut command = Command::new(&test.program);
+    command.args(["--exact", &test.name, "--nocapture"]).stdin(Stdio::null());
+    command.stdout(file.try_clone()?).stderr(file).process_group(0);
+    command.env("TUNNEL_BIN", &plan.tunnel).env("RUST_BACKTRACE", "1").current_dir(folder);
+    let mut child = command.spawn().with_context(|| format!("{} does not start", test.program.display()))?;
+    let outcome = match wait(&mut child, limit)? {
+        Some(status) if status.success() => Outcome::Passed,
+        Some(_) => Outcome::Failed,
+        None => {
+            killpg(Pid::from_raw(child.id().try_into()?), Signal::SIGKILL)?;
+            if wait(&mut child, DEATH)?.is_some() { Outcome::TimedOut } else { Outcome::Stuck }
+        }
+    };
+    let said = fs::read(&said)?;
+    let output = if outcome == Outcome::Passed { "".into() } else { String::from_utf8_lossy(&said) };
+    Ok(Trial {
+        name: test.full_name(),
+        outcome,
+        seconds: started.elapsed().as_secs_f64(),
+        warnings: Vec::new(),
+        output: tail(&output).to_owned(),
+    })
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+    let end = Instant::now() + limit;
+    loop {
+        match child.try_wait()? {
+            Some(status) => return Ok(Some(status)),
+            None if Instant::now() > end => return Ok(None),
+            None => run::pause(Duration::from_millis(50))?,
+        }
+    }
+}
+
+fn tail(text: &str) -> &str {
+    let mut from = text.len().saturating_sub(SHOWN);
+    while !text.is_char_boundary(from) {
+        from += 1;
+    }
+    &text[from..]
+}

@@ -1,0 +1,287 @@
+//! `cargo xtask matrix`: the same tests on other kernels.
+//!
+//! Enters: lines of kernels, names of tests. Leaves: what each kernel offers, which tests pass there, and what it complains
+//! of. Invariant: kernels run under QEMU, without KVM, on this machine's files, which they cannot change. Never: it is
+//! part of `cargo xtask ci`; a processor in software is ten times slower, and a kernel is downloaded.
+
+#[path = "../../../tests/src/dmesg.rs"]
+#[expect(unreachable_pub, reason = "another package's file")]
+mod dmesg;
+mod events;
+pub(crate) mod guest;
+mod kernels;
+mod machine;
+mod report;
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use self::{
+    events::{Event, Outcome, Plan, Shared, Test, Trial},
+    kernels::Kernel,
+    machine::Machine,
+    report::Verdict,
+};
+use crate::{
+    leftovers::Snapshot,
+    run::{self, Checkout, Interrupted, blue, dim, green, red, took},
+    setup::{self, Group},
+};
+
+/// The kernels that capture and the fast path are to be good on: Debian 12's, and that of Debian 13 and its backports.
+const KERNELS: [&str; 2] = ["6.1", "6.12"];
+/// What is run when nothing is named: what touches the kernel, in as many ways as one run has time for.
+const TESTS: &[&str] =
+    &["pipe::through_pipes", "connect", "original_dst", "streams::a_target", "streams::an_application"];
+/// Tests that are about amounts would measure the emulation.
+const TOO_MUCH: &str = "heavy_";
+/// A heartbeat where nothing else is said.
+const HEARTBEAT: Duration = Duration::from_secs(20);
+/// A kernel that runs no program by then does not boot; without KVM, in half a minute.
+const BOOT: Duration = Duration::from_secs(180);
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Which tests: a file of tests/tests, or FILE::TEXT for those with TEXT in their names.
+    ///
+    /// A file's tests named heavy_* are left out unless TEXT names them.
+    #[arg(value_name = "TEST")]
+    tests: Vec<String>,
+
+    /// A line of kernels that apt knows, or the file of a package (.deb); may be repeated. Default: 6.1 and 6.12.
+    #[arg(long, value_name = "LINE")]
+    kernel: Vec<String>,
+
+    /// How long one kernel may take.
+    #[arg(long, value_name = "MINUTES", default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=600))]
+    timeout: u64,
+
+    /// How long one test may take.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=36_000))]
+    test_timeout: u64,
+
+    /// Only says which tests would be run.
+    #[arg(long)]
+    list: bool,
+
+    /// Tells programs: JSON on standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  cargo xtask matrix                              the default tests on Debian's 6.1 and 6.12
+  cargo xtask matrix --kernel 6.1 pipe            one kernel, one file of tests
+  cargo xtask matrix pipe::a_reset streams        tests by a part of their name
+  cargo xtask matrix --kernel linux-image-6.6.13_amd64.deb --timeout 30 pipe::heavy_64_mib
+  cargo xtask matrix --json >matrix.json
+Ends with 1 when a test failed, a kernel complained, or one did not come up.";
+
+pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
+    ensure!(
+        cfg!(target_arch = "x86_64"),
+        "these kernels are for x86-64, and so are the tests' programs to be"
+    );
+    setup::ensure(checkout, &[Group::Matrix])?;
+    run::catch_interrupts()?;
+    let before = Snapshot::take(checkout);
+    let (tunnel, tests) = build(checkout, &args.tests)?;
+    if args.list {
+        tests.iter().for_each(|test| println!("{}", test.full_name()));
+        return Ok(());
+    }
+    let plan = Plan { tunnel, tests, limit_seconds: args.test_timeout };
+
+    let verdicts = verdicts(checkout, args, &plan);
+    let clean = before.compare(checkout);
+    if let (Err(_), Err(left)) = (&verdicts, &clean) {
+        run::show_error(left);
+    }
+    let verdicts = verdicts?;
+    if args.json {
+        println!("{}", report::json(&verdicts)?);
+    } else {
+        print!("\n{}", report::text(&verdicts));
+    }
+    clean?;
+    let bad: Vec<_> = verdicts.iter().filter(|v| !v.good()).map(|v| v.release.as_str()).collect();
+    ensure!(bad.is_empty(), "not as it should be: {}", bad.join(", "));
+    Ok(())
+}
+
+fn verdicts(checkout: &Checkout, args: &Args, plan: &Plan) -> Result<Vec<Verdict>> {
+    let cache = checkout.target.join("matrix");
+    let all = KERNELS.map(str::to_owned);
+    let lines = if args.kernel.is_empty() { &all[..] } else { &args.kernel };
+    // All of them first: what is not to be had is known before anything runs for minutes.
+    let kernels = lines.iter().map(|line| Kernel::fetch(line, &cache)).collect::<Result<Vec<_>>>()?;
+    kernels.iter().map(|kernel| try_kernel(checkout, args, plan, kernel, &cache)).collect()
+}
+
+/// Builds the programs and the tests that are named, and finds the tests in them.
+fn build(checkout: &Checkout, named: &[String]) -> Result<(PathBuf, Vec<Test>)> {
+    let named: Vec<&str> =
+        if named.is_empty() { TESTS.to_vec() } else { named.iter().map(String::as_str).collect() };
+    let wanted: Vec<(&str, &str)> =
+        named.iter().map(|word| word.split_once("::").unwrap_or((word, ""))).collect();
+    let tunnel = checkout.build_tunnel(false)?;
+    let programs = programs(checkout, &wanted)?;
+    let mut found: Vec<Test> = Vec::new();
+    for (file, text) in wanted {
+        let program = &programs[file];
+        let known = found.len();
+        for name in names(program)?.into_iter().filter(|name| picked(name, text)) {
+            if !found.iter().any(|test| test.file == file && test.name == name) {
+                found.push(Test { program: program.clone(), file: file.to_owned(), name });
+            }
+        }
+        ensure!(known < found.len() || !text.is_empty(), "{file} has no test that is not heavy: name one");
+        ensure!(
+            found.iter().any(|t| t.file == file && picked(&t.name, text)),
+            "{file} has no test with {text} in its name"
+        );
+    }
+    Ok((tunnel, found))
+}
+
+fn picked(name: &str, text: &str) -> bool {
+    name.contains(text) && (text.contains(TOO_MUCH) || !name.contains(TOO_MUCH))
+}
+
+/// The programs of these files, by the files' names.
+fn programs(checkout: &Checkout, wanted: &[(&str, &str)]) -> Result<BTreeMap<String, PathBuf>> {
+    let mut build = checkout.cargo(["test", "--locked", "--package", "tunnel-tests", "--bins", "--no-run"]);
+    build.arg("--message-format=json-render-diagnostics");
+    for (file, _) in wanted {
+        build.args(["--test", file]);
+    }
+    let messages = checkout.target.join("xtask/matrix-build.json");
+    fs::create_dir_all(checkout.target.join("xtask"))?;
+    run::foreground("building the tests", build.stdout(File::create(&messages)?))?;
+    let mut found = BTreeMap::new();
+    for line in fs::read_to_string(&messages)?.lines() {
+        let message: serde_json::Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+        if let (Some("test"), Some(name), Some(program)) = (
+            message.pointer("/target/kind/0").and_then(serde_json::Value::as_str),
+            message.pointer("/target/name").and_then(serde_json::Value::as_str),
+            message.get("executable").and_then(serde_json::Value::as_str),
+        ) {
+            found.insert(name.to_owned(), PathBuf::from(program));
+        }
+    }
+    match wanted.iter().find(|(file, _)| !found.contains_key(*file)) {
+        Some((file, _)) => bail!("cargo built no program for the tests of {file}"),
+        None => Ok(found),
+    }
+}
+
+/// The names of a program's tests.
+fn names(program: &Path) -> Result<Vec<String>> {
+    let list = run::output(Command::new(program).args(["--list", "--format", "terse"]))?;
+    Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+/// Boots a kernel, and hears what happens. An error is one of ours; what goes wrong inside is in the verdict.
+fn try_kernel(
+    checkout: &Checkout,
+    args: &Args,
+    plan: &Plan,
+    kernel: &Kernel,
+    cache: &Path,
+) -> Result<Verdict> {
+    let started = Instant::now();
+    eprintln!("{} {} ({}), {} tests", blue("==>"), kernel.release, kernel.version, plan.tests.len());
+    let folder = cache.join(format!("run-{}", std::process::id()));
+    fs::create_dir_all(&folder)?;
+    Shared(&folder).write_plan(plan)?;
+    let mut machine = Machine::boot(checkout, kernel, &folder)?;
+    let mut verdict = Verdict {
+        kernel: kernel.line.clone(),
+        release: kernel.release.clone(),
+        version: kernel.version.clone(),
+        booted_seconds: None,
+        seconds: 0.0,
+        doctor: Vec::new(),
+        planned: plan.tests.len(),
+        tests: Vec::new(),
+        warnings: Vec::new(),
+        faults: Vec::new(),
+    };
+    let heard = hear(&mut machine, &mut verdict, started, Duration::from_secs(60 * args.timeout));
+    verdict.seconds = started.elapsed().as_secs_f64();
+    let console = cache.join(format!("console-{}.log", kernel.release));
+    fs::write(&console, machine.console())?;
+    drop(machine);
+    match heard {
+        Err(error) if error.is::<Interrupted>() => return Err(error),
+        Err(error) => verdict.faults.push(format!("{error:#}; its console is in {}", console.display())),
+        Ok(()) => {}
+    }
+    let (mark, passed) =
+        if verdict.good() { (green("ok "), "all passed") } else { (red("bad"), "not all passed") };
+    eprintln!("{mark} {}, {passed} {}", kernel.release, dim(&took(started)));
+    Ok(verdict)
+}
+
+/// Takes note of what happens until everything is done.
+fn hear(machine: &mut Machine, verdict: &mut Verdict, started: Instant, limit: Duration) -> Result<()> {
+    let (mut running, mut said) = (None::<(String, Instant)>, Instant::now());
+    let heard = loop {
+        let booted = verdict.booted_seconds.is_some();
+        let idle = || {
+            ensure!(started.elapsed() < limit, "it was not done after {limit:?}");
+            ensure!(booted || started.elapsed() < BOOT, "it ran no program within {BOOT:?}");
+            if said.elapsed() > HEARTBEAT {
+                said = Instant::now();
+                let what = running
+                    .as_ref()
+                    .map_or(if booted { "tunnel doctor" } else { "booting" }, |(name, _)| name);
+                eprintln!("    {} {what}", took(started));
+            }
+            Ok(())
+        };
+        let event = match machine.next(idle) {
+            Ok(event) => event,
+            Err(error) => break Err(error),
+        };
+        said = Instant::now();
+        match event {
+            Some(Event::Booted { release, seconds }) => {
+                (verdict.release, verdict.booted_seconds) = (release, Some(seconds));
+                eprintln!("    booted {}", dim(&took(started)));
+            }
+            Some(Event::Doctor(findings)) => verdict.doctor = findings,
+            Some(Event::Began(name)) => running = Some((name, Instant::now())),
+            Some(Event::Ended(trial)) => {
+                running = None;
+                let bad = trial.outcome != Outcome::Passed || !trial.warnings.is_empty();
+                let mark = if bad { red("bad") } else { green("ok ") };
+                eprintln!("{mark} {} {}", trial.name, dim(&format!("{:.1} s", trial.seconds)));
+                verdict.tests.push(trial);
+            }
+            Some(Event::Done { warnings }) => {
+                verdict.warnings = warnings;
+                break Ok(());
+            }
+            None => break Err(anyhow::anyhow!("it ended before everything was done")),
+        }
+    };
+    if heard.is_err() {
+        // What nobody inside could tell any more.
+        let console: Vec<String> = machine.console().lines().map(str::to_owned).collect();
+        verdict.warnings.extend(dmesg::complaints(&console));
+        if let Some((name, since)) = running {
+            let (outcome, seconds) = (Outcome::CutOff, since.elapsed().as_secs_f64());
+            verdict.tests.push(Trial { name, outcome, seconds, warnings: vec![], output: String::new() });
+        }
+    }
+    heard
+}
