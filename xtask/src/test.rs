@@ -58,10 +58,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
 }
 
 fn tests(checkout: &Checkout, args: &Args, peers: bool) -> Result<()> {
-    // One selection of packages for everything, so that features are unified, and dependencies built, once.
-    const WORKSPACE: [&str; 3] = ["--workspace", "--exclude", "tunnel-ebpf"];
-    let mut build = checkout.cargo(["build", "--locked", "--bins"]);
-    foreground("building the programs", from_source(build.args(WORKSPACE)))?;
+    build_programs(checkout)?;
 
     // Before the rest, so that what nextest sums up stands at the end.
     let documented = if args.e2e || !args.nextest.is_empty() { Ok(()) } else { documentation(checkout) };
@@ -83,6 +80,15 @@ fn tests(checkout: &Checkout, args: &Args, peers: bool) -> Result<()> {
     foreground("nextest", from_source(&mut nextest)).and(documented)
 }
 
+/// One selection of packages for everything, so that features are unified, and dependencies built, once.
+pub(crate) const WORKSPACE: [&str; 3] = ["--workspace", "--exclude", "tunnel-ebpf"];
+
+/// Builds the programs that tests start.
+pub(crate) fn build_programs(checkout: &Checkout) -> Result<()> {
+    let mut build = checkout.cargo(["build", "--locked", "--bins"]);
+    foreground("building the programs", from_source(build.args(WORKSPACE)))
+}
+
 fn documentation(checkout: &Checkout) -> Result<()> {
     let mut doc = checkout.cargo(["test", "--locked", "--doc", "--quiet"]);
     doc.args(["--package", "tunnel-common", "--package", "tunnel-user"]);
@@ -90,7 +96,7 @@ fn documentation(checkout: &Checkout) -> Result<()> {
 }
 
 /// Tests are of the sources, never of the committed object.
-fn from_source(command: &mut Command) -> &mut Command {
+pub(crate) fn from_source(command: &mut Command) -> &mut Command {
     command.env("TUNNEL_BPF", "source")
 }
 

@@ -15,8 +15,6 @@ use serde::{Deserialize, Serialize};
 /// What is to be done inside.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Plan {
-    /// The `tunnel` program.
-    pub(super) tunnel: PathBuf,
     /// In this order.
     pub(super) tests: Vec<Test>,
     /// How long one of them may take.
@@ -98,6 +96,11 @@ pub(super) struct Shared<'a>(pub(super) &'a Path);
 impl Shared<'_> {
     fn plan(&self) -> PathBuf {
         self.0.join("plan.json")
+    }
+
+    /// Where the programs are that are started inside.
+    pub(super) fn programs(&self) -> PathBuf {
+        self.0.join("bin")
     }
 
     fn events(&self) -> PathBuf {

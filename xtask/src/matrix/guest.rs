@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File},
     os::unix::process::CommandExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -19,14 +19,14 @@ use nix::{
 
 use super::{
     dmesg::Mark,
-    events::{Event, Finding, Outcome, Plan, Shared, Test, Trial},
+    events::{Event, Finding, Outcome, Shared, Test, Trial},
 };
 use crate::run;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The folder that both sides see.
-    folder: std::path::PathBuf,
+    folder: PathBuf,
 }
 
 /// How much of a failed test's output is told.
@@ -43,12 +43,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     shared.tell(&Event::Booted { release, seconds })?;
 
     let mut log = Mark::now()?;
-    shared.tell(&Event::Doctor(doctor(&plan.tunnel)?))?;
+    let (limit, folder) = (Duration::from_secs(plan.limit_seconds), programs(&shared)?);
+    shared.tell(&Event::Doctor(doctor(&folder.join("tunnel"))?))?;
     let mut outside = log.warnings()?;
-    let (limit, folder) = (Duration::from_secs(plan.limit_seconds), tempfolder()?);
     for test in &plan.tests {
         shared.tell(&Event::Began(test.full_name()))?;
-        let mut trial = try_one(test, &plan, limit, &folder)?;
+        let mut trial = try_one(test, limit, &folder)?;
         trial.warnings = log.warnings()?;
         let stuck = trial.outcome == Outcome::Stuck;
         shared.tell(&Event::Ended(trial))?;
@@ -60,11 +60,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     shared.tell(&Event::Done { warnings: outside })
 }
 
-/// Everything is gone with this machine: nothing has to be tidied up.
-fn tempfolder() -> Result<std::path::PathBuf> {
-    let folder = Path::new("/tmp/matrix");
-    fs::create_dir_all(folder)?;
-    Ok(folder.to_owned())
+/// Puts the programs into memory, where they are read from once; where. It is gone with this machine.
+fn programs(shared: &Shared<'_>) -> Result<PathBuf> {
+    let folder = PathBuf::from("/tmp/matrix");
+    fs::create_dir_all(&folder)?;
+    for program in fs::read_dir(shared.programs())?.flatten() {
+        fs::copy(program.path(), folder.join(program.file_name()))?;
+    }
+    Ok(folder)
 }
 
 fn doctor(tunnel: &Path) -> Result<Vec<Finding>> {
@@ -75,14 +78,15 @@ fn doctor(tunnel: &Path) -> Result<Vec<Finding>> {
         .with_context(|| format!("tunnel doctor: {}", String::from_utf8_lossy(&answer.stderr)))
 }
 
-fn try_one(test: &Test, plan: &Plan, limit: Duration, folder: &Path) -> Result<Trial> {
+fn try_one(test: &Test, limit: Duration, folder: &Path) -> Result<Trial> {
     let (started, said) = (Instant::now(), folder.join("said"));
     let file = File::create(&said)?;
-    let mut command = Command::new(&test.program);
+    let program = folder.join(test.program.file_name().context("a program has a name")?);
+    let mut command = Command::new(&program);
     command.args(["--exact", &test.name, "--nocapture"]).stdin(Stdio::null());
     command.stdout(file.try_clone()?).stderr(file).process_group(0);
-    command.env("TUNNEL_BIN", &plan.tunnel).env("RUST_BACKTRACE", "1").current_dir(folder);
-    let mut child = command.spawn().with_context(|| format!("{} does not start", test.program.display()))?;
+    command.env("TUNNEL_BIN", folder.join("tunnel")).env("RUST_BACKTRACE", "1").current_dir(folder);
+    let mut child = command.spawn().with_context(|| format!("{} does not start", program.display()))?;
     let outcome = match wait(&mut child, limit)? {
         Some(status) if status.success() => Outcome::Passed,
         Some(_) => Outcome::Failed,

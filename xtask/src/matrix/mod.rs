@@ -14,7 +14,7 @@ mod machine;
 mod report;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
@@ -33,6 +33,7 @@ use crate::{
     leftovers::Snapshot,
     run::{self, Checkout, Interrupted, blue, dim, green, red, took},
     setup::{self, Group},
+    test,
 };
 
 /// The kernels that capture and the fast path are to be good on: Debian 12's, and that of Debian 13 and its backports.
@@ -42,6 +43,8 @@ const TESTS: &[&str] =
     &["pipe::through_pipes", "connect", "original_dst", "streams::a_target", "streams::an_application"];
 /// Tests that are about amounts would measure the emulation.
 const TOO_MUCH: &str = "heavy_";
+/// What tests start.
+const PROGRAMS: [&str; 3] = ["tunnel", "tt-app", "tt-load"];
 /// A heartbeat where nothing else is said.
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// A kernel that runs no program by then does not boot; without KVM, in half a minute.
@@ -90,15 +93,15 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         cfg!(target_arch = "x86_64"),
         "these kernels are for x86-64, and so are the tests' programs to be"
     );
-    setup::ensure(checkout, &[Group::Matrix])?;
+    setup::ensure(checkout, &[Group::Build, Group::Matrix])?;
     run::catch_interrupts()?;
     let before = Snapshot::take(checkout);
-    let (tunnel, tests) = build(checkout, &args.tests)?;
+    let tests = build(checkout, &args.tests)?;
     if args.list {
         tests.iter().for_each(|test| println!("{}", test.full_name()));
         return Ok(());
     }
-    let plan = Plan { tunnel, tests, limit_seconds: args.test_timeout };
+    let plan = Plan { tests, limit_seconds: args.test_timeout };
 
     let verdicts = verdicts(checkout, args, &plan);
     let clean = before.compare(checkout);
@@ -127,12 +130,13 @@ fn verdicts(checkout: &Checkout, args: &Args, plan: &Plan) -> Result<Vec<Verdict
 }
 
 /// Builds the programs and the tests that are named, and finds the tests in them.
-fn build(checkout: &Checkout, named: &[String]) -> Result<(PathBuf, Vec<Test>)> {
+fn build(checkout: &Checkout, named: &[String]) -> Result<Vec<Test>> {
     let named: Vec<&str> =
         if named.is_empty() { TESTS.to_vec() } else { named.iter().map(String::as_str).collect() };
     let wanted: Vec<(&str, &str)> =
         named.iter().map(|word| word.split_once("::").unwrap_or((word, ""))).collect();
-    let tunnel = checkout.build_tunnel(false)?;
+    // As `cargo xtask test` builds them, so that nothing is built twice.
+    test::build_programs(checkout)?;
     let programs = programs(checkout, &wanted)?;
     let mut found: Vec<Test> = Vec::new();
     for (file, text) in wanted {
@@ -149,7 +153,7 @@ fn build(checkout: &Checkout, named: &[String]) -> Result<(PathBuf, Vec<Test>)> 
             "{file} has no test with {text} in its name"
         );
     }
-    Ok((tunnel, found))
+    Ok(found)
 }
 
 fn picked(name: &str, text: &str) -> bool {
@@ -158,8 +162,9 @@ fn picked(name: &str, text: &str) -> bool {
 
 /// The programs of these files, by the files' names.
 fn programs(checkout: &Checkout, wanted: &[(&str, &str)]) -> Result<BTreeMap<String, PathBuf>> {
-    let mut build = checkout.cargo(["test", "--locked", "--package", "tunnel-tests", "--bins", "--no-run"]);
-    build.arg("--message-format=json-render-diagnostics");
+    let mut build =
+        checkout.cargo(["test", "--locked", "--no-run", "--message-format=json-render-diagnostics"]);
+    test::from_source(build.args(test::WORKSPACE));
     for (file, _) in wanted {
         build.args(["--test", file]);
     }
@@ -202,6 +207,7 @@ fn try_kernel(
     let folder = cache.join(format!("run-{}", std::process::id()));
     fs::create_dir_all(&folder)?;
     Shared(&folder).write_plan(plan)?;
+    bring_programs(checkout, plan, &Shared(&folder).programs())?;
     let mut machine = Machine::boot(checkout, kernel, &folder)?;
     let mut verdict = Verdict {
         kernel: kernel.line.clone(),
@@ -229,6 +235,20 @@ fn try_kernel(
         if verdict.good() { (green("ok "), "all passed") } else { (red("bad"), "not all passed") };
     eprintln!("{mark} {}, {passed} {}", kernel.release, dim(&took(started)));
     Ok(verdict)
+}
+
+/// Puts what tests start where the machine finds it: without the tables for debuggers, which are most of it, because
+/// every page of a program comes through 9p.
+fn bring_programs(checkout: &Checkout, plan: &Plan, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let started = PROGRAMS.map(|name| checkout.target.join("debug").join(name));
+    let tests: BTreeSet<&Path> = plan.tests.iter().map(|test| test.program.as_path()).collect();
+    for program in started.iter().map(PathBuf::as_path).chain(tests) {
+        let name = program.file_name().context("a program has a name")?;
+        let mut strip = Command::new("strip");
+        run::output(strip.arg("--strip-debug").arg("-o").arg(folder.join(name)).arg(program))?;
+    }
+    Ok(())
 }
 
 /// Takes note of what happens until everything is done.
