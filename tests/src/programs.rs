@@ -27,6 +27,11 @@ pub fn app() -> Result<PathBuf> {
     beside("tt-app")
 }
 
+/// What shows one behaviour on a socket: see `src/bin/tt-calls/`.
+pub fn calls() -> Result<PathBuf> {
+    beside("tt-calls")
+}
+
 /// The load generator: see `src/bin/tt-load.rs`.
 pub fn load() -> Result<PathBuf> {
     beside("tt-load")

@@ -7,12 +7,14 @@
 use std::{
     cell::{Cell, RefCell},
     io,
+    mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     task::{Context, Poll, ready},
 };
 
 use nix::unistd::{SysconfVar, sysconf};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
+use socket2::SockRef;
 use tokio::io::Interest;
 
 use super::{Broken, Direction, Leg as _, Queue, State, TcpLeg, Way, tcp::reset};
@@ -154,6 +156,7 @@ pub(super) struct Through<'p> {
 enum Filled {
     Bytes,
     End,
+    /// Or none that would do.
     NoPipe,
 }
 
@@ -182,7 +185,18 @@ impl<'p> Through<'p> {
             ready!(src.stream().poll_read_ready(cx)).map_err(reset)?;
             let Some(mut held) = self.pipes.take() else { return Poll::Ready(Ok(Filled::NoPipe)) };
             let Some(Pipe { write, capacity, places, .. }) = &held.pipe else { continue };
-            let read = src.stream().try_io(Interest::READABLE, || shift(src.stream(), write, *capacity));
+            let fill = || shift(src.stream(), write, *capacity);
+            let read = match src.stream().try_io(Interest::READABLE, fill) {
+                // splice(2) never gets beyond urgent data, be they inline or not (tcp_read_sock, net/ipv4/tcp.c).
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && has_bytes(src) => match fill() {
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        return Poll::Ready(Ok(Filled::NoPipe));
+                    }
+                    // They came in between.
+                    read => read,
+                },
+                read => read,
+            };
             match read {
                 Ok(0) => return Poll::Ready(Ok(Filled::End)),
                 Ok(n) => {
@@ -237,6 +251,11 @@ impl<'p> Through<'p> {
 /// library has it ignored.)
 fn shift(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
     splice(from, None, to, None, most, SpliceFlags::NONBLOCK | SpliceFlags::MOVE).map_err(io::Error::from)
+}
+
+/// Whether read(2) would get something. Asked only where a socket that was ready had nothing, which is rare.
+fn has_bytes(src: &TcpLeg) -> bool {
+    SockRef::from(src.stream()).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|n| n > 0)
 }
 
 impl Way<TcpLeg, TcpLeg> for Through<'_> {

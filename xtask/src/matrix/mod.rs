@@ -44,7 +44,7 @@ const TESTS: &[&str] =
 /// Tests that are about amounts would measure the emulation.
 const TOO_MUCH: &str = "heavy_";
 /// What tests start.
-const PROGRAMS: [&str; 3] = ["tunnel", "tt-app", "tt-load"];
+const PROGRAMS: [&str; 4] = ["tunnel", "tt-app", "tt-calls", "tt-load"];
 /// A heartbeat where nothing else is said.
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// A kernel that runs no program by then does not boot; without KVM, in half a minute.
