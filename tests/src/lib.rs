@@ -32,6 +32,7 @@ pub mod janitor;
 pub mod leftovers;
 pub mod link;
 pub mod load;
+pub mod modes;
 pub mod mounts;
 pub mod netns;
 pub mod node;

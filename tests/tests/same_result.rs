@@ -2,7 +2,7 @@
 //!
 //! Each behaviour of `src/bin/tt-calls/` is shown twice between the same two hosts, over plain TCP and through us, and
 //! both ends print what they saw. Whatever differs is in [`DIFFERENCES`], with the reason, or fails the test. Each way to
-//! carry a flow is one [`Mode`]; each is tried with the behaviour in the application and in its target.
+//! carry a flow is one [`Mode`](tunnel_tests::modes); each is tried with the behaviour in the application and in its target.
 
 use std::{
     fmt::Write as _,
@@ -13,65 +13,14 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use tunnel_tests::{
-    Gateway, Process, TARGET4, World,
-    bpffs::BpfFs,
-    cgroup::Cgroup,
-    daemon::{Daemon, through},
-    pki::GATEWAY_ID,
+    Process, TARGET4, each_mode,
+    modes::{COPY, Mode, Stage},
     process, programs, target,
-    world::NET4,
 };
 
-/// A way to carry flows.
-struct Mode {
-    /// Keys of `[daemon]`.
-    daemon: &'static str,
-    /// Keys of `[[capture]]`.
-    capture: &'static str,
-    /// Where flows go.
-    sink: Sink,
-    /// A counter of the daemon's that tells that it was this way.
-    proof: Option<&'static str>,
-    /// Exchanges beforehand, twice: what treats flows by what they have done so far has to have seen enough.
-    chat: u32,
-    /// Milliseconds in between, in which nothing is on its way.
-    rest: u32,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Sink {
-    /// Dialled by the daemon: two sockets of ours.
-    Direct,
-    /// HTTP/2 over mutual TLS, and dialled by the gateway.
-    Gateway,
-}
-
-/// Makes the tests of a mode: one for each end that may show the behaviour.
-macro_rules! modes {
-    ($($name:ident: $mode:expr;)*) => {
-        $(mod $name {
-            use super::*;
-
-            #[test]
-            fn what_an_application_sees_is_what_it_sees_over_tcp() -> Result<()> {
-                same(&$mode, Subject::Application)
-            }
-
-            #[test]
-            fn what_a_target_sees_is_what_it_sees_over_tcp() -> Result<()> {
-                same(&$mode, Subject::Target)
-            }
-        })*
-    };
-}
-
-const COPY: Mode =
-    Mode { daemon: "relay = \"copy\"", capture: "", sink: Sink::Direct, proof: None, chat: 25, rest: 10 };
-
-modes! {
-    copied: COPY;
-    piped: Mode { daemon: "relay = \"pipe\"", proof: Some("bytes_piped"), ..COPY };
-    through_a_gateway: Mode { daemon: "", sink: Sink::Gateway, ..COPY };
+each_mode! {
+    what_an_application_sees_is_what_it_sees_over_tcp = |mode: &Mode| same(mode, Subject::Application);
+    what_a_target_sees_is_what_it_sees_over_tcp = |mode: &Mode| same(mode, Subject::Target);
 }
 
 /// What is not the same through any proxy that carries bytes, and why.
@@ -129,22 +78,13 @@ fn same(mode: &Mode, subject: Subject) -> Result<()> {
         ensure!(behaviours.iter().any(|b| b == difference.behaviour), "there is no {}", difference.behaviour);
     }
     let all = |captured| -> Result<Vec<Seen>> {
-        behaviours.iter().map(|name| stage.show(name, mode, subject, captured)).collect()
+        behaviours.iter().map(|name| show(&stage, name, mode, subject, captured)).collect()
     };
     let plain = all(false)?;
-    let gateway = match mode.sink {
-        Sink::Direct => None,
-        Sink::Gateway => Some(stage.world.gateway().start()?),
-    };
+    let gateway = stage.gateway(mode)?;
     let mut daemon = stage.daemon(mode, gateway.as_ref())?;
     let carried = all(true)?;
-    daemon.process().stop()?;
-    let log = daemon.log();
-    if let Some(counter) = mode.proof {
-        let count = log.split_once(&format!("(\"{counter}\", ")).and_then(|(_, rest)| rest.split_once(')'));
-        let count: u64 = count.and_then(|(count, _)| count.parse().ok()).unwrap_or(0);
-        ensure!(count > 0, "it says that it is another way: {counter} is 0\n{log}");
-    }
+    stage.end(&mut daemon, mode)?;
     let mut wrong = String::new();
     for ((name, plain), carried) in behaviours.iter().zip(&plain).zip(&carried) {
         let expected = expected(name, plain);
@@ -191,90 +131,55 @@ fn a_target_that_refuses_is_a_reset_behind_a_connect_that_went_well() -> Result<
     let stage = Stage::new()?;
     // The port was free a moment ago.
     let nobody = stage.world.serve(TARGET4, target::echo())?.addr().to_string();
-    assert_eq!(stage.connect(&nobody, false)?, ["connect=ECONNREFUSED"]);
+    assert_eq!(connect(&stage, &nobody, false)?, ["connect=ECONNREFUSED"]);
     let _daemon = stage.daemon(&COPY, None)?;
-    assert_eq!(stage.connect(&nobody, true)?, ["connect=ok", "receive=ECONNRESET"]);
+    assert_eq!(connect(&stage, &nobody, true)?, ["connect=ok", "receive=ECONNRESET"]);
     Ok(())
-}
-
-/// A node that has a route to the targets, and a group on it that a daemon may capture.
-struct Stage {
-    bpffs: BpfFs,
-    cgroup: Cgroup,
-    world: World,
 }
 
 /// What has not ended by then is not ended by its own alarm either: it cannot be.
 const STUCK: Duration = Duration::from_secs(60);
 
-impl Stage {
-    fn new() -> Result<Self> {
-        let world = World::new()?;
-        world.node().ip(&format!("route add default via {NET4}"))?;
-        let (bpffs, cgroup) = (BpfFs::new(&world)?, Cgroup::new()?);
-        Ok(Self { bpffs, cgroup, world })
-    }
+/// How a connection goes, and ends, that nobody accepts.
+fn connect(stage: &Stage, address: &str, captured: bool) -> Result<Vec<String>> {
+    let mut command = stage.program(programs::calls()?, captured)?;
+    command.args(["connect", address]);
+    Ok(process::output(&mut command)?.lines().map(str::to_owned).collect())
+}
 
-    /// Carries what the group connects to, in this mode.
-    fn daemon(&self, mode: &Mode, gateway: Option<&Gateway<'_>>) -> Result<Daemon> {
-        let sink = gateway.map_or_else(
-            || "[[route]]\nto = \"direct\"\n".to_owned(),
-            |g| self.world.pki().named("node").toml() + &through(g.addr(), GATEWAY_ID),
-        );
-        let (bpffs, group) = (self.bpffs.toml(), self.cgroup.path().display());
-        let Mode { daemon, capture, .. } = mode;
-        let config =
-            format!("[daemon]\n{bpffs}{daemon}\n[[capture]]\ncgroup = \"{group}\"\n{capture}\n{sink}");
-        Daemon::start(&self.world, self.world.node(), &config)
+/// Has a behaviour shown between the two hosts.
+fn show(stage: &Stage, behaviour: &str, mode: &Mode, subject: Subject, captured: bool) -> Result<Seen> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let began = Instant::now();
+    let control = stage.world.folder().join(format!("control-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+    let (far, near) = match subject {
+        Subject::Application => ("partner", "subject"),
+        Subject::Target => ("subject", "partner"),
+    };
+    let words = |part, how, address: &str, command: &mut Command| {
+        command.args([part, how, address]).arg(&control);
+        command.args([behaviour, &mode.chat.to_string(), &mode.rest.to_string()]);
+    };
+    let mut command = stage.world.net().command(programs::calls()?);
+    words(far, "listen", &format!("{TARGET4}:0"), &mut command);
+    let mut target = Process::spawn("target", stage.world.folder(), command)?;
+    let line = target.wait_for_line("listening=")?;
+    let address = line.trim_start_matches("listening=");
+    let mut command = stage.program(programs::calls()?, captured)?;
+    words(near, "connect", address, &mut command);
+    let mut application = Process::spawn("application", stage.world.folder(), command)?;
+    let mut seen = Vec::new();
+    for (part, process) in [(near, &mut application), (far, &mut target)] {
+        let status = process.wait(STUCK).with_context(|| format!("{behaviour}, {part}"))?;
+        let lines = process.stdout();
+        let lines = lines.lines().filter(|line| !line.starts_with("listening="));
+        seen.extend(lines.map(|line| format!("{part}: {line}")));
+        // 142: its alarm has ended it, because a call did not come back.
+        seen.push(format!("{part}: status={}", process::code(status)));
     }
-
-    /// How a connection goes, and ends, that nobody accepts.
-    fn connect(&self, address: &str, captured: bool) -> Result<Vec<String>> {
-        let mut command = self.world.node().command(programs::calls()?);
-        command.args(["connect", address]);
-        if captured {
-            self.cgroup.adopt(&mut command)?;
-        }
-        Ok(process::output(&mut command)?.lines().map(str::to_owned).collect())
-    }
-
-    /// Has a behaviour shown between the two hosts.
-    fn show(&self, behaviour: &str, mode: &Mode, subject: Subject, captured: bool) -> Result<Seen> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let began = Instant::now();
-        let control = self.world.folder().join(format!("control-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        let (far, near) = match subject {
-            Subject::Application => ("partner", "subject"),
-            Subject::Target => ("subject", "partner"),
-        };
-        let words = |part, how, address: &str, command: &mut Command| {
-            command.args([part, how, address]).arg(&control);
-            command.args([behaviour, &mode.chat.to_string(), &mode.rest.to_string()]);
-        };
-        let mut command = self.world.net().command(programs::calls()?);
-        words(far, "listen", &format!("{TARGET4}:0"), &mut command);
-        let mut target = Process::spawn("target", self.world.folder(), command)?;
-        let line = target.wait_for_line("listening=")?;
-        let address = line.trim_start_matches("listening=");
-        let mut command = self.world.node().command(programs::calls()?);
-        words(near, "connect", address, &mut command);
-        if captured {
-            self.cgroup.adopt(&mut command)?;
-        }
-        let mut application = Process::spawn("application", self.world.folder(), command)?;
-        let mut seen = Vec::new();
-        for (part, process) in [(near, &mut application), (far, &mut target)] {
-            let status = process.wait(STUCK).with_context(|| format!("{behaviour}, {part}"))?;
-            let lines = process.stdout();
-            let lines = lines.lines().filter(|line| !line.starts_with("listening="));
-            seen.extend(lines.map(|line| format!("{part}: {line}")));
-            // 142: its alarm has ended it, because a call did not come back.
-            seen.push(format!("{part}: status={}", process::code(status)));
-        }
-        // For who looks at a test that failed.
-        let path = if captured { "through us" } else { "over TCP" };
-        eprintln!("{behaviour}, {path}, {:?}:\n  {}", began.elapsed(), seen.join("\n  "));
-        std::fs::remove_file(control)?;
-        Ok(seen)
-    }
+    // For who looks at a test that failed.
+    let path = if captured { "through us" } else { "over TCP" };
+    eprintln!("{behaviour}, {path}, {:?}:\n  {}", began.elapsed(), seen.join("\n  "));
+    std::fs::remove_file(control)?;
+    Ok(seen)
 }

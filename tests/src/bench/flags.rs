@@ -42,7 +42,7 @@ pub struct Flags {
     #[arg(long, value_name = "ARM", requires = "workload", conflicts_with_all = ["quick", "rounds", "compare", "publish"])]
     pub hold: Option<String>,
 
-    /// What the arm is kept up under: ping-pong:64, connect:1, up:4, idle:1000, …
+    /// What the arm is kept up under: ping-pong:64, connect:1, up:4, idle:1000, soak:16, …
     #[arg(long, value_name = "WORKLOAD", requires = "hold")]
     pub workload: Option<String>,
 
@@ -67,6 +67,7 @@ Examples:
   cargo xtask bench                              everything, 30 minutes
   cargo xtask bench --scenario chain --rounds 15
   cargo xtask bench --hold ours --workload connect:64 --seconds 60
+  cargo xtask bench --hold ours --workload soak:16 --seconds 600      every byte compared, for ten minutes
   cargo xtask bench --compare old/report.json    run, and tell what moved since
   cargo xtask bench --compare old.json --with new.json
   cargo xtask bench --publish target/bench/report.json";

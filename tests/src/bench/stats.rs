@@ -69,7 +69,7 @@ impl Metric {
             }
             Workload::Crowd { .. } => &[P99, P50, P90, P999, PerSecond, Gbits],
             Workload::Rate { .. } => &[P50, P90, P99, P999, PerSecond, CpuPerThousand, ProxyCpuPerThousand],
-            Workload::Bulk { .. } => &[Gbits, CpuPerGb, ProxyCpuPerGb],
+            Workload::Bulk { .. } | Workload::Soak { .. } => &[Gbits, CpuPerGb, ProxyCpuPerGb],
             Workload::Idle { .. } => MEMORY,
         }
     }

@@ -32,7 +32,7 @@ enum Command {
         /// Address to listen at.
         #[arg(long, value_name = "IP")]
         listen: IpAddr,
-        /// First of four ports: echo, sink, source and messages, in this order.
+        /// First of five ports: echo, sink, source, messages and soak, in this order.
         #[arg(long, value_name = "PORT")]
         base_port: u16,
     },
@@ -45,7 +45,8 @@ enum Command {
         #[arg(long, value_name = "IP:PORT")]
         to: SocketAddr,
         /// What to do: ping-pong:SIZE, connect:AT_ONCE, first-byte, up:STREAMS, down:STREAMS,
-        /// crowd:CONNECTIONS/SIZE (with /up or /down behind it, beside bulk), rate:PER_SECOND/CONNECTIONS/SIZE, or idle:CONNECTIONS.
+        /// crowd:CONNECTIONS/SIZE (with /up or /down behind it, beside bulk), rate:PER_SECOND/CONNECTIONS/SIZE,
+        /// idle:CONNECTIONS, or soak:CONNECTIONS.
         #[arg(long, value_name = "WORKLOAD")]
         workload: Workload,
         /// How long to measure.

@@ -15,6 +15,7 @@ mod latency;
 mod message;
 mod pace;
 pub mod server;
+mod soak;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -33,8 +34,10 @@ pub mod port {
     pub const SOURCE: u16 = 2;
     /// Answers each request of a fixed size when it is complete.
     pub const MESSAGES: u16 = 3;
+    /// Sends and receives at once, in random sizes.
+    pub const SOAK: u16 = 4;
     /// How many there are.
-    pub const COUNT: u16 = 4;
+    pub const COUNT: u16 = 5;
 }
 
 /// What to do to a server.
@@ -86,6 +89,12 @@ pub enum Workload {
         /// Connections.
         connections: u32,
     },
+    /// Both directions of so many connections at once, in random sizes and with random pauses, by programs that block and
+    /// by one that does not; every byte is compared: `soak:8`.
+    Soak {
+        /// Connections.
+        connections: u32,
+    },
 }
 
 /// Which way bulk goes, seen from the application.
@@ -103,13 +112,13 @@ pub enum Direction {
 pub struct Outcome {
     /// How long it was measured; of idle connections, how long it took to make them.
     pub seconds: f64,
-    /// Round trips, connections or requests that were completed, or connections that are idle; 0 for bulk.
+    /// Round trips, connections or requests that were completed, or connections that are idle; 0 for bulk and soak.
     pub operations: u64,
     /// Payload bytes that the server has received and checked.
     pub bytes_up: u64,
     /// Payload bytes that the client has received and checked.
     pub bytes_down: u64,
-    /// How long operations took; nothing for bulk and idle.
+    /// How long operations took; nothing for bulk, soak and idle.
     pub latency: Option<Latency>,
 }
 
@@ -142,7 +151,7 @@ impl fmt::Display for UnknownWorkload {
             f,
             "\"{}\" is none of ping-pong:SIZE, connect:AT_ONCE, first-byte, up:STREAMS, down:STREAMS, \
              crowd:CONNECTIONS/SIZE, crowd:CONNECTIONS/SIZE/up, crowd:CONNECTIONS/SIZE/down, \
-             rate:PER_SECOND/CONNECTIONS/SIZE, idle:CONNECTIONS (with numbers from 1)",
+             rate:PER_SECOND/CONNECTIONS/SIZE, idle:CONNECTIONS, soak:CONNECTIONS (with numbers from 1)",
             self.0
         )
     }
@@ -170,6 +179,7 @@ impl fmt::Display for Workload {
                 write!(f, "rate:{per_second}/{connections}/{size}")
             }
             Self::Idle { connections } => write!(f, "idle:{connections}"),
+            Self::Soak { connections } => write!(f, "soak:{connections}"),
         }
     }
 }
@@ -207,6 +217,7 @@ impl FromStr for Workload {
             "crowd" => crowd(),
             "rate" => rate(),
             "idle" => number(of).map(|connections| Self::Idle { connections }),
+            "soak" => number(of).map(|connections| Self::Soak { connections }),
             _ => None,
         }
         .ok_or_else(|| UnknownWorkload(text.to_owned()))
@@ -235,7 +246,7 @@ mod words {
     fn a_workload_is_what_its_word_says_and_nothing_else_is_one() {
         let words =
             ["ping-pong:64", "connect:1", "first-byte", "up:4", "down:16", "rate:2000/100/16384", "idle:9"];
-        for word in words.into_iter().chain(["crowd:99/64", "crowd:99/64/up", "crowd:1/1/down"]) {
+        for word in words.into_iter().chain(["crowd:99/64", "crowd:99/64/up", "crowd:1/1/down", "soak:3"]) {
             assert_eq!(word.parse::<Workload>().map(|w| w.to_string()), Ok(word.to_owned()));
         }
         let words =

@@ -15,6 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpSocket, TcpStream},
+    sync::watch,
     task::JoinSet,
 };
 
@@ -22,6 +23,7 @@ use super::{
     buffer::receive,
     message::Request,
     port,
+    soak::{READ_MAX, Receiver, SEEDS, Sender, Word, cut, pause, read_size},
     stream::{Check, Id},
 };
 
@@ -39,6 +41,7 @@ enum Service {
     Sink,
     Source,
     Messages,
+    Soak,
 }
 
 const SERVICES: [(u16, Service); port::COUNT as usize] = [
@@ -46,6 +49,7 @@ const SERVICES: [(u16, Service); port::COUNT as usize] = [
     (port::SINK, Service::Sink),
     (port::SOURCE, Service::Source),
     (port::MESSAGES, Service::Messages),
+    (port::SOAK, Service::Soak),
 ];
 
 /// A server that listens.
@@ -84,7 +88,7 @@ impl Server {
 /// Serves at `ip`, on the ports from `base` on, in this thread; calls `ready` when all of them listen.
 pub fn serve(ip: IpAddr, base: u16, ready: impl FnOnce() -> io::Result<()>) -> Result<()> {
     raise_descriptors()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let server = Server::bind(ip, base)?;
         ready()?;
@@ -121,6 +125,7 @@ async fn converse(mut stream: TcpStream, service: Service) -> Result<()> {
         Service::Sink => sink(&mut stream).await,
         Service::Source => source(&mut stream).await,
         Service::Messages => messages(&mut stream).await,
+        Service::Soak => soak(&mut stream).await,
     };
     if done.is_err() {
         // The client is told by a reset: an end would say that everything was right.
@@ -228,6 +233,65 @@ fn answer(stream: &mut TcpStream, partial: &mut Vec<u8>, bytes: &[u8]) -> Result
         }
     }
     Ok(Answered { rest, last: false })
+}
+
+/// Is told both seeds; sends from each start to the stop that follows it, and receives all the time.
+async fn soak(stream: &mut TcpStream) -> Result<()> {
+    let mut seeds = [0; SEEDS];
+    if let Err(e) = stream.read_exact(&mut seeds).await {
+        return if e.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(e.into()) };
+    }
+    let seed = |at: usize| seeds[at..].first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
+    let (mut up, mut down) = (Receiver::new(seed(0)), Sender::new(seed(SEEDS / 2)));
+    let (mut from, mut to) = stream.split();
+    let (phase, mut told) = watch::channel(Phase::Idle);
+    let receive = async {
+        let mut buffer = vec![0; READ_MAX];
+        loop {
+            let n = from.read(&mut buffer[..read_size()]).await.context("receiving")?;
+            let mut bytes = &buffer[..n];
+            if n == 0 {
+                let idle = *phase.borrow() == Phase::Idle;
+                ensure!(idle && up.between_frames(), "the end in the middle of a stream");
+                phase.send_replace(Phase::Over);
+                return anyhow::Ok(());
+            }
+            while let Some(word) = up.take(&mut bytes)? {
+                phase.send_replace(if word == Word::Go { Phase::Going } else { Phase::Idle });
+            }
+            if let Some(length) = pause() {
+                tokio::time::sleep(length).await;
+            }
+        }
+    };
+    let send = async {
+        loop {
+            if *told.wait_for(|phase| *phase != Phase::Idle).await? == Phase::Over {
+                return Ok(());
+            }
+            while *told.borrow() == Phase::Going {
+                let mut frame = down.frame();
+                while !frame.is_empty() {
+                    let (now, rest) = frame.split_at(cut(frame.len()));
+                    to.write_all(now).await.context("sending")?;
+                    frame = rest;
+                }
+                if let Some(length) = pause() {
+                    tokio::time::sleep(length).await;
+                }
+            }
+            to.write_all(&down.stop()).await.context("sending the stop")?;
+        }
+    };
+    tokio::try_join!(receive, send).map(drop)
+}
+
+/// What a soaked connection's server is told to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    Going,
+    Over,
 }
 
 /// Sends what can be sent without waiting; the rest.

@@ -32,7 +32,7 @@ const BETWEEN: SocketAddr = SocketAddr::new(LOOPBACK, 7100);
 const SHORT: Duration = Duration::from_millis(300);
 const WARM_UP: Duration = Duration::from_millis(50);
 
-const ALL: [&str; 14] = [
+const ALL: [&str; 15] = [
     "ping-pong:1",
     "ping-pong:64",
     "ping-pong:300000",
@@ -47,6 +47,7 @@ const ALL: [&str; 14] = [
     "crowd:5/64/up",
     "crowd:5/64/down",
     "idle:200",
+    "soak:6",
 ];
 
 fn workload(word: &str) -> Workload {
@@ -86,9 +87,10 @@ fn every_workload_arrives_whole_and_is_counted() -> Result<()> {
                 }
                 Workload::Connect { .. } | Workload::Idle { .. } => 64,
                 Workload::FirstByte => 1,
-                Workload::Bulk { .. } => 0,
+                Workload::Bulk { .. } | Workload::Soak { .. } => 0,
             };
             match workload {
+                Workload::Soak { .. } => assert!(bytes_up > 0 && bytes_down > 0),
                 Workload::Bulk { direction: Direction::Up, .. } => assert!(bytes_up > 0 && bytes_down == 0),
                 Workload::Crowd { bulk: Some(direction), .. } => {
                     let (bulk, other) = match direction {
@@ -110,7 +112,9 @@ fn every_workload_arrives_whole_and_is_counted() -> Result<()> {
                 _ => assert!(seconds >= SHORT.as_secs_f64(), "{word}: {seconds}"),
             }
             match workload {
-                Workload::Bulk { .. } | Workload::Idle { .. } => assert_eq!(latency, None, "{word}"),
+                Workload::Bulk { .. } | Workload::Idle { .. } | Workload::Soak { .. } => {
+                    assert_eq!(latency, None, "{word}");
+                }
                 _ => assert_eq!(latency.unwrap().count, operations, "{word}"),
             }
         }
@@ -222,7 +226,8 @@ fn through(word: &'static str, fault: Fault, direction: Direction) -> Result<Out
 
 #[test]
 fn what_breaks_nothing_is_not_noticed() -> Result<()> {
-    for word in ["ping-pong:64", "connect:2", "first-byte", "up:2", "down:2", "rate:300/3/3000", "idle:10"] {
+    let all = ["ping-pong:64", "connect:2", "first-byte", "up:2", "down:2", "rate:300/3/3000", "idle:10"];
+    for word in all.into_iter().chain(["soak:4"]) {
         through(word, Fault::None, Direction::Up)?;
     }
     Ok(())
@@ -243,7 +248,9 @@ fn one_byte_lost_repeated_or_altered_on_the_way_is_an_error() {
             assert!(wrong.is_err(), "{word}, {direction:?}: {wrong:?}");
         }
     }
-    for (word, direction) in [("up:2", Direction::Up), ("down:2", Direction::Down)] {
+    let soaked = [Direction::Up, Direction::Down].map(|direction| ("soak:2", direction));
+    for (word, direction) in [("up:2", Direction::Up), ("down:2", Direction::Down)].into_iter().chain(soaked)
+    {
         for offset in [100_000, 25 * 4096, 25 * 4096 + 7] {
             for fault in
                 [Fault::Alter(offset), Fault::Repeat(offset), Fault::Lose(offset), Fault::End(offset)]
@@ -283,7 +290,7 @@ fn a_server_that_is_not_there_or_goes_is_an_error_that_says_where() -> Result<()
         let e = host.block_on(|| run(SERVER, workload(word))).unwrap_err();
         assert!(format!("{e:#}").contains("127.0.0.1:700"), "{word}: {e:#}");
     }
-    for word in ["ping-pong:64", "up:2", "down:2", "rate:300/3/64", "idle:3"] {
+    for word in ["ping-pong:64", "up:2", "down:2", "rate:300/3/64", "idle:3", "soak:2"] {
         let folder = tempfile::tempdir()?;
         let server = driver::Server::start(&host, folder.path(), LOOPBACK, None)?;
         let mut client = start(&host, folder.path(), server.addr(), workload(word))?;
@@ -294,6 +301,28 @@ fn a_server_that_is_not_there_or_goes_is_an_error_that_says_where() -> Result<()
         assert!(e.contains("connection") || e.contains("round trip"), "{word}: {e}");
     }
     Ok(())
+}
+
+#[test]
+fn a_soak_that_does_not_get_on_ends_although_its_calls_block() -> Result<()> {
+    const STALL: Duration = Duration::from_secs(3600);
+    let host = NetNs::new("load")?;
+    host.block_on(async || {
+        let server = Server::bind(SERVER.ip(), SERVER.port())?;
+        let session = async {
+            let mut session = Session::prepare(BETWEEN, workload("soak:2"), WARM_UP).await?;
+            session.measure(SHORT).await
+        };
+        tokio::select! {
+            _served = server.run() => bail!("the server ended"),
+            _carried = between(Fault::Stall(100_000, STALL), Direction::Down) => bail!("what is between ended"),
+            // What was begun is dropped then, and so is the runtime, which waits for threads.
+            done = tokio::time::timeout(4 * SHORT, session) => {
+                assert!(done.is_err(), "{done:?}");
+                Ok(())
+            }
+        }
+    })
 }
 
 #[test]
@@ -308,7 +337,9 @@ fn both_sides_take_turns() -> Result<()> {
         let up = host
             .sockets()?
             .iter()
-            .filter(|s| s.established() && s.local.port() >= 7000 && s.local.port() < 7004)
+            .filter(|s| {
+                s.established() && s.local.port() >= 7000 && s.local.port() < SERVER.port() + port::COUNT
+            })
             .count();
         assert_eq!(up, if word == "idle:50" { 50 } else { 1 });
         client.end()?;

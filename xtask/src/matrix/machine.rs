@@ -31,6 +31,8 @@ use crate::{
 
 /// What the tests with the most connections need, twice.
 const MEMORY: &str = "2G";
+/// This program's name among those that are brought along.
+pub(super) const INSIDE: &str = "xtask";
 /// How long QEMU has to go by itself after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
 /// How often it is looked what happened.
@@ -53,7 +55,8 @@ impl Machine {
     /// Boots a kernel, and has `xtask matrix-guest` run in it; `folder` is what both sides see.
     pub(super) fn boot(checkout: &Checkout, kernel: &Kernel, folder: &Path) -> Result<Self> {
         let virtme = setup::virtme_bin(checkout);
-        let inside = [env::current_exe()?.as_path(), Path::new("matrix-guest"), folder].map(quoted).join(" ");
+        let program = Shared(folder).programs().join(INSIDE);
+        let inside = [program.as_path(), Path::new("matrix-guest"), folder].map(quoted).join(" ");
         let mut vng = Command::new(virtme.join("vng"));
         vng.arg("--run").arg(&kernel.image);
         // 9p, because virtio-fs wants a daemon; the console, because Debian's kernels have virtio-serial as a module, which

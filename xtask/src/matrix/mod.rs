@@ -243,12 +243,15 @@ fn bring_programs(checkout: &Checkout, plan: &Plan, folder: &Path) -> Result<()>
     fs::create_dir_all(folder)?;
     let started = PROGRAMS.map(|name| checkout.target.join("debug").join(name));
     let tests: BTreeSet<&Path> = plan.tests.iter().map(|test| test.program.as_path()).collect();
-    for program in started.iter().map(PathBuf::as_path).chain(tests) {
-        let name = program.file_name().context("a program has a name")?;
+    let bring = |program: &Path, name: &Path| {
         let mut strip = Command::new("strip");
-        run::output(strip.arg("--strip-debug").arg("-o").arg(folder.join(name)).arg(program))?;
+        run::output(strip.arg("--strip-debug").arg("-o").arg(folder.join(name)).arg(program)).map(drop)
+    };
+    for program in started.iter().map(PathBuf::as_path).chain(tests) {
+        bring(program, program.file_name().context("a program has a name")?.as_ref())?;
     }
-    Ok(())
+    // This program, even when another has taken its place since it was started.
+    bring(format!("/proc/{}/exe", std::process::id()).as_ref(), machine::INSIDE.as_ref())
 }
 
 /// Takes note of what happens until everything is done.

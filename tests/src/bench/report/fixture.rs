@@ -317,6 +317,9 @@ impl Made {
         match task.workload {
             Workload::Bulk { streams, direction: Direction::Up } => outcome.bytes_up = gb(streams, self),
             Workload::Bulk { streams, direction: Direction::Down } => outcome.bytes_down = gb(streams, self),
+            Workload::Soak { connections } => {
+                (outcome.bytes_up, outcome.bytes_down) = (gb(connections, self), gb(connections, self));
+            }
             Workload::Idle { connections } => {
                 let each = |kib: f64, made: &mut Self| {
                     (kib * more * 1024.0 * made.jitter() * f64::from(connections) + 300_000.0) as i64
@@ -418,6 +421,7 @@ fn all_tasks(words: &[&str]) -> Vec<Task> {
         Ok(Workload::Bulk { streams, direction: Direction::Up }) => format!("Upload, {streams} streams"),
         Ok(Workload::Bulk { streams, direction: Direction::Down }) => format!("Download, {streams} streams"),
         Ok(Workload::Idle { connections }) => format!("{connections} idle connections"),
+        Ok(Workload::Soak { connections }) => format!("Soak, {connections} connections"),
         Err(e) => panic!("{e}"),
     };
     words.iter().map(|word| task(word, &title(word))).collect()

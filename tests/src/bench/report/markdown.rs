@@ -138,7 +138,7 @@ fn headlines(task: &Task) -> Vec<Metric> {
         Workload::PingPong { .. } | Workload::Connect { at_once: 1 } => vec![P50, P99, ProxyCpuPerThousand],
         Workload::Connect { .. } => vec![PerSecond, P99, ProxyCpuPerThousand],
         Workload::FirstByte => vec![P50],
-        Workload::Bulk { .. } => vec![Gbits, ProxyCpuPerGb],
+        Workload::Bulk { .. } | Workload::Soak { .. } => vec![Gbits, ProxyCpuPerGb],
         Workload::Crowd { bulk: None, .. } => vec![P50, P99],
         Workload::Crowd { .. } => vec![P50, P99, Gbits],
         Workload::Rate { .. } => vec![P50, P99, P999, ProxyCpuPerThousand],

@@ -5,7 +5,7 @@
 //! connections are closed, and [`Session::end`] fails when they do not end well. Whatever does not get on for
 //! [`STALL`] is an error.
 //!
-//! Everything runs in one thread, so that a run's processor time is that of one client that does one thing.
+//! Everything but a soak runs in one thread, so that a run's processor time is that of one client that does one thing.
 
 mod bulk;
 mod crowd;
@@ -13,6 +13,7 @@ mod idle;
 mod once;
 mod ping_pong;
 mod rate;
+mod soak;
 
 use std::{
     fmt,
@@ -36,6 +37,7 @@ use self::{
     once::{Kind, Once},
     ping_pong::PingPong,
     rate::Rate,
+    soak::Soak,
 };
 use super::{Outcome, Workload, latency::Recorder, port, server::raise_descriptors};
 
@@ -89,6 +91,7 @@ enum What {
     Crowd(Crowd),
     Rate(Rate),
     Idle(Idle),
+    Soak(Soak),
 }
 
 impl Session {
@@ -116,6 +119,7 @@ impl Session {
                 Workload::Idle { connections } => {
                     What::Idle(Idle::new(at(port::MESSAGES)?, connections, &progress).await?)
                 }
+                Workload::Soak { connections } => What::Soak(Soak::new(at(port::SOAK)?, connections).await?),
             })
         };
         let place = format!("{workload} at {to}");
@@ -138,6 +142,7 @@ impl Session {
                 What::Crowd(crowd) => crowd.run(length, &record, &progress).await,
                 What::Rate(rate) => rate.run(length, &record, &progress).await,
                 What::Idle(idle) => Ok(idle.outcome()),
+                What::Soak(soak) => soak.run(length, &progress).await,
             }
         };
         let mut outcome = self.progress.watch(work).await.with_context(|| self.place.clone())?;
@@ -156,6 +161,7 @@ impl Session {
                 What::Crowd(crowd) => crowd.end(&progress).await,
                 What::Rate(rate) => rate.end().await,
                 What::Idle(idle) => idle.end(&progress).await,
+                What::Soak(soak) => soak.end(&progress).await,
             }
         };
         self.progress.watch(work).await.with_context(|| format!("{}, ending", self.place))

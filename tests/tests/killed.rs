@@ -1,0 +1,127 @@
+//! SIGKILL in the middle of traffic: nobody is stuck, the kernel does not complain, and nothing is left.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use tunnel_tests::{
+    PATIENCE, TARGET4,
+    dmesg::Mark,
+    each_mode,
+    load::{
+        Workload,
+        driver::{Client, Server},
+    },
+    modes::{Mode, Stage},
+    programs, wait_for,
+};
+
+/// Traffic in both directions, in all sizes, by programs that block and by one that does not.
+const SOAK: Workload = Workload::Soak { connections: 6 };
+/// Longer than anybody who is killed lives.
+const LONG: Duration = Duration::from_secs(600);
+/// How long there is traffic before: for paths that treat flows by what they have done so far.
+const BEFORE: Duration = Duration::from_secs(1);
+/// How long there is traffic again, to see that there is.
+const SHORT: Duration = Duration::from_millis(300);
+
+each_mode! {
+    a_daemon_that_is_killed_takes_its_flows_along_and_the_next_one_carries = killed_daemon;
+    an_application_that_is_killed_is_forgotten_on_both_sides = killed_application;
+    a_target_that_is_killed_ends_its_applications_connections = killed_target;
+}
+
+/// Starts a captured client that will be at it for so long.
+fn client(stage: &Stage, server: &Server, length: Duration) -> Result<Client> {
+    let command = stage.program(programs::load()?, true)?;
+    Client::start(command, stage.world.folder(), server.addr(), SOAK, length, BEFORE)
+}
+
+fn serve(stage: &Stage) -> Result<Server> {
+    Server::start(stage.world.net(), stage.world.folder(), TARGET4, None)
+}
+
+/// A client that is warm, and at it.
+fn busy(stage: &Stage, server: &Server) -> Result<Client> {
+    let mut client = client(stage, server, LONG)?;
+    client.wait_ready()?;
+    client.process().tell("go")?;
+    let busy = || {
+        let sockets = stage.world.node().sockets().ok()?;
+        // On one side or the other something is always on its way.
+        sockets.iter().any(|s| s.established() && s.send_queue + s.recv_queue > 0).then_some(())
+    };
+    wait_for("traffic", PATIENCE, busy)?;
+    Ok(client)
+}
+
+/// Flows are carried from beginning to end.
+fn carries(stage: &Stage, server: &Server) -> Result<()> {
+    let mut client = client(stage, server, SHORT)?;
+    client.wait_ready()?;
+    let outcome = client.measure()?;
+    ensure!(outcome.bytes_up > 0 && outcome.bytes_down > 0, "{outcome:?}");
+    client.end()
+}
+
+/// No connection is up on either host but those of a gateway's upstream.
+fn no_flow_is_left(stage: &Stage, server: &Server) -> Result<()> {
+    let port = server.addr().port() + 4;
+    let left = || {
+        let of = |host: &tunnel_tests::NetNs| host.sockets().unwrap_or_default();
+        let all = [of(stage.world.node()), of(stage.world.net())].concat();
+        all.into_iter()
+            .filter(|s| s.established() && (s.local.port() == port || s.remote.port() == port))
+            .count()
+    };
+    wait_for("the end of all connections to the target", PATIENCE, || (left() == 0).then_some(()))
+}
+
+fn killed_daemon(mode: &Mode) -> Result<()> {
+    let (stage, mut kernel) = (Stage::new()?, Mark::now()?);
+    let server = serve(&stage)?;
+    let gateway = stage.gateway(mode)?;
+    let mut daemon = stage.daemon(mode, gateway.as_ref())?;
+    let mut client = busy(&stage, &server)?;
+    daemon.process().kill()?;
+    // Its sockets are closed by the kernel, with a reset.
+    ensure!(stage.gone(client.process())? != 0, "its connections were lost, and it did not notice");
+    let said = client.process().stderr();
+    ensure!(said.contains("reset"), "{said}");
+    no_flow_is_left(&stage, &server)?;
+    let mut daemon = stage.daemon(mode, gateway.as_ref())?;
+    carries(&stage, &server)?;
+    stage.end(&mut daemon, mode)?;
+    assert_eq!(kernel.warnings()?, Vec::<String>::new());
+    Ok(())
+}
+
+fn killed_application(mode: &Mode) -> Result<()> {
+    let (stage, mut kernel) = (Stage::new()?, Mark::now()?);
+    let server = serve(&stage)?;
+    let gateway = stage.gateway(mode)?;
+    let mut daemon = stage.daemon(mode, gateway.as_ref())?;
+    let mut client = busy(&stage, &server)?;
+    client.process().kill()?;
+    no_flow_is_left(&stage, &server)?;
+    carries(&stage, &server)?;
+    stage.end(&mut daemon, mode)?;
+    assert_eq!(kernel.warnings()?, Vec::<String>::new());
+    Ok(())
+}
+
+fn killed_target(mode: &Mode) -> Result<()> {
+    let (stage, mut kernel) = (Stage::new()?, Mark::now()?);
+    let mut server = serve(&stage)?;
+    let gateway = stage.gateway(mode)?;
+    let mut daemon = stage.daemon(mode, gateway.as_ref())?;
+    let mut client = busy(&stage, &server)?;
+    server.process().kill()?;
+    ensure!(stage.gone(client.process())? != 0, "its connections were lost, and it did not notice");
+    no_flow_is_left(&stage, &server)?;
+    drop(server);
+    let server = serve(&stage).context("another target in its place")?;
+    carries(&stage, &server)?;
+    stage.end(&mut daemon, mode)?;
+    assert_eq!(kernel.warnings()?, Vec::<String>::new());
+    Ok(())
+}
