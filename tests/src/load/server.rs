@@ -244,20 +244,23 @@ async fn soak(stream: &mut TcpStream) -> Result<()> {
     let seed = |at: usize| seeds[at..].first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
     let (mut up, mut down) = (Receiver::new(seed(0)), Sender::new(seed(SEEDS / 2)));
     let (mut from, mut to) = stream.split();
-    let (phase, mut told) = watch::channel(Phase::Idle);
+    let (phase, mut told) = watch::channel(Told::default());
     let receive = async {
         let mut buffer = vec![0; READ_MAX];
         loop {
             let n = from.read(&mut buffer[..read_size()]).await.context("receiving")?;
             let mut bytes = &buffer[..n];
             if n == 0 {
-                let idle = *phase.borrow() == Phase::Idle;
-                ensure!(idle && up.between_frames(), "the end in the middle of a stream");
-                phase.send_replace(Phase::Over);
+                let Told { starts, stops, .. } = *phase.borrow();
+                ensure!(starts == stops && up.between_frames(), "the end in the middle of a stream");
+                phase.send_modify(|told| told.over = true);
                 return anyhow::Ok(());
             }
             while let Some(word) = up.take(&mut bytes)? {
-                phase.send_replace(if word == Word::Go { Phase::Going } else { Phase::Idle });
+                phase.send_modify(|told| match word {
+                    Word::Go => told.starts += 1,
+                    Word::Stop => told.stops += 1,
+                });
             }
             if let Some(length) = pause() {
                 tokio::time::sleep(length).await;
@@ -265,11 +268,12 @@ async fn soak(stream: &mut TcpStream) -> Result<()> {
         }
     };
     let send = async {
-        loop {
-            if *told.wait_for(|phase| *phase != Phase::Idle).await? == Phase::Over {
+        for turn in 0.. {
+            // A start and its stop may have come at once.
+            if told.wait_for(|told| told.starts > turn || told.over).await?.starts <= turn {
                 return Ok(());
             }
-            while *told.borrow() == Phase::Going {
+            while told.borrow().stops <= turn {
                 let mut frame = down.frame();
                 while !frame.is_empty() {
                     let (now, rest) = frame.split_at(cut(frame.len()));
@@ -282,16 +286,17 @@ async fn soak(stream: &mut TcpStream) -> Result<()> {
             }
             to.write_all(&down.stop()).await.context("sending the stop")?;
         }
+        Ok(())
     };
     tokio::try_join!(receive, send).map(drop)
 }
 
-/// What a soaked connection's server is told to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Idle,
-    Going,
-    Over,
+/// What a soaked connection's server was told so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    starts: u32,
+    stops: u32,
+    over: bool,
 }
 
 /// Sends what can be sent without waiting; the rest.
