@@ -42,7 +42,7 @@ const KERNELS: [&str; 2] = ["6.1", "6.12"];
 const TESTS: &[&str] =
     &["pipe::through_pipes", "connect", "original_dst", "streams::a_target", "streams::an_application"];
 /// Tests that are about amounts would measure the emulation.
-const TOO_MUCH: &str = "heavy_";
+const TOO_MUCH: &str = "heavy";
 /// What tests start.
 const PROGRAMS: [&str; 4] = ["tunnel", "tt-app", "tt-calls", "tt-load"];
 /// A heartbeat where nothing else is said.
