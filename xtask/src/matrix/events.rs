@@ -69,6 +69,9 @@ pub(super) struct Finding {
 pub(super) struct Trial {
     pub(super) name: String,
     pub(super) outcome: Outcome,
+    /// How often it was tried.
+    pub(super) attempts: u32,
+    /// The last time.
     pub(super) seconds: f64,
     /// What the kernel complained of meanwhile.
     pub(super) warnings: Vec<String>,

@@ -39,8 +39,20 @@ use crate::{
 /// The kernels that capture and the fast path are to be good on: Debian 12's, and that of Debian 13 and its backports.
 const KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// What is run when nothing is named: what touches the kernel, in as many ways as one run has time for.
-const TESTS: &[&str] =
-    &["pipe::through_pipes", "connect", "original_dst", "streams::a_target", "streams::an_application"];
+const TESTS: &[&str] = &[
+    "original_dst",
+    "connect::getpeername_shows",
+    "connect::a_socket_that_connects_twice",
+    "connect::a_process_tree",
+    "pipe::a_reset",
+    "streams::a_target_that_resets",
+    "same_result::piped",
+    "same_result::a_target_that_refuses",
+    "killed::copied",
+    "killed::piped",
+    "soak::piped::heavy",
+    "soak::through_a_gateway::heavy",
+];
 /// Tests that are about amounts would measure the emulation.
 const TOO_MUCH: &str = "heavy";
 /// What tests start.
@@ -287,7 +299,9 @@ fn hear(machine: &mut Machine, verdict: &mut Verdict, started: Instant, limit: D
                 running = None;
                 let bad = trial.outcome != Outcome::Passed || !trial.warnings.is_empty();
                 let mark = if bad { red("bad") } else { green("ok ") };
-                eprintln!("{mark} {} {}", trial.name, dim(&format!("{:.1} s", trial.seconds)));
+                let again =
+                    if trial.attempts > 1 { format!(", attempt {}", trial.attempts) } else { String::new() };
+                eprintln!("{mark} {} {}", trial.name, dim(&format!("{:.1} s{again}", trial.seconds)));
                 verdict.tests.push(trial);
             }
             Some(Event::Done { warnings }) => {
@@ -303,7 +317,8 @@ fn hear(machine: &mut Machine, verdict: &mut Verdict, started: Instant, limit: D
         verdict.warnings.extend(dmesg::complaints(&console));
         if let Some((name, since)) = running {
             let (outcome, seconds) = (Outcome::CutOff, since.elapsed().as_secs_f64());
-            verdict.tests.push(Trial { name, outcome, seconds, warnings: vec![], output: String::new() });
+            let output = String::new();
+            verdict.tests.push(Trial { name, outcome, attempts: 1, seconds, warnings: vec![], output });
         }
     }
     heard

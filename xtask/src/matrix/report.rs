@@ -45,6 +45,14 @@ impl Verdict {
         self.tests.iter().filter(|trial| trial.outcome == Outcome::Passed).count()
     }
 
+    /// Of those that passed, how many not at once.
+    fn later(&self) -> String {
+        match self.tests.iter().filter(|t| t.outcome == Outcome::Passed && t.attempts > 1).count() {
+            0 => String::new(),
+            n => format!(", {n} at the second attempt"),
+        }
+    }
+
     /// Each with where it belongs.
     fn all_warnings(&self) -> impl Iterator<Item = (&str, &str)> {
         let outside = self.warnings.iter().map(|text| ("outside of tests", text.as_str()));
@@ -68,7 +76,7 @@ pub(super) fn text(verdicts: &[Verdict]) -> String {
             verdict.release.clone(),
             verdict.version.clone(),
             verdict.booted_seconds.map_or_else(|| "no".to_owned(), |s| format!("{s:.0} s")),
-            format!("{} of {} passed", verdict.passed(), verdict.planned),
+            format!("{} of {} passed{}", verdict.passed(), verdict.planned, verdict.later()),
             verdict.all_warnings().count().to_string(),
             format!(
                 "{:.0} min {:02.0} s",
@@ -169,8 +177,14 @@ mod tests {
     use super::*;
 
     fn verdict(outcome: Outcome, planned: usize) -> Verdict {
-        let trial =
-            Trial { name: "a::b".into(), outcome, seconds: 1.0, warnings: vec![], output: "said".into() };
+        let trial = Trial {
+            name: "a::b".into(),
+            outcome,
+            attempts: 1,
+            seconds: 1.0,
+            warnings: vec![],
+            output: "said".into(),
+        };
         let finding = Finding { check: "kernel".into(), level: "ok".into(), found: "6.1".into() };
         Verdict {
             kernel: "6.1".into(),
