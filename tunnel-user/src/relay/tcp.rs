@@ -10,6 +10,7 @@ use std::{
     io::{self, Read as _},
     mem,
     net::Shutdown,
+    os::fd::AsFd,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -32,7 +33,8 @@ const READ_MAX: usize = 64 * 1024 - 9;
 
 /// See the module.
 pub struct TcpLeg {
-    stream: Rc<TcpStream>,
+    /// None while the kernel moves the flow's bytes, or once it has moved the last one ([`take`](TcpLeg::take)).
+    stream: Option<Rc<TcpStream>>,
     /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
@@ -42,13 +44,13 @@ impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+        Self { stream: Some(Rc::new(stream)), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
     /// aborts already.
     pub fn aborting(stream: TcpStream) -> Self {
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+        Self { stream: Some(Rc::new(stream)), next_read: READ_MIN, error: ErrorWatch::default() }
     }
 }
 
@@ -83,7 +85,7 @@ impl ErrorWatch {
 }
 
 /// Sends FIN.
-pub(super) fn shut_down(stream: &TcpStream) -> Result<(), Broken> {
+pub(super) fn shut_down(stream: &impl AsFd) -> Result<(), Broken> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
         // The peer closed both directions, and then the connection went away: nothing is lost.
         Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
@@ -130,7 +132,7 @@ impl Drop for Room {
 }
 
 /// From here on a close is clean: what is queued still has to arrive.
-pub(super) fn let_arrive(stream: &TcpStream) {
+pub(super) fn let_arrive(stream: &impl AsFd) {
     // Fails only on a socket that is gone already.
     let _gone = SockRef::from(stream).set_linger(None);
 }
@@ -150,9 +152,9 @@ impl Leg for TcpLeg {
             }
         }
         loop {
-            ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
+            ready!(self.stream().poll_read_ready(cx)).map_err(reset)?;
             let mut buf = Room::take(self.next_read);
-            match self.stream.try_read_buf(&mut buf.0) {
+            match self.stream().try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
                     if n < self.next_read {
@@ -178,10 +180,10 @@ impl Leg for TcpLeg {
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
-            ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
+            ready!(self.stream().poll_write_ready(cx)).map_err(reset)?;
             let written = queue.with_slices(|slices| {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
-                self.stream.try_write_vectored(slices).map(|n| (n, offered))
+                self.stream().try_write_vectored(slices).map(|n| (n, offered))
             });
             match written {
                 Ok((n, offered)) => {
@@ -201,15 +203,18 @@ impl Leg for TcpLeg {
     }
 
     fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        Poll::Ready(shut_down(&self.stream))
+        Poll::Ready(shut_down(self.stream()))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        self.error.poll(cx, &self.stream)
+        let Some(stream) = &self.stream else { return Poll::Pending };
+        self.error.poll(cx, stream)
     }
 
     fn close(&mut self) {
-        let_arrive(&self.stream);
+        if let Some(stream) = &self.stream {
+            let_arrive(&**stream);
+        }
     }
 
     fn abort(&mut self) {
@@ -226,7 +231,7 @@ impl TcpLeg {
     /// there is nothing, and waits.
     fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {
         let mut buf = [0; READ_MIN];
-        match (&*SockRef::from(&*self.stream)).read(&mut buf) {
+        match (&*SockRef::from(self.stream())).read(&mut buf) {
             Ok(0) => Some(Ok(None)),
             Ok(n) => Some(Ok(Some(Bytes::copy_from_slice(&buf[..n])))),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
@@ -236,13 +241,27 @@ impl TcpLeg {
 
     /// The socket.
     pub(super) fn stream(&self) -> &TcpStream {
-        &self.stream
+        self.stream.as_ref().expect("a leg is polled only while it has its socket")
+    }
+
+    /// Takes the socket away, out of the runtime's epoll: until it is [`put`](Self::put) back nothing may poll the leg.
+    /// An error leaves nothing of the connection.
+    pub(super) fn take(&mut self) -> io::Result<std::net::TcpStream> {
+        self.error = ErrorWatch::default();
+        let stream = self.stream.take().and_then(|stream| Rc::try_unwrap(stream).ok());
+        stream.ok_or(io::ErrorKind::NotConnected)?.into_std()
+    }
+
+    /// Puts the socket back.
+    pub(super) fn put(&mut self, stream: std::net::TcpStream) -> io::Result<()> {
+        self.stream = Some(Rc::new(TcpStream::from_std(stream)?));
+        Ok(())
     }
 
     /// A short read or write has emptied or filled the socket: what comes next raises a new edge
     /// (epoll(7), question 9), so the call that would only say EAGAIN is spared.
     pub(super) fn not_ready(&self, interest: Interest) {
-        let _cleared = self.stream.try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        let _cleared = self.stream().try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }
 
