@@ -370,6 +370,10 @@ impl Pair {
             half.granted = (redirected, spent);
             return Ok(Look::More);
         }
+        // What came before the program had the socket, and a read has not had handed to it, would wait for what comes next.
+        if socket::unread(src).map_err(at_source)? > 0 {
+            return Ok(Look::Wait);
+        }
         if let Some(gate) = half.ledger.gate() {
             if used > 0 {
                 room.count(|done| done.credit += 1);

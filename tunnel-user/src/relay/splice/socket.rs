@@ -28,6 +28,7 @@ pub(super) fn accepted(socket: &impl AsFd) -> io::Result<u64> {
     struct Info {
         _states: [u8; 8],
         _counts: [u32; 24],
+        _pacing_rates: [u64; 2],
         bytes_acked: u64,
     }
     // SAFETY (of `option`): made of integers only.
@@ -64,4 +65,40 @@ fn ioctl(socket: &impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
     // SAFETY: both requests write one int.
     let ret = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut n) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(u64::from(n.unsigned_abs())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    #[test]
+    fn what_was_accepted_and_what_is_unread_is_exact_whoever_connected_and_whatever_was_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut other, _) = listener.accept().unwrap();
+        assert_ne!(cookie(&one).unwrap(), cookie(&other).unwrap());
+        let begun = [accepted(&one).unwrap(), accepted(&other).unwrap()];
+        let empty = room(&one).unwrap();
+        assert!(empty > 0);
+        for n in [1, 1000, 100_000_usize] {
+            let before = accepted(&one).unwrap();
+            one.write_all(&vec![7; n]).unwrap();
+            assert_eq!(accepted(&one).unwrap(), before + n as u64);
+            let mut got = vec![0; n];
+            other.read_exact(&mut got[..n / 2]).unwrap();
+            other.read_exact(&mut got[n / 2..]).unwrap();
+            assert_eq!(unread(&other).unwrap(), 0);
+            assert_eq!(accepted(&one).unwrap(), before + n as u64, "acknowledged or not");
+        }
+        other.write_all(b"abc").unwrap();
+        one.read_exact(&mut [0]).unwrap();
+        assert_eq!(unread(&one).unwrap(), 2);
+        assert_eq!(accepted(&one).unwrap(), begun[0] + 101_001);
+        assert_eq!(accepted(&other).unwrap(), begun[1] + 3);
+    }
 }
