@@ -381,6 +381,12 @@ impl Pair {
             half.granted = (redirected, spent);
             words.limit.store(grant(spent, free, room.credit), Ordering::Release);
             words.gate.store(gate, Ordering::SeqCst);
+            // What came since the read, and saw the gate shut for good, was told to nobody. Whoever has seen it so is through
+            // once the lock has been had, and what it has passed shows.
+            socket::settle(src).map_err(at_source)?;
+            if words.passed.load(Ordering::Acquire) != gate {
+                return Ok(Look::More);
+            }
         }
         Ok(Look::Settled)
     }
