@@ -5,6 +5,7 @@ use aya::Pod;
 use crate::{
     addr::Endpoint,
     capture::{Listener, PortRange, Rule},
+    fastpath::splice,
     flow::{FlowKey, Origin},
 };
 
@@ -24,4 +25,5 @@ pod! {
     PortRange = 4,
     Rule = 68,
     Listener = 4,
+    splice::Words = 64,
 }

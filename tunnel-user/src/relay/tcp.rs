@@ -10,6 +10,7 @@ use std::{
     io::{self, IoSlice, Read as _},
     mem,
     net::Shutdown,
+    os::fd::AsFd,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -37,7 +38,8 @@ const MUCH: usize = 256 * 1024;
 
 /// See the module.
 pub struct TcpLeg {
-    stream: Rc<TcpStream>,
+    /// None while the kernel moves the flow's bytes, or once it has moved the last one ([`take`](TcpLeg::take)).
+    stream: Option<Rc<TcpStream>>,
     /// Of [`MUCH`], what is still to be sent.
     until_much: usize,
     /// 0: it is to be asked whether the runtime has heard of anything or not.
@@ -55,7 +57,12 @@ impl TcpLeg {
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
     /// aborts already.
     pub fn aborting(stream: TcpStream) -> Self {
-        Self { stream: Rc::new(stream), until_much: 0, next_read: READ_MIN, error: ErrorWatch::default() }
+        Self {
+            stream: Some(Rc::new(stream)),
+            until_much: 0,
+            next_read: READ_MIN,
+            error: ErrorWatch::default(),
+        }
     }
 }
 
@@ -90,7 +97,7 @@ impl ErrorWatch {
 }
 
 /// Sends FIN.
-pub(super) fn shut_down(stream: &TcpStream) -> Result<(), Broken> {
+pub(super) fn shut_down(stream: &impl AsFd) -> Result<(), Broken> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
         // The peer closed both directions, and then the connection went away: nothing is lost.
         Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
@@ -137,7 +144,7 @@ impl Drop for Room {
 }
 
 /// From here on a close is clean: what is queued still has to arrive.
-pub(super) fn let_arrive(stream: &TcpStream) {
+pub(super) fn let_arrive(stream: &impl AsFd) {
     // Fails only on a socket that is gone already.
     let _gone = SockRef::from(stream).set_linger(None);
 }
@@ -157,9 +164,9 @@ impl Leg for TcpLeg {
             }
         }
         loop {
-            ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
+            ready!(self.stream().poll_read_ready(cx)).map_err(reset)?;
             let mut buf = Room::take(self.next_read);
-            match self.stream.try_read_buf(&mut buf.0) {
+            match self.stream().try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
                     if n < self.next_read {
@@ -185,13 +192,13 @@ impl Leg for TcpLeg {
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
-            ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
+            ready!(self.stream().poll_write_ready(cx)).map_err(reset)?;
             let written = queue.with_slices_to_the_end(|slices, end_follows| {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
                 let sent = if end_follows {
                     self.send_before_end(slices)
                 } else {
-                    self.stream.try_write_vectored(slices)
+                    self.stream().try_write_vectored(slices)
                 };
                 sent.map(|n| (n, offered))
             });
@@ -201,7 +208,7 @@ impl Leg for TcpLeg {
                     if self.until_much > 0 {
                         self.until_much = self.until_much.saturating_sub(n);
                         if self.until_much == 0 {
-                            tcp::spare_local(&self.stream);
+                            tcp::spare_local(self.stream());
                         }
                     }
                     // Not by what is left in the queue: that may never have been offered, and a socket that
@@ -219,15 +226,18 @@ impl Leg for TcpLeg {
     }
 
     fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        Poll::Ready(shut_down(&self.stream))
+        Poll::Ready(shut_down(self.stream()))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        self.error.poll(cx, &self.stream)
+        let Some(stream) = &self.stream else { return Poll::Pending };
+        self.error.poll(cx, stream)
     }
 
     fn close(&mut self) {
-        let_arrive(&self.stream);
+        if let Some(stream) = &self.stream {
+            let_arrive(&**stream);
+        }
     }
 
     fn abort(&mut self) {
@@ -244,7 +254,7 @@ impl TcpLeg {
     /// there is nothing, and waits.
     fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {
         let mut buf = [0; READ_MIN];
-        match (&*SockRef::from(&*self.stream)).read(&mut buf) {
+        match (&*SockRef::from(self.stream())).read(&mut buf) {
             Ok(0) => Some(Ok(None)),
             Ok(n) => Some(Ok(Some(Bytes::copy_from_slice(&buf[..n])))),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
@@ -256,19 +266,33 @@ impl TcpLeg {
     /// has not left), and a peer that waits for both wakes once.
     fn send_before_end(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         const FLAGS: i32 = libc::MSG_MORE | libc::MSG_NOSIGNAL;
-        let send = || SockRef::from(&*self.stream).send_vectored_with_flags(slices, FLAGS);
-        self.stream.try_io(Interest::WRITABLE, send)
+        let send = || SockRef::from(self.stream()).send_vectored_with_flags(slices, FLAGS);
+        self.stream().try_io(Interest::WRITABLE, send)
     }
 
     /// The socket.
     pub(super) fn stream(&self) -> &TcpStream {
-        &self.stream
+        self.stream.as_ref().expect("a leg is polled only while it has its socket")
+    }
+
+    /// Takes the socket away, out of the runtime's epoll: until it is [`put`](Self::put) back nothing may poll the leg.
+    /// An error leaves nothing of the connection.
+    pub(super) fn take(&mut self) -> io::Result<std::net::TcpStream> {
+        self.error = ErrorWatch::default();
+        let stream = self.stream.take().and_then(|stream| Rc::try_unwrap(stream).ok());
+        stream.ok_or(io::ErrorKind::NotConnected)?.into_std()
+    }
+
+    /// Puts the socket back.
+    pub(super) fn put(&mut self, stream: std::net::TcpStream) -> io::Result<()> {
+        self.stream = Some(Rc::new(TcpStream::from_std(stream)?));
+        Ok(())
     }
 
     /// A short read or write has emptied or filled the socket: what comes next raises a new edge
     /// (epoll(7), question 9), so the call that would only say EAGAIN is spared.
     pub(super) fn not_ready(&self, interest: Interest) {
-        let _cleared = self.stream.try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        let _cleared = self.stream().try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }
 
