@@ -460,11 +460,13 @@ fn soak(stream: &TcpStream, seconds: u64, seed: u64) -> Result<()> {
             echo_range(stream, at, next)?;
             at = next;
             if random(16) == 0 {
+                #[expect(clippy::disallowed_methods, reason = "a pause is what it does here")]
                 thread::sleep(Duration::from_micros(random(2000)));
             }
         }
         // More than sockets hold, now and then.
-        let next = at + 1 + random(if random(4) == 0 { 6 << 20 } else { 300_000 });
+        let most = if random(4) == 0 { 6 << 20 } else { 300_000 };
+        let next = at + 1 + random(most);
         let (mut from, mut to) = (stream, stream);
         let (sent, received) = thread::scope(|scope| {
             let sending = scope.spawn(move || UP.send_from(&mut to, at, next));

@@ -18,7 +18,7 @@ enum Step {
     /// The kernel's worker gives the target's TCP what was sent on first.
     Send,
     /// The daemon reads so much.
-    Read(u64),
+    Read(usize),
     /// The daemon notes what was sent on, for the next `Write`, `Grant` or `Finish`.
     Look,
     /// The daemon asks the target's TCP, and writes what it holds when it may.
@@ -82,9 +82,9 @@ impl World {
             Step::Send => self.out.extend(self.list.pop_front().unwrap_or_default()),
             Step::Read(n) => {
                 self.words.told = 0;
-                let n = n.min(self.inbox.len() as u64);
-                self.held.extend(self.inbox.drain(..n as usize));
-                self.ledger.took(n);
+                let n = n.min(self.inbox.len());
+                self.held.extend(self.inbox.drain(..n));
+                self.ledger.took(n as u64);
             }
             Step::Look => self.seen = (self.words.spent, self.words.redirected),
             Step::Write => {
@@ -149,7 +149,7 @@ impl World {
             while !self.list.is_empty() {
                 self.step(Step::Send);
             }
-            for step in [Step::Read(u64::MAX), Step::Look, Step::Write, Step::Finish] {
+            for step in [Step::Read(usize::MAX), Step::Look, Step::Write, Step::Finish] {
                 self.step(step);
             }
         }
@@ -162,7 +162,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => prop_oneof![Just(0), Just(1), 1..40_u64].prop_map(Step::Arrive),
         2 => Just(Step::Surface),
         3 => Just(Step::Send),
-        3 => prop_oneof![Just(u64::MAX), 0..3_u64].prop_map(Step::Read),
+        3 => prop_oneof![Just(usize::MAX), 0..3_usize].prop_map(Step::Read),
         3 => Just(Step::Look),
         3 => Just(Step::Write),
         3 => prop_oneof![Just(0), Just(1), cost(1)..20_000_u64, Just(u64::MAX / 4)].prop_map(Step::Grant),

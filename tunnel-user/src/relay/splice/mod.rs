@@ -26,7 +26,7 @@ use bytes::Bytes;
 use tokio::{task::yield_now, time::sleep};
 use tunnel_common::fastpath::splice::{Ledger, OVERHEAD, SHUT, grant};
 
-use self::room::{Room, Seat};
+use self::room::{Room, Seat, Unseated};
 pub use self::room::{Spliced, Splices, probe};
 use super::{
     Broken, Direction, Meter, Outcome, Queue, Side, State, TcpLeg, conclude, step,
@@ -55,11 +55,11 @@ const PAUSE_MAX: Duration = Duration::from_millis(50);
 const ENDS_MAX: u32 = 64;
 
 /// Runs a flow to its end.
-pub(super) async fn relay<'q>(
+pub(super) async fn relay(
     client: &mut TcpLeg,
     target: &mut TcpLeg,
-    mut up: Direction<&'q mut Queue>,
-    mut down: Direction<&'q mut Queue>,
+    mut up: Direction<&mut Queue>,
+    mut down: Direction<&mut Queue>,
     meter: &Meter,
     splices: &Splices,
 ) -> Outcome {
@@ -112,12 +112,12 @@ fn put_back(
 }
 
 /// Copies until the flow has ended, or chats and is idle: none.
-async fn copy<'q>(
+async fn copy(
     client: &mut TcpLeg,
     target: &mut TcpLeg,
     meter: &Meter,
-    up: &mut Direction<&'q mut Queue>,
-    down: &mut Direction<&'q mut Queue>,
+    up: &mut Direction<&mut Queue>,
+    down: &mut Direction<&mut Queue>,
     streak: Option<u32>,
 ) -> Option<Result<(), (Side, Broken)>> {
     let moved = || meter.sent.get() + meter.received.get();
@@ -146,26 +146,20 @@ async fn copy<'q>(
 enum Joined {
     Not,
     Yes(Pair),
-    /// They are copied for good. Where the program has got one of them, it passes everything, as long as it has its
-    /// place.
+    /// They are copied for good.
     Never,
 }
 
 /// Gives both sockets to the program.
 fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) -> Joined {
     let seat = match Seat::take(room, client, target) {
-        Ok(Some((seat, Ok(())))) => seat,
-        Ok(None) => {
+        Ok(seat) => seat,
+        Err(Unseated::Full) => {
             room.count(|done| done.no_slot += 1);
             return Joined::Never;
         }
-        Ok(Some((_, Err(e)))) => {
-            tracing::debug!("a flow's sockets cannot be joined: {e}");
-            room.count(|done| done.refused += 1);
-            return Joined::Never;
-        }
-        Err(e) => {
-            tracing::debug!("a flow's sockets cannot be asked about: {e}");
+        Err(Unseated::Refused(why)) => {
+            tracing::debug!("a flow's sockets cannot be joined: {why}");
             room.count(|done| done.refused += 1);
             return Joined::Never;
         }
@@ -230,11 +224,11 @@ fn at_sink(e: io::Error) -> (bool, Broken) {
 impl Pair {
     /// Lets the program move the bytes, until the flow has ended cleanly (true) or is to be copied (false): then `ways`
     /// hold what was read and not written.
-    async fn run<'q>(
+    async fn run(
         &mut self,
         sockets: [&TcpStream; 2],
         moved: [&Cell<u64>; 2],
-        ways: [&mut Direction<&'q mut Queue>; 2],
+        ways: [&mut Direction<&mut Queue>; 2],
     ) -> Result<bool, (Side, Broken)> {
         self.leaving = false;
         for (half, moved) in self.halves.iter_mut().zip(moved) {

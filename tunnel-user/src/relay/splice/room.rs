@@ -230,6 +230,14 @@ async fn tell(room: Weak<Room>) {
     }
 }
 
+/// Why a flow has no seat.
+pub(super) enum Unseated {
+    /// None is free.
+    Full,
+    /// The kernel did not take its sockets.
+    Refused(String),
+}
+
 /// A flow's place in the maps, until it is dropped. Its sockets stay in the map until they are closed.
 pub(super) struct Seat {
     room: Rc<Room>,
@@ -238,27 +246,27 @@ pub(super) struct Seat {
 }
 
 impl Seat {
-    /// Gives both sockets to the program, which passes everything to the daemon for now. None when no place is free. An
-    /// error is the kernel's, and then one of both may belong to the program: whoever has the seat may go on copying.
-    pub(super) fn take(
-        room: &Rc<Room>,
-        client: &TcpStream,
-        target: &TcpStream,
-    ) -> Result<Option<(Self, Result<(), MapError>)>, io::Error> {
-        let cookies = [socket::cookie(client)?, socket::cookie(target)?];
+    /// Gives both sockets to the program, which passes everything to the daemon for now.
+    pub(super) fn take(room: &Rc<Room>, client: &TcpStream, target: &TcpStream) -> Result<Self, Unseated> {
+        let cookies = [client, target].map(socket::cookie);
+        let [Ok(own), Ok(theirs)] = cookies else {
+            return Err(Unseated::Refused("SO_COOKIE".to_owned()));
+        };
         for _ in 0..TRIES {
             let Some(number) = room.free.borrow_mut().pop_front() else { break };
-            let seat = Self { room: Rc::clone(room), number, cookies };
+            let seat = Self { room: Rc::clone(room), number, cookies: [own, theirs] };
             for side in 0..2 {
                 seat.words(side).reset();
             }
             match seat.insert([client, target]) {
                 // Those who had it are not closed yet.
                 Err((0, MapError::SyscallError(e))) if e.io_error.raw_os_error() == Some(libc::EEXIST) => {}
-                joined => return Ok(Some((seat, joined.map_err(|(_, e)| e)))),
+                // Where the program has got one of both, it finds no direction for it, and passes everything.
+                Err((_, e)) => return Err(Unseated::Refused(e.to_string())),
+                Ok(()) => return Ok(seat),
             }
         }
-        Ok(None)
+        Err(Unseated::Full)
     }
 
     /// The error says how many sockets the program has got before it.
