@@ -11,6 +11,7 @@
 
 pub mod addr;
 pub mod capture;
+pub mod fastpath;
 pub mod flow;
 pub mod names;
 #[cfg(feature = "user")]

@@ -5,6 +5,7 @@ use aya::Pod;
 use crate::{
     addr::Endpoint,
     capture::{Listener, PortRange, Rule},
+    fastpath::bypass::{Offsets, Slot, Tag},
     flow::{FlowKey, Origin},
 };
 
@@ -24,4 +25,7 @@ pod! {
     PortRange = 4,
     Rule = 68,
     Listener = 4,
+    Offsets = 24,
+    Slot = 120,
+    Tag = 16,
 }

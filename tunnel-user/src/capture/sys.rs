@@ -15,6 +15,7 @@ use std::{
 
 /// Commands and flags of `linux/bpf.h`.
 const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_ATTACH: libc::c_int = 8;
@@ -24,6 +25,8 @@ const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_F_ALLOW_MULTI: u32 = 2;
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
 
 /// `enum bpf_attach_type`: where on a cgroup a program sits.
 #[repr(u32)]
@@ -236,8 +239,54 @@ pub fn map_take<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::R
     }
 }
 
+/// Puts an entry into a map, in place of what is there.
+pub fn map_update<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    map_set(map, key, value, BPF_ANY)
+}
+
+/// Puts an entry into a map that has none under this key.
+pub fn map_insert<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    map_set(map, key, value, BPF_NOEXIST)
+}
+
+fn map_set<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+    flags: u64,
+) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        _hole: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    bpf(
+        BPF_MAP_UPDATE_ELEM,
+        &mut Attr {
+            map_fd: map.as_raw_fd().cast_unsigned(),
+            _hole: 0,
+            key: std::ptr::from_ref(key) as u64,
+            value: std::ptr::from_ref(value) as u64,
+            flags,
+        },
+    )?;
+    Ok(())
+}
+
+/// `SO_COOKIE`: which socket it is, as no other while the node is up.
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    u64_option(socket, libc::SO_COOKIE)
+}
+
 /// `SO_NETNS_COOKIE`: the cookie of the network namespace that a socket lives in.
 pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    u64_option(socket, libc::SO_NETNS_COOKIE)
+}
+
+fn u64_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
     let mut cookie = 0u64;
     let mut len = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
     // SAFETY: `cookie` is valid for writes of `len` bytes.
@@ -245,7 +294,7 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
+            option,
             (&raw mut cookie).cast(),
             &raw mut len,
         )

@@ -1,0 +1,3 @@
+//! What moves bytes in the kernel decides here, as pure functions that the programs only feed.
+
+pub mod bypass;
