@@ -27,6 +27,11 @@ pub fn app() -> Result<PathBuf> {
     beside("tt-app")
 }
 
+/// A program that could call splice(2): see `src/bin/tt-splices.rs`.
+pub fn splices() -> Result<PathBuf> {
+    beside("tt-splices")
+}
+
 /// The load generator: see `src/bin/tt-load.rs`.
 pub fn load() -> Result<PathBuf> {
     beside("tt-load")

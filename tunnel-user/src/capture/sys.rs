@@ -276,6 +276,33 @@ fn map_set<K: aya::Pod, V: aya::Pod>(
     Ok(())
 }
 
+/// Whether a descriptor has `O_NONBLOCK`.
+pub fn is_nonblocking(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(rustix::fs::fcntl_getfl(fd)?.contains(rustix::fs::OFlags::NONBLOCK))
+}
+
+/// The network namespace of a socket (`SIOCGSKNS`, netdevice(7)).
+pub fn netns_of(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: takes no argument, and makes a descriptor or fails.
+    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    if fd < 0 { Err(io::Error::last_os_error()) } else { owned(fd.into()) }
+}
+
+/// Sends one message.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    // SAFETY: `bytes` is valid for reads of its length.
+    let n = unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Receives one message; its length.
+pub fn receive(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: `into` is valid for writes of its length.
+    let n = unsafe { libc::recv(socket.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), 0) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// `SO_COOKIE`: which socket it is, as no other while the node is up.
 pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     u64_option(socket, libc::SO_COOKIE)

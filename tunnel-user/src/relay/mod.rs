@@ -7,6 +7,7 @@
 //! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel
 //! (`pipe.rs`). How a flow ends is decided here for both.
 
+mod bypass;
 mod early;
 mod h2;
 mod pipe;
@@ -216,6 +217,8 @@ pub async fn relay<C: Leg, T: Leg>(
     if let Some(pipes) = pipes
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
+        client.stay_with_tcp();
+        target.stay_with_tcp();
         // Apart, because few flows have them. A socket says its end again.
         let (sent, received) = (mem::take(sent), mem::take(received));
         let piped = async {

@@ -70,6 +70,25 @@ impl Queue {
         write(&slices[..n])
     }
 
+    /// The same with no more than `most` bytes.
+    pub fn with_slices_of<R>(&mut self, most: usize, write: impl FnOnce(&[IoSlice<'_>]) -> R) -> R {
+        if most == usize::MAX {
+            return self.with_slices(write);
+        }
+        self.close();
+        let (mut slices, mut n, mut left) = ([IoSlice::new(&[]); SLICES], 0, most);
+        for (slot, chunk) in slices.iter_mut().zip(&self.chunks) {
+            if left == 0 {
+                break;
+            }
+            let part = &chunk[..chunk.len().min(left)];
+            *slot = IoSlice::new(part);
+            left -= part.len();
+            n += 1;
+        }
+        write(&slices[..n])
+    }
+
     /// Forgets the first `n` bytes.
     pub fn advance(&mut self, mut n: usize) {
         while n > 0

@@ -20,7 +20,8 @@ use bytes::{Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{Broken, Cause, Leg, Queue};
+use super::{Broken, Cause, Leg, Queue, bypass::Hot};
+use crate::capture::bypass::Candidate;
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;
@@ -36,19 +37,32 @@ pub struct TcpLeg {
     /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
+    /// Of a captured connection that may go past TCP.
+    hot: Option<Box<Hot>>,
 }
 
 impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+        Self::aborting(stream)
     }
 
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
     /// aborts already.
     pub fn aborting(stream: TcpStream) -> Self {
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default() }
+        Self::captured(stream, None)
+    }
+
+    /// The same of a captured connection, which may ask to go past TCP.
+    pub fn captured(stream: TcpStream, bypass: Option<Candidate>) -> Self {
+        let hot = bypass.map(|candidate| Box::new(Hot::new(candidate)));
+        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default(), hot }
+    }
+
+    /// From now on its socket is read and written in other ways than by this leg, which those of a bypass do not stand.
+    pub(super) fn stay_with_tcp(&mut self) {
+        self.hot = None;
     }
 }
 
@@ -146,16 +160,20 @@ impl Leg for TcpLeg {
         if self.next_read == 0 {
             self.next_read = READ_MIN;
             if let Some(first) = self.recv_unheard() {
+                if let (Some(hot), Ok(Some(bytes))) = (&mut self.hot, &first) {
+                    hot.received(bytes.len(), &self.stream);
+                }
                 return Poll::Ready(first);
             }
         }
         loop {
             ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
             let mut buf = Room::take(self.next_read);
+            let passed = self.hot.as_ref().map_or(0, |hot| hot.passed());
             match self.stream.try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
-                    if n < self.next_read {
+                    if n < self.next_read && self.hot.as_ref().is_none_or(|hot| hot.short_is_all()) {
                         self.not_ready(Interest::READABLE);
                     }
                     if n == self.next_read {
@@ -163,9 +181,16 @@ impl Leg for TcpLeg {
                     } else if n < self.next_read / 4 {
                         self.next_read = (self.next_read / 2).max(READ_MIN);
                     }
+                    if let Some(hot) = &mut self.hot {
+                        hot.received(n, &self.stream);
+                    }
                     return Poll::Ready(Ok(Some(buf.filled())));
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if let Some(hot) = &mut self.hot {
+                        hot.was_empty(passed);
+                    }
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Poll::Ready(Err(reset(e))),
             }
@@ -179,7 +204,11 @@ impl Leg for TcpLeg {
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
             ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
-            let written = queue.with_slices(|slices| {
+            let most = match &mut self.hot {
+                Some(hot) => ready!(hot.poll_room(cx)),
+                None => usize::MAX,
+            };
+            let written = queue.with_slices_of(most, |slices| {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
                 self.stream.try_write_vectored(slices).map(|n| (n, offered))
             });
@@ -188,8 +217,11 @@ impl Leg for TcpLeg {
                     queue.advance(n);
                     // Not by what is left in the queue: that may never have been offered, and a socket that
                     // was never full raises no edge.
-                    if n < offered {
+                    if n < offered && !self.hot.as_ref().is_some_and(|hot| hot.is_on()) {
                         self.not_ready(Interest::WRITABLE);
+                    }
+                    if let Some(hot) = &mut self.hot {
+                        hot.sent(n);
                     }
                     return Poll::Ready(Ok(n));
                 }
@@ -200,7 +232,11 @@ impl Leg for TcpLeg {
         }
     }
 
-    fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        if let Some(hot) = &mut self.hot {
+            // Whoever dies behind its own end would take along what is queued in front of it.
+            ready!(hot.poll_drained(cx));
+        }
         Poll::Ready(shut_down(&self.stream))
     }
 

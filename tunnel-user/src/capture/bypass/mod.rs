@@ -4,7 +4,10 @@
 //! where a program moves what they write to each other. Invariant: a pair is in use before its gates open, and its place
 //! is never another's while a program may act on it. It never takes a socket out again: that would drop what is queued.
 
+mod holder;
+mod judge;
 mod offsets;
+mod promote;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +31,10 @@ use tunnel_common::{
     names,
 };
 
-pub use self::offsets::OffsetsError;
+pub use self::{
+    offsets::OffsetsError,
+    promote::{Asked, Candidate, Counts, Promoter, Promotions, Refusal},
+};
 use super::sys;
 
 /// The program, as the build script made or found it.
@@ -52,6 +58,23 @@ pub enum BypassError {
     /// The pairs could not be mapped.
     #[error("the bypass program's pairs cannot be mapped: {0}")]
     Slots(#[source] io::Error),
+    /// What finds the sockets could not start.
+    #[error("bypass could not start: {0}")]
+    Start(#[source] io::Error),
+}
+
+impl BypassError {
+    /// Whether this process lacks a privilege, rather than the kernel something.
+    pub fn is_privilege(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(e) = cause {
+            if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied) {
+                return true;
+            }
+            cause = e.source();
+        }
+        false
+    }
 }
 
 /// The program and its maps.

@@ -1,0 +1,176 @@
+//! An application that does not block: tokio, edge-triggered epoll, a short read is the end of what there is.
+//!
+//! Enters: lines. Leaves: an answer to each. Invariant: every byte of the echo is checked.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use anyhow::{Result, ensure};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    time::timeout,
+};
+use tunnel_tests::pattern::{CHUNK, UP};
+
+use super::{PATIENCE, say};
+
+/// Nothing was taken for so long: nothing more will be.
+const STALLED: Duration = Duration::from_millis(700);
+
+/// A connection to an echo, and how far both directions are.
+struct Busy {
+    from: OwnedReadHalf,
+    to: OwnedWriteHalf,
+    sent: u64,
+    received: u64,
+}
+
+/// Connects, makes this many exchanges, and does what it is told: "chat N", that many more; "duplex N", so many bytes both
+/// ways at once; "stall", writes until nothing more is taken; "drain", reads the echo of all that; "half", ends and reads
+/// to the end; "read", reads on; "close", ends, whatever there is to be read.
+pub(super) fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let stream = TcpStream::connect(addr).await?;
+        stream.set_nodelay(true)?;
+        let (from, to) = stream.into_split();
+        let mut busy = Busy { from, to, sent: 0, received: 0 };
+        busy.chat(rounds).await?;
+        say(&format!("busy={rounds}"));
+        let mut lines = BufReader::new(tokio::io::stdin()).lines();
+        while let Some(line) = lines.next_line().await? {
+            let words: Vec<&str> = line.split(' ').collect();
+            match words[..] {
+                ["chat", n] => {
+                    busy.chat(n.parse()?).await?;
+                    say("chat=ok");
+                }
+                ["duplex", n] => {
+                    busy.duplex(n.parse()?).await?;
+                    say("duplex=ok");
+                }
+                ["stall"] => say(&format!("stall={}", busy.stall().await?)),
+                ["drain"] => {
+                    let end = busy.sent;
+                    busy.receive(end).await?;
+                    say("drain=ok");
+                }
+                ["half"] => {
+                    busy.to.shutdown().await?;
+                    say(&format!("half={}", busy.read_on().await));
+                }
+                ["read"] => say(&format!("read={}", busy.read_on().await)),
+                _ => break,
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The same exchanges while a child has the socket too.
+pub(super) fn shared(addr: SocketAddr, rounds: u64) -> Result<()> {
+    let stream = std::net::TcpStream::connect(addr)?;
+    // Its standard input is the socket.
+    let theirs = std::os::fd::OwnedFd::from(stream.try_clone()?);
+    let mut child = std::process::Command::new("sleep").arg("1000").stdin(theirs).spawn()?;
+    stream.set_nonblocking(true)?;
+    let chatted = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let (from, to) = TcpStream::from_std(stream)?.into_split();
+        Busy { from, to, sent: 0, received: 0 }.chat(rounds).await
+    });
+    child.kill()?;
+    child.wait()?;
+    chatted
+}
+
+impl Busy {
+    /// One message there and back at a time, of sizes that vary.
+    async fn chat(&mut self, rounds: u64) -> Result<()> {
+        for round in 0..rounds {
+            let size = 1 + round * 37 % 900;
+            let mut message = vec![0; size as usize];
+            UP.fill(self.sent, &mut message);
+            self.to.write_all(&message).await?;
+            self.sent += size;
+            let end = self.sent;
+            self.receive(end).await?;
+        }
+        Ok(())
+    }
+
+    async fn receive(&mut self, end: u64) -> Result<()> {
+        let Self { from, received, .. } = self;
+        timeout(PATIENCE, receive(from, received, end)).await?
+    }
+
+    /// As many bytes both ways at once, in writes of sizes that vary.
+    async fn duplex(&mut self, bytes: u64) -> Result<()> {
+        let Self { from, to, sent, received } = self;
+        let end = *sent + bytes;
+        let sending = async {
+            let mut n = 0u64;
+            while *sent < end {
+                n += 1;
+                let size = (1 + n * n * 7919 % 150_000).min(end - *sent);
+                let mut message = vec![0; size as usize];
+                UP.fill(*sent, &mut message);
+                to.write_all(&message).await?;
+                *sent += size;
+                if n.is_multiple_of(7) {
+                    tokio::time::sleep(Duration::from_micros(n % 11 * 200)).await;
+                }
+            }
+            anyhow::Ok(())
+        };
+        let (sent, received) = tokio::join!(timeout(PATIENCE, sending), timeout(PATIENCE, receive(from, received, end)));
+        sent??;
+        received?
+    }
+
+    async fn stall(&mut self) -> Result<u64> {
+        let before = self.sent;
+        let mut message = vec![0; CHUNK];
+        loop {
+            UP.fill(self.sent, &mut message);
+            match timeout(STALLED, self.to.write(&message)).await {
+                Ok(n) => self.sent += n? as u64,
+                Err(_) => return Ok(self.sent - before),
+            }
+        }
+    }
+
+    async fn read_on(&mut self) -> String {
+        let end = self.sent;
+        let (mut buf, mut more) = (vec![0; CHUNK], 0);
+        loop {
+            match timeout(PATIENCE, self.from.read(&mut buf)).await {
+                Ok(Ok(0)) if self.received == end => return format!("end after {more}"),
+                Ok(Ok(0)) => return format!("early end after {more}"),
+                Ok(Ok(n)) => {
+                    if UP.check(self.received, &buf[..n]).is_err() {
+                        return "wrong".to_owned();
+                    }
+                    self.received += n as u64;
+                    more += n;
+                }
+                Ok(Err(e)) if e.kind() == io::ErrorKind::ConnectionReset => return "ECONNRESET".to_owned(),
+                Ok(Err(e)) => return e.to_string(),
+                Err(_) => return "nothing".to_owned(),
+            }
+        }
+    }
+}
+
+async fn receive(from: &mut OwnedReadHalf, received: &mut u64, end: u64) -> Result<()> {
+    let mut buf = vec![0; CHUNK];
+    while *received < end {
+        let most = (end - *received).min(CHUNK as u64) as usize;
+        let n = from.read(&mut buf[..most]).await?;
+        ensure!(n > 0, "end after {received} of {end} bytes");
+        UP.check(*received, &buf[..n])?;
+        *received += n as u64;
+    }
+    Ok(())
+}
