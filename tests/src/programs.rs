@@ -27,6 +27,11 @@ pub fn app() -> Result<PathBuf> {
     beside("tt-app")
 }
 
+/// The busy application: see `src/bin/tt-busy.rs`.
+pub fn busy() -> Result<PathBuf> {
+    beside("tt-busy")
+}
+
 /// A program that could call splice(2): see `src/bin/tt-splices.rs`.
 pub fn splices() -> Result<PathBuf> {
     beside("tt-splices")

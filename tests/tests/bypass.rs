@@ -1,6 +1,6 @@
 //! `bypass`: busy connections of captured applications go past the loopback's TCP, and nobody sees a difference.
 
-use std::{path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tunnel_tests::{
@@ -43,7 +43,7 @@ impl Direct {
     /// A busy application, and the echo that it talks to.
     fn busy(&self) -> Result<(Target, Running)> {
         let echo = self.world.serve(TARGET4, target::echo())?;
-        let mut app = self.exec().spawn_app(&["busy", &echo.addr().to_string(), BUSY])?;
+        let mut app = self.exec().spawn(&busy_app(&["busy", &echo.addr().to_string(), BUSY])?)?;
         app.says("busy=")?;
         Ok((echo, app))
     }
@@ -51,6 +51,12 @@ impl Direct {
     fn end(self) -> Result<()> {
         self.warnings.none_new()
     }
+}
+
+/// The command line of the busy application.
+fn busy_app(words: &[&str]) -> Result<Vec<OsString>> {
+    let program = programs::busy()?.into_os_string();
+    Ok([program].into_iter().chain(words.iter().map(OsString::from)).collect())
 }
 
 /// What the kernel has warned of before.
@@ -62,7 +68,7 @@ impl Warnings {
     }
 
     fn all() -> Result<Vec<String>> {
-        let log = std::process::Command::new("dmesg").output().context("dmesg")?;
+        let log = Command::new("dmesg").output().context("dmesg")?;
         let log = String::from_utf8_lossy(&log.stdout).into_owned();
         let bad = ["WARNING:", "BUG:", "Oops", "general protection", "Call Trace", "blocked for more than"];
         Ok(log.lines().filter(|l| bad.iter().any(|b| l.contains(b))).map(str::to_owned).collect())
@@ -95,7 +101,7 @@ fn a_busy_connection_goes_past_tcp_and_every_byte_arrives() -> Result<()> {
     for ip in [TARGET4, TARGET6] {
         let node = Direct::new("on")?;
         let echo = node.world.serve(ip, target::echo())?;
-        let done = node.exec().run_app(&["busy", &echo.addr().to_string(), BUSY])?;
+        let done = node.exec().run(&busy_app(&["busy", &echo.addr().to_string(), BUSY])?)?;
         assert!(done.success(), "{done}");
         assert_eq!(count(&done, "bypass_promoted"), 1, "{done}");
         // 1000 messages of 450 bytes both ways, less those before it was promoted.
@@ -113,8 +119,7 @@ fn a_busy_connection_through_a_tunnel_goes_past_tcp_too() -> Result<()> {
     let node = Node::new(&world)?;
     let warnings = Warnings::new()?;
     let mut daemon = node.daemon(&node.config(&gateway, "", "bypass = \"auto\""))?;
-    let mut app = node.app(&["busy", &echo.addr().to_string(), BUSY])?;
-    app.wait_for_line("busy=")?;
+    let mut app = busy_in(&world, &node, &echo)?;
     app.tell(&format!("duplex {}", 8 * MIB))?;
     app.wait_for_line("duplex=ok")?;
     app.hang_up();
@@ -200,7 +205,7 @@ fn a_reset_by_the_target_resets_the_application() -> Result<()> {
         from.read_exact(&mut buf[..1])?;
         target::reset(stream)
     })?;
-    let mut app = node.exec().spawn_app(&["busy", &target.addr().to_string(), BUSY])?;
+    let mut app = node.exec().spawn(&busy_app(&["busy", &target.addr().to_string(), BUSY])?)?;
     app.says("busy=")?;
     app.tell("chat 1")?;
     assert!(app.says("failed=")?.contains("reset"));
@@ -225,7 +230,7 @@ fn an_application_that_dies_with_bytes_queued_leaves_nothing() -> Result<()> {
 fn a_socket_that_blocks_is_never_touched() -> Result<()> {
     let node = Direct::new("on")?;
     let echo = node.world.serve(TARGET4, target::echo())?;
-    let done = node.exec().run_app(&["chat", &echo.addr().to_string(), "2000"])?;
+    let done = node.exec().run(&busy_app(&["blocking", &echo.addr().to_string(), "2000"])?)?;
     assert!(done.success(), "{done}");
     assert_eq!(count(&done, "bypass_promoted"), 0, "{done}");
     assert_eq!(count(&done, "bypass_refused_blocking"), 1, "{done}");
@@ -248,27 +253,37 @@ fn a_program_that_may_splice_is_never_touched() -> Result<()> {
 fn where_it_is_off_nothing_is_promoted() -> Result<()> {
     let node = Direct::new("off")?;
     let echo = node.world.serve(TARGET4, target::echo())?;
-    let done = node.exec().run_app(&["busy", &echo.addr().to_string(), BUSY])?;
+    let done = node.exec().run(&busy_app(&["busy", &echo.addr().to_string(), BUSY])?)?;
     assert!(done.success(), "{done}");
     assert_eq!(count(&done, "bypass_promoted"), 0, "{done}");
     node.end()
 }
 
+/// A busy application in a captured group.
+fn busy_in(world: &World, node: &Node<'_>, echo: &Target) -> Result<Process> {
+    let mut command = world.node().command(programs::busy()?);
+    command.args(["busy", &echo.addr().to_string(), BUSY]);
+    node.cgroup.adopt(&mut command)?;
+    let mut app = Process::spawn_with_input("busy", world.folder(), command)?;
+    app.wait_for_line("busy=")?;
+    Ok(app)
+}
+
 /// A captured group, its daemon, and a busy application whose bytes go past TCP.
 fn promoted(
+    world: &World,
     gateway: &Gateway<'_>,
     node: &Node<'_>,
     echo: &Target,
 ) -> Result<(Daemon, Process)> {
     let daemon = node.daemon(&node.config(gateway, "", "bypass = \"on\""))?;
-    let mut app = node.app(&["busy", &echo.addr().to_string(), BUSY])?;
-    app.wait_for_line("busy=")?;
+    let app = busy_in(world, node, echo)?;
     Ok((daemon, app))
 }
 
 /// The kernel programs of a bypass that are loaded.
 fn programs_left() -> Vec<String> {
-    let listed = std::process::Command::new("bpftool").args(["prog", "list"]).output();
+    let listed = Command::new("bpftool").args(["prog", "list"]).output();
     let text = listed.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
     text.lines().filter(|l| l.contains("name bypass") || l.contains("sk_msg")).map(str::to_owned).collect()
 }
@@ -281,7 +296,7 @@ fn when_the_daemon_is_killed_the_application_is_reset_and_nothing_is_left() -> R
     let warnings = Warnings::new()?;
     let before = programs_left().len();
     let gateway = world.gateway().start()?;
-    let (mut daemon, mut app) = promoted(&gateway, &node, &echo)?;
+    let (mut daemon, mut app) = promoted(&world, &gateway, &node, &echo)?;
     daemon.process().kill()?;
     assert_eq!(ask(&mut app, "read")?, "ECONNRESET");
     app.hang_up();
@@ -298,7 +313,7 @@ fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> R
     let warnings = Warnings::new()?;
     let before = programs_left().len();
     let gateway = world.gateway().start()?;
-    let (mut daemon, mut app) = promoted(&gateway, &node, &echo)?;
+    let (mut daemon, mut app) = promoted(&world, &gateway, &node, &echo)?;
     app.kill()?;
     assert_eq!(echo.outcomes(1)?, [Ok(())]);
     daemon.process().stop()?;
@@ -311,7 +326,7 @@ fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> R
 fn a_socket_that_two_processes_have_is_never_touched() -> Result<()> {
     let node = Direct::new("on")?;
     let echo = node.world.serve(TARGET4, target::echo())?;
-    let done = node.exec().run_app(&["busy-shared", &echo.addr().to_string(), BUSY])?;
+    let done = node.exec().run(&busy_app(&["shared", &echo.addr().to_string(), BUSY])?)?;
     assert!(done.success(), "{done}");
     assert_eq!(count(&done, "bypass_promoted"), 0, "{done}");
     assert_eq!(count(&done, "bypass_refused_shared"), 1, "{done}");

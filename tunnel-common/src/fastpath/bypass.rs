@@ -156,9 +156,15 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// How much the next write may hold. 0: the queue is to be looked at; where it is empty, the budget is whole again.
+    /// How much the next write may hold. Where the queue is seen to be empty, the budget is whole again.
     pub const fn room(&self) -> u32 {
         if self.messages < 2 { 0 } else { self.bytes }
+    }
+
+    /// Whether it is worth to look at the queue before the next write, so that a reader that keeps up is found to do so
+    /// while there is still room for a message.
+    pub const fn is_low(&self) -> bool {
+        self.messages < MESSAGES_MAX / 2 || self.bytes < QUEUE_MAX / 2
     }
 
     /// So much was written.

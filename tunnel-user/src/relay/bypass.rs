@@ -165,11 +165,9 @@ impl Hot {
     pub(super) fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
         let State::On(on) = &mut self.state else { return Poll::Ready(usize::MAX) };
         let Some(budget) = &mut on.budget else { return Poll::Ready(usize::MAX) };
-        if budget.room() == 0 && on.pauses == 0 {
-            // It keeps up.
-            if on.pair.look().queued == 0 {
-                *budget = Budget::default();
-            }
+        // Where it keeps up.
+        if budget.is_low() && on.pauses == 0 && on.pair.look().queued == 0 {
+            *budget = Budget::default();
         }
         match budget.room() {
             0 => {}

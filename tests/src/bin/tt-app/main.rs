@@ -3,7 +3,6 @@
 //! Enters: a subcommand. Leaves: lines `KEY=VALUE` on standard output, and an exit status that is 0 only if
 //! everything went as the subcommand says. Invariant: it uses ordinary system calls, as any program would.
 
-mod busy;
 mod ways;
 
 use std::{
@@ -75,9 +74,6 @@ fn run(words: &[&str]) -> Result<()> {
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
         ["swarm", addr, connections] => swarm(addr, connections.parse()?),
-        ["busy", addr, rounds] => busy::busy(addr.parse()?, rounds.parse()?),
-        ["busy-shared", addr, rounds] => busy::shared(addr.parse()?, rounds.parse()?),
-        ["chat", addr, rounds] => chat(&open(addr)?, rounds.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }
@@ -103,18 +99,6 @@ fn duplex(stream: &TcpStream, bytes: u64) -> Result<()> {
     stream.shutdown(Shutdown::Write)?;
     expect_end(stream)?;
     println!("duplex={bytes}");
-    Ok(())
-}
-
-/// One byte there and back at a time, on a socket that blocks.
-fn chat(mut stream: &TcpStream, rounds: u64) -> Result<()> {
-    for round in 0..rounds {
-        let (sent, mut got) = ([round as u8], [0]);
-        stream.write_all(&sent)?;
-        stream.read_exact(&mut got)?;
-        ensure!(sent == got, "another byte came back in round {round}");
-    }
-    say(&format!("chat={rounds}"));
     Ok(())
 }
 

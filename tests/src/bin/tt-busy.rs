@@ -1,12 +1,21 @@
-//! An application that does not block: tokio, edge-triggered epoll, a short read is the end of what there is.
+//! An application that exchanges one message after the other, and does not block: tokio, edge-triggered epoll, a short
+//! read is the end of what there is.
 //!
-//! Enters: lines. Leaves: an answer to each. Invariant: every byte of the echo is checked.
+//! Enters: a subcommand, then lines. Leaves: an answer to each. Invariant: every byte of the echo is checked. It links
+//! nothing that calls splice(2).
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    env,
+    io::{self, Read as _, Write as _},
+    net::SocketAddr,
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
         TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -15,10 +24,51 @@ use tokio::{
 };
 use tunnel_tests::pattern::{CHUNK, UP};
 
-use super::{PATIENCE, say};
-
+/// No answer by then is none.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Nothing was taken for so long: nothing more will be.
 const STALLED: Duration = Duration::from_millis(700);
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            say(&format!("failed={e:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["busy", addr, rounds] => busy(addr.parse()?, rounds.parse()?),
+        ["shared", addr, rounds] => shared(addr.parse()?, rounds.parse()?),
+        ["blocking", addr, rounds] => blocking(addr.parse()?, rounds.parse()?),
+        _ => bail!("unknown: {words:?}"),
+    }
+}
+
+fn say(line: &str) {
+    println!("{line}");
+    // Who does not listen any more has ended.
+    let _gone = io::stdout().flush();
+}
+
+/// One byte there and back at a time, on a socket that blocks.
+fn blocking(addr: SocketAddr, rounds: u64) -> Result<()> {
+    let mut stream = std::net::TcpStream::connect(addr)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    for round in 0..rounds {
+        let (sent, mut got) = ([round as u8], [0]);
+        stream.write_all(&sent)?;
+        stream.read_exact(&mut got)?;
+        ensure!(sent == got, "another byte came back in round {round}");
+    }
+    say(&format!("chat={rounds}"));
+    Ok(())
+}
 
 /// A connection to an echo, and how far both directions are.
 struct Busy {
@@ -31,7 +81,7 @@ struct Busy {
 /// Connects, makes this many exchanges, and does what it is told: "chat N", that many more; "duplex N", so many bytes both
 /// ways at once; "stall", writes until nothing more is taken; "drain", reads the echo of all that; "half", ends and reads
 /// to the end; "read", reads on; "close", ends, whatever there is to be read.
-pub(super) fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
+fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let stream = TcpStream::connect(addr).await?;
         stream.set_nodelay(true)?;
@@ -39,8 +89,10 @@ pub(super) fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
         let mut busy = Busy { from, to, sent: 0, received: 0 };
         busy.chat(rounds).await?;
         say(&format!("busy={rounds}"));
-        let mut lines = BufReader::new(tokio::io::stdin()).lines();
-        while let Some(line) = lines.next_line().await? {
+        let (tell, mut told) = tokio::sync::mpsc::channel(1);
+        // It ends with the process.
+        thread::spawn(move || io::stdin().lines().map_while(Result::ok).all(|line| tell.blocking_send(line).is_ok()));
+        while let Some(line) = told.recv().await {
             let words: Vec<&str> = line.split(' ').collect();
             match words[..] {
                 ["chat", n] => {
@@ -70,7 +122,7 @@ pub(super) fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
 }
 
 /// The same exchanges while a child has the socket too.
-pub(super) fn shared(addr: SocketAddr, rounds: u64) -> Result<()> {
+fn shared(addr: SocketAddr, rounds: u64) -> Result<()> {
     let stream = std::net::TcpStream::connect(addr)?;
     // Its standard input is the socket.
     let theirs = std::os::fd::OwnedFd::from(stream.try_clone()?);
