@@ -61,7 +61,7 @@ fn blocking(addr: SocketAddr, rounds: u64) -> Result<()> {
     let mut stream = std::net::TcpStream::connect(addr)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     for round in 0..rounds {
-        let (sent, mut got) = ([round as u8], [0]);
+        let (sent, mut got) = ([round.to_le_bytes()[0]], [0]);
         stream.write_all(&sent)?;
         stream.read_exact(&mut got)?;
         ensure!(sent == got, "another byte came back in round {round}");
@@ -142,7 +142,7 @@ impl Busy {
     async fn chat(&mut self, rounds: u64) -> Result<()> {
         for round in 0..rounds {
             let size = 1 + round * 37 % 900;
-            let mut message = vec![0; size as usize];
+            let mut message = vec![0; usize::try_from(size)?];
             UP.fill(self.sent, &mut message);
             self.to.write_all(&message).await?;
             self.sent += size;
@@ -166,7 +166,7 @@ impl Busy {
             while *sent < end {
                 n += 1;
                 let size = (1 + n * n * 7919 % 150_000).min(end - *sent);
-                let mut message = vec![0; size as usize];
+                let mut message = vec![0; usize::try_from(size)?];
                 UP.fill(*sent, &mut message);
                 to.write_all(&message).await?;
                 *sent += size;
@@ -218,7 +218,7 @@ impl Busy {
 async fn receive(from: &mut OwnedReadHalf, received: &mut u64, end: u64) -> Result<()> {
     let mut buf = vec![0; CHUNK];
     while *received < end {
-        let most = (end - *received).min(CHUNK as u64) as usize;
+        let most = usize::try_from(end - *received)?.min(CHUNK);
         let n = from.read(&mut buf[..most]).await?;
         ensure!(n > 0, "end after {received} of {end} bytes");
         UP.check(*received, &buf[..n])?;

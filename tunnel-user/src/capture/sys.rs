@@ -313,18 +313,27 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     u64_option(socket, libc::SO_NETNS_COOKIE)
 }
 
+/// An option of a socket's own level, of which the value is a number.
+pub fn int_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
+    socket_option(socket, option)
+}
+
 fn u64_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
-    let mut cookie = 0u64;
-    let mut len = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
-    // SAFETY: `cookie` is valid for writes of `len` bytes.
+    socket_option(socket, option)
+}
+
+fn socket_option<T: Default + aya::Pod>(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<T> {
+    let mut value = T::default();
+    let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: `value` is valid for writes of `len` bytes, and any bytes are a `Pod`.
     let ret = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
             option,
-            (&raw mut cookie).cast(),
+            (&raw mut value).cast(),
             &raw mut len,
         )
     };
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }

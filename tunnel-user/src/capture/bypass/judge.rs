@@ -23,9 +23,12 @@ const TABLE_MAX: u64 = 32 << 20;
 /// Files whose verdict is kept: then all are forgotten.
 const KEPT_MAX: usize = 4096;
 
-/// Verdicts by file: its device, inode, and when it was changed.
+/// A file as it is now: its device, inode, and when it was changed, in seconds and nanoseconds.
+type File = (u64, u64, i64, i64);
+
+/// Verdicts that were found before.
 #[derive(Default)]
-pub(super) struct Judge(Mutex<HashMap<(u64, u64, i64, i64), Option<Refusal>>>);
+pub(super) struct Judge(Mutex<HashMap<File, Option<Refusal>>>);
 
 impl Judge {
     /// Judges every file that process `pid` may execute.

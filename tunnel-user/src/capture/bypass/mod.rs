@@ -10,6 +10,7 @@ mod offsets;
 mod promote;
 #[cfg(test)]
 mod tests;
+mod trial;
 
 use std::{
     io,
@@ -23,7 +24,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::Map,
+    maps::{Map, SockHash},
     programs::{Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SkMsg, TestRun as _},
 };
 use tunnel_common::{
@@ -58,6 +59,12 @@ pub enum BypassError {
     /// The pairs could not be mapped.
     #[error("the bypass program's pairs cannot be mapped: {0}")]
     Slots(#[source] io::Error),
+    /// A connection of our own was not treated as one should be.
+    #[error("tried on a connection of our own, bypass does not do what it should on this kernel: {0}")]
+    Proof(&'static str),
+    /// That connection could not be made.
+    #[error("bypass could not be tried on a connection of our own: {0}")]
+    Trial(#[source] io::Error),
     /// What finds the sockets could not start.
     #[error("bypass could not start: {0}")]
     Start(#[source] io::Error),
@@ -108,13 +115,9 @@ impl Bypass {
             _ => return Err(BypassError::Missing(names::bypass::LOOK)),
         };
         look.load().map_err(refused)?;
-        let sockets = match ebpf.map(names::bypass::SOCKETS) {
-            Some(Map::SockHash(data)) => aya::maps::SockHash::<_, u64>::try_from(Map::SockHash(
-                aya::maps::MapData::from_fd(dup(data.fd().as_fd())?).map_err(|_| BypassError::Missing(names::bypass::SOCKETS))?,
-            ))
-            .map_err(|_| BypassError::Missing(names::bypass::SOCKETS))?,
-            _ => return Err(BypassError::Missing(names::bypass::SOCKETS)),
-        };
+        let missing = || BypassError::Missing(names::bypass::SOCKETS);
+        let sockets = ebpf.take_map(names::bypass::SOCKETS).ok_or_else(missing)?;
+        let sockets: SockHash<_, u64> = SockHash::try_from(sockets).map_err(|_| missing())?;
         let verdict: &mut SkMsg = match ebpf.program_mut(names::bypass::VERDICT) {
             Some(Program::SkMsg(p)) => p,
             _ => return Err(BypassError::Missing(names::bypass::VERDICT)),
@@ -125,7 +128,9 @@ impl Bypass {
         let tags = fd_of(&ebpf, names::bypass::TAGS)?;
         let slots = Slots::map(fd_of(&ebpf, names::bypass::SLOTS)?.as_fd()).map_err(BypassError::Slots)?;
         let free = Mutex::new(Free { given_back: Vec::new(), never_used: 0, generation: 0 });
-        Ok(Arc::new(Self { ebpf, sockets, tags, slots, free }))
+        let bypass = Arc::new(Self { ebpf, sockets, tags, slots, free });
+        trial::run(&bypass)?;
+        Ok(bypass)
     }
 
     /// Joins two sockets that are connected to each other. Nothing is redirected until a gate is opened.
@@ -334,7 +339,7 @@ fn dup(fd: BorrowedFd<'_>) -> Result<OwnedFd, BypassError> {
 
 fn fd_of(ebpf: &Ebpf, name: &'static str) -> Result<OwnedFd, BypassError> {
     match ebpf.map(name) {
-        Some(Map::Array(data) | Map::SkStorage(data) | Map::SockHash(data)) => dup(data.fd().as_fd()),
+        Some(Map::Array(data) | Map::SkStorage(data)) => dup(data.fd().as_fd()),
         _ => Err(BypassError::Missing(name)),
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{
     fmt, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -36,6 +36,8 @@ pub enum Refusal {
     Static,
     /// More than one process has it, and each may do as it likes.
     Shared,
+    /// It has an option that a sockmap does not heed.
+    Options,
     /// It could not be found out: too many processes or descriptors, or a file that is not understood.
     Unknown,
     /// It was gone before it was found.
@@ -45,12 +47,13 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [(Self, &'static str); 8] = [
+    const ALL: [(Self, &'static str); 9] = [
         (Self::Blocking, "bypass_refused_blocking"),
         (Self::Splices, "bypass_refused_splices"),
         (Self::Go, "bypass_refused_go"),
         (Self::Static, "bypass_refused_static"),
         (Self::Shared, "bypass_refused_shared"),
+        (Self::Options, "bypass_refused_options"),
         (Self::Unknown, "bypass_refused_unknown"),
         (Self::Gone, "bypass_refused_gone"),
         (Self::Kernel, "bypass_refused_kernel"),
@@ -65,6 +68,7 @@ impl fmt::Display for Refusal {
             Self::Go => "its program is written in Go",
             Self::Static => "its program is linked statically",
             Self::Shared => "more than one process has its socket",
+            Self::Options => "its socket has options that would not be heeded",
             Self::Unknown => "its program or its processes cannot be judged",
             Self::Gone => "it is gone",
             Self::Kernel => "the kernel does not take it",
@@ -209,6 +213,18 @@ fn serve(bypass: &Arc<Bypass>, group: &OwnedFd, asks: &mpsc::Receiver<Option<Ask
     }
 }
 
+/// Options that `tcp_bpf_sendmsg` and `tcp_bpf_recvmsg` pass over (net/ipv4/tcp_bpf.c): who asks for the end of a
+/// transmission or its time would wait for it for ever, and urgent data would be lost.
+fn has_options(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let usual = [(libc::SO_ZEROCOPY, 0), (libc::SO_TIMESTAMPING, 0), (libc::SO_OOBINLINE, 0), (libc::SO_RCVLOWAT, 1)];
+    for (option, value) in usual {
+        if sys::int_option(socket, option)? != value {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn promote(
     bypass: &Arc<Bypass>,
     group: &OwnedFd,
@@ -238,6 +254,9 @@ fn promote(
     }
     if !sys::is_nonblocking(application.as_fd()).map_err(kernel)? {
         return Err(Refusal::Blocking);
+    }
+    if has_options(application.as_fd()).map_err(kernel)? {
+        return Err(Refusal::Options);
     }
     bypass.pair(application.as_fd(), ours.as_fd()).map_err(kernel)
 }

@@ -1,9 +1,11 @@
 //! The program on real sockets, as root.
 
+#![expect(clippy::disallowed_methods, reason = "threads of a test, none of which is a worker")]
+
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream},
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     thread,
     time::{Duration, Instant},
 };
@@ -140,6 +142,85 @@ fn what_waits_is_charged_to_its_reader_and_seen() {
     }
 }
 
+/// The peer has shut its direction down.
+const RDHUP: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
+
+/// What a program that does not block sees of one exchange with its peer.
+fn observed(application: &TcpStream, ours: &TcpStream) -> Vec<String> {
+    let fd = application.as_raw_fd();
+    let mut seen = Vec::new();
+    let mut buf = [0; 64];
+    let mut note = |what: &str, n: io::Result<i64>| {
+        seen.push(format!("{what}: {}", n.map_or_else(|e| e.to_string(), |n| n.to_string())));
+    };
+    let result = |n: libc::ssize_t| {
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(i64::try_from(n).unwrap()) }
+    };
+    let recv = |buf: &mut [u8], flags| {
+        // SAFETY: `buf` is valid for writes of its length.
+        result(unsafe { libc::recv(fd, buf.as_mut_ptr().cast(), buf.len(), flags) })
+    };
+    let unread = || {
+        let mut n: libc::c_int = -1;
+        // SAFETY: `n` is valid for a write.
+        result(unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut n) } as libc::ssize_t).map(|_| i64::from(n))
+    };
+    let ready = || {
+        let events = libc::POLLIN | libc::POLLOUT | libc::POLLRDHUP;
+        let mut one = libc::pollfd { fd, events, revents: 0 };
+        // SAFETY: one entry, valid for a read and a write.
+        result(unsafe { libc::poll(&raw mut one, 1, 0) } as libc::ssize_t).map(|_| i64::from(one.revents))
+    };
+    note("recv of nothing", recv(&mut buf, 0));
+    note("poll with nothing", ready());
+    write_all(ours, b"0123456789");
+    wait(application, PollFlags::POLLIN);
+    note("poll", ready());
+    note("FIONREAD", unread());
+    note("MSG_PEEK", recv(&mut buf[..4], libc::MSG_PEEK));
+    note("FIONREAD behind a peek", unread());
+    note("a part", recv(&mut buf[..4], 0));
+    note("FIONREAD of the rest", unread());
+    note("MSG_WAITALL", recv(&mut buf, libc::MSG_WAITALL));
+    note("recv again", recv(&mut buf, 0));
+    note("MSG_DONTWAIT", recv(&mut buf, libc::MSG_DONTWAIT));
+    let file = std::fs::File::open("/proc/self/exe").unwrap();
+    let mut offset: libc::off_t = 0;
+    // SAFETY: both descriptors are open, and `offset` is valid for a read and a write.
+    note("sendfile", result(unsafe { libc::sendfile(fd, file.as_raw_fd(), &raw mut offset, 5000) }));
+    read_all(ours, &mut [0; 5000]);
+    let parts = [io::IoSlice::new(b"ab"), io::IoSlice::new(b""), io::IoSlice::new(b"cde")];
+    note("writev", (&mut &*application).write_vectored(&parts).map(|n| i64::try_from(n).unwrap()));
+    read_all(ours, &mut buf[..5]);
+    note("what came", Ok(i64::from(&buf[..5] == b"abcde")));
+    // SAFETY: the buffer is valid for reads of its length.
+    note("MSG_MORE", result(unsafe { libc::send(fd, b"xyz".as_ptr().cast(), 3, libc::MSG_MORE) }));
+    write_all(application, b"!");
+    read_all(ours, &mut buf[..4]);
+    note("behind it", Ok(i64::from(&buf[..4] == b"xyz!")));
+    write_all(ours, b"bye");
+    ours.shutdown(Shutdown::Write).unwrap();
+    wait(application, RDHUP);
+    note("poll at the end", ready());
+    note("the last bytes", recv(&mut buf, 0));
+    note("the end", recv(&mut buf, 0));
+    note("the end again", recv(&mut buf, 0));
+    application.shutdown(Shutdown::Write).unwrap();
+    note("send behind one's own end", (&*application).write(b"x").map(|n| i64::try_from(n).unwrap()));
+    seen
+}
+
+#[test]
+fn a_program_that_does_not_block_sees_what_it_sees_with_tcp() {
+    let (application, ours) = sockets();
+    let by_tcp = observed(&application, &ours);
+    let bypass = load();
+    let (application, ours, pair) = joined(&bypass);
+    let before = pair.redirected(APPLICATION);
+    assert_eq!(observed(&application, &ours), by_tcp);
+    assert!(pair.redirected(APPLICATION) > before, "nothing of it went past TCP");
+}
+
 /// Sends until nothing more is taken; how much that was.
 fn fill(mut socket: &TcpStream, chunk: usize, mut next: u8) -> Vec<u8> {
     let mut sent = Vec::new();
@@ -266,7 +347,7 @@ fn write_within(pair: &Pair, socket: &TcpStream, mut bytes: &[u8], budget: &mut 
         match (&*socket).write(&bytes[..now]) {
             Ok(n) => {
                 if let Some(budget) = budget {
-                    budget.spend(n as u32);
+                    budget.spend(u32::try_from(n).unwrap());
                 }
                 bytes = &bytes[n..];
             }
@@ -291,7 +372,7 @@ fn check(socket: &TcpStream) -> u64 {
     let mut buf = vec![0; 100_000];
     let mut position = 0;
     loop {
-        let size = 1 + fastrand(buf.len() as u64) as usize;
+        let size = 1 + usize::try_from(fastrand(buf.len() as u64)).unwrap();
         let n = read_some(socket, &mut buf[..size]).unwrap();
         if n == 0 {
             return position;
