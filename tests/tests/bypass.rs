@@ -83,7 +83,8 @@ impl Warnings {
 
 /// A counter, as it is logged at the end.
 fn counter(log: &str, name: &str) -> u64 {
-    let found = log.split_once(&format!("(\"{name}\", ")).and_then(|(_, rest)| rest.split_once(')')?.0.parse().ok());
+    let found =
+        log.split_once(&format!("(\"{name}\", ")).and_then(|(_, rest)| rest.split_once(')')?.0.parse().ok());
     found.unwrap_or(0)
 }
 
@@ -307,7 +308,9 @@ fn when_the_daemon_is_killed_the_application_is_reset_and_nothing_is_left() -> R
     assert_eq!(ask(&mut app, "read")?, "ECONNRESET");
     app.hang_up();
     app.wait(PATIENCE)?;
-    wait_for("the bypass program to be unloaded", PATIENCE, || (programs_left().len() <= before).then_some(()))?;
+    wait_for("the bypass program to be unloaded", PATIENCE, || {
+        (programs_left().len() <= before).then_some(())
+    })?;
     warnings.none_new()
 }
 
@@ -323,7 +326,9 @@ fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> R
     app.kill()?;
     assert_eq!(echo.outcomes(1)?, [Ok(())]);
     daemon.process().stop()?;
-    wait_for("the bypass program to be unloaded", PATIENCE, || (programs_left().len() <= before).then_some(()))?;
+    wait_for("the bypass program to be unloaded", PATIENCE, || {
+        (programs_left().len() <= before).then_some(())
+    })?;
     assert_eq!(counter(&daemon.log(), "bypass_promoted"), 1);
     warnings.none_new()
 }

@@ -12,9 +12,7 @@ use core::{mem::MaybeUninit, ptr};
 
 use aya_ebpf::{
     Global,
-    bindings::{
-        BPF_F_INGRESS, BPF_F_MMAPABLE, BPF_TCP_CLOSE_WAIT, BPF_TCP_ESTABLISHED, sk_action::SK_PASS,
-    },
+    bindings::{BPF_F_INGRESS, BPF_F_MMAPABLE, BPF_TCP_CLOSE_WAIT, BPF_TCP_ESTABLISHED, sk_action::SK_PASS},
     btf_maps::{Array, SkStorage, SockHash},
     helpers::generated::{bpf_probe_read_kernel, bpf_sk_storage_get},
     macros::{btf_map, raw_tracepoint, sk_msg},
@@ -85,7 +83,8 @@ fn try_bypass(ctx: &SkMsgContext) -> Option<u32> {
     }
     // SAFETY: `sk` is the context's socket; without the create flag the value pointer is not read.
     let tag: *const Tag =
-        unsafe { bpf_sk_storage_get((&raw const TAGS).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0) }.cast();
+        unsafe { bpf_sk_storage_get((&raw const TAGS).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0) }
+            .cast();
     // SAFETY: null, or valid for the duration of the program; the daemon writes it before the socket is in the map.
     let tag = unsafe { tag.as_ref() }?;
     let slot = SLOTS.get_ptr_mut(tag.slot)?;
@@ -137,7 +136,9 @@ fn try_bypass(ctx: &SkMsgContext) -> Option<u32> {
     unsafe {
         match verdict {
             // A miss means that the other has closed: TCP says so to the sender.
-            Verdict::Redirect if BYPASSED.redirect_msg(ctx, cookie, u64::from(BPF_F_INGRESS)) == i64::from(SK_PASS) => {
+            Verdict::Redirect
+                if BYPASSED.redirect_msg(ctx, cookie, u64::from(BPF_F_INGRESS)) == i64::from(SK_PASS) =>
+            {
                 (*mine).burst = burst.wrapping_add(1);
                 (*mine).redirected = (*mine).redirected.wrapping_add(u64::from(size));
             }

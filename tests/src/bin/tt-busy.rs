@@ -91,7 +91,9 @@ fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
         say(&format!("busy={rounds}"));
         let (tell, mut told) = tokio::sync::mpsc::channel(1);
         // It ends with the process.
-        thread::spawn(move || io::stdin().lines().map_while(Result::ok).all(|line| tell.blocking_send(line).is_ok()));
+        thread::spawn(move || {
+            io::stdin().lines().map_while(Result::ok).all(|line| tell.blocking_send(line).is_ok())
+        });
         while let Some(line) = told.recv().await {
             let words: Vec<&str> = line.split(' ').collect();
             match words[..] {
@@ -176,7 +178,8 @@ impl Busy {
             }
             anyhow::Ok(())
         };
-        let (sent, received) = tokio::join!(timeout(PATIENCE, sending), timeout(PATIENCE, receive(from, received, end)));
+        let (sent, received) =
+            tokio::join!(timeout(PATIENCE, sending), timeout(PATIENCE, receive(from, received, end)));
         sent??;
         received?
     }

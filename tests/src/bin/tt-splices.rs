@@ -41,7 +41,10 @@ fn run() -> io::Result<()> {
         loop {
             match stream.read(&mut [0]) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    poll(&mut [PollFd::new(std::os::fd::AsFd::as_fd(&stream), PollFlags::POLLIN)], PollTimeout::NONE)?;
+                    poll(
+                        &mut [PollFd::new(std::os::fd::AsFd::as_fd(&stream), PollFlags::POLLIN)],
+                        PollTimeout::NONE,
+                    )?;
                 }
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => break,

@@ -428,7 +428,16 @@ mod tests {
 
     #[test]
     fn a_direction_that_was_shut_down_is_left_to_tcp_which_refuses_it() {
-        let seen = Seen { from: APPLICATION, size: 1, gate: true, open: false, unacked: 0, unread: 0, queued: 0, burst: 0 };
+        let seen = Seen {
+            from: APPLICATION,
+            size: 1,
+            gate: true,
+            open: false,
+            unacked: 0,
+            unread: 0,
+            queued: 0,
+            burst: 0,
+        };
         assert_eq!(decide(&seen), Verdict::Tcp);
     }
 }

@@ -249,12 +249,7 @@ pub fn map_insert<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value:
     map_set(map, key, value, BPF_NOEXIST)
 }
 
-fn map_set<K: aya::Pod, V: aya::Pod>(
-    map: BorrowedFd<'_>,
-    key: &K,
-    value: &V,
-    flags: u64,
-) -> io::Result<()> {
+fn map_set<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V, flags: u64) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
         map_fd: u32,
@@ -327,13 +322,7 @@ fn socket_option<T: Default + aya::Pod>(socket: BorrowedFd<'_>, option: libc::c_
     let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     // SAFETY: `value` is valid for writes of `len` bytes, and any bytes are a `Pod`.
     let ret = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            (&raw mut value).cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
     };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }

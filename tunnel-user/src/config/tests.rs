@@ -106,7 +106,11 @@ fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
     let capture = "unit = \"legacy.service\"";
     for (text, key, said) in [
-        (with("bypass = \"yes\"", capture), "capture.bypass", "must be \"off\" or \"auto\" or \"on\", not \"yes\""),
+        (
+            with("bypass = \"yes\"", capture),
+            "capture.bypass",
+            "must be \"off\" or \"auto\" or \"on\", not \"yes\"",
+        ),
         (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
         (
             with("balance = \"best\"", upstream),

@@ -107,7 +107,19 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(Mode, OnFailure, Bypass, Protocol, ClientAuth, Balance, Relay, ProxyProtocol, Source, Method, CheckKind);
+by_word!(
+    Mode,
+    OnFailure,
+    Bypass,
+    Protocol,
+    ClientAuth,
+    Balance,
+    Relay,
+    ProxyProtocol,
+    Source,
+    Method,
+    CheckKind
+);
 
 /// Who captures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

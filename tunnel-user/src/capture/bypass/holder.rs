@@ -52,7 +52,12 @@ impl Diag {
         request.extend(NLM_F_REQUEST.to_ne_bytes());
         request.extend([0; 8]);
         let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        request.extend([u8::try_from(family).unwrap_or_default(), u8::try_from(libc::IPPROTO_TCP).unwrap_or_default(), 0, 0]);
+        request.extend([
+            u8::try_from(family).unwrap_or_default(),
+            u8::try_from(libc::IPPROTO_TCP).unwrap_or_default(),
+            0,
+            0,
+        ]);
         request.extend(u32::MAX.to_ne_bytes());
         request.extend(local.port().to_be_bytes());
         request.extend(remote.port().to_be_bytes());
@@ -86,7 +91,8 @@ impl Diag {
 fn netlink() -> io::Result<OwnedFd> {
     const NETLINK_SOCK_DIAG: libc::c_int = 4;
     // SAFETY: makes a descriptor, or fails.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG) };
+    let fd =
+        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -108,7 +114,8 @@ pub(super) fn only_one(group: BorrowedFd<'_>, inode: u32) -> Result<(u32, i32), 
             if looked > DESCRIPTORS_MAX {
                 return Err(Refusal::Unknown);
             }
-            if !fs::read_link(entry.path()).is_ok_and(|l| l.as_os_str().as_encoded_bytes() == link.as_bytes()) {
+            if !fs::read_link(entry.path()).is_ok_and(|l| l.as_os_str().as_encoded_bytes() == link.as_bytes())
+            {
                 continue;
             }
             let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };

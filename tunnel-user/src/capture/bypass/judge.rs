@@ -107,7 +107,8 @@ fn elf(file: &fs::File, program: bool) -> Option<Option<Refusal>> {
         return Some(Some(Refusal::Static));
     }
     let entries = read(file, u64_at(dynamic, 8)?, u64_at(dynamic, 32)?)?;
-    let value = |tag: u64| entries.chunks_exact(16).find(|e| u64_at(e, 0) == Some(tag)).and_then(|e| u64_at(e, 8));
+    let value =
+        |tag: u64| entries.chunks_exact(16).find(|e| u64_at(e, 0) == Some(tag)).and_then(|e| u64_at(e, 8));
     // DT_STRTAB, DT_STRSZ.
     let (address, size) = (value(5)?, value(10)?);
     let at = of(LOAD).find_map(|s| {
@@ -175,7 +176,9 @@ mod tests {
 
     #[test]
     fn the_c_library_which_has_splice_for_others_is_known_by_its_name() {
-        for libc in ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2", "/lib/ld-musl-x86_64.so.1"] {
+        for libc in
+            ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2", "/lib/ld-musl-x86_64.so.1"]
+        {
             assert!(is_libc(libc), "{libc}");
         }
         assert!(!is_libc("/usr/lib/libcurl.so.4"));

@@ -134,11 +134,7 @@ impl Bypass {
     }
 
     /// Joins two sockets that are connected to each other. Nothing is redirected until a gate is opened.
-    pub fn pair(
-        self: &Arc<Self>,
-        application: BorrowedFd<'_>,
-        ours: BorrowedFd<'_>,
-    ) -> io::Result<Pair> {
+    pub fn pair(self: &Arc<Self>, application: BorrowedFd<'_>, ours: BorrowedFd<'_>) -> io::Result<Pair> {
         let (slot, generation) = self.take().ok_or(io::ErrorKind::QuotaExceeded)?;
         let pair = Pair { bypass: Arc::clone(self), slot, generation };
         let cookies = [sys::socket_cookie(application)?, sys::socket_cookie(ours)?];
@@ -275,7 +271,8 @@ struct SharedSide {
     reserved: AtomicU32,
 }
 
-const _: () = assert!(size_of::<SharedSlot>() == size_of::<Slot>() && size_of::<SharedSide>() == size_of::<Side>());
+const _: () =
+    assert!(size_of::<SharedSlot>() == size_of::<Slot>() && size_of::<SharedSide>() == size_of::<Side>());
 
 impl SharedSide {
     fn clear(&self, cookie: u64) {

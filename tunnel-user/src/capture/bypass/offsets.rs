@@ -152,14 +152,20 @@ mod tests {
     fn this_kernel_says_where_its_fields_are() {
         let found = of_kernel().expect("the kernel has BTF");
         // The first three are in cache lines of their own, and none is at the start of a socket.
-        for offset in [found.cookie, found.rmem_alloc, found.rcv_nxt, found.copied_seq, found.write_seq, found.snd_una] {
+        for offset in
+            [found.cookie, found.rmem_alloc, found.rcv_nxt, found.copied_seq, found.write_seq, found.snd_una]
+        {
             assert!(offset > 0 && offset < 8192, "{found:?}");
         }
     }
 
     #[test]
     fn what_is_no_btf_is_refused() {
-        for bytes in [&[][..], &[0; 64], &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        for bytes in [
+            &[][..],
+            &[0; 64],
+            &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ] {
             assert!(Btf::parse(bytes).is_none());
         }
     }

@@ -12,6 +12,7 @@ use std::{
         mpsc,
     },
     thread,
+    time::Instant,
 };
 
 use socket2::SockRef;
@@ -196,8 +197,10 @@ fn serve(bypass: &Arc<Bypass>, group: &OwnedFd, asks: &mpsc::Receiver<Option<Ask
         if answer.is_closed() {
             continue;
         }
+        let started = Instant::now();
         let made = promote(bypass, group, &judge, &mut diag, &ours, cookie);
         drop(ours);
+        let took = started.elapsed();
         let counter = match &made {
             Ok(_) => Some(&counts.promoted),
             Err(why) => Refusal::ALL.iter().position(|(r, _)| r == why).map(|i| &counts.refused[i]),
@@ -205,8 +208,9 @@ fn serve(bypass: &Arc<Bypass>, group: &OwnedFd, asks: &mpsc::Receiver<Option<Ask
         if let Some(counter) = counter {
             counter.fetch_add(1, Ordering::Relaxed);
         }
-        if let Err(why) = &made {
-            tracing::debug!("no bypass for a connection: {why}");
+        match &made {
+            Ok(_) => tracing::debug!(?took, "a connection goes past TCP"),
+            Err(why) => tracing::debug!(?took, "no bypass for a connection: {why}"),
         }
         // Its flow may have ended.
         let _late = answer.send(made);
@@ -216,7 +220,8 @@ fn serve(bypass: &Arc<Bypass>, group: &OwnedFd, asks: &mpsc::Receiver<Option<Ask
 /// Options that `tcp_bpf_sendmsg` and `tcp_bpf_recvmsg` pass over (net/ipv4/tcp_bpf.c): who asks for the end of a
 /// transmission or its time would wait for it for ever, and urgent data would be lost.
 fn has_options(socket: BorrowedFd<'_>) -> io::Result<bool> {
-    let usual = [(libc::SO_ZEROCOPY, 0), (libc::SO_TIMESTAMPING, 0), (libc::SO_OOBINLINE, 0), (libc::SO_RCVLOWAT, 1)];
+    let usual =
+        [(libc::SO_ZEROCOPY, 0), (libc::SO_TIMESTAMPING, 0), (libc::SO_OOBINLINE, 0), (libc::SO_RCVLOWAT, 1)];
     for (option, value) in usual {
         if sys::int_option(socket, option)? != value {
             return Ok(true);

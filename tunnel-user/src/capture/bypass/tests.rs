@@ -226,7 +226,12 @@ fn fill(mut socket: &TcpStream, chunk: usize, mut next: u8) -> Vec<u8> {
     let mut sent = Vec::new();
     let mut quiet = Instant::now();
     while quiet.elapsed() < Duration::from_millis(300) {
-        let bytes: Vec<u8> = (0..chunk).map(|_| { next = next.wrapping_mul(31).wrapping_add(7); next }).collect();
+        let bytes: Vec<u8> = (0..chunk)
+            .map(|_| {
+                next = next.wrapping_mul(31).wrapping_add(7);
+                next
+            })
+            .collect();
         match socket.write(&bytes) {
             Ok(n) => {
                 sent.extend_from_slice(&bytes[..n]);
@@ -426,7 +431,11 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
                 write_within(&pair, &ours, &bytes, &mut budget);
                 switches += u32::from(before != budget.is_some());
                 if fastrand(20) == 0 {
-                    if fastrand(2) == 0 { pair.open(APPLICATION) } else { pair.shut(APPLICATION) }
+                    if fastrand(2) == 0 {
+                        pair.open(APPLICATION)
+                    } else {
+                        pair.shut(APPLICATION)
+                    }
                     switches += 1;
                 }
                 position += bytes.len() as u64;
@@ -444,7 +453,11 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
         assert_eq!(received_up.join().unwrap(), sent[0]);
         assert_eq!(received_down.join().unwrap(), sent[1]);
     });
-    println!("{sent:?} bytes, {switches} switches, redirected {} {}", pair.redirected(APPLICATION), pair.redirected(DAEMON));
+    println!(
+        "{sent:?} bytes, {switches} switches, redirected {} {}",
+        pair.redirected(APPLICATION),
+        pair.redirected(DAEMON)
+    );
     assert!(switches > 10);
     assert!(pair.redirected(APPLICATION) > 0 && pair.redirected(DAEMON) > 0);
     assert!(u64::from(QUEUE_MAX) < sent[0]);
