@@ -432,9 +432,9 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
                 switches += u32::from(before != budget.is_some());
                 if fastrand(20) == 0 {
                     if fastrand(2) == 0 {
-                        pair.open(APPLICATION)
+                        pair.open(APPLICATION);
                     } else {
-                        pair.shut(APPLICATION)
+                        pair.shut(APPLICATION);
                     }
                     switches += 1;
                 }
