@@ -52,7 +52,7 @@ pub mod tun;
 pub mod wait;
 pub mod world;
 
-pub use exec::{Exec, Finished};
+pub use exec::{Exec, Finished, Running};
 pub use gateway::Gateway;
 pub use link::{Link, Profile};
 pub use netns::NetNs;

@@ -32,6 +32,16 @@ pub fn calls() -> Result<PathBuf> {
     beside("tt-calls")
 }
 
+/// The busy application: see `src/bin/tt-busy.rs`.
+pub fn busy() -> Result<PathBuf> {
+    beside("tt-busy")
+}
+
+/// A program that could call splice(2): see `src/bin/tt-splices.rs`.
+pub fn splices() -> Result<PathBuf> {
+    beside("tt-splices")
+}
+
 /// The load generator: see `src/bin/tt-load.rs`.
 pub fn load() -> Result<PathBuf> {
     beside("tt-load")

@@ -92,3 +92,19 @@ impl Counter {
 
 /// How many counters there are.
 pub const COUNTERS_LEN: usize = Counter::ALL.len();
+
+/// The object for bypass: its maps, globals and programs.
+pub mod bypass {
+    /// Sockets by their cookies.
+    pub const SOCKETS: &str = "BYPASSED";
+    /// Kept with each of them: whose pair it is.
+    pub const TAGS: &str = "TAGS";
+    /// The pairs.
+    pub const SLOTS: &str = "SLOTS";
+    /// Where the kernel keeps what is to be seen; a global.
+    pub const OFFSETS: &str = "OFFSETS";
+    /// Decides on each message.
+    pub const VERDICT: &str = "bypass";
+    /// Looks at a pair for the daemon.
+    pub const LOOK: &str = "look";
+}

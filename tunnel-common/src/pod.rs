@@ -5,7 +5,10 @@ use aya::Pod;
 use crate::{
     addr::Endpoint,
     capture::{Listener, PortRange, Rule},
-    fastpath::splice,
+    fastpath::{
+        bypass::{Offsets, Slot, Tag},
+        splice,
+    },
     flow::{FlowKey, Origin},
 };
 
@@ -26,4 +29,7 @@ pod! {
     Rule = 68,
     Listener = 4,
     splice::Words = 64,
+    Offsets = 24,
+    Slot = 120,
+    Tag = 16,
 }

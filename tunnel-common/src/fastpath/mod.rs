@@ -4,4 +4,5 @@
 //! and what the daemon may do next. Invariant: bytes arrive once and in order, whichever of both moves them, and
 //! what waits in front of a socket is never more than a named bound. It never looks at the bytes.
 
+pub mod bypass;
 pub mod splice;

@@ -22,6 +22,7 @@ use crate::{
     capture::{
         accept::{self, Origins, Sockets},
         bpf::{self, BpfError, Capture, Lifetime, Spec},
+        bypass::{Bypass, BypassError, Promotions},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         ring::Rings,
         rules::{self, Pattern},
@@ -49,6 +50,8 @@ pub(super) struct ActiveCapture {
     pub(super) group: OwnedFd,
     pub(super) name: String,
     pub(super) pins: Option<PathBuf>,
+    /// Takes busy connections past TCP.
+    bypass: Option<Promotions>,
     /// By inode number: unique among namespaces that are alive, and ours are, by their listeners.
     namespaces: HashMap<u64, Namespace>,
 }
@@ -77,6 +80,7 @@ pub(super) fn load(
     fresh: Option<&Fresh>,
 ) -> Result<ActiveCapture, Failure> {
     let (group, name) = group(&wanted.cgroup, fresh)?;
+    let bypass = bypass(wanted, &group, &name)?;
     Ok(ActiveCapture {
         source,
         wanted: wanted.clone(),
@@ -85,8 +89,35 @@ pub(super) fn load(
         group,
         name,
         pins: pin_dir(config, wanted),
+        bypass,
         namespaces: HashMap::new(),
     })
+}
+
+/// What takes busy connections of a capture past TCP, where it is wanted and can be.
+fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Option<Promotions>, Failure> {
+    if wanted.bypass == config::Bypass::Off || wanted.proxy.is_some() {
+        return Ok(None);
+    }
+    let started = Bypass::load().and_then(|bypass| {
+        let group = group.try_clone().map_err(BypassError::Start)?;
+        Promotions::start(bypass, group).map_err(BypassError::Start)
+    });
+    match started {
+        Ok(promotions) => Ok(Some(promotions)),
+        Err(e) if wanted.bypass == config::Bypass::Auto => {
+            tracing::warn!(cgroup = name, "busy connections stay with TCP: {e}");
+            Ok(None)
+        }
+        Err(e) if e.is_privilege() => Err(Failure::Privilege(Cause::new(
+            e,
+            "bypass = \"on\" takes CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN: run as root, or set it to \"auto\".",
+        ))),
+        Err(e) => Err(Failure::Kernel(Cause::new(
+            e,
+            "`tunnel doctor` says what this kernel lacks; with bypass = \"auto\" connections stay with TCP there.",
+        ))),
+    }
 }
 
 /// Loads programs with the rules of a capture; where those of an earlier daemon, or of an earlier configuration, are
@@ -297,6 +328,11 @@ impl ActiveCapture {
         self.sums(&self.programs)
     }
 
+    /// What was done to take connections past TCP.
+    pub(super) fn bypassed(&self) -> Vec<(&'static str, u64)> {
+        self.bypass.as_ref().map(Promotions::counters).unwrap_or_default()
+    }
+
     fn sums(&self, of: &Programs) -> Vec<(&'static str, u64)> {
         let mut all = of.capture.counters();
         for ((_, n), (_, before)) in all.iter_mut().zip(&self.counted) {
@@ -361,7 +397,11 @@ impl ActiveCapture {
             source: self.source,
             name: name.clone(),
             socket,
-            origins: Origins::Recorded { netns, flows: capture.flows() },
+            origins: Origins::Recorded {
+                netns,
+                flows: capture.flows(),
+                bypass: self.bypass.as_ref().map(Promotions::promoter),
+            },
         };
         Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
     }

@@ -350,7 +350,8 @@ impl Running {
         }
         self.trigger.enter(Phase::Stop);
         for active in &self.captures {
-            let counters: Vec<_> = active.counters().into_iter().filter(|(_, n)| *n > 0).collect();
+            let counters = active.counters().into_iter().chain(active.bypassed());
+            let counters: Vec<_> = counters.filter(|(_, n)| *n > 0).collect();
             tracing::info!(cgroup = active.name, ?counters, "kernel counters");
             active.tidy(|a| match (a.programs.capture.owner(), a.wanted.on_failure) {
                 (Owner::Another, _) => {

@@ -129,6 +129,11 @@ impl Running {
             let what = "the proxy of a capture cannot change while the daemon runs";
             return Err(Failure::Config(Cause::new(what, remedy)));
         }
+        let bypassed = |c: &config::Capture| self.same_group(c).is_some_and(|a| a.wanted.bypass != c.bypass);
+        if config.captures.iter().any(bypassed) {
+            let what = "bypass of a capture cannot change while the daemon runs";
+            return Err(Failure::Config(Cause::new(what, remedy)));
+        }
         require_privileges(config)
     }
 

@@ -21,7 +21,11 @@ use tunnel_common::{
     flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
 };
 
-use super::{bpf::FlowTable, redirect, sys};
+use super::{
+    bpf::FlowTable,
+    bypass::{Candidate, Promoter},
+    redirect, sys,
+};
 use crate::{
     flow::{ClientAddr, OriginalDst},
     own::OwnListeners,
@@ -93,6 +97,8 @@ pub enum Origins {
         netns: u64,
         /// Where they write it.
         flows: FlowTable,
+        /// Where its connections may ask to go past TCP.
+        bypass: Option<Promoter>,
     },
     /// conntrack, which followed a rule; a connection to one of these came by no rule of its own.
     Redirected(Arc<OwnListeners>),
@@ -133,7 +139,6 @@ pub enum Stray {
 }
 
 /// A redirected connection.
-#[derive(Debug)]
 pub struct Captured {
     /// The socket, connected to the application's. Dropped, it resets that: [`OnClose::Abort`].
     pub stream: TcpStream,
@@ -141,6 +146,8 @@ pub struct Captured {
     pub client: ClientAddr,
     /// Where it wanted to go.
     pub original_dst: OriginalDst,
+    /// By which it may ask to go past TCP.
+    pub bypass: Option<Candidate>,
 }
 
 impl Accept {
@@ -155,17 +162,25 @@ impl Accept {
     pub async fn next(&self) -> io::Result<Result<Captured, Stray>> {
         let (stream, peer) = self.listener.accept().await?;
         let origin = self.origin(&stream, peer);
-        Ok(origin.map(|original_dst| Captured { stream, client: ClientAddr(peer), original_dst }))
+        Ok(origin.map(|(original_dst, bypass)| {
+            let client = ClientAddr(peer);
+            Captured { stream, client, original_dst, bypass }
+        }))
     }
 
-    fn origin(&self, stream: &TcpStream, peer: SocketAddr) -> Result<OriginalDst, Stray> {
+    fn origin(
+        &self,
+        stream: &TcpStream,
+        peer: SocketAddr,
+    ) -> Result<(OriginalDst, Option<Candidate>), Stray> {
         match &self.origins {
-            Origins::Recorded { netns, flows } => {
+            Origins::Recorded { netns, flows, bypass } => {
                 let key = FlowKey::new(*netns, peer.into(), self.local.into());
                 let origin = flows.take(&key).map_err(Stray::Unreadable)?.ok_or(Stray::NotCaptured)?;
-                Ok(OriginalDst(origin.dst().into()))
+                let candidate = bypass.as_ref().map(|b| b.candidate(origin.cookie()));
+                Ok((OriginalDst(origin.dst().into()), candidate))
             }
-            Origins::Redirected(own) => redirect::original_dst(stream, own),
+            Origins::Redirected(own) => redirect::original_dst(stream, own).map(|dst| (dst, None)),
         }
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod accept;
 pub mod bpf;
+pub mod bypass;
 pub mod cgroup;
 pub mod redirect;
 pub mod ring;

@@ -14,6 +14,7 @@ use std::{
 };
 
 /// Commands and flags of `linux/bpf.h`.
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_ATTACH: libc::c_int = 8;
@@ -23,6 +24,8 @@ const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_F_ALLOW_MULTI: u32 = 2;
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
 
 /// `enum bpf_attach_type`: where on a cgroup a program sits.
 #[repr(u32)]
@@ -219,19 +222,90 @@ pub fn map_take<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::R
     }
 }
 
+/// Puts an entry into a map, in place of what is there.
+pub fn map_update<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    map_set(map, key, value, BPF_ANY)
+}
+
+/// Puts an entry into a map that has none under this key.
+pub fn map_insert<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    map_set(map, key, value, BPF_NOEXIST)
+}
+
+fn map_set<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V, flags: u64) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        _hole: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    bpf(
+        BPF_MAP_UPDATE_ELEM,
+        &mut Attr {
+            map_fd: map.as_raw_fd().cast_unsigned(),
+            _hole: 0,
+            key: std::ptr::from_ref(key) as u64,
+            value: std::ptr::from_ref(value) as u64,
+            flags,
+        },
+    )?;
+    Ok(())
+}
+
+/// Whether a descriptor has `O_NONBLOCK`.
+pub fn is_nonblocking(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(rustix::fs::fcntl_getfl(fd)?.contains(rustix::fs::OFlags::NONBLOCK))
+}
+
+/// The network namespace of a socket (`SIOCGSKNS`, netdevice(7)).
+pub fn netns_of(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: takes no argument, and makes a descriptor or fails.
+    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    if fd < 0 { Err(io::Error::last_os_error()) } else { owned(fd.into()) }
+}
+
+/// Sends one message.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    // SAFETY: `bytes` is valid for reads of its length.
+    let n = unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Receives one message; its length.
+pub fn receive(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: `into` is valid for writes of its length.
+    let n = unsafe { libc::recv(socket.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), 0) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// `SO_COOKIE`: which socket it is, as no other while the node is up.
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    u64_option(socket, libc::SO_COOKIE)
+}
+
 /// `SO_NETNS_COOKIE`: the cookie of the network namespace that a socket lives in.
 pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut cookie = 0u64;
-    let mut len = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
-    // SAFETY: `cookie` is valid for writes of `len` bytes.
+    u64_option(socket, libc::SO_NETNS_COOKIE)
+}
+
+/// An option of a socket's own level, of which the value is a number.
+pub fn int_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
+    socket_option(socket, option)
+}
+
+fn u64_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
+    socket_option(socket, option)
+}
+
+fn socket_option<T: Default + aya::Pod>(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<T> {
+    let mut value = T::default();
+    let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: `value` is valid for writes of `len` bytes, and any bytes are a `Pod`.
     let ret = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
     };
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }

@@ -175,6 +175,20 @@ pub struct Capture {
     pub on_failure: OnFailure,
     /// Hand captured connections to this proxy, which asks SO_ORIGINAL_DST, and not to ourselves.
     pub proxy: Option<SocketAddr>,
+    /// Whether busy connections go past TCP on their way to us.
+    pub bypass: Bypass,
+}
+
+/// Whether busy connections of captured applications go past the loopback's TCP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bypass {
+    /// None does.
+    #[default]
+    Off,
+    /// Those of programs that nothing speaks against, where the kernel can.
+    Auto,
+    /// The same, and a kernel that cannot is an error.
+    On,
 }
 
 /// `[[capture]]` with `mode = "redirect"`: iptables or nftables decide what is captured, and conntrack knows

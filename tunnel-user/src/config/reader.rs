@@ -282,11 +282,6 @@ impl<'a> Reader<'a> {
         tables.into_iter().flatten().filter_map(|c| unnumbered(c).section()).collect()
     }
 
-    /// A key of the design that this version does not take yet.
-    pub(crate) fn later(&mut self, key: &'static str) {
-        self.never(key, "is not supported yet");
-    }
-
     /// A key that is asked for and cannot be, and why.
     pub(crate) fn never(&mut self, key: &'static str, why: &str) {
         self.keys.push(Key { name: key, schema: None, required: false });

@@ -11,8 +11,8 @@ use std::{
 };
 
 use super::{
-    BPFFS, Balance, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN, Daemon,
-    HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
+    BPFFS, Balance, Bypass, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN,
+    Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
     LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT,
     Redirect, Relay, UPSTREAM_STREAMS, Upstream, endpoints,
     pattern::{AddrPattern, TargetPattern},
@@ -192,12 +192,13 @@ impl Section for At<AnyCapture> {
 }
 
 /// Keys that say what only eBPF can be told, and who decides it in mode "redirect".
-const EBPF_ONLY: [(&str, &str); 6] = [
+const EBPF_ONLY: [(&str, &str); 7] = [
     ("cgroup", "the rules decide whose connections they redirect"),
     ("unit", "the rules decide whose connections they redirect"),
     ("include", "the rules decide what is captured"),
     ("exclude", "the rules decide what is captured"),
     ("on_failure", "while no daemon runs, what the rules redirect is refused"),
+    ("bypass", "whose connections they are is known only where eBPF captures"),
     ("proxy", "the rules can redirect to that proxy by themselves"),
 ];
 
@@ -231,7 +232,11 @@ impl Section for AnyCapture {
             "proxy",
             "Hand captured connections to this proxy, which asks SO_ORIGINAL_DST, and not to this daemon.",
         );
-        r.later("bypass");
+        let bypass = r.default(
+            "bypass",
+            "Whether busy connections go past the loopback's TCP: \"off\"; \"auto\", those of programs that nothing speaks against, where the kernel can; \"on\", the same, and a kernel that cannot is an error.",
+            Bypass::Off,
+        );
 
         match mode {
             // It is a mistake; what else it makes a mistake cannot be said.
@@ -262,7 +267,7 @@ impl Section for AnyCapture {
             r.wrong("", "has no [[route]] and no proxy: every captured connection would be refused");
         }
         let name = name.or(called);
-        Some(Self::Ebpf(Capture { name, cgroup: cgroup?, include, exclude, on_failure, proxy }))
+        Some(Self::Ebpf(Capture { name, cgroup: cgroup?, include, exclude, on_failure, proxy, bypass }))
     }
 }
 

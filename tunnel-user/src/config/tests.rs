@@ -106,7 +106,11 @@ fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
     let capture = "unit = \"legacy.service\"";
     for (text, key, said) in [
-        (with("bypass = \"auto\"", capture), "capture.bypass", "is not supported yet"),
+        (
+            with("bypass = \"yes\"", capture),
+            "capture.bypass",
+            "must be \"off\" or \"auto\" or \"on\", not \"yes\"",
+        ),
         (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
         (
             with("balance = \"best\"", upstream),
@@ -388,7 +392,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
     let taken = "daemon.inspect_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
-        capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
+        capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.max_streams listener.name listener.protocols \
         listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \

@@ -17,7 +17,7 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, CheckKind, ClientAuth, OnFailure, Peers, Protocol, Relay,
+    Balance, Bypass, CheckKind, ClientAuth, OnFailure, Peers, Protocol, Relay,
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
@@ -107,7 +107,19 @@ macro_rules! by_word {
         }
     )*};
 }
-by_word!(Mode, OnFailure, Protocol, ClientAuth, Balance, Relay, ProxyProtocol, Source, Method, CheckKind);
+by_word!(
+    Mode,
+    OnFailure,
+    Bypass,
+    Protocol,
+    ClientAuth,
+    Balance,
+    Relay,
+    ProxyProtocol,
+    Source,
+    Method,
+    CheckKind
+);
 
 /// Who captures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +135,10 @@ impl Word for Mode {
 }
 impl Word for OnFailure {
     const WORDS: &'static [(&'static str, Self)] = &[("closed", Self::Closed), ("open", Self::Open)];
+}
+impl Word for Bypass {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("off", Self::Off), ("auto", Self::Auto), ("on", Self::On)];
 }
 impl Word for Protocol {
     const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2), ("h1", Self::H1)];

@@ -7,6 +7,7 @@
 //! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel
 //! (`pipe.rs`). How a flow ends is decided here for both.
 
+mod bypass;
 mod early;
 mod h2;
 mod pipe;
@@ -244,7 +245,8 @@ pub enum PathKind {
     Splice,
 }
 
-/// Runs a flow to its end, by `path` where both legs are sockets, else by copying. Everything is borrowed: an argument of a future takes its room once as such and once as what it becomes, in every idle flow.
+/// Runs a flow to its end, by `path` where both legs are sockets, else by copying. Everything is borrowed: an argument
+/// of a future takes its room once as such and once as what it becomes, in every idle flow.
 pub async fn relay<C: Leg, T: Leg>(
     client: &mut C,
     target: &mut T,
@@ -260,6 +262,8 @@ pub async fn relay<C: Leg, T: Leg>(
     if let Path::Pipe(pipes) = path
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
+        client.stay_with_tcp();
+        target.stay_with_tcp();
         // Apart, because few flows have them. A socket says its end again.
         let (sent, received) = (mem::take(sent), mem::take(received));
         let piped = async {
@@ -282,6 +286,8 @@ pub async fn relay<C: Leg, T: Leg>(
     if let Path::Splice(splices) = path
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
+        client.stay_with_tcp();
+        target.stay_with_tcp();
         return Box::pin(splice::relay(client, target, up, down, meter, splices)).await;
     }
     run(client, target, meter, &mut up, &mut down).await

@@ -66,19 +66,23 @@ impl Queue {
 
     /// Calls `write` with the front of the queue as slices.
     pub fn with_slices<R>(&mut self, write: impl FnOnce(&[IoSlice<'_>]) -> R) -> R {
-        self.with_slices_to_the_end(|slices, _| write(slices))
+        self.with_slices_of(usize::MAX, |slices, _| write(slices))
     }
 
-    /// The same; and `write` is told whether the end comes right behind them.
-    pub fn with_slices_to_the_end<R>(&mut self, write: impl FnOnce(&[IoSlice<'_>], bool) -> R) -> R {
+    /// The same with no more than `most` bytes; and `write` is told whether the end comes right behind them.
+    pub fn with_slices_of<R>(&mut self, most: usize, write: impl FnOnce(&[IoSlice<'_>], bool) -> R) -> R {
         self.close();
-        let mut slices = [IoSlice::new(&[]); SLICES];
-        let mut n = 0;
+        let (mut slices, mut n, mut left) = ([IoSlice::new(&[]); SLICES], 0, most);
         for (slot, chunk) in slices.iter_mut().zip(&self.chunks) {
-            *slot = IoSlice::new(chunk);
+            if left == 0 {
+                break;
+            }
+            let part = &chunk[..chunk.len().min(left)];
+            *slot = IoSlice::new(part);
+            left -= part.len();
             n += 1;
         }
-        write(&slices[..n], self.ended && n == self.chunks.len())
+        write(&slices[..n], self.ended && left > 0 && n == self.chunks.len())
     }
 
     /// Forgets the first `n` bytes.

@@ -21,8 +21,8 @@ use bytes::{Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{Broken, Cause, Leg, Queue};
-use crate::transport::tcp;
+use super::{Broken, Cause, Leg, Queue, bypass::Hot};
+use crate::{capture::bypass::Candidate, transport::tcp};
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;
@@ -45,6 +45,8 @@ pub struct TcpLeg {
     /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
+    /// Of a captured connection that may go past TCP.
+    hot: Option<Box<Hot>>,
 }
 
 impl TcpLeg {
@@ -57,12 +59,23 @@ impl TcpLeg {
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
     /// aborts already.
     pub fn aborting(stream: TcpStream) -> Self {
+        Self::captured(stream, None)
+    }
+
+    /// The same of a captured connection, which may ask to go past TCP.
+    pub fn captured(stream: TcpStream, bypass: Option<Candidate>) -> Self {
         Self {
             stream: Some(Rc::new(stream)),
             until_much: 0,
             next_read: READ_MIN,
             error: ErrorWatch::default(),
+            hot: bypass.map(|candidate| Box::new(Hot::new(candidate))),
         }
+    }
+
+    /// From now on its socket is read and written in other ways than by this leg, which those of a bypass do not stand.
+    pub(super) fn stay_with_tcp(&mut self) {
+        self.hot = None;
     }
 }
 
@@ -160,16 +173,20 @@ impl Leg for TcpLeg {
         if self.next_read == 0 {
             self.next_read = READ_MIN;
             if let Some(first) = self.recv_unheard() {
+                if let (Some(hot), Some(stream), Ok(Some(bytes))) = (&mut self.hot, &self.stream, &first) {
+                    hot.received(bytes.len(), stream);
+                }
                 return Poll::Ready(first);
             }
         }
         loop {
             ready!(self.stream().poll_read_ready(cx)).map_err(reset)?;
             let mut buf = Room::take(self.next_read);
+            let passed = self.hot.as_ref().map_or(0, |hot| hot.passed());
             match self.stream().try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
-                    if n < self.next_read {
+                    if n < self.next_read && self.hot.as_ref().is_none_or(|hot| hot.short_is_all()) {
                         self.not_ready(Interest::READABLE);
                     }
                     if n == self.next_read {
@@ -177,9 +194,16 @@ impl Leg for TcpLeg {
                     } else if n < self.next_read / 4 {
                         self.next_read = (self.next_read / 2).max(READ_MIN);
                     }
+                    if let (Some(hot), Some(stream)) = (&mut self.hot, &self.stream) {
+                        hot.received(n, stream);
+                    }
                     return Poll::Ready(Ok(Some(buf.filled())));
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if let Some(hot) = &mut self.hot {
+                        hot.was_empty(passed);
+                    }
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Poll::Ready(Err(reset(e))),
             }
@@ -193,9 +217,15 @@ impl Leg for TcpLeg {
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
             ready!(self.stream().poll_write_ready(cx)).map_err(reset)?;
-            let written = queue.with_slices_to_the_end(|slices, end_follows| {
+            let most = match &mut self.hot {
+                Some(hot) => ready!(hot.poll_room(cx)),
+                None => usize::MAX,
+            };
+            // One that goes past TCP ends later than it is told to.
+            let is_hot = self.hot.is_some();
+            let written = queue.with_slices_of(most, |slices, end_follows| {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
-                let sent = if end_follows {
+                let sent = if end_follows && !is_hot {
                     self.send_before_end(slices)
                 } else {
                     self.stream().try_write_vectored(slices)
@@ -213,8 +243,11 @@ impl Leg for TcpLeg {
                     }
                     // Not by what is left in the queue: that may never have been offered, and a socket that
                     // was never full raises no edge.
-                    if n < offered {
+                    if n < offered && !self.hot.as_ref().is_some_and(|hot| hot.is_on()) {
                         self.not_ready(Interest::WRITABLE);
+                    }
+                    if let Some(hot) = &mut self.hot {
+                        hot.sent(n);
                     }
                     return Poll::Ready(Ok(n));
                 }
@@ -225,7 +258,11 @@ impl Leg for TcpLeg {
         }
     }
 
-    fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        if let Some(hot) = &mut self.hot {
+            // Whoever dies behind its own end would take along what is queued in front of it.
+            ready!(hot.poll_drained(cx));
+        }
         Poll::Ready(shut_down(self.stream()))
     }
 

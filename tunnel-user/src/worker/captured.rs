@@ -79,10 +79,10 @@ async fn reach_captured(
     name: Option<Arc<str>>,
 ) -> Option<(TcpLeg, Box<Going>)> {
     let started = Instant::now();
-    let Captured { stream, client, original_dst } = captured;
+    let Captured { stream, client, original_dst, bypass } = captured;
     let target = Target::from(original_dst);
     let mut record = Record::new(&target, client);
-    let mut leg = TcpLeg::aborting(stream);
+    let mut leg = TcpLeg::captured(stream, bypass);
     let reached = {
         let setup = worker.setup();
         let wish = Wish {

@@ -1,0 +1,220 @@
+//! A captured connection that may go past TCP: when it asks, and how its leg behaves once it does.
+//!
+//! Enters: what its leg has read and written. Leaves: how much may be written now, and whether what was read was all there
+//! is. Invariant: no more is redirected to the application than surely fits, and nothing goes by TCP, nor does an end,
+//! before all of that was read. An ordinary connection has none of this.
+
+use std::{
+    future::Future as _,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    net::TcpStream,
+    sync::oneshot::error::TryRecvError,
+    time::{Sleep, sleep},
+};
+use tunnel_common::fastpath::bypass::{APPLICATION, Budget, DAEMON};
+
+use crate::capture::bypass::{Asked, Candidate, Pair};
+
+/// Exchanges after which a connection asks. To look for who has its socket, judge a known program and join the sockets
+/// takes 0.3 ms of another thread, which some 50 exchanges save (5 to 10 µs each): five times as many, so that a
+/// connection that ends soon after has cost little.
+const TURNS: u32 = 256;
+/// They have to come within this time: who waits 40 ms for each does not notice what is saved.
+const WINDOW: Duration = Duration::from_secs(10);
+/// Bytes of an exchange, on average, above which copying outweighs what is saved.
+const BULKY: u64 = 16 * 1024;
+/// A direction whose reader did not keep up goes past TCP again after so many times as many exchanges.
+const AGAIN: u32 = 8;
+/// Attempts without a pause, while an application reads at this very moment.
+const SPINS: u32 = 2;
+/// The first pause, and the last one, of those that double: an application that does not read is looked at four times a
+/// second.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+/// See [`PAUSE_MIN`].
+const PAUSE_MAX: Duration = Duration::from_millis(256);
+
+/// See the module.
+pub(super) struct Hot {
+    candidate: Candidate,
+    state: State,
+    /// Whether the last thing that happened was that something was sent.
+    sent_last: bool,
+    turns: u32,
+    bytes: u64,
+    since: Instant,
+}
+
+enum State {
+    Watching,
+    Asked(Asked),
+    On(On),
+    /// It was refused.
+    Off,
+}
+
+/// Joined.
+struct On {
+    pair: Pair,
+    /// What may still be redirected to the application; none while what is written goes by TCP.
+    budget: Option<Budget>,
+    /// Exchanges until it is redirected again.
+    again: u32,
+    /// What the application had offered to TCP when all of that had been read.
+    passed: u64,
+    pause: Option<Pin<Box<Sleep>>>,
+    pauses: u32,
+}
+
+impl Hot {
+    pub(super) fn new(candidate: Candidate) -> Self {
+        let state = State::Watching;
+        Self { candidate, state, sent_last: false, turns: 0, bytes: 0, since: Instant::now() }
+    }
+
+    /// So much was read.
+    pub(super) fn received(&mut self, n: usize, stream: &TcpStream) {
+        self.bytes += n as u64;
+        if self.sent_last {
+            self.sent_last = false;
+            self.turns += 1;
+            self.turned(stream);
+        }
+    }
+
+    /// An exchange is over.
+    fn turned(&mut self, stream: &TcpStream) {
+        match &mut self.state {
+            State::Watching if self.turns >= TURNS => {
+                if self.since.elapsed() < WINDOW && self.bytes < BULKY * u64::from(self.turns) {
+                    self.state = self.candidate.ask(stream).map_or(State::Watching, State::Asked);
+                }
+                self.begin();
+            }
+            State::Asked(asked) => match asked.try_recv() {
+                Ok(Ok(pair)) => {
+                    pair.open(APPLICATION);
+                    pair.open(DAEMON);
+                    let (budget, passed) = (Some(Budget::default()), pair.passed(APPLICATION));
+                    let on = On { pair, budget, again: TURNS * AGAIN, passed, pause: None, pauses: 0 };
+                    self.state = State::On(on);
+                    self.begin();
+                }
+                Ok(Err(_)) | Err(TryRecvError::Closed) => self.state = State::Off,
+                Err(TryRecvError::Empty) => {}
+            },
+            State::On(on) if on.budget.is_none() && self.turns >= on.again => {
+                if self.bytes < BULKY * u64::from(self.turns) {
+                    on.pair.open(DAEMON);
+                    on.budget = Some(Budget::default());
+                    on.again = on.again.saturating_mul(AGAIN);
+                }
+                self.begin();
+            }
+            State::Watching | State::On(_) | State::Off => {}
+        }
+    }
+
+    fn begin(&mut self) {
+        (self.turns, self.bytes, self.since) = (0, 0, Instant::now());
+    }
+
+    /// So much was written.
+    pub(super) fn sent(&mut self, n: usize) {
+        self.bytes += n as u64;
+        self.sent_last = true;
+        if let State::On(On { budget: Some(budget), .. }) = &mut self.state {
+            budget.spend(u32::try_from(n).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// Whether reading less than was asked for says that there is no more: not where both queues may have had something,
+    /// because a read takes from one only. Then it is read until there is nothing.
+    pub(super) fn short_is_all(&self) -> bool {
+        match &self.state {
+            State::On(on) => on.pair.passed(APPLICATION) == on.passed,
+            // It may be joined at this moment, but nothing is redirected before we say so.
+            State::Watching | State::Asked(_) | State::Off => true,
+        }
+    }
+
+    /// What was offered to TCP, to be handed to [`Self::was_empty`]; to be asked before a read.
+    pub(super) fn passed(&self) -> u64 {
+        match &self.state {
+            State::On(on) => on.pair.passed(APPLICATION),
+            State::Watching | State::Asked(_) | State::Off => 0,
+        }
+    }
+
+    /// A read found nothing: all that had been offered to TCP before it was read.
+    pub(super) fn was_empty(&mut self, passed: u64) {
+        if let State::On(on) = &mut self.state {
+            on.passed = passed;
+        }
+    }
+
+    /// Whether less may be written than there is room for, without the socket being full.
+    pub(super) fn is_on(&self) -> bool {
+        matches!(self.state, State::On(_))
+    }
+
+    /// How much may be written now, once anything may.
+    pub(super) fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
+        let State::On(on) = &mut self.state else { return Poll::Ready(usize::MAX) };
+        let Some(budget) = &mut on.budget else { return Poll::Ready(usize::MAX) };
+        // Where it keeps up.
+        if budget.is_low() && on.pauses == 0 && on.pair.look().queued == 0 {
+            *budget = Budget::default();
+        }
+        match budget.room() {
+            0 => {}
+            n => return Poll::Ready(usize::try_from(n).unwrap_or(usize::MAX)),
+        }
+        // It does not. TCP is better at waiting for it, but only behind what it has.
+        ready!(self.poll_drained(cx));
+        self.candidate.count_demoted();
+        Poll::Ready(usize::MAX)
+    }
+
+    /// Ready when the application has read all that was redirected to it; from then on what is written goes by TCP.
+    pub(super) fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let State::On(on) = &mut self.state else { return Poll::Ready(()) };
+        if on.budget.is_none() {
+            return Poll::Ready(());
+        }
+        loop {
+            if let Some(pause) = &mut on.pause {
+                if pause.as_mut().poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
+                on.pause = None;
+            }
+            if on.pair.look().queued == 0 {
+                on.pair.shut(DAEMON);
+                (on.budget, on.pauses) = (None, 0);
+                self.begin();
+                return Poll::Ready(());
+            }
+            on.pauses += 1;
+            if on.pauses <= SPINS {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let doubled = PAUSE_MIN.saturating_mul(1 << (on.pauses - SPINS - 1).min(8));
+            on.pause = Some(Box::pin(sleep(doubled.min(PAUSE_MAX))));
+        }
+    }
+}
+
+impl Drop for Hot {
+    fn drop(&mut self) {
+        if let State::On(on) = &self.state {
+            let sum = |of: fn(&Pair, u32) -> u64| of(&on.pair, APPLICATION) + of(&on.pair, DAEMON);
+            self.candidate.count_bytes(sum(Pair::redirected), sum(Pair::passed));
+        }
+    }
+}
