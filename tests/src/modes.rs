@@ -60,6 +60,16 @@ macro_rules! each_mode {
             $($tests)*
         );
         $crate::mode!(
+            spliced,
+            $crate::modes::Mode { daemon: "relay = \"splice\"", proof: Some("flows_spliced"), ..$crate::modes::COPY },
+            $($tests)*
+        );
+        $crate::mode!(
+            past_tcp,
+            $crate::modes::Mode { capture: "bypass = \"auto\"", ..$crate::modes::COPY },
+            $($tests)*
+        );
+        $crate::mode!(
             through_a_gateway,
             $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Gateway, ..$crate::modes::COPY },
             $($tests)*
