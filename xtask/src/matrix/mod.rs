@@ -72,11 +72,11 @@ pub(crate) struct Args {
     kernel: Vec<String>,
 
     /// How long one kernel may take.
-    #[arg(long, value_name = "MINUTES", default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=600))]
+    #[arg(long, value_name = "MINUTES", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
     timeout: u64,
 
     /// How long one test may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=36_000))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 240, value_parser = clap::value_parser!(u64).range(1..=36_000))]
     test_timeout: u64,
 
     /// Only says which tests would be run.
