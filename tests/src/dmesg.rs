@@ -2,7 +2,7 @@
 //!
 //! Enters: a moment. Leaves: the warnings that the kernel has logged since, each with the lines behind it. Invariant:
 //! what was logged before the moment is nobody's; a log that cannot be read, or that was overwritten, is an error and
-//! never silence. It judges text: whatever a kernel says of a broken promise of its own has one of [`SIGNS`] in it.
+//! never silence. It judges text: whatever a kernel says of a broken promise of its own has one of the `SIGNS` in it.
 
 use std::{
     fs::{File, OpenOptions},

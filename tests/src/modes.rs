@@ -1,8 +1,8 @@
 //! The ways to carry a flow, and a stage on which each is tried.
 //!
 //! Enters: a mode. Leaves: two hosts, a group of the first that a daemon captures in this mode, programs in it, and the
-//! daemon's own word that it was this way. Invariant: what is asked of one mode is asked of all: [`each_mode`] makes the
-//! tests.
+//! daemon's own word that it was this way. Invariant: what is asked of one mode is asked of all:
+//! [`each_mode`](crate::each_mode) makes the tests.
 
 use std::{path::PathBuf, process::Command};
 
