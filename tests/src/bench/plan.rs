@@ -214,7 +214,7 @@ fn relay(extent: Extent) -> Scenario {
     };
     let mut tasks = vec![
         work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 1.0, 0.4)),
-        work(Workload::Connect { at_once: 1 }, "connect + 64 B + close", time(extent, 1.0, 0.4)),
+        work(Workload::Connect { at_once: 1 }, "connect + 64 B + close", time(extent, 1.0, 0.25)),
         work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.0, 0.4)),
     ];
     if extent == Extent::Full {

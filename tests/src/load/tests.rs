@@ -313,7 +313,9 @@ fn a_soak_that_does_not_get_on_ends_although_its_calls_block() -> Result<()> {
             let mut session = Session::prepare(BETWEEN, workload("soak:2"), WARM_UP).await?;
             session.measure(SHORT).await
         };
+        // What is between listens before it is connected to.
         tokio::select! {
+            biased;
             _served = server.run() => bail!("the server ended"),
             _carried = between(Fault::Stall(100_000, STALL), Direction::Down) => bail!("what is between ended"),
             // What was begun is dropped then, and so is the runtime, which waits for threads.
