@@ -34,8 +34,10 @@ static TOLD: RingBuf<u64, TOLD_BYTES> = RingBuf::new();
 /// What becomes of what a socket has received.
 #[stream_verdict]
 fn splice_verdict(ctx: SkBuffContext) -> u32 {
-    // What is not in the tables any more is the daemon's to read, or nobody's.
-    try_splice(&ctx).unwrap_or(SK_PASS)
+    // A socket without a direction is about to be closed: its flow is over. Passed, and not read before it is closed,
+    // bytes would be given back to a socket that has settled its account of memory already (a warning of
+    // inet_sock_destruct).
+    try_splice(&ctx).unwrap_or(SK_DROP)
 }
 
 #[inline(always)]

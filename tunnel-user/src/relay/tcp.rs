@@ -10,6 +10,7 @@ use std::{
     io::{self, IoSlice, Read as _},
     mem,
     net::Shutdown,
+    ops::Deref,
     os::fd::AsFd,
     pin::Pin,
     rc::Rc,
@@ -47,13 +48,17 @@ pub struct TcpLeg {
     error: ErrorWatch,
     /// Of a captured connection that may go past TCP.
     hot: Option<Box<Hot>>,
+    /// A kernel program may have passed bytes to it.
+    was_taken: bool,
 }
 
 impl TcpLeg {
     /// Takes over a connected socket.
     pub fn new(stream: TcpStream) -> Self {
         abort_on_close(&stream);
-        Self { until_much: MUCH, ..Self::aborting(stream) }
+        let mut leg = Self::aborting(stream);
+        leg.until_much = MUCH;
+        leg
     }
 
     /// The same of one that was accepted from a listener with [`OnClose::Abort`](crate::transport::tcp::OnClose), and so
@@ -70,6 +75,7 @@ impl TcpLeg {
             next_read: READ_MIN,
             error: ErrorWatch::default(),
             hot: bypass.map(|candidate| Box::new(Hot::new(candidate))),
+            was_taken: false,
         }
     }
 
@@ -314,15 +320,18 @@ impl TcpLeg {
 
     /// Takes the socket away, out of the runtime's epoll: until it is [`put`](Self::put) back nothing may poll the leg.
     /// An error leaves nothing of the connection.
-    pub(super) fn take(&mut self) -> io::Result<std::net::TcpStream> {
+    pub(super) fn take(&mut self) -> io::Result<Taken> {
         self.error = ErrorWatch::default();
         let stream = self.stream.take().and_then(|stream| Rc::try_unwrap(stream).ok());
-        stream.ok_or(io::ErrorKind::NotConnected)?.into_std()
+        stream.ok_or(io::ErrorKind::NotConnected)?.into_std().map(|stream| Taken(Some(stream)))
     }
 
     /// Puts the socket back.
-    pub(super) fn put(&mut self, stream: std::net::TcpStream) -> io::Result<()> {
-        self.stream = Some(Rc::new(TcpStream::from_std(stream)?));
+    pub(super) fn put(&mut self, mut stream: Taken) -> io::Result<()> {
+        if let Some(stream) = stream.0.take() {
+            self.stream = Some(Rc::new(TcpStream::from_std(stream)?));
+            self.was_taken = true;
+        }
         Ok(())
     }
 
@@ -330,6 +339,48 @@ impl TcpLeg {
     /// (epoll(7), question 9), so the call that would only say EAGAIN is spared.
     pub(super) fn not_ready(&self, interest: Interest) {
         let _cleared = self.stream().try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+    }
+}
+
+impl Drop for TcpLeg {
+    fn drop(&mut self) {
+        if self.was_taken
+            && let Some(stream) = &self.stream
+        {
+            empty(&SockRef::from(&**stream));
+        }
+    }
+}
+
+/// A leg's socket that is polled by somebody else.
+pub(super) struct Taken(Option<std::net::TcpStream>);
+
+impl Deref for Taken {
+    type Target = std::net::TcpStream;
+
+    fn deref(&self) -> &Self::Target {
+        self.0.as_ref().expect("only `put` and `drop` take it")
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.0 {
+            empty(&SockRef::from(stream));
+        }
+    }
+}
+
+/// Reads and forgets what a kernel program has passed to a socket that is about to be closed. The kernel would free it
+/// after the socket has settled its account of memory, and warn (`sk_psock_destroy`, `inet_sock_destruct`). No more than
+/// a receive buffer may hold (tcp_rmem).
+fn empty(socket: &SockRef<'_>) {
+    const READS: usize = 4096;
+    let mut buf = [0; 16 * 1024];
+    for _ in 0..READS {
+        if !matches!((&**socket).read(&mut buf), Ok(1..)) {
+            return;
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use self::room::{Room, Seat, Unseated};
 pub use self::room::{Spliced, Splices, probe};
 use super::{
     Broken, Direction, Meter, Outcome, Queue, Side, State, TcpLeg, conclude, step,
-    tcp::{let_arrive, reset, shut_down},
+    tcp::{Taken, let_arrive, reset, shut_down},
 };
 
 /// Bytes that one wake-up moves, in either direction, in a flow that chats; more is bulk, which is copied for less.
@@ -64,30 +64,34 @@ pub(super) async fn relay(
     splices: &Splices,
 ) -> Outcome {
     let room = splices.room();
+    // In this order, because they are dropped in the other one: what a socket receives once it has no seat is dropped,
+    // and then it is emptied and closed.
+    let mut taken: Option<[Taken; 2]>;
     let mut joined = Joined::Not;
     loop {
-        let chats = !matches!(joined, Joined::Never);
+        let chats = !matches!(joined, Joined::Never { .. });
         let ended = copy(client, target, meter, &mut up, &mut down, chats.then_some(room.streak)).await;
         if let Some(ended) = ended {
             return conclude(client, target, ended);
         }
-        let (own, theirs) = match (client.take(), target.take()) {
-            (Ok(client), Ok(target)) => (client, target),
+        taken = match (client.take(), target.take()) {
+            (Ok(client), Ok(target)) => Some([client, target]),
             // There is nothing left that could be copied.
             (Err(e), _) => return Outcome::Reset(Side::Client, reset(e)),
             (_, Err(e)) => return Outcome::Reset(Side::Target, reset(e)),
         };
+        let Some([own, theirs]) = &taken else { continue };
         joined = match joined {
-            Joined::Not => join(room, &own, &theirs, meter),
+            Joined::Not => join(room, own, theirs, meter),
             other => other,
         };
         if let Joined::Yes(pair) = &mut joined {
             room.count(|done| done.promotions += 1);
             let moved = [&meter.sent, &meter.received];
-            match pair.run([&own, &theirs], moved, [&mut up, &mut down]).await {
+            match pair.run([own, theirs], moved, [&mut up, &mut down]).await {
                 Ok(true) => {
-                    let_arrive(&own);
-                    let_arrive(&theirs);
+                    let_arrive(&**own);
+                    let_arrive(&**theirs);
                     return Outcome::Closed;
                 }
                 Ok(false) => room.count(|done| done.demotions += 1),
@@ -95,20 +99,14 @@ pub(super) async fn relay(
                 Err((side, why)) => return Outcome::Reset(side, why),
             }
         }
-        if let Err((side, e)) = put_back(client, own, target, theirs) {
-            return Outcome::Reset(side, reset(e));
+        let Some([own, theirs]) = taken.take() else { continue };
+        if let Err(e) = client.put(own) {
+            return Outcome::Reset(Side::Client, reset(e));
+        }
+        if let Err(e) = target.put(theirs) {
+            return Outcome::Reset(Side::Target, reset(e));
         }
     }
-}
-
-fn put_back(
-    client: &mut TcpLeg,
-    own: TcpStream,
-    target: &mut TcpLeg,
-    theirs: TcpStream,
-) -> Result<(), (Side, io::Error)> {
-    client.put(own).map_err(|e| (Side::Client, e))?;
-    target.put(theirs).map_err(|e| (Side::Target, e))
 }
 
 /// Copies until the flow has ended, or chats and is idle: none.
@@ -147,7 +145,9 @@ enum Joined {
     Not,
     Yes(Pair),
     /// They are copied for good.
-    Never,
+    Never {
+        _seat: Option<Seat>,
+    },
 }
 
 /// Gives both sockets to the program.
@@ -156,12 +156,12 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
         Ok(seat) => seat,
         Err(Unseated::Full) => {
             room.count(|done| done.no_slot += 1);
-            return Joined::Never;
+            return Joined::Never { _seat: None };
         }
-        Err(Unseated::Refused(why)) => {
+        Err(Unseated::Refused(why, seat)) => {
             tracing::debug!("a flow's sockets cannot be joined: {why}");
             room.count(|done| done.refused += 1);
-            return Joined::Never;
+            return Joined::Never { _seat: seat };
         }
     };
     let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
@@ -172,7 +172,7 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
             room.count(|done| done.flows += 1);
             Joined::Yes(Pair { room: Rc::clone(room), seat, halves: [up, down], leaving: false })
         }
-        _ => Joined::Never,
+        _ => Joined::Never { _seat: Some(seat) },
     }
 }
 

@@ -234,8 +234,9 @@ async fn tell(room: Weak<Room>) {
 pub(super) enum Unseated {
     /// None is free.
     Full,
-    /// The kernel did not take its sockets.
-    Refused(String),
+    /// The kernel did not take its sockets. It may have taken one of them: as long as there is the seat, everything
+    /// that this one receives is passed.
+    Refused(String, Option<Seat>),
 }
 
 /// A flow's place in the maps, until it is dropped. Its sockets stay in the map until they are closed.
@@ -250,7 +251,7 @@ impl Seat {
     pub(super) fn take(room: &Rc<Room>, client: &TcpStream, target: &TcpStream) -> Result<Self, Unseated> {
         let cookies = [client, target].map(socket::cookie);
         let [Ok(own), Ok(theirs)] = cookies else {
-            return Err(Unseated::Refused("SO_COOKIE".to_owned()));
+            return Err(Unseated::Refused("SO_COOKIE".to_owned(), None));
         };
         for _ in 0..TRIES {
             let Some(number) = room.free.borrow_mut().pop_front() else { break };
@@ -261,8 +262,7 @@ impl Seat {
             match seat.insert([client, target]) {
                 // Those who had it are not closed yet.
                 Err((0, MapError::SyscallError(e))) if e.io_error.raw_os_error() == Some(libc::EEXIST) => {}
-                // Where the program has got one of both, it finds no direction for it, and passes everything.
-                Err((_, e)) => return Err(Unseated::Refused(e.to_string())),
+                Err((_, e)) => return Err(Unseated::Refused(e.to_string(), Some(seat))),
                 Ok(()) => return Ok(seat),
             }
         }
@@ -331,7 +331,7 @@ impl Drop for Seat {
         }
         let mut slots = self.room.slots.borrow_mut();
         for cookie in self.cookies {
-            // What arrives from here on is the daemon's, and it wants nothing more.
+            // What arrives from here on is dropped: the flow is over.
             let _not_there = slots.remove(&cookie);
         }
         if let Some(waiting) = self.room.waiting.borrow_mut().get_mut(self.number as usize) {
