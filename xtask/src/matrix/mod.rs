@@ -47,7 +47,7 @@ const TESTS: &[&str] = &[
     "same_result::spliced::what_an_application",
     "same_result::past_tcp::what_an_application",
     "killed::spliced",
-    "killed::past_tcp",
+    "killed::past_tcp::a_daemon",
     "soak::spliced::heavy",
     "soak::past_tcp::heavy",
 ];
