@@ -169,6 +169,20 @@ pub fn echo() -> impl Handler {
     }
 }
 
+/// Answers so many single bytes, for an application that opens "ADDR+N", and then does something
+/// else.
+pub fn after_pings(n: usize, then: impl Handler) -> impl Handler {
+    move |stream: &TcpStream| {
+        let (mut from, mut to) = (stream, stream);
+        for _ in 0..n {
+            let mut byte = [0];
+            from.read_exact(&mut byte)?;
+            to.write_all(&byte)?;
+        }
+        then(stream)
+    }
+}
+
 /// Receives and sends `bytes`, both at once, checks every one, then waits for the client's end.
 pub fn duplex(bytes: u64) -> impl Handler {
     move |stream: &TcpStream| both_ways(stream, bytes).and_then(|()| end(stream))

@@ -29,7 +29,7 @@ impl Direct {
         world.node().ip(&format!("route add default via {NET4}"))?;
         world.node().ip(&format!("-6 route add default via {NET6}"))?;
         let config = format!(
-            "[daemon]\nworkers = 1\n[[capture]]\nbypass = \"{bypass}\"\n[[route]]\nto = \"direct\"\n"
+            "[daemon]\nworkers = 1\nrelay = \"copy\"\n[[capture]]\nbypass = \"{bypass}\"\n[[route]]\nto = \"direct\"\n"
         );
         let config = world.file("direct.toml", config)?;
         Ok(Self { world, config, warnings: Warnings::new()? })

@@ -276,7 +276,7 @@ fn a_target_that_speaks_first_is_told_before_the_client_has_said_a_word() -> Res
         note(stream, &noted)?;
         names(stream)
     })?;
-    for relay in ["copy", "pipe"] {
+    for relay in ["copy", "pipe", "splice"] {
         let config = format!(
             "[daemon]\nrelay = \"{relay}\"\n{}[[route]]\nmatch = {{ destination = [\"{NET4}/32\"] }}\n\
              to = \"direct\"\nproxy_protocol = \"v2\"\n{}",
@@ -289,7 +289,7 @@ fn a_target_that_speaks_first_is_told_before_the_client_has_said_a_word() -> Res
     }
     let told = notes(&told);
     assert!(
-        told.len() == 2 && told.iter().all(|t| t.destination == near.addr() && t.tlvs.is_empty()),
+        told.len() == 3 && told.iter().all(|t| t.destination == near.addr() && t.tlvs.is_empty()),
         "{told:?}"
     );
     Ok(())

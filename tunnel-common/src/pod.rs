@@ -5,7 +5,10 @@ use aya::Pod;
 use crate::{
     addr::Endpoint,
     capture::{Listener, PortRange, Rule},
-    fastpath::bypass::{Offsets, Slot, Tag},
+    fastpath::{
+        bypass::{Offsets, Slot, Tag},
+        splice,
+    },
     flow::{FlowKey, Origin},
 };
 
@@ -28,4 +31,5 @@ pod! {
     Offsets = 24,
     Slot = 120,
     Tag = 16,
+    splice::Words = 64,
 }

@@ -19,12 +19,14 @@ use socket2::{Domain, Socket, Type};
 use crate::{
     capture::{
         bpf::{self, BpfError},
+        bypass::{Bypass, BypassError},
         cgroup::{self, CgroupError, Hierarchy},
         redirect, sys,
     },
     config,
     exit::{EXIT_KERNEL, EXIT_OTHER, EXIT_PRIVILEGE},
-    limits, privileges,
+    kernels::{Feature, Kernel},
+    limits, privileges, relay,
     transport::tcp,
 };
 
@@ -124,7 +126,8 @@ pub fn examine() -> Vec<Finding> {
         open_files(),
         somaxconn(),
         btf(),
-        sockmap(),
+        splice(),
+        bypass(),
         kernel_tls(),
     ]);
     findings
@@ -429,11 +432,23 @@ fn btf() -> Finding {
     Finding::info(CHECK, if there { "there; capture needs none" } else { "not there; capture needs none" })
 }
 
-fn sockmap() -> Finding {
-    const CHECK: &str = "sockmap";
-    match sys::sockhash() {
-        Ok(_) => Finding::info(CHECK, "there; nothing uses it yet"),
-        Err(e) => Finding::info(CHECK, format!("not there ({e}); nothing uses it yet")),
+/// What `relay = "splice"` takes; without it bytes are copied.
+fn splice() -> Finding {
+    const CHECK: &str = "relay = \"splice\"";
+    let known = Kernel::running().allows(Feature::Splice);
+    match known.and_then(|()| relay::probe().map_err(|e| e.summary())) {
+        Ok(()) => Finding::info(CHECK, "works; relay = \"auto\" has flows that chat moved by the kernel"),
+        Err(why) => Finding::info(CHECK, format!("does not work, so bytes are copied: {why}")),
+    }
+}
+
+/// What `bypass` takes; without it connections stay with TCP.
+fn bypass() -> Finding {
+    const CHECK: &str = "bypass";
+    let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
+    match known.and_then(|()| Bypass::load()) {
+        Ok(_) => Finding::info(CHECK, "works; no capture uses it unless it says so"),
+        Err(why) => Finding::info(CHECK, format!("does not work, so connections stay with TCP: {why}")),
     }
 }
 

@@ -16,6 +16,7 @@ pub mod files;
 pub mod flow;
 pub mod index;
 pub mod inspect;
+pub mod kernels;
 pub mod limits;
 pub mod listener;
 pub mod memory;

@@ -19,15 +19,20 @@ const PER_FLOW_PIPED: u64 = 3;
 /// The most descriptors that one flow takes with this configuration. On either side it has a socket of its own
 /// (captured, or HTTP/1; dialled, or HTTP/1), or a stream of HTTP/2.
 pub fn per_flow(config: &Config) -> u64 {
+    match config.daemon.relay {
+        _ if !has_two_sockets(config) => PER_FLOW_TUNNELLED,
+        Relay::Auto | Relay::Splice | Relay::Copy => PER_FLOW,
+        Relay::Pipe => PER_FLOW_PIPED,
+    }
+}
+
+/// Whether a flow may have a socket of its own on both sides.
+pub fn has_two_sockets(config: &Config) -> bool {
     let captures = !config.captures.is_empty() || !config.redirects.is_empty();
     let enters = captures || config.listeners.iter().any(|l| l.protocols.contains(&Protocol::H1));
     let dials = config.routes.iter().any(|route| matches!(route.to, Action::Direct | Action::Dial(_)));
     let leaves = dials || config.upstreams.iter().any(|u| u.protocol == Protocol::H1);
-    match config.daemon.relay {
-        _ if !(enters && leaves) => PER_FLOW_TUNNELLED,
-        Relay::Copy => PER_FLOW,
-        Relay::Pipe => PER_FLOW_PIPED,
-    }
+    enters && leaves
 }
 
 /// Raises the soft limit of descriptors to the hard one; the limit in force.

@@ -53,6 +53,20 @@ counters! {
     bytes_piped,
     /// Directions that were copied because there was no pipe for them.
     pipes_missed,
+    /// Flows whose two sockets a kernel program has joined.
+    flows_spliced,
+    /// Bytes of both directions that it sent on.
+    bytes_spliced,
+    /// Times that a flow went from being copied to the program.
+    splice_promotions,
+    /// Times that the daemon had to look, because the program's credit for a direction was used up.
+    splice_credit_renewed,
+    /// Times that a flow went back to being copied: its messages had become large, or its receiver slow.
+    splice_demotions,
+    /// Flows that were copied because the program had no place for them.
+    splice_no_slot,
+    /// Flows that were copied because the kernel did not take their sockets.
+    splice_refused,
     /// Refused by policy or by a route.
     denied,
     /// Targets that could not be reached.

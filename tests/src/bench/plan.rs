@@ -212,12 +212,9 @@ fn relay(extent: Extent) -> Scenario {
         let near = Some(Near::Dialling(name));
         arm(name, title, Build { capture: Some(Capture::Ebpf), near, ..DIRECT })
     };
-    let sk_skb = Arm {
-        build: Err("not built yet: sk_skb redirection between two sockets of the daemon"),
-        ..ours("sk_skb", "sk_skb redirect")
-    };
     let mut tasks = vec![
         work(Workload::PingPong { size: 64 }, "64 B round trip", time(extent, 1.0, 0.4)),
+        work(Workload::Connect { at_once: 1 }, "connect + 64 B + close", time(extent, 1.0, 0.4)),
         work(bulk(1, Direction::Up), "bulk up, 1 stream", time(extent, 1.0, 0.4)),
     ];
     if extent == Extent::Full {
@@ -233,7 +230,12 @@ fn relay(extent: Extent) -> Scenario {
         about: "How our daemon moves bytes from a captured connection to one that it dialled: through userspace, \
                 through a pipe with splice(2), or in the kernel's sockmap.",
         link: None,
-        arms: vec![direct(), ours("copy", "userspace copy"), ours("pipe", "splice(2)"), sk_skb],
+        arms: vec![
+            direct(),
+            ours("copy", "userspace copy"),
+            ours("pipe", "splice(2)"),
+            ours("splice", "sk_skb, while it chats"),
+        ],
         tasks,
         rounds: rounds(extent),
     }

@@ -35,12 +35,15 @@ use crate::{
         bpf::{self, Owner},
         cgroup::Fresh,
     },
-    config::{self, Config, OnFailure},
+    config::{self, Config, OnFailure, Relay},
     drain::{self, Phase, Trigger},
     exit::{Cause, Failure},
-    files, limits, memory,
+    files,
+    kernels::{Feature, Kernel},
+    limits, memory,
     policy::Policies,
     privileges,
+    relay::{self, PathKind},
     route::Router,
     stats::Counters,
     takeover::{self, Listeners, TakeoverError},
@@ -147,7 +150,8 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         captures.push(active);
     }
 
-    let shared = shared(&config, &fixed, &listeners);
+    let path = path(&config)?;
+    let shared = shared(&config, &fixed, &listeners, path);
     let mut discover = Discover::new(fixed.socket_mark, fixed.workers);
     let upstreams = config.upstreams.iter().map(|u| discover.upstream(u, tls));
     let upstreams = upstreams.collect::<Result<Vec<_>, _>>()?;
@@ -208,7 +212,7 @@ fn require_privileges(config: &Config) -> Result<(), Failure> {
 }
 
 /// What all workers are told of a configuration.
-fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener]) -> Arc<Shared> {
+fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener], path: PathKind) -> Arc<Shared> {
     let own = listeners.iter().map(|l| l.bound);
     let own: Vec<_> = own.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
     let per_flow = limits::per_flow(config);
@@ -223,11 +227,43 @@ fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener]) -> Arc<S
             fixed.workers,
             per_flow,
         ),
-        relay: config.daemon.relay,
+        path,
         inspect_timeout: config.daemon.inspect_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: fixed.keep_records,
+    })
+}
+
+/// How bytes are moved between two sockets of ours. Fails where it was asked for and cannot be.
+fn path(config: &Config) -> Result<PathKind, Failure> {
+    let asked = match config.daemon.relay {
+        Relay::Copy => return Ok(PathKind::Copy),
+        Relay::Pipe => return Ok(PathKind::Pipe),
+        // No flow would have two sockets.
+        Relay::Auto if !limits::has_two_sockets(config) => return Ok(PathKind::Copy),
+        Relay::Auto => false,
+        Relay::Splice => true,
+    };
+    let (why, privilege) = match Kernel::running().allows(Feature::Splice) {
+        Err(why) => (why, false),
+        Ok(()) => match relay::probe() {
+            Ok(()) => return Ok(PathKind::Splice),
+            Err(e) => (e.summary(), e.is_privilege()),
+        },
+    };
+    if !asked {
+        tracing::info!("bytes between two connections are copied: {why}");
+        return Ok(PathKind::Copy);
+    }
+    let what = format!("relay = \"splice\": {why}");
+    Err(if privilege {
+        let remedy = "Loading the program takes CAP_BPF and CAP_NET_ADMIN: run it as root. With relay = \"auto\" bytes are \
+                      copied without.";
+        Failure::Privilege(Cause::new(what, remedy))
+    } else {
+        let remedy = "With relay = \"auto\" bytes are copied on such a kernel; `tunnel doctor` says which have what it takes.";
+        Failure::Kernel(Cause::new(what, remedy))
     })
 }
 

@@ -13,7 +13,7 @@ use super::{
     Identity, Running,
     captures::{self, ActiveCapture, Programs},
     listen::{ActiveListener, Opener, Sockets},
-    load_identity, lock_if_pinned, other, require_privileges, shared,
+    load_identity, lock_if_pinned, other, path, require_privileges, shared,
 };
 use crate::{
     config::{self, Config},
@@ -48,6 +48,7 @@ impl Running {
     /// Puts another configuration in force. On an error the old one is.
     pub(super) async fn reload(&mut self, config: Config) -> Result<Changed, Failure> {
         self.can_become(&config)?;
+        let path = path(&config)?;
         // From the first look at what is pinned until the last link.
         let _lock = lock_if_pinned(&config, self.config.captures.iter().chain(&config.captures))?;
         let ready = self.prepare(&config)?;
@@ -82,7 +83,7 @@ impl Running {
             capture.wanted = wanted.clone();
         }
         active.extend(captures);
-        let shared = shared(&config, &self.fixed, &listeners);
+        let shared = shared(&config, &self.fixed, &listeners, path);
         let (done, mut all_done) = mpsc::channel(1);
         for ((worker, Sockets { captures, listeners }), upstreams) in
             self.more.iter().zip(sockets).zip(upstreams)

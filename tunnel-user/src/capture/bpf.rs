@@ -46,7 +46,7 @@ const PROGRAMS: [(&str, AttachType); 6] = [
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
     /// The object could not be parsed or its maps not be made.
-    #[error("loading the capture programs' maps failed: {0}")]
+    #[error("loading the programs' maps failed: {0}")]
     Load(#[source] Box<EbpfError>),
     /// The verifier or the kernel refused a program.
     #[error("the kernel refused program {name}: {source}")]
@@ -68,6 +68,15 @@ pub enum BpfError {
         /// What the kernel said.
         #[source]
         source: MapError,
+    },
+    /// A map could not be mapped or waited for.
+    #[error("map {name}: {source}")]
+    MapIo {
+        /// The map.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
     },
     /// A program could not be attached.
     #[error("attaching {name} to the cgroup failed: {source}")]

@@ -14,7 +14,6 @@ use std::{
 };
 
 /// Commands and flags of `linux/bpf.h`.
-const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -140,22 +139,6 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
 pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     owned(bpf(BPF_OBJ_GET, &mut ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })?)
-}
-
-/// Makes a map for sockets, as a later fast path would: whether this kernel has them.
-pub fn sockhash() -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        map_type: u32,
-        key_size: u32,
-        value_size: u32,
-        max_entries: u32,
-    }
-    const BPF_MAP_TYPE_SOCKHASH: u32 = 18;
-    owned(bpf(
-        BPF_MAP_CREATE,
-        &mut Attr { map_type: BPF_MAP_TYPE_SOCKHASH, key_size: 8, value_size: 8, max_entries: 1 },
-    )?)
 }
 
 #[repr(C)]

@@ -149,8 +149,12 @@ impl Default for Daemon {
 /// How bytes are moved between two sockets of ours: captured, dialled, or an HTTP/1 tunnel in plaintext.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Relay {
-    /// Read and written.
+    /// As [`Splice`](Self::Splice) where that can be, else as [`Copy`](Self::Copy).
     #[default]
+    Auto,
+    /// By a kernel program while a flow chats, else as [`Copy`](Self::Copy).
+    Splice,
+    /// Read and written.
     Copy,
     /// In the kernel, through a pipe (splice(2)).
     Pipe,

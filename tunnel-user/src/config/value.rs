@@ -163,8 +163,8 @@ impl Word for CheckKind {
     const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("ping", Self::Ping)];
 }
 impl Word for Relay {
-    const WORDS: &'static [(&'static str, Self)] = &[("copy", Self::Copy), ("pipe", Self::Pipe)];
-    const LATER: &'static [&'static str] = &["splice"];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("splice", Self::Splice), ("copy", Self::Copy), ("pipe", Self::Pipe)];
 }
 impl Word for ProxyProtocol {
     const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];

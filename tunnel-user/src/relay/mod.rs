@@ -12,6 +12,7 @@ mod early;
 mod h2;
 mod pipe;
 mod queue;
+mod splice;
 mod tcp;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use std::{
     future::poll_fn,
     io, mem,
     ops::DerefMut,
+    rc::Rc,
     task::{Context, Poll},
 };
 
@@ -34,6 +36,7 @@ pub use self::{
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
+    splice::{CHATTY_BYTES, CHATTY_STREAK, Spliced, Splices, probe},
     tcp::{TcpLeg, broken},
     tls::TlsLeg,
 };
@@ -200,21 +203,62 @@ pub struct Early {
 /// that is 1 MiB, about 200 µs.
 const STEPS: u32 = 16;
 
-/// Runs a flow to its end: through `pipes` where there are some and both legs are sockets, else by copying. Everything is
-/// borrowed: an argument of a future takes its room once as such and once as what it becomes, in every idle flow.
+/// How bytes are moved between two sockets of ours; everything else is copied.
+#[derive(Clone)]
+pub enum Path {
+    /// Through this process.
+    Copy,
+    /// Through pipes.
+    Pipe(Rc<Pipes>),
+    /// By a kernel program while they chat, and else through this process.
+    Splice(Rc<Splices>),
+}
+
+impl Path {
+    /// What a worker has for it, or keeps: of pipes no more than so many.
+    pub fn new(kind: PathKind, before: Option<&Self>, pipes_max: usize) -> Self {
+        match (kind, before) {
+            (PathKind::Copy, _) => Self::Copy,
+            (PathKind::Pipe, Some(Self::Pipe(pipes))) => Self::Pipe(Rc::clone(pipes)),
+            (PathKind::Pipe, _) => Self::Pipe(Rc::new(Pipes::new(pipes_max))),
+            (PathKind::Splice, Some(Self::Splice(splices))) => Self::Splice(Rc::clone(splices)),
+            (PathKind::Splice, _) => match Splices::load() {
+                Ok(splices) => Self::Splice(Rc::new(splices)),
+                // It was tried before the workers were told to.
+                Err(e) => {
+                    tracing::error!("this worker copies: {}", e.summary());
+                    Self::Copy
+                }
+            },
+        }
+    }
+}
+
+/// A [`Path`] that is still to be made, by each worker for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathKind {
+    /// [`Path::Copy`]
+    Copy,
+    /// [`Path::Pipe`]
+    Pipe,
+    /// [`Path::Splice`]
+    Splice,
+}
+
+/// Runs a flow to its end, by `path` where both legs are sockets, else by copying. Everything is borrowed: an argument of a future takes its room once as such and once as what it becomes, in every idle flow.
 pub async fn relay<C: Leg, T: Leg>(
     client: &mut C,
     target: &mut T,
     early: &mut Early,
     meter: &Meter,
-    pipes: Option<&Pipes>,
+    path: &Path,
 ) -> Outcome {
     let Early { sent, ours, passed, ended, finished, received } = early;
     if *passed > 0 {
         client.accepted(*passed);
         meter.sent.set(*passed as u64);
     }
-    if let Some(pipes) = pipes
+    if let Path::Pipe(pipes) = path
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
         client.stay_with_tcp();
@@ -234,7 +278,15 @@ pub async fn relay<C: Leg, T: Leg>(
         (false, false) => State::Open,
     };
     let mut up = Direction { state, ..Direction::new(sent, *ours) };
-    run(client, target, meter, &mut up, &mut Direction::new(received, 0)).await
+    let mut down = Direction::new(received, 0);
+    if let Path::Splice(splices) = path
+        && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
+    {
+        client.stay_with_tcp();
+        target.stay_with_tcp();
+        return Box::pin(splice::relay(client, target, up, down, meter, splices)).await;
+    }
+    run(client, target, meter, &mut up, &mut down).await
 }
 
 /// One direction of a flow, in one of the ways to move its bytes.
@@ -262,38 +314,52 @@ async fn run<C: Leg, T: Leg>(
     up: &mut impl Way<C, T>,
     down: &mut impl Way<T, C>,
 ) -> Outcome {
-    let ended = poll_fn(|cx| {
-        let sent = up
-            .poll(cx, client, target, &meter.sent)
-            .map_err(|(at_source, why)| (if at_source { Side::Client } else { Side::Target }, why));
-        if let Err(reset) = sent {
-            return Poll::Ready(Err(reset));
-        }
-        let received = down
-            .poll(cx, target, client, &meter.received)
-            .map_err(|(at_source, why)| (if at_source { Side::Target } else { Side::Client }, why));
-        if let Err(reset) = received {
-            return Poll::Ready(Err(reset));
-        }
-        if up.is_done() && down.is_done() {
-            return Poll::Ready(Ok(()));
-        }
-        // A direction that is not reading would not hear of a reset.
-        if up.is_deaf()
-            && let Poll::Ready(why) = client.poll_broken(cx)
-            && let Broken::Reset(_) = why
-        {
-            return Poll::Ready(Err((Side::Client, why)));
-        }
-        if down.is_deaf()
-            && let Poll::Ready(why) = target.poll_broken(cx)
-            && let Broken::Reset(_) = why
-        {
-            return Poll::Ready(Err((Side::Target, why)));
-        }
-        Poll::Pending
-    })
-    .await;
+    let ended = poll_fn(|cx| step(cx, client, target, meter, up, down)).await;
+    conclude(client, target, ended)
+}
+
+/// Moves what can be moved both ways; ready when both have ended, or with the side that broke.
+fn step<C: Leg, T: Leg>(
+    cx: &mut Context<'_>,
+    client: &mut C,
+    target: &mut T,
+    meter: &Meter,
+    up: &mut impl Way<C, T>,
+    down: &mut impl Way<T, C>,
+) -> Poll<Result<(), (Side, Broken)>> {
+    let sent = up
+        .poll(cx, client, target, &meter.sent)
+        .map_err(|(at_source, why)| (if at_source { Side::Client } else { Side::Target }, why));
+    if let Err(reset) = sent {
+        return Poll::Ready(Err(reset));
+    }
+    let received = down
+        .poll(cx, target, client, &meter.received)
+        .map_err(|(at_source, why)| (if at_source { Side::Target } else { Side::Client }, why));
+    if let Err(reset) = received {
+        return Poll::Ready(Err(reset));
+    }
+    if up.is_done() && down.is_done() {
+        return Poll::Ready(Ok(()));
+    }
+    // A direction that is not reading would not hear of a reset.
+    if up.is_deaf()
+        && let Poll::Ready(why) = client.poll_broken(cx)
+        && let Broken::Reset(_) = why
+    {
+        return Poll::Ready(Err((Side::Client, why)));
+    }
+    if down.is_deaf()
+        && let Poll::Ready(why) = target.poll_broken(cx)
+        && let Broken::Reset(_) = why
+    {
+        return Poll::Ready(Err((Side::Target, why)));
+    }
+    Poll::Pending
+}
+
+/// Closes both legs, or aborts the one that did not break.
+fn conclude(client: &mut impl Leg, target: &mut impl Leg, ended: Result<(), (Side, Broken)>) -> Outcome {
     match ended {
         Ok(()) => {
             client.close();
@@ -348,6 +414,11 @@ impl<Q: DerefMut<Target = Queue>> Direction<Q> {
     /// With what is there already.
     fn new(queue: Q, ours: usize) -> Self {
         Self { queue, ours, state: State::Open }
+    }
+
+    /// Whether nothing waits to be sent, and bytes may still come.
+    fn is_idle(&self) -> bool {
+        self.state == State::Open && self.queue.is_empty()
     }
 }
 

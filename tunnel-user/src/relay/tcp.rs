@@ -10,6 +10,7 @@ use std::{
     io::{self, Read as _},
     mem,
     net::Shutdown,
+    os::fd::AsFd,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -33,7 +34,8 @@ const READ_MAX: usize = 64 * 1024 - 9;
 
 /// See the module.
 pub struct TcpLeg {
-    stream: Rc<TcpStream>,
+    /// None while the kernel moves the flow's bytes, or once it has moved the last one ([`take`](TcpLeg::take)).
+    stream: Option<Rc<TcpStream>>,
     /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
@@ -57,7 +59,7 @@ impl TcpLeg {
     /// The same of a captured connection, which may ask to go past TCP.
     pub fn captured(stream: TcpStream, bypass: Option<Candidate>) -> Self {
         let hot = bypass.map(|candidate| Box::new(Hot::new(candidate)));
-        Self { stream: Rc::new(stream), next_read: READ_MIN, error: ErrorWatch::default(), hot }
+        Self { stream: Some(Rc::new(stream)), next_read: READ_MIN, error: ErrorWatch::default(), hot }
     }
 
     /// From now on its socket is read and written in other ways than by this leg, which those of a bypass do not stand.
@@ -97,7 +99,7 @@ impl ErrorWatch {
 }
 
 /// Sends FIN.
-pub(super) fn shut_down(stream: &TcpStream) -> Result<(), Broken> {
+pub(super) fn shut_down(stream: &impl AsFd) -> Result<(), Broken> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
         // The peer closed both directions, and then the connection went away: nothing is lost.
         Err(e) if e.kind() != io::ErrorKind::NotConnected => Err(reset(e)),
@@ -144,7 +146,7 @@ impl Drop for Room {
 }
 
 /// From here on a close is clean: what is queued still has to arrive.
-pub(super) fn let_arrive(stream: &TcpStream) {
+pub(super) fn let_arrive(stream: &impl AsFd) {
     // Fails only on a socket that is gone already.
     let _gone = SockRef::from(stream).set_linger(None);
 }
@@ -160,17 +162,17 @@ impl Leg for TcpLeg {
         if self.next_read == 0 {
             self.next_read = READ_MIN;
             if let Some(first) = self.recv_unheard() {
-                if let (Some(hot), Ok(Some(bytes))) = (&mut self.hot, &first) {
-                    hot.received(bytes.len(), &self.stream);
+                if let (Some(hot), Some(stream), Ok(Some(bytes))) = (&mut self.hot, &self.stream, &first) {
+                    hot.received(bytes.len(), stream);
                 }
                 return Poll::Ready(first);
             }
         }
         loop {
-            ready!(self.stream.poll_read_ready(cx)).map_err(reset)?;
+            ready!(self.stream().poll_read_ready(cx)).map_err(reset)?;
             let mut buf = Room::take(self.next_read);
             let passed = self.hot.as_ref().map_or(0, |hot| hot.passed());
-            match self.stream.try_read_buf(&mut buf.0) {
+            match self.stream().try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
                     if n < self.next_read && self.hot.as_ref().is_none_or(|hot| hot.short_is_all()) {
@@ -181,8 +183,8 @@ impl Leg for TcpLeg {
                     } else if n < self.next_read / 4 {
                         self.next_read = (self.next_read / 2).max(READ_MIN);
                     }
-                    if let Some(hot) = &mut self.hot {
-                        hot.received(n, &self.stream);
+                    if let (Some(hot), Some(stream)) = (&mut self.hot, &self.stream) {
+                        hot.received(n, stream);
                     }
                     return Poll::Ready(Ok(Some(buf.filled())));
                 }
@@ -203,14 +205,14 @@ impl Leg for TcpLeg {
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
-            ready!(self.stream.poll_write_ready(cx)).map_err(reset)?;
+            ready!(self.stream().poll_write_ready(cx)).map_err(reset)?;
             let most = match &mut self.hot {
                 Some(hot) => ready!(hot.poll_room(cx)),
                 None => usize::MAX,
             };
             let written = queue.with_slices_of(most, |slices| {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
-                self.stream.try_write_vectored(slices).map(|n| (n, offered))
+                self.stream().try_write_vectored(slices).map(|n| (n, offered))
             });
             match written {
                 Ok((n, offered)) => {
@@ -237,15 +239,18 @@ impl Leg for TcpLeg {
             // Whoever dies behind its own end would take along what is queued in front of it.
             ready!(hot.poll_drained(cx));
         }
-        Poll::Ready(shut_down(&self.stream))
+        Poll::Ready(shut_down(self.stream()))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        self.error.poll(cx, &self.stream)
+        let Some(stream) = &self.stream else { return Poll::Pending };
+        self.error.poll(cx, stream)
     }
 
     fn close(&mut self) {
-        let_arrive(&self.stream);
+        if let Some(stream) = &self.stream {
+            let_arrive(&**stream);
+        }
     }
 
     fn abort(&mut self) {
@@ -262,7 +267,7 @@ impl TcpLeg {
     /// there is nothing, and waits.
     fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {
         let mut buf = [0; READ_MIN];
-        match (&*SockRef::from(&*self.stream)).read(&mut buf) {
+        match (&*SockRef::from(self.stream())).read(&mut buf) {
             Ok(0) => Some(Ok(None)),
             Ok(n) => Some(Ok(Some(Bytes::copy_from_slice(&buf[..n])))),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
@@ -272,13 +277,27 @@ impl TcpLeg {
 
     /// The socket.
     pub(super) fn stream(&self) -> &TcpStream {
-        &self.stream
+        self.stream.as_ref().expect("a leg is polled only while it has its socket")
+    }
+
+    /// Takes the socket away, out of the runtime's epoll: until it is [`put`](Self::put) back nothing may poll the leg.
+    /// An error leaves nothing of the connection.
+    pub(super) fn take(&mut self) -> io::Result<std::net::TcpStream> {
+        self.error = ErrorWatch::default();
+        let stream = self.stream.take().and_then(|stream| Rc::try_unwrap(stream).ok());
+        stream.ok_or(io::ErrorKind::NotConnected)?.into_std()
+    }
+
+    /// Puts the socket back.
+    pub(super) fn put(&mut self, stream: std::net::TcpStream) -> io::Result<()> {
+        self.stream = Some(Rc::new(TcpStream::from_std(stream)?));
+        Ok(())
     }
 
     /// A short read or write has emptied or filled the socket: what comes next raises a new edge
     /// (epoll(7), question 9), so the call that would only say EAGAIN is spared.
     pub(super) fn not_ready(&self, interest: Interest) {
-        let _cleared = self.stream.try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        let _cleared = self.stream().try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }
 

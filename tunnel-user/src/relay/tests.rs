@@ -13,19 +13,52 @@ use tokio::{
     time::timeout,
 };
 
+use tunnel_common::fastpath::splice::BACKLOG_MAX;
+
 use super::*;
 
 /// Far longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The ways: copied; through pipes; through pipes of which there are none; through one pipe for all.
-const WAYS: [Option<usize>; 4] = [None, Some(PIPES_MAX), Some(0), Some(1)];
+/// The ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Copy,
+    /// Through as many pipes at most.
+    Pipes(usize),
+    /// By the kernel program, with so much credit, after so many wake-ups.
+    Splice(u64, u32),
+}
+
+/// Copied; through pipes; through pipes of which there are none; through one pipe for all; by the program as a daemon
+/// has it; from the first byte on; and with so little credit that it has to be renewed all the time.
+const WAYS: [By; 7] = [
+    By::Copy,
+    By::Pipes(PIPES_MAX),
+    By::Pipes(0),
+    By::Pipes(1),
+    By::Splice(BACKLOG_MAX, CHATTY_STREAK),
+    By::Splice(BACKLOG_MAX, 1),
+    By::Splice(6_000, 1),
+];
+
+impl By {
+    fn path(self) -> Path {
+        match self {
+            Self::Copy => Path::Copy,
+            Self::Pipes(most) => Path::Pipe(Rc::new(Pipes::new(most))),
+            Self::Splice(credit, streak) => {
+                Path::Splice(Rc::new(Splices::with(credit, streak).expect("this kernel takes the program")))
+            }
+        }
+    }
+}
 
 /// A flow that runs.
 struct Flow {
     app: TcpStream,
     target: TcpStream,
-    pipes: Option<Rc<Pipes>>,
+    path: Path,
     relayed: JoinHandle<(String, u64, u64)>,
 }
 
@@ -40,28 +73,28 @@ async fn pair() -> (TcpStream, TcpLeg) {
 }
 
 impl Flow {
-    async fn start(way: Option<usize>) -> Self {
-        Self::start_with(way.map(|most| Rc::new(Pipes::new(most)))).await
+    async fn start(way: By) -> Self {
+        Self::start_with(way.path()).await
     }
 
-    async fn start_with(pipes: Option<Rc<Pipes>>) -> Self {
-        Self::start_after(Early::default(), pipes).await
+    async fn start_with(path: Path) -> Self {
+        Self::start_after(Early::default(), path).await
     }
 
     /// With what was read before.
-    async fn start_after(mut early: Early, pipes: Option<Rc<Pipes>>) -> Self {
+    async fn start_after(mut early: Early, path: Path) -> Self {
         let ((app, mut client), (target, mut onward)) = (pair().await, pair().await);
-        let through = pipes.clone();
+        let through = path.clone();
         let relayed = tokio::task::spawn_local(async move {
             let meter = Meter::default();
-            let outcome = relay(&mut client, &mut onward, &mut early, &meter, through.as_deref()).await;
+            let outcome = relay(&mut client, &mut onward, &mut early, &meter, &through).await;
             (outcome.to_string(), meter.sent.get(), meter.received.get())
         });
-        Self { app, target, pipes, relayed }
+        Self { app, target, path, relayed }
     }
 
     fn in_use(&self) -> usize {
-        in_use(&self.pipes)
+        in_use(&self.path)
     }
 }
 
@@ -70,11 +103,17 @@ async fn end_of_flow(relayed: JoinHandle<(String, u64, u64)>) -> (String, u64, u
     timeout(PATIENCE, relayed).await.expect("it ends").unwrap()
 }
 
-fn in_use(pipes: &Option<Rc<Pipes>>) -> usize {
-    pipes.as_ref().map_or(0, |p| p.in_use())
+/// Pipes that are in use.
+fn in_use(path: &Path) -> usize {
+    if let Path::Pipe(pipes) = path { pipes.in_use() } else { 0 }
 }
 
-fn run_each<F: Future<Output = ()>>(test: impl Fn(Option<usize>) -> F) {
+/// Pipes that are open.
+fn open(path: &Path) -> usize {
+    if let Path::Pipe(pipes) = path { pipes.open() } else { 0 }
+}
+
+fn run_each<F: Future<Output = ()>>(test: impl Fn(By) -> F) {
     for way in WAYS {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let played = LocalSet::new().block_on(&runtime, async { timeout(PATIENCE, test(way)).await });
@@ -134,19 +173,26 @@ fn bytes_arrive_once_in_order_unchanged_both_ways_at_once() {
         let all = tokio::join!(up, down, receive(&mut target_in, 1), receive(&mut app_in, 2));
         assert_eq!((all.2, all.3), (BYTES, BYTES), "{way:?}");
         assert_eq!(flow.in_use(), 0, "{way:?}");
-        let piped = flow.pipes.as_ref().map(|p| p.report());
+        let path = flow.path.clone();
         let total = 2 * BYTES as u64;
         assert_eq!(
             end_of_flow(flow.relayed).await,
             ("closed".to_owned(), BYTES as u64, BYTES as u64),
             "{way:?}"
         );
-        match (way, piped) {
-            (None, None) => {}
-            (Some(0), Some(Piped { moved: 0, missed: 2 })) => {}
-            (Some(1), Some(Piped { missed: 0..=1, moved })) => assert!((1..=total).contains(&moved)),
-            (Some(_), Some(Piped { moved, missed: 0 })) => assert_eq!(moved, total),
-            other => panic!("{other:?}"),
+        match (way, path) {
+            (By::Pipes(most), Path::Pipe(pipes)) => match (most, pipes.report()) {
+                (0, Piped { moved: 0, missed: 2 }) => {}
+                (1, Piped { missed: 0..=1, moved }) => assert!((1..=total).contains(&moved)),
+                (_, Piped { moved, missed: 0 }) => assert_eq!(moved, total),
+                other => panic!("{other:?}"),
+            },
+            (_, Path::Splice(splices)) => {
+                let report = splices.report();
+                assert!(report.bytes <= total && report.refused + report.no_slot == 0, "{report:?}");
+                assert_eq!(splices.seated(), 0);
+            }
+            _ => {}
         }
     });
 }
@@ -169,9 +215,9 @@ fn what_was_read_before_goes_first_each_way_and_counts() {
             }
             queue
         };
-        let pipes = way.map(|most| Rc::new(Pipes::new(most)));
+        let path = way.path();
         let early = Early { sent: queue(1), ours: OURS, received: queue(2), ..Early::default() };
-        let mut flow = Flow::start_after(early, pipes).await;
+        let mut flow = Flow::start_after(early, path).await;
         let (mut app_in, mut app_out) = flow.app.split();
         let (mut target_in, mut target_out) = flow.target.split();
         let up = async {
@@ -206,7 +252,15 @@ fn small_messages_go_back_and_forth_and_an_idle_flow_holds_no_pipe() {
             assert_eq!(got, message);
             assert_eq!(flow.in_use(), 0, "{way:?}");
         }
-        assert!(flow.pipes.as_ref().is_none_or(|p| p.open() <= 1), "one pipe is enough");
+        assert!(open(&flow.path) <= 1, "one pipe is enough");
+        if let (By::Splice(credit, _), Path::Splice(splices)) = (way, &flow.path) {
+            drop(flow.app);
+            drop(flow.target);
+            end_of_flow(flow.relayed).await;
+            let report = splices.report();
+            assert!(report.flows == 1 && report.bytes > 100_000, "{report:?}");
+            assert_eq!(report.credit > 10, credit < BACKLOG_MAX, "{report:?}");
+        }
     });
 }
 
@@ -278,11 +332,11 @@ fn a_reset_of_either_side_resets_the_other_and_says_whose_it_was() {
                     flow.app.write_all(b"x").await.unwrap();
                     flow.target.read_exact(&mut [0]).await.unwrap();
                 }
-                let Flow { app, target, pipes, relayed } = flow;
+                let Flow { app, target, path, relayed } = flow;
                 let (gone, mut left) = if by_app { (app, target) } else { (target, app) };
                 reset_of(gone);
                 assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
-                assert_eq!(in_use(&pipes), 0);
+                assert_eq!(in_use(&path), 0);
                 let said = end_of_flow(relayed).await.0;
                 let whose = if by_app { "reset by client: " } else { "reset by target: " };
                 assert!(said.starts_with(whose), "{way:?}: {said}");
@@ -301,11 +355,11 @@ fn a_reset_behind_a_stuck_direction_is_heard() {
                 SockRef::from(&flow.app).shutdown(std::net::Shutdown::Write).unwrap();
             }
             // Nobody reads from the application: the target is full.
-            let Flow { app, mut target, pipes, relayed } = flow;
+            let Flow { app, mut target, path, relayed } = flow;
             reset_of(app);
             assert_eq!(end_of(&mut target).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
             assert!(end_of_flow(relayed).await.0.starts_with("reset by client: "), "{way:?}");
-            assert_eq!(in_use(&pipes), 0, "a pipe with bytes in it is closed");
+            assert_eq!(in_use(&path), 0, "a pipe with bytes in it is closed");
         }
     });
 }
@@ -353,13 +407,13 @@ fn a_reader_that_does_not_read_stops_the_sender_and_holds_one_pipe_at_most() {
 #[test]
 fn a_flow_that_is_stopped_resets_both_sides() {
     run_each(|way| async move {
-        let Flow { mut app, mut target, pipes, relayed } = Flow::start(way).await;
+        let Flow { mut app, mut target, path, relayed } = Flow::start(way).await;
         app.write_all(b"x").await.unwrap();
         target.read_exact(&mut [0]).await.unwrap();
         relayed.abort();
         assert_eq!(end_of(&mut app).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
         assert_eq!(end_of(&mut target).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
-        assert_eq!(in_use(&pipes), 0, "{way:?}");
+        assert_eq!(in_use(&path), 0, "{way:?}");
     });
 }
 
@@ -367,10 +421,10 @@ fn a_flow_that_is_stopped_resets_both_sides() {
 fn flows_of_one_worker_share_few_pipes() {
     const FLOWS: usize = 100;
     run_each(|way| async move {
-        let pipes = way.map(|most| Rc::new(Pipes::new(most)));
+        let path = way.path();
         let mut flows = Vec::new();
         for _ in 0..FLOWS {
-            flows.push(Flow::start_with(pipes.clone()).await);
+            flows.push(Flow::start_with(path.clone()).await);
         }
         for flow in &mut flows {
             flow.app.write_all(b"x").await.unwrap();
@@ -378,6 +432,6 @@ fn flows_of_one_worker_share_few_pipes() {
         for flow in &mut flows {
             flow.target.read_exact(&mut [0]).await.unwrap();
         }
-        assert!(pipes.is_none_or(|p| p.open() <= 1));
+        assert!(open(&path) <= 1);
     });
 }

@@ -218,13 +218,20 @@ mod tests {
                 let (mut early, meter) = (Early::default(), Meter::default());
                 let ended = match below {
                     Below::Socket => {
-                        relay(&mut inside.into_leg(), &mut onward, &mut early, &meter, None).await
+                        relay(
+                            &mut inside.into_leg(),
+                            &mut onward,
+                            &mut early,
+                            &meter,
+                            &crate::relay::Path::Copy,
+                        )
+                        .await
                     }
                     Below::Leg => {
                         let (stream, session) = inside.into_parts();
                         let below = Nested::new(TcpLeg::new(stream), Queue::default());
                         let mut client = TlsLeg::new(below, session);
-                        relay(&mut client, &mut onward, &mut early, &meter, None).await
+                        relay(&mut client, &mut onward, &mut early, &meter, &crate::relay::Path::Copy).await
                     }
                 };
                 ended.to_string()

@@ -34,12 +34,11 @@ use self::{
 };
 use crate::{
     capture::accept::Origins,
-    config,
     drain::{self, Phase, Tasks, Watch},
     flow::Identity,
     listener::{accept, request::Refusal},
     policy::Policies,
-    relay::{Early, Leg, Meter, Outcome, Piped, Pipes, relay},
+    relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
@@ -71,7 +70,7 @@ pub struct Shared {
     /// How many flows one worker takes at once.
     pub flows_max: usize,
     /// How bytes are moved between two sockets of ours.
-    pub relay: config::Relay,
+    pub path: PathKind,
     /// How long what a client sends first is waited for, where its route depends on it.
     pub inspect_timeout: Duration,
     /// How long a dial for a captured flow may take.
@@ -328,26 +327,25 @@ impl Worker {
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, mut going: Box<Going>) {
         let meter = Meter::default();
-        let pipes = self.setup.borrow().pipes.clone();
-        let pipes = pipes.as_deref();
+        let path = self.setup.borrow().path.clone();
         let Going { sink, early, .. } = &mut *going;
         let relayed = async {
             match sink {
                 Sink::Direct(leg, first) => {
                     early.ours = first.len();
                     early.sent.put_first(std::mem::take(first));
-                    relay(client, leg, early, &meter, pipes).await
+                    relay(client, leg, early, &meter, &path).await
                 }
                 Sink::Tunnel(stream) => {
                     early.received = std::mem::take(&mut stream.early);
                     match &mut stream.leg {
-                        tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, pipes).await,
-                        tunnel::Leg::H1(h1::Leg::Tcp(leg)) => relay(client, leg, early, &meter, pipes).await,
+                        tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, &path).await,
+                        tunnel::Leg::H1(h1::Leg::Tcp(leg)) => relay(client, leg, early, &meter, &path).await,
                         tunnel::Leg::H1(h1::Leg::Tls(leg)) => {
-                            relay(client, &mut **leg, early, &meter, pipes).await
+                            relay(client, &mut **leg, early, &meter, &path).await
                         }
                         tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            let outcome = relay(client, stream, early, &meter, pipes).await;
+                            let outcome = relay(client, stream, early, &meter, &path).await;
                             if let Outcome::Closed = outcome {
                                 // Apart: it is of no other kind of flow.
                                 Box::pin(stream.linger()).await;
@@ -376,14 +374,34 @@ impl Worker {
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
-        if let Some(Piped { moved, missed }) = pipes.map(Pipes::report) {
-            self.counters.bytes_piped.add(moved);
-            self.counters.pipes_missed.add(missed);
-        }
+        self.count(&path);
         if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }
         self.book(record, started);
+    }
+
+    /// Books what was done in the kernel since it was last asked.
+    fn count(&self, path: &Path) {
+        match path {
+            Path::Copy => {}
+            Path::Pipe(pipes) => {
+                let Piped { moved, missed } = pipes.report();
+                self.counters.bytes_piped.add(moved);
+                self.counters.pipes_missed.add(missed);
+            }
+            Path::Splice(splices) => {
+                let Spliced { flows, bytes, promotions, credit, demotions, no_slot, refused } =
+                    splices.report();
+                self.counters.flows_spliced.add(flows);
+                self.counters.bytes_spliced.add(bytes);
+                self.counters.splice_promotions.add(promotions);
+                self.counters.splice_credit_renewed.add(credit);
+                self.counters.splice_demotions.add(demotions);
+                self.counters.splice_no_slot.add(no_slot);
+                self.counters.splice_refused.add(refused);
+            }
+        }
     }
 
     fn book(&self, mut record: Record, started: Instant) {

@@ -18,10 +18,9 @@ use super::{
 };
 use crate::{
     capture::accept::Accept,
-    config::Relay,
     drain::{self, Phase, Tasks, Trigger, Watch},
     limits,
-    relay::Pipes,
+    relay::Path,
     tunnel::{Upstream, Upstreams, Wanted},
 };
 
@@ -33,18 +32,14 @@ const RETIRED_LOOK: Duration = Duration::from_secs(1);
 pub(super) struct Setup {
     pub(super) shared: Arc<Shared>,
     pub(super) upstreams: Upstreams,
-    /// What bytes are moved through between two sockets of ours, unless they are copied.
-    pub(super) pipes: Option<Rc<Pipes>>,
+    /// How bytes are moved between two sockets of ours.
+    pub(super) path: Path,
 }
 
 impl Setup {
     pub(super) fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
-        let pipes = match (shared.relay, before.and_then(|b| b.pipes.clone())) {
-            (Relay::Copy, _) => None,
-            (Relay::Pipe, Some(pipes)) => Some(pipes),
-            (Relay::Pipe, None) => Some(Rc::new(Pipes::new(limits::pipes_for(shared.flows_max)))),
-        };
-        Self { shared, upstreams, pipes }
+        let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
+        Self { shared, upstreams, path }
     }
 }
 

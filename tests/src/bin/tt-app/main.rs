@@ -71,6 +71,8 @@ fn run(words: &[&str]) -> Result<()> {
         ["tree", addr, bytes, depth] => tree(addr, bytes, depth.parse()?),
         ["udp", addr] => udp(addr.parse()?),
         ["offer", addr, ping, bytes] => offer(addr, ping, bytes.parse()?),
+        ["stick", addr, ping, connections] => stick(addr, ping, connections.parse()?),
+        ["soak", addr, seconds, seed] => soak(&open(addr)?, seconds.parse()?, seed.parse()?),
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
         ["swarm", addr, connections] => swarm(addr, connections.parse()?),
@@ -79,10 +81,16 @@ fn run(words: &[&str]) -> Result<()> {
     }
 }
 
+/// Connects; to "ADDR+N", and exchanges N single bytes.
 fn open(addr: &str) -> Result<TcpStream> {
+    let (addr, pings) = addr.split_once('+').unwrap_or((addr, "0"));
     let stream =
         TcpStream::connect(addr.parse::<SocketAddr>()?).with_context(|| format!("connect to {addr}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    for _ in 0..pings.parse()? {
+        ping(&stream)?;
+    }
     Ok(stream)
 }
 
@@ -264,9 +272,10 @@ fn hear_end_first(stream: &TcpStream, bytes: u64) -> Result<()> {
 /// Says how connect went, sends, and says what ends the connection and after how many bytes.
 fn expect_reset(addr: &str, bytes: u64) -> Result<()> {
     let started = Instant::now();
-    let stream = match TcpStream::connect(addr) {
+    let stream = match open(addr) {
         Ok(stream) => stream,
         Err(e) => {
+            let e = e.downcast::<io::Error>()?;
             println!("connect={}", result::<()>(Err(e)));
             return Ok(());
         }
@@ -397,6 +406,80 @@ fn offer(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
     stream.shutdown(Shutdown::Write)?;
     expect_end(&stream)?;
     println!("offered={bytes}");
+    Ok(())
+}
+
+/// On each of so many connections, writes small messages to a target that does not read until nothing more is taken;
+/// pings another one; says how much was taken, and waits for a line.
+fn stick(addr: &str, pinged: &str, connections: usize) -> Result<()> {
+    const MESSAGE: usize = 100;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let friend = open(pinged)?;
+    let streams = (0..connections).map(|_| open(addr)).collect::<Result<Vec<_>>>()?;
+    say("ready=1");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    let (mut written, mut quiet) = (0, Instant::now());
+    for stream in &streams {
+        stream.set_nonblocking(true)?;
+    }
+    while quiet.elapsed() < Duration::from_secs(2) {
+        for mut stream in &streams {
+            // A few at a time, so that they leave as they were written.
+            for _ in 0..16 {
+                match stream.write(&[7; MESSAGE]) {
+                    Ok(n) => (written, quiet) = (written + n, Instant::now()),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(e) => return Err(e).context("sticking"),
+                }
+            }
+        }
+    }
+    pace(&friend)?;
+    say(&format!("written={written}"));
+    io::stdin().read_line(&mut line)?;
+    Ok(())
+}
+
+/// Exchanges bytes with an echo, now in small messages, now many at once, with pauses; checks every byte.
+fn soak(stream: &TcpStream, seconds: u64, seed: u64) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let (mut at, mut state) = (0, seed | 1);
+    // xorshift64: what is drawn only has to be the same for the same seed.
+    let mut random = move |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    let mut phases = 0;
+    while Instant::now() < end {
+        for _ in 0..16 + random(30) {
+            let next = at + 1 + random(2000);
+            echo_range(stream, at, next)?;
+            at = next;
+            if random(16) == 0 {
+                #[expect(clippy::disallowed_methods, reason = "a pause is what it does here")]
+                thread::sleep(Duration::from_micros(random(2000)));
+            }
+        }
+        // More than sockets hold, now and then.
+        let most = if random(4) == 0 { 6 << 20 } else { 300_000 };
+        let next = at + 1 + random(most);
+        let (mut from, mut to) = (stream, stream);
+        let (sent, received) = thread::scope(|scope| {
+            let sending = scope.spawn(move || UP.send_from(&mut to, at, next));
+            let received = UP.receive_from(&mut from, at, next);
+            (sending.join(), received)
+        });
+        sent.ok().context("the sender panicked")?.context("sending")?;
+        received.context("receiving")?;
+        (at, phases) = (next, phases + 1);
+    }
+    stream.shutdown(Shutdown::Write)?;
+    expect_end(stream)?;
+    println!("soaked={at}\nphases={phases}");
     Ok(())
 }
 

@@ -1,0 +1,300 @@
+//! `relay = "splice"`: captured, dialled directly, and moved by a kernel program while it chats; nobody sees a
+//! difference.
+//!
+//! Applications here exchange single bytes first, so that their flows belong to the program before they do what they
+//! are tested with.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Result;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tunnel_tests::{
+    Exec, Finished, PATIENCE, TARGET4, TARGET6, Target, World, leftovers, process, programs,
+    target::{self, Gate, Handler},
+    wait_for,
+    world::{NET4, NET6},
+};
+
+const MIB: u64 = 1 << 20;
+/// Round trips before anything else: a flow is promoted after 16 wake-ups.
+const PINGS: usize = 40;
+
+/// A node with a route to the targets, and what it captures goes there by itself.
+struct Node {
+    world: World,
+    config: PathBuf,
+    /// What the kernel had to complain of before.
+    complaints: usize,
+}
+
+impl Node {
+    fn new() -> Result<Self> {
+        Self::with("splice")
+    }
+
+    fn with(relay: &str) -> Result<Self> {
+        let world = World::new()?;
+        world.node().ip(&format!("route add default via {NET4}"))?;
+        world.node().ip(&format!("-6 route add default via {NET6}"))?;
+        let config = format!("[daemon]\nworkers = 1\nrelay = \"{relay}\"\n[[route]]\nto = \"direct\"\n");
+        let config = world.file("direct.toml", config)?;
+        Ok(Self { world, config, complaints: complaints()? })
+    }
+
+    fn exec(&self) -> Exec<'_> {
+        // The counters are logged at the end.
+        self.world.exec_with(&self.config).flag("--log", "info").limit(Duration::from_secs(120))
+    }
+
+    /// A target that answers the first bytes, and where it is.
+    fn chatty(&self, handler: impl Handler) -> Result<(Target, String)> {
+        let target = self.world.serve(TARGET4, target::after_pings(PINGS, handler))?;
+        let addr = format!("{}+{PINGS}", target.addr());
+        Ok((target, addr))
+    }
+
+    /// The kernel has nothing more to complain of than before.
+    fn assert_quiet(&self) -> Result<()> {
+        assert_eq!(complaints()?, self.complaints, "{}", process::output(&mut Command::new("dmesg"))?);
+        Ok(())
+    }
+}
+
+/// Lines of the kernel's log that tell of a mistake in the kernel.
+fn complaints() -> Result<usize> {
+    const SIGNS: [&str; 6] =
+        ["WARNING:", "BUG:", "Oops", "Call Trace", "refcount_t", "blocked for more than"];
+    let log = process::output(&mut Command::new("dmesg"))?;
+    Ok(log.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).count())
+}
+
+/// A counter, as it is logged at the end.
+fn counter(done: &Finished, name: &str) -> u64 {
+    let found = done.stderr.split_once(&format!("(\"{name}\", "));
+    found.and_then(|(_, rest)| rest.split_once(')')?.0.parse().ok()).unwrap_or(0)
+}
+
+/// So many flows were the program's for a while.
+fn assert_spliced(done: &Finished, flows: u64) {
+    assert_eq!(counter(done, "flows_spliced"), flows, "{done}");
+    assert!(counter(done, "bytes_spliced") >= flows * 2 * (PINGS as u64 / 2), "{done}");
+    assert_eq!(counter(done, "splice_refused") + counter(done, "splice_no_slot"), 0, "{done}");
+}
+
+#[test]
+fn heavy_32_mib_each_way_at_once_arrive_unchanged_behind_small_messages() -> Result<()> {
+    const BYTES: u64 = 32 * MIB;
+    let node = Node::new()?;
+    for ip in [TARGET4, TARGET6] {
+        let target = node.world.serve(ip, target::after_pings(PINGS, target::duplex(BYTES)))?;
+        let addr = format!("{}+{PINGS}", target.addr());
+        let done = node.exec().run_app(&["duplex", &addr, &BYTES.to_string()])?;
+        assert!(done.success(), "{done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())]);
+        let (flow, all) = (&done.flows()?[0], BYTES + PINGS as u64);
+        assert_eq!((flow["sent"].as_u64(), flow["received"].as_u64()), (Some(all), Some(all)), "{flow}");
+        assert_spliced(&done, 1);
+        // Bulk is copied.
+        assert!(counter(&done, "splice_demotions") > 0, "{done}");
+        assert!(counter(&done, "bytes_spliced") < BYTES, "{done}");
+    }
+    node.assert_quiet()
+}
+
+#[test]
+fn whichever_side_ends_first_the_other_is_heard_behind_small_messages() -> Result<()> {
+    let node = Node::new()?;
+    for bytes in [0, 1, 5_000, 300_000, 4 * MIB] {
+        let text = bytes.to_string();
+        let (_target, addr) = node.chatty(target::answer_after_end())?;
+        let done = node.exec().run_app(&["half-close", &addr, &text])?;
+        assert!(done.success(), "{bytes} bytes: {done}");
+        assert_eq!(done.value("answer")?, text);
+        assert_spliced(&done, 1);
+
+        let (target, addr) = node.chatty(target::end_then_listen(bytes))?;
+        let done = node.exec().run_app(&["hear-end-first", &addr, &text])?;
+        assert!(done.success(), "{bytes} bytes: {done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "{bytes} bytes");
+        assert_spliced(&done, 1);
+    }
+    node.assert_quiet()
+}
+
+#[test]
+fn a_reset_of_either_side_resets_the_other_behind_small_messages() -> Result<()> {
+    let node = Node::new()?;
+    for bytes in [1, 200_000] {
+        let text = bytes.to_string();
+        let (target, addr) = node.chatty(target::reset_after(bytes))?;
+        let done = node.exec().run_app(&["expect-reset", &addr, &text])?;
+        assert_eq!(done.value("ended")?, "ECONNRESET", "after {bytes} bytes: {done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
+        let outcome = &done.flows()?[0]["outcome"];
+        assert!(outcome.as_str().is_some_and(|o| o.starts_with("reset by target")), "{outcome}");
+
+        let (target, addr) = node.chatty(target::expect_reset_after(bytes))?;
+        let mut app = node.exec().spawn_app(&["reset", &addr, &text])?;
+        app.says("answered")?;
+        app.tell("reset")?;
+        let done = app.finish()?;
+        assert!(done.success(), "{done}");
+        assert_eq!(target.outcomes(1)?, [Ok(())], "after {bytes} bytes");
+        let outcome = &done.flows()?[0]["outcome"];
+        assert!(outcome.as_str().is_some_and(|o| o.starts_with("reset by client")), "{outcome}");
+        assert_spliced(&done, 1);
+    }
+    node.assert_quiet()
+}
+
+#[test]
+fn heavy_a_target_that_does_not_read_stops_the_application_and_no_other_flow() -> Result<()> {
+    const OFFERED: u64 = 128 * MIB;
+    /// Two pairs of socket buffers as Linux grows them (net.ipv4.tcp_rmem, tcp_wmem), and the program's credit.
+    const TAKEN_MAX: u64 = 32 * MIB;
+    let node = Node::new()?;
+    let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
+    let (stuck, stuck_addr) = node.chatty(target::slow_reader(&gate, &read))?;
+    let echo = node.world.serve(TARGET4, target::echo())?;
+    let words = ["offer", &stuck_addr, &echo.addr().to_string(), &OFFERED.to_string()];
+    let mut app = node.exec().spawn_app(&words)?;
+    app.says("ready")?;
+    let before = app.process().memory()?;
+    app.tell("offer")?;
+    let written: u64 = app.value("written")?.parse()?;
+    let grown = app.process().memory()?.saturating_sub(before);
+    assert!(written < TAKEN_MAX, "{written} bytes were taken: nothing was held back");
+    assert!(grown < MIB, "it grew by {grown} bytes: they were to stay in the kernel");
+    gate.open();
+    app.tell("the rest")?;
+    let done = app.finish()?;
+    assert!(done.success(), "{done}");
+    assert_eq!(stuck.outcomes(1)?, [Ok(())]);
+    assert_eq!(read.load(Ordering::Relaxed), OFFERED);
+    assert_spliced(&done, 2);
+    node.assert_quiet()
+}
+
+#[test]
+fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_each_at_most() -> Result<()> {
+    const FLOWS: u64 = 500;
+    /// net.ipv4.tcp_wmem and tcp_rmem: what one socket may hold, so that the machine has room for all.
+    const BUFFER: u64 = 64 * 1024;
+    let mut taken = Vec::new();
+    for relay in ["copy", "splice"] {
+        let node = Node::with(relay)?;
+        for host in [node.world.node(), node.world.net()] {
+            for which in ["tcp_wmem", "tcp_rmem"] {
+                let setting = format!("net.ipv4.{which}=4096 16384 {BUFFER}");
+                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
+            }
+        }
+        let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
+        let (_stuck, stuck_addr) = node.chatty(target::slow_reader(&gate, &read))?;
+        let echo = node.world.serve(TARGET4, target::echo())?;
+        let mut app =
+            node.exec().spawn_app(&["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()])?;
+        app.says("ready")?;
+        app.tell("stick")?;
+        let written: u64 = app.value("written")?.parse()?;
+        taken.push(written);
+        gate.open();
+        app.tell("end")?;
+        let done = app.finish()?;
+        assert!(done.success(), "{done}");
+        if relay == "splice" {
+            assert!(counter(&done, "flows_spliced") >= FLOWS, "{done}");
+        }
+        node.assert_quiet()?;
+    }
+    println!("{taken:?} bytes were taken by {FLOWS} flows, copied and spliced");
+    assert!(taken[1] < taken[0] + FLOWS * MIB, "{taken:?}");
+    assert!(taken[1] < FLOWS * 8 * MIB, "{taken:?}");
+    Ok(())
+}
+
+#[test]
+fn heavy_whoever_is_killed_in_the_middle_the_others_hear_of_it_and_nothing_is_stuck() -> Result<()> {
+    let node = Node::new()?;
+    // The application. (The target's process is this one: tests above reset its socket, which is what the kernel does
+    // for one that is killed.)
+    let (target, addr) = node.chatty(target::expect_reset_after(1))?;
+    let script = "\"$0\" hold \"$1\" & echo pid=$!; wait $!";
+    let app = programs::app()?;
+    let mut app = node.exec().spawn(&["sh", "-c", script, &app.to_string_lossy(), &addr])?;
+    let pid: i32 = app.value("pid")?.parse()?;
+    app.says("held")?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    let done = app.ended()?;
+    assert_spliced(&done, 1);
+    target.outcomes(1)?;
+    // The daemon.
+    let (target, addr) = node.chatty(target::echo())?;
+    let mut app = node.exec().spawn_app(&["hold", &addr])?;
+    app.says("held")?;
+    let group = format!("tunnel-exec-{}", app.process().id());
+    app.process().kill()?;
+    // The application is an orphan now; its input and output are still ours.
+    app.tell("read")?;
+    wait_for("the orphan to be reset", PATIENCE, || {
+        app.process().stdout().contains("read=ECONNRESET").then_some(())
+    })?;
+    app.process().hang_up();
+    assert!(target.outcomes(1)?[0].is_err(), "the target is reset");
+    // The next one removes what the killed one left, once its command has ended.
+    wait_for("the group to be left", PATIENCE, || {
+        let group = leftovers::cgroups(std::slice::from_ref(&group)).pop()?;
+        fs::read_to_string(group.join("cgroup.procs")).ok()?.is_empty().then_some(())
+    })?;
+    assert!(node.exec().run(&["true"])?.success());
+    node.assert_quiet()
+}
+
+#[test]
+fn heavy_every_byte_arrives_while_flows_change_sides_again_and_again() -> Result<()> {
+    const SECONDS: &str = "8";
+    let node = Node::with("auto")?;
+    let echo = node.world.serve(TARGET4, target::echo())?;
+    let addr = format!("{}+{PINGS}", echo.addr());
+    let apps: Vec<_> = ["3", "5", "7"]
+        .iter()
+        .map(|seed| node.exec().spawn_app(&["soak", &addr, SECONDS, seed]))
+        .collect::<Result<_>>()?;
+    let mut changes = 0;
+    for app in apps {
+        let done = app.ended()?;
+        assert!(done.success(), "{done}");
+        assert_spliced(&done, 1);
+        changes += counter(&done, "splice_promotions") + counter(&done, "splice_demotions");
+    }
+    println!("{changes} changes of sides");
+    assert!(changes > 100, "{changes}");
+    node.assert_quiet()
+}
+
+#[test]
+fn hundreds_of_flows_are_served_at_once_and_their_places_are_given_again() -> Result<()> {
+    const FLOWS: u64 = 300;
+    let node = Node::new()?;
+    let echo = node.world.serve(TARGET4, target::echo())?;
+    // One that goes on all the time, so that both crowds are of one daemon.
+    let script = "for crowd in 1 2; do \"$0\" many \"$1\" \"$2\" 1000000 </dev/null || exit 1; done";
+    let (app, addr, flows) = (programs::app()?, echo.addr().to_string(), FLOWS.to_string());
+    let done = node.exec().run(&["sh", "-c", script, &app.to_string_lossy(), &addr, &flows])?;
+    assert!(done.success(), "{done}");
+    assert_eq!(counter(&done, "splice_no_slot") + counter(&done, "splice_refused"), 0, "{done}");
+    assert_eq!(counter(&done, "flows"), 2 * FLOWS, "{done}");
+    node.assert_quiet()
+}

@@ -1,0 +1,157 @@
+//! One direction between two sockets of the daemon, of which the kernel program sends on what arrives.
+//!
+//! Enters: the length of what has arrived, the words that the program and the daemon share, and what the daemon
+//! knows of both sockets. Leaves: the verdict, and whether the daemon may write, let the program go on, or pass an
+//! end on. Invariant: the program sends on only while the daemon has written everything that it was passed, and
+//! only as much as the daemon has granted; the daemon writes only when everything that was sent on before has
+//! left the kernel's list. Neither waits for the other, and neither makes a system call for it.
+//!
+//! Why a stale read is safe: `gate` and `limit` are one word each and `limit` only grows, so the program sees an
+//! older state in which it may do less; the program's own words have one writer at a time, as it runs with its
+//! socket locked. What the daemon reads of them it reads after a system call that took that lock.
+
+/// What one direction may have under way in the kernel, in [`cost`]: sent on by the program and not yet taken by the
+/// other socket's TCP. Such bytes count nowhere in the kernel, so this is the bound of a slow reader (unbounded, a
+/// reader that does not read was seen to hold 1.5 GB).
+pub const BACKLOG_MAX: u64 = 1 << 20;
+/// What a buffer holds besides its bytes: one with 64 bytes takes 768 to 1,280 bytes of kernel memory (`truesize`),
+/// with a page of headers or without.
+pub const OVERHEAD: u64 = 1280;
+/// The gate of a direction that the daemon copies: never what was passed.
+pub const SHUT: u64 = u64::MAX;
+
+/// Flows that one instance of the program serves. 128 bytes of words for each.
+pub const FLOWS_MAX: usize = 2048;
+/// Directions of those. A flow has two that follow each other: `2n` from its client, `2n + 1` from its target.
+pub const DIRECTIONS_MAX: usize = 2 * FLOWS_MAX;
+/// Bytes of the ring in which the program tells which directions need the daemon: a record takes 16, and a direction
+/// has one that was not read, or two where the daemon looked after it for another reason meanwhile.
+pub const TOLD_BYTES: usize = 2 * 16 * DIRECTIONS_MAX;
+
+/// The program.
+pub const PROGRAM: &str = "splice_verdict";
+/// Array of [`Words`], which the daemon maps.
+pub const DIRECTIONS: &str = "DIRECTIONS";
+/// The cookie of a socket to the number of the direction that begins there.
+pub const SLOTS: &str = "SLOTS";
+/// The number of a direction to the socket where it begins.
+pub const SOCKETS: &str = "SOCKETS";
+/// Ring of directions that need the daemon.
+pub const TOLD: &str = "TOLD";
+
+/// What the program and the daemon tell each other of one direction; a cache line.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Words {
+    /// Bytes that the program has passed to the daemon. The program's.
+    pub passed: u64,
+    /// Bytes that it has sent on. The program's.
+    pub redirected: u64,
+    /// What it has used of its credit. The program's.
+    pub spent: u64,
+    /// Not 0: the daemon was told of passed bytes. Set by the program, cleared by the daemon before it reads.
+    pub told: u64,
+    /// How much the program has passed when all of that has been written on; [`SHUT`] while the daemon copies. The
+    /// daemon's.
+    pub gate: u64,
+    /// How much the program may spend. The daemon's.
+    pub limit: u64,
+    unused: [u64; 2],
+}
+
+/// What becomes of what has arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The daemon reads it.
+    Pass,
+    /// The other socket sends it.
+    Redirect,
+    /// It is nothing: an end without bytes, of which the socket knows already. Redirected, or passed behind what
+    /// waits to be sent, it would be taken for an error (sk_psock_backlog).
+    Drop,
+}
+
+/// What `len` bytes in one buffer cost.
+#[inline(always)]
+pub const fn cost(len: u64) -> u64 {
+    len + OVERHEAD
+}
+
+/// The program's decision.
+#[inline(always)]
+pub const fn verdict(words: &Words, len: u64) -> Verdict {
+    if len == 0 {
+        return Verdict::Drop;
+    }
+    if words.passed != words.gate || words.spent + cost(len) > words.limit {
+        return Verdict::Pass;
+    }
+    Verdict::Redirect
+}
+
+/// Whether the daemon has to be told of what was passed: not while it copies anyway, and not twice.
+#[inline(always)]
+pub const fn tells(words: &Words) -> bool {
+    words.gate != SHUT && words.told == 0
+}
+
+/// What the daemon knows of one direction, since its sockets were given to the program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ledger {
+    /// What the other socket's TCP had accepted when it began.
+    base: u64,
+    /// Bytes that the daemon has read and written.
+    copied: u64,
+    /// Bytes that it has read and not written.
+    held: u64,
+}
+
+impl Ledger {
+    /// Begins: nothing was passed yet, and the other socket's TCP has accepted so much in its life.
+    pub const fn new(accepted: u64) -> Self {
+        Self { base: accepted, copied: 0, held: 0 }
+    }
+
+    /// So many bytes were read.
+    pub const fn took(&mut self, n: u64) {
+        self.held += n;
+    }
+
+    /// So many of them were written.
+    pub const fn gave(&mut self, n: u64) {
+        self.held -= n;
+        self.copied += n;
+    }
+
+    /// So many were read and written while nobody kept this ledger, those that it held first; nothing is held now.
+    pub const fn copied(&mut self, n: u64) {
+        self.held = 0;
+        self.copied += n;
+    }
+
+    /// Whether everything that was passed has been read.
+    pub const fn has_read(&self, passed: u64) -> bool {
+        self.copied + self.held == passed
+    }
+
+    /// Whether the other socket's TCP has all that was sent on: then the daemon may write, or pass an end on.
+    /// `redirected` was read before `accepted` was asked for.
+    pub const fn is_drained(&self, redirected: u64, accepted: u64) -> bool {
+        accepted.wrapping_sub(self.base) >= self.copied + redirected
+    }
+
+    /// The gate that lets the program go on; none while something is held.
+    pub const fn gate(&self) -> Option<u64> {
+        if self.held == 0 { Some(self.copied) } else { None }
+    }
+}
+
+/// The limit for a direction that has drained: `spent` was read before it was found to have, `room` is what the other
+/// socket takes without a wait. So nothing waits in front of it but for a moment, and what the other direction passes
+/// does not queue up behind that.
+pub const fn grant(spent: u64, room: u64, most: u64) -> u64 {
+    spent + if room < most { room } else { most }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+//! Which kernels are known to be good for a fast path, and what the others lack.
+//!
+//! Enters: what uname(2) says. Leaves: yes, or the reason why not. Invariant: a kernel of which nothing is known is not
+//! good: a fast path whose kernel has a mistake loses bytes or takes the machine down. It never tries anything.
+
+use std::fmt;
+
+use nix::sys::utsname::uname;
+
+/// What a kernel may be good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// `sk_skb` programs that redirect to the other socket's egress.
+    Splice,
+    /// `sk_msg` programs that redirect to the other socket's ingress.
+    Bypass,
+}
+
+/// Something that was wrong, and where it was put right.
+struct Fix {
+    what: &'static str,
+    /// The first release that has it: (6, 16) is every 6.16 and all later ones.
+    since: (u32, u32),
+    /// The first releases of older lines that have it too.
+    stable: &'static [Version],
+}
+
+/// A release: 6.12.34. A distribution's own patches are not seen.
+type Version = (u32, u32, u32);
+
+/// What splice takes, newest first, by the titles of upstream's commits ("bpf, sockmap: ...").
+const SPLICE: [Fix; 2] = [
+    Fix {
+        what: "redirected bytes sent twice when a socket is full, and a socket used after it was closed \
+               (\"fix duplicated data transmission\", \"Avoid using sk_socket after free when sending\")",
+        since: (6, 16),
+        stable: &[(6, 15, 3), (6, 12, 34), (6, 6, 94), (6, 1, 142)],
+    },
+    Fix {
+        what: "ends and first bytes lost, buffers freed twice (\"Handle fin correctly\", \"TCP data stall on recv \
+               before accept\", \"Fix skb refcnt race after locking changes\")",
+        since: (6, 6),
+        stable: &[(6, 5, 6), (6, 1, 56)],
+    },
+];
+
+/// What bypass takes, likewise. Only lines that it was tried on: 6.1 and 6.6 may have the fix, and nobody has looked.
+const BYPASS: [Fix; 1] = [Fix {
+    what: "what is redirected is charged to nobody, so that nothing bounds it, and a socket used after it was closed \
+           (\"tcp_bpf: Add sk_rmem_alloc related logic for tcp_bpf ingress redirection\", \"tcp_bpf: Charge receive \
+           socket buffer in bpf_tcp_ingress()\", 6.13; \"Avoid using sk_socket after free when sending\", 6.16)",
+    since: (6, 16),
+    stable: &[(6, 12, 34)],
+}];
+
+/// A kernel.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    release: String,
+    version: Option<Version>,
+}
+
+impl Kernel {
+    /// The one that runs.
+    pub fn running() -> Self {
+        match uname() {
+            Ok(u) => Self::new(&u.release().to_string_lossy(), &u.version().to_string_lossy()),
+            Err(e) => Self { release: e.to_string(), version: None },
+        }
+    }
+
+    /// By uname(2). Debian's release numbers an ABI ("6.1.0-40-amd64"); which stable release it is made from stands in
+    /// its version ("#1 SMP PREEMPT_DYNAMIC Debian 6.1.153-1 (2025-09-20)").
+    fn new(release: &str, version: &str) -> Self {
+        let debian = version.split_once("Debian ").and_then(|(_, of)| parse(of));
+        Self { release: release.to_owned(), version: debian.or_else(|| parse(release)) }
+    }
+
+    /// Whether it is known to be good for it; else the reason.
+    pub fn allows(&self, feature: Feature) -> Result<(), String> {
+        let fixes = match feature {
+            Feature::Splice => &SPLICE[..],
+            Feature::Bypass => &BYPASS[..],
+        };
+        let Some(version) = self.version else {
+            return Err(format!("{self} does not say which release it is"));
+        };
+        match fixes.iter().find(|fix| !fix.is_in(version)) {
+            Some(fix) => {
+                Err(format!("{self} is not known to have what it takes, {}: {}", fix.where_in(), fix.what))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Linux {}", self.release)?;
+        match self.version {
+            Some(version) if !self.release.starts_with(&shown(version)) => {
+                write!(f, " ({})", shown(version))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Fix {
+    fn is_in(&self, (major, minor, patch): Version) -> bool {
+        (major, minor) >= self.since
+            || self.stable.iter().any(|&(a, b, c)| (a, b) == (major, minor) && patch >= c)
+    }
+
+    fn where_in(&self) -> String {
+        let stable: Vec<_> = self.stable.iter().map(|v| shown(*v)).collect();
+        format!("in Linux {}.{} ({})", self.since.0, self.since.1, stable.join(", "))
+    }
+}
+
+fn shown((major, minor, patch): Version) -> String {
+    format!("{major}.{minor}.{patch}")
+}
+
+/// "6.12.34-anything", "6.16".
+fn parse(text: &str) -> Option<Version> {
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let (major, minor) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+    // "6.16-rc1" is before 6.16.
+    let candidate = text.contains("-rc");
+    let patch = if text.matches('.').count() > 1 { numbers.next()?.ok()? } else { 0 };
+    if candidate && patch == 0 {
+        return Some(minor.checked_sub(1).map_or((major, 0, 0), |before| (major, before, u32::MAX)));
+    }
+    Some((major, minor, patch))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_good_where_every_fix_is_and_never_by_guess() {
+        let splice = |release: &str, version: &str| Kernel::new(release, version).allows(Feature::Splice);
+        for good in ["6.18.44-fc-v669", "6.16.0", "6.15.3", "6.12.34-x", "6.6.94", "6.1.142", "7.0", "6.16"] {
+            splice(good, "#1 SMP").unwrap_or_else(|e| panic!("{good}: {e}"));
+        }
+        for bad in [
+            "6.15.2",
+            "6.14.11",
+            "6.12.33",
+            "6.12.0-55.el10",
+            "6.6.93",
+            "6.1.141",
+            "5.15.200",
+            "6.1.0-40",
+            "x",
+        ] {
+            splice(bad, "#1 SMP").expect_err(bad);
+        }
+        splice("6.1.0-40-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.153-1 (2025-09-20)").unwrap();
+        let old = splice("6.1.0-9-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.27-1 (2023-05-08)").unwrap_err();
+        assert!(old.contains("6.1.0-9-amd64 (6.1.27)") && old.contains("6.1.142"), "{old}");
+    }
+}

@@ -1,0 +1,415 @@
+//! A worker's instance of the kernel program: its maps, the places in them, and who is waiting for what it tells.
+//!
+//! Enters: pairs of sockets. Leaves: a [`Seat`] for each, with the words that its flow shares with the program.
+//! Invariant: a place is given away again only when the map has let go of its sockets, which closing them does; nothing
+//! is ever taken out of the map (that drops what is queued in front of a socket). It never reads or writes a socket.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    future::poll_fn,
+    io,
+    net::TcpStream,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    ptr::NonNull,
+    rc::{Rc, Weak},
+    sync::atomic::{AtomicU64, Ordering},
+    task::{Poll, Waker},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{HashMap, Map, MapData, MapError, RingBuf, SockMap},
+    programs::Program,
+};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use tokio::io::{Interest, unix::AsyncFd};
+use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, DIRECTIONS_MAX, FLOWS_MAX, SHUT, Words};
+
+use super::socket;
+use crate::{capture::bpf::BpfError, drain::Tasks};
+
+/// The program, as the build script made or found it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/splice.bpf.o"));
+
+/// Events taken from the kernel at a time.
+const EVENTS: usize = 64;
+/// What stands for the program's ring among the events; others are numbers of seats.
+const RING: u64 = u64::MAX;
+/// Places that are tried for a flow: one whose last sockets are not closed yet is passed over.
+const TRIES: usize = 4;
+/// `BPF_NOEXIST`: a place is not taken from anybody.
+const NOEXIST: u64 = 1;
+
+/// What a worker's flows are spliced with. See the module.
+pub struct Splices {
+    room: Rc<Room>,
+    /// Tells flows what the program has told; ends with this.
+    _watch: Tasks,
+}
+
+/// What was done since it was last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spliced {
+    /// Flows whose sockets were joined.
+    pub flows: u64,
+    /// Bytes that the program sent on.
+    pub bytes: u64,
+    /// Times that a flow went from being copied to the program.
+    pub promotions: u64,
+    /// Times that the program passed bytes to the daemon because its credit was used up.
+    pub credit: u64,
+    /// Times that a flow went back to being copied: its messages had become large, or its receiver slow.
+    pub demotions: u64,
+    /// Flows that were copied because no place was free.
+    pub no_slot: u64,
+    /// Flows that were copied because the kernel did not take their sockets.
+    pub refused: u64,
+}
+
+pub(super) struct Room {
+    /// What was granted at most: [`BACKLOG_MAX`], but in tests.
+    pub(super) credit: u64,
+    /// Wake-ups before a flow is promoted.
+    pub(super) streak: u32,
+    pub(super) done: Cell<Spliced>,
+    /// One read of any flow.
+    pub(super) scratch: RefCell<Vec<u8>>,
+    words: Mapped,
+    slots: RefCell<HashMap<MapData, u64, u32>>,
+    sockets: RefCell<SockMap<MapData>>,
+    told: RefCell<RingBuf<MapData>>,
+    events: Epoll,
+    free: RefCell<VecDeque<u32>>,
+    waiting: RefCell<Vec<Waiting>>,
+    /// The program; detached when dropped.
+    _ebpf: Ebpf,
+}
+
+/// Whether something has happened to a seat's sockets, and who wants to know.
+#[derive(Default)]
+struct Waiting {
+    happened: bool,
+    waker: Option<Waker>,
+}
+
+impl Splices {
+    /// Loads the program. In a worker's runtime.
+    pub fn load() -> Result<Self, BpfError> {
+        Self::with(BACKLOG_MAX, super::CHATTY_STREAK)
+    }
+
+    /// With less credit, or fewer wake-ups before a flow is promoted: to see many changes in little time.
+    pub(crate) fn with(credit: u64, streak: u32) -> Result<Self, BpfError> {
+        let room = Rc::new(Room::load(credit, streak)?);
+        let watch = Tasks::default();
+        watch.spawn(tell(Rc::downgrade(&room)));
+        Ok(Self { room, _watch: watch })
+    }
+
+    /// What was done since this was last called.
+    pub fn report(&self) -> Spliced {
+        self.room.done.take()
+    }
+
+    /// Flows that have a place.
+    pub fn seated(&self) -> usize {
+        FLOWS_MAX - self.room.free.borrow().len()
+    }
+
+    pub(super) fn room(&self) -> &Rc<Room> {
+        &self.room
+    }
+}
+
+/// Whether this kernel takes the program: loads it, and throws it away.
+pub fn probe() -> Result<(), BpfError> {
+    Room::load(BACKLOG_MAX, 0).map(drop)
+}
+
+impl Room {
+    fn load(credit: u64, streak: u32) -> Result<Self, BpfError> {
+        let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+        let Some(Map::Array(words)) = ebpf.take_map(abi::DIRECTIONS) else {
+            return Err(BpfError::Missing(abi::DIRECTIONS));
+        };
+        let io = |name| move |source| BpfError::MapIo { name, source };
+        let words = Mapped::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
+        let slots = HashMap::try_from(take(&mut ebpf, abi::SLOTS)?).map_err(map(abi::SLOTS))?;
+        let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map(abi::SOCKETS))?;
+        let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map(abi::TOLD))?;
+        let refused = |source| BpfError::Program { name: abi::PROGRAM, source: Box::new(source) };
+        let Some(Program::SkSkb(program)) = ebpf.program_mut(abi::PROGRAM) else {
+            return Err(BpfError::Missing(abi::PROGRAM));
+        };
+        program.load().map_err(refused)?;
+        program.attach(sockets.fd()).map_err(refused)?;
+        let os = |e: nix::Error| io::Error::from(e);
+        let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(os).map_err(io(abi::TOLD))?;
+        let ring = EpollEvent::new(EpollFlags::EPOLLIN, RING);
+        // SAFETY: the ring is open as long as `told`, which lives beside `events`.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(told.as_raw_fd()) };
+        events.add(fd, ring).map_err(os).map_err(io(abi::TOLD))?;
+        let flows = u32::try_from(FLOWS_MAX).unwrap_or(u32::MAX);
+        Ok(Self {
+            credit,
+            streak,
+            done: Cell::default(),
+            scratch: RefCell::new(vec![0; super::READ_MAX]),
+            words,
+            slots: RefCell::new(slots),
+            sockets: RefCell::new(sockets),
+            told: RefCell::new(told),
+            events,
+            free: RefCell::new((0..flows).collect()),
+            waiting: RefCell::new((0..flows).map(|_| Waiting::default()).collect()),
+            _ebpf: ebpf,
+        })
+    }
+
+    /// Counts.
+    pub(super) fn count(&self, what: impl FnOnce(&mut Spliced)) {
+        let mut done = self.done.get();
+        what(&mut done);
+        self.done.set(done);
+    }
+
+    /// Takes what has happened, and wakes whom it concerns. Nothing is left when it returns.
+    fn take_events(&self) {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            let n = self.events.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+            for event in &events[..n] {
+                if event.data() == RING {
+                    self.take_told();
+                } else if let Ok(seat) = usize::try_from(event.data()) {
+                    self.wake(seat);
+                }
+            }
+            if n < EVENTS {
+                return;
+            }
+        }
+    }
+
+    fn take_told(&self) {
+        while let Some(slot) = self.told.borrow_mut().next() {
+            if let Ok(slot) = <[u8; 8]>::try_from(&*slot).map(u64::from_ne_bytes) {
+                self.wake(usize::try_from(slot / 2).unwrap_or(usize::MAX));
+            }
+        }
+    }
+
+    fn wake(&self, seat: usize) {
+        if let Some(waiting) = self.waiting.borrow_mut().get_mut(seat) {
+            waiting.happened = true;
+            if let Some(waker) = waiting.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+}
+
+/// Waits for what the program and the sockets of joined flows say.
+async fn tell(room: Weak<Room>) {
+    let Some(events) = room.upgrade().map(|room| room.events.0.try_clone()) else { return };
+    let ready = events.and_then(|events: OwnedFd| {
+        // SAFETY: the descriptor is owned by what registers it, and closed only after that.
+        Ok(unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?)
+    });
+    let ready = match ready {
+        Ok(ready) => ready,
+        // The flows look by themselves, at long intervals.
+        Err(e) => return tracing::error!("what the splice program tells cannot be heard: {e}"),
+    };
+    while let Ok(mut readable) = ready.readable().await {
+        let Some(room) = room.upgrade() else { return };
+        // First: what comes while it looks is another edge.
+        readable.clear_ready();
+        room.take_events();
+    }
+}
+
+/// Why a flow has no seat.
+pub(super) enum Unseated {
+    /// None is free.
+    Full,
+    /// The kernel did not take its sockets.
+    Refused(String),
+}
+
+/// A flow's place in the maps, until it is dropped. Its sockets stay in the map until they are closed.
+pub(super) struct Seat {
+    room: Rc<Room>,
+    number: u32,
+    cookies: [u64; 2],
+}
+
+impl Seat {
+    /// Gives both sockets to the program, which passes everything to the daemon for now.
+    pub(super) fn take(room: &Rc<Room>, client: &TcpStream, target: &TcpStream) -> Result<Self, Unseated> {
+        let cookies = [client, target].map(socket::cookie);
+        let [Ok(own), Ok(theirs)] = cookies else {
+            return Err(Unseated::Refused("SO_COOKIE".to_owned()));
+        };
+        for _ in 0..TRIES {
+            let Some(number) = room.free.borrow_mut().pop_front() else { break };
+            let seat = Self { room: Rc::clone(room), number, cookies: [own, theirs] };
+            for side in 0..2 {
+                seat.words(side).reset();
+            }
+            match seat.insert([client, target]) {
+                // Those who had it are not closed yet.
+                Err((0, MapError::SyscallError(e))) if e.io_error.raw_os_error() == Some(libc::EEXIST) => {}
+                // Where the program has got one of both, it finds no direction for it, and passes everything.
+                Err((_, e)) => return Err(Unseated::Refused(e.to_string())),
+                Ok(()) => return Ok(seat),
+            }
+        }
+        Err(Unseated::Full)
+    }
+
+    /// The error says how many sockets the program has got before it.
+    fn insert(&self, sockets: [&TcpStream; 2]) -> Result<(), (usize, MapError)> {
+        let mut slots = self.room.slots.borrow_mut();
+        for (slot, cookie) in self.slots().into_iter().zip(self.cookies) {
+            slots.insert(cookie, slot, 0).map_err(|e| (0, e))?;
+        }
+        let mut map = self.room.sockets.borrow_mut();
+        for (given, (slot, socket)) in self.slots().into_iter().zip(sockets).enumerate() {
+            map.set(slot, socket, NOEXIST).map_err(|e| (given, e))?;
+        }
+        Ok(())
+    }
+
+    fn slots(&self) -> [u32; 2] {
+        [2 * self.number, 2 * self.number + 1]
+    }
+
+    /// The words of the direction that begins at one side: 0 is the client's.
+    pub(super) fn words(&self, side: usize) -> Shared<'_> {
+        self.room.words.at(self.slots()[side & 1])
+    }
+
+    /// Whether everything of this seat is told from now on: ends, resets, and what the program passes.
+    pub(super) fn watch(&self, sockets: [&TcpStream; 2]) -> io::Result<()> {
+        // Not what arrives: since Linux 6.4 the kernel says that of bytes too which the program has sent on.
+        let ends = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        for socket in sockets {
+            self.room.events.add(socket, EpollEvent::new(ends, u64::from(self.number)))?;
+        }
+        Ok(())
+    }
+
+    /// No longer.
+    pub(super) fn unwatch(&self, sockets: [&TcpStream; 2]) {
+        for socket in sockets {
+            // Fails where it was not watched.
+            let _not_there = self.room.events.delete(socket);
+        }
+    }
+
+    /// Ready when something has happened since this was last ready.
+    pub(super) async fn happened(&self) {
+        poll_fn(|cx| {
+            let mut waiting = self.room.waiting.borrow_mut();
+            let Some(waiting) = waiting.get_mut(self.number as usize) else { return Poll::Ready(()) };
+            if std::mem::take(&mut waiting.happened) {
+                return Poll::Ready(());
+            }
+            waiting.waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        for side in 0..2 {
+            self.words(side).gate.store(SHUT, Ordering::Release);
+        }
+        let mut slots = self.room.slots.borrow_mut();
+        for cookie in self.cookies {
+            // What arrives from here on is the daemon's, and it wants nothing more.
+            let _not_there = slots.remove(&cookie);
+        }
+        if let Some(waiting) = self.room.waiting.borrow_mut().get_mut(self.number as usize) {
+            *waiting = Waiting::default();
+        }
+        // To the end: the sockets are not closed yet.
+        self.room.free.borrow_mut().push_back(self.number);
+    }
+}
+
+/// The words of one direction, as the daemon sees them.
+pub(super) struct Shared<'a> {
+    pub(super) passed: &'a AtomicU64,
+    pub(super) redirected: &'a AtomicU64,
+    pub(super) spent: &'a AtomicU64,
+    pub(super) told: &'a AtomicU64,
+    pub(super) gate: &'a AtomicU64,
+    pub(super) limit: &'a AtomicU64,
+}
+
+impl Shared<'_> {
+    /// For a new flow: no program runs on this direction.
+    fn reset(&self) {
+        self.gate.store(SHUT, Ordering::Relaxed);
+        for word in [self.passed, self.redirected, self.spent, self.told, self.limit] {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The array of [`Words`], mapped.
+struct Mapped(NonNull<Words>);
+
+impl Mapped {
+    const LEN: usize = DIRECTIONS_MAX * size_of::<Words>();
+
+    fn new(map: std::os::fd::BorrowedFd<'_>) -> io::Result<Self> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), Self::LEN, protection, libc::MAP_SHARED, map.as_raw_fd(), 0)
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(at.cast()).map(Self).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
+    fn at(&self, slot: u32) -> Shared<'_> {
+        let slot = (slot as usize).min(DIRECTIONS_MAX - 1);
+        // SAFETY: within the mapping, which lives as long as `self`; aligned to 8 bytes, and never accessed otherwise than
+        // word by word on both sides.
+        unsafe {
+            let words = self.0.as_ptr().add(slot);
+            let word = |at: *mut u64| AtomicU64::from_ptr(at);
+            Shared {
+                passed: word(&raw mut (*words).passed),
+                redirected: word(&raw mut (*words).redirected),
+                spent: word(&raw mut (*words).spent),
+                told: word(&raw mut (*words).told),
+                gate: word(&raw mut (*words).gate),
+                limit: word(&raw mut (*words).limit),
+            }
+        }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: mapped with this length in `new`, and nothing borrowed from it is left.
+        let _unmapped = unsafe { libc::munmap(self.0.as_ptr().cast(), Self::LEN) };
+    }
+}
+
+fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
+    ebpf.take_map(name).ok_or(BpfError::Missing(name))
+}
+
+fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
+    move |source| BpfError::Map { name, source }
+}

@@ -1,0 +1,109 @@
+//! What the kernel knows of a socket.
+//!
+//! Enters: a TCP socket. Leaves: numbers. Invariant: every block of memory handed to the kernel lives for the call and
+//! is exactly as long as it says. It changes nothing.
+
+use std::{
+    io, mem,
+    os::fd::{AsFd, AsRawFd as _},
+};
+
+/// `SO_MEMINFO`, and of its numbers (`linux/sock_diag.h`) the bound of what waits to be sent, and what does.
+const SO_MEMINFO: libc::c_int = 55;
+const SK_MEMINFO_SNDBUF: usize = 3;
+const SK_MEMINFO_WMEM_QUEUED: usize = 5;
+const SK_MEMINFO_VARS: usize = 9;
+
+/// `SO_COOKIE`: never another socket's while the node is up.
+pub(super) fn cookie(socket: &impl AsFd) -> io::Result<u64> {
+    option(socket, libc::SOL_SOCKET, libc::SO_COOKIE)
+}
+
+/// Bytes that this socket's TCP has ever taken to send. What is not acknowledged is asked for last: what is
+/// acknowledged in between counts nowhere, so this is never too much.
+pub(super) fn accepted(socket: &impl AsFd) -> io::Result<u64> {
+    /// `struct tcp_info` up to `tcpi_bytes_acked`, which is exact where `tcpi_bytes_sent` counts what was sent again.
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Info {
+        _states: [u8; 8],
+        _counts: [u32; 24],
+        _pacing_rates: [u64; 2],
+        bytes_acked: u64,
+    }
+    // SAFETY (of `option`): made of integers only.
+    let info: Info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    Ok(info.bytes_acked.wrapping_add(ioctl(socket, libc::TIOCOUTQ)?))
+}
+
+/// Takes the lock under which the program runs (`tcp_get_info`), so that what ran before shows.
+pub(super) fn settle(socket: &impl AsFd) -> io::Result<()> {
+    option::<u64>(socket, libc::IPPROTO_TCP, libc::TCP_INFO).map(drop)
+}
+
+/// Bytes that were received and neither read nor sent on.
+pub(super) fn unread(socket: &impl AsFd) -> io::Result<u64> {
+    ioctl(socket, libc::FIONREAD)
+}
+
+/// How much of `sk_sndbuf` is free, half of it left out: beyond two thirds epoll calls a socket full
+/// (`sk_stream_is_writeable`).
+pub(super) fn room(socket: &impl AsFd) -> io::Result<u64> {
+    let memory: [u32; SK_MEMINFO_VARS] = option(socket, libc::SOL_SOCKET, SO_MEMINFO)?;
+    Ok(u64::from((memory[SK_MEMINFO_SNDBUF] / 2).saturating_sub(memory[SK_MEMINFO_WMEM_QUEUED])))
+}
+
+/// A socket option whose value is made of integers; what the kernel does not fill is zero.
+fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+    // SAFETY: every T here is made of integers only, of which all bits zero is a value.
+    let mut value: T = unsafe { mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: `value` is valid for writes of `len` bytes.
+    let ret = unsafe { libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut len) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+}
+
+/// A request that answers with a number of bytes.
+fn ioctl(socket: &impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: both requests write one int.
+    let ret = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut n) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(u64::from(n.unsigned_abs())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    #[test]
+    fn what_was_accepted_and_what_is_unread_is_exact_whoever_connected_and_whatever_was_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut other, _) = listener.accept().unwrap();
+        assert_ne!(cookie(&one).unwrap(), cookie(&other).unwrap());
+        let begun = [accepted(&one).unwrap(), accepted(&other).unwrap()];
+        let empty = room(&one).unwrap();
+        assert!(empty > 0);
+        for n in [1, 1000, 100_000_usize] {
+            let before = accepted(&one).unwrap();
+            one.write_all(&vec![7; n]).unwrap();
+            assert_eq!(accepted(&one).unwrap(), before + n as u64);
+            let mut got = vec![0; n];
+            other.read_exact(&mut got[..n / 2]).unwrap();
+            other.read_exact(&mut got[n / 2..]).unwrap();
+            assert_eq!(unread(&other).unwrap(), 0);
+            assert_eq!(accepted(&one).unwrap(), before + n as u64, "acknowledged or not");
+        }
+        other.write_all(b"abc").unwrap();
+        one.read_exact(&mut [0]).unwrap();
+        assert_eq!(unread(&one).unwrap(), 2);
+        assert_eq!(accepted(&one).unwrap(), begun[0] + 101_001);
+        assert_eq!(accepted(&other).unwrap(), begun[1] + 3);
+    }
+}
