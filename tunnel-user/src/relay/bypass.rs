@@ -64,8 +64,10 @@ struct On {
     budget: Option<Budget>,
     /// Exchanges until it is redirected again.
     again: u32,
-    /// What the application had offered to TCP when all of that had been read.
+    /// What the application had offered to TCP when all of that had been read, and when a read last found nothing: one
+    /// thread of it may offer a message, and be late with it, while another redirects.
     passed: u64,
+    empty_at: u64,
     pause: Option<Pin<Box<Sleep>>>,
     pauses: u32,
 }
@@ -100,7 +102,8 @@ impl Hot {
                     pair.open(APPLICATION);
                     pair.open(DAEMON);
                     let (budget, passed) = (Some(Budget::default()), pair.passed(APPLICATION));
-                    let on = On { pair, budget, again: TURNS * AGAIN, passed, pause: None, pauses: 0 };
+                    let again = TURNS * AGAIN;
+                    let on = On { pair, budget, again, passed, empty_at: passed, pause: None, pauses: 0 };
                     self.state = State::On(on);
                     self.begin();
                 }
@@ -150,10 +153,13 @@ impl Hot {
         }
     }
 
-    /// A read found nothing: all that had been offered to TCP before it was read.
+    /// A read found nothing. When two have in a row, and nothing was offered to TCP between them, all of that was read.
     pub(super) fn was_empty(&mut self, passed: u64) {
         if let State::On(on) = &mut self.state {
-            on.passed = passed;
+            if on.empty_at == passed {
+                on.passed = passed;
+            }
+            on.empty_at = passed;
         }
     }
 
