@@ -154,7 +154,7 @@ fn each_mistake_is_named() {
         ),
         (GOOD.replace("[[route]]", "[route]"), "route", "write [[route]] in place of [route]"),
         (format!("{GOOD}\n[deamon]\nmark = 1"), "deamon", "did you mean `daemon`?"),
-        (format!("{GOOD}\n[daemon]\nrelay = \"splice\""), "daemon.relay", "\"splice\" is not supported yet"),
+        (format!("{GOOD}\n[daemon]\nrelay = \"fast\""), "daemon.relay", "\"splice\""),
         (
             format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
             "policy.identity",
