@@ -162,6 +162,7 @@ fn distance(sock: u64, ahead: u32, behind: u32) -> Option<u32> {
 
 /// A field of a kernel's structure. What cannot be read is nothing, whatever the address is.
 #[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "a number has eight bytes at most")]
 fn read<T: Copy>(base: u64, offset: u32) -> Option<T> {
     let mut value = MaybeUninit::<T>::uninit();
     let at = base.wrapping_add(u64::from(offset)) as *const _;
