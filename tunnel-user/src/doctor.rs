@@ -19,6 +19,7 @@ use socket2::{Domain, Socket, Type};
 use crate::{
     capture::{
         bpf::{self, BpfError},
+        bypass::{Bypass, BypassError},
         cgroup::{self, CgroupError, Hierarchy},
         redirect, sys,
     },
@@ -126,6 +127,7 @@ pub fn examine() -> Vec<Finding> {
         somaxconn(),
         btf(),
         splice(),
+        bypass(),
         kernel_tls(),
     ]);
     findings
@@ -437,6 +439,16 @@ fn splice() -> Finding {
     match known.and_then(|()| relay::probe().map_err(|e| e.summary())) {
         Ok(()) => Finding::info(CHECK, "works; relay = \"auto\" has flows that chat moved by the kernel"),
         Err(why) => Finding::info(CHECK, format!("does not work, so bytes are copied: {why}")),
+    }
+}
+
+/// What `bypass` takes; without it connections stay with TCP.
+fn bypass() -> Finding {
+    const CHECK: &str = "bypass";
+    let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
+    match known.and_then(|()| Bypass::load()) {
+        Ok(_) => Finding::info(CHECK, "works; no capture uses it unless it says so"),
+        Err(why) => Finding::info(CHECK, format!("does not work, so connections stay with TCP: {why}")),
     }
 }
 

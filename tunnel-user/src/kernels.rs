@@ -12,6 +12,8 @@ use nix::sys::utsname::uname;
 pub enum Feature {
     /// `sk_skb` programs that redirect to the other socket's egress.
     Splice,
+    /// `sk_msg` programs that redirect to the other socket's ingress.
+    Bypass,
 }
 
 /// Something that was wrong, and where it was put right.
@@ -42,6 +44,15 @@ const SPLICE: [Fix; 2] = [
     },
 ];
 
+/// What bypass takes, likewise. Only lines that it was tried on: 6.1 and 6.6 may have the fix, and nobody has looked.
+const BYPASS: [Fix; 1] = [Fix {
+    what: "what is redirected is charged to nobody, so that nothing bounds it, and a socket used after it was closed \
+           (\"tcp_bpf: Add sk_rmem_alloc related logic for tcp_bpf ingress redirection\", \"tcp_bpf: Charge receive \
+           socket buffer in bpf_tcp_ingress()\", 6.13; \"Avoid using sk_socket after free when sending\", 6.16)",
+    since: (6, 16),
+    stable: &[(6, 12, 34)],
+}];
+
 /// A kernel.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -68,7 +79,8 @@ impl Kernel {
     /// Whether it is known to be good for it; else the reason.
     pub fn allows(&self, feature: Feature) -> Result<(), String> {
         let fixes = match feature {
-            Feature::Splice => &SPLICE,
+            Feature::Splice => &SPLICE[..],
+            Feature::Bypass => &BYPASS[..],
         };
         let Some(version) = self.version else {
             return Err(format!("{self} does not say which release it is"));

@@ -30,6 +30,7 @@ use crate::{
     },
     config::{self, AddrPattern, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
+    kernels::{Feature, Kernel},
     worker::{CaptureSocket, More, SourceId},
 };
 
@@ -99,7 +100,8 @@ fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Optio
     if wanted.bypass == config::Bypass::Off || wanted.proxy.is_some() {
         return Ok(None);
     }
-    let started = Bypass::load().and_then(|bypass| {
+    let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
+    let started = known.and_then(|()| Bypass::load()).and_then(|bypass| {
         let group = group.try_clone().map_err(BypassError::Start)?;
         Promotions::start(bypass, group).map_err(BypassError::Start)
     });

@@ -44,6 +44,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/by
 /// Why there is no bypass. None of it is the application's or a peer's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum BypassError {
+    /// The kernel is not known to be good.
+    #[error("{0}")]
+    Kernel(String),
     /// The kernel does not say where its fields are.
     #[error(transparent)]
     Offsets(#[from] OffsetsError),
