@@ -22,7 +22,7 @@ use bytes::{Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{Broken, Cause, Leg, Queue, bypass::Hot};
+use super::{Broken, Cause, Leg, Queue, bypass::Hot, splice::socket::at_mark};
 use crate::{capture::bypass::Candidate, transport::tcp};
 
 /// The first read of a flow, and the least later ones: a request fits.
@@ -192,7 +192,8 @@ impl Leg for TcpLeg {
             match self.stream().try_read_buf(&mut buf.0) {
                 Ok(0) => return Poll::Ready(Ok(None)),
                 Ok(n) => {
-                    if n < self.next_read && self.hot.as_ref().is_none_or(|hot| hot.short_is_all()) {
+                    let is_all = n < self.next_read && self.hot.as_ref().is_none_or(|hot| hot.short_is_all());
+                    if is_all && !at_mark(self.stream()) {
                         self.not_ready(Interest::READABLE);
                     }
                     if n == self.next_read {

@@ -13,7 +13,7 @@ pub(crate) const ALL: &[Behaviour] = &[
     ("close-at-once", close_at_once, hear_all_and_close),
     ("shutdown-read", shutdown_read, shutdown_read_partner),
     ("shutdown-both", shutdown_both, send_into_the_void),
-    ("shutdown-again", shutdown_again, end_second),
+    ("shutdown-again", shutdown_again, end_when_told),
     ("closed-peer", closed_peer, close_when_told),
     ("linger-zero", linger_zero, hear_reset),
     ("linger-zero-after-end", linger_zero_after_end, hear_reset_after_end),
@@ -150,11 +150,19 @@ fn shutdown_again(end: &mut End) -> Result<()> {
     end.send_all(&end.bytes(1000))?;
     shut(end, SHUT_WR)?;
     shut(end, SHUT_WR)?;
+    end.tell(Word::Ended)?;
     receive(end, "answer")?;
     let once_more = sys::shutdown(end.socket()?, SHUT_WR);
     // ENOTCONN once the last acknowledgement is there, whenever that is.
     tell("once more", matches!(once_more, Ok(0) | Err(nix::errno::Errno::ENOTCONN)));
     Ok(())
+}
+
+fn end_when_told(end: &mut End) -> Result<()> {
+    receive(end, "heard")?;
+    end.hear(Word::Ended)?;
+    end.send_all(&end.bytes(BYTES))?;
+    shut(end, SHUT_WR)
 }
 
 /// The other end has closed: there is an end, then bytes that it does not want, then an error.

@@ -8,12 +8,13 @@ use std::{
     hash::BuildHasher as _,
     io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, AsRawFd},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::socket::{MsgFlags, send};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -139,7 +140,7 @@ impl Flow {
                 let size = read_size();
                 // Not `read_exact`, which would hide that a call was interrupted or found nothing.
                 let n = from.read(&mut buffer[..size]).context("receiving")?;
-                if taken(&mut down, &buffer[..n])? {
+                if taken(&stream, &mut down, &buffer[..n])? {
                     break;
                 }
                 progress.made();
@@ -176,7 +177,7 @@ impl Flow {
             loop {
                 let size = read_size();
                 let n = from.read(&mut buffer[..size]).await.context("receiving")?;
-                if taken(down, &buffer[..n])? {
+                if taken(from.as_ref(), down, &buffer[..n])? {
                     return anyhow::Ok(());
                 }
                 progress.made();
@@ -190,10 +191,12 @@ impl Flow {
     }
 }
 
-/// Whether the server has stopped; nothing is its end, which comes too early.
-fn taken(down: &mut Receiver, bytes: &[u8]) -> Result<bool> {
+/// Whether the server has stopped; nothing is its end, which comes too early, or a reset of which the sender was told: the
+/// kernel says so once.
+fn taken(socket: &impl AsRawFd, down: &mut Receiver, bytes: &[u8]) -> Result<bool> {
     if bytes.is_empty() {
-        bail!("the end after {} bytes", down.total());
+        let reset = send(socket.as_raw_fd(), &[], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL).is_err();
+        bail!("the {} after {} bytes", if reset { "reset" } else { "end" }, down.total());
     }
     let mut rest = bytes;
     match down.take(&mut rest)? {

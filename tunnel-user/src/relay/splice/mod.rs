@@ -9,7 +9,7 @@
 //! only ends, resets, and what the program passes (`room.rs`).
 
 mod room;
-mod socket;
+pub(super) mod socket;
 
 use std::{
     cell::Cell,

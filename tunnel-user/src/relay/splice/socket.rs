@@ -64,10 +64,17 @@ fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) ->
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
-/// A request that answers with a number of bytes.
+/// Whether the next byte to be read is urgent (`SIOCATMARK`): a read stops in front of it, whatever is behind.
+pub(in crate::relay) fn at_mark(socket: &impl AsFd) -> bool {
+    /// `asm-generic/sockios.h`
+    const SIOCATMARK: libc::c_ulong = 0x8905;
+    ioctl(socket, SIOCATMARK).is_ok_and(|at| at != 0)
+}
+
+/// A request that answers with a number.
 fn ioctl(socket: &impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
     let mut n: libc::c_int = 0;
-    // SAFETY: both requests write one int.
+    // SAFETY: all of these requests write one int.
     let ret = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut n) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(u64::from(n.unsigned_abs())) }
 }
