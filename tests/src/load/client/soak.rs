@@ -6,7 +6,7 @@
 use std::{
     collections::hash_map::RandomState,
     hash::BuildHasher as _,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr},
     os::fd::AsFd as _,
     thread,
@@ -135,17 +135,26 @@ impl Flow {
                 to.write_all(&up.stop()).context("sending the stop")
             });
             let mut buffer = vec![0; READ_MAX];
-            loop {
-                let size = read_size();
-                // Not `read_exact`, which would hide that a call was interrupted or found nothing.
-                let n = from.read(&mut buffer[..size]).context("receiving")?;
-                if taken(&mut down, &buffer[..n])? {
-                    break;
+            let mut receive = || -> Result<()> {
+                loop {
+                    let size = read_size();
+                    // Not `read_exact`, which would hide that a call was interrupted or found nothing.
+                    let n = from.read(&mut buffer[..size]).context("receiving")?;
+                    if taken(&mut down, &buffer[..n])? {
+                        return Ok(());
+                    }
+                    progress.made();
+                    wait_a_while(read_pause());
                 }
-                progress.made();
-                wait_a_while(read_pause());
+            };
+            let received = receive();
+            if received.is_err() {
+                // The sender may wait for a server that will not read again.
+                let _gone = stream.shutdown(Shutdown::Both);
             }
-            sending.join().unwrap_or_else(|_| bail!("the sender panicked"))
+            let sent = sending.join().unwrap_or_else(|_| bail!("the sender panicked"));
+            // The kernel tells of a reset once, on whichever side; the other sees an end.
+            if sent.as_ref().is_err_and(is_reset) { sent } else { received.and(sent) }
         })?;
         stream.set_nonblocking(true)?;
         Ok(Self { place, blocking, stream: TcpStream::from_std(stream)?, up, down })
@@ -188,6 +197,10 @@ impl Flow {
         tokio::try_join!(send, receive)?;
         Ok(self)
     }
+}
+
+fn is_reset(e: &anyhow::Error) -> bool {
+    e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
 /// Whether the server has stopped; nothing is its end, which comes too early.
