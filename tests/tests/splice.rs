@@ -231,7 +231,8 @@ fn heavy_whoever_is_killed_in_the_middle_the_others_hear_of_it_and_nothing_is_st
     // The application. (The target's process is this one: tests above reset its socket, which is what the kernel does
     // for one that is killed.)
     let (target, addr) = node.chatty(target::expect_reset_after(1))?;
-    let script = "\"$0\" hold \"$1\" & echo pid=$!; wait $!";
+    // What is in the background has no input of its own, and would end.
+    let script = "exec 3<&0; \"$0\" hold \"$1\" <&3 & echo pid=$!; wait $!";
     let app = programs::app()?;
     let mut app = node.exec().spawn(&["sh", "-c", script, &app.to_string_lossy(), &addr])?;
     let pid: i32 = app.value("pid")?.parse()?;

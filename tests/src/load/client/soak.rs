@@ -6,7 +6,7 @@
 use std::{
     collections::hash_map::RandomState,
     hash::BuildHasher as _,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd as _, AsRawFd},
     thread,
@@ -25,7 +25,7 @@ use super::{Place, Progress, after, dial};
 use crate::load::{
     Outcome,
     message::expect_end,
-    soak::{READ_MAX, Receiver, Sender, Word, cut, pause, read_size},
+    soak::{READ_MAX, Receiver, Sender, Word, cut, pause, read_pause, read_size},
 };
 
 /// All connections.
@@ -131,22 +131,31 @@ impl Flow {
                         frame = rest;
                     }
                     progress.made();
-                    wait_a_while();
+                    wait_a_while(pause());
                 }
                 to.write_all(&up.stop()).context("sending the stop")
             });
             let mut buffer = vec![0; READ_MAX];
-            loop {
-                let size = read_size();
-                // Not `read_exact`, which would hide that a call was interrupted or found nothing.
-                let n = from.read(&mut buffer[..size]).context("receiving")?;
-                if taken(&stream, &mut down, &buffer[..n])? {
-                    break;
+            let mut receive = || -> Result<()> {
+                loop {
+                    let size = read_size();
+                    // Not `read_exact`, which would hide that a call was interrupted or found nothing.
+                    let n = from.read(&mut buffer[..size]).context("receiving")?;
+                    if taken(&stream, &mut down, &buffer[..n])? {
+                        return Ok(());
+                    }
+                    progress.made();
+                    wait_a_while(read_pause());
                 }
-                progress.made();
-                wait_a_while();
+            };
+            let received = receive();
+            if received.is_err() {
+                // The sender may wait for a server that will not read again.
+                let _gone = stream.shutdown(Shutdown::Both);
             }
-            sending.join().unwrap_or_else(|_| bail!("the sender panicked"))
+            let sent = sending.join().unwrap_or_else(|_| bail!("the sender panicked"));
+            // The kernel tells of a reset once, on whichever side; the other sees an end.
+            if sent.as_ref().is_err_and(is_reset) { sent } else { received.and(sent) }
         })?;
         stream.set_nonblocking(true)?;
         Ok(Self { place, blocking, stream: TcpStream::from_std(stream)?, up, down })
@@ -181,7 +190,7 @@ impl Flow {
                     return anyhow::Ok(());
                 }
                 progress.made();
-                if let Some(length) = pause() {
+                if let Some(length) = read_pause() {
                     tokio::time::sleep(length).await;
                 }
             }
@@ -189,6 +198,10 @@ impl Flow {
         tokio::try_join!(send, receive)?;
         Ok(self)
     }
+}
+
+fn is_reset(e: &anyhow::Error) -> bool {
+    e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
 /// Whether the server has stopped; nothing is its end, which comes too early, or a reset of which the sender was told: the
@@ -207,8 +220,8 @@ fn taken(socket: &impl AsRawFd, down: &mut Receiver, bytes: &[u8]) -> Result<boo
 }
 
 #[expect(clippy::disallowed_methods, reason = "a program that blocks: it has threads for that")]
-fn wait_a_while() {
-    if let Some(length) = pause() {
+fn wait_a_while(pause: Option<Duration>) {
+    if let Some(length) = pause {
         thread::sleep(length);
     }
 }
