@@ -28,6 +28,8 @@ use crate::maps;
 const AF_INET: u32 = 2;
 const SOL_TCP: i32 = 6;
 const TCP_CONGESTION: i32 = 13;
+#[expect(clippy::cast_possible_truncation, reason = "four bytes")]
+const NAME_LEN: i32 = LOCAL_CONGESTION_CONTROL.len() as i32;
 
 #[inline(always)]
 pub(crate) fn on_event(ctx: &SockOpsContext) {
@@ -52,9 +54,8 @@ fn on_connect(ctx: &SockOpsContext) {
     let mut name = LOCAL_CONGESTION_CONTROL;
     // SAFETY: the context as it is, and a name with its length; the helper copies it. It fails for sockets that are not
     // TCP's own (MPTCP), which keep what they have.
-    let _kept = unsafe {
-        bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), name.len() as i32)
-    };
+    let _kept =
+        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), NAME_LEN) };
 }
 
 #[inline(always)]
