@@ -203,7 +203,7 @@ impl Upstream {
         self.lines.opened()
     }
 
-    /// Closes its connections; see [`Lines::close`].
+    /// Closes its connections once their streams have ended.
     pub async fn close(&self) {
         self.tasks.borrow_mut().abort_all();
         self.health.stop();

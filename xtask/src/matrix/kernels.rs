@@ -68,8 +68,8 @@ impl Image {
     fn find(line: &str) -> Result<Self> {
         ensure!(
             in_path_or_sbin("apt-cache").is_some(),
-            "apt is not here, so nothing is known of Debian's kernels: --kernel takes a package's file too, a .deb from \
-             https://snapshot.debian.org/binary/?bin=linux-image-{line}"
+            "apt is not here, so nothing is known of Debian's kernels: --kernel takes a package's file too, a .deb of \
+             linux-image-{line} from Debian's archive"
         );
         for name in metapackages(line) {
             let shown = run::output(Command::new("apt-cache").args(["show", &name])).unwrap_or_default();
@@ -79,9 +79,8 @@ impl Image {
         }
         bail!(
             "apt knows no kernel {line}. If its lists are empty or old: apt-get update. If this release has none, add \
-             one that has (Debian 12 has 6.1, its security updates and its backports 6.12), as a line of \
-             /etc/apt/sources.list:\n  deb http://deb.debian.org/debian bookworm-backports main\n\
-             or download a package, and name its file: --kernel linux-image-….deb"
+             one that has to /etc/apt/sources.list (Debian 12 has 6.1, its security updates and its backports, the \
+             suite bookworm-backports, 6.12), or download a package, and name its file: --kernel linux-image-….deb"
         )
     }
 
