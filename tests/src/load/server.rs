@@ -23,7 +23,7 @@ use super::{
     buffer::receive,
     message::Request,
     port,
-    soak::{READ_MAX, Receiver, SEEDS, Sender, Word, cut, pause, read_size},
+    soak::{READ_MAX, Receiver, SEEDS, Sender, Word, cut, pause, read_pause, read_size},
     stream::{Check, Id},
 };
 
@@ -262,7 +262,7 @@ async fn soak(stream: &mut TcpStream) -> Result<()> {
                     Word::Stop => told.stops += 1,
                 });
             }
-            if let Some(length) = pause() {
+            if let Some(length) = read_pause() {
                 tokio::time::sleep(length).await;
             }
         }

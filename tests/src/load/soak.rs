@@ -8,7 +8,7 @@
 //! of the direction's pattern behind it. The client's [`GO`] sets the server going, its [`STOP`] ends what it sends and
 //! has the server end too; a stop's length is the number of bytes of payload so far, modulo 2³².
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, bail, ensure};
 
@@ -59,6 +59,7 @@ impl Sender {
     /// The next frame: most are short, as messages are; some are as long as bulk.
     pub(super) fn frame(&mut self) -> &[u8] {
         let most = match fastrand::u32(..10) {
+            _ if chatting() => 256,
             0..5 => 256,
             5..9 => 8 * 1024,
             _ => PAYLOAD_MAX,
@@ -89,14 +90,28 @@ fn header(kind: u8, number: u64) -> [u8; HEADER] {
     header
 }
 
-/// How long to wait before the next frame, or the next read; mostly not at all. Long enough for the other side to fall
-/// asleep, and now and then for everything on the way to fill up, or to run dry.
+/// How long to wait before the next frame. Mostly not at all; long enough for the other side to fall asleep, and now and
+/// then for everything on the way to run dry. Who chats waits each time.
 pub(super) fn pause() -> Option<Duration> {
+    if chatting() { Some(Duration::from_micros(fastrand::u64(150..600))) } else { read_pause() }
+}
+
+/// How long to wait before the next read: now and then until everything on the way is full.
+pub(super) fn read_pause() -> Option<Duration> {
     match fastrand::u32(..400) {
+        _ if chatting() => None,
         0 => Some(Duration::from_millis(fastrand::u64(5..30))),
         1..16 => Some(Duration::from_micros(fastrand::u64(..1500))),
         _ => None,
     }
+}
+
+/// Whether both directions chat, in short messages one by one, or carry what they can. They take turns, on both sides at
+/// the same moments, so that paths for the one and the other are gone over to and back all the time.
+fn chatting() -> bool {
+    const TURN: Duration = Duration::from_millis(400);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    (now.as_millis() / TURN.as_millis()).is_multiple_of(2)
 }
 
 /// How much the next call reads at most.

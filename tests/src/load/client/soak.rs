@@ -25,7 +25,7 @@ use super::{Place, Progress, after, dial};
 use crate::load::{
     Outcome,
     message::expect_end,
-    soak::{READ_MAX, Receiver, Sender, Word, cut, pause, read_size},
+    soak::{READ_MAX, Receiver, Sender, Word, cut, pause, read_pause, read_size},
 };
 
 /// All connections.
@@ -131,7 +131,7 @@ impl Flow {
                         frame = rest;
                     }
                     progress.made();
-                    wait_a_while();
+                    wait_a_while(pause());
                 }
                 to.write_all(&up.stop()).context("sending the stop")
             });
@@ -144,7 +144,7 @@ impl Flow {
                     break;
                 }
                 progress.made();
-                wait_a_while();
+                wait_a_while(read_pause());
             }
             sending.join().unwrap_or_else(|_| bail!("the sender panicked"))
         })?;
@@ -181,7 +181,7 @@ impl Flow {
                     return anyhow::Ok(());
                 }
                 progress.made();
-                if let Some(length) = pause() {
+                if let Some(length) = read_pause() {
                     tokio::time::sleep(length).await;
                 }
             }
@@ -207,8 +207,8 @@ fn taken(socket: &impl AsRawFd, down: &mut Receiver, bytes: &[u8]) -> Result<boo
 }
 
 #[expect(clippy::disallowed_methods, reason = "a program that blocks: it has threads for that")]
-fn wait_a_while() {
-    if let Some(length) = pause() {
+fn wait_a_while(pause: Option<Duration>) {
+    if let Some(length) = pause {
         thread::sleep(length);
     }
 }
