@@ -136,17 +136,25 @@ impl Flow {
                 to.write_all(&up.stop()).context("sending the stop")
             });
             let mut buffer = vec![0; READ_MAX];
-            loop {
-                let size = read_size();
-                // Not `read_exact`, which would hide that a call was interrupted or found nothing.
-                let n = from.read(&mut buffer[..size]).context("receiving")?;
-                if taken(&stream, &mut down, &buffer[..n])? {
-                    break;
+            let mut receive = || -> Result<()> {
+                loop {
+                    let size = read_size();
+                    // Not `read_exact`, which would hide that a call was interrupted or found nothing.
+                    let n = from.read(&mut buffer[..size]).context("receiving")?;
+                    if taken(&stream, &mut down, &buffer[..n])? {
+                        return Ok(());
+                    }
+                    progress.made();
+                    wait_a_while(read_pause());
                 }
-                progress.made();
-                wait_a_while(read_pause());
+            };
+            let received = receive();
+            if received.is_err() {
+                // The sender may wait for a server that will not read again.
+                let _gone = stream.shutdown(Shutdown::Both);
             }
-            sending.join().unwrap_or_else(|_| bail!("the sender panicked"))
+            let sent = sending.join().unwrap_or_else(|_| bail!("the sender panicked"));
+            received.and(sent)
         })?;
         stream.set_nonblocking(true)?;
         Ok(Self { place, blocking, stream: TcpStream::from_std(stream)?, up, down })
