@@ -75,7 +75,7 @@ pub(super) struct Trial {
     pub(super) seconds: f64,
     /// What the kernel complained of meanwhile.
     pub(super) warnings: Vec<String>,
-    /// The end of what it said, if it failed.
+    /// The end of what it said each time that it failed.
     pub(super) output: String,
 }
 

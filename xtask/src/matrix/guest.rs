@@ -52,8 +52,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         shared.tell(&Event::Began(test.full_name()))?;
         let mut trial = try_one(test, limit, &folder)?;
         while matches!(trial.outcome, Outcome::Failed | Outcome::TimedOut) && trial.attempts < ATTEMPTS {
-            let attempts = trial.attempts + 1;
+            let (attempts, before) = (trial.attempts + 1, trial.output);
             trial = Trial { attempts, ..try_one(test, limit, &folder)? };
+            // What went wrong the first time is worth knowing, whatever comes of it.
+            trial.output.insert_str(0, &before);
         }
         // Of every attempt: nothing excuses a complaint.
         trial.warnings = log.warnings()?;

@@ -145,6 +145,10 @@ fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
 /// What went wrong, if anything.
 fn details(verdict: &Verdict, out: &mut String) {
     let release = &verdict.release;
+    let passed_later = |t: &&Trial| t.outcome == Outcome::Passed && t.attempts > 1;
+    for trial in verdict.tests.iter().filter(passed_later) {
+        let _ = writeln!(out, "{release}: {} failed once:\n{}", trial.name, trial.output.trim_end());
+    }
     if verdict.good() {
         let _ = writeln!(out, "{} {release}", green("ok "));
         return;

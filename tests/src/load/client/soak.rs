@@ -6,7 +6,7 @@
 use std::{
     collections::hash_map::RandomState,
     hash::BuildHasher as _,
-    io::{self, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd as _, AsRawFd},
     thread,
@@ -154,8 +154,7 @@ impl Flow {
                 let _gone = stream.shutdown(Shutdown::Both);
             }
             let sent = sending.join().unwrap_or_else(|_| bail!("the sender panicked"));
-            // The kernel tells of a reset once, on whichever side; the other sees an end.
-            if sent.as_ref().is_err_and(is_reset) { sent } else { received.and(sent) }
+            received.and(sent)
         })?;
         stream.set_nonblocking(true)?;
         Ok(Self { place, blocking, stream: TcpStream::from_std(stream)?, up, down })
@@ -198,10 +197,6 @@ impl Flow {
         tokio::try_join!(send, receive)?;
         Ok(self)
     }
-}
-
-fn is_reset(e: &anyhow::Error) -> bool {
-    e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
 /// Whether the server has stopped; nothing is its end, which comes too early, or a reset of which the sender was told: the
