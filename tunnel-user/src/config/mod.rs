@@ -150,11 +150,11 @@ impl Default for Daemon {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Relay {
     /// As [`Splice`](Self::Splice) where that can be, else as [`Copy`](Self::Copy).
-    #[default]
     Auto,
     /// By a kernel program while a flow chats, else as [`Copy`](Self::Copy).
     Splice,
     /// Read and written.
+    #[default]
     Copy,
     /// In the kernel, through a pipe (splice(2)).
     Pipe,

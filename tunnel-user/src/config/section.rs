@@ -151,7 +151,7 @@ impl Section for Daemon {
         let relay = r.default(
             "relay",
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"splice\", by a kernel program while a flow exchanges small messages, else as \"copy\"; \"pipe\", in the kernel (splice(2)), which takes less than half the CPU for bulk and as much for small messages; \"auto\", as \"splice\" where kernel and privileges allow it, else as \"copy\".",
-            Relay::Auto,
+            Relay::Copy,
         );
         let inspect_timeout = r.default(
             "inspect_timeout",
