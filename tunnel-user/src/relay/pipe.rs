@@ -17,7 +17,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_siz
 use socket2::SockRef;
 use tokio::io::Interest;
 
-use super::{Broken, Direction, Leg as _, Queue, State, TcpLeg, Way, tcp::reset};
+use super::{Broken, Direction, Leg as _, Queue, State, TcpLeg, Way, splice::socket::at_mark, tcp::reset};
 
 /// What one direction of a flow holds at most: four times a pipe's usual size, because a segment takes a
 /// place of its own, of which there is one per page. Over loopback a GB costs 0.15 s of CPU with 64 KiB, 0.14
@@ -200,8 +200,8 @@ impl<'p> Through<'p> {
             match read {
                 Ok(0) => return Poll::Ready(Ok(Filled::End)),
                 Ok(n) => {
-                    // Fewer bytes than places: not the pipe was full, but the socket is empty.
-                    if n < *places {
+                    // Fewer bytes than places: not the pipe was full, but the socket is empty, or something urgent is next.
+                    if n < *places && !at_mark(src.stream()) {
                         src.not_ready(Interest::READABLE);
                     }
                     held.bytes = n;
