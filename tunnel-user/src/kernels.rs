@@ -1,9 +1,9 @@
 //! Which kernels are known to be good for a fast path, and what the others lack.
 //!
-//! Enters: what uname(2) says. Leaves: yes, or the reason why not. Invariant: a kernel of which nothing is known is not
+//! Enters: what uname(2) says, and whether a warning stops the kernel. Leaves: yes, or the reason why not. Invariant: a kernel of which nothing is known is not
 //! good: a fast path whose kernel has a mistake loses bytes or takes the machine down. It never tries anything.
 
-use std::fmt;
+use std::{fmt, fs};
 
 use nix::sys::utsname::uname;
 
@@ -44,6 +44,14 @@ const SPLICE: [Fix; 2] = [
     },
 ];
 
+/// What no kernel has: `sk_psock_backlog` takes what a program passes, behind something that waits to be sent, into the
+/// socket's account of memory without the socket's lock. The account can be off by less than a page for it, and
+/// `inet_sock_destruct` warns of that, once after each boot. Nothing else is known to come of it (ARCHITECTURE.md).
+const SPLICE_WARNS: &str = "kernel.panic_on_warn is set, and a kernel may warn of a socket's account of memory where flows \
+                            are spliced (\"inet_sock_destruct\"): harmless by itself, but it would stop this node";
+/// sysctl
+const PANIC_ON_WARN: &str = "/proc/sys/kernel/panic_on_warn";
+
 /// What bypass takes, likewise. Only lines that it was tried on: 6.1 and 6.6 may have the fix, and nobody has looked.
 const BYPASS: [Fix; 1] = [Fix {
     what: "what is redirected is charged to nobody, so that nothing bounds it, and a socket used after it was closed \
@@ -58,14 +66,19 @@ const BYPASS: [Fix; 1] = [Fix {
 pub struct Kernel {
     release: String,
     version: Option<Version>,
+    /// Whether a warning stops it.
+    panics_on_warn: bool,
 }
 
 impl Kernel {
     /// The one that runs.
     pub fn running() -> Self {
         match uname() {
-            Ok(u) => Self::new(&u.release().to_string_lossy(), &u.version().to_string_lossy()),
-            Err(e) => Self { release: e.to_string(), version: None },
+            Ok(u) => Self {
+                panics_on_warn: fs::read_to_string(PANIC_ON_WARN).is_ok_and(|set| set.trim() != "0"),
+                ..Self::new(&u.release().to_string_lossy(), &u.version().to_string_lossy())
+            },
+            Err(e) => Self { release: e.to_string(), version: None, panics_on_warn: false },
         }
     }
 
@@ -73,7 +86,7 @@ impl Kernel {
     /// its version ("#1 SMP PREEMPT_DYNAMIC Debian 6.1.153-1 (2025-09-20)").
     fn new(release: &str, version: &str) -> Self {
         let debian = version.split_once("Debian ").and_then(|(_, of)| parse(of));
-        Self { release: release.to_owned(), version: debian.or_else(|| parse(release)) }
+        Self { release: release.to_owned(), version: debian.or_else(|| parse(release)), panics_on_warn: false }
     }
 
     /// Whether it is known to be good for it; else the reason.
@@ -89,6 +102,7 @@ impl Kernel {
             Some(fix) => {
                 Err(format!("{self} is not known to have what it takes, {}: {}", fix.where_in(), fix.what))
             }
+            None if feature == Feature::Splice && self.panics_on_warn => Err(SPLICE_WARNS.to_owned()),
             None => Ok(()),
         }
     }
@@ -161,5 +175,14 @@ mod tests {
         splice("6.1.0-40-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.153-1 (2025-09-20)").unwrap();
         let old = splice("6.1.0-9-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.27-1 (2023-05-08)").unwrap_err();
         assert!(old.contains("6.1.0-9-amd64 (6.1.27)") && old.contains("6.1.142"), "{old}");
+    }
+
+    #[test]
+    fn nothing_is_spliced_where_a_warning_would_stop_the_node() {
+        let strict = Kernel { panics_on_warn: true, ..Kernel::new("6.18.44", "#1 SMP") };
+        let why = strict.allows(Feature::Splice).unwrap_err();
+        assert!(why.contains("panic_on_warn"), "{why}");
+        // It takes the socket's lock.
+        strict.allows(Feature::Bypass).unwrap();
     }
 }
