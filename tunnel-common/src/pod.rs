@@ -29,6 +29,7 @@ pod! {
     Rule = 68,
     Listener = 4,
     splice::Words = 64,
+    splice::Offsets = 12,
     Offsets = 24,
     Slot = 120,
     Tag = 16,

@@ -8,19 +8,24 @@
 #![no_std]
 #![no_main]
 
-use core::{mem::MaybeUninit, ptr};
+#[path = "field.rs"]
+mod field;
+
+use core::ptr;
 
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_INGRESS, BPF_F_MMAPABLE, BPF_TCP_CLOSE_WAIT, BPF_TCP_ESTABLISHED, sk_action::SK_PASS},
     btf_maps::{Array, SkStorage, SockHash},
-    helpers::generated::{bpf_probe_read_kernel, bpf_sk_storage_get},
+    helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, raw_tracepoint, sk_msg},
     programs::{RawTracePointContext, SkMsgContext},
 };
 use tunnel_common::fastpath::bypass::{
     APPLICATION, DAEMON, Offsets, SLOTS_MAX, Seen, Side, Slot, Tag, Verdict, decide,
 };
+
+use self::field::read;
 
 /// Both sockets of each pair, by their cookies.
 #[btf_map]
@@ -158,18 +163,6 @@ fn is_still(sock: u64, cookie: u64, offsets: &Offsets) -> bool {
 #[inline(always)]
 fn distance(sock: u64, ahead: u32, behind: u32) -> Option<u32> {
     Some(read::<u32>(sock, ahead)?.wrapping_sub(read::<u32>(sock, behind)?))
-}
-
-/// A field of a kernel's structure. What cannot be read is nothing, whatever the address is.
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "a number has eight bytes at most")]
-fn read<T: Copy>(base: u64, offset: u32) -> Option<T> {
-    let mut value = MaybeUninit::<T>::uninit();
-    let at = base.wrapping_add(u64::from(offset)) as *const _;
-    // SAFETY: the helper checks the address that it reads from, and writes as many bytes as `value` has.
-    let failed = unsafe { bpf_probe_read_kernel(value.as_mut_ptr().cast(), size_of::<T>() as u32, at) };
-    // SAFETY: it has written all of them; `T` is a plain number.
-    (failed == 0).then(|| unsafe { value.assume_init() })
 }
 
 #[cfg(not(test))]

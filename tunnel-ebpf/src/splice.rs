@@ -1,16 +1,20 @@
 //! Joins two sockets of the daemon: what one receives, the other sends.
 //!
 //! Enters: what a socket has received, one buffer at a time, with the socket locked. Leaves: the verdict of
-//! `fastpath::splice`, and its words brought up to date. Invariant: a buffer is counted by what became of it, and what
-//! cannot be sent on is passed to the daemon. It never looks at the bytes.
+//! `fastpath::splice`, and its words brought up to date. Invariant: a buffer is counted by what became of it, what
+//! cannot be sent on is passed to the daemon, and what has come before is left out (`fastpath::splice::fresh`). It never
+//! looks at the bytes.
 
 #![no_std]
 #![no_main]
 
+#[path = "field.rs"]
+mod field;
+
 use core::ptr;
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext as _, Global,
     bindings::{
         BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_FORCE_WAKEUP,
         sk_action::{SK_DROP, SK_PASS},
@@ -20,7 +24,13 @@ use aya_ebpf::{
     macros::{btf_map, stream_verdict},
     programs::SkBuffContext,
 };
-use tunnel_common::fastpath::splice::{DIRECTIONS_MAX, TOLD_BYTES, Verdict, Words, cost, tells, verdict};
+use tunnel_common::fastpath::splice::{
+    DIRECTIONS_MAX, Fresh, KNOWN, Offsets, TOLD_BYTES, Verdict, Words, cost, fresh, tells, verdict,
+};
+
+/// Where the kernel keeps what is to be seen.
+#[unsafe(no_mangle)]
+static OFFSETS: Global<Offsets> = Global::new(Offsets { seq: 0, sk: 0, copied_seq: 0 });
 
 #[btf_map]
 static DIRECTIONS: Array<Words, DIRECTIONS_MAX, { BPF_F_MMAPABLE as usize }> = Array::new();
@@ -47,10 +57,25 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
     // SAFETY: four bytes that the daemon writes once.
     let slot = *unsafe { SLOTS.get(cookie) }?;
     let words = DIRECTIONS.get_ptr_mut(slot)?;
-    let len = u64::from(ctx.len());
+    if ctx.len() == 0 {
+        return Some(SK_DROP);
+    }
     // SAFETY: the entry is there for good. The program's words are written by it only, with the socket of this
     // direction locked; each of the daemon's is one aligned word, and volatile because the daemon writes it meanwhile.
     let seen = unsafe { ptr::read_volatile(words) };
+    if seen.broken != 0 {
+        return Some(SK_DROP);
+    }
+    let Some(next) = leave_out(ctx, &seen) else {
+        // SAFETY: as above. The daemon resets the flow: some of its bytes are gone.
+        unsafe { ptr::write_volatile(&raw mut (*words).broken, 1) };
+        let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
+        return Some(SK_DROP);
+    };
+    // SAFETY: as above.
+    unsafe { ptr::write_volatile(&raw mut (*words).next, next) };
+    // The length as it is now.
+    let len = u64::from(ctx.len());
     match verdict(&seen, len) {
         Verdict::Drop => return Some(SK_DROP),
         // A redirect that does not find the other socket says so before anything was done.
@@ -73,6 +98,45 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
         let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
     }
     Some(SK_PASS)
+}
+
+/// Takes off a buffer's head what has come before: what comes next. None if that cannot be.
+#[inline(always)]
+fn leave_out(ctx: &SkBuffContext, seen: &Words) -> Option<u64> {
+    let offsets = OFFSETS.load();
+    // The context of a program is the kernel's own buffer.
+    let seq: u32 = field::read(ctx.as_ptr() as u64, offsets.seq)?;
+    let expected = if seen.next & KNOWN == 0 {
+        let sk: u64 = field::read(ctx.as_ptr() as u64, offsets.sk)?;
+        field::read(sk, offsets.copied_seq)?
+    } else {
+        (seen.next & !KNOWN) as u32
+    };
+    let (old, next) = match fresh(expected, seq, ctx.len()) {
+        Fresh::From(old) => (old, seq.wrapping_add(ctx.len())),
+        Fresh::Nothing => (ctx.len(), expected),
+        Fresh::Hole => return None,
+    };
+    take_off(ctx, old)?;
+    Some(KNOWN | u64::from(next))
+}
+
+/// Takes so many bytes off a buffer's head.
+#[inline(always)]
+fn take_off(ctx: &SkBuffContext, mut bytes: u32) -> Option<()> {
+    /// The most that the helper takes at once (`sk_skb_adjust_room`),
+    const ONCE: u32 = 0xfff;
+    /// and how often: 64 KiB, the longest buffer that most cards have.
+    const TIMES: u32 = 17;
+    for _ in 0..TIMES {
+        if bytes == 0 {
+            return Some(());
+        }
+        let now = if bytes < ONCE { bytes } else { ONCE };
+        ctx.skb.adjust_room(-now.cast_signed(), 0, 0).ok()?;
+        bytes -= now;
+    }
+    (bytes == 0).then_some(())
 }
 
 #[cfg(not(test))]

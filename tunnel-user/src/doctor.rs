@@ -429,7 +429,8 @@ fn somaxconn() -> Finding {
 fn btf() -> Finding {
     const CHECK: &str = "kernel BTF";
     let there = Path::new("/sys/kernel/btf/vmlinux").exists();
-    Finding::info(CHECK, if there { "there; capture needs none" } else { "not there; capture needs none" })
+    const USE: &str = "capture needs none; relay = \"splice\" and bypass do";
+    Finding::info(CHECK, format!("{}; {USE}", if there { "there" } else { "not there" }))
 }
 
 /// What `relay = "splice"` takes; without it bytes are copied.

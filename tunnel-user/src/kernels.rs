@@ -86,7 +86,11 @@ impl Kernel {
     /// its version ("#1 SMP PREEMPT_DYNAMIC Debian 6.1.153-1 (2025-09-20)").
     fn new(release: &str, version: &str) -> Self {
         let debian = version.split_once("Debian ").and_then(|(_, of)| parse(of));
-        Self { release: release.to_owned(), version: debian.or_else(|| parse(release)), panics_on_warn: false }
+        Self {
+            release: release.to_owned(),
+            version: debian.or_else(|| parse(release)),
+            panics_on_warn: false,
+        }
     }
 
     /// Whether it is known to be good for it; else the reason.

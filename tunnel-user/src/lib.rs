@@ -4,6 +4,7 @@
 //! `ARCHITECTURE.md` tells which room does what; only [`app`] wires rooms together.
 
 pub mod app;
+pub mod btf;
 pub mod capture;
 pub mod cli;
 pub mod config;

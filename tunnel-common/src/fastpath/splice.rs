@@ -28,6 +28,20 @@ pub const DIRECTIONS_MAX: usize = 2 * FLOWS_MAX;
 /// has one that was not read, or two where the daemon looked after it for another reason meanwhile.
 pub const TOLD_BYTES: usize = 2 * 16 * DIRECTIONS_MAX;
 
+/// Where the fields lie that the program reads of the kernel's own structures: from its BTF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offsets {
+    /// `struct sk_buff`, `cb`, taken for a `struct tcp_skb_cb`.
+    pub seq: u32,
+    /// `struct sk_buff`.
+    pub sk: u32,
+    /// `struct tcp_sock`.
+    pub copied_seq: u32,
+}
+
+/// [`Offsets`]; a global.
+pub const OFFSETS: &str = "OFFSETS";
 /// The program.
 pub const PROGRAM: &str = "splice_verdict";
 /// Array of [`Words`], which the daemon maps.
@@ -56,7 +70,39 @@ pub struct Words {
     pub gate: u64,
     /// How much the program may spend. The daemon's.
     pub limit: u64,
-    unused: [u64; 2],
+    /// The sequence number of the byte that comes next, with [`KNOWN`]. The program's.
+    pub next: u64,
+    /// Not 0: bytes are gone, and the flow has to be reset. The program's.
+    pub broken: u64,
+}
+
+/// Beside a sequence number: it is one.
+pub const KNOWN: u64 = 1 << 32;
+
+/// What of a buffer has not come before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fresh {
+    /// What is behind so many bytes.
+    From(u32),
+    /// None of it.
+    Nothing,
+    /// Something is missing in front of it, which TCP never does.
+    Hole,
+}
+
+/// A segment that was sent again together with new bytes comes to the program as it is (`tcp_read_skb`), and so does one
+/// of which the daemon had read a part before the program had the socket: the buffer begins at `seq`, and `expected` comes
+/// next.
+#[inline(always)]
+pub const fn fresh(expected: u32, seq: u32, len: u32) -> Fresh {
+    let old = expected.wrapping_sub(seq).cast_signed();
+    if old < 0 {
+        Fresh::Hole
+    } else if old.cast_unsigned() >= len {
+        Fresh::Nothing
+    } else {
+        Fresh::From(old.cast_unsigned())
+    }
 }
 
 /// What becomes of what has arrived.

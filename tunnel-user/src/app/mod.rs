@@ -258,7 +258,7 @@ fn path(config: &Config) -> Result<PathKind, Failure> {
     }
     let what = format!("relay = \"splice\": {why}");
     Err(if privilege {
-        let remedy = "Loading the program takes CAP_BPF and CAP_NET_ADMIN: run it as root. With relay = \"auto\" bytes are \
+        let remedy = "The program takes CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN: run it as root. With relay = \"auto\" bytes are \
                       copied without.";
         Failure::Privilege(Cause::new(what, remedy))
     } else {

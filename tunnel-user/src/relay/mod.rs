@@ -36,7 +36,7 @@ pub use self::{
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
-    splice::{CHATTY_BYTES, CHATTY_STREAK, Spliced, Splices, probe},
+    splice::{CHATTY_BYTES, CHATTY_STREAK, Spliced, Splices, Unfit, probe},
     tcp::{TcpLeg, broken},
     tls::TlsLeg,
 };

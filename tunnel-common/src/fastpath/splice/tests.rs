@@ -233,3 +233,28 @@ fn an_end_without_bytes_is_never_redirected_nor_passed() {
     assert_eq!(verdict(&open, 1), Verdict::Redirect);
     assert_eq!(verdict(&Words { gate: SHUT, ..open }, 1), Verdict::Pass);
 }
+
+proptest! {
+    #[test]
+    fn of_segments_that_overlap_what_has_come_exactly_the_rest_is_taken(
+        start in prop_oneof![Just(0), Just(u32::MAX - 20), any::<u32>()],
+        segments in prop::collection::vec((0..40_u32, 1..60_u32), 1..60),
+    ) {
+        let (mut expected, mut taken) = (start, 0);
+        for (back, len) in segments {
+            // TCP gives away nothing ahead of a hole; what it gives may begin before what has come.
+            let seq = expected.wrapping_sub(back);
+            match fresh(expected, seq, len) {
+                Fresh::From(old) => {
+                    prop_assert_eq!(old, back);
+                    taken += len - old;
+                    expected = seq.wrapping_add(len);
+                }
+                Fresh::Nothing => prop_assert!(back >= len),
+                Fresh::Hole => prop_assert!(false, "there is none"),
+            }
+            prop_assert_eq!(expected, start.wrapping_add(taken));
+        }
+        prop_assert_eq!(fresh(expected, expected.wrapping_add(1), 1), Fresh::Hole);
+    }
+}

@@ -6,7 +6,6 @@
 
 mod holder;
 mod judge;
-mod offsets;
 mod promote;
 #[cfg(test)]
 mod tests;
@@ -32,11 +31,9 @@ use tunnel_common::{
     names,
 };
 
-pub use self::{
-    offsets::OffsetsError,
-    promote::{Asked, Candidate, Counts, Promoter, Promotions, Refusal},
-};
+pub use self::promote::{Asked, Candidate, Counts, Promoter, Promotions, Refusal};
 use super::sys;
+use crate::btf::{self, OffsetsError};
 
 /// The program, as the build script made or found it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bypass.bpf.o"));
@@ -107,7 +104,7 @@ struct Free {
 impl Bypass {
     /// Loads the program; it acts on nothing until a pair is made.
     pub fn load() -> Result<Arc<Self>, BypassError> {
-        let offsets = offsets::of_kernel()?;
+        let offsets = btf::of_sockets()?;
         let mut ebpf = EbpfLoader::new()
             .override_global(names::bypass::OFFSETS, &offsets, true)
             .load(OBJECT)

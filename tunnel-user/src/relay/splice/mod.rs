@@ -8,6 +8,7 @@
 //! While the program moves the bytes this task sleeps: its sockets are out of the runtime's epoll, and a second one says
 //! only ends, resets, and what the program passes (`room.rs`).
 
+mod overlap;
 mod room;
 pub(super) mod socket;
 
@@ -27,7 +28,7 @@ use tokio::{task::yield_now, time::sleep};
 use tunnel_common::fastpath::splice::{Ledger, OVERHEAD, SHUT, grant};
 
 use self::room::{Room, Seat, Unseated};
-pub use self::room::{Spliced, Splices, probe};
+pub use self::room::{Spliced, Splices, Unfit, probe};
 use super::{
     Broken, Direction, Meter, Outcome, Queue, Side, State, TcpLeg, conclude, step,
     tcp::{Taken, let_arrive, reset, shut_down},
@@ -70,7 +71,8 @@ pub(super) async fn relay(
     let mut joined = Joined::Not;
     loop {
         let chats = !matches!(joined, Joined::Never { .. });
-        let ended = copy(client, target, meter, &mut up, &mut down, chats.then_some(room.streak)).await;
+        let streak = chats.then_some(room.streak);
+        let ended = copy(client, target, meter, &mut up, &mut down, streak, joined.seat()).await;
         if let Some(ended) = ended {
             return conclude(client, target, ended);
         }
@@ -117,10 +119,14 @@ async fn copy(
     up: &mut Direction<&mut Queue>,
     down: &mut Direction<&mut Queue>,
     streak: Option<u32>,
+    seat: Option<&Seat>,
 ) -> Option<Result<(), (Side, Broken)>> {
     let moved = || meter.sent.get() + meter.received.get();
     let (mut chatted, mut before) = (0, moved());
     poll_fn(|cx| {
+        if seat.is_some_and(|seat| seat.is_broken(cx)) {
+            return Poll::Ready(Some(Err((Side::Client, broken()))));
+        }
         if let Poll::Ready(ended) = step(cx, client, target, meter, up, down) {
             return Poll::Ready(Some(ended));
         }
@@ -146,8 +152,23 @@ enum Joined {
     Yes(Pair),
     /// They are copied for good.
     Never {
-        _seat: Option<Seat>,
+        seat: Option<Seat>,
     },
+}
+
+impl Joined {
+    fn seat(&self) -> Option<&Seat> {
+        match self {
+            Self::Not => None,
+            Self::Yes(pair) => Some(&pair.seat),
+            Self::Never { seat } => seat.as_ref(),
+        }
+    }
+}
+
+/// Bytes are gone: the program could not leave out what had come before.
+fn broken() -> Broken {
+    reset(io::Error::other("a buffer could not be spliced"))
 }
 
 /// Gives both sockets to the program.
@@ -156,12 +177,12 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
         Ok(seat) => seat,
         Err(Unseated::Full) => {
             room.count(|done| done.no_slot += 1);
-            return Joined::Never { _seat: None };
+            return Joined::Never { seat: None };
         }
         Err(Unseated::Refused(why, seat)) => {
             tracing::debug!("a flow's sockets cannot be joined: {why}");
             room.count(|done| done.refused += 1);
-            return Joined::Never { _seat: seat };
+            return Joined::Never { seat };
         }
     };
     let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
@@ -172,7 +193,7 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
             room.count(|done| done.flows += 1);
             Joined::Yes(Pair { room: Rc::clone(room), seat, halves: [up, down], leaving: false })
         }
-        _ => Joined::Never { _seat: Some(seat) },
+        _ => Joined::Never { seat: Some(seat) },
     }
 }
 
@@ -283,6 +304,9 @@ impl Pair {
         let left = *leaving;
         if left {
             words.gate.store(SHUT, Ordering::SeqCst);
+        }
+        if words.broken.load(Ordering::Acquire) != 0 {
+            return Err((true, broken()));
         }
         // Before it is read: what is passed from here on is told again.
         words.told.store(0, Ordering::SeqCst);

@@ -14,7 +14,7 @@ use std::{
     ptr::NonNull,
     rc::{Rc, Weak},
     sync::atomic::{AtomicU64, Ordering},
-    task::{Poll, Waker},
+    task::{Context, Poll, Waker},
 };
 
 use aya::{
@@ -26,8 +26,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::{Interest, unix::AsyncFd};
 use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, DIRECTIONS_MAX, FLOWS_MAX, SHUT, Words};
 
-use super::socket;
-use crate::{capture::bpf::BpfError, drain::Tasks};
+use super::{overlap::repeats, socket};
+use crate::{
+    btf::{self, OffsetsError},
+    capture::bpf::BpfError,
+    drain::Tasks,
+};
 
 /// The program, as the build script made or found it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/splice.bpf.o"));
@@ -95,12 +99,12 @@ struct Waiting {
 
 impl Splices {
     /// Loads the program. In a worker's runtime.
-    pub fn load() -> Result<Self, BpfError> {
+    pub fn load() -> Result<Self, Unfit> {
         Self::with(BACKLOG_MAX, super::CHATTY_STREAK)
     }
 
     /// With less credit, or fewer wake-ups before a flow is promoted: to see many changes in little time.
-    pub(crate) fn with(credit: u64, streak: u32) -> Result<Self, BpfError> {
+    pub(crate) fn with(credit: u64, streak: u32) -> Result<Self, Unfit> {
         let room = Rc::new(Room::load(credit, streak)?);
         let watch = Tasks::default();
         watch.spawn(tell(Rc::downgrade(&room)));
@@ -122,16 +126,63 @@ impl Splices {
     }
 }
 
-/// Whether this kernel takes the program: loads it, and throws it away.
-pub fn probe() -> Result<(), BpfError> {
-    Room::load(BACKLOG_MAX, 0).map(drop)
+/// Whether this kernel takes the program, and does right by it: tries it on a connection of our own.
+pub fn probe() -> Result<(), Unfit> {
+    let room = Rc::new(Room::load(BACKLOG_MAX, 0)?);
+    match repeats(&room) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(Unfit::Repeats),
+        Err(e) => Err(Unfit::Untried(e)),
+    }
+}
+
+/// Why nothing is spliced.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// The kernel does not say where its fields are.
+    #[error(transparent)]
+    Offsets(#[from] OffsetsError),
+    /// The program could not be loaded.
+    #[error(transparent)]
+    Load(#[from] BpfError),
+    /// It could not be tried.
+    #[error("the splice program could not be tried on a connection over loopback: {0}")]
+    Untried(#[source] io::Error),
+    /// Bytes would be repeated; see `overlap.rs`.
+    #[error(
+        "bytes that are sent again together with new ones come twice on this kernel (tcp_read_skb), and cannot be left out"
+    )]
+    Repeats,
+}
+
+impl Unfit {
+    /// One line.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Load(e) => e.summary(),
+            other => other.to_string(),
+        }
+    }
+
+    /// Whether it was for want of a privilege.
+    pub fn is_privilege(&self) -> bool {
+        match self {
+            Self::Load(e) => e.is_privilege(),
+            Self::Untried(e) => e.kind() == io::ErrorKind::PermissionDenied,
+            Self::Offsets(_) | Self::Repeats => false,
+        }
+    }
 }
 
 impl Room {
-    fn load(credit: u64, streak: u32) -> Result<Self, BpfError> {
-        let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+    pub(super) fn load(credit: u64, streak: u32) -> Result<Self, Unfit> {
+        let offsets = btf::of_buffers()?;
+        let mut ebpf = EbpfLoader::new()
+            .override_global(abi::OFFSETS, &offsets, true)
+            .load(OBJECT)
+            .map_err(|e| BpfError::Load(Box::new(e)))?;
         let Some(Map::Array(words)) = ebpf.take_map(abi::DIRECTIONS) else {
-            return Err(BpfError::Missing(abi::DIRECTIONS));
+            return Err(BpfError::Missing(abi::DIRECTIONS).into());
         };
         let io = |name| move |source| BpfError::MapIo { name, source };
         let words = Mapped::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
@@ -140,7 +191,7 @@ impl Room {
         let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map(abi::TOLD))?;
         let refused = |source| BpfError::Program { name: abi::PROGRAM, source: Box::new(source) };
         let Some(Program::SkSkb(program)) = ebpf.program_mut(abi::PROGRAM) else {
-            return Err(BpfError::Missing(abi::PROGRAM));
+            return Err(BpfError::Missing(abi::PROGRAM).into());
         };
         program.load().map_err(refused)?;
         program.attach(sockets.fd()).map_err(refused)?;
@@ -309,6 +360,14 @@ impl Seat {
         }
     }
 
+    /// Whether bytes of either direction are gone; wakes who asks when that becomes so.
+    pub(super) fn is_broken(&self, cx: &Context<'_>) -> bool {
+        if let Some(waiting) = self.room.waiting.borrow_mut().get_mut(self.number as usize) {
+            waiting.waker = Some(cx.waker().clone());
+        }
+        (0..2).any(|side| self.words(side).broken.load(Ordering::Acquire) != 0)
+    }
+
     /// Ready when something has happened since this was last ready.
     pub(super) async fn happened(&self) {
         poll_fn(|cx| {
@@ -350,13 +409,17 @@ pub(super) struct Shared<'a> {
     pub(super) told: &'a AtomicU64,
     pub(super) gate: &'a AtomicU64,
     pub(super) limit: &'a AtomicU64,
+    pub(super) next: &'a AtomicU64,
+    pub(super) broken: &'a AtomicU64,
 }
 
 impl Shared<'_> {
     /// For a new flow: no program runs on this direction.
     fn reset(&self) {
         self.gate.store(SHUT, Ordering::Relaxed);
-        for word in [self.passed, self.redirected, self.spent, self.told, self.limit] {
+        let others =
+            [self.passed, self.redirected, self.spent, self.told, self.limit, self.next, self.broken];
+        for word in others {
             word.store(0, Ordering::Relaxed);
         }
     }
@@ -394,6 +457,8 @@ impl Mapped {
                 told: word(&raw mut (*words).told),
                 gate: word(&raw mut (*words).gate),
                 limit: word(&raw mut (*words).limit),
+                next: word(&raw mut (*words).next),
+                broken: word(&raw mut (*words).broken),
             }
         }
     }

@@ -54,7 +54,7 @@ pub(super) fn room(socket: &impl AsFd) -> io::Result<u64> {
 }
 
 /// A socket option whose value is made of integers; what the kernel does not fill is zero.
-fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+pub(super) fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
     // SAFETY: every T here is made of integers only, of which all bits zero is a value.
     let mut value: T = unsafe { mem::zeroed() };
     let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
@@ -62,6 +62,15 @@ fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) ->
     // SAFETY: `value` is valid for writes of `len` bytes.
     let ret = unsafe { libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut len) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+}
+
+/// Sets an option of TCP; the value is made of integers.
+pub(super) fn set<T: Copy>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: `value` is valid for reads of `len` bytes.
+    let ret = unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, name, (&raw const value).cast(), len) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Whether the next byte to be read is urgent (`SIOCATMARK`): a read stops in front of it, whatever is behind.

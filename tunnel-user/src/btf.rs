@@ -1,4 +1,4 @@
-//! Where the kernel keeps what the bypass program reads: from the kernel's own description of its types (BTF).
+//! Where the kernel keeps what programs read of its structures: from its own description of its types (BTF).
 //!
 //! Enters: `/sys/kernel/btf/vmlinux`. Leaves: offsets of a few fields. Invariant: a field that is not where its name is
 //! said to be is an error, and nothing is loaded. It never guesses an offset.
@@ -7,7 +7,7 @@
 
 use std::{collections::HashMap, fs, io};
 
-use tunnel_common::fastpath::bypass::Offsets;
+use tunnel_common::fastpath::{bypass, splice};
 
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
@@ -31,19 +31,35 @@ pub enum OffsetsError {
     Missing(&'static str),
 }
 
-/// Of the running kernel.
-pub(super) fn of_kernel() -> Result<Offsets, OffsetsError> {
-    let bytes = fs::read(VMLINUX).map_err(OffsetsError::Unreadable)?;
-    let btf = Btf::parse(&bytes).ok_or(OffsetsError::Format)?;
-    let field = |of: &str, path: &'static str| btf.offset(of, path).ok_or(OffsetsError::Missing(path));
-    Ok(Offsets {
-        cookie: field("sock", "__sk_common.skc_cookie")?,
-        rmem_alloc: field("sock", "sk_backlog.rmem_alloc")?,
-        rcv_nxt: field("tcp_sock", "rcv_nxt")?,
-        copied_seq: field("tcp_sock", "copied_seq")?,
-        write_seq: field("tcp_sock", "write_seq")?,
-        snd_una: field("tcp_sock", "snd_una")?,
+/// What the bypass program reads of sockets.
+pub fn of_sockets() -> Result<bypass::Offsets, OffsetsError> {
+    with_kernel(|btf| {
+        let field = |of, path| btf.field(of, path);
+        Ok(bypass::Offsets {
+            cookie: field("sock", "__sk_common.skc_cookie")?,
+            rmem_alloc: field("sock", "sk_backlog.rmem_alloc")?,
+            rcv_nxt: field("tcp_sock", "rcv_nxt")?,
+            copied_seq: field("tcp_sock", "copied_seq")?,
+            write_seq: field("tcp_sock", "write_seq")?,
+            snd_una: field("tcp_sock", "snd_una")?,
+        })
     })
+}
+
+/// What the splice program reads of buffers and their socket.
+pub fn of_buffers() -> Result<splice::Offsets, OffsetsError> {
+    with_kernel(|btf| {
+        Ok(splice::Offsets {
+            seq: btf.field("sk_buff", "cb")? + btf.field("tcp_skb_cb", "seq")?,
+            sk: btf.field("sk_buff", "sk")?,
+            copied_seq: btf.field("tcp_sock", "copied_seq")?,
+        })
+    })
+}
+
+fn with_kernel<T>(ask: impl FnOnce(&Btf<'_>) -> Result<T, OffsetsError>) -> Result<T, OffsetsError> {
+    let bytes = fs::read(VMLINUX).map_err(OffsetsError::Unreadable)?;
+    ask(&Btf::parse(&bytes).ok_or(OffsetsError::Format)?)
 }
 
 /// The types, each at its number.
@@ -111,6 +127,10 @@ impl<'b> Btf<'b> {
         std::str::from_utf8(&from[..end]).ok()
     }
 
+    fn field(&self, of: &str, path: &'static str) -> Result<u32, OffsetsError> {
+        self.offset(of, path).ok_or(OffsetsError::Missing(path))
+    }
+
     /// The offset in bytes of a field, through named structures and those without names.
     fn offset(&self, of: &str, path: &str) -> Option<u32> {
         let mut id = *self.structs.get(of)?;
@@ -150,13 +170,18 @@ mod tests {
 
     #[test]
     fn this_kernel_says_where_its_fields_are() {
-        let found = of_kernel().expect("the kernel has BTF");
+        let found = of_sockets().expect("the kernel has BTF");
         // The first three are in cache lines of their own, and none is at the start of a socket.
         for offset in
             [found.cookie, found.rmem_alloc, found.rcv_nxt, found.copied_seq, found.write_seq, found.snd_una]
         {
             assert!(offset > 0 && offset < 8192, "{found:?}");
         }
+        let buffers = of_buffers().expect("the kernel has BTF");
+        assert!(
+            buffers.seq > 0 && buffers.seq < 256 && buffers.copied_seq == found.copied_seq,
+            "{buffers:?}"
+        );
     }
 
     #[test]
