@@ -25,7 +25,8 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use tunnel_common::fastpath::splice::{
-    DIRECTIONS_MAX, Fresh, KNOWN, Offsets, TOLD_BYTES, Verdict, Words, cost, fresh, tells, verdict,
+    DIRECTIONS_MAX, Fresh, HOLE, KNOWN, Offsets, STUCK, TOLD_BYTES, UNREADABLE, Verdict, Words, cost, fresh,
+    tells, verdict,
 };
 
 /// Where the kernel keeps what is to be seen.
@@ -66,11 +67,14 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
     if seen.broken != 0 {
         return Some(SK_DROP);
     }
-    let Some(next) = leave_out(ctx, &seen) else {
-        // SAFETY: as above. The daemon resets the flow: some of its bytes are gone.
-        unsafe { ptr::write_volatile(&raw mut (*words).broken, 1) };
-        let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
-        return Some(SK_DROP);
+    let next = match leave_out(ctx, &seen) {
+        Ok(next) => next,
+        Err(why) => {
+            // SAFETY: as above. The daemon resets the flow: some of its bytes are gone.
+            unsafe { ptr::write_volatile(&raw mut (*words).broken, why) };
+            let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
+            return Some(SK_DROP);
+        }
     };
     // SAFETY: as above.
     unsafe { ptr::write_volatile(&raw mut (*words).next, next) };
@@ -100,25 +104,25 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
     Some(SK_PASS)
 }
 
-/// Takes off a buffer's head what has come before: what comes next. None if that cannot be.
+/// Takes off a buffer's head what has come before: what comes next, or why that cannot be.
 #[inline(always)]
-fn leave_out(ctx: &SkBuffContext, seen: &Words) -> Option<u64> {
+fn leave_out(ctx: &SkBuffContext, seen: &Words) -> Result<u64, u64> {
     let offsets = OFFSETS.load();
     // The context of a program is the kernel's own buffer.
-    let seq: u32 = field::read(ctx.as_ptr() as u64, offsets.seq)?;
+    let seq: u32 = field::read(ctx.as_ptr() as u64, offsets.seq).ok_or(UNREADABLE)?;
     let expected = if seen.next & KNOWN == 0 {
-        let sk: u64 = field::read(ctx.as_ptr() as u64, offsets.sk)?;
-        field::read(sk, offsets.copied_seq)?
+        let sk: u64 = field::read(ctx.as_ptr() as u64, offsets.sk).ok_or(UNREADABLE)?;
+        field::read(sk, offsets.copied_seq).ok_or(UNREADABLE)?
     } else {
         (seen.next & !KNOWN) as u32
     };
     let (old, next) = match fresh(expected, seq, ctx.len()) {
         Fresh::From(old) => (old, seq.wrapping_add(ctx.len())),
         Fresh::Nothing => (ctx.len(), expected),
-        Fresh::Hole => return None,
+        Fresh::Hole => return Err(HOLE | u64::from(seq.wrapping_sub(expected))),
     };
-    take_off(ctx, old)?;
-    Some(KNOWN | u64::from(next))
+    take_off(ctx, old).ok_or(STUCK | u64::from(old))?;
+    Ok(KNOWN | u64::from(next))
 }
 
 /// Takes so many bytes off a buffer's head.
@@ -126,8 +130,8 @@ fn leave_out(ctx: &SkBuffContext, seen: &Words) -> Option<u64> {
 fn take_off(ctx: &SkBuffContext, mut bytes: u32) -> Option<()> {
     /// The most that the helper takes at once (`sk_skb_adjust_room`),
     const ONCE: u32 = 0xfff;
-    /// and how often: 64 KiB, the longest buffer that most cards have.
-    const TIMES: u32 = 17;
+    /// and how often: a buffer that was put together from what came out of order may be longer than 64 KiB.
+    const TIMES: u32 = 256;
     for _ in 0..TIMES {
         if bytes == 0 {
             return Some(());

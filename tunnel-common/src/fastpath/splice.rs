@@ -72,12 +72,20 @@ pub struct Words {
     pub limit: u64,
     /// The sequence number of the byte that comes next, with [`KNOWN`]. The program's.
     pub next: u64,
-    /// Not 0: bytes are gone, and the flow has to be reset. The program's.
+    /// Not 0: bytes are gone, and the flow has to be reset. One of [`UNREADABLE`], [`HOLE`] and [`STUCK`], and beside it how
+    /// many bytes. The program's.
     pub broken: u64,
 }
 
 /// Beside a sequence number: it is one.
 pub const KNOWN: u64 = 1 << 32;
+
+/// A field of the kernel's could not be read.
+pub const UNREADABLE: u64 = 1 << 60;
+/// So many bytes are missing in front of a buffer.
+pub const HOLE: u64 = 2 << 60;
+/// So many bytes could not be taken off a buffer.
+pub const STUCK: u64 = 3 << 60;
 
 /// What of a buffer has not come before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -25,7 +25,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{task::yield_now, time::sleep};
-use tunnel_common::fastpath::splice::{Ledger, OVERHEAD, SHUT, grant};
+use tunnel_common::fastpath::splice::{HOLE, Ledger, OVERHEAD, SHUT, STUCK, grant};
 
 use self::room::{Room, Seat, Unseated};
 pub use self::room::{Spliced, Splices, Unfit, probe};
@@ -124,8 +124,8 @@ async fn copy(
     let moved = || meter.sent.get() + meter.received.get();
     let (mut chatted, mut before) = (0, moved());
     poll_fn(|cx| {
-        if seat.is_some_and(|seat| seat.is_broken(cx)) {
-            return Poll::Ready(Some(Err((Side::Client, broken()))));
+        if let Some(why) = seat.and_then(|seat| seat.broken(cx)) {
+            return Poll::Ready(Some(Err((Side::Client, broken(why)))));
         }
         if let Poll::Ready(ended) = step(cx, client, target, meter, up, down) {
             return Poll::Ready(Some(ended));
@@ -167,8 +167,15 @@ impl Joined {
 }
 
 /// Bytes are gone: the program could not leave out what had come before.
-fn broken() -> Broken {
-    reset(io::Error::other("a buffer could not be spliced"))
+fn broken(why: u64) -> Broken {
+    let (why, bytes) = (why >> 32 << 32, why & u64::from(u32::MAX));
+    reset(io::Error::other(match why {
+        HOLE => format!("{bytes} bytes are missing in front of a buffer that was to be spliced"),
+        STUCK => {
+            format!("{bytes} bytes that came before could not be taken off a buffer that was to be spliced")
+        }
+        _ => "the kernel's fields can no longer be read".to_owned(),
+    }))
 }
 
 /// Gives both sockets to the program.
@@ -305,8 +312,9 @@ impl Pair {
         if left {
             words.gate.store(SHUT, Ordering::SeqCst);
         }
-        if words.broken.load(Ordering::Acquire) != 0 {
-            return Err((true, broken()));
+        let why = words.broken.load(Ordering::Acquire);
+        if why != 0 {
+            return Err((true, broken(why)));
         }
         // Before it is read: what is passed from here on is told again.
         words.told.store(0, Ordering::SeqCst);

@@ -360,12 +360,12 @@ impl Seat {
         }
     }
 
-    /// Whether bytes of either direction are gone; wakes who asks when that becomes so.
-    pub(super) fn is_broken(&self, cx: &Context<'_>) -> bool {
+    /// Why bytes of either direction are gone, if they are; wakes who asks when that becomes so.
+    pub(super) fn broken(&self, cx: &Context<'_>) -> Option<u64> {
         if let Some(waiting) = self.room.waiting.borrow_mut().get_mut(self.number as usize) {
             waiting.waker = Some(cx.waker().clone());
         }
-        (0..2).any(|side| self.words(side).broken.load(Ordering::Acquire) != 0)
+        (0..2).map(|side| self.words(side).broken.load(Ordering::Acquire)).find(|why| *why != 0)
     }
 
     /// Ready when something has happened since this was last ready.
