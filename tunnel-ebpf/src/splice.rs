@@ -110,11 +110,12 @@ fn leave_out(ctx: &SkBuffContext, seen: &Words) -> Result<u64, u64> {
     let offsets = OFFSETS.load();
     // The context of a program is the kernel's own buffer.
     let seq: u32 = field::read(ctx.as_ptr() as u64, offsets.seq).ok_or(UNREADABLE)?;
-    let expected = if seen.next & KNOWN == 0 {
-        let sk: u64 = field::read(ctx.as_ptr() as u64, offsets.sk).ok_or(UNREADABLE)?;
-        field::read(sk, offsets.copied_seq).ok_or(UNREADABLE)?
-    } else {
-        (seen.next & !KNOWN) as u32
+    let expected = match seen.expected() {
+        Some(next) => next,
+        None => {
+            let sk: u64 = field::read(ctx.as_ptr() as u64, offsets.sk).ok_or(UNREADABLE)?;
+            field::read(sk, offsets.copied_seq).ok_or(UNREADABLE)?
+        }
     };
     let (old, next) = match fresh(expected, seq, ctx.len()) {
         Fresh::From(old) => (old, seq.wrapping_add(ctx.len())),

@@ -80,6 +80,15 @@ pub struct Words {
 /// Beside a sequence number: it is one.
 pub const KNOWN: u64 = 1 << 32;
 
+impl Words {
+    /// The sequence number that comes next, once a buffer has come.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half is the number")]
+    pub const fn expected(&self) -> Option<u32> {
+        if self.next & KNOWN == 0 { None } else { Some(self.next as u32) }
+    }
+}
+
 /// A field of the kernel's could not be read.
 pub const UNREADABLE: u64 = 1 << 60;
 /// So many bytes are missing in front of a buffer.
