@@ -76,7 +76,7 @@ fn heavy_every_relay_moves_the_bytes_it_claims() -> Result<()> {
 
 #[test]
 fn heavy_every_chain_moves_the_bytes_it_claims() -> Result<()> {
-    let report = run(&["chain", "fairness", "memory"])?;
+    let report = run(&["chain", "fairness", "paced", "memory"])?;
     every_arm_moved_its_bytes(&report);
     // What programs and people read is written from it.
     let folder = tempfile::tempdir()?;

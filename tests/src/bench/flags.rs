@@ -56,8 +56,8 @@ pub struct Flags {
 }
 
 /// The scenarios, in the order in which they are run.
-pub const SCENARIOS: [&str; 8] =
-    ["capture-bare", "capture", "relay", "chain", "fairness", "memory", "link-20ms", "link-100mbit"];
+pub const SCENARIOS: [&str; 9] =
+    ["capture-bare", "capture", "relay", "chain", "fairness", "paced", "memory", "link-20ms", "link-100mbit"];
 
 /// What the help ends with.
 pub const EXAMPLES: &str = "\

@@ -41,7 +41,7 @@ pub fn hold(
         format!("{name} has no arm {arm}, but {}", names.join(", "))
     })?;
     let build = found.build.map_err(anyhow::Error::msg)?;
-    let mut bed = match Bed::set_up(build, plan.link.as_ref(), options.workers, &options.peers)? {
+    let mut bed = match Bed::set_up(build, plan.network, options.workers, &options.peers)? {
         SetUp::Ready(bed) => bed,
         SetUp::Missing(what) => bail!("{what}"),
     };

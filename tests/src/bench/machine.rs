@@ -5,7 +5,7 @@ use std::{fs, thread};
 use anyhow::{Context as _, Result};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::model::Machine;
+use super::{arms::Network, model::Machine};
 
 /// What this machine is.
 pub(super) fn describe() -> Result<Machine> {
@@ -26,7 +26,7 @@ pub(super) fn describe() -> Result<Machine> {
         memory: kib * 1024,
         kernel: read("/proc/sys/kernel/osrelease")?,
         system: value(&release, "PRETTY_NAME", '=').unwrap_or_else(|| "unknown".to_owned()),
-        congestion_control: read("/proc/sys/net/ipv4/tcp_congestion_control")?,
+        congestion_control: Network::CABLE.congestion.to_owned(),
     })
 }
 

@@ -62,7 +62,7 @@ pub struct Machine {
     pub kernel: String,
     /// Distribution.
     pub system: String,
-    /// TCP congestion control.
+    /// TCP congestion control of the hosts that it makes, where a scenario does not say otherwise.
     pub congestion_control: String,
 }
 

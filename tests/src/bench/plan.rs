@@ -7,7 +7,7 @@
 use std::{fmt, time::Duration};
 
 use super::{
-    arms::{Build, Capture, Far, Near, Place, Whose},
+    arms::{Build, Capture, Far, Near, Network, Place, Whose},
     model::Task,
 };
 use crate::{
@@ -50,7 +50,7 @@ pub(super) struct Scenario {
     pub(super) name: &'static str,
     pub(super) title: &'static str,
     pub(super) about: &'static str,
-    pub(super) link: Option<Profile>,
+    pub(super) network: Network,
     pub(super) arms: Vec<Arm>,
     pub(super) tasks: Vec<Work>,
     pub(super) rounds: u32,
@@ -81,7 +81,7 @@ impl Plan {
     /// The scenarios of these names (of [`SCENARIOS`](super::flags::SCENARIOS)), or all.
     pub fn new(extent: Extent, only: &[String], rounds: Option<u32>) -> Self {
         let mut scenarios = vec![capture(extent, true), capture(extent, false), relay(extent), chain(extent)];
-        scenarios.extend([fairness(extent), memory(extent)]);
+        scenarios.extend([fairness(extent), paced(extent), memory(extent)]);
         scenarios.extend([link_20ms(extent), link_100mbit(extent)]);
         scenarios.retain(|scenario| only.is_empty() || only.iter().any(|name| name == scenario.name));
         if let Some(rounds) = rounds {
@@ -204,7 +204,15 @@ fn capture(extent: Extent, bare: bool) -> Scenario {
              hooks, with rules around it that have nothing to do with the connections measured.",
         )
     };
-    Scenario { name, title, about, link: None, arms, tasks: tasks.collect(), rounds: rounds(extent) }
+    Scenario {
+        name,
+        title,
+        about,
+        network: Network::CABLE,
+        arms,
+        tasks: tasks.collect(),
+        rounds: rounds(extent),
+    }
 }
 
 fn relay(extent: Extent) -> Scenario {
@@ -229,7 +237,7 @@ fn relay(extent: Extent) -> Scenario {
         title: "Relay of two TCP connections",
         about: "How our daemon moves bytes from a captured connection to one that it dialled: through userspace, \
                 through a pipe with splice(2), or in the kernel's sockmap.",
-        link: None,
+        network: Network::CABLE,
         arms: vec![
             direct(),
             ours("copy", "userspace copy"),
@@ -293,32 +301,65 @@ fn chain(extent: Extent) -> Scenario {
         title: "The whole chain",
         about: "From an application that knows nothing, through the proxy on its node and HTTP/2 CONNECT over mTLS, to \
                 a gateway that dials the server. Node and gateway are two network namespaces with a veth cable.",
-        link: None,
+        network: Network::CABLE,
         arms: chain_arms(),
         tasks,
         rounds: rounds(extent),
     }
 }
 
-fn fairness(extent: Extent) -> Scenario {
-    let crowd = |bulk, title: &str| {
-        let workload = Workload::Crowd { connections: 99, size: 64, bulk };
-        work(workload, &format!("64 B round trips on 99 connections{title}"), time(extent, 1.0, 0.5))
-    };
-    let mut tasks = vec![crowd(None, ""), crowd(Some(Direction::Up), ", beside bulk up")];
-    if extent != Extent::Quick {
-        tasks.push(crowd(Some(Direction::Down), ", beside bulk down"));
-    }
+fn crowd(bulk: Option<Direction>, title: &str, time: Duration) -> Work {
+    let workload = Workload::Crowd { connections: 99, size: 64, bulk };
+    work(workload, &format!("64 B round trips on 99 connections{title}"), time)
+}
+
+/// Those that carry many connections on one: redsocks has one for each.
+fn sharing_arms() -> Vec<Arm> {
     let mut arms = chain_arms();
-    // redsocks has a connection for each.
     arms.retain(|arm| arm.name != "redsocks");
+    arms
+}
+
+fn fairness(extent: Extent) -> Scenario {
+    let second = time(extent, 1.0, 0.5);
+    let mut tasks = vec![crowd(None, "", second), crowd(Some(Direction::Up), ", beside bulk up", second)];
+    if extent != Extent::Quick {
+        tasks.push(crowd(Some(Direction::Down), ", beside bulk down", second));
+    }
     Scenario {
         name: "fairness",
         title: "One bulk stream among a hundred",
         about: "What a connection that carries as much as it can does to 99 others that share its HTTP/2 connection: \
                 their round trips without it, and with it.",
-        link: None,
-        arms,
+        network: Network::CABLE,
+        arms: sharing_arms(),
+        tasks,
+        rounds: rounds(extent),
+    }
+}
+
+fn paced(extent: Extent) -> Scenario {
+    let (bulk_time, crowd_time) = (time(extent, 0.6, 0.3), time(extent, 0.8, 0.3));
+    let mut tasks = vec![
+        work(bulk(1, Direction::Up), "bulk up, 1 stream", bulk_time),
+        work(bulk(1, Direction::Down), "bulk down, 1 stream", bulk_time),
+    ];
+    if extent != Extent::Quick {
+        tasks.extend([
+            work(bulk(4, Direction::Up), "bulk up, 4 streams", bulk_time),
+            work(bulk(4, Direction::Down), "bulk down, 4 streams", bulk_time),
+            crowd(None, "", crowd_time),
+            crowd(Some(Direction::Up), ", beside bulk up", crowd_time),
+            crowd(Some(Direction::Down), ", beside bulk down", crowd_time),
+        ]);
+    }
+    Scenario {
+        name: "paced",
+        title: "The whole chain, paced by BBR",
+        about: "Both hosts with BBR in place of CUBIC; otherwise as above. It sends in small portions that a timer lets \
+                go, which costs processor time where there is no network to be gentle with.",
+        network: Network::PACED,
+        arms: sharing_arms(),
         tasks,
         rounds: rounds(extent),
     }
@@ -339,7 +380,7 @@ fn memory(extent: Extent) -> Scenario {
         about: "What connections hold that have carried 64 bytes each way and then do nothing: resident memory of each \
                 process, TCP buffers and slabs of the kernel, above what was held before they came. redsocks stops at \
                 2,500: it takes six descriptors for each, and 20,000 is what many systems have.",
-        link: None,
+        network: Network::CABLE,
         arms: chain_arms(),
         tasks: steps.iter().map(idle).collect(),
         // Each takes new proxies, because memory that was used once is kept.
@@ -367,7 +408,7 @@ fn link_20ms(extent: Extent) -> Scenario {
         name: "link-20ms",
         title: "The whole chain, 20 ms apart",
         about: "Node and gateway with a round trip of 20 ms between them; otherwise as above.",
-        link: Some(Profile::delay(Duration::from_millis(10))),
+        network: Network::over(Profile::delay(Duration::from_millis(10))),
         arms: chain_arms(),
         tasks,
         rounds: rounds(extent),
@@ -392,7 +433,7 @@ fn link_100mbit(extent: Extent) -> Scenario {
         name: "link-100mbit",
         title: "The whole chain, 100 Mbit/s apart",
         about: "Node and gateway with 100 Mbit/s each way between them; otherwise as above.",
-        link: Some(Profile::delay(Duration::ZERO).rate(100_000_000)),
+        network: Network::over(Profile::delay(Duration::ZERO).rate(100_000_000)),
         arms: chain_arms(),
         tasks,
         rounds: rounds(extent),

@@ -184,7 +184,7 @@ impl Runner<'_> {
         {
             return None;
         }
-        match Bed::set_up(build, plan.link.as_ref(), self.options.workers, &self.options.peers) {
+        match Bed::set_up(build, plan.network, self.options.workers, &self.options.peers) {
             Ok(SetUp::Ready(bed)) => {
                 described.describe(&bed);
                 Some(Running { index, bed, failures: 0 })

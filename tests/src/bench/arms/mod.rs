@@ -70,6 +70,41 @@ pub(super) struct Build {
     pub(super) server: Place,
 }
 
+/// What lies between the node and everything else.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Network {
+    /// In place of a cable.
+    link: Option<Profile>,
+    /// Congestion control of both hosts, by the kernel's name.
+    pub(super) congestion: &'static str,
+}
+
+impl Network {
+    /// A cable, between hosts as Linux and its distributions have them: what the host of the benchmark was set to would
+    /// be measured otherwise, and would differ from one to the next.
+    pub(super) const CABLE: Self = Self { link: None, congestion: "cubic" };
+    /// The same between hosts that send at a measured pace.
+    pub(super) const PACED: Self = Self { link: None, congestion: "bbr" };
+
+    /// Such a link, in place of the cable.
+    pub(super) const fn over(link: Profile) -> Self {
+        Self { link: Some(link), ..Self::CABLE }
+    }
+
+    /// Sets the host up on which it is called, or says what that lacks.
+    fn control(&self) -> Result<Option<String>> {
+        const FOLDER: &str = "/proc/sys/net/ipv4";
+        let name = self.congestion;
+        let available = fs::read_to_string(format!("{FOLDER}/tcp_available_congestion_control"))?;
+        if !available.split_whitespace().any(|one| one == name) {
+            return Ok(Some(format!("this kernel does not have {name} loaded: modprobe tcp_{name}")));
+        }
+        let path = format!("{FOLDER}/tcp_congestion_control");
+        fs::write(&path, name).with_context(|| format!("{path}: {name}"))?;
+        Ok(None)
+    }
+}
+
 /// How connections come to a proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Capture {
@@ -149,14 +184,19 @@ pub(super) struct Bed {
 
 impl Bed {
     /// Sets an arm up; a byte has passed when it returns.
-    pub(super) fn set_up(build: Build, link: Option<&Profile>, workers: u32, peers: &Peers) -> Result<SetUp> {
+    pub(super) fn set_up(build: Build, network: Network, workers: u32, peers: &Peers) -> Result<SetUp> {
         if let Some(missing) = peers.missing(&build) {
             return Ok(SetUp::Missing(missing));
         }
-        let world = match link {
-            Some(profile) => World::with_link(*profile)?,
+        let world = match network.link {
+            Some(profile) => World::with_link(profile)?,
             None => World::new()?,
         };
+        for host in [world.node(), world.net()] {
+            if let Some(missing) = host.run(|| network.control())? {
+                return Ok(SetUp::Missing(missing));
+            }
+        }
         let groups: BTreeMap<Role, Cgroup> =
             Role::ALL.into_iter().map(|role| Ok((role, Cgroup::new()?))).collect::<Result<_>>()?;
         if build.far.is_some() {
@@ -448,7 +488,7 @@ mod tests {
 
     #[test]
     fn an_arm_whose_gateway_is_gone_has_an_error_and_no_number() -> Result<()> {
-        let SetUp::Ready(mut bed) = Bed::set_up(OURS, None, 1, &Peers::none())? else {
+        let SetUp::Ready(mut bed) = Bed::set_up(OURS, Network::CABLE, 1, &Peers::none())? else {
             panic!("nothing of others is needed")
         };
         bed.check()?;
@@ -464,7 +504,7 @@ mod tests {
     #[test]
     fn what_is_not_installed_is_missing_which_is_no_error_and_no_number() -> Result<()> {
         let build = Build { far: Some(Far::Envoy), ..OURS };
-        let SetUp::Missing(what) = Bed::set_up(build, None, 1, &Peers::none())? else {
+        let SetUp::Missing(what) = Bed::set_up(build, Network::CABLE, 1, &Peers::none())? else {
             panic!("it runs without an Envoy")
         };
         assert!(what.contains("Envoy not installed") && what.contains("--peers"), "{what}");
@@ -473,7 +513,7 @@ mod tests {
 
     #[test]
     fn what_is_captured_and_carried_by_nobody_does_not_count_as_the_arms() -> Result<()> {
-        let SetUp::Ready(bed) = Bed::set_up(OURS, None, 1, &Peers::none())? else {
+        let SetUp::Ready(bed) = Bed::set_up(OURS, Network::CABLE, 1, &Peers::none())? else {
             panic!("nothing of others is needed")
         };
         let outcome = Outcome { seconds: 1.0, operations: 1, bytes_up: 1, bytes_down: 1, latency: None };
