@@ -20,6 +20,9 @@ use crate::netns::NetNs;
 const CLONE: &str = "/dev/net/tun";
 /// The longest packet: that of Ethernet, and what the kernel gives a new device.
 pub const MTU: usize = 1500;
+/// Packets that wait to be taken: 24 MB, more than the windows of TCP and HTTP/2 let be on their way. With the 500 that the
+/// kernel gives a new device, the first burst of a bulk flow over a link that loses nothing would lose some.
+const WAITING: usize = 16 * 1024;
 
 /// A device.
 #[derive(Debug)]
@@ -37,7 +40,7 @@ impl Tun {
         for address in addresses {
             host.add_address(address, name)?;
         }
-        host.ip(&format!("link set {name} mtu {MTU} up"))?;
+        host.ip(&format!("link set {name} mtu {MTU} txqueuelen {WAITING} up"))?;
         Ok(tun)
     }
 

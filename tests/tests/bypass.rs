@@ -1,6 +1,13 @@
 //! `bypass`: busy connections of captured applications go past the loopback's TCP, and nobody sees a difference.
 
-use std::{ffi::OsString, path::PathBuf, process::Command, time::Duration};
+use std::{
+    ffi::OsString,
+    io::{BufRead as _, BufReader, Write as _},
+    net::TcpStream,
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use tunnel_tests::{
@@ -8,7 +15,7 @@ use tunnel_tests::{
     daemon::Daemon,
     dialogue::ask,
     node::Node,
-    programs, target, wait_for,
+    process, programs, target, wait_for,
     world::{NET4, NET6},
 };
 
@@ -201,7 +208,7 @@ fn a_reset_by_the_target_resets_the_application() -> Result<()> {
     let node = Direct::new("on")?;
     // As many bytes as the exchanges are.
     let sizes: u64 = (0..1000u64).map(|round| 1 + round * 37 % 900).sum();
-    let target = node.world.serve(TARGET4, move |stream: &std::net::TcpStream| {
+    let target = node.world.serve(TARGET4, move |stream: &TcpStream| {
         use std::io::{Read as _, Write as _};
         let (mut from, mut to, mut buf, mut left) = (stream, stream, [0; 1000], sizes);
         while left > 0 {
@@ -254,6 +261,66 @@ fn a_program_that_may_splice_is_never_touched() -> Result<()> {
     assert_eq!(count(&done, "bypass_promoted"), 0, "{done}");
     assert_eq!(count(&done, "bypass_refused_splices"), 1, "{done}");
     node.end()
+}
+
+/// Answers each request of a connection that is kept.
+fn pages(stream: &TcpStream) -> std::io::Result<()> {
+    let mut to = stream;
+    for line in BufReader::new(stream).lines() {
+        if line?.is_empty() {
+            to.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_program_in_go_is_never_touched() -> Result<()> {
+    const REQUESTS: usize = 2000;
+    let node = Direct::new("on")?;
+    let server = node.world.serve(TARGET4, pages)?;
+    // HTTP load by one connection, which is kept: https://github.com/rakyll/hey.
+    let (hey, url) = (programs::system("hey")?, format!("http://{}/", server.addr()));
+    let words = [hey.as_os_str(), "-n".as_ref(), "2000".as_ref(), "-c".as_ref(), "1".as_ref(), url.as_ref()];
+    let done = node.exec().run(&words)?;
+    assert!(done.success(), "{done}");
+    assert!(done.stdout.contains(&format!("[200]\t{REQUESTS} responses")), "{done}");
+    assert_eq!(server.peers().len(), 1, "one connection: {done}");
+    assert_eq!(count(&done, "bypass_promoted"), 0, "{done}");
+    assert_eq!(count(&done, "bypass_refused_go"), 1, "{done}");
+    node.end()
+}
+
+#[test]
+fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> Result<()> {
+    const FLOWS: u64 = 500;
+    /// net.ipv4.tcp_wmem and tcp_rmem: what one socket may hold, so that the machine has room for all.
+    const BUFFER: u64 = 64 * 1024;
+    let mut taken = [0; 2];
+    for (taken, bypass) in taken.iter_mut().zip(["off", "on"]) {
+        let node = Direct::new(bypass)?;
+        for host in [node.world.node(), node.world.net()] {
+            for which in ["tcp_wmem", "tcp_rmem"] {
+                let setting = format!("net.ipv4.{which}=4096 16384 {BUFFER}");
+                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
+            }
+        }
+        let echo = node.world.serve(TARGET4, target::echo())?;
+        let words = ["crowd", &echo.addr().to_string(), "400", &FLOWS.to_string()];
+        let mut app = node.exec().spawn(&busy_app(&words)?)?;
+        app.says("crowd=")?;
+        *taken = told(&mut app, "stall", "stall")?.parse()?;
+        assert_eq!(told(&mut app, "drain", "drain")?, "ok", "every byte came back");
+        let done = app.finish()?;
+        assert!(done.success(), "{done}");
+        let promoted = if bypass == "on" { FLOWS } else { 0 };
+        assert_eq!(count(&done, "bypass_promoted"), promoted, "{done}");
+        node.end()?;
+    }
+    println!("{taken:?} bytes were taken of {FLOWS} connections, by TCP alone and with bypass");
+    assert!(taken[1] < taken[0] + FLOWS * MIB, "{taken:?}");
+    assert!(taken[1] < FLOWS * 8 * MIB, "{taken:?}");
+    Ok(())
 }
 
 #[test]

@@ -279,6 +279,44 @@ fn it_takes_cap_net_admin_and_no_other_privilege() -> Result<()> {
 }
 
 #[test]
+fn relay_splice_takes_more_privileges_and_says_which_are_missing_with_77_and_auto_copies_without()
+-> Result<()> {
+    let world = World::new()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let open = for_nobody(&world, &Node::direct(LISTEN))?;
+    let with = |relay: &str, capabilities: &str| -> Result<Command> {
+        let config = open.path().join("direct.toml");
+        std::fs::write(&config, format!("[daemon]\nrelay = \"{relay}\"\n{}", Node::direct(LISTEN)))?;
+        let mut command = world.node().command_ended_by(Path::new("/usr/bin/setpriv"), Signal::SIGTERM);
+        command.args(["--reuid", "nobody", "--regid", "nogroup", "--clear-groups", "--bounding-set"]);
+        command.args([capabilities, "--inh-caps", capabilities, "--ambient-caps", capabilities]);
+        command.arg(open.path().join("tunnel")).args(["run", "--log", "info", "--config"]).arg(config);
+        Ok(command)
+    };
+    for (given, missing) in
+        [("-all,+net_admin", "CAP_PERFMON and CAP_BPF"), ("-all,+net_admin,+bpf", "CAP_PERFMON")]
+    {
+        let output = with("splice", given)?.output()?;
+        assert_eq!(output.status.code(), Some(77), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains(&format!("this process lacks {missing}\n")), "{said}");
+        assert!(said.contains("relay = \"auto\""), "it says what else there is: {said}");
+    }
+    for (relay, given, says) in [
+        ("auto", "-all,+net_admin", "are copied: this process lacks CAP_PERFMON and CAP_BPF"),
+        ("splice", "-all,+net_admin,+bpf,+perfmon", "capturing"),
+    ] {
+        let mut daemon = Process::spawn("daemon", world.folder(), with(relay, given)?)?;
+        daemon.wait_for_line("capturing")?;
+        assert!(daemon.stderr().contains(says), "{daemon}");
+        node.hold(&target)?;
+        daemon.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
 fn exec_and_detach_say_that_rules_are_not_theirs_and_mistakes_are_named() -> Result<()> {
     let world = World::new()?;
     let run = |name: &str, config: &str, words: &[&str], rest: &[&str]| -> Result<(Option<i32>, String)> {

@@ -146,6 +146,50 @@ fn what_a_running_daemon_cannot_change_is_named_with_its_remedy() -> Result<()> 
 }
 
 #[test]
+fn how_bytes_are_moved_changes_for_new_flows_and_old_ones_go_on() -> Result<()> {
+    /// A flow is promoted after 16 wake-ups.
+    const PINGS: usize = 100;
+    let world = World::new()?;
+    world.node().ip(&format!("route add default via {NET4}"))?;
+    let echo = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let moved_by = |relay: &str| {
+        format!(
+            "[daemon]\nworkers = 1\nrelay = \"{relay}\"\n{}[[capture]]\ncgroup = \"{}\"\n[[route]]\nto = \"direct\"\n",
+            node.bpffs.toml(),
+            node.cgroup.path().display(),
+        )
+    };
+    let chat = |app: &mut Process| -> Result<()> {
+        for _ in 0..PINGS {
+            assert_eq!(ask(app, "ping")?, "ok");
+        }
+        Ok(())
+    };
+    let mut daemon = node.daemon(&moved_by("copy"))?;
+    let mut apps = Vec::new();
+    for relay in ["splice", "pipe", "copy"] {
+        let mut app = node.hold(&echo)?;
+        chat(&mut app)?;
+        apps.push(app);
+        daemon.tell(&moved_by(relay))?;
+        assert!(daemon.answers().iter().all(|answer| answer.contains("was read again")), "{}", daemon.log());
+        // Whatever moves them.
+        apps.iter_mut().try_for_each(chat)?;
+    }
+    for mut app in apps {
+        app.hang_up();
+        app.wait(PATIENCE)?;
+    }
+    daemon.process().stop()?;
+    let log = daemon.log();
+    assert!(log.contains("(\"flows_spliced\", 1)"), "the second, and no other: {log}");
+    let piped = log.split_once("(\"bytes_piped\", ").context("it counts")?.1;
+    assert!(!piped.starts_with("0)"), "{log}");
+    Ok(())
+}
+
+#[test]
 fn what_is_included_or_excluded_changes_for_new_connections() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().allow("10.77.0.0/30").start()?;

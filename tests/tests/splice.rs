@@ -286,6 +286,23 @@ fn heavy_every_byte_arrives_while_flows_change_sides_again_and_again() -> Result
 }
 
 #[test]
+fn where_a_warning_would_stop_the_node_it_ends_with_69_and_auto_copies() -> Result<()> {
+    const PLACE: &str = "/proc/sys/kernel/panic_on_warn";
+    let node = Node::new()?;
+    let strict = node.world.file("panic_on_warn", "1\n")?;
+    let done = node.exec().sees(&strict, PLACE).run(&["true"])?;
+    assert_eq!(done.code(), 69, "{done}");
+    assert!(done.stderr.contains("panic_on_warn") && done.stderr.contains("relay = \"auto\""), "{done}");
+
+    let node = Node::with("auto")?;
+    let (_target, addr) = node.chatty(target::duplex(1000))?;
+    let done = node.exec().sees(&strict, PLACE).run_app(&["duplex", &addr, "1000"])?;
+    assert!(done.success() && done.stderr.contains("are copied: kernel.panic_on_warn"), "{done}");
+    assert_eq!(counter(&done, "flows_spliced"), 0, "{done}");
+    node.assert_quiet()
+}
+
+#[test]
 fn hundreds_of_flows_are_served_at_once_and_their_places_are_given_again() -> Result<()> {
     const FLOWS: u64 = 300;
     let node = Node::new()?;

@@ -14,20 +14,42 @@ const FOR_CAPTURE: [(u32, &str, &str); 3] = [
     (39, "CAP_BPF", "loading programs"),
 ];
 
+/// What `relay = "splice"` takes: loading a program for sockets, which reads kernel memory, and trying it. Without the last
+/// two the kernel does not say EPERM, but finds fault with the program.
+const FOR_SPLICE: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+/// It stands for CAP_PERFMON and CAP_BPF (capabilities(7)).
+const SYS_ADMIN: u32 = 21;
+
+/// The capabilities that this process has, a bit for each.
+fn effective() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").ok();
+    let bits = status.and_then(|status| {
+        let bits = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+        u64::from_str_radix(bits.trim(), 16).ok()
+    });
+    bits.unwrap_or(0)
+}
+
 /// The capabilities that capturing takes and this process does not have.
 pub fn missing_for_capture() -> Vec<(&'static str, &'static str)> {
-    let effective = fs::read_to_string("/proc/self/status")
-        .ok()
-        .and_then(|s| {
-            let bits = s.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
-            u64::from_str_radix(bits.trim(), 16).ok()
-        })
-        .unwrap_or(0);
+    let effective = effective();
     FOR_CAPTURE
         .into_iter()
         .filter(|(bit, ..)| effective & (1 << bit) == 0)
         .map(|(_, name, what)| (name, what))
         .collect()
+}
+
+/// The capabilities that `relay = "splice"` takes and this process does not have.
+pub fn missing_for_splice() -> Vec<&'static str> {
+    missing_of(effective())
+}
+
+fn missing_of(mut effective: u64) -> Vec<&'static str> {
+    if effective & (1 << SYS_ADMIN) != 0 {
+        effective |= 1 << 38 | 1 << 39;
+    }
+    FOR_SPLICE.into_iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| name).collect()
 }
 
 /// The capabilities that capturing takes.
@@ -46,4 +68,17 @@ pub fn require_for_capture() -> Result<(), Failure> {
         format!("capturing takes privileges that this process lacks: {}", names.join(", ")),
         "Run it as root: sudo tunnel ...",
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sys_admin_stands_for_bpf_and_perfmon_and_not_for_net_admin() {
+        assert_eq!(missing_of(1 << SYS_ADMIN), ["CAP_NET_ADMIN"]);
+        assert_eq!(missing_of(1 << 12 | 1 << 39), ["CAP_PERFMON"]);
+        assert_eq!(missing_of(0), ["CAP_NET_ADMIN", "CAP_PERFMON", "CAP_BPF"]);
+        assert!(missing_of(1 << SYS_ADMIN | 1 << 12).is_empty() && missing_of(u64::MAX).is_empty());
+    }
 }

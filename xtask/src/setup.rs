@@ -75,6 +75,8 @@ const PACKAGES: &[Package] = &[
     package("busybox-static", &["busybox"], &[Matrix]),
     package("curl", &["curl"], &[Test, Demo]),
     package("haproxy", &["haproxy"], &[Test]),
+    // A program in Go.
+    package("hey", &["hey"], &[Test]),
     package("iperf3", &["iperf3"], &[Test, Peers]),
     package("iproute2", &["ip"], &[Test, Demo, Peers, Matrix]),
     package("iptables", &["iptables"], &[Test, Peers]),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 /// What is run, and what it is compared with.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Flags {
-    /// The headlines, in 6 minutes on two cores; without it everything, in 30.
+    /// The headlines, in 6 minutes on two cores; without it everything, in 32.
     #[arg(long)]
     pub quick: bool,
 

@@ -14,12 +14,14 @@ use std::{
 };
 
 use anyhow::{Result, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
         TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
+    task::JoinSet,
     time::timeout,
 };
 use tunnel_tests::pattern::{CHUNK, UP};
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
 fn run(words: &[&str]) -> Result<()> {
     match words {
         ["busy", addr, rounds] => busy(addr.parse()?, rounds.parse()?),
+        ["crowd", addr, rounds, connections] => crowd(addr.parse()?, rounds.parse()?, connections.parse()?),
         ["shared", addr, rounds] => shared(addr.parse()?, rounds.parse()?),
         ["blocking", addr, rounds] => blocking(addr.parse()?, rounds.parse()?),
         _ => bail!("unknown: {words:?}"),
@@ -83,10 +86,7 @@ struct Busy {
 /// to the end; "read", reads on; "close", ends, whatever there is to be read.
 fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let stream = TcpStream::connect(addr).await?;
-        stream.set_nodelay(true)?;
-        let (from, to) = stream.into_split();
-        let mut busy = Busy { from, to, sent: 0, received: 0 };
+        let mut busy = Busy::open(addr).await?;
         busy.chat(rounds).await?;
         say(&format!("busy={rounds}"));
         let (tell, mut told) = tokio::sync::mpsc::channel(1);
@@ -123,6 +123,49 @@ fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
     })
 }
 
+/// So many connections, each of which has made these exchanges, and then all at once: "stall", each writes until nothing more
+/// is taken of it; "drain", each reads the echo of all that.
+fn crowd(addr: SocketAddr, rounds: u64, connections: usize) -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut all = Vec::new();
+        for _ in 0..connections {
+            let mut busy = Busy::open(addr).await?;
+            busy.chat(rounds).await?;
+            all.push(busy);
+        }
+        say(&format!("crowd={connections}"));
+        // Nothing else happens until it is told.
+        let mut told = io::stdin().lines();
+        ensure!(told.next().transpose()?.as_deref() == Some("stall"), "stall comes first");
+        let mut stalling = JoinSet::new();
+        for mut busy in all.drain(..) {
+            stalling.spawn(async move { busy.stall().await.map(|taken| (busy, taken)) });
+        }
+        let mut taken = 0;
+        while let Some(stalled) = stalling.join_next().await {
+            let (busy, of_one) = stalled??;
+            taken += of_one;
+            all.push(busy);
+        }
+        say(&format!("stall={taken}"));
+        ensure!(told.next().transpose()?.as_deref() == Some("drain"), "then drain");
+        let mut draining = JoinSet::new();
+        for mut busy in all {
+            draining.spawn(async move {
+                let end = busy.sent;
+                busy.receive(end).await
+            });
+        }
+        while let Some(drained) = draining.join_next().await {
+            drained??;
+        }
+        say("drain=ok");
+        Ok(())
+    })
+}
+
 /// The same exchanges while a child has the socket too.
 fn shared(addr: SocketAddr, rounds: u64) -> Result<()> {
     let stream = std::net::TcpStream::connect(addr)?;
@@ -140,6 +183,13 @@ fn shared(addr: SocketAddr, rounds: u64) -> Result<()> {
 }
 
 impl Busy {
+    async fn open(addr: SocketAddr) -> Result<Self> {
+        let stream = TcpStream::connect(addr).await?;
+        stream.set_nodelay(true)?;
+        let (from, to) = stream.into_split();
+        Ok(Self { from, to, sent: 0, received: 0 })
+    }
+
     /// One message there and back at a time, of sizes that vary.
     async fn chat(&mut self, rounds: u64) -> Result<()> {
         for round in 0..rounds {

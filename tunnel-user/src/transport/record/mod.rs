@@ -6,7 +6,7 @@
 //!
 //! rustls's own record layer copies each record three times, into memory that it has just been given, and reads 4 to 8
 //! KiB at a time. This one seals from where the bytes are to where the socket takes them, opens where they were
-//! received, and reads and writes four records at once.
+//! received, and reads and writes eight records at once.
 
 mod buffer;
 mod handshake;
