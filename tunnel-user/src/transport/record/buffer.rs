@@ -8,8 +8,8 @@ use std::{cell::RefCell, ops::Range};
 
 use super::{ASIDE, SEALED_MAX};
 
-/// Eight records of ours: two DATA frames of 64 KiB. With four, bulk moves 0.9 to 1.0 × as much in most runs, because the
-/// other side is woken twice as often.
+/// Eight records of ours: two DATA frames of 64 KiB. With four the other side is woken twice as often: of 25 pairs of runs in
+/// bulk, eight moved 1.03 × as much at the median.
 const SIZE: usize = 8 * SEALED_MAX + ASIDE;
 /// Kept for the next ones, of each thread. Within one turn of a worker's loop only the connections whose socket is full,
 /// or whose record is not whole, hold one.
