@@ -308,7 +308,9 @@ fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> R
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["crowd", &echo.addr().to_string(), "400", &FLOWS.to_string()];
         let mut app = node.exec().spawn(&busy_app(&words)?)?;
-        app.says("crowd=")?;
+        for there in (100..=FLOWS).step_by(100) {
+            app.says(&format!("crowd={there}"))?;
+        }
         *taken = told(&mut app, "stall", "stall")?.parse()?;
         assert_eq!(told(&mut app, "drain", "drain")?, "ok", "every byte came back");
         let done = app.finish()?;

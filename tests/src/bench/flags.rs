@@ -5,7 +5,7 @@ use std::path::PathBuf;
 /// What is run, and what it is compared with.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Flags {
-    /// The headlines, in 6 minutes on two cores; without it everything, in 35.
+    /// The headlines, in 7 minutes on two cores; without it everything, in 35.
     #[arg(long)]
     pub quick: bool,
 
@@ -63,7 +63,7 @@ pub const SCENARIOS: [&str; 9] =
 pub const EXAMPLES: &str = "\
 Examples:
   cargo xtask bench --peers                      install Envoy, redsocks and tinyproxy to compare with
-  cargo xtask bench --quick                      the headlines, 6 minutes
+  cargo xtask bench --quick                      the headlines, 7 minutes
   cargo xtask bench                              everything, 35 minutes
   cargo xtask bench --scenario chain --rounds 15
   cargo xtask bench --hold ours --workload connect:64 --seconds 60

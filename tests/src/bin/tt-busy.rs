@@ -126,16 +126,25 @@ fn busy(addr: SocketAddr, rounds: u64) -> Result<()> {
 /// So many connections, each of which has made these exchanges, and then all at once: "stall", each writes until nothing more
 /// is taken of it; "drain", each reads the echo of all that.
 fn crowd(addr: SocketAddr, rounds: u64, connections: usize) -> Result<()> {
+    /// Fewer than may wait to be promoted.
+    const AT_ONCE: usize = 20;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let mut all = Vec::new();
-        for _ in 0..connections {
-            let mut busy = Busy::open(addr).await?;
-            busy.chat(rounds).await?;
-            all.push(busy);
+        while all.len() < connections {
+            let mut chatting = JoinSet::new();
+            for _ in 0..AT_ONCE.min(connections - all.len()) {
+                chatting.spawn(async move {
+                    let mut busy = Busy::open(addr).await?;
+                    busy.chat(rounds).await.map(|()| busy)
+                });
+            }
+            while let Some(busy) = chatting.join_next().await {
+                all.push(busy??);
+            }
+            say(&format!("crowd={}", all.len()));
         }
-        say(&format!("crowd={connections}"));
         // Nothing else happens until it is told.
         let mut told = io::stdin().lines();
         ensure!(told.next().transpose()?.as_deref() == Some("stall"), "stall comes first");
