@@ -11,7 +11,7 @@ mod near;
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     process::Command,
@@ -93,15 +93,15 @@ impl Network {
 
     /// Sets the host up on which it is called, or says what that lacks.
     fn control(&self) -> Result<Option<String>> {
-        const FOLDER: &str = "/proc/sys/net/ipv4";
+        const PATH: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
         let name = self.congestion;
-        let available = fs::read_to_string(format!("{FOLDER}/tcp_available_congestion_control"))?;
-        if !available.split_whitespace().any(|one| one == name) {
-            return Ok(Some(format!("this kernel does not have {name} loaded: modprobe tcp_{name}")));
+        // The kernel loads what it has as a module.
+        match fs::write(PATH, name) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                Ok(Some(format!("this kernel does not have {name} (tcp_{name})")))
+            }
+            written => written.with_context(|| format!("{PATH}: {name}")).map(|()| None),
         }
-        let path = format!("{FOLDER}/tcp_congestion_control");
-        fs::write(&path, name).with_context(|| format!("{path}: {name}"))?;
-        Ok(None)
     }
 }
 
