@@ -280,8 +280,9 @@ fn a_program_in_go_is_never_touched() -> Result<()> {
     let node = Direct::new("on")?;
     let server = node.world.serve(TARGET4, pages)?;
     // HTTP load by one connection, which is kept: https://github.com/rakyll/hey.
-    let (hey, url) = (programs::system("hey")?, format!("http://{}/", server.addr()));
-    let words = [hey.as_os_str(), "-n".as_ref(), "2000".as_ref(), "-c".as_ref(), "1".as_ref(), url.as_ref()];
+    let hey = programs::system("hey")?.into_os_string();
+    let words = ["-n", &REQUESTS.to_string(), "-c", "1", &format!("http://{}/", server.addr())];
+    let words: Vec<OsString> = [hey].into_iter().chain(words.iter().map(OsString::from)).collect();
     let done = node.exec().run(&words)?;
     assert!(done.success(), "{done}");
     assert!(done.stdout.contains(&format!("[200]\t{REQUESTS} responses")), "{done}");

@@ -245,10 +245,8 @@ fn path(config: &Config) -> Result<PathKind, Failure> {
         Relay::Auto => false,
         Relay::Splice => true,
     };
-    let missing = privileges::missing_for_splice();
     let (why, privilege) = match Kernel::running().allows(Feature::Splice) {
         Err(why) => (why, false),
-        Ok(()) if !missing.is_empty() => (format!("this process lacks {}", missing.join(" and ")), true),
         Ok(()) => match relay::probe() {
             Ok(()) => return Ok(PathKind::Splice),
             Err(e) => (e.summary(), e.is_privilege()),

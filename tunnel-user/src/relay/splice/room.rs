@@ -31,6 +31,7 @@ use crate::{
     btf::{self, OffsetsError},
     capture::bpf::BpfError,
     drain::Tasks,
+    privileges,
 };
 
 /// The program, as the build script made or found it.
@@ -128,6 +129,10 @@ impl Splices {
 
 /// Whether this kernel takes the program, and does right by it: tries it on a connection of our own.
 pub fn probe() -> Result<(), Unfit> {
+    let missing = privileges::missing_for_splice();
+    if !missing.is_empty() {
+        return Err(Unfit::Privileges(missing));
+    }
     let room = Rc::new(Room::load(BACKLOG_MAX, 0)?);
     match repeats(&room) {
         Ok(false) => Ok(()),
@@ -139,6 +144,9 @@ pub fn probe() -> Result<(), Unfit> {
 /// Why nothing is spliced.
 #[derive(Debug, thiserror::Error)]
 pub enum Unfit {
+    /// Without these capabilities the kernel would find fault with the program.
+    #[error("this process lacks {}", .0.join(" and "))]
+    Privileges(Vec<&'static str>),
     /// The kernel does not say where its fields are.
     #[error(transparent)]
     Offsets(#[from] OffsetsError),
@@ -167,6 +175,7 @@ impl Unfit {
     /// Whether it was for want of a privilege.
     pub fn is_privilege(&self) -> bool {
         match self {
+            Self::Privileges(_) => true,
             Self::Load(e) => e.is_privilege(),
             Self::Untried(e) => e.kind() == io::ErrorKind::PermissionDenied,
             Self::Offsets(_) | Self::Repeats => false,
