@@ -9,7 +9,7 @@ use std::{
     fmt,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsRawFd as _,
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,7 +19,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::socket::{setsockopt, shutdown, sockopt};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, shutdown, sockopt},
+};
 
 use crate::{
     netns::NetNs,
@@ -81,9 +84,18 @@ impl Target {
         self.addr
     }
 
-    /// Who has connected so far.
+    /// Who has connected so far. That a connection stands, its client learns from the kernel: those that still wait
+    /// to be accepted count, and are waited for.
     pub fn peers(&self) -> Vec<SocketAddr> {
-        lock(&self.shared.peers).clone()
+        loop {
+            let accepts = self.acceptor.as_ref().is_some_and(|acceptor| !acceptor.is_finished());
+            let peers = lock(&self.shared.peers);
+            if !accepts || !is_readable(&self.listener, PollTimeout::ZERO) {
+                return peers.clone();
+            }
+            drop(peers);
+            thread::yield_now();
+        }
     }
 
     /// Waits until `n` clients have connected.
@@ -111,7 +123,7 @@ impl fmt::Debug for Target {
 impl Drop for Target {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        // It wakes accept(2) with EINVAL.
+        // It wakes poll(2), and accept(2) fails with EINVAL.
         let _woken = shutdown(self.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         if let Some(acceptor) = self.acceptor.take() {
             let _panicked = acceptor.join();
@@ -133,12 +145,26 @@ impl Drop for Target {
     }
 }
 
+/// Whether there is a connection to accept, or there will never be one again.
+fn is_readable(listener: &TcpListener, limit: PollTimeout) -> bool {
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, limit).is_ok_and(|ready| ready > 0)
+}
+
+/// The next connection. Under one lock with being counted: who finds none waiting has them all.
+fn next(listener: &TcpListener, shared: &Shared) -> Option<TcpStream> {
+    is_readable(listener, PollTimeout::NONE);
+    let mut peers = lock(&shared.peers);
+    let (stream, peer) = listener.accept().ok()?;
+    peers.push(peer);
+    Some(stream)
+}
+
 fn accept(listener: &TcpListener, shared: &Arc<Shared>, handler: &Arc<impl Handler>) {
-    while let Ok((stream, peer)) = listener.accept() {
+    while let Some(stream) = next(listener, shared) {
         if shared.stopping.load(Ordering::Relaxed) {
             return;
         }
-        lock(&shared.peers).push(peer);
         let Ok(ours) = stream.try_clone() else { return };
         let (handler, state) = (Arc::clone(handler), Arc::clone(shared));
         let play = move || {
