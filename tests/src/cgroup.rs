@@ -16,8 +16,9 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{janitor::Janitor, leftovers};
 
-/// The kernel needs a moment after the last process is gone.
-const CLEAN_UP: &str = r#"echo 1 >"$1/cgroup.kill"; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+/// The kernel needs a moment after the last process is gone. The first version of control groups has no `cgroup.kill`.
+const CLEAN_UP: &str = r#"if [ -e "$1/cgroup.kill" ]; then echo 1 >"$1/cgroup.kill"
+else kill -KILL $(cat "$1/cgroup.procs"); fi; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
 rmdir "$1" && exit 0; sleep 0.1; done; exit 1"#;
 
 /// A group, called `tunnel-test-PID-N`; its processes are killed and it is removed in the end.
@@ -30,8 +31,25 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes one.
     pub fn new() -> Result<Self> {
+        Self::below(&mounts().into_iter().next().context("no cgroup2 hierarchy is mounted")?)
+    }
+
+    /// Makes one whose TCP sockets get so many bytes of memory together, and what is more is refused. Only the first
+    /// version of control groups has a limit for them alone, and many machines have no such hierarchy: says so, and
+    /// `None`.
+    pub fn with_tcp_memory(bytes: u64) -> Result<Option<Self>> {
+        const LIMIT: &str = "memory.kmem.tcp.limit_in_bytes";
+        let Some(root) = mounted("cgroup").into_iter().find(|root| root.join(LIMIT).exists()) else {
+            println!("NOT tested: no hierarchy of cgroup v1 with the memory controller is mounted");
+            return Ok(None);
+        };
+        let group = Self::below(&root)?;
+        fs::write(group.path.join(LIMIT), bytes.to_string()).context(LIMIT)?;
+        Ok(Some(group))
+    }
+
+    fn below(root: &Path) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let root = mounts().into_iter().next().context("no cgroup2 hierarchy is mounted")?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = root.join(format!("tunnel-test-{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
@@ -42,6 +60,11 @@ impl Cgroup {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The most that its TCP sockets have had; what cannot be refused is beyond the limit.
+    pub fn most_tcp_memory(&self) -> Result<u64> {
+        Ok(fs::read_to_string(self.path.join("memory.kmem.tcp.max_usage_in_bytes"))?.trim().parse()?)
     }
 
     /// Makes a command join it.

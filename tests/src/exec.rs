@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
+    cgroup::Cgroup,
     gateway::Gateway,
     mounts,
     pki::{Credentials, GATEWAY_ID},
@@ -35,6 +36,7 @@ pub struct Exec<'w> {
     folder: Option<PathBuf>,
     fresh_sys: bool,
     sees: Vec<(PathBuf, &'static str)>,
+    within: Option<&'w Cgroup>,
     limit: Duration,
 }
 
@@ -58,7 +60,7 @@ impl<'w> Exec<'w> {
     fn new(world: &'w World, how: How) -> Self {
         let (flags, env) = (Vec::new(), Vec::new());
         let sees = Vec::new();
-        Self { world, how, flags, env, folder: None, fresh_sys: false, sees, limit: LIMIT }
+        Self { world, how, flags, env, folder: None, fresh_sys: false, sees, within: None, limit: LIMIT }
     }
 
     /// Shows another certificate to the gateway.
@@ -118,6 +120,13 @@ impl<'w> Exec<'w> {
     #[must_use]
     pub fn sees(mut self, file: &Path, in_place_of: &'static str) -> Self {
         self.sees.push((file.to_owned(), in_place_of));
+        self
+    }
+
+    /// Runs in this group, of another hierarchy than the one that is captured.
+    #[must_use]
+    pub fn within(mut self, group: &'w Cgroup) -> Self {
+        self.within = Some(group);
         self
     }
 
@@ -191,6 +200,9 @@ impl<'w> Exec<'w> {
             command.current_dir(folder);
         }
         mounts::show(&mut command, &self.sees)?;
+        if let Some(group) = self.within {
+            group.adopt(&mut command)?;
+        }
         Ok(command)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
     path::PathBuf,
     process::Command,
@@ -12,9 +12,11 @@ use std::{
 use anyhow::{Context as _, Result};
 use tunnel_tests::{
     Exec, Finished, Gateway, PATIENCE, Process, Running, TARGET4, TARGET6, Target, World,
+    cgroup::Cgroup,
     daemon::Daemon,
     dialogue::ask,
     node::Node,
+    pattern::DOWN,
     process, programs, target, wait_for,
     world::{NET4, NET6},
 };
@@ -45,6 +47,17 @@ impl Direct {
     fn exec(&self) -> Exec<'_> {
         // The counters are logged at the end.
         self.world.exec_with(&self.config).flag("--log", "info").limit(Duration::from_secs(120))
+    }
+
+    /// What one socket may hold, so that there is room for many (net.ipv4.tcp_wmem and tcp_rmem).
+    fn buffers_of_64_kib(&self) -> Result<()> {
+        for host in [self.world.node(), self.world.net()] {
+            for which in ["tcp_wmem", "tcp_rmem"] {
+                let setting = format!("net.ipv4.{which}=4096 16384 65536");
+                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
+            }
+        }
+        Ok(())
     }
 
     /// A busy application, and the echo that it talks to.
@@ -292,20 +305,79 @@ fn a_program_in_go_is_never_touched() -> Result<()> {
     node.end()
 }
 
+/// Echoes so many bytes, and then speaks of itself, a little at a time: so many bytes, and its end.
+fn speaks_after(echoed: u64, spoken: u64) -> impl target::Handler {
+    const MESSAGE: u64 = 100;
+    /// Between two of them, nothing is heard of the client.
+    const PAUSE: Duration = Duration::from_millis(5);
+    move |stream: &TcpStream| {
+        let (mut from, mut to) = (stream, stream);
+        let (mut buf, mut left) = (vec![0; 4096], echoed);
+        while left > 0 {
+            let n = from.read(&mut buf)?;
+            if n == 0 {
+                return Ok(());
+            }
+            left = left.saturating_sub(n as u64);
+            to.write_all(&buf[..n])?;
+        }
+        stream.set_read_timeout(Some(PAUSE))?;
+        for at in (0..spoken).step_by(usize::try_from(MESSAGE).unwrap_or(usize::MAX)) {
+            DOWN.send_from(&mut to, at, at + MESSAGE)?;
+            let _nothing = from.read(&mut buf);
+        }
+        Ok(())
+    }
+}
+
 #[test]
-fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> Result<()> {
-    const FLOWS: u64 = 500;
-    /// net.ipv4.tcp_wmem and tcp_rmem: what one socket may hold, so that the machine has room for all.
-    const BUFFER: u64 = 64 * 1024;
+fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_not_by_tcp() -> Result<()> {
+    const FLOWS: u64 = 20;
+    const MEMORY: u64 = 4 * MIB;
+    const ROUNDS: u64 = 400;
+    const SPOKEN: u64 = 25_000;
     let mut taken = [0; 2];
     for (taken, bypass) in taken.iter_mut().zip(["off", "on"]) {
         let node = Direct::new(bypass)?;
-        for host in [node.world.node(), node.world.net()] {
-            for which in ["tcp_wmem", "tcp_rmem"] {
-                let setting = format!("net.ipv4.{which}=4096 16384 {BUFFER}");
-                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
-            }
-        }
+        let Some(group) = Cgroup::with_tcp_memory(MEMORY)? else { return Ok(()) };
+        node.buffers_of_64_kib()?;
+        let exec = node.exec().within(&group);
+        let echo = node.world.serve(TARGET4, target::echo())?;
+        let words = ["crowd", &echo.addr().to_string(), &ROUNDS.to_string(), &FLOWS.to_string()];
+        let mut crowd = exec.spawn(&busy_app(&words)?)?;
+        crowd.says(&format!("crowd={FLOWS}"))?;
+        let chatted = (0..ROUNDS).map(|round| 1 + round * 37 % 900).sum();
+        let speaker = node.world.serve(TARGET4, speaks_after(chatted, SPOKEN))?;
+        let words = ["follow", &speaker.addr().to_string(), &ROUNDS.to_string()];
+        let mut follower = exec.spawn(&busy_app(&words)?)?;
+        assert_eq!(follower.value("follow")?, chatted.to_string());
+
+        *taken = told(&mut crowd, "stall", "stall")?.parse()?;
+        let most = group.most_tcp_memory()?;
+        assert!(most >= MEMORY, "{most} bytes: there was no pressure");
+        assert_eq!(told(&mut crowd, "drain", "drain")?, "ok", "every byte came back");
+        let (crowd, follower) = (crowd.finish()?, follower.finish()?);
+        assert!(crowd.success() && follower.success(), "{crowd}\n{follower}");
+        assert_eq!(follower.value("followed")?, SPOKEN.to_string());
+        let promoted = if bypass == "on" { [FLOWS, 1] } else { [0, 0] };
+        assert_eq!(
+            [&crowd, &follower].map(|done| count(done, "bypass_promoted")),
+            promoted,
+            "{crowd}\n{follower}"
+        );
+        node.end()?;
+    }
+    println!("{taken:?} bytes were taken of {FLOWS} connections, by TCP alone and with bypass");
+    Ok(())
+}
+
+#[test]
+fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> Result<()> {
+    const FLOWS: u64 = 500;
+    let mut taken = [0; 2];
+    for (taken, bypass) in taken.iter_mut().zip(["off", "on"]) {
+        let node = Direct::new(bypass)?;
+        node.buffers_of_64_kib()?;
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["crowd", &echo.addr().to_string(), "400", &FLOWS.to_string()];
         let mut app = node.exec().spawn(&busy_app(&words)?)?;

@@ -5,7 +5,8 @@
 //! are tested with.
 
 use std::{
-    fs,
+    fs, io,
+    net::TcpStream,
     path::PathBuf,
     process::Command,
     sync::{
@@ -21,7 +22,9 @@ use nix::{
     unistd::Pid,
 };
 use tunnel_tests::{
-    Exec, Finished, PATIENCE, TARGET4, TARGET6, Target, World, leftovers, process, programs,
+    Exec, Finished, PATIENCE, TARGET4, TARGET6, Target, World,
+    cgroup::Cgroup,
+    leftovers, process, programs,
     target::{self, Gate, Handler},
     wait_for,
     world::{NET4, NET6},
@@ -56,6 +59,17 @@ impl Node {
     fn exec(&self) -> Exec<'_> {
         // The counters are logged at the end.
         self.world.exec_with(&self.config).flag("--log", "info").limit(Duration::from_secs(120))
+    }
+
+    /// What one socket may hold, so that there is room for many (net.ipv4.tcp_wmem and tcp_rmem).
+    fn buffers_of_64_kib(&self) -> Result<()> {
+        for host in [self.world.node(), self.world.net()] {
+            for which in ["tcp_wmem", "tcp_rmem"] {
+                let setting = format!("net.ipv4.{which}=4096 16384 65536");
+                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
+            }
+        }
+        Ok(())
     }
 
     /// A target that answers the first bytes, and where it is.
@@ -188,19 +202,53 @@ fn heavy_a_target_that_does_not_read_stops_the_application_and_no_other_flow() -
 }
 
 #[test]
-fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_each_at_most() -> Result<()> {
-    const FLOWS: u64 = 500;
-    /// net.ipv4.tcp_wmem and tcp_rmem: what one socket may hold, so that the machine has room for all.
-    const BUFFER: u64 = 64 * 1024;
+fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_not_copied() -> Result<()> {
+    const FLOWS: usize = 60;
+    const MEMORY: u64 = 4 * MIB;
     let mut taken = Vec::new();
     for relay in ["copy", "splice"] {
         let node = Node::with(relay)?;
-        for host in [node.world.node(), node.world.net()] {
-            for which in ["tcp_wmem", "tcp_rmem"] {
-                let setting = format!("net.ipv4.{which}=4096 16384 {BUFFER}");
-                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
-            }
+        let Some(group) = Cgroup::with_tcp_memory(MEMORY)? else { return Ok(()) };
+        node.buffers_of_64_kib()?;
+        let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
+        let (opened, sum) = (gate.clone(), Arc::clone(&read));
+        let counting = move |mut stream: &TcpStream| {
+            opened.wait();
+            sum.fetch_add(io::copy(&mut stream, &mut io::sink())?, Ordering::Relaxed);
+            Ok(())
+        };
+        let (stuck, stuck_addr) = node.chatty(counting)?;
+        let echo = node.world.serve(TARGET4, target::echo())?;
+        let words = ["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()];
+        let mut app = node.exec().within(&group).spawn_app(&words)?;
+        app.says("ready")?;
+        app.tell("stick")?;
+        let written: u64 = app.value("written")?.parse()?;
+        taken.push(written);
+        let most = group.most_tcp_memory()?;
+        assert!(most >= MEMORY, "{most} bytes: there was no pressure");
+        gate.open();
+        app.tell("end")?;
+        let done = app.finish()?;
+        assert!(done.success(), "{done}");
+        assert!(stuck.outcomes(FLOWS)?.iter().all(Result::is_ok), "{done}");
+        assert_eq!(read.load(Ordering::Relaxed), written, "every byte arrived");
+        if relay == "splice" {
+            assert!(counter(&done, "flows_spliced") >= FLOWS as u64, "{done}");
         }
+        node.assert_quiet()?;
+    }
+    println!("{taken:?} bytes were taken by {FLOWS} flows, copied and spliced");
+    Ok(())
+}
+
+#[test]
+fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_each_at_most() -> Result<()> {
+    const FLOWS: u64 = 500;
+    let mut taken = Vec::new();
+    for relay in ["copy", "splice"] {
+        let node = Node::with(relay)?;
+        node.buffers_of_64_kib()?;
         let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
         let (_stuck, stuck_addr) = node.chatty(target::slow_reader(&gate, &read))?;
         let echo = node.world.serve(TARGET4, target::echo())?;

@@ -30,7 +30,7 @@ pod! {
     Listener = 4,
     splice::Words = 64,
     splice::Offsets = 12,
-    Offsets = 24,
+    Offsets = 60,
     Slot = 120,
     Tag = 16,
 }

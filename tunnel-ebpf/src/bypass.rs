@@ -22,7 +22,8 @@ use aya_ebpf::{
     programs::{RawTracePointContext, SkMsgContext},
 };
 use tunnel_common::fastpath::bypass::{
-    APPLICATION, DAEMON, Offsets, SLOTS_MAX, Seen, Side, Slot, Tag, Verdict, decide,
+    APPLICATION, DAEMON, Offsets, SLOTS_MAX, Seen, Side, Slot, Tag, Verdict, decide, group_has_memory,
+    machine_has_memory,
 };
 
 use self::field::read;
@@ -39,8 +40,26 @@ static SLOTS: Array<Slot, SLOTS_MAX, { BPF_F_MMAPABLE as usize }> = Array::new()
 
 /// Where the kernel keeps what is to be seen.
 #[unsafe(no_mangle)]
-static OFFSETS: Global<Offsets> =
-    Global::new(Offsets { cookie: 0, rmem_alloc: 0, rcv_nxt: 0, copied_seq: 0, write_seq: 0, snd_una: 0 });
+static OFFSETS: Global<Offsets> = Global::new(Offsets {
+    cookie: 0,
+    rmem_alloc: 0,
+    rcv_nxt: 0,
+    copied_seq: 0,
+    write_seq: 0,
+    snd_una: 0,
+    prot: 0,
+    memory_allocated: 0,
+    sysctl_mem: 0,
+    memcg: 0,
+    tcpmem: 0,
+    tcpmem_active: 0,
+    usage: 0,
+    max: 0,
+    parent: 0,
+});
+
+/// The most control groups, one in the other, that are looked at for a limit of memory.
+const GROUPS_MAX: u32 = 16;
 
 /// `sendmsg(2)` and its kin on a socket of the map, under that socket's lock.
 #[sk_msg]
@@ -136,6 +155,8 @@ fn try_bypass(ctx: &SkMsgContext) -> Option<u32> {
         unread: distance(peer, offsets.rcv_nxt, offsets.copied_seq)?,
         queued,
         burst,
+        // The daemon's own messages do not depend on it.
+        memory: from == DAEMON || has_memory(peer, &offsets)?,
     });
     // SAFETY: as above.
     unsafe {
@@ -151,6 +172,37 @@ fn try_bypass(ctx: &SkMsgContext) -> Option<u32> {
         }
     }
     Some(SK_PASS)
+}
+
+/// Whether `sock` can be charged for a message: by the machine, and by its control groups, as `__sk_mem_raise_allocated`
+/// (net/core/sock.c) asks them.
+#[inline(always)]
+fn has_memory(sock: u64, offsets: &Offsets) -> Option<bool> {
+    let prot: u64 = read(sock, offsets.prot)?;
+    let allocated: i64 = read(read(prot, offsets.memory_allocated)?, 0)?;
+    // tcp_mem: low, pressure, high.
+    let pressure: i64 = read(read(prot, offsets.sysctl_mem)?, 8)?;
+    if !machine_has_memory(allocated, pressure) {
+        return Some(false);
+    }
+    if offsets.memcg == 0 {
+        return Some(true);
+    }
+    let group: u64 = read(sock, offsets.memcg)?;
+    if group == 0 || read::<u8>(group, offsets.tcpmem_active)? == 0 {
+        return Some(true);
+    }
+    let mut counter = group.wrapping_add(u64::from(offsets.tcpmem));
+    for _ in 0..GROUPS_MAX {
+        if !group_has_memory(read(counter, offsets.usage)?, read(counter, offsets.max)?) {
+            return Some(false);
+        }
+        counter = read(counter, offsets.parent)?;
+        if counter == 0 {
+            return Some(true);
+        }
+    }
+    Some(false)
 }
 
 /// Whether `sock` is the socket with that cookie. Sockets' memory is used again for sockets only, and cookies are not.

@@ -35,6 +35,15 @@ pub enum OffsetsError {
 pub fn of_sockets() -> Result<bypass::Offsets, OffsetsError> {
     with_kernel(|btf| {
         let field = |of, path| btf.field(of, path);
+        let limits = || {
+            let [memcg, tcpmem] = [btf.offset("sock", "sk_memcg")?, btf.offset("mem_cgroup", "tcpmem")?];
+            let active = btf.offset("mem_cgroup", "tcpmem_active")?;
+            let [usage, max, parent] =
+                ["usage", "max", "parent"].map(|field| btf.offset("page_counter", field));
+            Some([memcg, tcpmem, active, usage?, max?, parent?])
+        };
+        // A kernel that is built without them has no limits there.
+        let [memcg, tcpmem, tcpmem_active, usage, max, parent] = limits().unwrap_or_default();
         Ok(bypass::Offsets {
             cookie: field("sock", "__sk_common.skc_cookie")?,
             rmem_alloc: field("sock", "sk_backlog.rmem_alloc")?,
@@ -42,6 +51,15 @@ pub fn of_sockets() -> Result<bypass::Offsets, OffsetsError> {
             copied_seq: field("tcp_sock", "copied_seq")?,
             write_seq: field("tcp_sock", "write_seq")?,
             snd_una: field("tcp_sock", "snd_una")?,
+            prot: field("sock", "__sk_common.skc_prot")?,
+            memory_allocated: field("proto", "memory_allocated")?,
+            sysctl_mem: field("proto", "sysctl_mem")?,
+            memcg,
+            tcpmem,
+            tcpmem_active,
+            usage,
+            max,
+            parent,
         })
     })
 }
@@ -172,11 +190,24 @@ mod tests {
     fn this_kernel_says_where_its_fields_are() {
         let found = of_sockets().expect("the kernel has BTF");
         // The first three are in cache lines of their own, and none is at the start of a socket.
-        for offset in
-            [found.cookie, found.rmem_alloc, found.rcv_nxt, found.copied_seq, found.write_seq, found.snd_una]
-        {
+        for offset in [
+            found.cookie,
+            found.rmem_alloc,
+            found.rcv_nxt,
+            found.copied_seq,
+            found.write_seq,
+            found.snd_una,
+            found.prot,
+            found.memory_allocated,
+            found.sysctl_mem,
+        ] {
             assert!(offset > 0 && offset < 8192, "{found:?}");
         }
+        let limits = [found.memcg, found.tcpmem, found.tcpmem_active, found.max, found.parent];
+        assert!(
+            limits.iter().all(|offset| *offset > 0) || limits.iter().all(|offset| *offset == 0),
+            "{found:?}"
+        );
         let buffers = of_buffers().expect("the kernel has BTF");
         assert!(
             buffers.seq > 0 && buffers.seq < 256 && buffers.copied_seq == found.copied_seq,

@@ -47,7 +47,7 @@ impl Snapshot {
         }
         for (point, kind) in mounts() {
             match kind.as_str() {
-                "cgroup2" => below(&point, 6, &mut |path| {
+                "cgroup2" | "cgroup" => below(&point, 6, &mut |path| {
                     if begins(&name_of(path), &OURS) {
                         found.insert(format!("cgroup {}", path.display()));
                     }

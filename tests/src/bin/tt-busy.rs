@@ -24,7 +24,7 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
-use tunnel_tests::pattern::{CHUNK, UP};
+use tunnel_tests::pattern::{CHUNK, DOWN, UP};
 
 /// No answer by then is none.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -47,6 +47,7 @@ fn run(words: &[&str]) -> Result<()> {
     match words {
         ["busy", addr, rounds] => busy(addr.parse()?, rounds.parse()?),
         ["crowd", addr, rounds, connections] => crowd(addr.parse()?, rounds.parse()?, connections.parse()?),
+        ["follow", addr, rounds] => follow(addr.parse()?, rounds.parse()?),
         ["shared", addr, rounds] => shared(addr.parse()?, rounds.parse()?),
         ["blocking", addr, rounds] => blocking(addr.parse()?, rounds.parse()?),
         _ => bail!("unknown: {words:?}"),
@@ -171,6 +172,26 @@ fn crowd(addr: SocketAddr, rounds: u64, connections: usize) -> Result<()> {
             drained??;
         }
         say("drain=ok");
+        Ok(())
+    })
+}
+
+/// The same exchanges, and then what the target says of itself, to its end.
+fn follow(addr: SocketAddr, rounds: u64) -> Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut busy = Busy::open(addr).await?;
+        busy.chat(rounds).await?;
+        say(&format!("follow={}", busy.sent));
+        let (mut buf, mut followed) = (vec![0; CHUNK], 0);
+        loop {
+            let n = timeout(PATIENCE, busy.from.read(&mut buf)).await??;
+            if n == 0 {
+                break;
+            }
+            DOWN.check(followed, &buf[..n])?;
+            followed += n as u64;
+        }
+        say(&format!("followed={followed}"));
         Ok(())
     })
 }

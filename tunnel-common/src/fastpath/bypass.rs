@@ -14,6 +14,10 @@
 //! (epoll(7), question 9), so the application's socket never has something in both: the daemon redirects no more than
 //! surely fits ([`Budget`]), and writes by TCP only once all of it was read. The daemon's own socket may have both, and
 //! its reader knows.
+//!
+//! What is redirected is charged to its reader. Where the kernel refuses that, `sendmsg(2)` fails with ENOMEM, which it
+//! never does by TCP. So what an application sends is not redirected while memory is short; the daemon's own writes are
+//! tried, because it knows what to do then, and the promise above leaves it no other way.
 
 /// The most that is redirected into one queue: half of a socket's receive buffer as Linux makes it (`tcp_rmem`, 128 KiB),
 /// which what is redirected is charged to. The other half is TCP's window; without one TCP would wait for probes.
@@ -97,6 +101,35 @@ pub struct Offsets {
     pub write_seq: u32,
     /// `struct tcp_sock`.
     pub snd_una: u32,
+    /// `struct sock`, `__sk_common.skc_prot`.
+    pub prot: u32,
+    /// `struct proto`: a pointer.
+    pub memory_allocated: u32,
+    /// `struct proto`: a pointer to three.
+    pub sysctl_mem: u32,
+    /// `struct sock`, `sk_memcg`. 0 where the kernel has not all of this and what follows.
+    pub memcg: u32,
+    /// `struct mem_cgroup`.
+    pub tcpmem: u32,
+    /// `struct mem_cgroup`.
+    pub tcpmem_active: u32,
+    /// `struct page_counter`.
+    pub usage: u32,
+    /// `struct page_counter`.
+    pub max: u32,
+    /// `struct page_counter`.
+    pub parent: u32,
+}
+
+/// Whether TCP may have more memory for sure: `net.ipv4.tcp_mem` leaves it in peace below `pressure`, in pages. What CPUs
+/// have set aside is not in `allocated`, and others allocate at the same time.
+pub const fn machine_has_memory(allocated: i64, pressure: i64) -> bool {
+    allocated < pressure - pressure / 16
+}
+
+/// The same of a control group that limits it (version 1, `memory.kmem.tcp.limit_in_bytes`), in pages.
+pub const fn group_has_memory(usage: u64, max: u64) -> bool {
+    usage.saturating_add(max / 8) < max
 }
 
 /// What is seen of a pair when one of it sends.
@@ -118,6 +151,8 @@ pub struct Seen {
     pub queued: u32,
     /// Messages redirected since `queued` was last seen to be nothing.
     pub burst: u32,
+    /// The receiver can be charged for it.
+    pub memory: bool,
 }
 
 /// By which way a message goes.
@@ -135,7 +170,8 @@ pub const fn decide(seen: &Seen) -> Verdict {
     // Where TCP carries something, what follows goes behind it.
     let quiet = seen.unacked == 0 && seen.unread == 0;
     let fits = seen.size <= QUEUE_MAX && seen.queued <= QUEUE_MAX - seen.size && seen.burst < MESSAGES_MAX;
-    if seen.open && seen.gate && quiet && fits { Verdict::Redirect } else { Verdict::Tcp }
+    let charged = seen.memory || seen.from == DAEMON;
+    if seen.open && seen.gate && quiet && fits && charged { Verdict::Redirect } else { Verdict::Tcp }
 }
 
 /// What the daemon may still redirect to an application that may not have read anything since its queue was last seen
@@ -156,6 +192,11 @@ impl Default for Budget {
 }
 
 impl Budget {
+    /// Nothing more.
+    pub const fn spent() -> Self {
+        Self { bytes: 0, messages: 0 }
+    }
+
     /// How much the next write may hold. Where the queue is seen to be empty, the budget is whole again.
     pub const fn room(&self) -> u32 {
         if self.messages < 2 { 0 } else { self.bytes }
@@ -203,6 +244,9 @@ mod tests {
         burst: u32,
         /// The daemon's: while it has one, it redirects; without, it writes by TCP.
         budget: Option<Budget>,
+        memory: bool,
+        /// A write of the daemon has failed with ENOMEM.
+        refused: bool,
     }
 
     #[derive(Clone, Copy, Debug)]
@@ -215,6 +259,7 @@ mod tests {
         Ack,
         Read(u64),
         Gate(bool),
+        Memory(bool),
     }
 
     fn len(queue: &VecDeque<(u64, u64)>) -> u64 {
@@ -235,6 +280,8 @@ mod tests {
                 unacked: 0,
                 burst: 0,
                 budget: None,
+                memory: true,
+                refused: false,
             }
         }
 
@@ -250,6 +297,7 @@ mod tests {
                 }
                 Step::Ack => self.unacked = 0,
                 Step::Read(most) => self.read(most),
+                Step::Memory(enough) => self.memory = enough,
                 Step::Gate(open) if self.from == APPLICATION => self.gate = open,
                 Step::Gate(true) => {
                     if !self.gate {
@@ -286,6 +334,12 @@ mod tests {
                 return;
             }
             let queued = self.queued();
+            if self.refused {
+                if queued != 0 {
+                    return;
+                }
+                (self.gate, self.budget, self.refused) = (false, None, false);
+            }
             if let Some(budget) = &mut self.budget {
                 if budget.room() == 0 {
                     if queued != 0 {
@@ -309,8 +363,14 @@ mod tests {
                 unread: u32::try_from(len(&self.tcp)).unwrap(),
                 queued,
                 burst: self.burst,
+                memory: self.memory,
             });
             match verdict {
+                Verdict::Redirect if !self.memory => {
+                    assert_eq!(self.from, DAEMON, "an application hears ENOMEM");
+                    self.refused = true;
+                    return;
+                }
                 Verdict::Redirect => {
                     self.burst += 1;
                     self.hand = Some(message);
@@ -354,7 +414,7 @@ mod tests {
     /// Every interleaving of a few steps, from the start and from the states that those lead to.
     #[test]
     fn bytes_are_read_in_order_whatever_is_interleaved() {
-        const STEPS: [Step; 9] = [
+        const STEPS: [Step; 10] = [
             Step::Send(3),
             Step::Send(QUEUE_MAX),
             Step::Land,
@@ -364,6 +424,7 @@ mod tests {
             Step::Read(u64::MAX),
             Step::Gate(true),
             Step::Gate(false),
+            Step::Memory(false),
         ];
         fn walk(model: &Model, left: u32) {
             if left == 0 {
@@ -396,6 +457,7 @@ mod tests {
             4 => (1u64..200_000).prop_map(Step::Read),
             2 => Just(Step::Read(u64::MAX)),
             2 => any::<bool>().prop_map(Step::Gate),
+            2 => any::<bool>().prop_map(Step::Memory),
         ];
         proptest::collection::vec(step, 0..600)
     }
@@ -437,7 +499,17 @@ mod tests {
             unread: 0,
             queued: 0,
             burst: 0,
+            memory: true,
         };
         assert_eq!(decide(&seen), Verdict::Tcp);
+    }
+
+    #[test]
+    fn memory_is_short_before_the_kernel_refuses_it() {
+        assert!(machine_has_memory(0, 100_000) && !machine_has_memory(95_000, 100_000));
+        assert!(!machine_has_memory(0, 0));
+        // What has no limit: PAGE_COUNTER_MAX.
+        assert!(group_has_memory(0, u64::MAX / 2 / 4096) && group_has_memory(800, 1000));
+        assert!(!group_has_memory(900, 1000) && !group_has_memory(0, 0) && !group_has_memory(u64::MAX, 1000));
     }
 }

@@ -62,6 +62,8 @@ struct On {
     pair: Pair,
     /// What may still be redirected to the application; none while what is written goes by TCP.
     budget: Option<Budget>,
+    /// The kernel had no memory for a message.
+    refused: bool,
     /// Exchanges until it is redirected again.
     again: u32,
     /// What the application had offered to TCP when all of that had been read, and when a read last found nothing: one
@@ -70,6 +72,11 @@ struct On {
     empty_at: u64,
     pause: Option<Pin<Box<Sleep>>>,
     pauses: u32,
+    /// There was no memory for a write, so the runtime takes the socket for full, and may do so forever.
+    misjudged: bool,
+    /// Until it is tried again.
+    retry: Option<Pin<Box<Sleep>>>,
+    retries: u32,
 }
 
 impl Hot {
@@ -103,7 +110,19 @@ impl Hot {
                     pair.open(DAEMON);
                     let (budget, passed) = (Some(Budget::default()), pair.passed(APPLICATION));
                     let again = TURNS * AGAIN;
-                    let on = On { pair, budget, again, passed, empty_at: passed, pause: None, pauses: 0 };
+                    let on = On {
+                        pair,
+                        budget,
+                        refused: false,
+                        again,
+                        passed,
+                        empty_at: passed,
+                        pause: None,
+                        pauses: 0,
+                        misjudged: false,
+                        retry: None,
+                        retries: 0,
+                    };
                     self.state = State::On(on);
                     self.begin();
                 }
@@ -130,8 +149,11 @@ impl Hot {
     pub(super) fn sent(&mut self, n: usize) {
         self.bytes += n as u64;
         self.sent_last = true;
-        if let State::On(On { budget: Some(budget), .. }) = &mut self.state {
-            budget.spend(u32::try_from(n).unwrap_or(u32::MAX));
+        if let State::On(On { budget, retry, retries, .. }) = &mut self.state {
+            (*retry, *retries) = (None, 0);
+            if let Some(budget) = budget {
+                budget.spend(u32::try_from(n).unwrap_or(u32::MAX));
+            }
         }
     }
 
@@ -163,6 +185,34 @@ impl Hot {
         }
     }
 
+    /// A write would block. Where TCP has nothing on its way, it is memory that there was none of (`sk_msg_alloc`), and no
+    /// edge tells when there is some: TCP, which may always have a little, does not need one. So it is tried again.
+    pub(super) fn would_block(&mut self) {
+        let State::On(on) = &mut self.state else { return };
+        on.misjudged = !on.pair.has_unacked(DAEMON);
+        on.retry = on.misjudged.then(|| Box::pin(sleep(pause_of(on.retries))));
+        on.retries = on.retries.saturating_add(1);
+    }
+
+    /// Ready when the socket is to be written to although the runtime takes it for full.
+    pub(super) fn poll_retry(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.state {
+            State::On(On { misjudged: true, retry, .. }) => {
+                retry.as_mut().map_or(Poll::Ready(()), |retry| retry.as_mut().poll(cx))
+            }
+            _ => Poll::Pending,
+        }
+    }
+
+    /// A write has failed with ENOMEM: whether that was because it was to be redirected (`bpf_tcp_ingress`). What is
+    /// written next waits until everything that was redirected has been read, and goes by TCP.
+    pub(super) fn was_refused(&mut self) -> bool {
+        let State::On(On { budget: Some(budget), refused, .. }) = &mut self.state else { return false };
+        *budget = Budget::spent();
+        *refused = true;
+        true
+    }
+
     /// Whether less may be written than there is room for, without the socket being full.
     pub(super) fn is_on(&self) -> bool {
         matches!(self.state, State::On(_))
@@ -173,7 +223,7 @@ impl Hot {
         let State::On(on) = &mut self.state else { return Poll::Ready(usize::MAX) };
         let Some(budget) = &mut on.budget else { return Poll::Ready(usize::MAX) };
         // Where it keeps up.
-        if budget.is_low() && on.pauses == 0 && on.pair.look().queued == 0 {
+        if !on.refused && budget.is_low() && on.pauses == 0 && on.pair.look().queued == 0 {
             *budget = Budget::default();
         }
         match budget.room() {
@@ -201,7 +251,7 @@ impl Hot {
             }
             if on.pair.look().queued == 0 {
                 on.pair.shut(DAEMON);
-                (on.budget, on.pauses) = (None, 0);
+                (on.budget, on.refused, on.pauses) = (None, false, 0);
                 self.begin();
                 return Poll::Ready(());
             }
@@ -210,10 +260,14 @@ impl Hot {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            let doubled = PAUSE_MIN.saturating_mul(1 << (on.pauses - SPINS - 1).min(8));
-            on.pause = Some(Box::pin(sleep(doubled.min(PAUSE_MAX))));
+            on.pause = Some(Box::pin(sleep(pause_of(on.pauses - SPINS - 1))));
         }
     }
+}
+
+/// The pause after so many.
+fn pause_of(before: u32) -> Duration {
+    PAUSE_MIN.saturating_mul(1 << before.min(8)).min(PAUSE_MAX)
 }
 
 impl Drop for Hot {

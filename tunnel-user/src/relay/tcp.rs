@@ -223,7 +223,15 @@ impl Leg for TcpLeg {
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         loop {
-            ready!(self.stream().poll_write_ready(cx)).map_err(reset)?;
+            let mut is_retry = false;
+            match (self.stream().poll_write_ready(cx), &mut self.hot) {
+                (Poll::Ready(ready), _) => ready.map_err(reset)?,
+                (Poll::Pending, Some(hot)) => {
+                    ready!(hot.poll_retry(cx));
+                    is_retry = true;
+                }
+                (Poll::Pending, None) => return Poll::Pending,
+            }
             let most = match &mut self.hot {
                 Some(hot) => ready!(hot.poll_room(cx)),
                 None => usize::MAX,
@@ -234,6 +242,8 @@ impl Leg for TcpLeg {
                 let offered: usize = slices.iter().map(|s| s.len()).sum();
                 let sent = if end_follows && !is_hot {
                     self.send_before_end(slices)
+                } else if is_retry {
+                    SockRef::from(self.stream()).send_vectored_with_flags(slices, libc::MSG_NOSIGNAL)
                 } else {
                     self.stream().try_write_vectored(slices)
                 };
@@ -258,8 +268,15 @@ impl Leg for TcpLeg {
                     }
                     return Poll::Ready(Ok(n));
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if let Some(hot) = &mut self.hot {
+                        hot.would_block();
+                    }
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e)
+                    if e.raw_os_error() == Some(libc::ENOMEM)
+                        && self.hot.as_mut().is_some_and(|hot| hot.was_refused()) => {}
                 Err(e) => return Poll::Ready(Err(reset(e))),
             }
         }

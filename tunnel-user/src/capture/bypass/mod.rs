@@ -225,6 +225,12 @@ impl Pair {
         self.side(side).passed.load(Ordering::Relaxed)
     }
 
+    /// Whether TCP has anything of this side on its way, or waits to send it.
+    pub fn has_unacked(&self, side: u32) -> bool {
+        self.bypass.look(self.slot);
+        self.side(side).unacked.load(Ordering::Relaxed) > 0
+    }
+
     fn side(&self, side: u32) -> &SharedSide {
         &self.slot().sides[usize::from(side != APPLICATION)]
     }
