@@ -176,11 +176,17 @@ fn programs(checkout: &Checkout, wanted: &[(&str, &str)]) -> Result<BTreeMap<Str
     for (file, _) in wanted {
         build.args(["--test", file]);
     }
-    let messages = checkout.target.join("xtask/matrix-build.json");
+    // Another one may run at the same time.
+    let messages = checkout.target.join(format!("xtask/matrix-build-{}.json", std::process::id()));
     fs::create_dir_all(checkout.target.join("xtask"))?;
-    run::foreground("building the tests", build.stdout(File::create(&messages)?))?;
+    let built = File::create(&messages)
+        .map_err(anyhow::Error::from)
+        .and_then(|file| run::foreground("building the tests", build.stdout(file)));
+    let told = fs::read_to_string(&messages);
+    fs::remove_file(&messages)?;
+    built?;
     let mut found = BTreeMap::new();
-    for line in fs::read_to_string(&messages)?.lines() {
+    for line in told?.lines() {
         let message: serde_json::Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
         if let (Some("test"), Some(name), Some(program)) = (
             message.pointer("/target/kind/0").and_then(serde_json::Value::as_str),
