@@ -60,7 +60,9 @@ pub(super) fn run(bypass: &Arc<Bypass>) -> Result<(), BypassError> {
         }
     }
     if pair.redirected(APPLICATION) == 0 || pair.redirected(DAEMON) == 0 {
-        return Err(BypassError::Proof("nothing goes past TCP, or TCP's memory (net.ipv4.tcp_mem) is used up"));
+        return Err(BypassError::Proof(
+            "nothing goes past TCP, or TCP's memory (net.ipv4.tcp_mem) is used up",
+        ));
     }
     let charged = |n: usize| u32::try_from(n).is_ok_and(|n| pair.look().queued == n);
     (&ours).write_all(&UNREAD).map_err(BypassError::Trial)?;
