@@ -31,8 +31,11 @@ use tunnel_tests::{
 };
 
 const MIB: u64 = 1 << 20;
-/// Round trips before anything else: a flow is promoted after 16 wake-ups.
-const PINGS: usize = 100;
+/// Round trips before anything else: a flow is promoted after 16 wake-ups, at a moment when nothing is on its way, which
+/// on a busy machine has been late by 80 of them.
+const PINGS: usize = 300;
+/// The same where there are many flows, and some may be late.
+const PINGS_OF_MANY: usize = 100;
 
 /// A node with a route to the targets, and what it captures goes there by itself.
 struct Node {
@@ -74,8 +77,12 @@ impl Node {
 
     /// A target that answers the first bytes, and where it is.
     fn chatty(&self, handler: impl Handler) -> Result<(Target, String)> {
-        let target = self.world.serve(TARGET4, target::after_pings(PINGS, handler))?;
-        let addr = format!("{}+{PINGS}", target.addr());
+        self.chatty_after(PINGS, handler)
+    }
+
+    fn chatty_after(&self, pings: usize, handler: impl Handler) -> Result<(Target, String)> {
+        let target = self.world.serve(TARGET4, target::after_pings(pings, handler))?;
+        let addr = format!("{}+{pings}", target.addr());
         Ok((target, addr))
     }
 
@@ -103,7 +110,7 @@ fn counter(done: &Finished, name: &str) -> u64 {
 /// So many flows were the program's for a while.
 fn assert_spliced(done: &Finished, flows: u64) {
     assert_eq!(counter(done, "flows_spliced"), flows, "{done}");
-    assert!(counter(done, "bytes_spliced") >= flows * PINGS as u64 / 2, "{done}");
+    assert!(counter(done, "bytes_spliced") >= flows * PINGS as u64 / 6, "{done}");
     assert_eq!(counter(done, "splice_refused") + counter(done, "splice_no_slot"), 0, "{done}");
 }
 
@@ -217,7 +224,7 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
             sum.fetch_add(io::copy(&mut stream, &mut io::sink())?, Ordering::Relaxed);
             Ok(())
         };
-        let (stuck, stuck_addr) = node.chatty(counting)?;
+        let (stuck, stuck_addr) = node.chatty_after(PINGS_OF_MANY, counting)?;
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()];
         let mut app = node.exec().within(&group).spawn_app(&words)?;
@@ -250,7 +257,7 @@ fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_eac
         let node = Node::with(relay)?;
         node.buffers_of_64_kib()?;
         let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
-        let (_stuck, stuck_addr) = node.chatty(target::slow_reader(&gate, &read))?;
+        let (_stuck, stuck_addr) = node.chatty_after(PINGS_OF_MANY, target::slow_reader(&gate, &read))?;
         let echo = node.world.serve(TARGET4, target::echo())?;
         let mut app =
             node.exec().spawn_app(&["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()])?;
