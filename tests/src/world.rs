@@ -25,6 +25,7 @@ use crate::{
     link::{Link, Profile},
     netns::NetNs,
     pki::{Credentials, GATEWAY_ID, NODE_ID, Pki},
+    process,
     target::{Handler, Target},
     wait::{PATIENCE, wait_for},
 };
@@ -117,6 +118,17 @@ impl World {
     /// The host of the gateway and of targets.
     pub fn net(&self) -> &NetNs {
         &self.net
+    }
+
+    /// What one socket on either host may hold, so that there is room for many (net.ipv4.tcp_wmem and tcp_rmem).
+    pub fn buffers_of_64_kib(&self) -> Result<()> {
+        for host in [&self.node, &self.net] {
+            for which in ["tcp_wmem", "tcp_rmem"] {
+                let setting = format!("net.ipv4.{which}=4096 16384 65536");
+                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
+            }
+        }
+        Ok(())
     }
 
     /// The link between them, from `node` to `net`; nothing when it is a cable.

@@ -17,7 +17,7 @@ use tunnel_tests::{
     dialogue::ask,
     node::Node,
     pattern::DOWN,
-    process, programs, target, wait_for,
+    programs, target, wait_for,
     world::{NET4, NET6},
 };
 
@@ -47,17 +47,6 @@ impl Direct {
     fn exec(&self) -> Exec<'_> {
         // The counters are logged at the end.
         self.world.exec_with(&self.config).flag("--log", "info").limit(Duration::from_secs(120))
-    }
-
-    /// What one socket may hold, so that there is room for many (net.ipv4.tcp_wmem and tcp_rmem).
-    fn buffers_of_64_kib(&self) -> Result<()> {
-        for host in [self.world.node(), self.world.net()] {
-            for which in ["tcp_wmem", "tcp_rmem"] {
-                let setting = format!("net.ipv4.{which}=4096 16384 65536");
-                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
-            }
-        }
-        Ok(())
     }
 
     /// A busy application, and the echo that it talks to.
@@ -340,7 +329,7 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
     for (taken, bypass) in taken.iter_mut().zip(["off", "on"]) {
         let node = Direct::new(bypass)?;
         let Some(group) = Cgroup::with_tcp_memory(MEMORY)? else { return Ok(()) };
-        node.buffers_of_64_kib()?;
+        node.world.buffers_of_64_kib()?;
         let exec = node.exec().within(&group);
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["crowd", &echo.addr().to_string(), &ROUNDS.to_string(), &FLOWS.to_string()];
@@ -377,7 +366,7 @@ fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> R
     let mut taken = [0; 2];
     for (taken, bypass) in taken.iter_mut().zip(["off", "on"]) {
         let node = Direct::new(bypass)?;
-        node.buffers_of_64_kib()?;
+        node.world.buffers_of_64_kib()?;
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["crowd", &echo.addr().to_string(), "400", &FLOWS.to_string()];
         let mut app = node.exec().spawn(&busy_app(&words)?)?;

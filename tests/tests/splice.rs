@@ -64,17 +64,6 @@ impl Node {
         self.world.exec_with(&self.config).flag("--log", "info").limit(Duration::from_secs(120))
     }
 
-    /// What one socket may hold, so that there is room for many (net.ipv4.tcp_wmem and tcp_rmem).
-    fn buffers_of_64_kib(&self) -> Result<()> {
-        for host in [self.world.node(), self.world.net()] {
-            for which in ["tcp_wmem", "tcp_rmem"] {
-                let setting = format!("net.ipv4.{which}=4096 16384 65536");
-                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
-            }
-        }
-        Ok(())
-    }
-
     /// A target that answers the first bytes, and where it is.
     fn chatty(&self, handler: impl Handler) -> Result<(Target, String)> {
         self.chatty_after(PINGS, handler)
@@ -216,7 +205,7 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
     for relay in ["copy", "splice"] {
         let node = Node::with(relay)?;
         let Some(group) = Cgroup::with_tcp_memory(MEMORY)? else { return Ok(()) };
-        node.buffers_of_64_kib()?;
+        node.world.buffers_of_64_kib()?;
         let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
         let (opened, sum) = (gate.clone(), Arc::clone(&read));
         let counting = move |mut stream: &TcpStream| {
@@ -255,7 +244,7 @@ fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_eac
     let mut taken = Vec::new();
     for relay in ["copy", "splice"] {
         let node = Node::with(relay)?;
-        node.buffers_of_64_kib()?;
+        node.world.buffers_of_64_kib()?;
         let (gate, read) = (Gate::default(), Arc::new(AtomicU64::new(0)));
         let (_stuck, stuck_addr) = node.chatty_after(PINGS_OF_MANY, target::slow_reader(&gate, &read))?;
         let echo = node.world.serve(TARGET4, target::echo())?;

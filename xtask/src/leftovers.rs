@@ -87,6 +87,11 @@ impl Snapshot {
     }
 }
 
+/// Whether a control group can be given a limit for the memory of TCP alone, which tests of memory pressure take.
+pub(crate) fn limits_tcp_memory() -> bool {
+    mounts().iter().any(|(point, _)| point.join("memory.kmem.tcp.limit_in_bytes").exists())
+}
+
 /// Mount points and their file systems' kinds.
 fn mounts() -> Vec<(PathBuf, String)> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

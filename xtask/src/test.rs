@@ -5,7 +5,7 @@ use std::{env, process::Command};
 use anyhow::{Context as _, Result};
 
 use crate::{
-    leftovers::{MARK, Snapshot},
+    leftovers::{self, MARK, Snapshot},
     run::{self, Checkout, foreground, green, red},
     setup::{self, Group},
 };
@@ -53,6 +53,9 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     println!("{} nothing was left behind", green("ok "));
     if !peers {
         println!("{} without the peers of the benchmarks: what needs them was NOT tested", red("but"));
+    }
+    if !leftovers::limits_tcp_memory() {
+        println!("{} without cgroup v1's memory controller: memory pressure was NOT tested", red("but"));
     }
     Ok(())
 }
