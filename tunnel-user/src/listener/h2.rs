@@ -9,7 +9,6 @@ use std::{
     rc::Rc,
 };
 
-use bytes::Bytes;
 use h2::{
     RecvStream,
     server::{Connection, SendResponse},
@@ -20,6 +19,7 @@ use tokio::time::{sleep_until, timeout};
 use super::accept::{LINGER, ServeError, Settings};
 use crate::{
     drain::{Tasks, Watch},
+    relay::Payload,
     transport::{
         io::{LastReader, Wire},
         pulse::{Event, Pulse},
@@ -42,14 +42,14 @@ pub struct Incoming {
     /// Its head, and the bytes that follow.
     pub request: Request<RecvStream>,
     /// Where the answer goes.
-    pub respond: SendResponse<Bytes>,
+    pub respond: SendResponse<Payload>,
     /// What the stream reports to.
     pub share: Share,
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
 pub struct Tunnel<W> {
-    connection: Connection<W, Bytes>,
+    connection: Connection<W, Payload>,
     last: LastReader,
 }
 
@@ -68,7 +68,7 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
         .max_local_error_reset_streams(Some(LOCAL_ERRORS_MAX))
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(SMALL_FRAMES)
-        .handshake::<_, Bytes>(wire)
+        .handshake::<_, Payload>(wire)
         .await
         .map_err(|e| ServeError::H2(explain(&e)))?;
     Ok(Tunnel { connection, last })

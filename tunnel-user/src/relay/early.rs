@@ -10,13 +10,12 @@ use std::{
     future::{Future, poll_fn},
     mem,
     pin::pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
-use h2::SendStream;
 
-use super::{Broken, Early, Leg, Queue, h2::poll_room};
+use super::{Broken, Early, Leg, Queue, Sender};
 
 /// What goes ahead of an answer, for one flow: the window that HTTP/2 begins with (RFC 9113 section 6.9.2), so what a
 /// peer may be sent that has said nothing; and as much as one read of a socket.
@@ -35,6 +34,17 @@ pub trait Source {
 
     /// Ready when it aborts while nothing is being received from it.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken>;
+
+    /// Whether what it sent before it reset its connection is owed to the target all the same. To a socket, the kernel
+    /// has acknowledged those bytes; a request that is cancelled is not to be acted on.
+    fn is_acknowledged(&self) -> bool {
+        false
+    }
+
+    /// Whether it has sent something that was not taken yet.
+    fn has_unread(&self) -> bool {
+        false
+    }
 }
 
 impl<L: Leg> Source for L {
@@ -52,6 +62,14 @@ impl<L: Leg> Source for L {
 
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
         self.poll_broken(cx)
+    }
+
+    fn is_acknowledged(&self) -> bool {
+        true
+    }
+
+    fn has_unread(&self) -> bool {
+        Leg::has_unread(self)
     }
 }
 
@@ -74,6 +92,10 @@ struct Waiting<'c> {
     asking: bool,
     /// One has got its 200.
     answered: bool,
+    /// The client has reset its connection behind bytes that are owed to the target.
+    broken: Option<Broken>,
+    /// It has, and what it sent has not all been read.
+    gone: bool,
     /// The client has left.
     left: Option<Broken>,
 }
@@ -90,13 +112,15 @@ impl<'c> Ahead<'c> {
             finished: false,
             asking: false,
             answered: false,
+            broken: None,
+            gone: false,
             left: None,
         }))
     }
 
     /// Waits for the answer to the request that opened a stream, and sends there meanwhile what the client sends, from
     /// its first byte.
-    pub async fn until<T>(&self, send: &mut SendStream<Bytes>, answer: impl Future<Output = T>) -> T {
+    pub async fn until<T>(&self, send: &mut Sender, answer: impl Future<Output = T>) -> T {
         let mut answer = pin!(answer);
         let _asking = Asking::new(self);
         let mut is_new = true;
@@ -139,8 +163,8 @@ impl<'c> Ahead<'c> {
         if !waiting.answered {
             waiting.begin_anew();
         }
-        let Waiting { queue, sent, ended, finished, .. } = waiting;
-        Early { sent: queue, passed: sent, ended, finished, ..Early::default() }
+        let Waiting { queue, sent, ended, broken, finished, .. } = waiting;
+        Early { sent: queue, passed: sent, ended, broken, finished, ..Early::default() }
     }
 }
 
@@ -180,7 +204,7 @@ impl Waiting<'_> {
     /// Whether the client's next bytes are wanted: a socket's are better left in the kernel while nobody takes them.
     fn wants_more(&self) -> bool {
         let has_room = self.asking && self.queue.is_empty() && self.sent < EARLY_MAX;
-        !self.ended && self.left.is_none() && (has_room || self.client.prefetches())
+        !self.ended && self.broken.is_none() && self.left.is_none() && (has_room || self.client.prefetches())
     }
 
     fn take_what_comes(&mut self, cx: &mut Context<'_>) {
@@ -188,15 +212,22 @@ impl Waiting<'_> {
             match self.client.poll_next(cx) {
                 Poll::Ready(Ok(Some(chunk))) => self.queue.push(chunk),
                 Poll::Ready(Ok(None)) => self.ended = true,
+                Poll::Ready(Err(why)) if self.owes() => self.broken = Some(why),
                 Poll::Ready(Err(why)) => self.left = Some(why),
                 Poll::Pending => return,
             }
         }
     }
 
+    /// Whether the client has sent anything that its target is to have, whatever became of the client since.
+    fn owes(&self) -> bool {
+        let has_sent = self.sent > 0 || !self.queue.is_empty() || self.client.has_unread();
+        self.client.is_acknowledged() && has_sent
+    }
+
     /// Sends what there is. A stream that `is_new` has no room before its request has left; what it is given now goes
     /// in the same write. The connection holds it once more until then, and no longer than it is kept here.
-    fn send(&mut self, cx: &mut Context<'_>, to: &mut SendStream<Bytes>, is_new: bool) {
+    fn send(&mut self, cx: &mut Context<'_>, to: &mut Sender, is_new: bool) {
         loop {
             self.take_what_comes(cx);
             let want = self.queue.front_len().min(EARLY_MAX - self.sent);
@@ -205,7 +236,7 @@ impl Waiting<'_> {
             }
             let room = if is_new {
                 want
-            } else if let Poll::Ready(Some(Ok(room))) = poll_room(to, cx, want) {
+            } else if let Poll::Ready(Some(Ok(room))) = to.poll_room(cx, want) {
                 room
             } else {
                 // Where the stream is gone, the answer says why.
@@ -214,11 +245,11 @@ impl Waiting<'_> {
             let chunk = self.queue.take(room);
             self.sent += chunk.len();
             self.kept.push(chunk.clone());
-            let _gone = to.send_data(chunk, false);
+            let _gone = to.send(chunk);
         }
         if self.ended && self.queue.is_empty() && !self.finished {
             self.finished = true;
-            let _gone = to.send_data(Bytes::new(), true);
+            let _gone = to.end();
         }
     }
 
@@ -229,9 +260,18 @@ impl Waiting<'_> {
         }
         match self.left.take() {
             Some(why) => Poll::Ready(why),
+            // It has gone, and the flow goes on without it.
+            None if self.broken.is_some() || self.gone => Poll::Pending,
             // Whoever receives hears a reset too.
             None if self.asking && self.wants_more() => Poll::Pending,
-            None => self.client.poll_gone(cx),
+            None => {
+                let why = ready!(self.client.poll_gone(cx));
+                if self.owes() {
+                    self.gone = true;
+                    return Poll::Pending;
+                }
+                Poll::Ready(why)
+            }
         }
     }
 }
@@ -254,7 +294,7 @@ mod tests {
         time::timeout,
     };
 
-    use super::*;
+    use super::{super::Payload, *};
 
     /// A client that has said this, and says no more.
     struct Said(VecDeque<Option<Bytes>>);
@@ -317,11 +357,12 @@ mod tests {
     type Streams = h2::server::Connection<DuplexStream, Bytes>;
 
     /// Both sides of a connection; what ours has written, in calls.
-    async fn connected() -> (h2::client::SendRequest<Bytes>, Streams, Rc<Cell<usize>>) {
+    async fn connected() -> (h2::client::SendRequest<Payload>, Streams, Rc<Cell<usize>>) {
         let (ours, theirs) = duplex(1 << 20);
         let writes = Rc::new(Cell::new(0));
         let ours = Counted(ours, Rc::clone(&writes));
-        let (client, server) = tokio::join!(h2::client::handshake(ours), h2::server::handshake(theirs));
+        let (client, server) =
+            tokio::join!(h2::client::Builder::new().handshake(ours), h2::server::handshake(theirs));
         let ((requests, mut connection), mut server) = (client.unwrap(), server.unwrap());
         let mut ping = connection.ping_pong().unwrap();
         spawn_local(async move { connection.await.unwrap() });
@@ -352,7 +393,8 @@ mod tests {
                 let asking = spawn_local(async move {
                     let mut client = Said([Some(Bytes::from(vec![7; bytes]))].into());
                     let ahead = Ahead::new(&mut client, Queue::default());
-                    let (response, mut send) = requests.send_request(request(), false).unwrap();
+                    let (response, send) = requests.send_request(request(), false).unwrap();
+                    let mut send = Sender::new(send);
                     ahead.until(&mut send, response).await.unwrap();
                     ahead.answered();
                     let early = ahead.into_early();
@@ -391,7 +433,8 @@ mod tests {
             let mut client = Said(said.into_iter().chain([None]).collect());
             let ahead = Ahead::new(&mut client, Queue::default());
             for _ in 0..3 {
-                let (response, mut send) = requests.send_request(request(), false).unwrap();
+                let (response, send) = requests.send_request(request(), false).unwrap();
+                let mut send = Sender::new(send);
                 let refused = ahead.until(&mut send, response).await.unwrap();
                 assert_eq!(refused.status(), 502);
                 let waiting = ahead.0.borrow();

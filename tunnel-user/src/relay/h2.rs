@@ -10,11 +10,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{Reason, RecvStream, SendStream, server::SendResponse};
+use h2::{Reason, RecvStream, server::SendResponse};
 use http::Response;
 use tokio::time::timeout;
 
-use super::{Broken, Cause, Leg, Queue, Source};
+use super::{Broken, Cause, Leg, Payload, Queue, Sender, Source};
 use crate::transport::window::Share;
 
 /// How long a peer may take to notice that it was refused: longer than any round trip, and as long as h2 remembers
@@ -23,7 +23,7 @@ const REFUSED_LINGER: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub struct H2Leg {
-    send: SendStream<Bytes>,
+    send: Sender,
     recv: RecvStream,
     share: Share,
     /// What is sent when the other leg breaks.
@@ -32,12 +32,12 @@ pub struct H2Leg {
 
 impl H2Leg {
     /// A stream that we opened: the other leg is the application, and CANCEL says it has gone.
-    pub fn client(send: SendStream<Bytes>, recv: RecvStream, share: Share) -> Self {
+    pub fn client(send: Sender, recv: RecvStream, share: Share) -> Self {
         Self { send, recv, share, on_abort: Reason::CANCEL }
     }
 
     /// A stream that we serve: a TCP error of the target's is CONNECT_ERROR (RFC 9113 section 8.5).
-    pub fn server(send: SendStream<Bytes>, recv: RecvStream, share: Share) -> Self {
+    pub fn server(send: Sender, recv: RecvStream, share: Share) -> Self {
         Self { send, recv, share, on_abort: Reason::CONNECT_ERROR }
     }
 
@@ -58,20 +58,20 @@ impl H2Leg {
 /// taken the bytes.
 pub struct Waiting {
     body: RecvStream,
-    respond: SendResponse<Bytes>,
+    respond: SendResponse<Payload>,
     share: Share,
 }
 
 impl Waiting {
     /// Nothing has been read of it.
-    pub fn new(body: RecvStream, respond: SendResponse<Bytes>, share: Share) -> Self {
+    pub fn new(body: RecvStream, respond: SendResponse<Payload>, share: Share) -> Self {
         Self { body, respond, share }
     }
 
     /// Answers 200. Fails only when the peer has reset the stream.
     pub fn accept(mut self) -> Result<H2Leg, h2::Error> {
         let send = self.respond.send_response(Response::new(()), false)?;
-        Ok(H2Leg::server(send, self.body, self.share))
+        Ok(H2Leg::server(Sender::new(send), self.body, self.share))
     }
 
     /// Answers with a refusal, and hears out what the peer sends before it knows, within the stream's window. Reset
@@ -110,22 +110,6 @@ impl Source for Waiting {
     }
 }
 
-/// Room on a stream for some of `want` bytes. `None`: it takes no more.
-pub(super) fn poll_room(
-    send: &mut SendStream<Bytes>,
-    cx: &mut Context<'_>,
-    want: usize,
-) -> Poll<Option<Result<usize, h2::Error>>> {
-    send.reserve_capacity(want);
-    while send.capacity() == 0 {
-        match ready!(send.poll_capacity(cx)) {
-            Some(Ok(_)) => {}
-            gone => return Poll::Ready(gone),
-        }
-    }
-    Poll::Ready(Some(Ok(want.min(send.capacity()))))
-}
-
 fn broken(e: &h2::Error) -> Broken {
     match e.reason() {
         Some(Reason::NO_ERROR) if e.is_reset() => Broken::Done,
@@ -160,14 +144,14 @@ impl Leg for H2Leg {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
-        let room = match ready!(poll_room(&mut self.send, cx, queue.front_len())) {
+        let room = match ready!(self.send.poll_room(cx, queue.front_len())) {
             Some(Ok(room)) => room,
             Some(Err(e)) => return Poll::Ready(Err(broken(&e))),
             None => return Poll::Ready(Err(self.gone(cx))),
         };
         let chunk = queue.take(room);
         let n = chunk.len();
-        match self.send.send_data(chunk, false) {
+        match self.send.send(chunk) {
             Ok(()) => Poll::Ready(Ok(n)),
             Err(_) => Poll::Ready(Err(self.gone(cx))),
         }
@@ -175,7 +159,7 @@ impl Leg for H2Leg {
 
     fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         // Fails only on a stream that is closed, which the receiving direction tells apart.
-        let _closed = self.send.send_data(Bytes::new(), true);
+        let _closed = self.send.end();
         Poll::Ready(Ok(()))
     }
 
@@ -187,10 +171,19 @@ impl Leg for H2Leg {
         }
     }
 
+    fn unacknowledged(&self) -> u64 {
+        self.send.unsent() as u64
+    }
+
     fn close(&mut self) {}
 
+    fn release(&mut self) {
+        // Behind END_STREAM it says that nothing has failed (RFC 9113 section 8.1).
+        self.send.reset(if self.send.has_ended() { Reason::NO_ERROR } else { self.on_abort });
+    }
+
     fn abort(&mut self) {
-        self.send.send_reset(self.on_abort);
+        self.send.reset(self.on_abort);
     }
 }
 

@@ -8,10 +8,13 @@
 //! (`pipe.rs`). How a flow ends is decided here for both.
 
 mod bypass;
+mod copy;
 mod early;
+mod ends;
 mod h2;
 mod pipe;
 mod queue;
+mod sender;
 mod splice;
 mod tcp;
 #[cfg(test)]
@@ -20,10 +23,7 @@ mod tls;
 
 use std::{
     cell::Cell,
-    fmt,
-    future::poll_fn,
-    io, mem,
-    ops::DerefMut,
+    fmt, io, mem,
     rc::Rc,
     task::{Context, Poll},
 };
@@ -31,11 +31,17 @@ use std::{
 use bytes::Bytes;
 use tokio::net::TcpStream;
 
+use self::{
+    copy::Direction,
+    ends::{State, run},
+};
 pub use self::{
     early::{Ahead, EARLY_MAX, Source},
+    ends::RESET_LINGER,
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
+    sender::{Payload, Sender},
     splice::{CHATTY_BYTES, CHATTY_STREAK, Spliced, Splices, Unfit, probe},
     tcp::{TcpLeg, broken},
     tls::TlsLeg,
@@ -69,11 +75,25 @@ pub trait Leg {
     /// Everything was sent: FIN, END_STREAM, or close_notify. To be asked again until it is ready.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
 
-    /// Ready when the peer aborts while nothing is being received from it.
+    /// Ready when the peer aborts while nothing is being received from it. What it sent before can still be received,
+    /// and the error behind it: this consumes neither.
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken>;
+
+    /// Whether the peer has sent something that was not received yet, as far as that can be told without asking it.
+    fn has_unread(&self) -> bool {
+        false
+    }
+
+    /// Bytes that were sent and could still be lost: to a socket, those that the peer's kernel has not acknowledged, the
+    /// end among them; to a stream, those that its connection has not taken.
+    fn unacknowledged(&self) -> u64;
 
     /// Both directions ended cleanly: dropping the leg sends nothing more.
     fn close(&mut self);
+
+    /// The peer has everything, the end included, and what it still sends is not wanted (RFC 9113 section 8.1;
+    /// a socket that is closed answers with RST).
+    fn release(&mut self);
 
     /// Ends both directions with a reset.
     fn abort(&mut self);
@@ -193,15 +213,13 @@ pub struct Early {
     pub passed: usize,
     /// The client has ended, behind all of these.
     pub ended: bool,
+    /// Or it has reset its connection there.
+    pub broken: Option<Broken>,
     /// The target's side was told so.
     pub finished: bool,
     /// From the target.
     pub received: Queue,
 }
-
-/// Steps that one direction takes before the task lets the worker's others have a turn. At 64 KiB a step
-/// that is 1 MiB, about 200 µs.
-const STEPS: u32 = 16;
 
 /// How bytes are moved between two sockets of ours; everything else is copied.
 #[derive(Clone)]
@@ -254,7 +272,7 @@ pub async fn relay<C: Leg, T: Leg>(
     meter: &Meter,
     path: &Path,
 ) -> Outcome {
-    let Early { sent, ours, passed, ended, finished, received } = early;
+    let Early { sent, ours, passed, ended, broken, finished, received } = early;
     if *passed > 0 {
         client.accepted(*passed);
         meter.sent.set(*passed as u64);
@@ -264,25 +282,26 @@ pub async fn relay<C: Leg, T: Leg>(
     {
         client.stay_with_tcp();
         target.stay_with_tcp();
-        // Apart, because few flows have them. A socket says its end again.
-        let (sent, received) = (mem::take(sent), mem::take(received));
+        // Apart, because few flows have them. A socket says its end again, but not its error.
+        let (sent, received, broken) = (mem::take(sent), mem::take(received), broken.take());
         let piped = async {
-            let mut up = pipe::Through::new(pipes, sent, *ours);
-            let mut down = pipe::Through::new(pipes, received, 0);
+            let mut up = pipe::Through::new(pipes, sent, *ours, broken);
+            let mut down = pipe::Through::new(pipes, received, 0, None);
             run(client, target, meter, &mut up, &mut down).await
         };
         return Box::pin(piped).await;
     }
-    let state = match (ended, finished) {
-        (_, true) => State::Done,
-        (true, false) => State::Draining,
-        (false, false) => State::Open,
+    let state = match (broken.take(), ended, finished) {
+        (Some(why), ..) => State::Failing(why),
+        (None, _, true) => State::Done,
+        (None, true, false) => {
+            sent.end();
+            State::Draining
+        }
+        (None, false, false) => State::Open,
     };
-    if state == State::Draining {
-        sent.end();
-    }
-    let mut up = Direction { state, ..Direction::new(sent, *ours) };
-    let mut down = Direction::new(received, 0);
+    let mut up = Direction::new(sent, *ours, state);
+    let mut down = Direction::new(received, 0, State::Open);
     if let Path::Splice(splices) = path
         && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
     {
@@ -291,199 +310,4 @@ pub async fn relay<C: Leg, T: Leg>(
         return Box::pin(splice::relay(client, target, up, down, meter, splices)).await;
     }
     run(client, target, meter, &mut up, &mut down).await
-}
-
-/// One direction of a flow, in one of the ways to move its bytes.
-trait Way<S: Leg, D: Leg> {
-    /// Moves what can be moved. The error says whether it was the source that broke.
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        src: &mut S,
-        dst: &mut D,
-        moved: &Cell<u64>,
-    ) -> Result<(), (bool, Broken)>;
-
-    /// Whether the source is not being polled for bytes.
-    fn is_deaf(&self) -> bool;
-
-    /// Whether its end was passed on.
-    fn is_done(&self) -> bool;
-}
-
-async fn run<C: Leg, T: Leg>(
-    client: &mut C,
-    target: &mut T,
-    meter: &Meter,
-    up: &mut impl Way<C, T>,
-    down: &mut impl Way<T, C>,
-) -> Outcome {
-    let ended = poll_fn(|cx| step(cx, client, target, meter, up, down)).await;
-    conclude(client, target, ended)
-}
-
-/// Moves what can be moved both ways; ready when both have ended, or with the side that broke.
-fn step<C: Leg, T: Leg>(
-    cx: &mut Context<'_>,
-    client: &mut C,
-    target: &mut T,
-    meter: &Meter,
-    up: &mut impl Way<C, T>,
-    down: &mut impl Way<T, C>,
-) -> Poll<Result<(), (Side, Broken)>> {
-    let sent = up
-        .poll(cx, client, target, &meter.sent)
-        .map_err(|(at_source, why)| (if at_source { Side::Client } else { Side::Target }, why));
-    if let Err(reset) = sent {
-        return Poll::Ready(Err(reset));
-    }
-    let received = down
-        .poll(cx, target, client, &meter.received)
-        .map_err(|(at_source, why)| (if at_source { Side::Target } else { Side::Client }, why));
-    if let Err(reset) = received {
-        return Poll::Ready(Err(reset));
-    }
-    if up.is_done() && down.is_done() {
-        return Poll::Ready(Ok(()));
-    }
-    // A direction that is not reading would not hear of a reset.
-    if up.is_deaf()
-        && let Poll::Ready(why) = client.poll_broken(cx)
-        && let Broken::Reset(_) = why
-    {
-        return Poll::Ready(Err((Side::Client, why)));
-    }
-    if down.is_deaf()
-        && let Poll::Ready(why) = target.poll_broken(cx)
-        && let Broken::Reset(_) = why
-    {
-        return Poll::Ready(Err((Side::Target, why)));
-    }
-    Poll::Pending
-}
-
-/// Closes both legs, or aborts the one that did not break.
-fn conclude(client: &mut impl Leg, target: &mut impl Leg, ended: Result<(), (Side, Broken)>) -> Outcome {
-    match ended {
-        Ok(()) => {
-            client.close();
-            target.close();
-            Outcome::Closed
-        }
-        Err((side, why)) => {
-            match side {
-                Side::Client => target.abort(),
-                Side::Target => client.abort(),
-            }
-            Outcome::Reset(side, why)
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Bytes may still come.
-    Open,
-    /// EOF was received; what is queued is still to be sent.
-    Draining,
-    /// EOF was passed on, or the sink wants no more.
-    Done,
-}
-
-/// Everything was sent: says so; whether that is done. The error is of the sink.
-fn finish(cx: &mut Context<'_>, dst: &mut impl Leg) -> Result<bool, (bool, Broken)> {
-    match dst.poll_finish(cx) {
-        Poll::Ready(Ok(()) | Err(Broken::Done)) => Ok(true),
-        Poll::Ready(Err(why)) => Err((false, why)),
-        Poll::Pending => Ok(false),
-    }
-}
-
-/// How many of `n` bytes that were sent came from the source. Our own went first.
-fn theirs(ours: &mut usize, n: usize) -> usize {
-    let first = n.min(*ours);
-    *ours -= first;
-    n - first
-}
-
-/// One direction of a flow, copied.
-struct Direction<Q> {
-    queue: Q,
-    /// Bytes at its front that did not come from the source.
-    ours: usize,
-    state: State,
-}
-
-impl<Q: DerefMut<Target = Queue>> Direction<Q> {
-    /// With what is there already.
-    fn new(queue: Q, ours: usize) -> Self {
-        Self { queue, ours, state: State::Open }
-    }
-
-    /// Whether nothing waits to be sent, and bytes may still come.
-    fn is_idle(&self) -> bool {
-        self.state == State::Open && self.queue.is_empty()
-    }
-}
-
-impl<S: Leg, D: Leg, Q: DerefMut<Target = Queue>> Way<S, D> for Direction<Q> {
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        src: &mut S,
-        dst: &mut D,
-        moved: &Cell<u64>,
-    ) -> Result<(), (bool, Broken)> {
-        for _ in 0..STEPS {
-            if self.state == State::Done {
-                return Ok(());
-            }
-            while self.state == State::Open && (S::PREFETCH || self.queue.is_empty()) {
-                match src.poll_recv(cx) {
-                    Poll::Ready(Ok(Some(chunk))) => self.queue.push(chunk),
-                    Poll::Ready(Ok(None)) => {
-                        self.state = State::Draining;
-                        self.queue.end();
-                    }
-                    Poll::Ready(Err(why)) => return Err((true, why)),
-                    Poll::Pending => break,
-                }
-            }
-            if self.queue.is_empty() {
-                if self.state == State::Open {
-                    return Ok(());
-                }
-                if finish(cx, dst)? {
-                    self.state = State::Done;
-                }
-                return Ok(());
-            }
-            match dst.poll_send(cx, &mut self.queue) {
-                Poll::Ready(Ok(n)) => {
-                    let n = theirs(&mut self.ours, n);
-                    src.accepted(n);
-                    moved.set(moved.get() + n as u64);
-                }
-                Poll::Ready(Err(Broken::Done)) => {
-                    // Nobody wants the rest. The client learns it from the kernel, which answers bytes
-                    // that come for a closed socket with RST.
-                    *self.queue = Queue::default();
-                    self.state = State::Done;
-                    return Ok(());
-                }
-                Poll::Ready(Err(why)) => return Err((false, why)),
-                Poll::Pending => return Ok(()),
-            }
-        }
-        cx.waker().wake_by_ref();
-        Ok(())
-    }
-
-    fn is_deaf(&self) -> bool {
-        self.state != State::Open || !self.queue.is_empty()
-    }
-
-    fn is_done(&self) -> bool {
-        self.state == State::Done
-    }
 }

@@ -6,18 +6,21 @@
 
 use std::{
     cell::{Cell, RefCell},
-    io,
-    mem::MaybeUninit,
+    io, mem,
     os::fd::{AsFd, OwnedFd},
     task::{Context, Poll, ready},
 };
 
 use nix::unistd::{SysconfVar, sysconf};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
-use socket2::SockRef;
 use tokio::io::Interest;
 
-use super::{Broken, Direction, Leg as _, Queue, State, TcpLeg, Way, splice::socket::at_mark, tcp::reset};
+use super::{
+    Broken, Direction, Leg as _, Queue, TcpLeg,
+    ends::{State, Way, finish, theirs},
+    splice::socket::at_mark,
+    tcp::reset,
+};
 
 /// What one direction of a flow holds at most: four times a pipe's usual size, because a segment takes a
 /// place of its own, of which there is one per page. Over loopback a GB costs 0.15 s of CPU with 64 KiB, 0.14
@@ -149,6 +152,8 @@ pub(super) struct Through<'p> {
     ours: usize,
     held: Option<Held<'p>>,
     state: State,
+    /// Bytes were dropped because the sink took no more.
+    lost: bool,
     /// In the place of all that, once there was no pipe.
     copy: Option<Direction<Box<Queue>>>,
 }
@@ -161,8 +166,10 @@ enum Filled {
 }
 
 impl<'p> Through<'p> {
-    pub(super) fn new(pipes: &'p Pipes, early: Queue, ours: usize) -> Self {
-        Self { pipes, early, ours, held: None, state: State::Open, copy: None }
+    /// With what was read before, and how that ended if it did.
+    pub(super) fn new(pipes: &'p Pipes, early: Queue, ours: usize, broken: Option<Broken>) -> Self {
+        let state = broken.map_or(State::Open, State::Failing);
+        Self { pipes, early, ours, held: None, state, lost: false, copy: None }
     }
 
     /// Sends what was read before; ready when nothing of it is left.
@@ -173,7 +180,7 @@ impl<'p> Through<'p> {
         moved: &Cell<u64>,
     ) -> Poll<Result<(), Broken>> {
         while !self.early.is_empty() {
-            let n = super::theirs(&mut self.ours, ready!(dst.poll_send(cx, &mut self.early))?);
+            let n = theirs(&mut self.ours, ready!(dst.poll_send(cx, &mut self.early))?);
             moved.set(moved.get() + n as u64);
         }
         Poll::Ready(Ok(()))
@@ -188,7 +195,7 @@ impl<'p> Through<'p> {
             let fill = || shift(src.stream(), write, *capacity);
             let read = match src.stream().try_io(Interest::READABLE, fill) {
                 // splice(2) never gets beyond urgent data, be they inline or not (tcp_read_sock, net/ipv4/tcp.c).
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock && has_bytes(src) => match fill() {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && src.has_unread() => match fill() {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                         return Poll::Ready(Ok(Filled::NoPipe));
                     }
@@ -219,7 +226,7 @@ impl<'p> Through<'p> {
     fn poll_empty(
         &mut self,
         cx: &mut Context<'_>,
-        dst: &TcpLeg,
+        dst: &mut TcpLeg,
         moved: &Cell<u64>,
     ) -> Poll<Result<(), Broken>> {
         while let Some(held) = &mut self.held
@@ -240,10 +247,22 @@ impl<'p> Through<'p> {
                 Ok(_) => return Poll::Ready(Err(reset(io::ErrorKind::WriteZero.into()))),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Poll::Ready(Err(reset(e))),
+                Err(e) => {
+                    dst.note(&e);
+                    return Poll::Ready(Err(reset(e)));
+                }
             }
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+impl Through<'_> {
+    /// The sink takes no more: what waits for it is dropped.
+    fn stop(&mut self, why: Option<Broken>) {
+        self.lost |= self.held.is_some() || !self.early.is_empty();
+        (self.held, self.early) = (None, Queue::default());
+        self.state.refuse(why);
     }
 }
 
@@ -253,67 +272,74 @@ fn shift(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
     splice(from, None, to, None, most, SpliceFlags::NONBLOCK | SpliceFlags::MOVE).map_err(io::Error::from)
 }
 
-/// Whether read(2) would get something. Asked only where a socket that was ready had nothing, which is rare.
-fn has_bytes(src: &TcpLeg) -> bool {
-    SockRef::from(src.stream()).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|n| n > 0)
-}
-
 impl Way<TcpLeg, TcpLeg> for Through<'_> {
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        src: &mut TcpLeg,
-        dst: &mut TcpLeg,
-        moved: &Cell<u64>,
-    ) -> Result<(), (bool, Broken)> {
+    fn poll(&mut self, cx: &mut Context<'_>, src: &mut TcpLeg, dst: &mut TcpLeg, moved: &Cell<u64>) {
         if let Some(copy) = &mut self.copy {
             return copy.poll(cx, src, dst, moved);
         }
-        match self.poll_early(cx, dst, moved) {
-            Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(why)) => return Err((false, why)),
-            Poll::Pending => return Ok(()),
-        }
         for _ in 0..STEPS {
-            match self.poll_empty(cx, dst, moved) {
+            if let State::Done | State::Refused { .. } = self.state {
+                return;
+            }
+            let sent = match self.poll_early(cx, dst, moved) {
+                Poll::Ready(Ok(())) => self.poll_empty(cx, dst, moved),
+                not => not,
+            };
+            match sent {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(why)) => return Err((false, why)),
-                Poll::Pending => return Ok(()),
+                Poll::Ready(Err(why)) => return self.stop(Some(why)),
+                Poll::Pending => return,
             }
             match self.state {
                 State::Open => match self.poll_fill(cx, src) {
                     Poll::Ready(Ok(Filled::Bytes)) => {}
-                    Poll::Ready(Ok(Filled::End)) => self.state = State::Draining,
+                    Poll::Ready(Ok(Filled::End)) => match src.ended() {
+                        Ok(_) => self.state = State::Draining,
+                        Err(why) => self.state = State::Failing(why),
+                    },
                     Poll::Ready(Ok(Filled::NoPipe)) => {
-                        return self.copy.insert(Direction::new(Box::default(), 0)).poll(cx, src, dst, moved);
+                        let copy = Direction::new(Box::default(), 0, State::Open);
+                        return self.copy.insert(copy).poll(cx, src, dst, moved);
                     }
-                    Poll::Ready(Err(why)) => return Err((true, why)),
-                    Poll::Pending => return Ok(()),
+                    Poll::Ready(Err(why)) => self.state = State::Failing(why),
+                    Poll::Pending => return,
                 },
                 State::Draining => {
-                    if super::finish(cx, dst)? {
-                        self.state = State::Done;
+                    if let Some(ended) = finish(cx, dst) {
+                        self.state = ended;
                     }
-                    return Ok(());
+                    return;
                 }
-                State::Done => return Ok(()),
+                State::Failing(_) | State::Done | State::Refused { .. } => return,
             }
         }
         cx.waker().wake_by_ref();
-        Ok(())
     }
 
-    fn is_deaf(&self) -> bool {
+    fn state(&self) -> &State {
+        self.copy.as_ref().map_or(&self.state, |copy| &copy.state)
+    }
+
+    fn take_state(&mut self) -> State {
+        let state = self.copy.as_mut().map_or(&mut self.state, |copy| &mut copy.state);
+        mem::replace(state, State::Done)
+    }
+
+    fn is_empty(&self) -> bool {
         match &self.copy {
-            Some(copy) => Way::<TcpLeg, TcpLeg>::is_deaf(copy),
-            None => self.state != State::Open || self.held.is_some() || !self.early.is_empty(),
+            Some(copy) => copy.queue.is_empty(),
+            None => self.held.is_none() && self.early.is_empty(),
         }
     }
 
-    fn is_done(&self) -> bool {
-        match &self.copy {
-            Some(copy) => Way::<TcpLeg, TcpLeg>::is_done(copy),
-            None => self.state == State::Done,
+    fn has_lost(&self) -> bool {
+        self.lost || self.copy.as_ref().is_some_and(|copy| copy.lost)
+    }
+
+    fn refuse(&mut self, why: Option<Broken>) {
+        match &mut self.copy {
+            Some(copy) => copy.stop(why),
+            None => self.stop(why),
         }
     }
 }

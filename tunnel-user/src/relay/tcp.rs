@@ -22,7 +22,11 @@ use bytes::{Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
-use super::{Broken, Cause, Leg, Queue, bypass::Hot, splice::socket::at_mark};
+use super::{
+    Broken, Cause, Leg, Queue,
+    bypass::Hot,
+    splice::socket::{at_mark, unacknowledged, unread},
+};
 use crate::{capture::bypass::Candidate, transport::tcp};
 
 /// The first read of a flow, and the least later ones: a request fits.
@@ -46,6 +50,9 @@ pub struct TcpLeg {
     /// 0: it is to be asked whether the runtime has heard of anything or not.
     next_read: usize,
     error: ErrorWatch,
+    /// The first error that the kernel told other than by a read. It tells each once, and a read then says that the
+    /// connection has ended.
+    failed: Option<i32>,
     /// Of a captured connection that may go past TCP.
     hot: Option<Box<Hot>>,
     /// A kernel program may have passed bytes to it.
@@ -74,6 +81,7 @@ impl TcpLeg {
             until_much: 0,
             next_read: READ_MIN,
             error: ErrorWatch::default(),
+            failed: None,
             hot: bypass.map(|candidate| Box::new(Hot::new(candidate))),
             was_taken: false,
         }
@@ -106,12 +114,15 @@ async fn error_of(stream: &TcpStream) -> io::Error {
 pub(super) struct ErrorWatch(Option<Pin<Box<dyn Future<Output = io::Error>>>>);
 
 impl ErrorWatch {
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Rc<TcpStream>) -> Poll<Broken> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Rc<TcpStream>) -> Poll<io::Error> {
         let error = self.0.get_or_insert_with(|| {
             let stream = Rc::clone(stream);
             Box::pin(async move { error_of(&stream).await })
         });
-        error.as_mut().poll(cx).map(reset)
+        let e = ready!(error.as_mut().poll(cx));
+        // It is polled no more than to its end.
+        self.0 = None;
+        Poll::Ready(e)
     }
 }
 
@@ -179,6 +190,9 @@ impl Leg for TcpLeg {
         if self.next_read == 0 {
             self.next_read = READ_MIN;
             if let Some(first) = self.recv_unheard() {
+                if let Ok(None) = first {
+                    return Poll::Ready(self.ended());
+                }
                 if let (Some(hot), Some(stream), Ok(Some(bytes))) = (&mut self.hot, &self.stream, &first) {
                     hot.received(bytes.len(), stream);
                 }
@@ -190,7 +204,7 @@ impl Leg for TcpLeg {
             let mut buf = Room::take(self.next_read);
             let passed = self.hot.as_ref().map_or(0, |hot| hot.passed());
             match self.stream().try_read_buf(&mut buf.0) {
-                Ok(0) => return Poll::Ready(Ok(None)),
+                Ok(0) => return Poll::Ready(self.ended()),
                 Ok(n) => {
                     let is_all = n < self.next_read && self.hot.as_ref().is_none_or(|hot| hot.short_is_all());
                     if is_all && !at_mark(self.stream()) {
@@ -277,7 +291,10 @@ impl Leg for TcpLeg {
                 Err(e)
                     if e.raw_os_error() == Some(libc::ENOMEM)
                         && self.hot.as_mut().is_some_and(|hot| hot.was_refused()) => {}
-                Err(e) => return Poll::Ready(Err(reset(e))),
+                Err(e) => {
+                    self.note(&e);
+                    return Poll::Ready(Err(reset(e)));
+                }
             }
         }
     }
@@ -292,13 +309,29 @@ impl Leg for TcpLeg {
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
         let Some(stream) = &self.stream else { return Poll::Pending };
-        self.error.poll(cx, stream)
+        let e = ready!(self.error.poll(cx, stream));
+        self.note(&e);
+        Poll::Ready(reset(e))
+    }
+
+    fn has_unread(&self) -> bool {
+        self.stream.as_ref().is_some_and(|stream| unread(&**stream).is_ok_and(|n| n > 0))
+    }
+
+    fn unacknowledged(&self) -> u64 {
+        // Nobody acknowledges anything on a connection that has failed.
+        let stream = self.stream.as_ref().filter(|_| self.failed.is_none());
+        stream.and_then(|stream| unacknowledged(&**stream).ok()).unwrap_or(0)
     }
 
     fn close(&mut self) {
         if let Some(stream) = &self.stream {
             let_arrive(&**stream);
         }
+    }
+
+    fn release(&mut self) {
+        self.close();
     }
 
     fn abort(&mut self) {
@@ -311,6 +344,25 @@ impl Leg for TcpLeg {
 }
 
 impl TcpLeg {
+    /// A read says that there is no more. That is the peer's end unless the connection has failed before: who has ended
+    /// and then resets is told of by EPIPE (`tcp_reset`, net/ipv4/tcp_input.c).
+    pub(super) fn ended(&self) -> Result<Option<Bytes>, Broken> {
+        match self.failed {
+            None | Some(libc::EPIPE) => Ok(None),
+            Some(errno) => Err(reset(io::Error::from_raw_os_error(errno))),
+        }
+    }
+
+    /// An error that was told while somebody else had the socket.
+    pub(super) fn has_failed(&mut self, errno: Option<i32>) {
+        self.failed = self.failed.or(errno);
+    }
+
+    /// An error that was told other than by a read.
+    pub(super) fn note(&mut self, e: &io::Error) {
+        self.failed.get_or_insert(e.raw_os_error().unwrap_or(libc::ECONNRESET));
+    }
+
     /// What has come before the runtime could hear of it. Nothing is lost where it has heard: the next read says that
     /// there is nothing, and waits.
     fn recv_unheard(&self) -> Option<Result<Option<Bytes>, Broken>> {

@@ -435,3 +435,121 @@ fn flows_of_one_worker_share_few_pipes() {
         assert!(open(&path) <= 1);
     });
 }
+
+/// Bytes that the peer's kernel has not acknowledged.
+fn in_flight(stream: &TcpStream) -> u64 {
+    splice::socket::unacknowledged(stream).unwrap()
+}
+
+/// Resets the connection once the kernel of its peer has acknowledged everything.
+async fn reset_once_acknowledged(stream: TcpStream) {
+    while in_flight(&stream) > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    reset_of(stream);
+}
+
+/// All bytes that come, and how the connection ends.
+async fn read_all(from: &mut TcpStream) -> (usize, Result<(), io::ErrorKind>) {
+    let (mut got, mut buf) = (0, vec![0; 64 * 1024]);
+    loop {
+        match from.read(&mut buf).await {
+            Ok(0) => return (got, Ok(())),
+            Ok(n) => got += n,
+            Err(e) => return (got, Err(e.kind())),
+        }
+    }
+}
+
+/// What a side's kernel was acknowledged before that side reset its connection arrives, and the reset behind it.
+#[test]
+fn what_was_acknowledged_before_a_reset_arrives_in_front_of_it() {
+    run_each(|way| async move {
+        for by_app in [true, false] {
+            for len in [1, 5_000, 1_000_000] {
+                let flow = Flow::start(way).await;
+                let Flow { app, target, path, relayed } = flow;
+                let (mut sender, mut reader) = if by_app { (app, target) } else { (target, app) };
+                let sent = async {
+                    sender.write_all(&pattern(1, 0, len)).await.unwrap();
+                    reset_once_acknowledged(sender).await;
+                };
+                let ((), got) = tokio::join!(sent, read_all(&mut reader));
+                assert_eq!(
+                    got,
+                    (len, Err(io::ErrorKind::ConnectionReset)),
+                    "{way:?}, by the application: {by_app}"
+                );
+                let said = end_of_flow(relayed).await.0;
+                let whose = if by_app { "reset by client: " } else { "reset by target: " };
+                assert!(said.starts_with(whose), "{way:?}: {said}");
+                assert_eq!(in_use(&path), 0);
+            }
+        }
+    });
+}
+
+/// A side that answers and closes without having read everything has its answer read, and then the reset.
+#[test]
+fn an_answer_in_front_of_a_close_with_bytes_unread_is_read() {
+    const ANSWER: &[u8] = b"HTTP/1.1 413 x\r\nContent-Length: 3\r\n\r\nno\n";
+    run_each(|way| async move {
+        for by_app in [true, false] {
+            for _ in 0..10 {
+                let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+                let (mut closes, mut sends) = if by_app { (app, target) } else { (target, app) };
+                let answered = async {
+                    closes.read_exact(&mut [0]).await.unwrap();
+                    closes.write_all(ANSWER).await.unwrap();
+                    drop(closes);
+                };
+                let heard = async {
+                    let (mut read, mut write) = sends.split();
+                    let chunk = pattern(1, 0, 64 * 1024);
+                    let sent = async {
+                        loop {
+                            if let Err(e) = write.write_all(&chunk).await {
+                                return e.kind();
+                            }
+                        }
+                    };
+                    let answer = async {
+                        let mut got = Vec::new();
+                        let end = read.read_to_end(&mut got).await;
+                        (got, end.map_err(|e| e.kind()).map(drop))
+                    };
+                    tokio::join!(answer, sent)
+                };
+                let ((), ((got, end), sent)) = tokio::join!(answered, heard);
+                assert_eq!(got, ANSWER, "{way:?}, by the application: {by_app}");
+                // The kernel tells it once: who sends, or who reads.
+                let reset = io::ErrorKind::ConnectionReset;
+                assert!(sent == reset || end == Err(reset), "{way:?}: {sent:?}, {end:?}");
+                end_of_flow(relayed).await;
+            }
+        }
+    });
+}
+
+/// An error of a side that has ended takes nothing away from whoever has not read everything yet.
+#[test]
+fn an_error_behind_an_end_discards_nothing_in_front_of_it() {
+    run_each(|way| async move {
+        for by_app in [true, false] {
+            let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+            let (mut first, mut late) = if by_app { (app, target) } else { (target, app) };
+            // More than the reader's socket holds, and a close behind it.
+            let len = 1_500_000;
+            first.write_all(&pattern(1, 0, len)).await.unwrap();
+            drop(first);
+            let mut got = vec![0; 100_000];
+            late.read_exact(&mut got).await.unwrap();
+            // Nobody is there any more who could take it: its kernel answers with RST.
+            late.write_all(b"x").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let got = read_all(&mut late).await;
+            assert_eq!(got, (len - 100_000, Ok(())), "{way:?}, by the application: {by_app}");
+            end_of_flow(relayed).await;
+        }
+    });
+}

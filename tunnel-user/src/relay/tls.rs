@@ -124,8 +124,16 @@ impl<L: Leg> Leg for TlsLeg<L> {
         self.below.poll_broken(cx)
     }
 
+    fn unacknowledged(&self) -> u64 {
+        self.session.unsent().len() as u64 + self.below.unacknowledged()
+    }
+
     fn close(&mut self) {
         self.below.close();
+    }
+
+    fn release(&mut self) {
+        self.below.release();
     }
 
     fn abort(&mut self) {

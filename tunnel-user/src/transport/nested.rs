@@ -265,8 +265,16 @@ impl<L: Leg> Leg for Nested<L> {
         below.leg.poll_broken(cx)
     }
 
+    fn unacknowledged(&self) -> u64 {
+        self.0.borrow().leg.unacknowledged()
+    }
+
     fn close(&mut self) {
         self.0.borrow_mut().leg.close();
+    }
+
+    fn release(&mut self) {
+        self.0.borrow_mut().leg.release();
     }
 
     fn abort(&mut self) {
@@ -323,7 +331,13 @@ mod tests {
             Poll::Pending
         }
 
+        fn unacknowledged(&self) -> u64 {
+            0
+        }
+
         fn close(&mut self) {}
+
+        fn release(&mut self) {}
 
         fn abort(&mut self) {}
     }

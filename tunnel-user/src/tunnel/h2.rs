@@ -13,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use h2::{
     PingPong,
     client::{Connection, SendRequest},
@@ -34,6 +33,7 @@ use super::{
 use crate::{
     config::Protocol,
     flow::{FarEnd, Identity},
+    relay::Payload,
     transport::{
         io::{AlertFirst, LastReader},
         pulse::{Event, Pulse},
@@ -60,7 +60,7 @@ pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// What is known of one connection.
 pub(super) struct Conn {
     /// `None` once retired for idleness.
-    pub(super) send: RefCell<Option<SendRequest<Bytes>>>,
+    pub(super) send: RefCell<Option<SendRequest<Payload>>>,
     pub(super) peer: FarEnd,
     pub(super) identity: Option<Identity>,
     max_streams: usize,
@@ -113,7 +113,7 @@ trait Wire: AsyncRead + AsyncWrite + Unpin {}
 impl<W: AsyncRead + AsyncWrite + Unpin> Wire for W {}
 
 struct Driven<W, L> {
-    connection: Box<Connection<W, Bytes>>,
+    connection: Box<Connection<W, Payload>>,
     ping: PingPong,
     last: L,
 }
@@ -212,7 +212,7 @@ async fn handshake<W: Wire, L>(
     wire: W,
     last: L,
     settings: &Settings,
-) -> Result<(SendRequest<Bytes>, Driven<W, L>), String> {
+) -> Result<(SendRequest<Payload>, Driven<W, L>), String> {
     let streams = u32::try_from(settings.max_streams).unwrap_or(u32::MAX);
     let (send, mut connection) = h2::client::Builder::new()
         .initial_window_size(WINDOW_START)
@@ -222,7 +222,7 @@ async fn handshake<W: Wire, L>(
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(SMALL_FRAMES)
         .enable_push(false)
-        .handshake::<_, Bytes>(wire)
+        .handshake::<_, Payload>(wire)
         .await
         .map_err(|e| explain(&e))?;
     let Some(mut ping) = connection.ping_pong() else { return Err("no PING handle".to_owned()) };
@@ -238,7 +238,7 @@ async fn handshake<W: Wire, L>(
 }
 
 fn go_on<W: Wire>(
-    connection: &mut Connection<W, Bytes>,
+    connection: &mut Connection<W, Payload>,
     cx: &mut Context<'_>,
 ) -> Poll<Result<(), h2::Error>> {
     Pin::new(connection).poll(cx)
@@ -247,7 +247,7 @@ fn go_on<W: Wire>(
 /// Runs a connection to its end: PINGs it, sizes its windows, and closes it when it is idle. Whether that end was
 /// clean: then GOAWAY and close_notify are on their way.
 async fn drive<W: Wire>(
-    mut connection: Connection<W, Bytes>,
+    mut connection: Connection<W, Payload>,
     ping: PingPong,
     conn: &Conn,
     settings: &Settings,

@@ -84,7 +84,7 @@ impl Stream {
 /// Calls a method of whatever kind of leg a stream has.
 macro_rules! of_leg {
     ($stream:expr, $leg:ident => $call:expr) => {
-        match &mut $stream.leg {
+        match $stream {
             Leg::H2($leg) => $call,
             Leg::H1(h1::Leg::Tcp($leg)) => $call,
             Leg::H1(h1::Leg::Tls($leg)) => $call,
@@ -103,30 +103,38 @@ impl relay::Leg for Stream {
     }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-        of_leg!(self, leg => leg.poll_recv(cx))
+        of_leg!(&mut self.leg, leg => leg.poll_recv(cx))
     }
 
     fn accepted(&mut self, n: usize) {
-        of_leg!(self, leg => leg.accepted(n));
+        of_leg!(&mut self.leg, leg => leg.accepted(n));
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
-        of_leg!(self, leg => leg.poll_send(cx, queue))
+        of_leg!(&mut self.leg, leg => leg.poll_send(cx, queue))
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        of_leg!(self, leg => leg.poll_finish(cx))
+        of_leg!(&mut self.leg, leg => leg.poll_finish(cx))
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        of_leg!(self, leg => leg.poll_broken(cx))
+        of_leg!(&mut self.leg, leg => leg.poll_broken(cx))
+    }
+
+    fn unacknowledged(&self) -> u64 {
+        of_leg!(&self.leg, leg => leg.unacknowledged())
     }
 
     fn close(&mut self) {
-        of_leg!(self, leg => leg.close());
+        of_leg!(&mut self.leg, leg => leg.close());
+    }
+
+    fn release(&mut self) {
+        of_leg!(&mut self.leg, leg => leg.release());
     }
 
     fn abort(&mut self) {
-        of_leg!(self, leg => leg.abort());
+        of_leg!(&mut self.leg, leg => leg.abort());
     }
 }

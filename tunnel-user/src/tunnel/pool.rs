@@ -16,7 +16,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use h2::client::SendRequest;
 use tokio::{
     sync::{Notify, oneshot},
@@ -32,6 +31,7 @@ use super::{
 };
 use crate::{
     flow::{FarEnd, Identity, Target},
+    relay::Payload,
     transport::window::Share,
 };
 
@@ -93,7 +93,7 @@ impl Lease {
     }
 
     /// A handle to open the stream with; `None` when the connection has just been closed for idleness.
-    pub fn sender(&self) -> Option<SendRequest<Bytes>> {
+    pub fn sender(&self) -> Option<SendRequest<Payload>> {
         self.conn.send.borrow().clone()
     }
 

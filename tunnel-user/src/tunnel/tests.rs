@@ -157,7 +157,7 @@ fn tls_key(tls: &TlsStore, check: &ServerCheck, endpoint: &Target) -> TlsKey {
     TlsKey { config: tls.client_config(check, Protocol::H2), server_name: check.server_name(endpoint) }
 }
 
-async fn open(lease: &Lease) -> (h2::SendStream<Bytes>, h2::RecvStream) {
+async fn open(lease: &Lease) -> (h2::SendStream<crate::relay::Payload>, h2::RecvStream) {
     let mut sender = lease.sender().unwrap().ready().await.unwrap();
     let request = Request::builder().method(Method::CONNECT).uri("a:1").body(()).unwrap();
     let (response, send) = sender.send_request(request, false).unwrap();

@@ -32,7 +32,7 @@ use super::{
 use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
     flow::{FarEnd, Identity, Target},
-    relay::{Ahead, H2Leg, Queue},
+    relay::{Ahead, H2Leg, Queue, Sender},
     transport::{
         h1::ReadError,
         store::TlsStore,
@@ -349,8 +349,8 @@ impl Upstream {
         };
         let sender = lease.sender().ok_or_else(|| not_sent("the connection was idle".to_owned()))?;
         let mut sender = sender.ready().await.map_err(|e| not_sent(e.to_string()))?;
-        let (response, mut send) =
-            sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
+        let (response, send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
+        let mut send = Sender::new(send);
         drop(sender);
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let answer = async {

@@ -24,13 +24,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::{task::yield_now, time::sleep};
+use tokio::{
+    task::yield_now,
+    time::{Instant, sleep},
+};
 use tunnel_common::fastpath::splice::{HOLE, Ledger, OVERHEAD, SHUT, STUCK, grant};
 
 use self::room::{Room, Seat, Unseated};
 pub use self::room::{Spliced, Splices, Unfit, probe};
 use super::{
-    Broken, Direction, Meter, Outcome, Queue, Side, State, TcpLeg, conclude, step,
+    Broken, Direction, Meter, Outcome, Queue, RESET_LINGER, Side, TcpLeg,
+    ends::{Ended, Linger, State, conclude, step},
     tcp::{Taken, let_arrive, reset, shut_down},
 };
 
@@ -102,6 +106,10 @@ pub(super) async fn relay(
             }
         }
         let Some([own, theirs]) = taken.take() else { continue };
+        if let Joined::Yes(pair) = &joined {
+            client.has_failed(pair.failed[0]);
+            target.has_failed(pair.failed[1]);
+        }
         if let Err(e) = client.put(own) {
             return Outcome::Reset(Side::Client, reset(e));
         }
@@ -120,14 +128,15 @@ async fn copy(
     down: &mut Direction<&mut Queue>,
     streak: Option<u32>,
     seat: Option<&Seat>,
-) -> Option<Result<(), (Side, Broken)>> {
+) -> Option<Ended> {
     let moved = || meter.sent.get() + meter.received.get();
     let (mut chatted, mut before) = (0, moved());
+    let mut linger = Linger::default();
     poll_fn(|cx| {
         if let Some(why) = seat.and_then(|seat| seat.broken(cx)) {
-            return Poll::Ready(Some(Err((Side::Client, broken(why)))));
+            return Poll::Ready(Some(Ended::Reset(Side::Client, broken(why))));
         }
-        if let Poll::Ready(ended) = step(cx, client, target, meter, up, down) {
+        if let Poll::Ready(ended) = step(cx, client, target, meter, up, down, &mut linger) {
             return Poll::Ready(Some(ended));
         }
         let Some(streak) = streak else { return Poll::Pending };
@@ -198,7 +207,13 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
     match (half(target, &meter.sent), half(client, &meter.received)) {
         (Ok(up), Ok(down)) => {
             room.count(|done| done.flows += 1);
-            Joined::Yes(Pair { room: Rc::clone(room), seat, halves: [up, down], leaving: false })
+            Joined::Yes(Pair {
+                room: Rc::clone(room),
+                seat,
+                halves: [up, down],
+                failed: [None; 2],
+                leaving: false,
+            })
         }
         _ => Joined::Never { seat: Some(seat) },
     }
@@ -210,6 +225,8 @@ struct Pair {
     seat: Seat,
     /// By the side at which each begins: 0 is the client's.
     halves: [Half; 2],
+    /// The first error of each socket that was told other than by a read.
+    failed: [Option<i32>; 2],
     /// Both are shut, to go back to being copied.
     leaving: bool,
 }
@@ -264,7 +281,23 @@ impl Pair {
         }
         self.seat.watch(sockets).map_err(|e| (Side::Client, reset(e)))?;
         let mut pause = PAUSE_MIN;
+        // Bytes that were taken in front of a reset, and since when none was.
+        let mut stuck = (0, Instant::now());
         loop {
+            for side in 0..2 {
+                self.hear(side, sockets[side], &ways)?;
+                if self.failed[side].is_some() && !matches!(ways[1 - side].state, State::Refused { .. }) {
+                    ways[1 - side]
+                        .stop(self.failed[side].map(|errno| reset(io::Error::from_raw_os_error(errno))));
+                    self.leaving = true;
+                }
+                // A reset is one of both directions.
+                if matches!(ways[side].state, State::Failing(_))
+                    && !matches!(ways[1 - side].state, State::Refused { .. })
+                {
+                    ways[1 - side].stop(None);
+                }
+            }
             let mut looks = [Look::Settled; 2];
             for side in 0..2 {
                 let look = self.look(side, sockets[side], sockets[1 - side], moved[side], &mut *ways[side]);
@@ -273,13 +306,23 @@ impl Pair {
                     (if client { Side::Client } else { Side::Target }, why)
                 })?;
             }
-            if ways.iter().all(|way| way.state == State::Done) {
+            if ways.iter().all(|way| matches!(way.state, State::Done)) {
                 return Ok(true);
             }
             if looks.contains(&Look::More) {
                 pause = PAUSE_MIN;
                 yield_now().await;
             } else if looks.contains(&Look::Wait) {
+                if let Some(side) = (0..2).find(|side| matches!(ways[*side].state, State::Failing(_))) {
+                    let taken = socket::accepted(sockets[1 - side]).unwrap_or(0);
+                    if taken != stuck.0 || stuck.1.elapsed() > RESET_LINGER * 2 {
+                        stuck = (taken, Instant::now());
+                    } else if stuck.1.elapsed() >= RESET_LINGER {
+                        // What is in front of it does not move: it goes ahead.
+                        let by = if side == 0 { Side::Client } else { Side::Target };
+                        return Err((by, reset(io::ErrorKind::ConnectionReset.into())));
+                    }
+                }
                 tokio::select! {
                     () = self.seat.happened() => {}
                     () = sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
@@ -297,6 +340,23 @@ impl Pair {
         }
     }
 
+    /// Notes an error of a socket that is not being read, which nobody would hear of otherwise.
+    fn hear(
+        &mut self,
+        side: usize,
+        socket: &TcpStream,
+        ways: &[&mut Direction<&mut Queue>; 2],
+    ) -> Result<(), (Side, Broken)> {
+        if matches!(ways[side].state, State::Open) && ways[side].queue.is_empty() {
+            return Ok(());
+        }
+        let by = if side == 0 { Side::Client } else { Side::Target };
+        if let Some(e) = socket2::SockRef::from(socket).take_error().map_err(|e| (by, reset(e)))? {
+            self.failed[side].get_or_insert(e.raw_os_error().unwrap_or(libc::ECONNRESET));
+        }
+        Ok(())
+    }
+
     /// Does for one direction what there is to do.
     fn look(
         &mut self,
@@ -306,7 +366,7 @@ impl Pair {
         moved: &Cell<u64>,
         way: &mut Direction<&mut Queue>,
     ) -> Ends<Look> {
-        let Self { room, seat, halves, leaving } = self;
+        let Self { room, seat, halves, failed, leaving } = self;
         let (half, words) = (&mut halves[side], seat.words(side));
         let left = *leaving;
         if left {
@@ -320,7 +380,11 @@ impl Pair {
         words.told.store(0, Ordering::SeqCst);
         let mut more = false;
         match way.state {
-            State::Open => match half.read(room, src, way)? {
+            State::Open => match half.read(room, src, way) {
+                Read::Broken(why) => {
+                    way.state = State::Failing(why);
+                    (more, *leaving) = (true, true);
+                }
                 Read::Some => more = true,
                 // Much has come at once.
                 Read::Full => (more, *leaving) = (true, true),
@@ -336,15 +400,13 @@ impl Pair {
                         }
                         return Ok(Look::Wait);
                     }
-                    way.state = State::Draining;
+                    way.state = match failed[side] {
+                        None | Some(libc::EPIPE) => State::Draining,
+                        Some(errno) => State::Failing(reset(io::Error::from_raw_os_error(errno))),
+                    };
                 }
             },
-            // It would not be heard of otherwise.
-            State::Draining | State::Done => {
-                if let Some(e) = socket2::SockRef::from(src).take_error().map_err(at_source)? {
-                    return Err(at_source(e));
-                }
-            }
+            State::Draining | State::Done | State::Failing(_) | State::Refused { .. } => {}
         }
         // In this order, and after a read, which has taken the lock under which the program runs.
         let spent = words.spent.load(Ordering::Acquire);
@@ -355,7 +417,12 @@ impl Pair {
         room.count(|done| done.bytes += new);
         let level = way.queue.is_empty();
         let open = words.gate.load(Ordering::Relaxed) == half.ledger.gate().unwrap_or(SHUT);
-        if way.state == State::Done || (level && open && way.state == State::Open) {
+        let settled = match way.state {
+            State::Done | State::Refused { .. } => true,
+            State::Open => level && open,
+            State::Draining | State::Failing(_) => false,
+        };
+        if settled {
             return Ok(if more { Look::More } else { Look::Settled });
         }
         if !half.ledger.is_drained(redirected, socket::accepted(dst).map_err(at_sink)?) {
@@ -374,13 +441,25 @@ impl Pair {
                     let was = std::mem::replace(leaving, true);
                     return Ok(if was { Look::Settled } else { Look::More });
                 }
-                Err(e) => return Err(at_sink(e)),
+                Err(e) => {
+                    failed[1 - side].get_or_insert(e.raw_os_error().unwrap_or(libc::ECONNRESET));
+                    return Ok(Look::More);
+                }
             }
         }
-        if way.state == State::Draining {
-            shut_down(dst).map_err(|why| (false, why))?;
-            way.state = State::Done;
-            return Ok(Look::Settled);
+        match way.state {
+            State::Draining => {
+                if let Err(why) = shut_down(dst) {
+                    way.stop(Some(why));
+                    *leaving = true;
+                } else {
+                    way.state = State::Done;
+                }
+                return Ok(Look::Settled);
+            }
+            // What comes after it is the same whoever moves the bytes.
+            State::Failing(_) => return Ok(Look::Settled),
+            State::Open | State::Done | State::Refused { .. } => {}
         }
         if left {
             return Ok(Look::Settled);
@@ -424,26 +503,27 @@ enum Read {
     Full,
     Nothing,
     End,
+    Broken(Broken),
 }
 
 impl Half {
     /// Reads what the program has passed, once what was read before is written.
-    fn read(&mut self, room: &Room, src: &TcpStream, way: &mut Direction<&mut Queue>) -> Ends<Read> {
+    fn read(&mut self, room: &Room, src: &TcpStream, way: &mut Direction<&mut Queue>) -> Read {
         if !way.queue.is_empty() {
-            return Ok(Read::Some);
+            return Read::Some;
         }
         let mut scratch = room.scratch.borrow_mut();
         loop {
             match (&mut &*src).read(&mut scratch) {
-                Ok(0) => return Ok(Read::End),
+                Ok(0) => return Read::End,
                 Ok(n) => {
                     self.ledger.took(n as u64);
                     way.queue.push(Bytes::copy_from_slice(&scratch[..n]));
-                    return Ok(if n < READ_MAX { Read::Some } else { Read::Full });
+                    return if n < READ_MAX { Read::Some } else { Read::Full };
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
-                Err(e) => return Err(at_source(e)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Read::Nothing,
+                Err(e) => return Read::Broken(reset(e)),
             }
         }
     }

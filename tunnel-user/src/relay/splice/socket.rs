@@ -36,13 +36,18 @@ pub(super) fn accepted(socket: &impl AsFd) -> io::Result<u64> {
     Ok(info.bytes_acked.wrapping_add(ioctl(socket, libc::TIOCOUTQ)?))
 }
 
+/// Bytes that were written and that the peer has not acknowledged, the end among them.
+pub(in crate::relay) fn unacknowledged(socket: &impl AsFd) -> io::Result<u64> {
+    ioctl(socket, libc::TIOCOUTQ)
+}
+
 /// Takes the lock under which the program runs (`tcp_get_info`), so that what ran before shows.
 pub(super) fn settle(socket: &impl AsFd) -> io::Result<()> {
     option::<u64>(socket, libc::IPPROTO_TCP, libc::TCP_INFO).map(drop)
 }
 
 /// Bytes that were received and neither read nor sent on.
-pub(super) fn unread(socket: &impl AsFd) -> io::Result<u64> {
+pub(in crate::relay) fn unread(socket: &impl AsFd) -> io::Result<u64> {
     ioctl(socket, libc::FIONREAD)
 }
 

@@ -1,0 +1,147 @@
+//! The sending half of an HTTP/2 stream, and how much of what it was given is still with the connection.
+//!
+//! h2 drops what is queued on a stream when that is reset, and its interface does not say when the queue is empty: what
+//! [`SendStream::capacity`] says is the window less what was given, whatever has left of it. So every chunk carries a
+//! counter, which it leaves as its bytes are put into frames that the connection writes next.
+
+use std::{
+    cell::Cell,
+    io::IoSlice,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes};
+use h2::SendStream;
+
+/// What DATA frames are made of.
+#[derive(Debug)]
+pub struct Payload {
+    bytes: Bytes,
+    unsent: Option<Unsent>,
+}
+
+/// Bytes of one stream that its connection has taken and not put into frames yet.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Unsent(Rc<Cell<usize>>);
+
+impl Unsent {
+    fn less(&self, n: usize) {
+        self.0.set(self.0.get().saturating_sub(n));
+    }
+}
+
+impl Buf for Payload {
+    fn remaining(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    fn chunks_vectored<'a>(&'a self, to: &mut [IoSlice<'a>]) -> usize {
+        self.bytes.chunks_vectored(to)
+    }
+
+    fn advance(&mut self, n: usize) {
+        self.bytes.advance(n);
+        if let Some(unsent) = &self.unsent {
+            unsent.less(n);
+        }
+    }
+}
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        if let Some(unsent) = &self.unsent {
+            unsent.less(self.bytes.len());
+        }
+    }
+}
+
+/// See the module.
+pub struct Sender {
+    stream: SendStream<Payload>,
+    unsent: Unsent,
+    ended: bool,
+}
+
+impl Sender {
+    /// Of a stream to which nothing was given yet.
+    pub fn new(stream: SendStream<Payload>) -> Self {
+        Self { stream, unsent: Unsent::default(), ended: false }
+    }
+
+    /// Room on the stream for some of `want` bytes. `None`: it takes no more.
+    pub(super) fn poll_room(
+        &mut self,
+        cx: &mut Context<'_>,
+        want: usize,
+    ) -> Poll<Option<Result<usize, h2::Error>>> {
+        self.stream.reserve_capacity(want);
+        while self.stream.capacity() == 0 {
+            match ready!(self.stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                gone => return Poll::Ready(gone),
+            }
+        }
+        Poll::Ready(Some(Ok(want.min(self.stream.capacity()))))
+    }
+
+    /// Gives bytes to the connection. Fails only on a stream that is closed.
+    pub fn send(&mut self, bytes: Bytes) -> Result<(), h2::Error> {
+        self.unsent.0.set(self.unsent.0.get() + bytes.len());
+        self.stream.send_data(Payload { bytes, unsent: Some(self.unsent.clone()) }, false)
+    }
+
+    /// Says that there is no more. Fails only on a stream that is closed.
+    pub fn end(&mut self) -> Result<(), h2::Error> {
+        self.ended = true;
+        self.stream.send_data(Payload { bytes: Bytes::new(), unsent: None }, true)
+    }
+
+    /// Whether it was said that there is no more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Bytes that were given and are not in a frame yet: a reset drops them.
+    pub(super) fn unsent(&self) -> usize {
+        self.unsent.0.get()
+    }
+
+    /// Ready when the peer resets the stream, or the connection is lost.
+    pub(super) fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<Result<h2::Reason, h2::Error>> {
+        self.stream.poll_reset(cx)
+    }
+
+    /// Resets the stream, and drops what has not been sent.
+    pub(super) fn reset(&mut self, reason: h2::Reason) {
+        self.stream.send_reset(reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A chunk counts until its last byte is in a frame, in whatever pieces, and when it is dropped before that.
+    #[test]
+    fn a_chunk_counts_until_it_has_left() {
+        let unsent = Unsent::default();
+        let payload = |n: usize| {
+            unsent.0.set(unsent.0.get() + n);
+            Payload { bytes: Bytes::from(vec![0; n]), unsent: Some(unsent.clone()) }
+        };
+        let (mut one, two) = (payload(10), payload(5));
+        one.advance(4);
+        assert_eq!(unsent.0.get(), 11);
+        drop(two);
+        assert_eq!(unsent.0.get(), 6);
+        one.advance(6);
+        assert_eq!(unsent.0.get(), 0);
+        drop(one);
+        assert_eq!(unsent.0.get(), 0);
+    }
+}
