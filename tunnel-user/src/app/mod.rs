@@ -117,6 +117,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let Options { keep_records, taken, group } = options;
     require_privileges(&config)?;
     memory::keep_freed();
+    tcp::set_keepalive(config.daemon.tcp_keepalive);
     let mark = config.daemon.mark.get();
     // Unprivileged gateways cannot set it, and have nothing that could capture them.
     let marking = !config.captures.is_empty() || may_mark(mark).is_ok();

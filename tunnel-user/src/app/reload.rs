@@ -117,6 +117,7 @@ impl Running {
             ("workers", old.workers != new.workers),
             ("mark", old.mark != new.mark),
             ("bpffs", old.bpffs != new.bpffs),
+            ("tcp_keepalive", old.tcp_keepalive != new.tcp_keepalive),
         ];
         let remedy = "`tunnel run --takeover` with the same file starts another daemon in its place, and no connection \
                       is refused.";

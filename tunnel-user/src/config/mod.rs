@@ -71,6 +71,16 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// speaks first has sent it by then, and so has a peer within that round trip; whoever waits for its server to speak
 /// loses no more.
 pub const INSPECT_TIMEOUT: Duration = Duration::from_millis(50);
+/// A TCP peer that is silent this long is asked whether it is there.
+pub const TCP_KEEPALIVE_TIME: Duration = Duration::from_secs(75);
+/// The most that Linux takes (MAX_TCP_KEEPIDLE, include/net/tcp.h).
+pub const TCP_KEEPALIVE_MAX: Duration = Duration::from_secs(32_767);
+/// Between two such questions.
+pub const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// The most unanswered questions (MAX_TCP_KEEPCNT, include/net/tcp.h).
+pub const TCP_KEEPALIVE_PROBES_MAX: u32 = 127;
+/// Unanswered questions until it is taken for gone.
+pub const TCP_KEEPALIVE_PROBES: NonZeroU32 = NonZeroU32::new(4).expect("not 0");
 /// CONNECT streams that a listener takes on one connection: twice what our own client opens.
 pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
 /// CONNECT streams on one connection to an upstream. RFC 9113 section 6.5.2 advises that peers allow no
@@ -127,6 +137,8 @@ pub struct Daemon {
     pub relay: Relay,
     /// How long what a client sends first is waited for, where a route asks for it.
     pub inspect_timeout: Duration,
+    /// When a silent TCP peer is taken for gone.
+    pub tcp_keepalive: Keepalive,
     /// Whether the configuration file is read again when it changes.
     pub watch: bool,
 }
@@ -141,8 +153,33 @@ impl Default for Daemon {
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
             inspect_timeout: INSPECT_TIMEOUT,
+            tcp_keepalive: Keepalive::default(),
             watch: true,
         }
+    }
+}
+
+/// `[daemon.tcp_keepalive]`: when a silent peer is taken for gone, whether the connection is idle or bytes are on their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Silence until it is asked whether it is there (TCP_KEEPIDLE).
+    pub time: Duration,
+    /// Between two questions (TCP_KEEPINTVL).
+    pub interval: Duration,
+    /// Questions that may stay unanswered (TCP_KEEPCNT).
+    pub probes: NonZeroU32,
+}
+
+impl Keepalive {
+    /// How long a peer may be silent.
+    pub fn bound(&self) -> Duration {
+        self.time + self.interval * self.probes.get()
+    }
+}
+
+impl Default for Keepalive {
+    fn default() -> Self {
+        Self { time: TCP_KEEPALIVE_TIME, interval: TCP_KEEPALIVE_INTERVAL, probes: TCP_KEEPALIVE_PROBES }
     }
 }
 

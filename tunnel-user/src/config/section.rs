@@ -13,8 +13,9 @@ use std::{
 use super::{
     BPFFS, Balance, Bypass, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN,
     Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
-    LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol, RESPONSE_TIMEOUT,
-    Redirect, Relay, UPSTREAM_STREAMS, Upstream, endpoints,
+    Keepalive, LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol,
+    RESPONSE_TIMEOUT, Redirect, Relay, TCP_KEEPALIVE_INTERVAL, TCP_KEEPALIVE_MAX, TCP_KEEPALIVE_PROBES,
+    TCP_KEEPALIVE_PROBES_MAX, TCP_KEEPALIVE_TIME, UPSTREAM_STREAMS, Upstream, endpoints,
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
@@ -158,12 +159,52 @@ impl Section for Daemon {
             "How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its server to speak first is held up for as long.",
             INSPECT_TIMEOUT,
         );
+        let tcp_keepalive = r.section(
+            "tcp_keepalive",
+            "When a silent TCP peer is taken for gone: after time + probes * interval (135 s), whether the connection is idle or bytes are on their way to it. A peer that answers, with its window closed for however long, is not silent.",
+        );
         let watch = r.default(
             "watch",
             "Whether this file is read again when it changes. SIGHUP has it read again anyway.",
             true,
         );
-        Some(Self { workers, mark, bpffs, drain_timeout, max_flows, relay, inspect_timeout, watch })
+        Some(Self {
+            workers,
+            mark,
+            bpffs,
+            drain_timeout,
+            max_flows,
+            relay,
+            inspect_timeout,
+            tcp_keepalive: tcp_keepalive.unwrap_or_default(),
+            watch,
+        })
+    }
+}
+
+impl Section for Keepalive {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let time = r.default(
+            "time",
+            "Silence until the peer is asked whether it is there, in whole seconds.",
+            TCP_KEEPALIVE_TIME,
+        );
+        let interval =
+            r.default("interval", "Between two questions, in whole seconds.", TCP_KEEPALIVE_INTERVAL);
+        let probes =
+            r.default("probes", "Questions in a row that may stay unanswered.", TCP_KEEPALIVE_PROBES);
+        for (key, value) in [("time", time), ("interval", interval)] {
+            if value.as_secs() == 0 || value.subsec_nanos() != 0 || value > TCP_KEEPALIVE_MAX {
+                r.wrong(
+                    key,
+                    "is not a whole number of seconds from \"1s\" to \"32767s\" (tcp(7), TCP_KEEPIDLE)",
+                );
+            }
+        }
+        if probes.get() > TCP_KEEPALIVE_PROBES_MAX {
+            r.wrong("probes", format!("is more than {TCP_KEEPALIVE_PROBES_MAX} (tcp(7), TCP_KEEPCNT)"));
+        }
+        Some(Self { time, interval, probes })
     }
 }
 

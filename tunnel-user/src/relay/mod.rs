@@ -15,6 +15,7 @@ mod h2;
 mod pipe;
 mod queue;
 mod sender;
+mod silence;
 mod splice;
 mod tcp;
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub use self::{
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     sender::{Payload, Sender},
+    silence::give_up_silent_peers,
     splice::{CHATTY_BYTES, CHATTY_STREAK, Spliced, Splices, Unfit, probe},
     tcp::{TcpLeg, broken},
     tls::TlsLeg,

@@ -152,6 +152,9 @@ pub(super) struct Through<'p> {
     ours: usize,
     held: Option<Held<'p>>,
     state: State,
+    /// The last write took less than there was: the kernel may have met an error, which it does not tell again
+    /// (`splice_to_socket`, fs/splice.c).
+    short: bool,
     /// Bytes were dropped because the sink took no more.
     lost: bool,
     /// In the place of all that, once there was no pipe.
@@ -169,7 +172,7 @@ impl<'p> Through<'p> {
     /// With what was read before, and how that ended if it did.
     pub(super) fn new(pipes: &'p Pipes, early: Queue, ours: usize, broken: Option<Broken>) -> Self {
         let state = broken.map_or(State::Open, State::Failing);
-        Self { pipes, early, ours, held: None, state, lost: false, copy: None }
+        Self { pipes, early, ours, held: None, state, short: false, lost: false, copy: None }
     }
 
     /// Sends what was read before; ready when nothing of it is left.
@@ -237,6 +240,7 @@ impl<'p> Through<'p> {
             match dst.stream().try_io(Interest::WRITABLE, || shift(&pipe.read, dst.stream(), left)) {
                 // Less than there is does not always mean that the socket is full: the next call will say.
                 Ok(n) if n > 0 => {
+                    self.short = n < left;
                     held.bytes -= n;
                     moved.set(moved.get() + n as u64);
                     self.pipes.moved.set(self.pipes.moved.get() + n as u64);
@@ -245,9 +249,12 @@ impl<'p> Through<'p> {
                     }
                 }
                 Ok(_) => return Poll::Ready(Err(reset(io::ErrorKind::WriteZero.into()))),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.short = false,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
+                    // What is left once the error was told: that the socket takes nothing.
+                    let told = self.short && e.raw_os_error() == Some(libc::EPIPE);
+                    let e = if told { io::Error::from_raw_os_error(libc::ECONNRESET) } else { e };
                     dst.note(&e);
                     return Poll::Ready(Err(reset(e)));
                 }

@@ -25,6 +25,7 @@ use tokio::{io::Interest, net::TcpStream};
 use super::{
     Broken, Cause, Leg, Queue,
     bypass::Hot,
+    silence::{Socket, timed_out},
     splice::socket::{at_mark, unacknowledged, unread},
 };
 use crate::{capture::bypass::Candidate, transport::tcp};
@@ -44,7 +45,7 @@ const MUCH: usize = 256 * 1024;
 /// See the module.
 pub struct TcpLeg {
     /// None while the kernel moves the flow's bytes, or once it has moved the last one ([`take`](TcpLeg::take)).
-    stream: Option<Rc<TcpStream>>,
+    stream: Option<Rc<Socket>>,
     /// Of [`MUCH`], what is still to be sent.
     until_much: usize,
     /// 0: it is to be asked whether the runtime has heard of anything or not.
@@ -77,7 +78,7 @@ impl TcpLeg {
     /// The same of a captured connection, which may ask to go past TCP.
     pub fn captured(stream: TcpStream, bypass: Option<Candidate>) -> Self {
         Self {
-            stream: Some(Rc::new(stream)),
+            stream: Some(Socket::new(stream)),
             until_much: 0,
             next_read: READ_MIN,
             error: ErrorWatch::default(),
@@ -114,7 +115,7 @@ async fn error_of(stream: &TcpStream) -> io::Error {
 pub(super) struct ErrorWatch(Option<Pin<Box<dyn Future<Output = io::Error>>>>);
 
 impl ErrorWatch {
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Rc<TcpStream>) -> Poll<io::Error> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Rc<Socket>) -> Poll<io::Error> {
         let error = self.0.get_or_insert_with(|| {
             let stream = Rc::clone(stream);
             Box::pin(async move { error_of(&stream).await })
@@ -292,6 +293,7 @@ impl Leg for TcpLeg {
                     if e.raw_os_error() == Some(libc::ENOMEM)
                         && self.hot.as_mut().is_some_and(|hot| hot.was_refused()) => {}
                 Err(e) => {
+                    let e = if self.is_silent() { timed_out() } else { e };
                     self.note(&e);
                     return Poll::Ready(Err(reset(e)));
                 }
@@ -315,18 +317,18 @@ impl Leg for TcpLeg {
     }
 
     fn has_unread(&self) -> bool {
-        self.stream.as_ref().is_some_and(|stream| unread(&**stream).is_ok_and(|n| n > 0))
+        self.stream.as_ref().is_some_and(|stream| unread(&***stream).is_ok_and(|n| n > 0))
     }
 
     fn unacknowledged(&self) -> u64 {
         // Nobody acknowledges anything on a connection that has failed.
-        let stream = self.stream.as_ref().filter(|_| self.failed.is_none());
-        stream.and_then(|stream| unacknowledged(&**stream).ok()).unwrap_or(0)
+        let stream = self.stream.as_ref().filter(|stream| self.failed.is_none() && !stream.is_silent());
+        stream.and_then(|stream| unacknowledged(&***stream).ok()).unwrap_or(0)
     }
 
     fn close(&mut self) {
         if let Some(stream) = &self.stream {
-            let_arrive(&**stream);
+            let_arrive(&***stream);
         }
     }
 
@@ -348,9 +350,15 @@ impl TcpLeg {
     /// and then resets is told of by EPIPE (`tcp_reset`, net/ipv4/tcp_input.c).
     pub(super) fn ended(&self) -> Result<Option<Bytes>, Broken> {
         match self.failed {
+            _ if self.is_silent() => Err(reset(timed_out())),
             None | Some(libc::EPIPE) => Ok(None),
             Some(errno) => Err(reset(io::Error::from_raw_os_error(errno))),
         }
+    }
+
+    /// The peer was given up.
+    fn is_silent(&self) -> bool {
+        self.stream.as_ref().is_some_and(|stream| stream.is_silent())
     }
 
     /// An error that was told while somebody else had the socket.
@@ -393,13 +401,13 @@ impl TcpLeg {
     pub(super) fn take(&mut self) -> io::Result<Taken> {
         self.error = ErrorWatch::default();
         let stream = self.stream.take().and_then(|stream| Rc::try_unwrap(stream).ok());
-        stream.ok_or(io::ErrorKind::NotConnected)?.into_std().map(|stream| Taken(Some(stream)))
+        stream.ok_or(io::ErrorKind::NotConnected)?.into_inner().into_std().map(|stream| Taken(Some(stream)))
     }
 
     /// Puts the socket back.
     pub(super) fn put(&mut self, mut stream: Taken) -> io::Result<()> {
         if let Some(stream) = stream.0.take() {
-            self.stream = Some(Rc::new(TcpStream::from_std(stream)?));
+            self.stream = Some(Socket::new(TcpStream::from_std(stream)?));
             self.was_taken = true;
         }
         Ok(())
@@ -417,7 +425,7 @@ impl Drop for TcpLeg {
         if self.was_taken
             && let Some(stream) = &self.stream
         {
-            empty(&SockRef::from(&**stream));
+            empty(&SockRef::from(&***stream));
         }
     }
 }

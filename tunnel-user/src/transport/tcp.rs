@@ -4,19 +4,16 @@
 //! daemon has. Invariant: each carries the daemon's mark where the daemon may set it, so that it is never
 //! captured. It never resolves names.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, sync::OnceLock, time::Duration};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
-/// A peer that is silent this long is asked whether it is there. A closed application whose socket the
-/// kernel has forgotten (FIN-WAIT-2 ends after tcp_fin_timeout, 60 s) is found this way.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(75);
-/// Between two questions.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// Unanswered questions before the connection is given up.
-const KEEPALIVE_RETRIES: u32 = 4;
+use crate::config::Keepalive;
+
+/// When a silent peer is taken for gone. It is the same for every socket of a process, and set before the first one.
+static KEEPALIVE: OnceLock<Keepalive> = OnceLock::new();
 /// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
 pub const BACKLOG: i32 = 4096;
 
@@ -27,6 +24,16 @@ const UNSENT_MAX: u32 = 128 * 1024;
 /// `SO_MARK` for the sockets of this process; `None` where nothing is captured here, or where the
 /// process may not set it.
 pub type Mark = Option<u32>;
+
+/// Sets how silent peers are found, before any socket is made. Later calls change nothing.
+pub fn set_keepalive(wanted: Keepalive) {
+    let _set_before = KEEPALIVE.set(wanted);
+}
+
+/// How silent peers are found.
+pub fn keepalive() -> Keepalive {
+    KEEPALIVE.get().copied().unwrap_or_default()
+}
 
 /// What closing a connection does to bytes that are still on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,11 +73,12 @@ pub async fn connect(addr: SocketAddr, mark: Mark, first: First) -> io::Result<T
 fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_out_of_band_inline(true)?;
+    let keepalive = keepalive();
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
-            .with_time(KEEPALIVE_IDLE)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES),
+            .with_time(keepalive.time)
+            .with_interval(keepalive.interval)
+            .with_retries(keepalive.probes.get()),
     )
 }
 
@@ -151,9 +159,9 @@ mod tests {
                 assert_eq!(accepted.linger().unwrap(), linger);
                 assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
                 assert!(accepted.out_of_band_inline().unwrap());
-                assert_eq!(accepted.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
-                assert_eq!(accepted.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
-                assert_eq!(accepted.tcp_keepalive_retries().unwrap(), KEEPALIVE_RETRIES);
+                assert_eq!(accepted.tcp_keepalive_time().unwrap(), keepalive().time);
+                assert_eq!(accepted.tcp_keepalive_interval().unwrap(), keepalive().interval);
+                assert_eq!(accepted.tcp_keepalive_retries().unwrap(), keepalive().probes.get());
             }
         }
     }
@@ -178,8 +186,8 @@ mod tests {
         let socket = SockRef::from(&stream);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert!(socket.out_of_band_inline().unwrap());
-        assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
-        assert_eq!(socket.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
-        assert_eq!(socket.tcp_keepalive_retries().unwrap(), KEEPALIVE_RETRIES);
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), keepalive().time);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), keepalive().interval);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), keepalive().probes.get());
     }
 }

@@ -38,7 +38,7 @@ use crate::{
     flow::Identity,
     listener::{accept, request::Refusal},
     policy::Policies,
-    relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
+    relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, give_up_silent_peers, relay},
     route::Router,
     stats::{Counters, Record, Records},
     transport::tcp::Mark,
@@ -222,7 +222,7 @@ async fn work(start: Start) -> io::Result<Report> {
     loop {
         tokio::select! {
             () = watch.draining() => break,
-            _ = pulse.tick() => {}
+            _ = pulse.tick() => give_up_silent_peers(),
             Some(news) = more.recv() => match news {
                 More::Listen(socket) => sources.capture(&worker, socket, &flows),
                 More::Forget(source, netns) => sources.forget(source, netns),

@@ -35,6 +35,7 @@ pub use self::room::{Spliced, Splices, Unfit, probe};
 use super::{
     Broken, Direction, Meter, Outcome, Queue, RESET_LINGER, Side, TcpLeg,
     ends::{Ended, Linger, State, conclude, step},
+    silence,
     tcp::{Taken, let_arrive, reset, shut_down},
 };
 
@@ -273,7 +274,7 @@ impl Pair {
         &mut self,
         sockets: [&TcpStream; 2],
         moved: [&Cell<u64>; 2],
-        ways: [&mut Direction<&mut Queue>; 2],
+        mut ways: [&mut Direction<&mut Queue>; 2],
     ) -> Result<bool, (Side, Broken)> {
         self.leaving = false;
         for (half, moved) in self.halves.iter_mut().zip(moved) {
@@ -281,6 +282,7 @@ impl Pair {
         }
         self.seat.watch(sockets).map_err(|e| (Side::Client, reset(e)))?;
         let mut pause = PAUSE_MIN;
+        let mut suspects = [false; 2];
         // Bytes that were taken in front of a reset, and since when none was.
         let mut stuck = (0, Instant::now());
         loop {
@@ -335,8 +337,30 @@ impl Pair {
                 return Ok(false);
             } else {
                 pause = PAUSE_MIN;
-                self.seat.happened().await;
+                tokio::select! {
+                    () = self.seat.happened() => {}
+                    () = sleep(silence::period()) => self.give_up_silent(sockets, &mut ways, &mut suspects),
+                }
             }
+        }
+    }
+
+    /// Gives up a peer that does not answer, as is done where flows are copied.
+    fn give_up_silent(
+        &mut self,
+        sockets: [&TcpStream; 2],
+        ways: &mut [&mut Direction<&mut Queue>; 2],
+        suspects: &mut [bool; 2],
+    ) {
+        for side in 0..2 {
+            let silent = silence::seems_silent(sockets[side]);
+            if silent && suspects[side] {
+                self.failed[side].get_or_insert(libc::ETIMEDOUT);
+                if matches!(ways[side].state, State::Open) {
+                    ways[side].state = State::Failing(reset(silence::timed_out()));
+                }
+            }
+            suspects[side] = silent;
         }
     }
 

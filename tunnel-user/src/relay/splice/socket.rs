@@ -6,6 +6,7 @@
 use std::{
     io, mem,
     os::fd::{AsFd, AsRawFd as _},
+    time::Duration,
 };
 
 /// `SO_MEMINFO`, and of its numbers (`linux/sock_diag.h`) the bound of what waits to be sent, and what does.
@@ -39,6 +40,43 @@ pub(super) fn accepted(socket: &impl AsFd) -> io::Result<u64> {
 /// Bytes that were written and that the peer has not acknowledged, the end among them.
 pub(in crate::relay) fn unacknowledged(socket: &impl AsFd) -> io::Result<u64> {
     ioctl(socket, libc::TIOCOUTQ)
+}
+
+/// How a connection gets on with what is on its way to the peer.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::relay) struct Progress {
+    /// Something is on its way, or waits for the peer's window.
+    pub(in crate::relay) waiting: bool,
+    /// The peer was asked since it last answered: something was sent again, or its window was probed.
+    pub(in crate::relay) asked: bool,
+    /// Since the last acknowledgement.
+    pub(in crate::relay) quiet: Duration,
+}
+
+/// See [`Progress`].
+pub(in crate::relay) fn progress(socket: &impl AsFd) -> io::Result<Progress> {
+    /// `struct tcp_info` (linux/tcp.h) up to `tcpi_last_ack_recv`.
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Info {
+        state: u8,
+        ca_state: u8,
+        retransmits: u8,
+        probes: u8,
+        backoff: u8,
+        options: [u8; 3],
+        _times_and_sizes: [u32; 4],
+        unacked: u32,
+        _sacked_to_last_data_recv: [u32; 7],
+        last_ack_recv: u32,
+    }
+    // SAFETY (of `option`): made of integers only.
+    let info: Info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    Ok(Progress {
+        waiting: info.unacked > 0 || unacknowledged(socket)? > 0,
+        asked: info.retransmits > 0 || info.probes > 0,
+        quiet: Duration::from_millis(info.last_ack_recv.into()),
+    })
 }
 
 /// Takes the lock under which the program runs (`tcp_get_info`), so that what ran before shows.
