@@ -27,13 +27,14 @@ use crate::{
         verify::explain,
         window::{Share, Traffic, WINDOW_START, connection_window},
     },
-    tunnel::h2::{FRAME, HEADERS, SEND_BUFFER, SMALL_FRAMES},
+    tunnel::h2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
 };
 
-/// Streams that the peer reset before we looked at them; more end the connection (CVE-2023-44487).
-const PENDING_RESETS_MAX: usize = 20;
-/// Streams of our own whose reset the peer may not have seen yet.
-const RESET_STREAMS_MAX: usize = 50;
+/// Streams that the peer reset before we looked at them; more end the connection (CVE-2023-44487). As many as a peer may
+/// have open, so that one whose clients all leave at once keeps its other flows.
+fn pending_resets_max(streams: u32) -> usize {
+    usize::try_from(streams).unwrap_or(usize::MAX)
+}
 /// Errors that the peer may make us answer with a reset.
 const LOCAL_ERRORS_MAX: usize = 256;
 
@@ -64,7 +65,7 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
         .max_header_list_size(HEADERS)
         .max_concurrent_streams(settings.max_streams)
         .max_concurrent_reset_streams(RESET_STREAMS_MAX)
-        .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
+        .max_pending_accept_reset_streams(pending_resets_max(settings.max_streams))
         .max_local_error_reset_streams(Some(LOCAL_ERRORS_MAX))
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(SMALL_FRAMES)
@@ -83,6 +84,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
 ) -> Result<(), ServeError> {
     let Tunnel { mut connection, last } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
+    let stuck = ServeError::KeepaliveTimeout(settings.keepalive_timeout);
     let Some(ping) = connection.ping_pong() else {
         return Err(ServeError::H2("no PING handle".to_owned()));
     };
@@ -91,7 +93,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     // Owned here: when the connection goes, so do its streams.
     let streams = Rc::new(Tasks::default());
     let mut draining = false;
-    loop {
+    let ended = loop {
         let wake_at = pulse.wake_at();
         tokio::select! {
             biased;
@@ -99,14 +101,16 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
                 Event::Of(Some(Ok((request, respond)))) => {
                     streams.spawn(handle(Incoming { request, respond, share: traffic.share() }));
                 }
-                Event::Of(Some(Err(e))) => return Err(h2_error(e)),
-                Event::Of(None) => break,
+                Event::Of(Some(Err(e))) => break Err(h2_error(e)),
+                Event::Of(None) => break Ok(()),
                 Event::Answered => {}
-                Event::Gone(e) => return Err(h2_error(e)),
+                Event::Gone(e) => break Err(h2_error(e)),
             },
             () = sleep_until(wake_at) => {
-                if !pulse.beat().map_err(h2_error)? {
-                    return Err(ServeError::KeepaliveTimeout(settings.keepalive_timeout));
+                match pulse.beat() {
+                    Ok(true) => {}
+                    Ok(false) => break Err(stuck),
+                    Err(e) => break Err(h2_error(e)),
                 }
             }
             () = drain.draining(), if !draining => {
@@ -114,6 +118,13 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
                 connection.graceful_shutdown();
             }
         }
+    };
+    if let Err(why) = ended {
+        // Its flows end with it, each by itself: what they had received still goes to their targets, and each is recorded.
+        traffic.lost(&why.to_string());
+        drop(connection);
+        streams.ended().await;
+        return Err(why);
     }
     // Streams that are finishing have their last frames on the wire already; what they still do is
     // write to their targets.

@@ -134,6 +134,11 @@ impl<'c> Ahead<'c> {
         .await
     }
 
+    /// Whether anything of the client's has gone ahead on the last stream.
+    pub fn has_carried(&self) -> bool {
+        self.0.borrow().sent > 0
+    }
+
     /// The last stream that was asked for is open: what went ahead has arrived, or will.
     pub fn answered(&self) {
         let waiting = &mut *self.0.borrow_mut();

@@ -99,22 +99,25 @@ impl Source for Waiting {
         if let Some(Ok(chunk)) = &next {
             self.share.received(chunk.len());
         }
-        Poll::Ready(next.transpose().map_err(|e| broken(&e)))
+        Poll::Ready(next.transpose().map_err(|e| broken(&e, &self.share)))
     }
 
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
         self.respond.poll_reset(cx).map(|reset| match reset {
             Ok(reason) => Broken::Reset(Cause::Stream(reason)),
-            Err(e) => broken(&e),
+            Err(e) => broken(&e, &self.share),
         })
     }
 }
 
-fn broken(e: &h2::Error) -> Broken {
+/// What an error means. Of a connection that is lost, the connection knows better why than one of its streams.
+fn broken(e: &h2::Error, share: &Share) -> Broken {
     match e.reason() {
         Some(Reason::NO_ERROR) if e.is_reset() => Broken::Done,
         Some(reason) if e.is_reset() => Broken::Reset(Cause::Stream(reason)),
-        _ => Broken::Reset(Cause::Connection(e.to_string())),
+        _ => Broken::Reset(Cause::Connection(
+            share.why_lost().map_or_else(|| e.to_string(), |why| why.to_string()),
+        )),
     }
 }
 
@@ -128,7 +131,7 @@ impl Leg for H2Leg {
                 Poll::Ready(Ok(Some(chunk)))
             }
             None => Poll::Ready(Ok(None)),
-            Some(Err(e)) => Poll::Ready(match broken(&e) {
+            Some(Err(e)) => Poll::Ready(match broken(&e, &self.share) {
                 // All that was sent has been received: END_STREAM came before the reset.
                 Broken::Done => Ok(None),
                 why => Err(why),
@@ -146,7 +149,7 @@ impl Leg for H2Leg {
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         let room = match ready!(self.send.poll_room(cx, queue.front_len())) {
             Some(Ok(room)) => room,
-            Some(Err(e)) => return Poll::Ready(Err(broken(&e))),
+            Some(Err(e)) => return Poll::Ready(Err(broken(&e, &self.share))),
             None => return Poll::Ready(Err(self.gone(cx))),
         };
         let chunk = queue.take(room);
@@ -167,7 +170,7 @@ impl Leg for H2Leg {
         match ready!(self.send.poll_reset(cx)) {
             Ok(Reason::NO_ERROR) => Poll::Ready(Broken::Done),
             Ok(reason) => Poll::Ready(Broken::Reset(Cause::Stream(reason))),
-            Err(e) => Poll::Ready(broken(&e)),
+            Err(e) => Poll::Ready(broken(&e, &self.share)),
         }
     }
 

@@ -8,7 +8,11 @@
 //! the way, it is bandwidth × delay: where the window is what limits a stream, the window itself, so that it doubles
 //! with each round trip; where it is not, a window of twice as much is what the stream has use for, and no more.
 
-use std::{cell::Cell, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -52,6 +56,7 @@ const FREE: u32 = 16;
 pub struct Traffic {
     received: Cell<u64>,
     held: Cell<u64>,
+    lost: RefCell<Option<Rc<str>>>,
 }
 
 impl Traffic {
@@ -63,6 +68,11 @@ impl Traffic {
     /// Bytes received that the other side has not taken.
     pub fn held(&self) -> u64 {
         self.held.get()
+    }
+
+    /// The connection was lost, for this reason.
+    pub fn lost(&self, why: &str) {
+        self.lost.borrow_mut().get_or_insert_with(|| why.into());
     }
 
     /// The part of a new stream.
@@ -79,6 +89,11 @@ pub struct Share {
 }
 
 impl Share {
+    /// Why the connection was lost, once it was.
+    pub fn why_lost(&self) -> Option<Rc<str>> {
+        self.traffic.lost.borrow().clone()
+    }
+
     /// So many bytes have come.
     pub fn received(&mut self, n: usize) {
         let n = n as u64;

@@ -126,6 +126,16 @@ pub enum ConnectError {
         /// How many may.
         most: usize,
     },
+    /// No place for a stream became free.
+    #[error("{}", if *barred { format!("{endpoint} allows no streams (SETTINGS_MAX_CONCURRENT_STREAMS is 0)") } else { format!("no stream to {endpoint} became free within {after:?}") })]
+    Waited {
+        /// The peer.
+        endpoint: Target,
+        /// How long that was waited for.
+        after: Duration,
+        /// The peer allows none on a connection that is up.
+        barred: bool,
+    },
     /// The upstream has as many connections as it may.
     #[error("the limit of {most} connections is reached")]
     Limit {
@@ -142,6 +152,7 @@ impl ConnectError {
     pub fn is_ours(&self) -> bool {
         match self {
             Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown => true,
+            Self::Waited { barred, .. } => !barred,
             Self::Outer(why) => matches!(
                 **why,
                 TunnelError::Connect { .. }

@@ -55,8 +55,17 @@ pub const SMALL_FRAMES: usize = 32 << 20;
 pub const SEND_BUFFER: usize = 256 * 1024;
 /// The most bytes of headers in one request or response.
 pub const HEADERS: u32 = 16 * 1024;
+/// Streams of our own whose reset the peer may not have seen yet, and so may still send on: with more, h2 takes what
+/// comes for streams that it has forgotten for an attack. A burst of as many resets within a round trip.
+pub const RESET_STREAMS_MAX: usize = 1000;
 /// How long a peer that we have said goodbye to may take to close its side.
 pub(super) const LINGER: Duration = Duration::from_secs(1);
+/// A peer that was heard of within this time is not asked whether it is there when a stream is opened.
+const HEARD: Duration = Duration::from_secs(1);
+/// A PING that is not answered within this time is overdue: new streams go to another endpoint, if one is available. A
+/// second is more than any round trip, and less than whoever connects takes for a failure.
+const OVERDUE: Duration = Duration::from_secs(1);
+
 /// What is known of one connection.
 pub(super) struct Conn {
     /// `None` once retired for idleness.
@@ -74,6 +83,15 @@ pub(super) struct Conn {
     pub(super) unwanted: Cell<bool>,
     /// Those who want to know whether the peer is alive.
     pub(super) askers: RefCell<Vec<oneshot::Sender<()>>>,
+    /// When the peer was last heard of, and how much it had sent by then.
+    heard: Cell<(Instant, u64)>,
+    /// It is to be asked whether it is there.
+    poked: Cell<bool>,
+    /// When it was asked that, if it has not answered yet.
+    asked: Cell<Option<Instant>>,
+    is_overdue: Cell<bool>,
+    /// It has become overdue, or the connection has ended.
+    overdue: Notify,
     /// Why the connection was lost, once it was.
     pub(super) lost: RefCell<Option<String>>,
     /// What its streams report to, and what sizes their windows.
@@ -90,6 +108,43 @@ impl Conn {
 
     pub(super) fn free(&self) -> usize {
         self.limit().saturating_sub(self.active.get())
+    }
+
+    /// Whether the peer allows no streams.
+    pub(super) fn is_barred(&self) -> bool {
+        !self.retired.get() && self.limit() == 0
+    }
+
+    /// Whether a PING has not been answered for a while.
+    pub(super) fn is_overdue(&self) -> bool {
+        self.is_overdue.get()
+    }
+
+    pub(super) fn heard(&self) {
+        self.heard.set((Instant::now(), self.traffic.received()));
+    }
+
+    pub(super) fn expect_answer(&self) {
+        if self.heard.get().1 != self.traffic.received() {
+            return self.heard();
+        }
+        if self.asked.get().is_none() && self.heard.get().0.elapsed() >= HEARD {
+            self.poked.set(true);
+            self.idle.notify_one();
+        }
+    }
+
+    pub(super) async fn overdue(&self) {
+        while !self.is_overdue.get() && !self.retired.get() {
+            self.overdue.notified().await;
+        }
+    }
+
+    /// The peer has answered a PING.
+    fn answered(&self) {
+        self.asked.set(None);
+        self.is_overdue.set(false);
+        self.heard();
     }
 }
 
@@ -129,22 +184,22 @@ impl Opened {
         self.suite
     }
 
-    /// Runs it to its end.
-    pub(super) async fn drive(self, settings: &Settings) {
+    /// Runs it to its end; `grew` is called when the peer allows more streams than before.
+    pub(super) async fn drive(self, settings: &Settings, grew: &dyn Fn()) {
         let Self { conn, wire, .. } = self;
         match wire {
             Opening::Tls(Driven { connection, ping, last }) => {
-                if drive(*connection, ping, &conn, settings).await {
+                if drive(*connection, ping, &conn, settings, grew).await {
                     last.linger(LINGER).await;
                 }
             }
             Opening::Plain(Driven { connection, ping, last }) => {
-                if drive(*connection, ping, &conn, settings).await {
+                if drive(*connection, ping, &conn, settings, grew).await {
                     last.linger(LINGER).await;
                 }
             }
             Opening::Nested(Driven { connection, ping, last }) => {
-                if drive(*connection, ping, &conn, settings).await {
+                if drive(*connection, ping, &conn, settings, grew).await {
                     last.linger(LINGER).await;
                 }
             }
@@ -199,6 +254,11 @@ pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, Conne
             retired: Cell::new(false),
             unwanted: Cell::new(false),
             askers: RefCell::default(),
+            heard: Cell::new((Instant::now(), 0)),
+            poked: Cell::default(),
+            asked: Cell::default(),
+            is_overdue: Cell::default(),
+            overdue: Notify::new(),
             lost: RefCell::default(),
             traffic: Rc::default(),
         });
@@ -221,6 +281,7 @@ async fn handshake<W: Wire, L>(
         .max_header_list_size(HEADERS)
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(SMALL_FRAMES)
+        .max_concurrent_reset_streams(RESET_STREAMS_MAX)
         .enable_push(false)
         .handshake::<_, Payload>(wire)
         .await
@@ -251,21 +312,31 @@ async fn drive<W: Wire>(
     ping: PingPong,
     conn: &Conn,
     settings: &Settings,
+    grew: &dyn Fn(),
 ) -> bool {
     let mut pulse = Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &conn.traffic);
+    let limit = Cell::new(conn.limit());
     let lost = loop {
-        if !conn.askers.borrow().is_empty() {
+        if !conn.askers.borrow().is_empty() | conn.poked.take() {
             pulse.make_due();
         }
         let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
         let idle_at = conn.idle_since.get() + keep_for;
-        let beat_at = pulse.wake_at();
+        let overdue_at = conn.asked.get().filter(|_| !conn.is_overdue()).map(|asked| asked + OVERDUE);
+        let beat_at = overdue_at.map_or(pulse.wake_at(), |at| at.min(pulse.wake_at()));
         let wake_at = if conn.active.get() == 0 { beat_at.min(idle_at) } else { beat_at };
         tokio::select! {
             biased;
-            event = poll_fn(|cx| pulse.poll(cx, &mut connection, go_on)) => match event {
+            event = poll_fn(|cx| {
+                let event = pulse.poll(cx, &mut connection, go_on);
+                if limit.replace(conn.limit()) < conn.limit() {
+                    grew();
+                }
+                event
+            }) => match event {
                 Event::Of(ended) => break ended.err().map(|e| explain(&e)),
                 Event::Answered => {
+                    conn.answered();
                     for asker in conn.askers.take() {
                         // It may have given up.
                         let _gone = asker.send(());
@@ -284,13 +355,26 @@ async fn drive<W: Wire>(
             let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
             break None;
         }
+        if overdue_at.is_some_and(|at| at <= Instant::now()) {
+            tracing::debug!(peer = %conn.peer, "PING overdue");
+            conn.is_overdue.set(true);
+            conn.overdue.notify_waiters();
+        }
         match pulse.beat() {
-            Ok(true) => {}
+            Ok(true) => {
+                if pulse.is_waiting() && conn.asked.get().is_none() {
+                    conn.asked.set(Some(Instant::now()));
+                }
+            }
             Ok(false) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
             Err(e) => break Some(explain(&e)),
         }
     };
     conn.retired.set(true);
+    if let Some(why) = &lost {
+        conn.traffic.lost(why);
+    }
+    conn.overdue.notify_waiters();
     let clean = lost.is_none();
     *conn.lost.borrow_mut() = lost;
     conn.askers.borrow_mut().clear();

@@ -90,6 +90,14 @@ impl Lines {
         }
     }
 
+    /// Whether what is up to an endpoint may be lost.
+    pub(super) fn is_overdue(&self, site: &Site) -> bool {
+        match &self.kind {
+            Kind::Pool(pool) => pool.is_overdue(&self.key(site)),
+            Kind::Each(_) => false,
+        }
+    }
+
     /// A connection, or a place on one.
     pub(super) async fn get(&self, site: &Site) -> Result<Line, ConnectError> {
         let key = self.key(site);

@@ -20,7 +20,7 @@ use h2::client::SendRequest;
 use tokio::{
     sync::{Notify, oneshot},
     task::JoinSet,
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -39,6 +39,8 @@ use crate::{
 const WAITING_MAX: usize = 4096;
 /// Dials in flight to the same peer.
 const DIALING_MAX: usize = 4;
+/// A flow waits for a place as long as a connection may take to be made, and once more for others that come before it.
+const WAITS_FOR: u32 = 2;
 
 /// How connections of one pool are made and kept.
 #[derive(Clone, Debug)]
@@ -77,7 +79,28 @@ struct Inner {
 struct Slot {
     connections: RefCell<Vec<Rc<Conn>>>,
     dialing: Cell<usize>,
-    waiting: RefCell<VecDeque<oneshot::Sender<Result<Lease, ConnectError>>>>,
+    /// In the order in which they came.
+    waiting: RefCell<VecDeque<(u64, oneshot::Sender<Result<Lease, ConnectError>>)>>,
+    /// The number of the next one that waits.
+    next: Cell<u64>,
+    /// Places are being given away, and there is one more.
+    serving: Cell<bool>,
+    again: Cell<bool>,
+}
+
+/// A flow that waits; no longer when it is dropped.
+struct Waiting<'s> {
+    slot: &'s Slot,
+    number: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.slot.waiting.borrow_mut();
+        if let Ok(at) = waiting.binary_search_by_key(&self.number, |(number, _)| *number) {
+            waiting.remove(at);
+        }
+    }
 }
 
 /// A place for one stream; given back when dropped.
@@ -110,6 +133,21 @@ impl Lease {
     /// Who the far end has proved to be.
     pub fn identity(&self) -> Option<Identity> {
         self.conn.identity.clone()
+    }
+
+    /// The peer has answered something.
+    pub fn heard(&self) {
+        self.conn.heard();
+    }
+
+    /// A request is about to be sent: has the peer asked whether it is there, if it was not heard of just now.
+    pub fn expect_answer(&self) {
+        self.conn.expect_answer();
+    }
+
+    /// Ready when the peer is overdue with its answer to a PING.
+    pub async fn overdue(&self) {
+        self.conn.overdue().await;
     }
 
     /// The connection takes no new streams: it got GOAWAY, or failed.
@@ -152,9 +190,16 @@ impl Drop for Lease {
 impl Slot {
     /// A place on a connection that has one.
     fn lease(self: &Rc<Self>) -> Option<Lease> {
-        let mut connections = self.connections.borrow_mut();
-        connections.retain(|c| !c.retired.get());
-        pick::with_room(&connections, |c| c.free()).map(|c| Lease::take(c, self))
+        let connections = self.connections.borrow();
+        let room = |c: &Rc<Conn>| if c.is_overdue() { 0 } else { c.free() };
+        let found =
+            pick::with_room(&connections, room).or_else(|| pick::with_room(&connections, |c| c.free()));
+        found.map(|c| Lease::take(c, self))
+    }
+
+    /// Whether a connection is up that takes no streams at all: its peer allows none.
+    fn is_barred(&self) -> bool {
+        self.connections.borrow().iter().any(|c| c.is_barred())
     }
 
     /// Whether it is time to open the next connection.
@@ -164,24 +209,31 @@ impl Slot {
 
     /// Gives free places to those who wait, in order.
     fn serve(self: &Rc<Self>) {
+        // A flow that went away while it waited gives its place back, which comes here again.
+        if self.serving.replace(true) {
+            return self.again.set(true);
+        }
         loop {
-            if self.waiting.borrow().is_empty() {
-                return;
+            self.again.set(false);
+            while !self.waiting.borrow().is_empty()
+                && let Some(lease) = self.lease()
+            {
+                let next = self.waiting.borrow_mut().pop_front();
+                if let Some((_, next)) = next {
+                    drop(next.send(Ok(lease)));
+                }
             }
-            let Some(lease) = self.lease() else { return };
-            let next = self.waiting.borrow_mut().pop_front();
-            // A flow that went away while it waited gives the place back when the error is dropped; that
-            // drop calls us again, which is why no borrow is alive here.
-            if let Some(next) = next {
-                drop(next.send(Ok(lease)));
+            if !self.again.get() {
+                break;
             }
         }
+        self.serving.set(false);
     }
 
     /// Everybody who waits gets the error.
     fn fail(&self, why: &ConnectError) {
         let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
-        for next in waiting {
+        for (_, next) in waiting {
             drop(next.send(Err(why.clone())));
         }
     }
@@ -259,9 +311,28 @@ impl Pool {
             return Err(ConnectError::Overflow { endpoint, most: WAITING_MAX });
         }
         let (tell, told) = oneshot::channel();
-        slot.waiting.borrow_mut().push_back(tell);
+        let number = slot.next.replace(slot.next.get() + 1);
+        slot.waiting.borrow_mut().push_back((number, tell));
+        let _waiting = Waiting { slot: &slot, number };
         inner.dial_for_waiting(key, &slot);
-        told.await.unwrap_or(Err(ConnectError::Shutdown))
+        let after = inner.settings.connect.timeout * WAITS_FOR;
+        match timeout(after, told).await {
+            Ok(told) => told.unwrap_or(Err(ConnectError::Shutdown)),
+            Err(_) => {
+                let (endpoint, barred) = (key.endpoint.clone(), slot.is_barred());
+                Err(ConnectError::Waited { endpoint, after, barred })
+            }
+        }
+    }
+
+    /// Whether what there is to an endpoint has not answered its PING for a while, and may be lost.
+    pub fn is_overdue(&self, key: &Key) -> bool {
+        let slot = self.0.slots.borrow().get(key).cloned();
+        slot.is_some_and(|slot| {
+            let connections = slot.connections.borrow();
+            let mut up = connections.iter().filter(|c| c.limit() > 0).peekable();
+            up.peek().is_some() && up.all(|c| c.is_overdue())
+        })
     }
 }
 
@@ -278,6 +349,10 @@ impl Inner {
 
     /// As many dials as those who wait need. Where there may be none, nobody waits.
     fn dial_for_waiting(self: &Rc<Self>, key: &Key, slot: &Rc<Slot>) {
+        // Who allows no streams on one connection allows none on the next; it may change its mind (SETTINGS).
+        if slot.is_barred() {
+            return;
+        }
         let needed = slot.waiting.borrow().len().div_ceil(self.settings.max_streams).min(DIALING_MAX);
         while slot.dialing.get() < needed {
             if !self.dial(key, slot) {
@@ -322,7 +397,14 @@ impl Inner {
             drop(inner);
             let suite = opened.suite();
             tracing::debug!(endpoint = %key.endpoint, peer = %conn.peer, ?suite, "connection opened");
-            opened.drive(&settings).await;
+            let grown = Rc::downgrade(&slot);
+            opened
+                .drive(&settings, &|| {
+                    if let Some(slot) = grown.upgrade() {
+                        slot.serve();
+                    }
+                })
+                .await;
             tracing::debug!(endpoint = %key.endpoint, why = ?conn.lost.borrow(), "connection ended");
             slot.connections.borrow_mut().retain(|c| !Rc::ptr_eq(c, &conn));
             drop(open);

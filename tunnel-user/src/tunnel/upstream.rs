@@ -7,13 +7,15 @@
 use std::{
     cell::{Cell, RefCell},
     fmt,
+    future::pending,
     rc::Rc,
     sync::Arc,
     time::Duration,
 };
 
+use h2::client::ResponseFuture;
 use http::{HeaderName, HeaderValue, Request};
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 
 use super::{
     TunnelError,
@@ -144,7 +146,9 @@ pub struct Upstream {
     trace: Trace,
     streams: Count,
     pending: Count,
-    /// What hears of endpoints that come and go.
+    /// Streams whose clients have left before they were answered.
+    abandoned: mpsc::UnboundedSender<(Asked, Duration)>,
+    /// What hears of endpoints that come and go, and waits for the answers of those streams.
     tasks: RefCell<JoinSet<()>>,
 }
 
@@ -160,6 +164,8 @@ impl Upstream {
         let (of_lines, of_endpoints) = (Rc::clone(&lines), Rc::clone(&endpoints));
         let health = Rc::new(Health::new(name, outlier.clone(), check.clone(), of_lines, of_endpoints));
         let mut tasks = JoinSet::new();
+        let (abandoned, left) = mpsc::unbounded_channel();
+        tasks.spawn_local(outlive(left));
         match settings.endpoints.clone() {
             Source::Fixed(sites) => {
                 take(&Known::new(sites.iter().cloned(), String::new()), &lines, &endpoints, &health);
@@ -184,6 +190,7 @@ impl Upstream {
             trace: Trace::default(),
             streams: Count::default(),
             pending: Count::default(),
+            abandoned,
             tasks: RefCell::new(tasks),
         }
     }
@@ -277,7 +284,10 @@ impl Upstream {
         // Once more where a connection was closed before it was ready, as by a gateway that is being
         // replaced: nothing was asked on it yet.
         let closed = |e: &Option<ConnectError>| matches!(e, Some(ConnectError::Http { .. }));
-        for (i, endpoint) in in_order().chain(in_order()).enumerate() {
+        // Those whose connections may be lost come last, if there are others.
+        let overdue = |endpoint: &&Rc<Endpoint>| well.len() > 1 && self.lines.is_overdue(&endpoint.site);
+        let once = || in_order().filter(|e| !overdue(e)).chain(in_order().filter(overdue));
+        for (i, endpoint) in once().chain(once()).enumerate() {
             if i >= well.len() && !closed(&failed) {
                 break;
             }
@@ -340,28 +350,52 @@ impl Upstream {
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Stream, Attempt> {
         let target = ask.authority();
-        let peer = || lease.peer().clone();
-        let dropped = |why: String| TunnelError::Dropped { peer: peer(), target: target.clone(), why };
+        let peer = lease.peer().clone();
+        let dropped = |why: String| TunnelError::Dropped { peer: peer.clone(), target: target.clone(), why };
         let request = self.connect_request(ask)?;
-        let not_sent = |why: String| {
+        let not_sent = |lease: &Lease, why: String| {
             lease.retire();
             Attempt::NotActedOn(dropped(why))
         };
-        let sender = lease.sender().ok_or_else(|| not_sent("the connection was idle".to_owned()))?;
-        let mut sender = sender.ready().await.map_err(|e| not_sent(e.to_string()))?;
-        let (response, send) = sender.send_request(request, false).map_err(|e| not_sent(e.to_string()))?;
-        let mut send = Sender::new(send);
+        let sender = lease.sender().ok_or_else(|| not_sent(&lease, "the connection was idle".to_owned()))?;
+        let mut sender = sender.ready().await.map_err(|e| not_sent(&lease, e.to_string()))?;
+        lease.expect_answer();
+        let (response, send) =
+            sender.send_request(request, false).map_err(|e| not_sent(&lease, e.to_string()))?;
         drop(sender);
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
-        let answer = async {
-            match ahead {
-                Some(ahead) => ahead.until(&mut send, response).await,
-                None => response.await,
+        let asked = Asked { response, send: Sender::new(send), lease, turn };
+        let mut unanswered = Unanswered { asked: Some((asked, after)), to: &self.abandoned };
+        let answer = match &mut unanswered.asked {
+            Some((Asked { response, send, lease, .. }, _)) => {
+                let answer = async {
+                    match ahead {
+                        Some(ahead) => ahead.until(send, response).await,
+                        None => response.await,
+                    }
+                };
+                // Where the request may be made again elsewhere, and nothing was carried.
+                let given_up = async {
+                    lease.overdue().await;
+                    let may_retry = ask.terms.retries > 0 && ahead.is_none_or(|ahead| !ahead.has_carried());
+                    if !may_retry {
+                        pending::<()>().await;
+                    }
+                };
+                tokio::select! {
+                    biased;
+                    answer = timeout(after, answer) => Some(answer),
+                    () = given_up => None,
+                }
             }
+            None => None,
         };
-        let response = match timeout(after, answer).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(e)) => {
+        let Some((Asked { send, lease, turn, .. }, _)) = unanswered.asked.take() else {
+            return Err(Attempt::Failed(dropped("the stream is gone".to_owned())));
+        };
+        let response = match answer {
+            Some(Ok(Ok(response))) => response,
+            Some(Ok(Err(e))) => {
                 let refused = e.reason() == Some(h2::Reason::REFUSED_STREAM);
                 if e.is_go_away() && e.is_remote() || refused {
                     if !refused {
@@ -372,16 +406,18 @@ impl Upstream {
                 // The connection knows better why it was lost than one of its streams.
                 return Err(Attempt::Failed(dropped(lease.lost().unwrap_or_else(|| e.to_string()))));
             }
-            Err(_) => {
+            Some(Err(_)) => {
                 let target = target.clone();
-                return Err(Attempt::Failed(TunnelError::Timeout { peer: peer(), target, after }));
+                return Err(Attempt::Failed(TunnelError::Timeout { peer, target, after }));
             }
+            None => return Err(Attempt::Failed(dropped("its answer to PING is overdue".to_owned()))),
         };
+        lease.heard();
         // Any 2xx (RFC 9110 section 9.3.6).
         if !response.status().is_success() {
             let detail = response.headers().get("proxy-status").and_then(|v| v.to_str().ok());
             return Err(Attempt::Failed(TunnelError::Refused {
-                peer: peer(),
+                peer,
                 target: target.clone(),
                 status: response.status(),
                 detail: detail.map(str::to_owned),
@@ -390,7 +426,7 @@ impl Upstream {
         if let Some(ahead) = ahead {
             ahead.answered();
         }
-        let (peer, identity) = (peer(), lease.identity());
+        let identity = lease.identity();
         let leg = Leg::H2(H2Leg::client(send, response.into_body(), lease.share()));
         let place = Place { _lease: Some(lease), _turn: turn, _taken: None };
         Ok(Stream { leg, early: Queue::default(), peer, identity, place })
@@ -425,6 +461,50 @@ impl Upstream {
         connect_request(ask, &self.trace, &self.settings.headers).map_err(|e| {
             Attempt::Failed(TunnelError::Request { target: ask.authority().clone(), why: e.to_string() })
         })
+    }
+}
+
+/// A request that was sent, on its stream.
+struct Asked {
+    response: ResponseFuture,
+    send: Sender,
+    lease: Lease,
+    turn: Turn,
+}
+
+/// A request that waits for its answer. Where its client leaves meanwhile, the stream is reset only once the peer has
+/// answered: servers count streams that are reset before they have looked at them, and end the connection, and so every
+/// other flow on it, once there are too many (CVE-2023-44487).
+struct Unanswered<'u> {
+    /// And how long the answer may take.
+    asked: Option<(Asked, Duration)>,
+    to: &'u mpsc::UnboundedSender<(Asked, Duration)>,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if let Some(asked) = self.asked.take() {
+            // Where nobody takes it any more, the stream is reset at once.
+            let _gone = self.to.send(asked);
+        }
+    }
+}
+
+/// Holds streams whose clients have left until they are answered; no more than there are places on connections.
+async fn outlive(mut left: mpsc::UnboundedReceiver<(Asked, Duration)>) {
+    let mut waiting = JoinSet::new();
+    loop {
+        tokio::select! {
+            next = left.recv() => match next {
+                Some((mut asked, after)) => {
+                    waiting.spawn_local(async move {
+                        let _reset_now = timeout(after, &mut asked.response).await;
+                    });
+                }
+                None => return,
+            },
+            Some(_) = waiting.join_next() => {}
+        }
     }
 }
 

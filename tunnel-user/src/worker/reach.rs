@@ -164,6 +164,13 @@ impl Worker {
                         another(shares, &tried, random())
                     })
                 }
+                // The connection was lost, or seems to be, and nothing was carried on it.
+                TunnelError::Dropped { .. } if ahead.is_none_or(|ahead| !ahead.has_carried()) => {
+                    another(shares, &tried, random()).or_else(|| {
+                        tried.clear();
+                        another(shares, &tried, random())
+                    })
+                }
                 // Somebody has, or may have, acted on it; or will say the same again.
                 _ => None,
             };

@@ -148,6 +148,11 @@ impl Pulse {
         self.silent_at.unwrap_or(self.due)
     }
 
+    /// Whether the peer was asked whether it is alive, and has not answered yet.
+    pub fn is_waiting(&self) -> bool {
+        self.silent_at.is_some()
+    }
+
     /// It is to be asked now whether the peer is alive.
     pub fn make_due(&mut self) {
         self.due = Instant::now();
