@@ -5,7 +5,7 @@
 //! or the test's process dies. It never touches the namespace of the test itself.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     future::Future,
     io,
     net::IpAddr,
@@ -106,6 +106,40 @@ impl NetNs {
         self.ip(&format!("route add {network} dev {mouth}"))?;
         // Nobody has this hardware address, so nobody takes the packets; and nobody is asked for it.
         self.ip(&format!("neigh add {address} lladdr 02:00:00:00:00:99 dev {mouth}")).map(drop)
+    }
+
+    /// Has TCP connections from and to its own addresses use this congestion control, whatever the host's default is: its
+    /// IPv4 routes name it, as far as there are any yet, for whoever connects and for whoever accepts. What goes over
+    /// 127.0.0.0/8 and whatever has no such route gets reno, which every kernel has. False: this kernel has no `name`.
+    ///
+    /// A namespace's own default may only be what the host's `tcp_allowed_congestion_control` lists; a route may name
+    /// whatever the kernel has, and it loads what is a module (`tcp_ca_get_key_by_name`, net/ipv4/tcp_cong.c).
+    pub fn congestion_control(&self, name: &str) -> Result<bool> {
+        const FOLDER: &str = "/proc/sys/net/ipv4";
+        let default = format!("{FOLDER}/tcp_congestion_control");
+        self.run(|| fs::write(&default, "reno")).context(default)?;
+        for table in ["main", "local"] {
+            let routes = self.ip(&format!("-4 route show table {table}"))?;
+            // What goes over 127.0.0.0/8 is left out because a route would prevail over what a socket is given before it
+            // connects (tcp_connect_init, net/ipv4/tcp_output.c), and captured ones are given theirs then.
+            let routes =
+                routes.lines().filter(|route| !route.contains(" 127.") && !route.starts_with("broadcast"));
+            for route in routes {
+                // Said of a route whose device has only just come up; `ip` does not take it back.
+                let route = route.replace("linkdown", "");
+                let Err(error) = self.ip(&format!("-4 route change {route} table {table} congctl {name}"))
+                else {
+                    continue;
+                };
+                let available = format!("{FOLDER}/tcp_available_congestion_control");
+                let available = fs::read_to_string(&available).context(available)?;
+                if available.split_whitespace().any(|known| known == name) {
+                    return Err(error);
+                }
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Gives a device an address, usable at once.
