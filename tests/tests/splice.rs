@@ -5,10 +5,10 @@
 //! are tested with.
 
 use std::{
+    cell::RefCell,
     fs, io,
     net::TcpStream,
     path::PathBuf,
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,7 +24,8 @@ use nix::{
 use tunnel_tests::{
     Exec, Finished, PATIENCE, TARGET4, TARGET6, Target, World,
     cgroup::Cgroup,
-    leftovers, process, programs,
+    dmesg::Mark,
+    leftovers, programs,
     target::{self, Gate, Handler},
     wait_for,
     world::{NET4, NET6},
@@ -41,8 +42,7 @@ const PINGS_OF_MANY: usize = 100;
 struct Node {
     world: World,
     config: PathBuf,
-    /// What the kernel had to complain of before.
-    complaints: usize,
+    kernel: RefCell<Mark>,
 }
 
 impl Node {
@@ -51,12 +51,12 @@ impl Node {
     }
 
     fn with(relay: &str) -> Result<Self> {
-        let world = World::new()?;
+        let (world, kernel) = (World::new()?, RefCell::new(Mark::now()?));
         world.node().ip(&format!("route add default via {NET4}"))?;
         world.node().ip(&format!("-6 route add default via {NET6}"))?;
         let config = format!("[daemon]\nworkers = 1\nrelay = \"{relay}\"\n[[route]]\nto = \"direct\"\n");
         let config = world.file("direct.toml", config)?;
-        Ok(Self { world, config, complaints: complaints()? })
+        Ok(Self { world, config, kernel })
     }
 
     fn exec(&self) -> Exec<'_> {
@@ -75,19 +75,11 @@ impl Node {
         Ok((target, addr))
     }
 
-    /// The kernel has nothing more to complain of than before.
+    /// The kernel has had nothing to complain of.
     fn assert_quiet(&self) -> Result<()> {
-        assert_eq!(complaints()?, self.complaints, "{}", process::output(&mut Command::new("dmesg"))?);
+        assert_eq!(self.kernel.borrow_mut().warnings()?, Vec::<String>::new());
         Ok(())
     }
-}
-
-/// Lines of the kernel's log that tell of a mistake in the kernel.
-fn complaints() -> Result<usize> {
-    const SIGNS: [&str; 6] =
-        ["WARNING:", "BUG:", "Oops", "Call Trace", "refcount_t", "blocked for more than"];
-    let log = process::output(&mut Command::new("dmesg"))?;
-    Ok(log.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).count())
 }
 
 /// A counter, as it is logged at the end.

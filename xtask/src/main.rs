@@ -10,6 +10,9 @@ mod bpf_build;
 mod build;
 mod ci;
 mod demo;
+#[path = "../../tests/src/dmesg.rs"]
+#[expect(unreachable_pub, dead_code, reason = "another package's file, of which tests use more")]
+mod dmesg;
 mod fuzz;
 mod leftovers;
 mod matrix;

@@ -4,9 +4,6 @@
 //! of. Invariant: kernels run under QEMU, without KVM, on this machine's files, which they cannot change. Never: it is
 //! part of `cargo xtask ci`; a processor in software is ten times slower, and a kernel is downloaded.
 
-#[path = "../../../tests/src/dmesg.rs"]
-#[expect(unreachable_pub, reason = "another package's file")]
-mod dmesg;
 mod events;
 pub(crate) mod guest;
 mod kernels;
@@ -30,6 +27,7 @@ use self::{
     report::Verdict,
 };
 use crate::{
+    dmesg,
     leftovers::Snapshot,
     run::{self, Checkout, Interrupted, blue, dim, green, red, took},
     setup::{self, Group},
@@ -325,8 +323,7 @@ fn hear(machine: &mut Machine, verdict: &mut Verdict, started: Instant, limit: D
         verdict.warnings.extend(dmesg::complaints(&console));
         if let Some((name, since)) = running {
             let (outcome, seconds) = (Outcome::CutOff, since.elapsed().as_secs_f64());
-            let output = String::new();
-            verdict.tests.push(Trial { name, outcome, attempts: 1, seconds, warnings: vec![], output });
+            verdict.tests.push(Trial { name, outcome, attempts: 1, seconds, ..Trial::default() });
         }
     }
     heard
