@@ -1,8 +1,8 @@
 //! `cargo xtask test`: every test, and the machine as it was before.
 
-use std::{env, fs, path::Path, process::Command};
+use std::{env, fs, net::TcpListener, path::Path, process::Command};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     dmesg::{self, Notes},
@@ -38,6 +38,7 @@ impl Args {
 
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     run::require_root("loading kernel programs and making network namespaces, which the tests do,")?;
+    require_machine()?;
     setup::ensure(checkout, &[Group::Build, Group::Test])?;
     let peers = setup::try_peers(checkout)?;
     run::catch_interrupts()?;
@@ -63,6 +64,24 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if !leftovers::limits_tcp_memory() {
         println!("{} without cgroup v1's memory controller: memory pressure was NOT tested", red("but"));
     }
+    Ok(())
+}
+
+/// What tests take of this machine and cannot set for themselves, because it is everybody's.
+fn require_machine() -> Result<()> {
+    TcpListener::bind("[::1]:0").context(
+        "this machine's loopback has no IPv6 address (::1), which unit tests listen on: \
+         sysctl net.ipv6.conf.lo.disable_ipv6=0",
+    )?;
+    let setting = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
+    ensure!(
+        setting("panic_on_warn").trim() != "1",
+        "kernel.panic_on_warn is 1: a warning of the kernel, which tests may provoke, would stop this machine"
+    );
+    ensure!(
+        setting("printk_devkmsg").trim() != "off",
+        "kernel.printk_devkmsg is off, and a test writes to the kernel's log: sysctl kernel.printk_devkmsg=ratelimit"
+    );
     Ok(())
 }
 

@@ -179,6 +179,7 @@ impl Bed {
             Some(profile) => World::with_link(profile)?,
             None => World::new()?,
         };
+        world.buffers_of_the_machine()?;
         let groups: BTreeMap<Role, Cgroup> =
             Role::ALL.into_iter().map(|role| Ok((role, Cgroup::new()?))).collect::<Result<_>>()?;
         if build.far.is_some() {
