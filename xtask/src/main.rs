@@ -19,6 +19,7 @@ mod matrix;
 mod run;
 mod setup;
 mod test;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -65,6 +66,9 @@ enum Task {
     MatrixGuest(matrix::guest::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
+    /// What has to hold before an issue is closed: the suite under BBR and CUBIC, other kernels, long soaks.
+    #[command(after_help = verify::EXAMPLES)]
+    Verify(verify::Args),
 }
 
 fn main() -> ExitCode {
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),
         Task::Ci => ci::run(&checkout),
+        Task::Verify(args) => verify::run(&checkout, &args),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -56,6 +56,11 @@ const HEARTBEAT: Duration = Duration::from_secs(20);
 /// A kernel that runs no program by then does not boot; without KVM, in half a minute.
 const BOOT: Duration = Duration::from_secs(180);
 
+/// Minutes that a kernel may take with the default tests.
+const TIMEOUT: u64 = 15;
+/// Seconds: what nextest gives a test (.config/nextest.toml).
+const TEST_TIMEOUT: u64 = 240;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Which tests: a file of tests/tests, or FILE::TEXT for those with TEXT in their names.
@@ -69,11 +74,11 @@ pub(crate) struct Args {
     kernel: Vec<String>,
 
     /// How long one kernel may take.
-    #[arg(long, value_name = "MINUTES", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
+    #[arg(long, value_name = "MINUTES", default_value_t = TIMEOUT, value_parser = clap::value_parser!(u64).range(1..=600))]
     timeout: u64,
 
     /// How long one test may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 240, value_parser = clap::value_parser!(u64).range(1..=36_000))]
+    #[arg(long, value_name = "SECONDS", default_value_t = TEST_TIMEOUT, value_parser = clap::value_parser!(u64).range(1..=36_000))]
     test_timeout: u64,
 
     /// Only says which tests would be run.
@@ -83,6 +88,20 @@ pub(crate) struct Args {
     /// Tells programs: JSON on standard output.
     #[arg(long)]
     json: bool,
+}
+
+impl Default for Args {
+    /// As if nothing was typed.
+    fn default() -> Self {
+        Self {
+            tests: Vec::new(),
+            kernel: Vec::new(),
+            timeout: TIMEOUT,
+            test_timeout: TEST_TIMEOUT,
+            list: false,
+            json: false,
+        }
+    }
 }
 
 pub(crate) const EXAMPLES: &str = "\
