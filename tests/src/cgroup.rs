@@ -31,7 +31,8 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes one.
     pub fn new() -> Result<Self> {
-        Self::below(&mounts().into_iter().next().context("no cgroup2 hierarchy is mounted")?)
+        const MISSING: &str = "no cgroup2 hierarchy is mounted, which captures and benchmarks take: mount -t cgroup2 none FOLDER";
+        Self::below(&mounts().into_iter().next().context(MISSING)?)
     }
 
     /// Makes one whose TCP sockets get so many bytes of memory together, and what is more is refused. Only the first

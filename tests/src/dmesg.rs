@@ -1,13 +1,23 @@
 //! What the kernel complains of meanwhile.
 //!
-//! Enters: a moment. Leaves: the warnings that the kernel has logged since, each with the lines behind it. Invariant:
-//! what was logged before the moment is nobody's; a log that cannot be read, or that was overwritten, is an error and
-//! never silence. It judges text: whatever a kernel says of a broken promise of its own has one of the `SIGNS` in it.
+//! Enters: a moment. Leaves: the warnings that the kernel has logged since, each with the lines behind it. It judges text:
+//! whatever a kernel says of a broken promise of its own has one of the `SIGNS` in it.
+//!
+//! # Invariants
+//! - What was logged before the moment is nobody's.
+//! - A log that cannot be read, or that was overwritten, is an error and never silence.
+//! - Most warnings speak once a boot (`WARN_ON_ONCE`). Before a moment they are made to speak again; where the kernel does
+//!   not permit that and has warned already, the check is blind, and [`NOTES`] says whose it was.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Read as _, Seek as _, SeekFrom},
+    collections::BTreeMap,
+    env,
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -38,29 +48,93 @@ const SHOWN: usize = 60;
 /// A record has at most 8 KiB with its header (`PRINTK_MESSAGE_MAX`, kernel/printk/internal.h, and its dictionary).
 const RECORD_MAX: usize = 16 * 1024;
 
+/// Names the folder in which a test notes what whoever runs the tests is to report at the end: see [`Notes`].
+pub const NOTES: &str = "TUNNEL_TEST_NOTES";
+
+/// The warning that is counted and reported and does not fail a test: sockets that a sockmap moves bytes between may be
+/// freed with a wrong account of memory. Whoever removes the cause, as the issue on splice does, deletes this constant and
+/// what uses it: [`is_known`], [`Heard::known`] and [`Notes::known`].
+pub const KNOWN: &str = "inet_sock_destruct";
+
+/// Whether a line is the beginning of the [`KNOWN`] warning, as `__warn` says it (kernel/panic.c) up to Linux 6.18:
+/// `WARNING: CPU: 0 PID: 7 at FILE:LINE FUNCTION+OFFSET`, and since: `WARNING: FILE:LINE at FUNCTION+OFFSET, CPU#0: ...`.
+fn is_known(line: &str) -> bool {
+    let function = |word: &str| word.strip_prefix(KNOWN).is_some_and(|rest| rest.starts_with('+'));
+    let file = |word: &str| word.starts_with("net/ipv4/af_inet.c:");
+    line.starts_with("WARNING: ") && line.split(' ').any(file) && line.split(' ').any(function)
+}
+
+/// What the kernel has complained of.
+#[derive(Debug, Default)]
+pub struct Heard {
+    /// Each with the lines behind it.
+    pub warnings: Vec<String>,
+    /// How often it was the [`KNOWN`] one, which is not among them.
+    pub known: usize,
+}
+
+impl Heard {
+    fn of(lines: &[String]) -> Self {
+        // One with another in the middle of it, as two processors may log them, is not known.
+        let (known, warnings): (Vec<_>, _) = complaints(lines)
+            .into_iter()
+            .partition(|text| text.lines().filter(|line| has_sign(line)).all(is_known));
+        Self { warnings, known: known.len() }
+    }
+}
+
 /// A moment in the kernel's log.
 #[derive(Debug)]
-pub struct Mark(File);
+pub struct Mark {
+    log: File,
+    blind: bool,
+}
 
 impl Mark {
     /// This one.
     pub fn now() -> Result<Self> {
         let open = OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open("/dev/kmsg");
-        let mut log = open.context("opening /dev/kmsg, where the kernel's log is")?;
+        let log = open.context("opening /dev/kmsg, where the kernel's log is")?;
+        let mut mark = Self { log, blind: false };
+        mark.rearm()?;
         // Behind the last record (devkmsg_llseek, kernel/printk/printk.c).
-        log.seek(SeekFrom::End(0)).context("finding the end of the kernel's log")?;
-        Ok(Self(log))
+        mark.log.seek(SeekFrom::End(0)).context("finding the end of the kernel's log")?;
+        Ok(mark)
     }
 
-    /// What the kernel has complained of since, or since this was last asked.
+    /// Makes warnings speak again that have spoken since this machine booted.
+    pub fn rearm(&mut self) -> Result<()> {
+        self.blind = !warnings_speak_again()? && has_warned()?;
+        Ok(())
+    }
+
+    /// Whether this kernel may have no more to say, however much it has to complain of.
+    pub fn is_blind(&self) -> bool {
+        self.blind
+    }
+
+    /// What the kernel has complained of since, or since this was last asked. Notes for the end of the run how often it was
+    /// [`KNOWN`], and whether nothing could be heard.
     pub fn warnings(&mut self) -> Result<Vec<String>> {
-        self.lines().map(|lines| complaints(&lines))
+        let heard = self.heard()?;
+        if let Some(folder) = Notes::folder() {
+            let whose = whose();
+            for (kind, times) in [(BLIND, usize::from(self.blind)), (KNOWN, heard.known)] {
+                (0..times).try_for_each(|_| Notes::note(&folder, kind, &whose))?;
+            }
+        }
+        Ok(heard.warnings)
+    }
+
+    /// The same, and nothing is noted.
+    pub fn heard(&mut self) -> Result<Heard> {
+        self.lines().map(|lines| Heard::of(&lines))
     }
 
     fn lines(&mut self) -> Result<Vec<String>> {
         let (mut lines, mut record) = (Vec::new(), vec![0; RECORD_MAX]);
         loop {
-            match self.0.read(&mut record) {
+            match self.log.read(&mut record) {
                 Ok(n) => lines.push(message(&String::from_utf8_lossy(&record[..n]))),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(lines),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -81,12 +155,90 @@ fn message(record: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
+/// Has every once-only warning speak again (Documentation/admin-guide/clearing-warn-once.rst), by a debugfs that only this
+/// call sees; false where there is none, or where the kernel is locked down (fs/debugfs/inode.c, `debugfs_locked_down`).
+fn warnings_speak_again() -> Result<bool> {
+    const CLEAR: &str =
+        "mount -t debugfs none /sys/kernel/debug && echo 1 >/sys/kernel/debug/clear_warn_once";
+    let mut clear = Command::new("unshare");
+    clear.args(["--mount", "/bin/sh", "-c", CLEAR]);
+    clear.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(clear.status().context("unshare (util-linux) does not start")?.success())
+}
+
+/// Whether this kernel has warned since it booted: `TAINT_WARN` (Documentation/admin-guide/tainted-kernels.rst, bit 9).
+fn has_warned() -> Result<bool> {
+    const TAINTED: &str = "/proc/sys/kernel/tainted";
+    const TAINT_WARN: u64 = 1 << 9;
+    let text = fs::read_to_string(TAINTED).context(TAINTED)?;
+    let taints: u64 = text.trim().parse().with_context(|| format!("{TAINTED}: {text}"))?;
+    Ok(taints & TAINT_WARN != 0)
+}
+
+/// The test that this is, with the file that it is in.
+fn whose() -> String {
+    // What a test's thread is called; where a test has the main thread, it was named on the command line.
+    let thread = thread::current().name().filter(|name| *name != "main").map(str::to_owned);
+    let test = thread.or_else(|| env::args().skip_while(|word| word != "--exact").nth(1));
+    let program = env::args().next().unwrap_or_default();
+    let file = Path::new(&program).file_stem().unwrap_or_default().to_string_lossy();
+    // Cargo puts a hash behind the name.
+    let file = file.rsplit_once('-').map_or(&*file, |(name, _)| name);
+    format!("{file}::{}", test.unwrap_or_default())
+}
+
+/// What the note is called of a check that could see nothing.
+const BLIND: &str = "blind";
+
+/// What tests have noted, for the end of a run.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// The tests whose checks of the kernel's log could see nothing.
+    pub blind: Vec<String>,
+    /// How often each test has heard the [`KNOWN`] warning.
+    pub known: BTreeMap<String, usize>,
+}
+
+impl Notes {
+    #[expect(clippy::disallowed_methods, reason = "a test has no command line of its own")]
+    fn folder() -> Option<PathBuf> {
+        env::var_os(NOTES).map(PathBuf::from)
+    }
+
+    fn note(folder: &Path, kind: &str, whose: &str) -> Result<()> {
+        let path = folder.join(kind);
+        let file = OpenOptions::new().append(true).create(true).open(&path);
+        // In one write: tests run beside each other.
+        file.and_then(|mut file| file.write_all(format!("{whose}\n").as_bytes()))
+            .with_context(|| format!("noting in {}", path.display()))
+    }
+
+    /// Those of a folder.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let lines = |kind| match fs::read_to_string(folder.join(kind)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            read => read.with_context(|| format!("{}", folder.display())),
+        };
+        let mut notes = Self { blind: lines(BLIND)?.lines().map(str::to_owned).collect(), ..Self::default() };
+        notes.blind.sort_unstable();
+        notes.blind.dedup();
+        for whose in lines(KNOWN)?.lines() {
+            *notes.known.entry(whose.to_owned()).or_default() += 1;
+        }
+        Ok(notes)
+    }
+}
+
+fn has_sign(line: &str) -> bool {
+    SIGNS.iter().any(|sign| line.contains(sign))
+}
+
 /// The lines with signs, each with what comes behind it.
 pub fn complaints(lines: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     let mut at = 0;
     while at < lines.len() {
-        if !SIGNS.iter().any(|sign| lines[at].contains(sign)) {
+        if !has_sign(&lines[at]) {
             at += 1;
             continue;
         }
@@ -101,9 +253,73 @@ pub fn complaints(lines: &[String]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
     use super::*;
+
+    /// What 6.18 says when a spliced socket is freed.
+    const SPLICED: &str = "------------[ cut here ]------------\n\
+        WARNING: CPU: 1 PID: 0 at net/ipv4/af_inet.c:156 inet_sock_destruct+0x190/0x1c0\n\
+        Modules linked in:\n\
+        RIP: 0010:inet_sock_destruct+0x190/0x1c0\n\
+        Call Trace:\n <IRQ>\n __sk_destruct+0x2e/0x1b0\n rcu_core+0x1a4/0x5e0\n\
+        ---[ end trace 0000000000000000 ]---\n";
+
+    fn heard(log: &str) -> Heard {
+        Heard::of(&log.lines().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn the_known_warning_is_counted_and_every_other_one_is_told() {
+        let twice = heard(&format!("eth0: link up\n{SPLICED}{SPLICED}"));
+        assert_eq!((twice.known, twice.warnings.len()), (2, 0), "{twice:?}");
+        let since = SPLICED.replace("CPU: 1 PID: 0 at net/ipv4/af_inet.c:156", "net/ipv4/af_inet.c:156 at");
+        assert_eq!(heard(&since).known, 1, "{since}");
+        for (other, why) in [
+            (SPLICED.replace("inet_sock_destruct+", "inet_sock_destructive+"), "another function"),
+            (SPLICED.replace("af_inet.c", "tcp.c"), "another file"),
+            (SPLICED.replace("WARNING:", "BUG:"), "more than a warning"),
+            (SPLICED.replace("inet_sock_destruct+", "x+") + "RIP: inet_sock_destruct+0x1", "only below"),
+            (SPLICED.replace("Call Trace:", "WARNING: CPU: 0 PID: 1 at net/core/x.c:1 x+0x1"), "two at once"),
+        ] {
+            let heard = heard(&other);
+            assert_eq!((heard.known, heard.warnings.len()), (0, 1), "{why}: {heard:?}");
+        }
+    }
+
+    /// Whoever runs the tests can say at the end which checks saw nothing, and who heard the known warning how often.
+    #[test]
+    fn what_tests_note_is_read_at_the_end_by_their_names() -> Result<()> {
+        let folder = env::temp_dir().join(format!("tunnel-tests-notes-{}", std::process::id()));
+        assert_eq!(Notes::read(&folder)?, Notes::default());
+        fs::create_dir(&folder)?;
+        for (kind, whose) in [(BLIND, "b::x"), (BLIND, "a::y"), (BLIND, "a::y"), (KNOWN, "k"), (KNOWN, "k")] {
+            Notes::note(&folder, kind, whose)?;
+        }
+        let notes = Notes::read(&folder);
+        fs::remove_dir_all(&folder)?;
+        let notes = notes?;
+        assert_eq!(notes.blind, ["a::y", "b::x"]);
+        assert_eq!(notes.known, BTreeMap::from([("k".to_owned(), 2)]));
+        assert!(
+            whose().ends_with("::dmesg::tests::what_tests_note_is_read_at_the_end_by_their_names"),
+            "{}",
+            whose()
+        );
+        Ok(())
+    }
+
+    /// A warning that nobody can hear is not taken for silence: a check is blind exactly where this kernel has warned and
+    /// does not let its once-only warnings speak again.
+    #[test]
+    fn a_check_is_blind_where_the_kernel_has_warned_and_cannot_be_made_to_again() -> Result<()> {
+        let warned = has_warned()?;
+        let mark = Mark::now()?;
+        let again = warnings_speak_again()?;
+        // Another test may have it warn meanwhile.
+        if warned == has_warned()? {
+            assert_eq!(mark.is_blind(), warned && !again);
+        }
+        Ok(())
+    }
 
     #[test]
     fn a_complaint_has_its_trace_with_it_and_ordinary_lines_are_none() {
@@ -121,7 +337,8 @@ mod tests {
     fn what_was_logged_since_a_moment_is_found_once_and_what_was_before_is_not() -> Result<()> {
         let log = |text: &str| -> Result<()> {
             let mut file = OpenOptions::new().write(true).open("/dev/kmsg")?;
-            Ok(file.write_all(text.as_bytes())?)
+            // Without its end the kernel keeps a line back for what may follow (prb_commit, kernel/printk/).
+            Ok(file.write_all(format!("{text}\n").as_bytes())?)
         };
         // Not what another mark would take for a complaint of the kernel's while this test runs.
         let text = format!("tunnel-tests: a line of process {}", std::process::id());

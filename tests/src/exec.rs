@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     cgroup::Cgroup,
     gateway::Gateway,
-    mounts,
+    mounts, netns,
     pki::{Credentials, GATEWAY_ID},
     process::{self, Process},
     programs,
@@ -176,7 +176,7 @@ impl<'w> Exec<'w> {
         // SIGTERM when the test dies: it takes its application along and removes its cgroup.
         let host = self.world.node();
         let mut command = if self.fresh_sys {
-            let mut ip = Command::new("ip");
+            let mut ip = netns::plain("ip");
             ip.args(["netns", "exec", host.name()]).arg(&tunnel);
             ip
         } else {
@@ -230,6 +230,12 @@ impl Running {
     /// Waits until it prints a line `KEY=VALUE`; the value.
     pub fn value(&mut self, key: &str) -> Result<String> {
         let line = self.says(&format!("{key}="))?;
+        Ok(line.split_once('=').map(|(_, value)| value.to_owned()).unwrap_or_default())
+    }
+
+    /// The same, however long it takes, as long as it says something meanwhile.
+    pub fn value_in_the_end(&mut self, key: &str) -> Result<String> {
+        let line = self.process.wait_for_line_while_it_goes_on(&format!("{key}="))?;
         Ok(line.split_once('=').map(|(_, value)| value.to_owned()).unwrap_or_default())
     }
 

@@ -48,6 +48,7 @@ pub mod script;
 pub mod servers;
 pub mod sockets;
 pub mod target;
+pub mod terminal;
 pub mod tun;
 pub mod wait;
 pub mod world;

@@ -5,7 +5,7 @@
 //! or the test's process dies. It never touches the namespace of the test itself.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     future::Future,
     io,
     net::IpAddr,
@@ -40,6 +40,32 @@ const FOLDER: &str = "/run/netns";
 const CLEAN_UP: &str = r#"i=0; while [ -n "$(ip netns pids "$1")" ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done
 pids=$(ip netns pids "$1"); [ -z "$pids" ] || kill -9 $pids; ip netns delete "$1""#;
 
+/// What a new namespace has from the machine's first one, and what it has on a machine where nobody has set it
+/// (devinet_init_net, net/ipv4/devinet.c; tcp_sk_init, net/ipv4/tcp_ipv4.c; tcp_init, net/ipv4/tcp.c). The congestion
+/// control stays the machine's: the suite is run under each.
+const AS_IF_NEW: [(&str, &str); 12] = [
+    ("ipv4/ip_forward", "0"),
+    ("ipv4/conf/all/rp_filter", "0"),
+    ("ipv4/conf/default/rp_filter", "0"),
+    ("ipv4/conf/all/accept_local", "0"),
+    ("ipv4/conf/default/accept_local", "0"),
+    ("ipv4/conf/all/route_localnet", "0"),
+    ("ipv4/conf/default/route_localnet", "0"),
+    ("ipv4/conf/all/arp_ignore", "0"),
+    ("ipv4/conf/default/arp_ignore", "0"),
+    ("ipv4/tcp_rmem", "4096 131072 6291456"),
+    ("ipv4/tcp_wmem", "4096 16384 4194304"),
+    // Every test uses IPv6.
+    ("ipv6/conf/all/disable_ipv6", "0"),
+];
+
+/// What a cable is made of.
+const VETH: &str = "a cable takes veth devices (CONFIG_VETH; where it is a module: modprobe veth)";
+
+/// What of the environment programs get. What a user has set besides (a proxy, a language, a folder of settings) is not
+/// for them.
+const ENVIRONMENT: [&str; 3] = ["PATH", "TMPDIR", "RUST_BACKTRACE"];
+
 /// A network namespace.
 #[derive(Debug)]
 pub struct NetNs {
@@ -66,8 +92,19 @@ impl NetNs {
         }
         let file = File::open(Path::new(FOLDER).join(&name))?;
         let host = Self { name, file: Arc::new(file), janitor };
+        host.settings(&AS_IF_NEW)?;
         host.ip("link set lo up")?;
         Ok(host)
+    }
+
+    /// Sets what is below `/proc/sys/net` in it.
+    pub fn settings(&self, settings: &[(&str, &str)]) -> Result<()> {
+        self.run(|| {
+            settings.iter().try_for_each(|(name, value)| {
+                let path = Path::new("/proc/sys/net").join(name);
+                fs::write(&path, value).with_context(|| format!("{}: {value}", path.display()))
+            })
+        })
     }
 
     /// Its name.
@@ -86,7 +123,8 @@ impl NetNs {
     pub fn join(&self, mine: &[&str], other: &Self, theirs: &[&str]) -> Result<()> {
         let number = next();
         let ends = [format!("tt{}a{number}", getpid()), format!("tt{}b{number}", getpid())];
-        self.ip(&format!("link add {} type veth peer name {} netns {}", ends[0], ends[1], other.name))?;
+        self.ip(&format!("link add {} type veth peer name {} netns {}", ends[0], ends[1], other.name))
+            .context(VETH)?;
         for (host, end, addresses) in [(self, &ends[0], mine), (other, &ends[1], theirs)] {
             for address in addresses {
                 host.add_address(address, end)?;
@@ -100,12 +138,46 @@ impl NetNs {
     pub fn add_hole(&self, network: &str, address: IpAddr) -> Result<()> {
         let number = next();
         let (mouth, end) = (format!("tt{}a{number}", getpid()), format!("tt{}b{number}", getpid()));
-        self.ip(&format!("link add {mouth} type veth peer name {end}"))?;
+        self.ip(&format!("link add {mouth} type veth peer name {end}")).context(VETH)?;
         self.ip(&format!("link set {end} up"))?;
         self.ip(&format!("link set {mouth} up"))?;
         self.ip(&format!("route add {network} dev {mouth}"))?;
         // Nobody has this hardware address, so nobody takes the packets; and nobody is asked for it.
         self.ip(&format!("neigh add {address} lladdr 02:00:00:00:00:99 dev {mouth}")).map(drop)
+    }
+
+    /// Has TCP connections from and to its own addresses use this congestion control, whatever the host's default is: its
+    /// IPv4 routes name it, as far as there are any yet, for whoever connects and for whoever accepts. What goes over
+    /// 127.0.0.0/8 and whatever has no such route gets reno, which every kernel has. False: this kernel has no `name`.
+    ///
+    /// A namespace's own default may only be what the host's `tcp_allowed_congestion_control` lists; a route may name
+    /// whatever the kernel has, and it loads what is a module (`tcp_ca_get_key_by_name`, net/ipv4/tcp_cong.c).
+    pub fn congestion_control(&self, name: &str) -> Result<bool> {
+        const FOLDER: &str = "/proc/sys/net/ipv4";
+        let default = format!("{FOLDER}/tcp_congestion_control");
+        self.run(|| fs::write(&default, "reno")).context(default)?;
+        for table in ["main", "local"] {
+            let routes = self.ip(&format!("-4 route show table {table}"))?;
+            // What goes over 127.0.0.0/8 is left out because a route would prevail over what a socket is given before it
+            // connects (tcp_connect_init, net/ipv4/tcp_output.c), and captured ones are given theirs then.
+            let routes =
+                routes.lines().filter(|route| !route.contains(" 127.") && !route.starts_with("broadcast"));
+            for route in routes {
+                // Said of a route whose device has only just come up; `ip` does not take it back.
+                let route = route.replace("linkdown", "");
+                let Err(error) = self.ip(&format!("-4 route change {route} table {table} congctl {name}"))
+                else {
+                    continue;
+                };
+                let available = format!("{FOLDER}/tcp_available_congestion_control");
+                let available = fs::read_to_string(&available).context(available)?;
+                if available.split_whitespace().any(|known| known == name) {
+                    return Err(error);
+                }
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Gives a device an address, usable at once.
@@ -122,10 +194,8 @@ impl NetNs {
 
     /// Like [`command`](Self::command), for a program that cleans up on another signal.
     pub fn command_ended_by(&self, program: impl AsRef<Path>, signal: Signal) -> Command {
-        let mut command = Command::new(program.as_ref());
+        let mut command = plain(program);
         command.stdin(Stdio::null());
-        // What is logged is searched.
-        command.env("NO_COLOR", "1");
         let (namespace, parent) = (Arc::clone(&self.file), getpid());
         let enter = move || enter(&namespace, parent, signal);
         // SAFETY: between fork and exec the closure makes system calls only; it does not allocate.
@@ -199,6 +269,21 @@ impl Drop for NetNs {
     }
 }
 
+/// A command whose environment is that of no user in particular.
+pub fn plain(program: impl AsRef<Path>) -> Command {
+    #[expect(clippy::disallowed_methods, reason = "a test has no command line of its own")]
+    let kept = std::env::vars_os().filter(|(name, _)| {
+        let name = name.to_string_lossy();
+        // With what `cargo xtask test` finds them by.
+        ENVIRONMENT.contains(&&*name) || name.starts_with("TUNNEL_")
+    });
+    let mut command = Command::new(program.as_ref());
+    command.env_clear().envs(kept);
+    // What is logged is searched, and what programs say is read.
+    command.env("NO_COLOR", "1").env("LC_ALL", "C").env("TZ", "UTC").env("HOME", "/nonexistent");
+    command
+}
+
 /// What a child does before it becomes the program.
 fn enter(namespace: &File, parent: Pid, signal: Signal) -> io::Result<()> {
     setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
@@ -224,4 +309,35 @@ fn run(args: &[&str]) -> Result<String> {
         String::from_utf8_lossy(&output.stderr).trim_end()
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process;
+
+    /// What somebody has set on this machine changes no test.
+    #[test]
+    fn a_host_has_what_a_new_machine_has_whatever_this_one_was_set_to() -> Result<()> {
+        let host = NetNs::new("new")?;
+        for (name, value) in AS_IF_NEW {
+            let is = host.run(|| fs::read_to_string(Path::new("/proc/sys/net").join(name)))?;
+            assert_eq!(is.split_whitespace().collect::<Vec<_>>().join(" "), value, "{name}");
+        }
+        Ok(())
+    }
+
+    /// What a user has set for programs (a proxy, a language, a time zone) changes no test.
+    #[test]
+    fn programs_on_a_host_get_the_environment_of_no_user_in_particular() -> Result<()> {
+        let host = NetNs::new("env")?;
+        let given = process::output(&mut host.command("env"))?;
+        for line in given.lines() {
+            let name = line.split('=').next().unwrap_or_default();
+            let ours = ["NO_COLOR", "LC_ALL", "TZ", "HOME"].contains(&name) || name.starts_with("TUNNEL_");
+            assert!(ours || ENVIRONMENT.contains(&name), "{line}");
+        }
+        assert!(given.lines().any(|line| line == "LC_ALL=C"), "{given}");
+        Ok(())
+    }
 }

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -118,24 +118,36 @@ impl Process {
     /// Waits until what it wrote to either output has a line in it that holds `text`; that line.
     /// Fails at once when the process ends without.
     pub fn wait_for_line(&mut self, text: &str) -> Result<String> {
+        self.wait_for_line_in(text, PATIENCE, PATIENCE)
+    }
+
+    /// The same of a process that has a lot to do before, and says so: while it says anything, it may go on.
+    pub fn wait_for_line_while_it_goes_on(&mut self, text: &str) -> Result<String> {
+        self.wait_for_line_in(text, 10 * PATIENCE, PATIENCE)
+    }
+
+    /// For so long, and for so long in silence.
+    fn wait_for_line_in(&mut self, text: &str, limit: Duration, silence: Duration) -> Result<String> {
         let what = format!("\"{text}\" from {}", self.name);
-        let find = |process: &Self| {
-            let all = [process.stdout(), process.stderr()].concat();
-            // The last line may not be whole yet.
-            let whole = all.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-            whole.map(str::trim_end).find(|line| line.contains(text)).map(str::to_owned)
-        };
-        let found = wait_for(&what, PATIENCE, || {
+        let (mut said, mut since) = (0, Instant::now());
+        let found = wait_for(&what, limit, || {
             let ended = self.ended().ok().flatten();
-            match (find(self), ended) {
-                (Some(line), _) => Some(Ok(line)),
-                (None, Some(status)) => Some(Err(status)),
-                (None, None) => None,
+            let all = [self.stdout(), self.stderr()].concat();
+            // The last line may not be whole yet.
+            let mut whole = all.split_inclusive('\n').filter(|line| line.ends_with('\n')).map(str::trim_end);
+            if let Some(line) = whole.find(|line| line.contains(text)) {
+                return Some(Ok(line.to_owned()));
             }
+            if all.len() != said {
+                (said, since) = (all.len(), Instant::now());
+            }
+            let silent = limit != silence && since.elapsed() > silence;
+            let why = ended.map(|status| format!("it ended, {status}"));
+            why.or_else(|| silent.then(|| format!("nothing was said for {silence:?}"))).map(Err)
         });
         match found.with_context(|| format!("{self}"))? {
             Ok(line) => Ok(line),
-            Err(status) => bail!("no {what}: it ended, {status}\n{self}"),
+            Err(why) => bail!("no {what}: {why}\n{self}"),
         }
     }
 

@@ -73,13 +73,6 @@ pub fn envoy(tools: &Path) -> Result<PathBuf> {
     found.context("Envoy is not installed: cargo xtask setup --only peers installs it")
 }
 
-/// oha, an HTTP client, in a folder of programs or in the system's.
-pub fn oha(tools: &Path) -> Result<PathBuf> {
-    let built = Some(tools.join("bin/oha")).filter(|path| path.is_file());
-    let found = built.or_else(|| system("oha").ok());
-    found.context("oha is not installed: cargo xtask setup --only test installs it")
-}
-
 /// Cargo puts programs one folder above the tests.
 fn beside(name: &str) -> Result<PathBuf> {
     let test = env::current_exe()?;

@@ -1,4 +1,4 @@
-//! Real proxies that take CONNECT, Debian's, in `net`.
+//! Real proxies that take CONNECT, Debian's, in `net`, or on the node before one of ours.
 //!
 //! Enters: an address. Leaves: a running proxy, which ends with its guard. Invariant: each runs in the foreground, with
 //! a configuration of its own in the world's folder; none reads `/etc`. What is not installed fails the test.
@@ -61,4 +61,14 @@ pub fn nghttpx(world: &World, at: SocketAddr, onward: SocketAddr) -> Result<Proc
     command.arg(format!("--verify-client-cacert={}", who.ca.display()));
     command.arg(who.key).arg(who.cert);
     listening(world.net(), &[at.port()], "nghttpx", world.folder(), command)
+}
+
+/// nghttpx on the node, before a proxy that takes HTTP/2 in plaintext: what its clients ask for over HTTP/1.1 are CONNECT
+/// streams of one connection to that.
+pub fn nghttpx_before(world: &World, at: SocketAddr, onward: SocketAddr) -> Result<Process> {
+    let mut command = world.node().command(programs::system("nghttpx")?);
+    command.args(["--conf=/dev/null", "--http2-proxy", "--workers=1", "--errorlog-file=/dev/stderr"]);
+    command.arg(format!("--frontend={},{};no-tls", at.ip(), at.port()));
+    command.arg(format!("--backend={},{};;proto=h2", onward.ip(), onward.port()));
+    listening(world.node(), &[at.port()], "nghttpx", world.folder(), command)
 }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::unistd::User;
 
 use crate::{
-    netns::NetNs,
+    netns::{self, NetNs},
     process::{self, Process},
     programs,
     wait::{PATIENCE, wait_for},
@@ -129,7 +129,7 @@ pub fn postgres(world: &World) -> Result<Server> {
             .current_dir("/");
         command
     };
-    let mut init = as_user(Command::new("setpriv"), "initdb");
+    let mut init = as_user(netns::plain("setpriv"), "initdb");
     init.args(["--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"]);
     process::output(&mut init)?;
     fs::write(data.join("pg_hba.conf"), "host all all all trust\n")?;

@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
-    sys::resource::{Resource, getrlimit, setrlimit},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        stat::{Mode, umask},
+    },
     unistd::geteuid,
 };
 use tempfile::TempDir;
@@ -25,7 +28,6 @@ use crate::{
     link::{Link, Profile},
     netns::NetNs,
     pki::{Credentials, GATEWAY_ID, NODE_ID, Pki},
-    process,
     target::{Handler, Target},
     wait::{PATIENCE, wait_for},
 };
@@ -46,6 +48,9 @@ pub const TARGET6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0x200, 0, 0, 0, 0, 
 pub const BLACKHOLE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 201, 0, 99));
 /// Nobody has a route to it.
 pub const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 202, 0, 1));
+
+/// What the tests with the most connections need.
+const DESCRIPTORS: u64 = 20_000;
 
 /// The two hosts of one test.
 #[derive(Debug)]
@@ -83,7 +88,19 @@ impl World {
             "end-to-end tests make network namespaces and load kernel programs: run them as root"
         );
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        let enough = hard.max(DESCRIPTORS);
+        setrlimit(Resource::RLIMIT_NOFILE, enough, enough).with_context(|| {
+            format!(
+                "a process here may have {hard} descriptors, and tests need {DESCRIPTORS}: raise the limit \
+                 (ulimit -Hn {DESCRIPTORS}, or LimitNOFILE= of the service that runs them)"
+            )
+        })?;
+        // As every distribution has it: programs that change their user read files of the test.
+        umask(Mode::from_bits_truncate(0o022));
+        ensure!(
+            Path::new("/proc/sys/net/ipv6").is_dir(),
+            "this kernel runs without IPv6 (ipv6.disable=1), and every test uses it: boot it without that"
+        );
         let folder = tempfile::Builder::new().prefix("tunnel-test-").tempdir()?;
         let (node, net) = (NetNs::new("node")?, NetNs::new("net")?);
         let link = join(
@@ -122,10 +139,19 @@ impl World {
 
     /// What one socket on either host may hold, so that there is room for many (net.ipv4.tcp_wmem and tcp_rmem).
     pub fn buffers_of_64_kib(&self) -> Result<()> {
-        for host in [&self.node, &self.net] {
-            for which in ["tcp_wmem", "tcp_rmem"] {
-                let setting = format!("net.ipv4.{which}=4096 16384 65536");
-                process::output(host.command("sysctl").arg("-qw").arg(setting))?;
+        const SMALL: &str = "4096 16384 65536";
+        [&self.node, &self.net]
+            .into_iter()
+            .try_for_each(|host| host.settings(&[("ipv4/tcp_wmem", SMALL), ("ipv4/tcp_rmem", SMALL)]))
+    }
+
+    /// What the machine's first namespace has of the same, which a new one begins with: benchmarks are compared with ones
+    /// that were run so.
+    pub fn buffers_of_the_machine(&self) -> Result<()> {
+        for which in ["ipv4/tcp_wmem", "ipv4/tcp_rmem"] {
+            let value = std::fs::read_to_string(Path::new("/proc/sys/net").join(which)).context(which)?;
+            for host in [&self.node, &self.net] {
+                host.settings(&[(which, value.trim())])?;
             }
         }
         Ok(())

@@ -9,12 +9,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use tunnel_tests::{
     Exec, Finished, Gateway, PATIENCE, Process, Running, TARGET4, TARGET6, Target, World,
     cgroup::Cgroup,
     daemon::Daemon,
     dialogue::ask,
+    dmesg::Mark,
     node::Node,
     pattern::DOWN,
     programs, target, wait_for,
@@ -29,7 +30,7 @@ const BUSY: &str = "1000";
 struct Direct {
     world: World,
     config: PathBuf,
-    warnings: Warnings,
+    kernel: Mark,
 }
 
 impl Direct {
@@ -41,7 +42,7 @@ impl Direct {
             "[daemon]\nworkers = 1\nrelay = \"copy\"\n[[capture]]\nbypass = \"{bypass}\"\n[[route]]\nto = \"direct\"\n"
         );
         let config = world.file("direct.toml", config)?;
-        Ok(Self { world, config, warnings: Warnings::new()? })
+        Ok(Self { world, config, kernel: Mark::now()? })
     }
 
     fn exec(&self) -> Exec<'_> {
@@ -57,37 +58,21 @@ impl Direct {
         Ok((echo, app))
     }
 
-    fn end(self) -> Result<()> {
-        self.warnings.none_new()
+    fn end(mut self) -> Result<()> {
+        assert_quiet(&mut self.kernel)
     }
+}
+
+/// The kernel has had nothing to complain of since.
+fn assert_quiet(kernel: &mut Mark) -> Result<()> {
+    assert_eq!(kernel.warnings()?, Vec::<String>::new());
+    Ok(())
 }
 
 /// The command line of the busy application.
 fn busy_app(words: &[&str]) -> Result<Vec<OsString>> {
     let program = programs::busy()?.into_os_string();
     Ok([program].into_iter().chain(words.iter().map(OsString::from)).collect())
-}
-
-/// What the kernel has warned of before.
-struct Warnings(usize);
-
-impl Warnings {
-    fn new() -> Result<Self> {
-        Ok(Self(Self::all()?.len()))
-    }
-
-    fn all() -> Result<Vec<String>> {
-        let log = Command::new("dmesg").output().context("dmesg")?;
-        let log = String::from_utf8_lossy(&log.stdout).into_owned();
-        let bad = ["WARNING:", "BUG:", "Oops", "general protection", "Call Trace", "blocked for more than"];
-        Ok(log.lines().filter(|l| bad.iter().any(|b| l.contains(b))).map(str::to_owned).collect())
-    }
-
-    fn none_new(&self) -> Result<()> {
-        let all = Self::all()?;
-        assert!(all.len() <= self.0, "the kernel warns: {:#?}", &all[self.0..]);
-        Ok(())
-    }
 }
 
 /// A counter, as it is logged at the end.
@@ -127,7 +112,7 @@ fn a_busy_connection_through_a_tunnel_goes_past_tcp_too() -> Result<()> {
     let gateway = world.gateway().start()?;
     let echo = world.serve(TARGET4, target::echo())?;
     let node = Node::new(&world)?;
-    let warnings = Warnings::new()?;
+    let mut kernel = Mark::now()?;
     let mut daemon = node.daemon(&node.config(&gateway, "", "bypass = \"auto\""))?;
     let mut app = busy_in(&world, &node, &echo)?;
     app.tell(&format!("duplex {}", 8 * MIB))?;
@@ -138,7 +123,7 @@ fn a_busy_connection_through_a_tunnel_goes_past_tcp_too() -> Result<()> {
     let log = daemon.log();
     assert_eq!(counter(&log, "bypass_promoted"), 1, "{log}");
     assert!(counter(&log, "bypass_bytes") > 400_000, "{log}");
-    warnings.none_new()
+    assert_quiet(&mut kernel)
 }
 
 #[test]
@@ -431,7 +416,7 @@ fn when_the_daemon_is_killed_the_application_is_reset_and_nothing_is_left() -> R
     let world = World::new()?;
     let echo = world.serve(TARGET4, target::echo())?;
     let node = Node::new(&world)?;
-    let warnings = Warnings::new()?;
+    let mut kernel = Mark::now()?;
     let before = programs_left().len();
     let gateway = world.gateway().start()?;
     let (mut daemon, mut app) = promoted(&world, &gateway, &node, &echo)?;
@@ -442,7 +427,7 @@ fn when_the_daemon_is_killed_the_application_is_reset_and_nothing_is_left() -> R
     wait_for("the bypass program to be unloaded", PATIENCE, || {
         (programs_left().len() <= before).then_some(())
     })?;
-    warnings.none_new()
+    assert_quiet(&mut kernel)
 }
 
 #[test]
@@ -450,7 +435,7 @@ fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> R
     let world = World::new()?;
     let echo = world.serve(TARGET4, target::echo())?;
     let node = Node::new(&world)?;
-    let warnings = Warnings::new()?;
+    let mut kernel = Mark::now()?;
     let before = programs_left().len();
     let gateway = world.gateway().start()?;
     let (mut daemon, mut app) = promoted(&world, &gateway, &node, &echo)?;
@@ -461,7 +446,7 @@ fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> R
         (programs_left().len() <= before).then_some(())
     })?;
     assert_eq!(counter(&daemon.log(), "bypass_promoted"), 1);
-    warnings.none_new()
+    assert_quiet(&mut kernel)
 }
 
 #[test]

@@ -3,19 +3,25 @@
 use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
-    os::{
-        fd::{AsRawFd as _, OwnedFd},
-        unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    },
-    process::{Child, Stdio},
-    sync::mpsc,
-    thread,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::{pty::openpty, sys::signal::Signal};
-use tunnel_tests::{Finished, PATIENCE, TARGET4, World, leftovers, process, programs, target, wait_for};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use tunnel_tests::{
+    Finished, PATIENCE, TARGET4, World, leftovers, process, programs, target,
+    terminal::{Guarded, Terminal, spawn_on},
+    wait_for,
+};
 
 /// Runs `sh -c SCRIPT` with a gateway that it does not need.
 fn shell(script: &str) -> Result<Finished> {
@@ -91,8 +97,8 @@ fn the_command_has_our_environment_folder_and_standard_input() -> Result<()> {
 fn signals_reach_the_command() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
-    use Signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
-    for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2] {
+    use Signal::{SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPWR, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM};
+    for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGIO, SIGPWR] {
         let name = signal.as_str().trim_start_matches("SIG");
         let script = format!("trap 'echo got {name}; exit 9' {name}; echo ready; read forever");
         let mut app = world.exec(&gateway).spawn(&["sh", "-c", &script])?;
@@ -113,6 +119,150 @@ fn a_command_without_a_handler_is_ended_by_the_signal() -> Result<()> {
     app.says("ready")?;
     app.process().signal(Signal::SIGINT)?;
     assert_eq!(app.ended()?.status.code(), Some(130));
+    Ok(())
+}
+
+/// Whatever the caller gave its child (ignored signals, as systemd does with SIGPIPE and nohup with SIGHUP; a mask;
+/// descriptors; limits), the command has: what it has without us is the judge.
+#[test]
+fn the_command_has_what_its_caller_gave_and_nothing_of_ours() -> Result<()> {
+    const SHOW: &str = "grep -E '^(Sig(Blk|Ign|Cgt)|Umask|NoNewPrivs|Cap...|Groups|Seccomp):' /proc/self/status; ulimit -a; \
+                        nice; cat /proc/self/oom_score_adj; ls /proc/self/fd; cat <&7";
+    use Signal::{SIGCHLD, SIGHUP, SIGPIPE, SIGTSTP, SIGUSR1, SIGUSR2};
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let given = world.file("given", "a file that was open\n")?;
+    let ignored: [&[Signal]; 4] =
+        [&[], &[SIGPIPE], &[SIGCHLD], &[SIGPIPE, SIGCHLD, SIGHUP, SIGTSTP, SIGUSR1]];
+    for ignored in ignored {
+        for blocked in [&[][..], &[SIGUSR2, SIGCHLD]] {
+            let mask: SigSet = blocked.iter().copied().collect();
+            let give = |mut command: Command| {
+                let (ignored, file) = (ignored.to_vec(), File::open(&given)?);
+                let prepare = move || {
+                    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+                    for signal in &ignored {
+                        // SAFETY: no handler is installed.
+                        unsafe { sigaction(*signal, &ignore) }?;
+                    }
+                    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o027));
+                    // SAFETY: nobody else uses this descriptor here.
+                    let seven = unsafe { nix::unistd::dup2_raw(&file, 7) }?;
+                    // It may have been that one, which closes itself.
+                    fcntl(&seven, FcntlArg::F_SETFD(FdFlag::empty()))?;
+                    std::mem::forget(seven);
+                    Ok(mask.thread_set_mask()?)
+                };
+                // SAFETY: between fork and exec the closure makes system calls; it does not allocate.
+                unsafe { command.pre_exec(prepare) };
+                process::output(&mut command)
+            };
+            let mut plain = world.node().command("sh");
+            plain.args(["-c", SHOW]);
+            let plain = give(plain)?;
+            assert!(plain.contains("a file that was open"), "{plain}");
+            let ours = give(world.exec(&gateway).command(&["sh", "-c", SHOW])?)?;
+            assert_eq!(ours, plain, "{ignored:?} ignored, {blocked:?} blocked");
+        }
+    }
+    Ok(())
+}
+
+/// A caller that ignores SIGCHLD, so that the kernel forgets the status of its children, gets the command's from us.
+#[test]
+fn the_commands_status_is_ours_also_for_a_caller_that_ignores_sigchld() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    for (script, code) in [("exit 7", 7), ("kill -KILL $$", 137)] {
+        let mut command = world.exec(&gateway).command(&["sh", "-c", script])?;
+        let ignore = || {
+            let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+            // SAFETY: no handler is installed.
+            unsafe { sigaction(Signal::SIGCHLD, &ignore) }?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec the closure makes one system call.
+        unsafe { command.pre_exec(ignore) };
+        let output = command.output()?;
+        assert_eq!(process::code(output.status), code, "{output:?}");
+    }
+    Ok(())
+}
+
+/// What systemd says by a process id (sockets that it has opened, a watchdog) is said of the command, if it was said of us.
+#[test]
+fn sockets_and_a_watchdog_that_were_for_us_are_for_the_command() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    const SHOW: &str =
+        "echo $$ $LISTEN_PID $WATCHDOG_PID $SYSTEMD_EXEC_PID; echo $LISTEN_FDS ${LISTEN_PIDFDID-gone} $LAST";
+    // As whoever starts us does: the id is known when the program is about to run.
+    let pass = |pid: &str| -> Result<String> {
+        let script = format!(
+            "export LISTEN_PIDFDID=5 LISTEN_FDS=2 LISTEN_PID={pid} WATCHDOG_PID={pid} SYSTEMD_EXEC_PID={pid} LAST=1; exec \"$@\""
+        );
+        let ours = world.exec(&gateway).command(&["sh", "-c", SHOW])?;
+        let mut command = world.node().command_ended_by("sh", Signal::SIGTERM);
+        command.args(["-c", &script, "sh"]).arg(ours.get_program()).args(ours.get_args());
+        process::output(&mut command)
+    };
+    let said = pass("$$")?;
+    let (ids, rest) = said.split_once('\n').context("two lines")?;
+    let ids: Vec<_> = ids.split(' ').collect();
+    assert!(ids.len() == 4 && ids.iter().all(|id| *id == ids[0]), "{said}");
+    assert_eq!(rest, "2 gone 1\n");
+    // Somebody else's stay somebody else's.
+    let said = pass("1")?;
+    assert!(said.contains(" 1 1 1\n2 5 1\n"), "{said}");
+    Ok(())
+}
+
+/// Waits until a child has stopped, and returns by which signal.
+fn stopped(child: &Child) -> Result<Signal> {
+    let pid = Pid::from_raw(child.id().cast_signed());
+    wait_for("tunnel exec to stop", PATIENCE, || {
+        match waitpid(pid, Some(WaitPidFlag::WUNTRACED | WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Stopped(_, signal)) => Some(Ok(signal)),
+            Ok(WaitStatus::StillAlive) => None,
+            other => Some(Err(anyhow::anyhow!("{other:?}"))),
+        }
+    })?
+}
+
+/// A command that stops has stopped for its caller too, however it was stopped, and goes on when we are continued.
+#[test]
+fn a_command_that_stops_stops_us_and_goes_on_when_we_do() -> Result<()> {
+    use Signal::{SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU};
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    for signal in [SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU] {
+        let name = signal.as_str().trim_start_matches("SIG");
+        for script in [
+            format!("kill -{name} $$; exit 5"),
+            // We are told to, and pass it on.
+            "echo ready; read x; exit 5".to_owned(),
+        ] {
+            if signal == SIGSTOP && script.contains("read") {
+                continue;
+            }
+            let mut command = world.exec(&gateway).command(&["sh", "-c", &script])?;
+            // A job: its group has somebody outside who would continue it (POSIX, "orphaned process group").
+            command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut guarded = Guarded(command.spawn()?);
+            let child = &mut guarded.0;
+            world.note_exec(child.id());
+            let pid = Pid::from_raw(child.id().cast_signed());
+            if script.contains("read") {
+                let mut line = [0; 6];
+                child.stdout.as_mut().context("a pipe")?.read_exact(&mut line)?;
+                kill(pid, signal)?;
+            }
+            assert_eq!(stopped(child)?, signal, "{script}");
+            kill(pid, SIGCONT)?;
+            drop(child.stdin.take());
+            assert_eq!(status(child)?, 5, "{script}");
+        }
+    }
     Ok(())
 }
 
@@ -244,61 +394,11 @@ fn two_at_a_time_do_not_disturb_each_other() -> Result<()> {
     Ok(())
 }
 
-/// What a terminal's user would see.
-struct Terminal {
-    keys: File,
-    screen: mpsc::Receiver<Vec<u8>>,
-    seen: String,
-}
-
-impl Terminal {
-    fn open() -> Result<(Self, OwnedFd)> {
-        let pty = openpty(None, None)?;
-        let keys = File::from(pty.master);
-        let mut reader = keys.try_clone()?;
-        let (tell, screen) = mpsc::channel();
-        // It ends with EIO when the last process has closed the other end.
-        thread::spawn(move || {
-            let mut buf = [0; 4096];
-            while let Ok(n) = reader.read(&mut buf) {
-                if n == 0 || tell.send(buf[..n].to_vec()).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok((Self { keys, screen, seen: String::new() }, pty.slave))
-    }
-
-    fn shows(&mut self, text: &str) -> Result<()> {
-        while !self.seen.contains(text) {
-            let more = self.screen.recv_timeout(PATIENCE);
-            let more = more.with_context(|| format!("no \"{text}\" on the screen: {:?}", self.seen))?;
-            self.seen.push_str(&String::from_utf8_lossy(&more));
-        }
-        Ok(())
-    }
-}
-
 /// Starts `tunnel exec` with a terminal, as a shell's job in the foreground.
 fn on_terminal(world: &World, words: &[&str]) -> Result<(Terminal, Child)> {
     let gateway = world.gateway().start()?;
     let (terminal, slave) = Terminal::open()?;
-    let mut command = world.exec(&gateway).command(words)?;
-    command
-        .stdin(Stdio::from(slave.try_clone()?))
-        .stdout(Stdio::from(slave.try_clone()?))
-        .stderr(Stdio::from(slave));
-    let start = || {
-        nix::unistd::setsid()?;
-        // SAFETY: TIOCSCTTY takes an int; standard input is the terminal.
-        match unsafe { libc::ioctl(std::io::stdin().as_raw_fd(), libc::TIOCSCTTY, 0) } {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    };
-    // SAFETY: between fork and exec the closure makes two system calls; it does not allocate.
-    unsafe { command.pre_exec(start) };
-    let child = command.spawn()?;
+    let child = spawn_on(world.exec(&gateway).command(words)?, slave)?;
     world.note_exec(child.id());
     Ok((terminal, child))
 }
@@ -338,5 +438,32 @@ fn ctrl_c_ends_the_command_once_and_we_end_with_its_status() -> Result<()> {
     terminal.shows("ready")?;
     terminal.keys.write_all(&[3])?;
     assert_eq!(status(&mut child)?, 130);
+    Ok(())
+}
+
+/// The terminal of a shell with jobs is the shell's again when a command stops itself, and the command's after `fg`.
+#[test]
+fn a_shell_has_its_terminal_back_when_the_command_suspends_itself_and_can_continue_it() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let (mut terminal, slave) = Terminal::open()?;
+    let script = "echo suspending; kill -TSTP $$; read line; echo \"heard $line\"";
+    let ours = world.exec(&gateway).command(&["sh", "-c", script])?;
+    let words = std::iter::once(ours.get_program()).chain(ours.get_args());
+    let quoted = |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
+    let line = words.map(quoted).collect::<Vec<_>>().join(" ");
+    let job = world.file("job.sh", format!("exec {line}\n"))?;
+    let mut shell = world.node().command("sh");
+    shell.args(["-i", "-m"]);
+    let mut shell = Guarded(spawn_on(shell, slave)?);
+    terminal.keys.write_all(format!("sh {}\n", job.display()).as_bytes())?;
+    terminal.shows("suspending")?;
+    terminal.shows("Stopped")?;
+    terminal.keys.write_all(b"echo sh''ell\n")?;
+    terminal.shows("shell")?;
+    terminal.keys.write_all(b"fg\nkeys\n")?;
+    terminal.shows("heard keys")?;
+    terminal.keys.write_all(b"exit 3\n")?;
+    assert_eq!(status(&mut shell.0)?, 3);
     Ok(())
 }

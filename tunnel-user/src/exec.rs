@@ -2,7 +2,8 @@
 //!
 //! Enters: a command and a configuration. Leaves: its exit status. Invariant: the command has the caller's
 //! terminal, environment and signals, as if we were not there; it runs only once its connections are
-//! captured; when we die, its connections are refused. Nothing of the group is left afterwards.
+//! captured; when we die, its connections are refused. While it is stopped, so are we, for whoever controls the job.
+//! Nothing of the group is left afterwards.
 
 use std::{
     ffi::OsString,
@@ -16,13 +17,9 @@ use std::{
     process::{Command, ExitCode, ExitStatus},
 };
 
-use nix::{
-    sys::{
-        resource::{Resource, getrlimit, rlim_t, setrlimit},
-        signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask},
-        signalfd::{SfdFlags, SignalFd, siginfo},
-    },
-    unistd::Pid,
+use nix::sys::{
+    signal::{SigSet, Signal, raise},
+    signalfd::{SfdFlags, SignalFd, siginfo},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -31,6 +28,7 @@ use crate::{
     capture::cgroup::{CgroupError, Fresh, Hierarchy},
     config::Config,
     exit::{Cause, Failure},
+    inherited::{self, Inherited},
     privileges,
     stats::{self, Record},
 };
@@ -40,17 +38,6 @@ const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
 /// What a shell adds to the number of the signal that killed a command.
 const SIGNALLED: i32 = 128;
-
-/// Signals that are for the command.
-const FORWARDED: [Signal; 7] = [
-    Signal::SIGINT,
-    Signal::SIGQUIT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-    Signal::SIGWINCH,
-];
 
 /// What `exec` was told besides the configuration.
 #[derive(Debug, Default)]
@@ -66,26 +53,21 @@ pub struct Options {
 /// Runs the command to its end.
 pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
     privileges::require_for_capture()?;
-    // We raise ours; the command gets the one that it would have had (select(2) breaks beyond 1024).
-    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| os("limits", e.into()))?;
     let records = options.stats || options.stats_json.is_some();
-    // Before any thread starts: threads inherit the mask, and one descriptor then gets every signal.
-    let forwarded: SigSet = FORWARDED.into_iter().collect();
-    let mut before = SigSet::empty();
-    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&forwarded), Some(&mut before))
-        .map_err(|e| os("signals", e.into()))?;
+    // Before any thread starts, and before the limit of descriptors is raised (select(2) breaks beyond 1024).
+    let (inherited, blocked) = Inherited::take().map_err(|e| os("signals and limits", e))?;
     let mut group = Hierarchy::open().and_then(|h| h.create_fresh()).map_err(cgroup_failure)?;
     let runtime = app::control_runtime()?;
     let (status, report) = runtime.block_on(async {
-        let signals = SignalFd::with_flags(&forwarded, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+        let signals = SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(|e| os("signals", e.into()))?;
         // SAFETY: the descriptor is the signalfd's own, and stays open and the same as long as it lives.
         let signals = unsafe { AsyncFd::register(signals) }.map_err(|e| os("signals", e.into()))?;
         let start = app::Options { group: Some(&group), keep_records: records, ..Default::default() };
         let mut running = app::start(config, start)?;
-        let status = match spawn(&options.command, &group, before, limit) {
+        let status = match spawn(&options.command, &group, inherited) {
             Ok(mut child) => tokio::select! {
-                status = wait(&mut child, &signals) => status.map_err(|e| os("waiting for the command", e))?,
+                status = child.ended(&signals) => status.map_err(|e| os("waiting for the command", e))?,
                 () = running.watch_captures() => {
                     return Err(Failure::Other(Cause::new("the capture ended", "")));
                 }
@@ -116,9 +98,8 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
 fn spawn(
     command: &[OsString],
     group: &Fresh,
-    mask: SigSet,
-    (soft, hard): (rlim_t, rlim_t),
-) -> Result<tokio::process::Child, Result<u8, Failure>> {
+    mut inherited: Inherited,
+) -> Result<Child, Result<u8, Failure>> {
     let Some((program, args)) = command.split_first() else {
         return Err(Err(Failure::Config(Cause::new("no command was given", "tunnel exec ... -- CMD ARGS"))));
     };
@@ -126,20 +107,20 @@ fn spawn(
     let mut child = Command::new(program);
     child.args(args);
     let fd = procs.as_raw_fd();
-    // SAFETY: between fork and exec only async-signal-safe calls are made (signal-safety(7)): write(2) to
-    // a descriptor that lives until spawn returns, setrlimit(2), and pthread_sigmask(3).
+    // SAFETY: between fork and exec only async-signal-safe calls are made (signal-safety(7)): write(2) to a descriptor that
+    // lives until spawn returns, and those of `Inherited::give`, for which the child has one thread and `inherited`, which is
+    // the closure's, stays where it is.
     unsafe {
         child.pre_exec(move || {
             if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 {
                 return Err(io::Error::last_os_error());
             }
-            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
-            pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&mask), None).map_err(io::Error::from)
+            inherited.give()
         });
     }
-    let spawned = tokio::process::Command::from(child).spawn();
+    let spawned = child.spawn();
     drop(procs);
-    spawned.map_err(|e| {
+    spawned.map(|child| Child { pid: child.id().cast_signed(), stopped: false }).map_err(|e| {
         let program = program.to_string_lossy();
         match e.kind() {
             io::ErrorKind::NotFound => {
@@ -155,32 +136,92 @@ fn spawn(
     })
 }
 
-/// Waits for the command, and passes on the signals that are meant for it.
-async fn wait(child: &mut tokio::process::Child, signals: &AsyncFd<SignalFd>) -> io::Result<ExitStatus> {
-    let pid = child.id().map(|id| Pid::from_raw(id.cast_signed()));
-    loop {
-        tokio::select! {
-            status = child.wait() => return status,
-            ready = signals.readable() => {
-                let mut ready = ready?;
-                while let Ok(Some(info)) = ready.get_inner().read_signal() {
-                    if let (Some(pid), Some(signal)) = (pid, to_forward(&info)) {
-                        // It may have ended just now.
-                        let _gone = kill(pid, signal);
-                    }
+/// The command, as it runs.
+struct Child {
+    pid: libc::pid_t,
+    /// Whether it is stopped (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU).
+    stopped: bool,
+}
+
+impl Child {
+    /// Waits for its end; passes on the signals that are meant for it, and stops when it does.
+    async fn ended(&mut self, signals: &AsyncFd<SignalFd>) -> io::Result<ExitStatus> {
+        loop {
+            let mut ready = signals.readable().await?;
+            let mut resumed = false;
+            while let Ok(Some(info)) = ready.get_inner().read_signal() {
+                match info.ssi_signo.cast_signed() {
+                    // Looked after below.
+                    libc::SIGCHLD => {}
+                    libc::SIGCONT => resumed = true,
+                    _ if is_the_terminals(&info) => {}
+                    signal => self.send(signal),
                 }
-                ready.clear_ready();
             }
+            ready.clear_ready();
+            if let Some(status) = self.follow(resumed)? {
+                return Ok(status);
+            }
+        }
+    }
+
+    fn send(&self, signal: libc::c_int) {
+        // SAFETY: a system call on numbers. The command may have ended just now; its id is its own until it is waited for.
+        let _gone = unsafe { libc::kill(self.pid, signal) };
+    }
+
+    /// Takes note of what has become of it: its status when it has ended. Where it has stopped, so do we, because whoever
+    /// started us waits for us to; `resumed`, somebody has us continue, and means it.
+    fn follow(&mut self, resumed: bool) -> io::Result<Option<ExitStatus>> {
+        let mut stopped_by = None;
+        while let Some(status) = self.news()? {
+            if status.continued() {
+                (self.stopped, stopped_by) = (false, None);
+            } else if let Some(signal) = status.stopped_signal() {
+                (self.stopped, stopped_by) = (true, Some(signal));
+            } else {
+                return Ok(Some(status));
+            }
+        }
+        match stopped_by {
+            // Of a whole group it would have heard it itself.
+            _ if resumed && self.stopped => self.send(libc::SIGCONT),
+            Some(signal) => stop(signal)?,
+            None => {}
+        }
+        Ok(None)
+    }
+
+    /// The next change of its state, if there was one.
+    fn news(&self) -> io::Result<Option<ExitStatus>> {
+        const CHANGES: libc::c_int = libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED;
+        let mut status = 0;
+        // SAFETY: waitpid(2) writes an int.
+        match unsafe { libc::waitpid(self.pid, &raw mut status, CHANGES) } {
+            0 => Ok(None),
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(Some(ExitStatus::from_raw(status))),
         }
     }
 }
 
+/// Stops this process by the signal that has stopped the command, until it is continued. In a process group that nobody
+/// controls (POSIX calls it orphaned) the kernel does so by SIGSTOP only, as it does with the command.
+fn stop(signal: libc::c_int) -> io::Result<()> {
+    let signal = Signal::try_from(signal).unwrap_or(Signal::SIGSTOP);
+    let signal = if inherited::is_ignored(signal as libc::c_int) { Signal::SIGSTOP } else { signal };
+    // It is blocked, and waits beside the one that the terminal may have sent to us; both are gone when we are continued.
+    raise(signal)?;
+    let only = SigSet::from(signal);
+    only.thread_unblock()?;
+    Ok(only.thread_block()?)
+}
+
 /// A signal from the terminal has gone to the whole foreground group, the command included.
-fn to_forward(info: &siginfo) -> Option<Signal> {
+fn is_the_terminals(info: &siginfo) -> bool {
     /// `SI_KERNEL` of `asm-generic/siginfo.h`.
     const SI_KERNEL: i32 = 0x80;
-    let signal = Signal::try_from(info.ssi_signo.cast_signed()).ok()?;
-    (info.ssi_code != SI_KERNEL).then_some(signal)
+    info.ssi_code == SI_KERNEL
 }
 
 /// Ends what the command left running: without us its connections could go nowhere.

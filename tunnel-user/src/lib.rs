@@ -16,6 +16,7 @@ pub mod exit;
 pub mod files;
 pub mod flow;
 pub mod index;
+pub mod inherited;
 pub mod inspect;
 pub mod kernels;
 pub mod limits;

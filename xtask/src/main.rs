@@ -10,12 +10,16 @@ mod bpf_build;
 mod build;
 mod ci;
 mod demo;
+#[path = "../../tests/src/dmesg.rs"]
+#[expect(unreachable_pub, dead_code, reason = "another package's file, of which tests use more")]
+mod dmesg;
 mod fuzz;
 mod leftovers;
 mod matrix;
 mod run;
 mod setup;
 mod test;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -62,6 +66,9 @@ enum Task {
     MatrixGuest(matrix::guest::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
+    /// What has to hold before an issue is closed: the suite under BBR and CUBIC, other kernels, long soaks.
+    #[command(after_help = verify::EXAMPLES)]
+    Verify(verify::Args),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +83,7 @@ fn main() -> ExitCode {
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),
         Task::Ci => ci::run(&checkout),
+        Task::Verify(args) => verify::run(&checkout, &args),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -75,12 +75,13 @@ const PACKAGES: &[Package] = &[
     package("busybox-static", &["busybox"], &[Matrix]),
     package("curl", &["curl"], &[Test, Demo]),
     package("haproxy", &["haproxy"], &[Test]),
-    // A program in Go.
+    // A program in Go, captured, and a CONNECT client that is neither ours nor a proxy.
     package("hey", &["hey"], &[Test]),
     package("iperf3", &["iperf3"], &[Test, Peers]),
     package("iproute2", &["ip"], &[Test, Demo, Peers, Matrix]),
     package("iptables", &["iptables"], &[Test, Peers]),
     package("kmod", &["depmod", "modprobe"], &[Matrix]),
+    // Also a client of HTTP/2 CONNECT that is neither ours nor Envoy's.
     package("nghttp2-proxy", &["nghttpx"], &[Test]),
     package("openssl", &["openssl"], &[Test]),
     package("postgresql", &[], &[Test]),
@@ -132,7 +133,7 @@ struct Tool {
     group: Group,
 }
 
-const TOOLS: [Tool; 5] = [
+const TOOLS: [Tool; 4] = [
     Tool {
         name: "bpf-linker",
         version: "0.13.0",
@@ -143,13 +144,6 @@ const TOOLS: [Tool; 5] = [
         name: "cargo-nextest",
         version: "0.9.143",
         features: &["--no-default-features", "--features", "default-no-update"],
-        group: Test,
-    },
-    // A CONNECT client that is neither ours nor Envoy's (hyper), over HTTP/2 too.
-    Tool {
-        name: "oha",
-        version: "1.16.0",
-        features: &["--no-default-features", "--features", "rustls"],
         group: Test,
     },
     Tool { name: "cargo-fuzz", version: "0.13.2", features: &[], group: Fuzz },

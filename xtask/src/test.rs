@@ -1,10 +1,11 @@
 //! `cargo xtask test`: every test, and the machine as it was before.
 
-use std::{env, process::Command};
+use std::{env, fs, net::TcpListener, path::Path, process::Command};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
+    dmesg::{self, Notes},
     leftovers::{self, MARK, Snapshot},
     run::{self, Checkout, foreground, green, red},
     setup::{self, Group},
@@ -37,12 +38,18 @@ impl Args {
 
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     run::require_root("loading kernel programs and making network namespaces, which the tests do,")?;
+    require_machine()?;
     setup::ensure(checkout, &[Group::Build, Group::Test])?;
     let peers = setup::try_peers(checkout)?;
     run::catch_interrupts()?;
     let before = Snapshot::take(checkout);
+    let notes = checkout.target.join(format!("xtask/notes-{}", std::process::id()));
+    fs::create_dir_all(&notes).with_context(|| format!("making {}", notes.display()))?;
 
-    let tested = tests(checkout, args, peers);
+    let tested = tests(checkout, args, peers, &notes);
+    let noted = Notes::read(&notes);
+    fs::remove_dir_all(&notes)?;
+    report(&noted?);
     // After failed tests above all: they are the ones that leave something.
     let clean = before.compare(checkout);
     if let (Err(_), Err(left)) = (&tested, &clean) {
@@ -60,7 +67,43 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn tests(checkout: &Checkout, args: &Args, peers: bool) -> Result<()> {
+/// What tests take of this machine and cannot set for themselves, because it is everybody's.
+fn require_machine() -> Result<()> {
+    TcpListener::bind("[::1]:0").context(
+        "this machine's loopback has no IPv6 address (::1), which unit tests listen on: \
+         sysctl net.ipv6.conf.lo.disable_ipv6=0",
+    )?;
+    let setting = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
+    ensure!(
+        setting("panic_on_warn").trim() != "1",
+        "kernel.panic_on_warn is 1: a warning of the kernel, which tests may provoke, would stop this machine"
+    );
+    ensure!(
+        setting("printk_devkmsg").trim() != "off",
+        "kernel.printk_devkmsg is off, and a test writes to the kernel's log: sysctl kernel.printk_devkmsg=ratelimit"
+    );
+    Ok(())
+}
+
+/// Says what tests have noted of the kernel's log.
+fn report(Notes { blind, known }: &Notes) {
+    let times: usize = known.values().sum();
+    if times > 0 {
+        println!("{} the kernel gave its known warning in {}, {times} times:", red("but"), dmesg::KNOWN);
+        known.iter().for_each(|(test, times)| println!("      {times} in {test}"));
+    }
+    if !blind.is_empty() {
+        println!(
+            "{} this kernel has warned since it booted and cannot be made to warn again (clear_warn_once in debugfs), so \
+             a warning would NOT have been noticed in these {} tests; boot, or use cargo xtask matrix:",
+            red("but"),
+            blind.len()
+        );
+        blind.iter().for_each(|test| println!("      {test}"));
+    }
+}
+
+fn tests(checkout: &Checkout, args: &Args, peers: bool, notes: &Path) -> Result<()> {
     build_programs(checkout)?;
 
     // Before the rest, so that what nextest sums up stands at the end.
@@ -76,7 +119,8 @@ fn tests(checkout: &Checkout, args: &Args, peers: bool) -> Result<()> {
         .args(&args.nextest)
         .env("PATH", path_with_tools(checkout)?)
         .env("TUNNEL_BIN", checkout.target.join("debug/tunnel"))
-        .env(MARK, std::process::id().to_string());
+        .env(MARK, std::process::id().to_string())
+        .env(dmesg::NOTES, notes);
     if !peers {
         nextest.env(WITHOUT_PEERS, "1");
     }

@@ -65,7 +65,7 @@ pub(super) struct Finding {
 }
 
 /// What came of a test.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Trial {
     pub(super) name: String,
     pub(super) outcome: Outcome,
@@ -75,15 +75,20 @@ pub(super) struct Trial {
     pub(super) seconds: f64,
     /// What the kernel complained of meanwhile.
     pub(super) warnings: Vec<String>,
+    /// How often it gave the known warning, which is not among them.
+    pub(super) known_warnings: usize,
+    /// Whether it could not have complained.
+    pub(super) blind: bool,
     /// The end of what it said each time that it failed.
     pub(super) output: String,
 }
 
 /// How a test ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Outcome {
     Passed,
+    #[default]
     Failed,
     /// It took too long, and was killed.
     TimedOut,

@@ -17,11 +17,8 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{
-    dmesg::Mark,
-    events::{Event, Finding, Outcome, Shared, Test, Trial},
-};
-use crate::run;
+use super::events::{Event, Finding, Outcome, Shared, Test, Trial};
+use crate::{dmesg::Mark, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -47,8 +44,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut log = Mark::now()?;
     let (limit, folder) = (Duration::from_secs(plan.limit_seconds), programs(&shared)?);
     shared.tell(&Event::Doctor(doctor(&folder.join("tunnel"))?))?;
-    let mut outside = log.warnings()?;
+    let mut outside = log.heard()?.warnings;
     for test in &plan.tests {
+        // What the test before made it say it can say again.
+        log.rearm()?;
         shared.tell(&Event::Began(test.full_name()))?;
         let mut trial = try_one(test, limit, &folder)?;
         while matches!(trial.outcome, Outcome::Failed | Outcome::TimedOut) && trial.attempts < ATTEMPTS {
@@ -58,14 +57,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             trial.output.insert_str(0, &before);
         }
         // Of every attempt: nothing excuses a complaint.
-        trial.warnings = log.warnings()?;
+        let heard = log.heard()?;
+        (trial.warnings, trial.known_warnings, trial.blind) = (heard.warnings, heard.known, log.is_blind());
         let stuck = trial.outcome == Outcome::Stuck;
         shared.tell(&Event::Ended(trial))?;
         if stuck {
             break;
         }
     }
-    outside.extend(log.warnings()?);
+    outside.extend(log.heard()?.warnings);
     shared.tell(&Event::Done { warnings: outside })
 }
 
@@ -111,8 +111,8 @@ fn try_one(test: &Test, limit: Duration, folder: &Path) -> Result<Trial> {
         outcome,
         attempts: 1,
         seconds: started.elapsed().as_secs_f64(),
-        warnings: Vec::new(),
         output: tail(&output).to_owned(),
+        ..Trial::default()
     })
 }
 

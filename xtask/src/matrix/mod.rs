@@ -4,9 +4,6 @@
 //! of. Invariant: kernels run under QEMU, without KVM, on this machine's files, which they cannot change. Never: it is
 //! part of `cargo xtask ci`; a processor in software is ten times slower, and a kernel is downloaded.
 
-#[path = "../../../tests/src/dmesg.rs"]
-#[expect(unreachable_pub, reason = "another package's file")]
-mod dmesg;
 mod events;
 pub(crate) mod guest;
 mod kernels;
@@ -30,6 +27,7 @@ use self::{
     report::Verdict,
 };
 use crate::{
+    dmesg,
     leftovers::Snapshot,
     run::{self, Checkout, Interrupted, blue, dim, green, red, took},
     setup::{self, Group},
@@ -58,6 +56,11 @@ const HEARTBEAT: Duration = Duration::from_secs(20);
 /// A kernel that runs no program by then does not boot; without KVM, in half a minute.
 const BOOT: Duration = Duration::from_secs(180);
 
+/// Minutes that a kernel may take with the default tests.
+const TIMEOUT: u64 = 15;
+/// Seconds: what nextest gives a test (.config/nextest.toml).
+const TEST_TIMEOUT: u64 = 240;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Which tests: a file of tests/tests, or FILE::TEXT for those with TEXT in their names.
@@ -71,11 +74,11 @@ pub(crate) struct Args {
     kernel: Vec<String>,
 
     /// How long one kernel may take.
-    #[arg(long, value_name = "MINUTES", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
+    #[arg(long, value_name = "MINUTES", default_value_t = TIMEOUT, value_parser = clap::value_parser!(u64).range(1..=600))]
     timeout: u64,
 
     /// How long one test may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 240, value_parser = clap::value_parser!(u64).range(1..=36_000))]
+    #[arg(long, value_name = "SECONDS", default_value_t = TEST_TIMEOUT, value_parser = clap::value_parser!(u64).range(1..=36_000))]
     test_timeout: u64,
 
     /// Only says which tests would be run.
@@ -85,6 +88,20 @@ pub(crate) struct Args {
     /// Tells programs: JSON on standard output.
     #[arg(long)]
     json: bool,
+}
+
+impl Default for Args {
+    /// As if nothing was typed.
+    fn default() -> Self {
+        Self {
+            tests: Vec::new(),
+            kernel: Vec::new(),
+            timeout: TIMEOUT,
+            test_timeout: TEST_TIMEOUT,
+            list: false,
+            json: false,
+        }
+    }
 }
 
 pub(crate) const EXAMPLES: &str = "\
@@ -325,8 +342,7 @@ fn hear(machine: &mut Machine, verdict: &mut Verdict, started: Instant, limit: D
         verdict.warnings.extend(dmesg::complaints(&console));
         if let Some((name, since)) = running {
             let (outcome, seconds) = (Outcome::CutOff, since.elapsed().as_secs_f64());
-            let output = String::new();
-            verdict.tests.push(Trial { name, outcome, attempts: 1, seconds, warnings: vec![], output });
+            verdict.tests.push(Trial { name, outcome, attempts: 1, seconds, ..Trial::default() });
         }
     }
     heard

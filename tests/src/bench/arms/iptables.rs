@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::unrelated;
 use crate::{
     cgroup::{self, Cgroup},
-    programs,
+    programs, rules,
     world::World,
 };
 
@@ -35,6 +35,7 @@ pub(super) fn redirect(world: &World, group: &Cgroup, to: IpAddr, port: u16, rul
     let mut restore = restore.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     restore.stdin.take().context("a pipe was asked for")?.write_all(text.as_bytes())?;
     let done = restore.wait_with_output()?;
-    ensure!(done.status.success(), "iptables-nft-restore: {}", String::from_utf8_lossy(&done.stderr));
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "iptables-nft-restore: {said}{}", rules::NEEDS);
     Ok(text)
 }

@@ -11,7 +11,7 @@ mod near;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     process::Command,
@@ -75,7 +75,7 @@ pub(super) struct Build {
 pub(super) struct Network {
     /// In place of a cable.
     link: Option<Profile>,
-    /// Congestion control of both hosts, by the kernel's name.
+    /// Congestion control of both hosts, by the kernel's name; over loopback there is reno.
     pub(super) congestion: &'static str,
 }
 
@@ -89,19 +89,6 @@ impl Network {
     /// Such a link, in place of the cable.
     pub(super) const fn over(link: Profile) -> Self {
         Self { link: Some(link), ..Self::CABLE }
-    }
-
-    /// Sets the host up on which it is called, or says what that lacks.
-    fn control(&self) -> Result<Option<String>> {
-        const PATH: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
-        let name = self.congestion;
-        // The kernel loads what it has as a module.
-        match fs::write(PATH, name) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                Ok(Some(format!("this kernel does not have {name} (tcp_{name})")))
-            }
-            written => written.with_context(|| format!("{PATH}: {name}")).map(|()| None),
-        }
     }
 }
 
@@ -192,11 +179,7 @@ impl Bed {
             Some(profile) => World::with_link(profile)?,
             None => World::new()?,
         };
-        for host in [world.node(), world.net()] {
-            if let Some(missing) = host.run(|| network.control())? {
-                return Ok(SetUp::Missing(missing));
-            }
-        }
+        world.buffers_of_the_machine()?;
         let groups: BTreeMap<Role, Cgroup> =
             Role::ALL.into_iter().map(|role| Ok((role, Cgroup::new()?))).collect::<Result<_>>()?;
         if build.far.is_some() {
@@ -204,6 +187,14 @@ impl Bed {
             world.node().add_hole("10.200.0.0/24", TARGET4)?;
         } else {
             world.node().ip(&format!("route add {TARGET4} via {NET4}"))?;
+        }
+        let name = network.congestion;
+        for host in [world.node(), world.net()] {
+            if !host.congestion_control(name)? {
+                return Ok(SetUp::Missing(format!(
+                    "this kernel does not have {name} (modprobe tcp_{name} loads it where it is a module)"
+                )));
+            }
         }
         let (host, at) = match build.server {
             Place::Away => (world.net(), &[IpAddr::V4(Ipv4Addr::UNSPECIFIED)][..]),
@@ -476,6 +467,8 @@ impl model::Arm {
 
 #[cfg(test)]
 mod tests {
+    use crate::process;
+
     use super::*;
 
     const OURS: Build = Build {
@@ -522,6 +515,48 @@ mod tests {
         assert!(judged.unwrap_err().to_string().contains("went past it"));
         let judged = bed.judge(Workload::FirstByte, Whose::Captured, Outcome::default(), BTreeMap::new());
         assert!(judged.unwrap_err().to_string().contains("no byte arrived"));
+        Ok(())
+    }
+
+    /// The congestion control of each connection of a host, in front of its addresses.
+    fn controls(host: &crate::NetNs) -> Result<Vec<String>> {
+        let mut ss = host.command(programs::system("ss")?);
+        let sockets = process::output(ss.args(["-tinH", "state", "established"]))?;
+        // A line for the addresses of each, and one with what it does.
+        let lines: Vec<_> = sockets.lines().collect();
+        let words = |pair: &[&str]| {
+            let name = pair.get(1)?.split_whitespace().next()?.to_owned();
+            let mut addresses = pair[0].split_whitespace().skip(2).map(str::to_owned);
+            Some(format!("{name} {} {}", addresses.next()?, addresses.next()?))
+        };
+        lines.chunks(2).map(|pair| words(pair).with_context(|| sockets.clone())).collect()
+    }
+
+    /// Both ends of every connection between the hosts, and of those to a target, have the scenario's congestion control,
+    /// whatever the host's default is; what is captured has ours.
+    #[test]
+    fn both_ends_have_the_congestion_control_of_their_scenario_whatever_the_hosts_default_is() -> Result<()> {
+        const DIRECT: Build = Build { capture: None, rules: 0, near: None, far: None, server: Place::Away };
+        for network in [Network::CABLE, Network::PACED] {
+            for build in [DIRECT, OURS] {
+                let SetUp::Ready(bed) = Bed::set_up(build, network, 1, &Peers::none())? else {
+                    panic!("this kernel does not have {}", network.congestion)
+                };
+                let idle = Workload::Idle { connections: 2 };
+                let mut client = bed.client(idle, Whose::Captured, Duration::ZERO)?;
+                client.wait_ready()?;
+                for host in [bed.world.node(), bed.world.net()] {
+                    let controls = controls(host)?;
+                    assert!(controls.len() >= 2, "{controls:?}");
+                    for line in controls {
+                        let wanted = if line.contains(" 127.") { "reno" } else { network.congestion };
+                        assert!(line.starts_with(&format!("{wanted} ")), "not {wanted}: {line}");
+                    }
+                }
+                client.measure()?;
+                client.end()?;
+            }
+        }
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 //! waits for a line.
 
 use std::{
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     net::{Shutdown, TcpStream},
     os::fd::AsRawFd as _,
     time::{Duration, Instant},
@@ -55,14 +55,31 @@ pub(super) fn offer(addr: &str, pinged: &str, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// On each of so many connections, writes small messages to a target that does not read until nothing more is taken;
-/// pings another one; says how much was taken, and waits for a line.
+/// On each of so many connections, which have exchanged N single bytes ("ADDR+N"), writes small messages to a target that does not read until nothing more is taken;
+/// pings another one; says how much was taken, and waits for a line. While it is at it, it says how far it has got.
 pub(super) fn stick(addr: &str, pinged: &str, connections: usize) -> Result<()> {
     const MESSAGE: usize = 100;
+    /// How often it says how far it has got.
+    const PROGRESS: Duration = Duration::from_secs(1);
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     let friend = open(pinged)?;
+    let (addr, pings) = addr.split_once('+').unwrap_or((addr, "0"));
     let streams = (0..connections).map(|_| open(addr)).collect::<Result<Vec<_>>>()?;
+    let mut said = Instant::now();
+    // All of them at once: one after the other, each would wait for a busy machine again and again.
+    for round in 0..pings.parse::<usize>()? {
+        for mut stream in &streams {
+            stream.write_all(b"p")?;
+        }
+        for mut stream in &streams {
+            stream.read_exact(&mut [0]).context("pinging all")?;
+        }
+        if said.elapsed() > PROGRESS {
+            said = Instant::now();
+            say(&format!("pinged {round} times"));
+        }
+    }
     say("ready=1");
     let mut line = String::new();
     io::stdin().read_line(&mut line)?;
@@ -71,6 +88,10 @@ pub(super) fn stick(addr: &str, pinged: &str, connections: usize) -> Result<()> 
         stream.set_nonblocking(true)?;
     }
     while quiet.elapsed() < Duration::from_secs(2) {
+        if said.elapsed() > PROGRESS {
+            said = Instant::now();
+            say(&format!("so far: {written}"));
+        }
         for mut stream in &streams {
             // A few at a time, so that they leave as they were written.
             for _ in 0..16 {

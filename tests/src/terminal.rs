@@ -1,0 +1,88 @@
+//! A terminal, with a test in front of it.
+//!
+//! Enters: keys. Leaves: what programs show. Invariant: whoever is started on it ends with its guard.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use nix::pty::openpty;
+
+use crate::wait::PATIENCE;
+
+/// What a terminal's user would see.
+pub struct Terminal {
+    /// What is typed.
+    pub keys: File,
+    screen: mpsc::Receiver<Vec<u8>>,
+    seen: String,
+}
+
+impl Terminal {
+    /// Makes one; the other end is for programs.
+    pub fn open() -> Result<(Self, OwnedFd)> {
+        let pty = openpty(None, None)?;
+        let keys = File::from(pty.master);
+        let mut reader = keys.try_clone()?;
+        let (tell, screen) = mpsc::channel();
+        // It ends with EIO when the last process has closed the other end.
+        thread::spawn(move || {
+            let mut buf = [0; 4096];
+            while let Ok(n) = reader.read(&mut buf) {
+                if n == 0 || tell.send(buf[..n].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((Self { keys, screen, seen: String::new() }, pty.slave))
+    }
+
+    /// Waits until it shows `text`.
+    pub fn shows(&mut self, text: &str) -> Result<()> {
+        while !self.seen.contains(text) {
+            let more = self.screen.recv_timeout(PATIENCE);
+            let more = more.with_context(|| format!("no \"{text}\" on the screen: {:?}", self.seen))?;
+            self.seen.push_str(&String::from_utf8_lossy(&more));
+        }
+        Ok(())
+    }
+}
+
+/// Starts a command with a terminal, of a session of its own.
+pub fn spawn_on(mut command: Command, slave: OwnedFd) -> Result<Child> {
+    command
+        .stdin(Stdio::from(slave.try_clone()?))
+        .stdout(Stdio::from(slave.try_clone()?))
+        .stderr(Stdio::from(slave));
+    let start = || {
+        nix::unistd::setsid()?;
+        // SAFETY: TIOCSCTTY takes an int; standard input is the terminal.
+        match unsafe { libc::ioctl(std::io::stdin().as_raw_fd(), libc::TIOCSCTTY, 0) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec the closure makes two system calls; it does not allocate.
+    unsafe { command.pre_exec(start) };
+    Ok(command.spawn()?)
+}
+
+/// A child that ends with the test, however that ends.
+pub struct Guarded(pub Child);
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // It may have been waited for.
+        let _gone = self.0.kill();
+        let _gone = self.0.wait();
+    }
+}
