@@ -56,6 +56,7 @@ impl Lines {
         let tls = self.tls.as_ref().map(|Tls { store, check }| TlsKey {
             config: store.client_config(check, self.protocol),
             server_name: check.server_name(&site.named),
+            hint: store.hint(),
         });
         Key { endpoint: site.at.clone(), tls, via: self.via.clone() }
     }
