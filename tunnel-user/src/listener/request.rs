@@ -92,6 +92,7 @@ impl Refusal {
             // RFC 5842 section 7.2.
             Self::Loop => (StatusCode::LOOP_DETECTED, "proxy_loop_detected"),
             Self::Dial(DialError::Resolve { .. }) => (StatusCode::BAD_GATEWAY, "dns_error"),
+            Self::Dial(DialError::ResolveTimeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "dns_timeout"),
             Self::Dial(DialError::Refused { .. }) => (StatusCode::BAD_GATEWAY, "connection_refused"),
             Self::Dial(DialError::Unreachable { .. }) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "destination_ip_unroutable")

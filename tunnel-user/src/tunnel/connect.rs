@@ -208,7 +208,7 @@ async fn over_socket(
     deadline: Instant,
 ) -> Result<Connected, ConnectError> {
     let dial = |e| ConnectError::Dial(Rc::new(e));
-    let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
+    let addrs = dial::resolve(&key.endpoint, settings.mark).await.map_err(dial)?;
     // A ClientHello, a preface, or a request.
     let (tcp, addr) =
         dial::connect(&key.endpoint, &addrs, settings.mark, First::Us, deadline, settings.timeout)

@@ -111,7 +111,7 @@ impl Lines {
             return Ok(opened.map(drop).map_err(|e| ConnectError::Outer(Rc::new(e)))?);
         }
         let failed = |e: dial::DialError| Check::Failed(e.to_string());
-        let addrs = dial::resolve(&site.at).await.map_err(failed)?;
+        let addrs = dial::resolve(&site.at, self.connect.mark).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
         let connected =
             dial::connect(&site.at, &addrs, self.connect.mark, First::Anybody, deadline, allowed).await;
