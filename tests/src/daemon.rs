@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     gateway::LOG,
+    mounts,
     netns::NetNs,
     process::Process,
     programs,
@@ -33,13 +34,30 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// The same; it sees each file in place of another, as [`mounts::show`] has them.
+    pub fn start_seeing(
+        world: &World,
+        host: &NetNs,
+        config: &str,
+        files: &[(PathBuf, &str)],
+    ) -> Result<Self> {
+        let mut daemon = Self::spawn_seeing(world, host, config, files)?;
+        daemon.process.wait_for_line("listening")?;
+        Ok(daemon)
+    }
+
     /// The same, without waiting.
     pub fn spawn(world: &World, host: &NetNs, config: &str) -> Result<Self> {
+        Self::spawn_seeing(world, host, config, &[])
+    }
+
+    fn spawn_seeing(world: &World, host: &NetNs, config: &str, files: &[(PathBuf, &str)]) -> Result<Self> {
         let file = tempfile::Builder::new().prefix("daemon-").suffix(".toml").tempfile_in(world.folder())?;
         let (_, path) = file.keep()?;
         fs::write(&path, config)?;
         let mut command = host.command_ended_by(programs::tunnel()?, Signal::SIGTERM);
         command.args(["run", "--log", LOG, "--config"]).arg(&path);
+        mounts::show(&mut command, files)?;
         let process = Process::spawn("daemon", world.folder(), command)?;
         Ok(Self { process, config: path })
     }

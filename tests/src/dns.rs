@@ -26,6 +26,10 @@ struct Zone {
     names: HashMap<String, Vec<IpAddr>>,
     asked: usize,
     silent: bool,
+    /// What names end with of which nothing is said.
+    hanging: Option<String>,
+    /// Whether nothing is said of any IPv6 address.
+    only_v4: bool,
 }
 
 /// A running name server.
@@ -74,6 +78,16 @@ impl Dns {
         self.zone().silent = true;
     }
 
+    /// From now on it does not answer for names with this end.
+    pub fn says_nothing_of(&self, end: &str) {
+        self.zone().hanging = Some(end.to_owned());
+    }
+
+    /// From now on it does not answer for IPv6.
+    pub fn says_nothing_of_ipv6(&self) {
+        self.zone().only_v4 = true;
+    }
+
     /// How many questions have come so far.
     pub fn asked(&self) -> usize {
         self.zone().asked
@@ -96,7 +110,7 @@ async fn serve(socket: &UdpSocket, zone: &Mutex<Zone>) -> Result<()> {
         let answer = {
             let mut zone = zone.lock().unwrap_or_else(PoisonError::into_inner);
             zone.asked += 1;
-            if zone.silent { None } else { answer(&buf[..length], &zone.names) }
+            if zone.silent { None } else { answer(&buf[..length], &zone) }
         };
         if let Some(answer) = answer {
             socket.send_to(&answer, from).await?;
@@ -105,7 +119,7 @@ async fn serve(socket: &UdpSocket, zone: &Mutex<Zone>) -> Result<()> {
 }
 
 /// RFC 1035 section 4: the question's head and the question, then one record for each address.
-fn answer(question: &[u8], names: &HashMap<String, Vec<IpAddr>>) -> Option<Vec<u8>> {
+fn answer(question: &[u8], zone: &Zone) -> Option<Vec<u8>> {
     const HEAD: usize = 12;
     let (mut at, mut name) = (HEAD, Vec::new());
     loop {
@@ -119,7 +133,11 @@ fn answer(question: &[u8], names: &HashMap<String, Vec<IpAddr>>) -> Option<Vec<u
     }
     let kind = u16::from_be_bytes([*question.get(at)?, *question.get(at + 1)?]);
     let question = question.get(..at + 4)?;
-    let found = names.get(&name.join("."));
+    let name = name.join(".");
+    if zone.hanging.as_ref().is_some_and(|end| name.ends_with(end)) || (zone.only_v4 && kind == AAAA) {
+        return None;
+    }
+    let found = zone.names.get(&name);
     let data = found.into_iter().flatten().filter_map(|ip| match (ip, kind) {
         (IpAddr::V4(ip), A) => Some(ip.octets().to_vec()),
         (IpAddr::V6(ip), AAAA) => Some(ip.octets().to_vec()),

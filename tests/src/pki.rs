@@ -12,6 +12,8 @@ use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
 
 use crate::{process, programs};
 
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
 /// Who gateways are.
 pub const GATEWAY_ID: &str = "spiffe://test.tunnel/gateway";
 /// Who nodes are.
@@ -56,12 +58,15 @@ impl Pki {
 
     /// A certificate that this CA signed and that was valid until an hour ago.
     pub fn issue_expired(&self, name: &str, id: &str) -> Result<Credentials> {
-        const HOUR: Duration = Duration::from_secs(60 * 60);
-        let now = SystemTime::now();
+        self.issue_until(name, id, SystemTime::now() - HOUR)
+    }
+
+    /// A certificate that this CA signed and that is valid until then.
+    pub fn issue_until(&self, name: &str, id: &str, end: SystemTime) -> Result<Credentials> {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(id.try_into()?)];
-        params.not_before = (now - 48 * HOUR).into();
-        params.not_after = (now - HOUR).into();
+        params.not_before = (end - 48 * HOUR).into();
+        params.not_after = end.into();
         let ca_key = KeyPair::from_pem(&fs::read_to_string(self.folder.join("ca-key.pem"))?)?;
         let issuer = Issuer::from_ca_cert_pem(&fs::read_to_string(self.ca())?, ca_key)?;
         let key = KeyPair::generate()?;
@@ -69,6 +74,22 @@ impl Pki {
         fs::write(&made.cert, params.signed_by(&key, &issuer)?.pem())?;
         fs::write(&made.key, key.serialize_pem())?;
         Ok(made)
+    }
+
+    /// A certificate of a CA below this one which has these name constraints, as openssl's x509v3_config writes them.
+    pub fn issue_constrained(&self, name: &str, id: &str, constraints: &str) -> Result<Credentials> {
+        let script = format!(
+            "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout c.key -subj /CN=constrained -out c.csr
+             printf 'basicConstraints=critical,CA:true\nkeyUsage=keyCertSign\nnameConstraints={constraints}\n' > c.ext
+             openssl x509 -req -in c.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile c.ext -out c.pem
+             openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {name}-key.pem -subj / -out l.csr
+             printf 'subjectAltName=critical,{id}\nextendedKeyUsage=serverAuth,clientAuth\n' > l.ext
+             openssl x509 -req -in l.csr -CA c.pem -CAkey c.key -CAcreateserial -days 1 -extfile l.ext -out l.pem
+             cat l.pem c.pem > {name}.pem"
+        );
+        let mut command = Command::new(programs::system("sh")?);
+        process::output(command.args(["-euc", &script]).current_dir(&self.folder))?;
+        Ok(self.named(name))
     }
 
     /// The files of a certificate that was issued as `name`.

@@ -1,13 +1,19 @@
 //! Who is not who they have to be gets nothing: no byte passes, and the log names the check.
 
-use std::{fs, sync::Arc};
+use std::{
+    fs,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Result, ensure};
 use h2::client::SendRequest;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use tunnel_tests::{
-    Exec, Finished, Gateway, PATIENCE, TARGET4, Target, World,
+    Exec, Finished, Gateway, NET4, PATIENCE, TARGET4, Target, World,
+    daemon::Daemon,
     dialogue::{ask, lines_with},
     peer,
     pki::{Credentials, GATEWAY_ID, NODE_ID},
@@ -152,6 +158,98 @@ fn without_verify_the_gateway_must_be_valid_for_the_address_that_was_dialled() -
     let target = world.serve(TARGET4, target::echo())?;
     let done = assert_no_byte_passes(&world.exec(&gateway).verify(None), &target)?;
     assert!(done.stderr.contains("failed the SAN check"), "{done}");
+    Ok(())
+}
+
+/// A CA with name constraints for URIs, which nobody here can check, is named by both logs, whoever has its certificate.
+#[test]
+fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Result<()> {
+    const SAID: &str = "the CA \"CN=constrained\" has name constraints for URI names, and URI name constraints are not supported";
+    let world = World::new()?;
+    for (i, constraints) in
+        ["critical,permitted;URI:test.tunnel", "excluded;URI:elsewhere.test"].iter().enumerate()
+    {
+        let node = world.pki().issue_constrained("c-node", &format!("URI:{NODE_ID}"), constraints)?;
+        let mut gateway = world.gateway().listen(port(i, 0)).start()?;
+        let target = world.serve(TARGET4, target::echo())?;
+        let done = assert_no_byte_passes(&world.exec(&gateway).credentials(node), &target)?;
+        let said = gateway.logs("not let in")?;
+        assert!(said.contains("failed the chain check") && said.contains(SAID), "{said}");
+        assert!(!lines_with(&done.stderr, &["the peer refused our certificate", SAID]).is_empty(), "{done}");
+
+        let id = format!("URI:{GATEWAY_ID}");
+        let credentials = world.pki().issue_constrained("c-gateway", &id, constraints)?;
+        let mut gateway = world.gateway().credentials(credentials).listen(port(i, 1)).start()?;
+        let done = assert_no_byte_passes(&world.exec(&gateway), &target)?;
+        assert!(!lines_with(&done.stderr, &["failed the chain check", SAID]).is_empty(), "{done}");
+        let said = gateway.logs("not let in")?;
+        assert!(said.contains("the peer refused our certificate") && said.contains(SAID), "{said}");
+    }
+    // What can be checked, is: the CA and its constraints are named, and a certificate within them works.
+    let dns = "critical,permitted;DNS:test.tunnel";
+    let outside = world.pki().issue_constrained("d", &format!("URI:{NODE_ID},DNS:elsewhere.test"), dns)?;
+    let mut gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    assert_no_byte_passes(&world.exec(&gateway).credentials(outside), &target)?;
+    let said = gateway.logs("not let in")?;
+    assert!(said.contains("name constraints of its CA do not permit (\"CN=constrained\")"), "{said}");
+    let inside = world.pki().issue_constrained("d", &format!("URI:{NODE_ID},DNS:a.test.tunnel"), dns)?;
+    let exec = world.exec(&gateway).credentials(inside);
+    let done = exec.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+    assert!(done.success(), "{done}");
+    Ok(())
+}
+
+fn port(i: usize, j: usize) -> SocketAddr {
+    let offset = u16::try_from(2 * i + j).expect("few");
+    SocketAddr::new(NET4, 15100 + offset)
+}
+
+/// A certificate that has expired is named by the logs of both sides, also where a resumed session shows it again.
+#[test]
+fn an_expired_certificate_in_a_resumed_session_is_named_by_both_logs() -> Result<()> {
+    let world = World::new()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    for whose in ["node", "gateway"] {
+        let end = SystemTime::now() + Duration::from_secs(5);
+        let (node, gateway) = match whose {
+            "node" => (world.pki().issue_until("short", NODE_ID, end)?, world.pki().named("gateway")),
+            _ => (world.pki().named("node"), world.pki().issue_until("short", GATEWAY_ID, end)?),
+        };
+        let address = SocketAddr::new(NET4, 15200);
+        let config = format!(
+            "{}[[listener]]\naddress = \"{address}\"\nprotocols = [\"h1\"]\n[[route]]\nto = \"direct\"\n\
+             [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
+            gateway.toml()
+        );
+        let mut daemon = Daemon::start(&world, world.net(), &config)?;
+        // A connection for each flow, so that the second flow resumes the session of the first.
+        let config = format!(
+            "[daemon]\nworkers = 1\n{}[[route]]\nto = [{{ upstream = \"next\" }}]\n[[upstream]]\nname = \"next\"\n\
+             endpoints = [\"{address}\"]\nprotocol = \"h1\"\nverify = [\"{GATEWAY_ID}\"]\n",
+            node.toml()
+        );
+        let exec = world.exec_with(&world.file("agent.toml", config)?);
+        let mut app = exec.spawn_app(&["hold", &target.addr().to_string()])?;
+        app.says("held=1")?;
+        assert_eq!(ask(app.process(), "ping")?, "ok");
+        wait_for("the certificate to expire", PATIENCE, || {
+            (SystemTime::now() > end + Duration::from_secs(1)).then_some(())
+        })?;
+        // Connected it always is; whether a byte passes comes afterwards.
+        assert_eq!(ask(app.process(), "connect")?, "ok");
+
+        let ours = "the peer refused our certificate: expired, or not valid yet (expiry check)";
+        let theirs = "the peer's certificate failed the expiry check: it expired";
+        let (node_says, gateway_says) = if whose == "node" { (ours, theirs) } else { (theirs, ours) };
+        daemon.process().wait_for_line(gateway_says)?;
+        let line = |log: &str| !lines_with(log, &[node_says]).is_empty();
+        wait_for("the node's word", PATIENCE, || line(&app.process().stderr()).then_some(()))?;
+        app.finish()?;
+        daemon.process().stop()?;
+    }
+    target.connected(2)?;
+    assert_eq!(target.peers().len(), 2, "one flow for each round");
     Ok(())
 }
 

@@ -380,6 +380,25 @@ fn an_answer_that_is_none_resets_its_flow_and_the_peer_can_be_asked_again() -> R
     Ok(())
 }
 
+/// Where this is not as RFC 9110 section 9.3.6 wants it: a Content-Length in a 200 to CONNECT, which has no content, is
+/// held against the tunnel's bytes by the HTTP/2 library (README, "Works with"). A flow whose bytes are as many goes on;
+/// one that has more is reset, by itself.
+#[test]
+fn a_content_length_in_a_200_over_http_2_bounds_its_flow_and_no_other() -> Result<()> {
+    let world = World::new()?;
+    let (who, exec) = (waypoint(&world)?, world.exec_with(&agent(&world)?));
+    for (length, sees) in [("1", "ok"), ("0", "ECONNRESET")] {
+        let answer = whole([vec![OK], field(b"content-length", length.as_bytes())].concat());
+        let _peer = Scripted::start(&world, &who, vec![answer])?;
+        let mut app = exec.spawn_app(&["hold", "10.200.0.10:80"])?;
+        app.says("held=1")?;
+        assert_eq!(ask(app.process(), "again")?, sees, "one byte comes back, and {length} was announced");
+        assert_eq!(ask(app.process(), "ping")?, "ok", "the other stream goes on");
+        assert!(app.finish()?.success());
+    }
+    Ok(())
+}
+
 /// A peer that offers such windows, takes what comes, and gives nothing back until it is told; all of it is checked.
 async fn offering(
     listener: TcpListener,

@@ -4,7 +4,12 @@
 //! was. Invariant: every wait has a bound, and only addresses that the caller's filter passed are tried.
 //! It never falls back to another target.
 
-use std::{collections::VecDeque, io, net::SocketAddr, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use tokio::{
     net::TcpStream,
@@ -14,6 +19,7 @@ use tokio::{
 
 use crate::{
     flow::Target,
+    names::{self, Unanswered},
     transport::tcp::{self, First, Mark},
 };
 
@@ -34,6 +40,14 @@ pub enum DialError {
         /// What the resolver said.
         #[source]
         source: io::Error,
+    },
+    /// Its name servers have not answered in time.
+    #[error("{name} was not resolved within {after:?}")]
+    ResolveTimeout {
+        /// The name.
+        name: String,
+        /// The time allowed.
+        after: Duration,
     },
     /// Nothing listens there.
     #[error("{addr} refused the connection")]
@@ -70,13 +84,28 @@ pub enum DialError {
 }
 
 /// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).
-pub async fn resolve(target: &Target) -> Result<Vec<SocketAddr>, DialError> {
+pub async fn resolve(target: &Target, mark: Mark) -> Result<Vec<SocketAddr>, DialError> {
     let (name, port) = match target {
         Target::Addr(addr) => return Ok(vec![*addr]),
         Target::Name(name, port) => (name, *port),
     };
-    let error = |source| DialError::Resolve { name: name.clone(), source };
-    let found = tokio::net::lookup_host((name.as_str(), port)).await.map_err(error)?;
+    let found = names::addresses_of(name, mark).await.map_err(|e| match e {
+        Unanswered::Late => DialError::ResolveTimeout { name: name.clone(), after: names::PATIENCE },
+        Unanswered::Failed(why) => DialError::Resolve { name: name.clone(), source: io::Error::other(why) },
+    })?;
+    in_turn(name, port, found)
+}
+
+/// The same where nobody has to be asked: the target is an address, or this host's own files know its name.
+pub fn resolved(target: &Target) -> Option<Result<Vec<SocketAddr>, DialError>> {
+    match target {
+        Target::Addr(addr) => Some(Ok(vec![*addr])),
+        Target::Name(name, port) => names::of_this_host(name).map(|found| in_turn(name, *port, found)),
+    }
+}
+
+fn in_turn(name: &str, port: u16, found: Vec<IpAddr>) -> Result<Vec<SocketAddr>, DialError> {
+    let found = found.into_iter().map(|ip| SocketAddr::new(ip, port));
     let (mut v6, mut v4): (VecDeque<_>, VecDeque<_>) = found.partition(SocketAddr::is_ipv6);
     let mut addrs = Vec::new();
     while addrs.len() < ADDRESSES_MAX && !(v6.is_empty() && v4.is_empty()) {
@@ -84,7 +113,8 @@ pub async fn resolve(target: &Target) -> Result<Vec<SocketAddr>, DialError> {
         addrs.extend(v4.pop_front());
     }
     if addrs.is_empty() {
-        return Err(error(io::Error::new(io::ErrorKind::NotFound, "no address")));
+        let source = io::Error::new(io::ErrorKind::NotFound, "no address");
+        return Err(DialError::Resolve { name: name.to_owned(), source });
     }
     Ok(addrs)
 }

@@ -22,6 +22,7 @@ pub mod kernels;
 pub mod limits;
 pub mod listener;
 pub mod memory;
+pub mod names;
 pub mod own;
 pub mod pki;
 pub mod policy;

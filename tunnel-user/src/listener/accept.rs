@@ -6,6 +6,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use rustls::AlertDescription;
 use rustls_pki_types::UnixTime;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -24,7 +25,7 @@ use crate::{
         proxy,
         record::{self, Agreed, TlsStream},
         store::TlsStore,
-        verify::{ClientCheck, check_expiry, explain},
+        verify::{ClientCheck, check_expiry, explain, explain_hinted},
     },
 };
 
@@ -160,12 +161,16 @@ async fn secure(
         Ok(shaken) => shaken,
         Err((e, stream)) => {
             hear_out(stream).await;
-            return Err(ServeError::Tls(explain(&e)));
+            return Err(ServeError::Tls(explain_hinted(&e, store.hint().as_deref())));
         }
     };
     let Agreed { alpn, certificates, suite, server_name } = agreed;
     // A resumed session brings its certificate along, and nobody has looked at the date since.
-    check_expiry(&certificates, UnixTime::now()).map_err(|e| ServeError::Tls(e.to_string()))?;
+    if let Err(why) = check_expiry(&certificates, UnixTime::now()) {
+        tls.refuse(AlertDescription::CertificateExpired).await;
+        return Err(ServeError::Tls(why.to_string()));
+    }
+    let tls = tls.hinted(store.hint());
     let identity = peer_identity(&certificates);
     let protocol = match &alpn {
         Some(agreed) => settings.protocols.iter().find(|p| p.alpn() == agreed),

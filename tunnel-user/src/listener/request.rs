@@ -3,6 +3,8 @@
 //! Enters: a request's head. Leaves: a target, or a status with the reason in `proxy-status` (RFC 9209).
 //! Invariant: one table maps every reason to its status. It never reads a body.
 
+use std::fmt;
+
 use http::{
     HeaderValue, Method, Request, Response, StatusCode,
     header::{ALLOW, CONTENT_LENGTH},
@@ -53,10 +55,28 @@ pub enum Refusal {
     Limit(usize),
 }
 
-impl Refusal {
-    /// The status, and the proxy error type of RFC 9209 section 2.3.
-    pub fn status(&self) -> (StatusCode, &'static str) {
+/// Where a status comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// From here: the proxy error type (RFC 9209 section 2.3).
+    Error(&'static str),
+    /// From the next hop: what it answered (RFC 9209 section 2.1.5).
+    Received(StatusCode),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Error(error) => write!(f, "error={error}"),
+            Self::Received(status) => write!(f, "received-status={}", status.as_u16()),
+        }
+    }
+}
+
+impl Refusal {
+    /// The status, and what `proxy-status` says of where it comes from.
+    pub fn status(&self) -> (StatusCode, Origin) {
+        let (status, error) = match self {
             Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "http_request_error"),
             Self::Authority(_) | Self::Content(_) | Self::Host(_) => {
                 (StatusCode::BAD_REQUEST, "http_request_error")
@@ -72,6 +92,7 @@ impl Refusal {
             // RFC 5842 section 7.2.
             Self::Loop => (StatusCode::LOOP_DETECTED, "proxy_loop_detected"),
             Self::Dial(DialError::Resolve { .. }) => (StatusCode::BAD_GATEWAY, "dns_error"),
+            Self::Dial(DialError::ResolveTimeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "dns_timeout"),
             Self::Dial(DialError::Refused { .. }) => (StatusCode::BAD_GATEWAY, "connection_refused"),
             Self::Dial(DialError::Unreachable { .. }) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "destination_ip_unroutable")
@@ -82,7 +103,7 @@ impl Refusal {
                 TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } | TunnelError::Empty { .. },
             ) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable"),
             // The next hop's word is passed on.
-            Self::Tunnel(TunnelError::Refused { status, .. }) => (*status, "http_response_incomplete"),
+            Self::Tunnel(TunnelError::Refused { status, .. }) => return (*status, Origin::Received(*status)),
             Self::Tunnel(TunnelError::Timeout { .. }) => {
                 (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout")
             }
@@ -91,15 +112,16 @@ impl Refusal {
             Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached")
             }
-        }
+        };
+        (status, Origin::Error(error))
     }
 
     /// The answer.
     pub fn response(&self) -> Response<()> {
-        let (status, error) = self.status();
+        let (status, origin) = self.status();
         let mut response = Response::new(());
         *response.status_mut() = status;
-        let text = format!("{SELF}; error={error}; details=\"{}\"", sf_string(&self.to_string()));
+        let text = format!("{SELF}; {origin}; details=\"{}\"", sf_string(&self.to_string()));
         // sf_string leaves only what a header may hold.
         if let Ok(value) = HeaderValue::try_from(text) {
             response.headers_mut().insert("proxy-status", value);
@@ -142,7 +164,7 @@ mod tests {
     use std::{io, time::Duration};
 
     use super::*;
-    use crate::tunnel::limit::Limited;
+    use crate::{flow::FarEnd, tunnel::limit::Limited};
 
     fn request(method: &str, uri: &str) -> Request<()> {
         Request::builder().method(method).uri(uri).body(()).unwrap()
@@ -191,6 +213,23 @@ mod tests {
             assert_eq!(response.status().as_u16(), status, "{refusal}");
             let shown = response.headers()["proxy-status"].to_str().unwrap();
             assert!(shown.starts_with(&format!("tunnel; error={error}; details=\"")), "{shown}");
+        }
+    }
+
+    #[test]
+    fn what_the_next_hop_answered_is_passed_on_as_received() {
+        for status in [StatusCode::FORBIDDEN, StatusCode::SERVICE_UNAVAILABLE] {
+            let refused = TunnelError::Refused {
+                peer: FarEnd::Through("gw.example:15008".parse().unwrap()),
+                target: "a.example:80".parse().unwrap(),
+                status,
+                detail: None,
+            };
+            let response = Refusal::from(refused).response();
+            assert_eq!(response.status(), status);
+            let shown = response.headers()["proxy-status"].to_str().unwrap();
+            let start = format!("tunnel; received-status={}; details=\"", status.as_u16());
+            assert!(shown.starts_with(&start), "{shown}");
         }
     }
 

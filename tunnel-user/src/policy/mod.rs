@@ -203,22 +203,24 @@ impl Permit<'_> {
         let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());
         let takers = self.policies.targets.takers_of_addr(addr);
         let some = |wanted: &dyn Fn(&Node, &Entry) -> bool| self.policies.some_rule(self.who, takers, wanted);
-        if self.policies.own.contains(addr) && !some(&|node, entry| is_exactly(node, entry, addr)) {
+        let guarded = || {
+            // An exact rule is inside every range that it could concern.
+            let inside = |range: &IpNet| some(&|node, _| node.net().is_some_and(|net| range.contains(&net)));
+            guarding(addr).filter(|range| !inside(range)).map(|range| Denied::Guarded { addr, range })
+        };
+        if !self.by_name && !some(&|_, _| true) {
+            return Err(guarded().unwrap_or_else(|| match self.target {
+                Target::Addr(_) => no_rule(self.who, self.target),
+                Target::Name(..) => {
+                    Denied::Resolved { who: self.who.name(), target: self.target.clone(), addr }
+                }
+            }));
+        }
+        // Last: this asks the kernel, and who may not come here anyway shall not have it asked.
+        if !some(&|node, entry| is_exactly(node, entry, addr)) && self.policies.own.contains(addr) {
             return Err(Denied::OwnListener(addr));
         }
-        // An exact rule is inside every range that it could concern.
-        if let Some(range) = guarding(addr)
-            && !some(&|node, _| node.net().is_some_and(|net| range.contains(&net)))
-        {
-            return Err(Denied::Guarded { addr, range });
-        }
-        if self.by_name || some(&|_, _| true) {
-            return Ok(());
-        }
-        Err(match self.target {
-            Target::Addr(_) => no_rule(self.who, self.target),
-            Target::Name(..) => Denied::Resolved { who: self.who.name(), target: self.target.clone(), addr },
-        })
+        guarded().map_or(Ok(()), Err)
     }
 }
 

@@ -18,7 +18,7 @@ fn policies(rules: &[(&str, &[&str])], listeners: &[&str]) -> Policies {
     };
     let listeners: Vec<_> = listeners.iter().map(|l| l.parse().unwrap()).collect();
     let mut p = Policies::new(rules.iter().map(rule).collect(), &listeners);
-    let local = || Some(vec!["10.9.0.1".parse().unwrap(), "fd00::9".parse().unwrap()]);
+    let local = |ip: IpAddr| Some(["10.9.0.1", "fd00::9"].contains(&&*ip.to_string()));
     p.own = OwnListeners::with_local(&listeners, local);
     p
 }
@@ -135,9 +135,17 @@ fn a_name_is_passed_on_unresolved_only_by_a_rule_for_names() {
 #[test]
 fn unknown_local_addresses_count_as_ours() {
     let mut p = policies(&[("any", &["0.0.0.0/0"])], &["0.0.0.0:15008"]);
-    p.own = OwnListeners::with_local(&["0.0.0.0:15008".parse().unwrap()], || None);
+    p.own = OwnListeners::with_local(&["0.0.0.0:15008".parse().unwrap()], |_| None);
     assert!(matches!(addr(&p, "203.0.113.1:15008"), Err(Denied::OwnListener(_))));
     assert_eq!(addr(&p, "203.0.113.1:15009"), Ok(()));
+}
+
+#[test]
+fn the_kernel_is_asked_for_its_addresses_only_where_a_policy_would_let_a_peer_dial() {
+    let mut p = policies(&[("any", &["10.0.0.0/8:15008"])], &["0.0.0.0:15008"]);
+    p.own = OwnListeners::with_local(&["0.0.0.0:15008".parse().unwrap()], |ip| panic!("asked for {ip}"));
+    assert!(matches!(addr(&p, "203.0.113.1:15008"), Err(Denied::NoRule { .. })));
+    assert!(matches!(addr(&p, "169.254.169.254:15008"), Err(Denied::Guarded { .. })));
 }
 
 #[test]
@@ -246,7 +254,7 @@ proptest! {
     ) {
         let listeners = ["0.0.0.0:15008".parse().unwrap()];
         let mut indexed = Policies::new(rules.clone(), &listeners);
-        indexed.own = OwnListeners::with_local(&listeners, || Some(vec!["10.9.0.1".parse().unwrap()]));
+        indexed.own = OwnListeners::with_local(&listeners, |ip| Some(ip.to_string() == "10.9.0.1"));
         let own = indexed.own.clone();
         let linear = Linear { rules: &rules, own: &own };
         let who = who.map(|w| Identity(w.into()));

@@ -57,6 +57,11 @@ impl TlsStore {
         self.current.load().as_client(check)
     }
 
+    /// See [`TlsIdentity::hint`].
+    pub(crate) fn hint(&self) -> Option<Arc<str>> {
+        self.current.load().hint()
+    }
+
     /// Who we are to our peers now.
     pub fn identity(&self) -> Option<Identity> {
         self.current.load().identity().cloned()

@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fmt, fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
     path::{Path, PathBuf},
@@ -14,8 +14,8 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite,
-    client::{Resumption, WebPkiServerVerifier, danger::ServerCertVerifier},
+    ClientConfig, InconsistentKeys, RootCertStore, ServerConfig, SupportedCipherSuite,
+    client::{Resumption, VerifierBuilderError, WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{
         CryptoProvider,
         aws_lc_rs::{self, cipher_suite},
@@ -24,13 +24,15 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem, pem::PemObject as _};
+use rustls_pki_types::{PrivateKeyDer, UnixTime};
 
 use crate::{
     config::Protocol,
     flow::Identity,
     transport::{
+        constraints::{Constrained, constrained, unsupported},
         identity::{SanPattern, peer_identity},
+        pem,
         verify::{
             ClientCheck, ClientVerifier, PeerRejected, ServerCheck, ServerVerifier, check_expiry, names_pass,
         },
@@ -73,51 +75,68 @@ pub struct IdentityFiles {
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// It cannot be read.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {source}{}", .path.display(), how_to_read(.source))]
     Read {
         /// Which.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// It is not PEM where it should be.
-    #[error("{}: not PEM: {source}", .path.display())]
-    Pem {
+    /// It does not hold what it should.
+    #[error("{}: {what}: {}", .path.display(), .remedy.replace("{file}", &.path.display().to_string()))]
+    Content {
         /// Which.
         path: PathBuf,
-        /// Why.
-        source: pem::Error,
-    },
-    /// There is no certificate in it.
-    #[error("{}: no certificate in it (\"-----BEGIN CERTIFICATE-----\")", .0.display())]
-    NoCertificate(PathBuf),
-    /// There is no private key in it.
-    #[error("{}: no private key in it (\"-----BEGIN PRIVATE KEY-----\")", .0.display())]
-    NoKey(PathBuf),
-    /// The certificate in it cannot be read.
-    #[error("{}: the certificate cannot be read: {why}", .path.display())]
-    BadCertificate {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        why: String,
-    },
-    /// The key in it cannot be used.
-    #[error("{}: the key cannot be used: {why}", .path.display())]
-    BadKey {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        why: String,
+        /// What it holds.
+        what: String,
+        /// What helps; `{file}` stands for the file.
+        remedy: String,
     },
     /// The key is of another certificate.
-    #[error("{}: the key is not the one of the certificate in {}", .key.display(), .cert.display())]
+    #[error(
+        "{}: the key is not the one of the certificate in {}: both have to print the same with \"openssl pkey -in {} \
+         -pubout\" and \"openssl x509 -in {} -noout -pubkey\"",
+        .key.display(), .cert.display(), .key.display(), .cert.display()
+    )]
     KeyMismatch {
         /// The key's file.
         key: PathBuf,
         /// The certificate's.
         cert: PathBuf,
     },
+    /// The key is of a certificate that does not stand first.
+    #[error(
+        "{}: the key in {} is that of {place}: the certificate of the key has to stand first, those of its CAs after it",
+        .cert.display(), .key.display()
+    )]
+    Order {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificates'.
+        cert: PathBuf,
+        /// Where in it the key's certificate stands.
+        place: String,
+    },
+}
+
+impl TlsError {
+    fn content(path: &Path, pem::Problem { what, remedy }: pem::Problem) -> Self {
+        Self::Content { path: path.to_owned(), what, remedy }
+    }
+
+    /// One certificate of a file cannot be used.
+    fn certificate(path: &Path, placed: &pem::Placed, why: &dyn fmt::Display) -> Self {
+        let what = format!("{} cannot be used: {why}", placed.describe());
+        Self::Content { path: path.to_owned(), what, remedy: "replace or remove it".to_owned() }
+    }
+}
+
+fn how_to_read(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => ": let the user of this process read it",
+        io::ErrorKind::IsADirectory => ": name the file in it",
+        _ => "",
+    }
 }
 
 /// Configurations that were made already, by what makes them different.
@@ -128,7 +147,11 @@ pub struct TlsIdentity {
     key: Arc<CertifiedKey>,
     identity: Option<Identity>,
     fingerprint: u64,
+    /// Why a peer may refuse our certificate without being able to say so.
+    hint: Option<Arc<str>>,
     roots: Arc<RootCertStore>,
+    /// Those of the roots that constrain names.
+    constrained: Arc<[Constrained]>,
     server_verifier: Arc<WebPkiServerVerifier>,
     client_verifier: Arc<dyn ClientCertVerifier>,
     // One entry per upstream's and listener's checks, which the configuration bounds. Locked when a
@@ -142,34 +165,34 @@ impl TlsIdentity {
     /// peers will refuse it, and say so.
     pub fn load(files: &IdentityFiles) -> Result<Self, TlsError> {
         let (cert_pem, key_pem, ca_pem) = (read(&files.cert)?, read(&files.key)?, read(&files.ca)?);
-        let chain = certificates(&files.cert, &cert_pem)?;
-        let bad_cert = |path: &Path, why: String| TlsError::BadCertificate { path: path.to_owned(), why };
-
-        let key = PrivateKeyDer::from_pem_slice(&key_pem).map_err(|source| match source {
-            pem::Error::NoItemsFound => TlsError::NoKey(files.key.clone()),
-            source => TlsError::Pem { path: files.key.clone(), source },
-        })?;
-        let key = CertifiedKey::from_der(chain, key, &provider()).map_err(|e| match e {
-            rustls::Error::InconsistentKeys(_) => {
-                TlsError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() }
-            }
-            rustls::Error::InvalidCertificate(why) => bad_cert(&files.cert, why.to_string()),
-            other => TlsError::BadKey { path: files.key.clone(), why: other.to_string() },
-        })?;
+        let chain = pem::certificates(&cert_pem).map_err(|e| TlsError::content(&files.cert, e))?;
+        let key = pem::key(&key_pem).map_err(|e| TlsError::content(&files.key, e))?;
+        let key = certified(files, &chain, key)?;
 
         let mut roots = RootCertStore::empty();
-        for ca in certificates(&files.ca, &ca_pem)? {
-            roots.add(ca).map_err(|e| bad_cert(&files.ca, e.to_string()))?;
+        let cas = pem::certificates(&ca_pem).map_err(|e| TlsError::content(&files.ca, e))?;
+        for ca in &cas {
+            roots.add(ca.der.clone()).map_err(|e| TlsError::certificate(&files.ca, ca, &e))?;
         }
+        let cas: Vec<_> = cas.into_iter().map(|ca| ca.der).collect();
+        let constrained: Arc<[Constrained]> = constrained(&cas).into();
         let roots = Arc::new(roots);
+        let bad_roots = |e: VerifierBuilderError| TlsError::Content {
+            path: files.ca.clone(),
+            what: format!("its certificates cannot be used: {e}"),
+            remedy: "name the CA's certificates".to_owned(),
+        };
         let server_verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), provider())
             .build()
-            .map_err(|e| bad_cert(&files.ca, e.to_string()))?;
-        let client_verifier = ClientVerifier::webpki(Arc::clone(&roots), provider())
-            .map_err(|e| bad_cert(&files.ca, e.to_string()))?;
+            .map_err(&bad_roots)?;
+        let client_verifier = ClientVerifier::webpki(Arc::clone(&roots), provider()).map_err(bad_roots)?;
 
         if let Err(why) = check_expiry(&key.cert, UnixTime::now()) {
             tracing::warn!(file = %files.cert.display(), "our certificate will be refused: {}", why.detail);
+        }
+        let hint = key.cert.split_first().and_then(|(leaf, above)| unsupported(leaf, above, &constrained));
+        if let Some(hint) = &hint {
+            tracing::warn!(file = %files.cert.display(), "peers may reject our certificate: {hint}");
         }
         let identity = peer_identity(&key.cert);
         if identity.is_none() {
@@ -179,7 +202,9 @@ impl TlsIdentity {
             key: Arc::new(key),
             identity,
             fingerprint: fingerprint([&cert_pem, &key_pem, &ca_pem]),
+            hint: hint.map(Into::into),
             roots,
+            constrained,
             server_verifier,
             client_verifier,
             clients: Mutex::default(),
@@ -190,6 +215,11 @@ impl TlsIdentity {
     /// Who we are to our peers. `None` when the certificate carries no name.
     pub fn identity(&self) -> Option<&Identity> {
         self.identity.as_ref()
+    }
+
+    /// Why a peer may refuse our certificate without being able to say so.
+    pub(crate) fn hint(&self) -> Option<Arc<str>> {
+        self.hint.clone()
     }
 
     /// Who we would be to a listener of our own, if it let us in. Its chain is not asked for: it is ours.
@@ -218,6 +248,7 @@ impl TlsIdentity {
         let verifier: Arc<dyn ServerCertVerifier> = Arc::new(ServerVerifier::new(
             Arc::clone(&self.server_verifier),
             Arc::clone(&self.roots),
+            Arc::clone(&self.constrained),
             provider(),
             check.san.clone(),
         ));
@@ -245,7 +276,11 @@ impl TlsIdentity {
         if let Some(config) = made.get(&key) {
             return Arc::clone(config);
         }
-        let verifier = Arc::new(ClientVerifier::new(Arc::clone(&self.client_verifier), check.san.clone()));
+        let verifier = Arc::new(ClientVerifier::new(
+            Arc::clone(&self.client_verifier),
+            Arc::clone(&self.constrained),
+            check.san.clone(),
+        ));
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
             .expect("aws-lc-rs has cipher suites and key exchanges for TLS 1.3")
@@ -268,11 +303,37 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
 }
 
-fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let certs = CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|source| TlsError::Pem { path: path.to_owned(), source })?;
-    if certs.is_empty() { Err(TlsError::NoCertificate(path.to_owned())) } else { Ok(certs) }
+/// The key together with its certificates, of which the first is the key's own.
+fn certified(
+    files: &IdentityFiles,
+    chain: &[pem::Placed],
+    key: PrivateKeyDer<'static>,
+) -> Result<CertifiedKey, TlsError> {
+    let problem = pem::unsupported(&key);
+    let key = provider()
+        .key_provider
+        .load_private_key(key)
+        .map_err(|_says_less| TlsError::content(&files.key, problem))?;
+    let certs = chain.iter().map(|placed| placed.der.clone()).collect();
+    let certified = CertifiedKey::new(certs, Arc::clone(&key));
+    match certified.keys_match() {
+        // A provider that cannot tell has nothing against it.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
+        Err(rustls::Error::InconsistentKeys(_)) => {
+            let (cert, key_file) = (files.cert.clone(), files.key.clone());
+            let of_key = |placed: &&pem::Placed| {
+                CertifiedKey::new(vec![placed.der.clone()], Arc::clone(&key)).keys_match().is_ok()
+            };
+            Err(match chain.iter().find(of_key) {
+                Some(own) => TlsError::Order { key: key_file, cert, place: own.describe() },
+                None => TlsError::KeyMismatch { key: key_file, cert },
+            })
+        }
+        Err(e) => Err(match chain.first() {
+            Some(leaf) => TlsError::certificate(&files.cert, leaf, &e),
+            None => TlsError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() },
+        }),
+    }
 }
 
 /// Tells changed files from unchanged ones. Nobody gains by a collision: who can write the files needs

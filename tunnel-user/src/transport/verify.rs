@@ -25,8 +25,14 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use crate::{
     flow::Target,
-    transport::identity::{San, SanPattern, names_of},
+    transport::{
+        constraints::{self, Constrained},
+        identity::{San, SanPattern, names_of},
+    },
 };
+
+/// How webpki calls it, which is no dependency of ours by itself.
+const VIOLATION: &str = "NameConstraintViolation";
 
 /// What the certificate of a server that we connect to must say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -105,6 +111,24 @@ impl PeerRejected {
         Self { check: Check::San, detail: format!("wanted {wanted}, presented {presented}") }
     }
 
+    /// What is said for an error of webpki's about a chain: by itself it does not name the CA.
+    fn name_constraints(
+        error: rustls::Error,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        roots: &[Constrained],
+    ) -> rustls::Error {
+        match &error {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner)))
+                if inner.to_string() == VIOLATION =>
+            {
+                let detail = constraints::violated(leaf, above, roots);
+                Self { check: Check::Chain, detail }.into_rustls()
+            }
+            _ => error,
+        }
+    }
+
     fn into_rustls(self) -> rustls::Error {
         CertificateError::Other(OtherError(Arc::new(self))).into()
     }
@@ -138,18 +162,21 @@ pub(crate) fn names_pass(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Resul
 pub(crate) struct ServerVerifier {
     webpki: Arc<WebPkiServerVerifier>,
     roots: Arc<RootCertStore>,
+    constrained: Arc<[Constrained]>,
     provider: Arc<CryptoProvider>,
     san: Vec<SanPattern>,
 }
 
 impl ServerVerifier {
+    /// `constrained` are those of the roots that constrain names.
     pub(crate) fn new(
         webpki: Arc<WebPkiServerVerifier>,
         roots: Arc<RootCertStore>,
+        constrained: Arc<[Constrained]>,
         provider: Arc<CryptoProvider>,
         san: Vec<SanPattern>,
     ) -> Self {
-        Self { webpki, roots, provider, san }
+        Self { webpki, roots, constrained, provider, san }
     }
 }
 
@@ -168,13 +195,14 @@ impl ServerCertVerifier for ServerVerifier {
                     rustls::Error::InvalidCertificate(
                         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
                     ) => PeerRejected::san(&name.to_str(), &names_of(leaf)).into_rustls(),
-                    other => other,
+                    other => PeerRejected::name_constraints(other, leaf, intermediates, &self.constrained),
                 },
             );
         }
         let parsed = ParsedCertificate::try_from(leaf)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
+        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)
+            .map_err(|e| PeerRejected::name_constraints(e, leaf, intermediates, &self.constrained))?;
         check_names(&self.san, leaf)?;
         Ok(ServerCertVerified::assertion())
     }
@@ -206,12 +234,18 @@ impl ServerCertVerifier for ServerVerifier {
 #[derive(Debug)]
 pub(crate) struct ClientVerifier {
     webpki: Arc<dyn ClientCertVerifier>,
+    constrained: Arc<[Constrained]>,
     san: Vec<SanPattern>,
 }
 
 impl ClientVerifier {
-    pub(crate) fn new(webpki: Arc<dyn ClientCertVerifier>, san: Vec<SanPattern>) -> Self {
-        Self { webpki, san }
+    /// `constrained` are those of the roots that constrain names.
+    pub(crate) fn new(
+        webpki: Arc<dyn ClientCertVerifier>,
+        constrained: Arc<[Constrained]>,
+        san: Vec<SanPattern>,
+    ) -> Self {
+        Self { webpki, constrained, san }
     }
 
     /// What webpki checks before our names.
@@ -238,7 +272,10 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.webpki.verify_client_cert(leaf, intermediates, now)?;
+        let verified = self
+            .webpki
+            .verify_client_cert(leaf, intermediates, now)
+            .map_err(|e| PeerRejected::name_constraints(e, leaf, intermediates, &self.constrained))?;
         check_names(&self.san, leaf)?;
         Ok(verified)
     }
@@ -289,24 +326,43 @@ pub fn check_expiry(certs: &[CertificateDer<'_>], now: UnixTime) -> Result<(), P
 /// [`h2::Error`] around one, or anything that has one of them among its sources. Errors that are not of
 /// TLS come back as their own text.
 pub fn explain(error: &(dyn Error + 'static)) -> String {
+    explain_hinted(error, None)
+}
+
+/// The same, where it is known why a peer may refuse our certificate.
+pub(crate) fn explain_hinted(error: &(dyn Error + 'static), hint: Option<&str>) -> String {
     match find(error) {
+        Some(Found::Tls(rustls::Error::AlertReceived(alert))) => explain_alert(*alert, hint),
         Some(Found::Tls(e)) => explain_tls(e),
-        Some(Found::Alert(alert)) => explain_alert(alert),
+        Some(Found::Alert(alert, told)) => explain_alert(alert, hint.or(told.as_deref())),
         None => chain_text(error),
     }
 }
+
+/// An alert of the peer's, and why it may refuse our certificate.
+#[derive(Debug, thiserror::Error)]
+#[error("{alert}{HINT}{hint}")]
+pub(crate) struct HintedAlert {
+    /// What came.
+    pub alert: rustls::Error,
+    /// See [`explain_hinted`].
+    pub hint: Arc<str>,
+}
+
+/// Between an alert and the hint: of an error that has passed h2 the text is left.
+const HINT: &str = "; of our certificate is known: ";
 
 /// The check of ours that the peer failed, if that is why the handshake failed.
 pub fn failed_check(error: &(dyn Error + 'static)) -> Option<Check> {
     match find(error)? {
         Found::Tls(e) => rejected(e).map(|r| r.check),
-        Found::Alert(_) => None,
+        Found::Alert(..) => None,
     }
 }
 
 enum Found<'a> {
     Tls(&'a rustls::Error),
-    Alert(AlertDescription),
+    Alert(AlertDescription, Option<String>),
 }
 
 fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<Found<'a>> {
@@ -316,8 +372,9 @@ fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<Found<'a>> {
             return Some(Found::Tls(tls));
         }
         // h2 keeps only the text of an error of its transport.
-        if let Some(alert) = alert_in(&e.to_string()) {
-            return Some(Found::Alert(alert));
+        let text = e.to_string();
+        if let Some(alert) = alert_in(&text) {
+            return Some(Found::Alert(alert, text.split_once(HINT).map(|(_, hint)| hint.to_owned())));
         }
         next = if let Some(io) = e.downcast_ref::<io::Error>() {
             // `source()` would skip the error inside.
@@ -371,7 +428,7 @@ fn explain_tls(e: &rustls::Error) -> String {
         return rejected.to_string();
     }
     match e {
-        rustls::Error::AlertReceived(alert) => explain_alert(*alert),
+        rustls::Error::AlertReceived(alert) => explain_alert(*alert, None),
         rustls::Error::NoApplicationProtocol => {
             "the peer offers no HTTP version that is spoken here (ALPN)".to_owned()
         }
@@ -437,7 +494,17 @@ fn rough(d: Duration) -> String {
     }
 }
 
-fn explain_alert(alert: AlertDescription) -> String {
+/// What an alert means; `hint` where it does not tell one reason from another.
+fn explain_alert(alert: AlertDescription, hint: Option<&str>) -> String {
+    let unclear = matches!(
+        alert,
+        AlertDescription::CertificateUnknown
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+    );
+    if let Some(hint) = hint.filter(|_| unclear) {
+        return format!("the peer refused our certificate: {hint}");
+    }
     let why = match alert {
         AlertDescription::CertificateRequired | AlertDescription::NoCertificate => {
             return "the peer wants a certificate, and we presented none".to_owned();

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustls::{
-    CipherSuite, ClientConfig,
+    AlertDescription, CipherSuite, ClientConfig,
     pki_types::{ServerName, UnixTime},
 };
 use tokio::{
@@ -34,7 +34,7 @@ use crate::{
         identity::peer_identity,
         record::{self, Agreed, TlsStream},
         tcp::{First, Mark},
-        verify::{check_expiry, explain},
+        verify::{check_expiry, explain_hinted},
     },
 };
 
@@ -57,6 +57,8 @@ pub struct TlsKey {
     pub config: Arc<ClientConfig>,
     /// What is sent as SNI, and checked.
     pub server_name: ServerName<'static>,
+    /// Why the peer may refuse our certificate without being able to say so; of the same identity as `config`.
+    pub hint: Option<Arc<str>>,
 }
 
 impl PartialEq for TlsKey {
@@ -217,7 +219,7 @@ async fn over_socket(
     deadline: Instant,
 ) -> Result<Connected, ConnectError> {
     let dial = |e| ConnectError::Dial(Rc::new(e));
-    let addrs = dial::resolve(&key.endpoint).await.map_err(dial)?;
+    let addrs = dial::resolve(&key.endpoint, settings.mark).await.map_err(dial)?;
     // A ClientHello, a preface, or a request.
     let (tcp, addr) =
         dial::connect(&key.endpoint, &addrs, settings.mark, First::Us, deadline, settings.timeout)
@@ -251,13 +253,14 @@ struct Secured<S> {
 
 async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
     endpoint: &Target,
-    TlsKey { config, server_name }: &TlsKey,
+    TlsKey { config, server_name, hint }: &TlsKey,
     protocol: Protocol,
     below: S,
 ) -> Result<Secured<S>, ConnectError> {
     let failed = |why| ConnectError::Tls { endpoint: endpoint.clone(), why };
     let connecting = record::connect(Arc::clone(config), server_name.clone(), below);
-    let (stream, agreed) = connecting.await.map_err(|e| failed(explain(&e)))?;
+    let (stream, agreed) = connecting.await.map_err(|e| failed(explain_hinted(&e, hint.as_deref())))?;
+    let stream = stream.hinted(hint.clone());
     let Agreed { alpn, certificates, suite, .. } = agreed;
     let agreed = match &alpn {
         Some(agreed) => agreed == protocol.alpn(),
@@ -269,6 +272,9 @@ async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(ConnectError::Http { protocol, endpoint: endpoint.clone(), why });
     }
     // A resumed session brings its certificate along, and nobody has looked at the date since.
-    check_expiry(&certificates, UnixTime::now()).map_err(|e| failed(e.to_string()))?;
+    if let Err(why) = check_expiry(&certificates, UnixTime::now()) {
+        stream.refuse(AlertDescription::CertificateExpired).await;
+        return Err(failed(why.to_string()));
+    }
     Ok(Secured { stream, identity: peer_identity(&certificates), suite })
 }

@@ -56,6 +56,7 @@ impl Lines {
         let tls = self.tls.as_ref().map(|Tls { store, check }| TlsKey {
             config: store.client_config(check, self.protocol),
             server_name: check.server_name(&site.named),
+            hint: store.hint(),
         });
         Key { endpoint: site.at.clone(), tls, via: self.via.clone() }
     }
@@ -118,7 +119,7 @@ impl Lines {
             return Ok(opened.map(drop).map_err(|e| ConnectError::Outer(Rc::new(e)))?);
         }
         let failed = |e: dial::DialError| Check::Failed(e.to_string());
-        let addrs = dial::resolve(&site.at).await.map_err(failed)?;
+        let addrs = dial::resolve(&site.at, self.connect.mark).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
         let connected =
             dial::connect(&site.at, &addrs, self.connect.mark, First::Anybody, deadline, allowed).await;

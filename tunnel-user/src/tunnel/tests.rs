@@ -154,7 +154,8 @@ impl Peer {
 }
 
 fn tls_key(tls: &TlsStore, check: &ServerCheck, endpoint: &Target) -> TlsKey {
-    TlsKey { config: tls.client_config(check, Protocol::H2), server_name: check.server_name(endpoint) }
+    let (config, server_name) = (tls.client_config(check, Protocol::H2), check.server_name(endpoint));
+    TlsKey { config, server_name, hint: None }
 }
 
 async fn open(lease: &Lease) -> (h2::SendStream<crate::relay::Payload>, h2::RecvStream) {

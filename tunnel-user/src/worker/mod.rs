@@ -35,8 +35,9 @@ use self::{
 use crate::{
     capture::accept::Origins,
     drain::{self, Phase, Tasks, Watch},
-    flow::Identity,
+    flow::{ClientAddr, Identity},
     listener::{accept, request::Refusal},
+    names::Lookups,
     policy::Policies,
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, give_up_silent_peers, relay},
     route::Router,
@@ -193,6 +194,8 @@ struct Worker {
     records: Records,
     trace: Trace,
     active: Cell<usize>,
+    /// Whose turn it is to look a name up.
+    lookups: Lookups<Account>,
     /// Flows of each peer of our listeners.
     peers: RefCell<HashMap<Account, usize>>,
     /// Told when the flows that are left are to end.
@@ -203,12 +206,14 @@ async fn work(start: Start) -> io::Result<Report> {
     let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
     let upstreams = Upstreams::new(upstreams.into_iter().map(|new| Wanted::New(Box::new(new))).collect());
     let (stop, stopped) = drain::channel();
+    let flows_max = shared.flows_max;
     let worker = Rc::new(Worker {
         records: Records::new(shared.keep_records),
         setup: RefCell::new(Rc::new(Setup::new(shared, upstreams, None))),
         retired: Tasks::default(),
         counters,
         trace: Trace::default(),
+        lookups: Lookups::new(flows_max),
         active: Cell::default(),
         peers: RefCell::default(),
         stop: stopped,
@@ -285,6 +290,13 @@ enum Account {
     Known(Identity),
     /// Those from an address where nobody has proved who he is.
     At(IpAddr),
+}
+
+impl Account {
+    /// An identity's, or where there is none, an address's.
+    fn of(identity: Option<&Identity>, client: ClientAddr) -> Self {
+        identity.cloned().map_or(Self::At(client.0.ip().to_canonical()), Self::Known)
+    }
 }
 
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use tokio::net::TcpStream;
 
-use super::{Worker, setup::Setup};
+use super::{Account, Worker, setup::Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
     dial::{self, DialError},
@@ -108,7 +108,14 @@ impl Worker {
                     Some(ahead) if ahead.has_bytes().await => First::Us,
                     _ => First::Anybody,
                 };
-                let (stream, addr) = dial(setup, target, instead, dial_timeout, permit, first).await?;
+                if let (Some(_), Some(permit)) = (instead, &permit) {
+                    permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
+                }
+                let dialled = instead.unwrap_or(target);
+                let deadline = tokio::time::Instant::now() + dial_timeout;
+                let addrs = self.resolve(setup, dialled, &flow, deadline, dial_timeout).await?;
+                let way = Way { dialled, addrs, first, deadline, allowed: dial_timeout };
+                let (stream, addr) = dial(setup, target, instead, permit, way).await?;
                 record.via = Via::Direct;
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::new(stream), first.unwrap_or_default()))
@@ -117,6 +124,24 @@ impl Worker {
             // Nothing depends on what has been looked at already.
             Decision::NoRoute | Decision::Look => Err(denied(target, "no route takes it")),
         }
+    }
+
+    /// The addresses of what is dialled. A name that somebody has to be asked for waits until its peer has a turn.
+    async fn resolve(
+        &self,
+        setup: &Setup,
+        dialled: &Target,
+        flow: &Flow<'_>,
+        deadline: tokio::time::Instant,
+        allowed: Duration,
+    ) -> Result<Vec<SocketAddr>, DialError> {
+        if let Some(resolved) = dial::resolved(dialled) {
+            return resolved;
+        }
+        let who = Account::of(flow.identity, flow.client);
+        let asked = self.lookups.in_turn(&who, dial::resolve(dialled, setup.shared.mark));
+        let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
+        tokio::time::timeout_at(deadline, asked).await.map_err(late)?
     }
 
     /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
@@ -182,25 +207,27 @@ impl Worker {
     }
 }
 
+/// What is dialled, and how.
+struct Way<'a> {
+    dialled: &'a Target,
+    addrs: Vec<SocketAddr>,
+    first: First,
+    deadline: tokio::time::Instant,
+    /// The time allowed for all of it.
+    allowed: Duration,
+}
+
 /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
 /// has to be allowed as a name.
 async fn dial(
     setup: &Setup,
     target: &Target,
     instead: Option<&Target>,
-    dial_timeout: Duration,
     permit: Option<Permit<'_>>,
-    first: First,
+    way: Way<'_>,
 ) -> Result<(TcpStream, SocketAddr), Refusal> {
+    let Way { dialled, mut addrs, first, deadline, allowed: dial_timeout } = way;
     let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
-    if let (Some(_), Some(permit)) = (instead, &permit) {
-        permit.allows_unresolved().map_err(refused)?;
-    }
-    let dialled = instead.unwrap_or(target);
-    let deadline = tokio::time::Instant::now() + dial_timeout;
-    let resolved = tokio::time::timeout_at(deadline, dial::resolve(dialled)).await;
-    let timed_out = |_| DialError::Timeout { target: dialled.clone(), after: dial_timeout };
-    let mut addrs = resolved.map_err(timed_out)??;
     let mut why = None;
     if let Some(permit) = permit {
         let allowed = |addr| match instead {

@@ -435,6 +435,15 @@ impl Session {
         Ok(())
     }
 
+    /// Refuses the peer: an alert is the last that it hears.
+    pub fn refuse(&mut self, alert: AlertDescription) {
+        if self.failed.is_none() && !self.ending {
+            // Without room for it the peer is told nothing.
+            let _untold = self.aside(Content::Alert, &[FATAL, alert.into()]);
+            self.failed = Some(RecordError::Ended);
+        }
+    }
+
     /// What is to be sent.
     pub fn unsent(&self) -> &[u8] {
         self.outgoing.as_ref().map_or(&[], Buffer::filled)

@@ -7,21 +7,36 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustls::AlertDescription;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    time::timeout,
+};
 
 use super::{Next, RecordError, Session};
+use crate::transport::verify::HintedAlert;
 
 /// What is received before the others on this thread have a turn: about 50 µs' worth. tokio's own measure is the number of
 /// reads, whatever their size.
 const TURN: usize = 256 * 1024;
 
+/// How long a peer that was refused may take to close its side, and how much it may send meanwhile: its tickets, or its
+/// first requests. Bytes that nobody has read turn the close into a reset, which takes the alert out of its hands.
+const REFUSED_LINGER: Duration = Duration::from_secs(1);
+/// See [`REFUSED_LINGER`].
+const REFUSED_MAX: u64 = 64 * 1024;
+
 /// See the module.
 pub struct TlsStream<S> {
     below: S,
     session: Session,
+    /// See [`HintedAlert`].
+    hint: Option<Arc<str>>,
     /// Bytes received in this turn.
     turn: usize,
 }
@@ -29,7 +44,13 @@ pub struct TlsStream<S> {
 impl<S> TlsStream<S> {
     /// Over a stream on which nothing but the session's own records follows.
     pub(super) fn new(below: S, session: Session) -> Self {
-        Self { below, session, turn: 0 }
+        Self { below, session, hint: None, turn: 0 }
+    }
+
+    /// The same; an alert of the peer's comes with `hint`, which is why it may refuse our certificate.
+    #[must_use]
+    pub(crate) fn hinted(self, hint: Option<Arc<str>>) -> Self {
+        Self { hint, ..self }
     }
 
     /// The stream below.
@@ -44,10 +65,13 @@ impl<S> TlsStream<S> {
 }
 
 /// As whoever expects a socket takes it; what the peer said is inside.
-fn to_io(why: RecordError) -> io::Error {
-    match why {
-        RecordError::Alert(alert) => io::Error::new(io::ErrorKind::InvalidData, alert),
-        why => io::Error::new(io::ErrorKind::InvalidData, why),
+fn to_io(why: RecordError, hint: Option<&Arc<str>>) -> io::Error {
+    match (why, hint) {
+        (RecordError::Alert(alert), Some(hint)) => {
+            io::Error::new(io::ErrorKind::InvalidData, HintedAlert { alert, hint: Arc::clone(hint) })
+        }
+        (RecordError::Alert(alert), None) => io::Error::new(io::ErrorKind::InvalidData, alert),
+        (why, _) => io::Error::new(io::ErrorKind::InvalidData, why),
     }
 }
 
@@ -62,6 +86,21 @@ impl<S: AsyncWrite + Unpin> TlsStream<S> {
             self.session.sent(n);
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
+    /// Refuses the peer with an alert, and closes the stream below it so that it hears the alert.
+    pub async fn refuse(mut self, alert: AlertDescription) {
+        self.session.refuse(alert);
+        let heard = async {
+            // Fails only on a stream that is gone.
+            let _gone = self.flush().await;
+            let _gone = self.below.shutdown().await;
+            let mut rest = (&mut self.below).take(REFUSED_MAX);
+            tokio::io::copy(&mut rest, &mut tokio::io::sink()).await
+        };
+        let _late = timeout(REFUSED_LINGER, heard).await;
     }
 }
 
@@ -109,7 +148,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
                 Err(why) => {
                     // The alert says why; nobody waits for it.
                     let _told = this.poll_sent(cx);
-                    return Poll::Ready(Err(to_io(why)));
+                    return Poll::Ready(Err(to_io(why, this.hint.as_ref())));
                 }
             }
         }
@@ -130,7 +169,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
             return Poll::Ready(Ok(0));
         }
         loop {
-            let n = self.session.write(bufs).map_err(to_io)?;
+            let n = self.session.write(bufs);
+            let n = n.map_err(|why| to_io(why, self.hint.as_ref()))?;
             if n > 0 {
                 return Poll::Ready(Ok(n));
             }
@@ -148,7 +188,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.session.end().map_err(to_io)?;
+        let ended = self.session.end();
+        ended.map_err(|why| to_io(why, self.hint.as_ref()))?;
         ready!(self.poll_sent(cx))?;
         Pin::new(&mut self.below).poll_shutdown(cx)
     }

@@ -4,44 +4,29 @@
 //! next. Invariant: what is known stays when a question is not answered; an answer that there is nothing is an
 //! answer. It never asks more often than every `AGAIN_MIN`, whatever the answers say.
 //!
-//! The questions are asked here and not by getaddrinfo(3), which does not say how long an answer is good for. What it
-//! would go by is gone by here too: /etc/hosts first, then the name servers, search list and options of
-//! /etc/resolv.conf, both read anew for each question.
+//! getaddrinfo(3) does not say how long an answer is good for; the look-ups of [`names`](crate::names) do.
 
 use std::{
     collections::BTreeSet,
-    future::Future,
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    pin::Pin,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use hickory_resolver::{
-    Resolver,
-    config::{NameServerConfig, ResolverConfig, ResolverOpts, ServerOrderingStrategy},
-    lookup::Lookup,
-    net::{
-        NetError,
-        runtime::{RuntimeProvider, TokioHandle, TokioRuntimeProvider, TokioTime},
-    },
-    system_conf,
-};
-use socket2::SockRef;
 use tokio::{
-    net::UdpSocket,
     runtime::{Builder, Handle},
     sync::{oneshot, watch},
     task::{AbortHandle, JoinSet},
-    time::{sleep, timeout},
+    time::sleep,
 };
 
 use super::{Feed, Known, Site, tell};
 use crate::{
     flow::Target,
-    transport::tcp::{self, First, Mark},
+    names::{Answer, Answers, both_families},
+    transport::tcp::Mark,
 };
 
 /// The shortest time after which a name is resolved again, also where that failed: CoreDNS gives the names of
@@ -49,9 +34,6 @@ use crate::{
 const AGAIN_MIN: Duration = Duration::from_secs(5);
 /// The longest, so that a moved service is found although its old answer was good for a day.
 const AGAIN_MAX: Duration = Duration::from_secs(5 * 60);
-/// How long one name may take, with every server and search domain: twice resolv.conf's timeout for one server.
-const PATIENCE: Duration = Duration::from_secs(10);
-
 /// Asks the questions of this process, on a thread of its own: the answers come late, and workers have flows to carry.
 pub struct Questions {
     mark: Mark,
@@ -112,7 +94,7 @@ async fn follow(upstream: String, endpoints: Vec<Target>, mark: Mark, feed: watc
         for (i, name) in names.iter().enumerate() {
             if let Target::Name(text, _) = &name.target {
                 let text = text.clone();
-                asked.spawn(async move { (i, ask(&text, mark).await) });
+                asked.spawn(async move { (i, both_families(&text, mark).await) });
             }
         }
         let mut again = AGAIN_MAX;
@@ -134,15 +116,6 @@ struct Name {
     problem: Option<String>,
 }
 
-/// What was asked for both families, IPv4 and IPv6.
-type Answers = [Result<Answer, String>; 2];
-
-/// The addresses of one family, which may be none, and how long that is good for.
-struct Answer {
-    addrs: Vec<IpAddr>,
-    good_for: Duration,
-}
-
 impl Name {
     fn new(target: Target) -> Self {
         Self { target, addrs: Default::default(), problem: None }
@@ -159,7 +132,7 @@ impl Name {
                 }
                 Err(why) => {
                     again = AGAIN_MIN;
-                    problem = Some(why);
+                    problem = Some(why.to_string());
                 }
             }
         }
@@ -199,103 +172,16 @@ fn known(names: &[Name]) -> Known {
     Known::new(sites, lack.join("; "))
 }
 
-/// Asks for both families at once.
-async fn ask(name: &str, mark: Mark) -> Answers {
-    let resolver = match resolver(mark) {
-        Ok(resolver) => resolver,
-        Err(e) => return [Err(e.to_string()), Err(e.to_string())],
-    };
-    let late = |_| Err(format!("no answer within {PATIENCE:?}"));
-    let (v4, v6) = tokio::join!(
-        timeout(PATIENCE, resolver.ipv4_lookup(name)),
-        timeout(PATIENCE, resolver.ipv6_lookup(name)),
-    );
-    [v4, v6].map(|answer| answer.map(answered).unwrap_or_else(late))
-}
-
-fn answered(answer: Result<Lookup, NetError>) -> Result<Answer, String> {
-    match answer {
-        Ok(lookup) => Ok(Answer {
-            addrs: lookup.answers().iter().filter_map(|r| r.data.ip_addr()).collect(),
-            good_for: lookup.valid_until().saturating_duration_since(Instant::now()),
-        }),
-        // There is no such name, or it has no such address.
-        Err(e) if e.is_no_records_found() => Ok(Answer { addrs: Vec::new(), good_for: AGAIN_MIN }),
-        Err(e) => Err(e.to_string()),
-    }
-}
-
-/// What the system's files say, and nothing kept from one question to the next: the answers are kept here.
-fn resolver(mark: Mark) -> Result<Resolver<Marked>, NetError> {
-    let (config, mut options) = system_conf::read_system_conf().unwrap_or_else(|_| {
-        // Without name servers it is the one of this host (resolv.conf(5)).
-        let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
-        (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())
-    });
-    options.cache_size = 0;
-    options.server_ordering_strategy = ServerOrderingStrategy::UserProvidedOrder;
-    let mut builder =
-        Resolver::builder_with_config(config, Marked { mark, tokio: TokioRuntimeProvider::new() });
-    *builder.options_mut() = options;
-    builder.build()
-}
-
-/// Sockets that are not captured where everything around us is: long answers come over TCP.
-#[derive(Clone)]
-struct Marked {
-    mark: Mark,
-    tokio: TokioRuntimeProvider,
-}
-
-impl RuntimeProvider for Marked {
-    type Handle = TokioHandle;
-    type Timer = TokioTime;
-    type Udp = UdpSocket;
-    type Tcp = <TokioRuntimeProvider as RuntimeProvider>::Tcp;
-
-    fn create_handle(&self) -> TokioHandle {
-        self.tokio.create_handle()
-    }
-
-    fn connect_tcp(
-        &self,
-        server: SocketAddr,
-        _from: Option<SocketAddr>,
-        within: Option<Duration>,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
-        let mark = self.mark;
-        Box::pin(async move {
-            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, mark, First::Us)).await;
-            let stream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-            Ok(hickory_resolver::net::runtime::iocompat::AsyncIoTokioAsStd(stream))
-        })
-    }
-
-    fn bind_udp(
-        &self,
-        from: SocketAddr,
-        _server: SocketAddr,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<UdpSocket>>>> {
-        let mark = self.mark;
-        Box::pin(async move {
-            let socket = UdpSocket::bind(from).await?;
-            if let Some(mark) = mark {
-                SockRef::from(&socket).set_mark(mark)?;
-            }
-            Ok(socket)
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::Unanswered;
 
     fn name(text: &str) -> Name {
         Name::new(text.parse().unwrap())
     }
 
-    fn answer(addrs: &[&str], seconds: u64) -> Result<Answer, String> {
+    fn answer(addrs: &[&str], seconds: u64) -> Result<Answer, Unanswered> {
         let addrs = addrs.iter().map(|a| a.parse().unwrap()).collect();
         Ok(Answer { addrs, good_for: Duration::from_secs(seconds) })
     }
@@ -326,7 +212,7 @@ mod tests {
     #[test]
     fn what_is_not_answered_stays_known_and_an_answer_that_there_is_nothing_is_one() {
         let mut gw = name("gw.test:1");
-        let failed = || Err("refused".to_owned());
+        let failed = || Err(Unanswered::Failed("refused".to_owned()));
         assert_eq!(gw.learn("east", [failed(), failed()]), AGAIN_MIN);
         assert_eq!(known(std::slice::from_ref(&gw)).lack, "gw.test does not resolve: refused");
         assert_eq!(
