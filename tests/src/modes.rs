@@ -4,12 +4,12 @@
 //! daemon's own word that it was this way. Invariant: what is asked of one mode is asked of all:
 //! [`each_mode`](crate::each_mode) makes the tests.
 
-use std::{path::PathBuf, process::Command};
+use std::{net::SocketAddr, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    Gateway, Process, World,
+    Process, World,
     bpffs::BpfFs,
     cgroup::Cgroup,
     daemon::{Daemon, through},
@@ -42,7 +42,26 @@ pub enum Sink {
     Direct,
     /// HTTP/2 over mutual TLS, and dialled by the gateway.
     Gateway,
+    /// HTTP/1 in plaintext, and dialled by the proxy.
+    Http1,
+    /// HTTP/2 over mutual TLS, twice: the gateway has the flow dialled by another one.
+    Chain,
 }
+
+/// The far end of a mode, on the host of the targets.
+pub struct Far {
+    /// The tables of a configuration that sends everything there.
+    tables: String,
+    _daemons: Vec<Daemon>,
+}
+
+/// Where gateways listen.
+const FIRST: u16 = 15008;
+const SECOND: u16 = 15009;
+/// A route that dials.
+const DIRECT: &str = "[[route]]\nto = \"direct\"\n";
+/// Where targets are.
+const ALLOWED: &str = "[\"10.200.0.0/24\", \"fd00:200::/64\"]";
 
 /// What a mode is, but for what it says itself.
 pub const COPY: Mode =
@@ -74,6 +93,16 @@ macro_rules! each_mode {
             $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Gateway, ..$crate::modes::COPY },
             $($tests)*
         );
+        $crate::mode!(
+            through_an_http_1_proxy,
+            $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Http1, ..$crate::modes::COPY },
+            $($tests)*
+        );
+        $crate::mode!(
+            through_a_chain,
+            $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Chain, ..$crate::modes::COPY },
+            $($tests)*
+        );
     };
 }
 
@@ -101,6 +130,8 @@ pub struct Stage {
     pub cgroup: Cgroup,
     /// Both hosts.
     pub world: World,
+    /// More keys of every daemon's `[daemon]`.
+    keys: &'static str,
 }
 
 impl Stage {
@@ -109,27 +140,64 @@ impl Stage {
         let world = World::new()?;
         world.node().ip(&format!("route add default via {NET4}"))?;
         let (bpffs, cgroup) = (BpfFs::new(&world)?, Cgroup::new()?);
-        Ok(Self { bpffs, cgroup, world })
+        Ok(Self { bpffs, cgroup, world, keys: "" })
+    }
+
+    /// The same, with hosts that forget a closed connection within a second, and daemons that ask a silent peer after
+    /// another one whether it is there: what takes minutes elsewhere.
+    pub fn forgetful() -> Result<Self> {
+        let stage = Self::new()?;
+        for host in [stage.world.node(), stage.world.net()] {
+            host.settings(&[("ipv4/tcp_fin_timeout", "1")])?;
+        }
+        let keys = "tcp_keepalive = { time = \"1s\", interval = \"1s\", probes = 2 }\n";
+        Ok(Self { keys, ..stage })
     }
 
     /// A gateway, if the mode takes one.
-    pub fn gateway(&self, mode: &Mode) -> Result<Option<Gateway<'_>>> {
-        match mode.sink {
-            Sink::Direct => Ok(None),
-            Sink::Gateway => self.world.gateway().start().map(Some),
-        }
+    pub fn gateway(&self, mode: &Mode) -> Result<Option<Far>> {
+        let gateway = |port: u16, to: &str| {
+            let listen = format!("[[listener]]\naddress = \"{NET4}:{port}\"\n");
+            self.far(&(self.world.pki().named("gateway").toml() + &listen), to)
+        };
+        let through = |port| through(SocketAddr::new(NET4, port), GATEWAY_ID);
+        let (daemons, to) = match mode.sink {
+            Sink::Direct => return Ok(None),
+            Sink::Gateway => (vec![gateway(FIRST, DIRECT)?], through(FIRST)),
+            Sink::Chain => {
+                (vec![gateway(SECOND, DIRECT)?, gateway(FIRST, &through(SECOND))?], through(FIRST))
+            }
+            Sink::Http1 => {
+                let listen = format!(
+                    "[[listener]]\naddress = \"{NET4}:{FIRST}\"\nprotocols = [\"h1\"]\ntls = false\n"
+                );
+                let to = format!(
+                    "[[route]]\nto = [{{ upstream = \"proxy\" }}]\n[[upstream]]\nname = \"proxy\"\n\
+                     endpoints = [\"{NET4}:{FIRST}\"]\nprotocol = \"h1\"\ntls = false\n"
+                );
+                (vec![self.far(&listen, DIRECT)?], to)
+            }
+        };
+        let identity = match mode.sink {
+            Sink::Http1 => String::new(),
+            _ => self.world.pki().named("node").toml(),
+        };
+        Ok(Some(Far { tables: identity + &to, _daemons: daemons }))
+    }
+
+    fn far(&self, tables: &str, to: &str) -> Result<Daemon> {
+        let policy = format!("[[policy]]\nidentity = \"any\"\ntarget = {ALLOWED}\n");
+        let config = format!("[daemon]\n{}{tables}{to}{policy}", self.keys);
+        Daemon::start(&self.world, self.world.net(), &config)
     }
 
     /// Carries what the group connects to, in this mode.
-    pub fn daemon(&self, mode: &Mode, gateway: Option<&Gateway<'_>>) -> Result<Daemon> {
-        let sink = gateway.map_or_else(
-            || "[[route]]\nto = \"direct\"\n".to_owned(),
-            |g| self.world.pki().named("node").toml() + &through(g.addr(), GATEWAY_ID),
-        );
-        let (bpffs, group) = (self.bpffs.toml(), self.cgroup.path().display());
+    pub fn daemon(&self, mode: &Mode, gateway: Option<&Far>) -> Result<Daemon> {
+        let sink = gateway.map_or(DIRECT, |far| &far.tables);
+        let (bpffs, group, keys) = (self.bpffs.toml(), self.cgroup.path().display(), self.keys);
         let Mode { daemon, capture, .. } = mode;
         let config =
-            format!("[daemon]\n{bpffs}{daemon}\n[[capture]]\ncgroup = \"{group}\"\n{capture}\n{sink}");
+            format!("[daemon]\n{bpffs}{keys}{daemon}\n[[capture]]\ncgroup = \"{group}\"\n{capture}\n{sink}");
         Daemon::start(&self.world, self.world.node(), &config)
     }
 

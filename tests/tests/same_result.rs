@@ -21,6 +21,32 @@ use tunnel_tests::{
 each_mode! {
     what_an_application_sees_is_what_it_sees_over_tcp = |mode: &Mode| same(mode, Subject::Application);
     what_a_target_sees_is_what_it_sees_over_tcp = |mode: &Mode| same(mode, Subject::Target);
+    what_comes_first_and_last_arrives = at_once;
+    who_reads_late_gets_everything = late;
+}
+
+/// What ends before anything was said before: its target may not have been dialled yet.
+const AT_ONCE: [&str; 5] =
+    ["reset-behind-some", "reset-behind-much", "reset-at-once", "answer-and-close-unread", "close-at-once"];
+
+/// The first bytes of a connection that ends behind them arrive, whatever the end is.
+fn at_once(mode: &Mode) -> Result<()> {
+    let mode = Mode { chat: 0, rest: 0, proof: None, ..*mode };
+    for subject in [Subject::Application, Subject::Target] {
+        same_of(Stage::new()?, &mode, subject, |name| AT_ONCE.contains(&name))?;
+    }
+    Ok(())
+}
+
+/// What takes its time, on hosts that forget closed connections soon.
+const LATE: &str = "late-reader";
+
+/// Who reads late gets everything that was sent before an orderly end, whatever has become of the sender since.
+fn late(mode: &Mode) -> Result<()> {
+    for subject in [Subject::Application, Subject::Target] {
+        same_of(Stage::forgetful()?, mode, subject, |name| name == LATE)?;
+    }
+    Ok(())
 }
 
 /// What is not the same through any proxy that carries bytes, and why.
@@ -71,12 +97,16 @@ enum Subject {
 type Seen = Vec<String>;
 
 fn same(mode: &Mode, subject: Subject) -> Result<()> {
-    let stage = Stage::new()?;
+    same_of(Stage::new()?, mode, subject, |name| name != LATE)
+}
+
+fn same_of(stage: Stage, mode: &Mode, subject: Subject, wanted: impl Fn(&str) -> bool) -> Result<()> {
     let behaviours = process::output(Command::new(programs::calls()?).arg("list"))?;
     let behaviours: Vec<_> = behaviours.lines().map(str::to_owned).collect();
     for difference in DIFFERENCES {
         ensure!(behaviours.iter().any(|b| b == difference.behaviour), "there is no {}", difference.behaviour);
     }
+    let behaviours: Vec<_> = behaviours.into_iter().filter(|name| wanted(name)).collect();
     let all = |captured| -> Result<Vec<Seen>> {
         behaviours.iter().map(|name| show(&stage, name, mode, subject, captured)).collect()
     };

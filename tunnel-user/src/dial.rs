@@ -12,7 +12,6 @@ use std::{
 };
 
 use tokio::{
-    net::TcpStream,
     task::JoinSet,
     time::{Instant, sleep, timeout_at},
 };
@@ -20,7 +19,7 @@ use tokio::{
 use crate::{
     flow::Target,
     names::{self, Unanswered},
-    transport::tcp::{self, First, Mark},
+    transport::tcp::{self, Connected, First, Mark},
 };
 
 /// How long one address is tried before the next is tried beside it (RFC 8305 section 5, "Connection
@@ -127,7 +126,7 @@ pub async fn connect(
     first: First,
     deadline: Instant,
     allowed: Duration,
-) -> Result<(TcpStream, SocketAddr), DialError> {
+) -> Result<(Connected, SocketAddr), DialError> {
     let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
     if let [addr] = addrs {
         let connected =
@@ -142,7 +141,7 @@ async fn race(
     addrs: &[SocketAddr],
     mark: Mark,
     first: First,
-) -> Option<Result<(TcpStream, SocketAddr), DialError>> {
+) -> Option<Result<(Connected, SocketAddr), DialError>> {
     let mut attempts = JoinSet::new();
     let mut last = None;
     let mut rest = addrs.iter().copied();

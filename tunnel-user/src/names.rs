@@ -284,8 +284,8 @@ impl RuntimeProvider for Marked {
         let mark = self.mark;
         Box::pin(async move {
             let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, mark, First::Us)).await;
-            let stream: TcpStream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-            Ok(AsyncIoTokioAsStd(stream))
+            let connected = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+            Ok(AsyncIoTokioAsStd(connected.up()?))
         })
     }
 

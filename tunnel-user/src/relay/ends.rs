@@ -127,8 +127,8 @@ pub(super) enum Ended {
     Closed,
     /// One leg was reset, and the other has, or will never have, what came before.
     Reset(Side, Broken),
-    /// One leg ended in order and then took no more; the other has all of it. Why, if that cost anybody a byte.
-    Released(Side, Option<Broken>),
+    /// One leg ended in order and then took no more; the other has all of it. Why, and whether that cost anybody a byte.
+    Released(Side, Option<Broken>, bool),
 }
 
 /// Runs a flow to its end.
@@ -218,8 +218,8 @@ pub(super) fn step<C: Leg, T: Leg>(
         (State::Open | State::Refused { .. }, State::Refused { why: Some(why), .. }) => {
             Ended::Reset(Side::Client, why)
         }
-        (State::Refused { why, .. }, _) => Ended::Released(Side::Target, why.filter(|_| lost)),
-        (_, State::Refused { why, .. }) => Ended::Released(Side::Client, why.filter(|_| lost)),
+        (State::Refused { why, .. }, _) => Ended::Released(Side::Target, why, lost),
+        (_, State::Refused { why, .. }) => Ended::Released(Side::Client, why, lost),
         _ => Ended::Closed,
     })
 }
@@ -239,13 +239,18 @@ pub(super) fn conclude(client: &mut impl Leg, target: &mut impl Leg, ended: Ende
             }
             Outcome::Reset(side, why)
         }
-        Ended::Released(side, why) => {
+        Ended::Released(side, why, lost) => {
+            // A reset behind an end is passed on as what it is: the kernel tells it to who writes or waits for errors, and
+            // who reads still gets everything, and then the end.
+            let is_reset = matches!(why, Some(Broken::Reset(_)));
             match side {
+                Side::Client if is_reset && !client.was_forgotten() => target.abort(),
                 Side::Client => target.release(),
+                Side::Target if is_reset && !target.was_forgotten() => client.abort(),
                 Side::Target => client.release(),
             }
             match why {
-                Some(why @ Broken::Reset(_)) => Outcome::Reset(side, why),
+                Some(why @ Broken::Reset(_)) if lost => Outcome::Reset(side, why),
                 _ => Outcome::Closed,
             }
         }

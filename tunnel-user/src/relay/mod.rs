@@ -81,6 +81,12 @@ pub trait Leg {
     /// and the error behind it: this consumes neither.
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken>;
 
+    /// Of a leg that broke behind its end: whether that only says that its peer's kernel, which has had everything, does
+    /// not remember the connection, and was asked by us.
+    fn was_forgotten(&self) -> bool {
+        false
+    }
+
     /// Whether the peer has sent something that was not received yet, as far as that can be told without asking it.
     fn has_unread(&self) -> bool {
         false

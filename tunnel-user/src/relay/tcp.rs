@@ -26,7 +26,7 @@ use super::{
     Broken, Cause, Leg, Queue,
     bypass::Hot,
     silence::{Socket, timed_out},
-    splice::socket::{at_mark, unacknowledged, unread},
+    splice::socket::{at_mark, progress, unacknowledged, unread},
 };
 use crate::{capture::bypass::Candidate, transport::tcp};
 
@@ -66,6 +66,15 @@ impl TcpLeg {
         abort_on_close(&stream);
         let mut leg = Self::aborting(stream);
         leg.until_much = MUCH;
+        leg
+    }
+
+    /// The same of one that was just made.
+    pub fn connected(connected: tcp::Connected) -> Self {
+        let mut leg = Self::new(connected.stream);
+        if let Some(e) = connected.failed {
+            leg.note(&e);
+        }
         leg
     }
 
@@ -314,6 +323,13 @@ impl Leg for TcpLeg {
         let e = ready!(self.error.poll(cx, stream));
         self.note(&e);
         Poll::Ready(reset(e))
+    }
+
+    fn was_forgotten(&self) -> bool {
+        // Probes leave after that long without a word (`tcp_keepalive_timer`, net/ipv4/tcp_timer.c).
+        let quiet =
+            |stream: &Rc<Socket>| progress(&***stream).is_ok_and(|p| p.quiet >= tcp::keepalive().time);
+        self.stream.as_ref().is_some_and(quiet)
     }
 
     fn has_unread(&self) -> bool {

@@ -7,7 +7,7 @@
 use std::{io, net::SocketAddr, sync::OnceLock, time::Duration};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
 use crate::config::Keepalive;
@@ -55,17 +55,46 @@ pub enum First {
     Anybody,
 }
 
+/// A connection that was made.
+#[derive(Debug)]
+pub struct Connected {
+    /// The socket.
+    pub stream: TcpStream,
+    /// What became of it since, if that is known: the peer has accepted it, and may have sent something, before it reset
+    /// it. What it sent can be read.
+    pub failed: Option<io::Error>,
+}
+
+impl Connected {
+    /// The socket, unless it has failed since.
+    pub fn up(self) -> io::Result<TcpStream> {
+        self.failed.map_or(Ok(self.stream), Err)
+    }
+}
+
 /// Connects. The caller bounds the time.
-pub async fn connect(addr: SocketAddr, mark: Mark, first: First) -> io::Result<TcpStream> {
-    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+pub async fn connect(addr: SocketAddr, mark: Mark, first: First) -> io::Result<Connected> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))?;
     if let Some(mark) = mark {
-        SockRef::from(&socket).set_mark(mark)?;
+        socket.set_mark(mark)?;
     }
-    tune(&SockRef::from(&socket))?;
+    tune(&socket)?;
     if first == First::Us {
-        SockRef::from(&socket).set_tcp_quickack(false)?;
+        socket.set_tcp_quickack(false)?;
     }
-    socket.connect(addr).await
+    match socket.connect(&addr.into()) {
+        Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
+        _ => {}
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    stream.writable().await?;
+    // Not by tokio's connect, which drops a connection that was reset before it looked, with what had come. A SYN that is
+    // answered with RST is ECONNREFUSED (`tcp_reset`, net/ipv4/tcp_input.c); what else a peer does, it does afterwards.
+    match stream.take_error()? {
+        Some(e) if !matches!(e.raw_os_error(), Some(libc::ECONNRESET | libc::EPIPE)) => Err(e),
+        failed => Ok(Connected { stream, failed }),
+    }
 }
 
 /// The options of every connection: no delay for small writes, urgent data where it was sent (a byte that is read out of
@@ -170,7 +199,8 @@ mod tests {
     async fn a_connection_on_this_machine_is_spared_what_congestion_control_costs() {
         for addr in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(addr).unwrap();
-            let stream = connect(listener.local_addr().unwrap(), None, First::Anybody).await.unwrap();
+            let connected = connect(listener.local_addr().unwrap(), None, First::Anybody).await.unwrap();
+            let stream = connected.up().unwrap();
             let control = || SockRef::from(&stream).tcp_congestion().unwrap();
             let available =
                 std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap();
@@ -187,7 +217,7 @@ mod tests {
     #[tokio::test]
     async fn what_we_connect_has_the_same_options() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let stream = connect(listener.local_addr().unwrap(), None, First::Us).await.unwrap();
+        let stream = connect(listener.local_addr().unwrap(), None, First::Us).await.unwrap().up().unwrap();
         let socket = SockRef::from(&stream);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert!(socket.out_of_band_inline().unwrap());

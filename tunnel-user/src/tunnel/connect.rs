@@ -225,6 +225,8 @@ async fn over_socket(
         dial::connect(&key.endpoint, &addrs, settings.mark, First::Us, deadline, settings.timeout)
             .await
             .map_err(dial)?;
+    // What has become of it since, the handshake finds out; an alert may be there to be read.
+    let tcp = tcp.stream;
     let peer = FarEnd::Socket(PeerAddr(addr));
     let Some(tls) = &key.tls else {
         return Ok(Connected { link: Link::Plain(tcp), peer, identity: None, suite: None });

@@ -7,7 +7,6 @@ use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::StatusCode;
-use tokio::net::TcpStream;
 
 use super::{Account, Worker, setup::Setup};
 use crate::{
@@ -19,7 +18,10 @@ use crate::{
     relay::{Ahead, TcpLeg},
     route::{Decision, another},
     stats::{Record, Via},
-    transport::{proxy::Header, tcp::First},
+    transport::{
+        proxy::Header,
+        tcp::{Connected, First},
+    },
     tunnel::{
         self, Itself, Next, TunnelError, Upstream,
         headers::{Ask, is_loop},
@@ -118,7 +120,7 @@ impl Worker {
                 let (stream, addr) = dial(setup, target, instead, permit, way).await?;
                 record.via = Via::Direct;
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
-                Ok(Sink::Direct(TcpLeg::new(stream), first.unwrap_or_default()))
+                Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
             // Nothing depends on what has been looked at already.
@@ -225,7 +227,7 @@ async fn dial(
     instead: Option<&Target>,
     permit: Option<Permit<'_>>,
     way: Way<'_>,
-) -> Result<(TcpStream, SocketAddr), Refusal> {
+) -> Result<(Connected, SocketAddr), Refusal> {
     let Way { dialled, mut addrs, first, deadline, allowed: dial_timeout } = way;
     let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
     let mut why = None;

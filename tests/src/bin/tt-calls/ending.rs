@@ -23,7 +23,7 @@ pub(crate) const ALL: &[Behaviour] = &[
 const BYTES: usize = 100_000;
 
 /// Receives to the end, and judges.
-fn receive(end: &End, key: &str) -> Result<()> {
+pub(crate) fn receive(end: &End, key: &str) -> Result<()> {
     let (mut all, mut buf) = (Vec::new(), vec![0; 1 << 16]);
     let last = loop {
         match sys::recv(end.socket()?, &mut buf, 0) {
@@ -184,7 +184,7 @@ fn close_when_told(end: &mut End) -> Result<()> {
     end.tell(Word::Ended)
 }
 
-fn reset(end: &mut End) -> Result<()> {
+pub(crate) fn reset(end: &mut End) -> Result<()> {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     note("linger", sys::set(end.socket()?, libc::SOL_SOCKET, libc::SO_LINGER, &linger));
     end.close();

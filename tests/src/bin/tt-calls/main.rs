@@ -10,6 +10,7 @@
 //! they chat: so many exchanges, a rest, and as many again, for paths that treat flows by what they have done so far.
 
 mod ending;
+mod late;
 mod readiness;
 mod reading;
 mod splicing;
@@ -45,7 +46,7 @@ const LOOK: Duration = Duration::from_millis(1);
 type Behaviour = (&'static str, fn(&mut End) -> Result<()>, fn(&mut End) -> Result<()>);
 
 fn behaviours() -> Vec<Behaviour> {
-    [reading::ALL, readiness::ALL, splicing::ALL, writing::ALL, ending::ALL, traffic::ALL].concat()
+    [reading::ALL, readiness::ALL, splicing::ALL, writing::ALL, ending::ALL, late::ALL, traffic::ALL].concat()
 }
 
 fn main() -> ExitCode {
