@@ -39,7 +39,7 @@ use hickory_resolver::{
 };
 use socket2::SockRef;
 use tokio::{
-    net::{TcpStream, UdpSocket},
+    net::UdpSocket,
     sync::{Semaphore, SemaphorePermit},
     task::JoinSet,
     time::timeout,
