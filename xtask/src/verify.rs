@@ -157,7 +157,7 @@ impl Drop for Choice {
         match self.janitor.wait() {
             Ok(status) if status.success() => {}
             failed => {
-                eprintln!("{} the host's congestion control was not put back: {failed:?}", red("error:"))
+                eprintln!("{} the host's congestion control was not put back: {failed:?}", red("error:"));
             }
         }
     }
