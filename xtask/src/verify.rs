@@ -55,12 +55,13 @@ enum Part {
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              everything, in about an hour and a half on two cores
+  cargo xtask verify                              two suites, two kernels, two soaks
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
-The host's default congestion control is changed while the suite runs, and put back, also on Ctrl-C. Run it as the first
-thing after a boot: most warnings of the kernel are given once a boot, and where they cannot be had again the end says
-which tests could not have noticed any.";
+
+The host's default congestion control is changed while the suite runs, and put back, also on Ctrl-C.
+Run it as the first thing after a boot: most warnings of the kernel are given once a boot. Where they
+cannot be had again, the end says which tests could not have noticed any.";
 
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     run::require_root("changing the host's congestion control, and the tests,")?;
@@ -157,7 +158,7 @@ impl Drop for Choice {
         match self.janitor.wait() {
             Ok(status) if status.success() => {}
             failed => {
-                eprintln!("{} the host's congestion control was not put back: {failed:?}", red("error:"))
+                eprintln!("{} the host's congestion control was not put back: {failed:?}", red("error:"));
             }
         }
     }

@@ -18,11 +18,14 @@ use std::{
     sync::Arc,
     task::Poll,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use socket2::Socket;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use tokio::{
+    sync::mpsc,
+    time::{Interval, MissedTickBehavior},
+};
 
 pub use self::run::run;
 use self::{
@@ -62,6 +65,7 @@ const MORE_MAX: usize = 64;
 const NAMESPACE_SCAN: Duration = Duration::from_secs(1);
 /// How often flows that nobody accepted are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
+
 /// A daemon whose workers run.
 pub struct Running {
     trigger: Trigger,
@@ -80,6 +84,26 @@ pub struct Running {
     kept: Vec<(SocketAddr, Vec<Socket>)>,
     sources: SourceIds,
     discover: Discover,
+    duties: Duties,
+}
+
+/// What is done again and again. It belongs to the daemon and not to the future that waits for it, which every signal and
+/// every change of a file cancels.
+struct Duties {
+    scan: Interval,
+    sweep: Interval,
+}
+
+impl Duties {
+    /// In a runtime.
+    fn new() -> Self {
+        let every = |length| {
+            let mut interval = tokio::time::interval_at(tokio::time::Instant::now() + length, length);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        };
+        Self { scan: every(NAMESPACE_SCAN), sweep: every(SWEEP) }
+    }
 }
 
 /// What no configuration changes while a daemon runs.
@@ -171,6 +195,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         kept: opener.kept,
         sources,
         discover,
+        duties: Duties::new(),
     };
     for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
         let counters = Arc::new(Counters::default());
@@ -285,25 +310,23 @@ impl Running {
 
     /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
     pub async fn watch_captures(&mut self) {
-        let mut swept = Instant::now();
-        let mut tick = tokio::time::interval(NAMESPACE_SCAN);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let mut sweep = false;
             let written = poll_fn(|cx| {
                 let rings = self.captures.iter().map(|a| &a.programs.rings);
                 let ready = rings.filter(|r| r.poll(cx).is_ready()).count();
                 if ready > 0 { Poll::Ready(()) } else { Poll::Pending }
             });
             tokio::select! {
-                _ = tick.tick() => {}
+                _ = self.duties.scan.tick() => {}
+                _ = self.duties.sweep.tick() => sweep = true,
                 () = written => {}
             }
             for active in &mut self.captures {
                 active.programs.rings.read();
                 active.scan(&self.more, self.fixed.mark);
             }
-            if swept.elapsed() >= SWEEP {
-                swept = Instant::now();
+            if sweep {
                 for active in &mut self.captures {
                     let forgotten = active.programs.capture.sweep();
                     tracing::debug!(cgroup = active.name, forgotten, "swept flows that nobody accepted");

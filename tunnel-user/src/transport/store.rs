@@ -4,7 +4,7 @@
 //! identity that loaded. Invariant: a bad or half-written set of files never replaces a good one. It never touches
 //! connections that are up: they keep what they were made with.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use arc_swap::ArcSwap;
 use rustls::{ClientConfig, ServerConfig};
@@ -69,7 +69,7 @@ impl TlsStore {
 }
 
 /// Reloads `store` when something changes beside its files; `on_reload` hears of each new identity.
-pub fn watch(store: Arc<TlsStore>, on_reload: impl Fn() + Send + 'static) -> Result<Watch, notify::Error> {
+pub fn watch(store: Arc<TlsStore>, on_reload: impl Fn() + Send + 'static) -> io::Result<Watch> {
     let IdentityFiles { cert, key, ca } = store.files.clone();
     files::watch([&*cert, &*key, &*ca], "identity-watch", move || match store.reload() {
         Ok(false) => {}

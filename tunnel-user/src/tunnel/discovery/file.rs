@@ -42,7 +42,7 @@ pub enum FileError {
         file: PathBuf,
         /// Why.
         #[source]
-        source: notify::Error,
+        source: io::Error,
     },
     /// A mistake in it.
     #[error("{}{}: {mistake}", file.display(), line.map(|n| format!(":{n}")).unwrap_or_default())]
