@@ -4,7 +4,7 @@
 //! copies for the daemon that comes next. Invariant: a socket that was taken over is used, so what waits in
 //! it is accepted. It never serves anything.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use socket2::{Domain, Socket, Type};
 
@@ -22,9 +22,6 @@ use crate::{
     },
     worker::{CaptureSocket, ConnectSocket, SourceId},
 };
-
-/// Between two PINGs to a tunnel peer, and how long its answer may take.
-const LISTENER_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
 
 /// A listener for CONNECT requests that the workers serve.
 #[derive(Clone)]
@@ -105,8 +102,8 @@ impl Opener {
             protocols: wanted.protocols.clone(),
             handshake_timeout: wanted.handshake_timeout,
             max_streams: wanted.max_streams.get(),
-            keepalive_interval: LISTENER_KEEPALIVE.0,
-            keepalive_timeout: LISTENER_KEEPALIVE.1,
+            keepalive_interval: wanted.keepalive_interval,
+            keepalive_timeout: wanted.keepalive_timeout,
         });
         let opened = self.open(wanted.address, OnClose::Deliver)?;
         let bound = opened.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(wanted.address);

@@ -325,6 +325,13 @@ impl Section for Listener {
         );
         let max_streams =
             r.default("max_streams", "CONNECT streams at a time on one connection.", LISTENER_STREAMS);
+        let keepalive_interval = r.default(
+            "keepalive_interval",
+            "How often a quiet HTTP/2 connection is asked whether its peer is alive. With keepalive_timeout it is how long a peer may be suspended before its flows are reset.",
+            KEEPALIVE_INTERVAL,
+        );
+        let keepalive_timeout =
+            r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
@@ -338,11 +345,12 @@ impl Section for Listener {
                 }
             }
         }
-        if protocols == [Protocol::H1] && r.has("max_streams") {
-            r.wrong(
-                "max_streams",
-                "has no meaning without \"h2\": over HTTP/1 a connection carries one flow",
-            );
+        if protocols == [Protocol::H1] {
+            for key in ["max_streams", "keepalive_interval", "keepalive_timeout"] {
+                if r.has(key) {
+                    r.wrong(key, "has no meaning without \"h2\": over HTTP/1 a connection carries one flow");
+                }
+            }
         }
         Some(Self {
             name,
@@ -355,6 +363,8 @@ impl Section for Listener {
             dial_timeout,
             handshake_timeout,
             max_streams,
+            keepalive_interval,
+            keepalive_timeout,
         })
     }
 }
