@@ -40,7 +40,7 @@ use crate::{
     exit::{Cause, Failure},
     files,
     kernels::{Feature, Kernel},
-    limits, memory,
+    limits, memory, panics,
     policy::Policies,
     privileges,
     relay::{self, PathKind},
@@ -216,23 +216,35 @@ fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener], path: Pa
     let own = listeners.iter().map(|l| l.bound);
     let own: Vec<_> = own.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
     let per_flow = limits::per_flow(config);
+    let max_flows = config.daemon.max_flows.get();
+    if let Some(flows) = limits::cut_to(max_flows, fixed.nofile, fixed.workers, per_flow) {
+        tell_cut(config, flows, fixed.nofile, per_flow);
+    }
     Arc::new(Shared {
         router: Router::new(config.routes.clone()),
         policies: Policies::new(config.policies.clone(), &own),
         mark: fixed.socket_mark,
         pseudonym: fixed.pseudonym.clone(),
-        flows_max: limits::flows_per_worker(
-            config.daemon.max_flows.get(),
-            fixed.nofile,
-            fixed.workers,
-            per_flow,
-        ),
+        flows_max: limits::flows_per_worker(max_flows, fixed.nofile, fixed.workers, per_flow),
         path,
         inspect_timeout: config.daemon.inspect_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: fixed.keep_records,
     })
+}
+
+/// Says that descriptors allow fewer flows than the configuration.
+fn tell_cut(config: &Config, flows: usize, nofile: u64, per_flow: u64) {
+    let what = "fewer flows are taken than max_flows, for want of file descriptors: raise their limit (LimitNOFILE= in a \
+                systemd unit, ulimit -Hn in a shell), or lower max_flows";
+    let max_flows = config.daemon.max_flows;
+    // Beside a command that has its terminal, only who wants to know more is told.
+    if config.captures.iter().any(|c| c.cgroup == config::CgroupRef::Fresh) {
+        tracing::info!(max_flows, flows, nofile, per_flow, "{what}");
+    } else {
+        tracing::warn!(max_flows, flows, nofile, per_flow, "{what}");
+    }
 }
 
 /// How bytes are moved between two sockets of ours. Fails where it was asked for and cannot be.
@@ -378,6 +390,7 @@ impl Running {
                 }
             }
         }
+        sums.push(("panics", panics::count()));
         sums.retain(|(_, n)| *n > 0);
         tracing::info!(?sums, "counters");
         report

@@ -147,7 +147,11 @@ impl Section for Daemon {
         let bpffs = r.default("bpffs", "The bpffs mount.", FilePath(PathBuf::from(BPFFS))).0;
         let drain_timeout =
             r.default("drain_timeout", "How long flows may go on after we were told to stop.", DRAIN_RUN);
-        let max_flows = r.default("max_flows", "Flows at a time; more are refused.", MAX_FLOWS);
+        let max_flows = r.default(
+            "max_flows",
+            "Flows at a time, shared out to the workers; more are refused. One peer of the listeners gets three quarters of them (7,500 of the default), and the limit of file descriptors may allow fewer, which the log says.",
+            MAX_FLOWS,
+        );
         let relay = r.default(
             "relay",
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"splice\", by a kernel program while a flow exchanges small messages, else as \"copy\"; \"pipe\", in the kernel (splice(2)), which takes less than half the CPU for bulk and as much for small messages; \"auto\", as \"splice\" where kernel and privileges allow it, else as \"copy\".",
