@@ -18,6 +18,7 @@ use super::{
 use crate::{
     config::{self, Config},
     exit::{Cause, Failure},
+    transport::tls::Wanted,
     worker::{Change, More, Planned, SourceId},
 };
 
@@ -107,6 +108,9 @@ impl Running {
         }
         (self.listeners, self.redirects, self.captures, self.kept) = (listeners, redirects, active, kept);
         self.config = config;
+        if let Some(identity) = &self.identity {
+            identity.store.keep(&wanted_tls(&self.config));
+        }
         Ok(changed)
     }
 
@@ -267,6 +271,22 @@ impl Running {
             self.listeners.iter().map(|l| l.source).filter(|s| listeners.iter().all(|l| l.source != *s));
         let redirected = self.redirects.iter().copied().filter(|s| !redirects.contains(s));
         before.chain(redirected).chain(gone.iter().map(|a| a.source)).collect()
+    }
+}
+
+/// What connections are made and taken with by a configuration.
+fn wanted_tls(config: &Config) -> Wanted {
+    Wanted {
+        clients: config
+            .upstreams
+            .iter()
+            .filter_map(|u| u.check().map(|check| (check.san, u.protocol)))
+            .collect(),
+        servers: config
+            .listeners
+            .iter()
+            .filter_map(|l| l.check().map(|check| (check, l.protocols.clone())))
+            .collect(),
     }
 }
 

@@ -5,7 +5,7 @@
 //! under, because each has tickets of its own. It never relies on a process-wide crypto provider.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt, fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
@@ -139,6 +139,15 @@ fn how_to_read(error: &io::Error) -> &'static str {
     }
 }
 
+/// Everything that connections are made and taken with, by a configuration.
+#[derive(Debug, Default)]
+pub struct Wanted {
+    /// Of upstreams.
+    pub clients: HashSet<(Vec<SanPattern>, Protocol)>,
+    /// Of listeners.
+    pub servers: HashSet<(ClientCheck, Vec<Protocol>)>,
+}
+
 /// Configurations that were made already, by what makes them different.
 type Made<K, C> = Mutex<HashMap<K, Arc<C>>>;
 
@@ -154,7 +163,7 @@ pub struct TlsIdentity {
     constrained: Arc<[Constrained]>,
     server_verifier: Arc<WebPkiServerVerifier>,
     client_verifier: Arc<dyn ClientCertVerifier>,
-    // One entry per upstream's and listener's checks, which the configuration bounds. Locked when a
+    // One entry per upstream's and listener's checks, which the configuration in force bounds (`keep`). Locked when a
     // connection is made, never while bytes move.
     clients: Made<(Vec<SanPattern>, Protocol), ClientConfig>,
     servers: Made<(ClientCheck, Vec<Protocol>), ServerConfig>,
@@ -266,6 +275,14 @@ impl TlsIdentity {
         let config = Arc::new(config);
         made.insert(key, Arc::clone(&config));
         config
+    }
+
+    /// Forgets the configurations, and with them the sessions, of checks that nothing is configured with any more.
+    pub(crate) fn keep(&self, wanted: &Wanted) {
+        let lock = PoisonError::into_inner;
+        self.clients.lock().unwrap_or_else(lock).retain(|key, _| wanted.clients.contains(key));
+        let lock = PoisonError::into_inner;
+        self.servers.lock().unwrap_or_else(lock).retain(|key, _| wanted.servers.contains(key));
     }
 
     /// How to take connections from clients that must pass `check` and speak one of `protocols`, of which the
