@@ -5,7 +5,7 @@ use std::{path::Path, process::Command, time::Duration};
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    NetNs, PATIENCE, Process, TARGET4, World,
+    NetNs, PATIENCE, Process, TARGET4, TARGET6, World,
     daemon::Daemon,
     dialogue::ask,
     node::Node,
@@ -383,5 +383,25 @@ fn a_captured_connection_runs_over_loopback_and_is_not_paced_whatever_its_host_d
     };
     assert_eq!(controls("127.0.0.1:"), ["reno", "reno"], "{sockets}");
     assert_eq!(controls(&gateway.addr().to_string()), [host.trim()], "{sockets}");
+    Ok(())
+}
+
+/// A node that gets `::1` only after the daemon has started is captured over IPv6 too from then on.
+#[test]
+fn ipv6_that_comes_after_the_start_is_captured_too() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET6, target::echo())?;
+    let without = |off: &str| {
+        let off = off.to_owned();
+        world.node().run(move || std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", off))
+    };
+    without("1")?;
+    let node = Node::new(&world)?;
+    let mut daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    assert_eq!(node.connect_error(&target)?, "ECONNREFUSED", "refused, and not let through");
+    without("0")?;
+    daemon.process().wait_for_line("capturing IPv6 too, which came later")?;
+    node.hold(&target)?;
     Ok(())
 }

@@ -59,6 +59,20 @@ pub(super) struct Opener {
     pub(super) taken: Listeners,
     /// Copies, by the address that is configured, for the daemon that replaces this one.
     pub(super) kept: Vec<(SocketAddr, Vec<Socket>)>,
+    /// What has listened already gets these options, once nothing can fail any more: see [`retune`].
+    pub(super) retuned: Vec<(SocketAddr, OnClose)>,
+}
+
+/// Gives sockets that listened for something else the options of what they listen for now.
+pub(super) fn retune(kept: &[(SocketAddr, Vec<Socket>)], retuned: &[(SocketAddr, OnClose)]) {
+    for (address, on_close) in retuned {
+        let sockets = kept.iter().filter(|(kept, _)| kept == address).flat_map(|(_, sockets)| sockets);
+        for socket in sockets {
+            if let Err(e) = tcp::bequeath(socket, *on_close) {
+                tracing::error!(%address, "its connections lack options: {e}");
+            }
+        }
+    }
 }
 
 impl Opener {
@@ -70,8 +84,8 @@ impl Opener {
             Some(mut sockets) => {
                 let missing = self.workers.saturating_sub(sockets.len());
                 let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(address);
-                // They may have listened for something else.
-                sockets.iter().try_for_each(|s| tcp::bequeath(s, on_close)).map_err(failed)?;
+                // They may have listened for something else, and do until all has gone well.
+                self.retuned.push((address, on_close));
                 sockets.extend(tcp::listen_beside(bound, missing, self.mark, on_close).map_err(failed)?);
                 sockets
             }

@@ -5,6 +5,7 @@
 //! wires rooms together.
 
 mod captures;
+mod inbox;
 mod listen;
 mod reload;
 mod run;
@@ -26,7 +27,8 @@ use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 pub use self::run::run;
 use self::{
-    captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir},
+    captures::{ActiveCapture, Loaded, bpf_failure, lock_pins, pin_dir},
+    inbox::Inbox,
     listen::{ActiveListener, Opener, Sockets, SourceIds, may_mark, require_mark},
     upstreams::Discover,
 };
@@ -52,8 +54,8 @@ use crate::{
         tcp,
         tls::IdentityFiles,
     },
-    tunnel::headers::Trace,
-    worker::{self, More, Report, Shared, SourceId, Start},
+    tunnel::{self, headers::Trace},
+    worker::{self, Report, Shared, SourceId, Start},
 };
 
 /// New namespaces that a worker has not taken up yet.
@@ -67,7 +69,7 @@ pub struct Running {
     trigger: Trigger,
     threads: Vec<thread::JoinHandle<io::Result<Report>>>,
     counters: Vec<Arc<Counters>>,
-    more: Vec<mpsc::Sender<More>>,
+    more: Vec<Inbox>,
     fixed: Fixed,
     /// What it was told last.
     config: Config,
@@ -132,7 +134,13 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let tls = identity.as_ref().map(|i| &i.store);
     let mut sources = SourceIds::default();
     let mut sockets: Vec<Sockets> = (0..fixed.workers).map(|_| Sockets::default()).collect();
-    let mut opener = Opener { workers: fixed.workers, mark: fixed.socket_mark, taken, kept: Vec::new() };
+    let mut opener = Opener {
+        workers: fixed.workers,
+        mark: fixed.socket_mark,
+        taken,
+        kept: Vec::new(),
+        retuned: Vec::new(),
+    };
     let mut listeners = Vec::new();
     for wanted in &config.listeners {
         listeners.push(opener.open_listener(sources.next(), wanted, tls, &mut sockets)?);
@@ -141,13 +149,13 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
     let _lock = lock_if_pinned(&config, &config.captures)?;
     let redirects = opener.open_redirects(&config.redirects, &mut sources, &mut sockets)?;
-    let mut captures = Vec::new();
+    let mut captures = Loaded::default();
     for wanted in &config.captures {
-        let mut active = captures::load(sources.next(), wanted, &config, group)?;
+        captures.0.push(captures::load(sources.next(), wanted, &config, group)?);
+        let Some(active) = captures.0.last_mut() else { continue };
         for (own, opened) in sockets.iter_mut().zip(active.listen_here(fixed.workers, mark)?) {
             own.captures.extend(opened);
         }
-        captures.push(active);
     }
 
     let path = path(&config)?;
@@ -164,36 +172,19 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         fixed,
         config,
         identity,
-        captures,
+        captures: captures.keep(),
         redirects,
         listeners,
         kept: opener.kept,
         sources,
         discover,
     };
-    for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
-        let counters = Arc::new(Counters::default());
-        let (tell, more) = mpsc::channel(MORE_MAX);
-        let start = Start {
-            shared: Arc::clone(&shared),
-            upstreams: upstreams.clone(),
-            counters: Arc::clone(&counters),
-            more,
-            captures,
-            listeners,
-            watch: phase.clone(),
-        };
-        let thread = thread::Builder::new().name(format!("worker-{i}")).spawn(move || worker::run(start));
-        running.threads.push(thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?);
-        running.counters.push(counters);
-        running.more.push(tell);
+    if let Err(e) = running.begin(sockets, &shared, &upstreams, &phase) {
+        running.captures.iter().for_each(ActiveCapture::take_back);
+        return Err(e);
     }
-    // Last: from here on connections are captured.
-    for active in &mut running.captures {
-        active.scan(&running.more, running.fixed.mark);
-        active.attach()?;
-        tracing::info!(cgroup = active.name, "capturing");
-    }
+    running.captures.iter().for_each(|active| active.programs.capture.settle());
+    listen::retune(&running.kept, &opener.retuned);
     for address in running.config.redirects.iter().flat_map(|r| &r.listen) {
         tracing::info!(%address, "capturing what rules redirect here");
     }
@@ -289,6 +280,40 @@ fn lock_if_pinned<'a>(
 }
 
 impl Running {
+    /// Starts the workers, and attaches.
+    fn begin(
+        &mut self,
+        sockets: Vec<Sockets>,
+        shared: &Arc<Shared>,
+        upstreams: &[tunnel::Next<tunnel::Settings>],
+        phase: &drain::Watch,
+    ) -> Result<(), Failure> {
+        for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
+            let counters = Arc::new(Counters::default());
+            let (tell, more) = mpsc::channel(MORE_MAX);
+            let start = Start {
+                shared: Arc::clone(shared),
+                upstreams: upstreams.to_vec(),
+                counters: Arc::clone(&counters),
+                more,
+                captures,
+                listeners,
+                watch: phase.clone(),
+            };
+            let thread = thread::Builder::new().name(format!("worker-{i}")).spawn(move || worker::run(start));
+            self.threads.push(thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?);
+            self.counters.push(counters);
+            self.more.push(Inbox::new(tell));
+        }
+        // Last: from here on connections are captured.
+        for active in &mut self.captures {
+            active.scan(&self.more, self.fixed.mark);
+            active.attach()?;
+            tracing::info!(cgroup = active.name, "capturing");
+        }
+        Ok(())
+    }
+
     /// The addresses of the CONNECT listeners, with the ports that they got.
     pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.listeners.iter().map(|l| l.bound)
