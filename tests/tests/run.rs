@@ -1,6 +1,10 @@
 //! `tunnel run`: a daemon, the captures that outlive it, and the daemon after it.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -403,5 +407,27 @@ fn ipv6_that_comes_after_the_start_is_captured_too() -> Result<()> {
     without("0")?;
     daemon.process().wait_for_line("capturing IPv6 too, which came later")?;
     node.hold(&target)?;
+    Ok(())
+}
+
+/// `drain_timeout` is the time for flows and for the connections that they were on together: with a gateway that answers
+/// nothing it is not spent twice.
+#[test]
+fn the_drain_timeout_is_for_flows_and_their_connections_together() -> Result<()> {
+    const DRAIN: Duration = Duration::from_secs(4);
+    let world = World::new()?;
+    let mut gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let drain = format!("drain_timeout = \"{}s\"\n", DRAIN.as_secs());
+    let mut daemon = node.daemon(&node.config(&gateway, &drain, ""))?;
+    let _held = node.hold(&target)?;
+    gateway.process().signal(Signal::SIGSTOP)?;
+    let asked = Instant::now();
+    daemon.process().signal(Signal::SIGTERM)?;
+    assert!(daemon.process().wait(PATIENCE)?.success());
+    let took = asked.elapsed();
+    gateway.process().signal(Signal::SIGCONT)?;
+    assert!(took >= DRAIN && took < DRAIN + DRAIN * 3 / 4, "{took:?}");
     Ok(())
 }

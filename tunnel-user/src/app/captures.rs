@@ -29,6 +29,7 @@ use crate::{
     config::{self, AddrPattern, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
     kernels::{Feature, Kernel},
+    takeover::fnv1a,
     worker::{CaptureSocket, More, SourceId},
 };
 
@@ -215,11 +216,6 @@ pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<Path
 
 /// The most of a group's name that its folder shows.
 const PIN_NAME_MAX: usize = 64;
-
-/// FNV-1a: stable between versions of this program, which the standard library's hashes are not.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
-}
 
 pub(super) fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
     ensure_bpffs(bpffs)?;

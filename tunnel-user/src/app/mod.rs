@@ -348,17 +348,21 @@ impl Running {
         }
     }
 
-    /// Gives the listeners to a daemon that replaces this one.
+    /// Gives the listeners to a daemon that replaces this one. Dropped, it is given up, and the listeners stay.
     async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
-        // Blocks until the other one runs; the workers go on meanwhile.
-        let kept = std::mem::take(&mut self.kept);
-        let given = tokio::task::spawn_blocking(move || {
-            let given = takeover::give(&stream, &kept);
-            (kept, given)
-        });
-        let (kept, given) = given.await.map_err(io::Error::other)?;
-        self.kept = kept;
-        given
+        let kept: io::Result<Vec<(SocketAddr, Vec<Socket>)>> = self
+            .kept
+            .iter()
+            .map(|(address, sockets)| {
+                let copies: io::Result<Vec<_>> = sockets.iter().map(Socket::try_clone).collect();
+                copies.map(|copies| (*address, copies))
+            })
+            .collect();
+        let kept = kept?;
+        let _hang_up = HangUp(stream.try_clone()?);
+        // Waits until the other one runs; the workers go on meanwhile, and signals are heard.
+        let given = tokio::task::spawn_blocking(move || takeover::give(&stream, &kept));
+        given.await.map_err(io::Error::other)?
     }
 
     /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator
@@ -419,6 +423,16 @@ impl Running {
         sums.retain(|(_, n)| *n > 0);
         tracing::info!(?sums, "counters");
         report
+    }
+}
+
+/// Ends the conversation with another daemon, whoever waits for its next word.
+struct HangUp(UnixStream);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _gone = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
 
