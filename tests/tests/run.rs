@@ -416,13 +416,26 @@ fn ipv6_that_comes_after_the_start_is_captured_too() -> Result<()> {
 fn the_drain_timeout_is_for_flows_and_their_connections_together() -> Result<()> {
     const DRAIN: Duration = Duration::from_secs(4);
     let world = World::new()?;
+    // More than the sockets take waits in the daemon, so that its connection cannot be closed.
+    world.buffers_of_64_kib()?;
     let mut gateway = world.gateway().start()?;
+    let gateway_addr = gateway.addr();
     let target = world.serve(TARGET4, target::echo())?;
     let node = Node::new(&world)?;
     let drain = format!("drain_timeout = \"{}s\"\n", DRAIN.as_secs());
     let mut daemon = node.daemon(&node.config(&gateway, &drain, ""))?;
-    let _held = node.hold(&target)?;
+    let _sending = node.app(&["duplex", &target.addr().to_string(), "1000000000"])?;
+    target.connected(1)?;
     gateway.process().signal(Signal::SIGSTOP)?;
+    let queued = || -> Option<u64> {
+        let sockets = world.node().sockets().ok()?;
+        sockets.iter().find(|s| s.established() && s.remote == gateway_addr).map(|s| s.send_queue)
+    };
+    wait_for("the connection to fill up", PATIENCE, || {
+        let before = queued()?;
+        std::thread::sleep(Duration::from_millis(200));
+        (before > 10_000 && queued()? == before).then_some(())
+    })?;
     let asked = Instant::now();
     daemon.process().signal(Signal::SIGTERM)?;
     assert!(daemon.process().wait(PATIENCE)?.success());
