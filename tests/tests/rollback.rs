@@ -30,11 +30,11 @@ impl<'w> Half<'w> {
         let name =
             half.second.path().file_name().context("a name")?.to_string_lossy().replace(['-', '.'], "_");
         let pins = half.node.bpffs.pins();
-        let links = pins.iter().filter(|p| {
+        let mut links = pins.iter().filter(|p| {
             let folder = p.parent().map(|f| f.display().to_string()).unwrap_or_default();
             folder.contains(&name) && p.file_name().is_some_and(|n| n.to_string_lossy().contains("connect6"))
         });
-        half.obstacle = links.last().with_context(|| format!("no link of {name} in {pins:?}"))?.clone();
+        half.obstacle = links.next_back().with_context(|| format!("no link of {name} in {pins:?}"))?.clone();
         daemon.process().stop()?;
         let mut detach = world.node().command(programs::tunnel()?);
         process::output(detach.args(["detach", "--config"]).arg(daemon.config()))?;

@@ -431,10 +431,14 @@ fn the_drain_timeout_is_for_flows_and_their_connections_together() -> Result<()>
         let sockets = world.node().sockets().ok()?;
         sockets.iter().find(|s| s.established() && s.remote == gateway_addr).map(|s| s.send_queue)
     };
+    // Full is what no longer grows.
+    let mut seen = (0, Instant::now());
     wait_for("the connection to fill up", PATIENCE, || {
-        let before = queued()?;
-        std::thread::sleep(Duration::from_millis(200));
-        (before > 10_000 && queued()? == before).then_some(())
+        let now = queued()?;
+        if now != seen.0 {
+            seen = (now, Instant::now());
+        }
+        (now > 10_000 && seen.1.elapsed() > Duration::from_millis(200)).then_some(())
     })?;
     let asked = Instant::now();
     daemon.process().signal(Signal::SIGTERM)?;
