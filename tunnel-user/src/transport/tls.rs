@@ -14,7 +14,8 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, InconsistentKeys, RootCertStore, ServerConfig, SupportedCipherSuite,
+    CertificateError, ClientConfig, InconsistentKeys, OtherError, RootCertStore, ServerConfig,
+    SupportedCipherSuite,
     client::{Resumption, VerifierBuilderError, WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{
         CryptoProvider,
@@ -125,7 +126,12 @@ impl TlsError {
     }
 
     /// One certificate of a file cannot be used.
-    fn certificate(path: &Path, placed: &pem::Placed, why: &dyn fmt::Display) -> Self {
+    fn certificate(path: &Path, placed: &pem::Placed, why: &rustls::Error) -> Self {
+        let why: &dyn fmt::Display = match why {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner,
+            rustls::Error::InvalidCertificate(inner) => inner,
+            other => other,
+        };
         let what = format!("{} cannot be used: {why}", placed.describe());
         Self::Content { path: path.to_owned(), what, remedy: "replace or remove it".to_owned() }
     }
@@ -337,6 +343,9 @@ fn certified(
         // A provider that cannot tell has nothing against it.
         Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
         Err(rustls::Error::InconsistentKeys(_)) => {
+            if let Some(problem) = chain.first().and_then(pem::explicit_curve) {
+                return Err(TlsError::content(&files.cert, problem));
+            }
             let (cert, key_file) = (files.cert.clone(), files.key.clone());
             let of_key = |placed: &&pem::Placed| {
                 CertifiedKey::new(vec![placed.der.clone()], Arc::clone(&key)).keys_match().is_ok()
