@@ -54,7 +54,7 @@ pub enum Refusal {
     #[error("the limit of {0} flows is reached")]
     Limit(usize),
     /// As many flows as one peer gets of them. The peer's.
-    #[error("one peer's share of the flows, {0}, is reached")]
+    #[error("the limit of {0} flows of one peer is reached")]
     PeerLimit(usize),
 }
 
