@@ -218,6 +218,20 @@ fn a_certificate_that_cannot_be_used_is_named_by_its_place_with_the_remedy() -> 
             ),
             odd(
                 CERT,
+                "openssl ecparam -name prime256v1 -param_enc explicit -genkey -noout -out gateway-key.pem
+                 openssl req -new -key gateway-key.pem -subj / -out r
+                 echo subjectAltName=DNS:gateway.test > e
+                 openssl x509 -req -in r -CA ca.pem -CAkey ca-key.pem -CAcreateserial -extfile e -out gateway.pem 2>&1",
+                ["certificate 1 (line 1) has a curve that is written out", "openssl genpkey"],
+            ),
+            odd(
+                CERT,
+                "openssl req -new -key gateway-key.pem -subj /CN=old -out r
+                 openssl x509 -req -in r -CA ca.pem -CAkey ca-key.pem -CAcreateserial -out gateway.pem 2>&1",
+                ["certificate 1 (line 1), CN=old cannot be used: UnsupportedCertVersion", "replace or remove it"],
+            ),
+            odd(
+                CERT,
                 "sed '/BEGIN/a !!!!' gateway.pem > c; mv c gateway.pem",
                 ["certificate 1 (line 1) cannot be decoded", "copy the file again"],
             ),

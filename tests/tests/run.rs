@@ -1,11 +1,15 @@
 //! `tunnel run`: a daemon, the captures that outlive it, and the daemon after it.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    NetNs, PATIENCE, Process, TARGET4, World,
+    NetNs, PATIENCE, Process, TARGET4, TARGET6, World,
     daemon::Daemon,
     dialogue::ask,
     node::Node,
@@ -385,5 +389,64 @@ fn a_captured_connection_runs_over_loopback_and_is_not_paced_whatever_its_host_d
     };
     assert_eq!(controls("127.0.0.1:"), ["reno", "reno"], "{sockets}");
     assert_eq!(controls(&gateway.addr().to_string()), [host.trim()], "{sockets}");
+    Ok(())
+}
+
+/// A node that gets `::1` only after the daemon has started is captured over IPv6 too from then on.
+#[test]
+fn ipv6_that_comes_after_the_start_is_captured_too() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET6, target::echo())?;
+    let without = |off: &str| {
+        let off = off.to_owned();
+        world.node().run(move || std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", off))
+    };
+    without("1")?;
+    let node = Node::new(&world)?;
+    let mut daemon = node.daemon(&node.config(&gateway, "", ""))?;
+    assert_eq!(node.connect_error(&target)?, "ECONNREFUSED", "refused, and not let through");
+    without("0")?;
+    daemon.process().wait_for_line("capturing IPv6 too, which came later")?;
+    node.hold(&target)?;
+    Ok(())
+}
+
+/// `drain_timeout` is the time for flows and for the connections that they were on together: with a gateway that answers
+/// nothing it is not spent twice.
+#[test]
+fn the_drain_timeout_is_for_flows_and_their_connections_together() -> Result<()> {
+    const DRAIN: Duration = Duration::from_secs(4);
+    let world = World::new()?;
+    // More than the sockets take waits in the daemon, so that its connection cannot be closed.
+    world.buffers_of_64_kib()?;
+    let mut gateway = world.gateway().start()?;
+    let gateway_addr = gateway.addr();
+    let target = world.serve(TARGET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let drain = format!("drain_timeout = \"{}s\"\n", DRAIN.as_secs());
+    let mut daemon = node.daemon(&node.config(&gateway, &drain, ""))?;
+    let _sending = node.app(&["duplex", &target.addr().to_string(), "1000000000"])?;
+    target.connected(1)?;
+    gateway.process().signal(Signal::SIGSTOP)?;
+    let queued = || -> Option<u64> {
+        let sockets = world.node().sockets().ok()?;
+        sockets.iter().find(|s| s.established() && s.remote == gateway_addr).map(|s| s.send_queue)
+    };
+    // Full is what no longer grows.
+    let mut seen = (0, Instant::now());
+    wait_for("the connection to fill up", PATIENCE, || {
+        let now = queued()?;
+        if now != seen.0 {
+            seen = (now, Instant::now());
+        }
+        (now > 10_000 && seen.1.elapsed() > Duration::from_millis(200)).then_some(())
+    })?;
+    let asked = Instant::now();
+    daemon.process().signal(Signal::SIGTERM)?;
+    assert!(daemon.process().wait(PATIENCE)?.success());
+    let took = asked.elapsed();
+    gateway.process().signal(Signal::SIGCONT)?;
+    assert!(took >= DRAIN && took < DRAIN + DRAIN * 3 / 4, "{took:?}");
     Ok(())
 }

@@ -1,6 +1,19 @@
 //! `tunnel run --takeover`, again and again: a daemon that has taken over can be replaced in its turn.
 
-use std::{net::SocketAddr, path::Path};
+use std::{
+    fs,
+    io::Read as _,
+    net::SocketAddr,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            fs::MetadataExt as _,
+            net::{SocketAddr as UnixAddr, UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
@@ -147,5 +160,67 @@ fn no_redirected_connection_is_refused_while_one_agent_replaces_another_again_an
     busy.hang_up();
     assert!(busy.wait(PATIENCE)?.success(), "{busy}");
     assert!(target.peers().iter().all(|p| p.ip() == NET4), "all came through the gateway");
+    Ok(())
+}
+
+/// A gateway and its configuration file.
+fn gateway(world: &World) -> Result<(PathBuf, Process)> {
+    let config = format!(
+        "{}[[listener]]\naddress = \"{}\"\n[[route]]\nto = \"direct\"\n",
+        world.pki().named("gateway").toml(),
+        SocketAddr::new(NET4, gateway::PORT)
+    );
+    let file = world.file("gateway.toml", config)?;
+    let mut running = daemon(world, world.net(), &file, &[])?;
+    running.wait_for_line("listening")?;
+    Ok((file, running))
+}
+
+/// The sockets of the daemons of a host, where the next ones find them.
+fn meeting_points(host: &NetNs) -> Result<Vec<PathBuf>> {
+    let netns = host.run(|| fs::metadata("/proc/thread-self/ns/net"))?.ino();
+    let entries = fs::read_dir("/run/tunnel").into_iter().flatten().flatten().map(|entry| entry.path());
+    let ours = |path: &PathBuf| {
+        path.extension().is_some_and(|e| e == "sock")
+            && path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&format!("{netns:x}-")))
+    };
+    Ok(entries.filter(ours).collect())
+}
+
+/// Somebody who stands at the abstract name where daemons of earlier releases met is in nobody's way.
+#[test]
+fn whoever_takes_an_abstract_name_first_keeps_no_daemon_from_taking_over() -> Result<()> {
+    let world = World::new()?;
+    let path = world.folder().join("gateway.toml");
+    fs::write(&path, "")?;
+    let path = fs::canonicalize(path)?;
+    let name = path.as_os_str().as_encoded_bytes();
+    let name = [b"tunnel-takeover:", &name[name.len().saturating_sub(80)..]].concat();
+    let _squatter = world.net().run(move || UnixListener::bind_addr(&UnixAddr::from_abstract_name(name)?))?;
+    let (file, mut old) = gateway(&world)?;
+    wait_for("the offer", PATIENCE, || (meeting_points(world.net()).ok()?.len() == 1).then_some(()))?;
+    let mut new = daemon(&world, world.net(), &file, &["--takeover"])?;
+    new.wait_for_line("took over from the old daemon")?;
+    assert!(old.wait(PATIENCE)?.success());
+    new.stop()?;
+    assert_eq!(meeting_points(world.net())?, [] as [PathBuf; 0], "nothing is left behind");
+    Ok(())
+}
+
+/// A daemon that hands over to one that says nothing more hears a signal all the same, and ends.
+#[test]
+fn a_daemon_that_hands_over_hears_signals_meanwhile() -> Result<()> {
+    let world = World::new()?;
+    let (_file, mut old) = gateway(&world)?;
+    let socket = wait_for("the offer", PATIENCE, || meeting_points(world.net()).ok()?.pop())?;
+    assert_eq!(fs::metadata(&socket)?.mode() & 0o077, 0, "for nobody else");
+    let mut silent = UnixStream::connect(&socket)?;
+    // The first message has come: it waits for the last word now.
+    silent.read_exact(&mut [0; 1])?;
+    let asked = Instant::now();
+    old.signal(Signal::SIGTERM)?;
+    assert!(old.wait(PATIENCE)?.success());
+    // Half a minute is what the other side has for its word.
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
     Ok(())
 }

@@ -55,6 +55,13 @@ pub fn flows_per_worker(configured: usize, nofile: u64, workers: usize, per_flow
     (configured.min(possible) / workers).max(1)
 }
 
+/// How many flows all workers take at once, where descriptors allow fewer than the configuration.
+pub fn cut_to(configured: usize, nofile: u64, workers: usize, per_flow: u64) -> Option<usize> {
+    let flows = flows_per_worker(configured, nofile, workers, per_flow) * workers;
+    // What does not divide is no cut.
+    (flows + workers <= configured).then_some(flows)
+}
+
 /// How many pipes a worker of so many flows may have.
 pub fn pipes_for(flows: usize) -> usize {
     flows.div_ceil(2)
@@ -74,6 +81,8 @@ mod tests {
         assert_eq!(flows(100, 20_512, 2), 50);
         assert_eq!(flows(100, 10, 8), 1);
         assert_eq!(flows(1_000_000, nofile_for(10_000), 1), 10_000);
+        assert_eq!(cut_to(1_000_000, 20_512, 2, PER_FLOW), Some(10_000));
+        assert_eq!(cut_to(101, 20_512, 2, PER_FLOW), None);
         let piped = flows_per_worker(1_000_000, 20_512, 2, PER_FLOW_PIPED);
         assert_eq!((piped, pipes_for(piped)), (3_333, 1_667), "two sockets each, and two descriptors a pipe");
     }

@@ -15,7 +15,7 @@ use tunnel::{
     config::{Config, schema},
     doctor, exec,
     exit::{Cause, EXIT_CONFIG, Failure},
-    pki, telemetry,
+    panics, pki, telemetry,
     transport::tls::TlsIdentity,
 };
 
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         }
     };
     telemetry::init(&cli.log_filter(), cli.log_format);
+    panics::install();
     dispatch(cli.command).unwrap_or_else(|failure| {
         eprintln!("tunnel: {failure}");
         ExitCode::from(&failure)

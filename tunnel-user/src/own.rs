@@ -62,6 +62,9 @@ const RTN_LOCAL: u8 = 2;
 const RTA_DST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
+/// As `struct rtmsg` has them (`linux/socket.h`).
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 /// The sizes of a `struct nlmsghdr`, of a `struct rtmsg`, and of the header of a `struct rtattr`.
 const NLMSG: usize = 16;
 const RTMSG: usize = 12;
@@ -72,8 +75,8 @@ const RTM_TYPE: usize = 7;
 /// What kind of route leads to `ip`; none where none does (rtnetlink(7), RTM_GETROUTE).
 fn route_type(ip: IpAddr) -> io::Result<Option<u8>> {
     let (family, addr) = match ip {
-        IpAddr::V4(ip) => (AddressFamily::Inet, ip.octets().to_vec()),
-        IpAddr::V6(ip) => (AddressFamily::Inet6, ip.octets().to_vec()),
+        IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
+        IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
     };
     let length = NLMSG + RTMSG + RTATTR + addr.len();
     let mut asked = Vec::with_capacity(length);
@@ -82,7 +85,7 @@ fn route_type(ip: IpAddr) -> io::Result<Option<u8>> {
     // Sequence and sender: it is the only message on this socket.
     asked.extend([0; 8]);
     let prefix = u8::try_from(8 * addr.len()).map_err(io::Error::other)?;
-    asked.extend([family as i32 as u8, prefix, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    asked.extend([family, prefix, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let attribute = u16::try_from(RTATTR + addr.len()).map_err(io::Error::other)?;
     asked.extend([attribute.to_ne_bytes(), RTA_DST.to_ne_bytes()].as_flattened());
     asked.extend(addr);

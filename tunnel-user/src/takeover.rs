@@ -5,10 +5,10 @@
 //! process of the same user, and the old daemon goes on until the new one has said that it runs. It never
 //! decides when to stop.
 //!
-//! The two meet at an abstract Unix socket (unix(7)): it belongs to the network namespace, as the listeners
-//! do, and is gone with the daemon, however that ends. One message per listening address holds the
-//! address and its descriptors (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says
-//! that it has taken over.
+//! The two meet at a Unix socket in a folder that only their user can write to, so nobody else can stand in its place. Its
+//! name says the network namespace, to which the listeners belong, and the configuration file. A lock beside it tells a
+//! daemon that runs from one that was killed. One message per listening address holds the address and its descriptors
+//! (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says that it has taken over.
 
 use std::{
     collections::HashMap,
@@ -20,16 +20,18 @@ use std::{
         linux::net::SocketAddrExt as _,
         unix::{
             ffi::OsStrExt as _,
+            fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
             net::{SocketAddr as UnixAddr, UnixListener, UnixStream},
         },
     },
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sendmsg, sockopt::PeerCredentials,
 };
+use rustix::fs::FlockOperation;
 use socket2::Socket;
 
 /// The most descriptors in one message (SCM_MAX_FD of `include/net/scm.h`).
@@ -55,6 +57,19 @@ pub enum TakeoverError {
         /// Ours.
         ours: u32,
     },
+    /// Others can write to the folder where daemons meet.
+    #[error(
+        "handing over: {} has to be a folder of user {ours} that nobody else can write to: remove it, it is made again", .path.display()
+    )]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// Our user.
+        ours: u32,
+    },
+    /// Another daemon of the same file offers it.
+    #[error("handing over: another daemon of this file runs")]
+    Taken,
     /// The other side said something else.
     #[error("handing over: the other side does not speak this protocol")]
     Protocol,
@@ -63,8 +78,48 @@ pub enum TakeoverError {
 /// Listening sockets by the address that they share.
 pub type Listeners = HashMap<SocketAddr, Vec<Socket>>;
 
-/// Where the daemon of a configuration file is found.
-fn meeting_point(config: &Path) -> io::Result<UnixAddr> {
+/// Where the daemon of a configuration file is found, without `.sock` or `.lock`.
+fn meeting_point(config: &Path) -> Result<PathBuf, TakeoverError> {
+    let config = fs::canonicalize(config)?;
+    let netns = fs::metadata("/proc/self/ns/net")?.ino();
+    let name = format!("{netns:x}-{:016x}", fnv1a(config.as_os_str().as_bytes()));
+    let ours = nix::unistd::geteuid().as_raw();
+    let places = match ours {
+        0 => ["/run/tunnel".to_owned(), "/tmp/tunnel-0".to_owned()],
+        // The runtime directory of systemd's users (file-hierarchy(7)).
+        user => [format!("/run/user/{user}/tunnel"), format!("/tmp/tunnel-{user}")],
+    };
+    let mut why = None;
+    for place in places.map(PathBuf::from) {
+        match private(&place, ours) {
+            Ok(()) => return Ok(place.join(&name)),
+            // There is no such place, or it cannot be written to: the next daemon finds the same.
+            Err(TakeoverError::Io(e)) => why = Some(e),
+            Err(e) => return Err(e),
+        }
+    }
+    Err(why.unwrap_or_else(|| io::ErrorKind::NotFound.into()).into())
+}
+
+/// Makes a folder, or finds one, that nobody but this user can put anything into.
+fn private(place: &Path, ours: u32) -> Result<(), TakeoverError> {
+    match fs::DirBuilder::new().mode(0o700).create(place) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e.into()),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(place)?;
+    let safe = found.is_dir() && found.uid() == ours && found.mode() & 0o022 == 0;
+    if safe { Ok(()) } else { Err(TakeoverError::Folder { path: place.to_owned(), ours }) }
+}
+
+/// FNV-1a: stable between versions of this program, which the standard library's hashes are not.
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Where daemons of releases before this one meet: an abstract name, which anybody can take. Read for one release more, so
+/// that one of them can be replaced.
+fn meeting_point_before(config: &Path) -> io::Result<UnixAddr> {
     let path = fs::canonicalize(config)?;
     // Abstract names have 107 bytes; paths may be longer. The end differs more than the beginning.
     let bytes = path.as_os_str().as_bytes();
@@ -73,23 +128,64 @@ fn meeting_point(config: &Path) -> io::Result<UnixAddr> {
 }
 
 /// The offer of a running daemon.
-pub struct Offer(tokio::net::UnixListener);
+pub struct Offer {
+    listener: tokio::net::UnixListener,
+    place: PathBuf,
+    /// Held as long as the offer stands.
+    _lock: fs::File,
+}
 
 impl Offer {
-    /// Opens the meeting point, in a runtime. Fails when another daemon of the same file has it.
-    pub fn open(config: &Path) -> io::Result<Self> {
-        let listener = UnixListener::bind_addr(&meeting_point(config)?)?;
+    /// Opens the meeting point, in a runtime. [`TakeoverError::Taken`] while another daemon of the same file has it.
+    pub fn open(config: &Path) -> Result<Self, TakeoverError> {
+        let place = meeting_point(config)?;
+        let lock = lock(&place.with_extension("lock"))?;
+        let socket = place.with_extension("sock");
+        // Of a daemon that was killed: nobody has the lock.
+        match fs::remove_file(&socket) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&socket)?;
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
-        tokio::net::UnixListener::from_std(listener).map(Self)
+        Ok(Self { listener: tokio::net::UnixListener::from_std(listener)?, place, _lock: lock })
     }
 
     /// The next daemon that wants to take over.
     pub async fn requested(&self) -> Result<UnixStream, TakeoverError> {
-        let (stream, _) = self.0.accept().await?;
+        let (stream, _) = self.listener.accept().await?;
         let stream = stream.into_std()?;
         stream.set_nonblocking(false)?;
         trusted(&stream)?;
         Ok(stream)
+    }
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        // While the lock is held: nobody else's are removed.
+        for end in ["sock", "lock"] {
+            let _gone = fs::remove_file(self.place.with_extension(end));
+        }
+    }
+}
+
+/// The lock of a meeting point, which whoever has it removes in the end.
+fn lock(path: &Path) -> Result<fs::File, TakeoverError> {
+    loop {
+        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(TakeoverError::Taken),
+            locked => locked.map_err(io::Error::from)?,
+        }
+        let there = fs::metadata(path).is_ok_and(|there| {
+            file.metadata().is_ok_and(|own| (own.dev(), own.ino()) == (there.dev(), there.ino()))
+        });
+        // Otherwise it was removed between the two calls.
+        if there {
+            return Ok(file);
+        }
     }
 }
 
@@ -134,9 +230,15 @@ impl Done {
 
 /// Takes the sockets of the daemon that runs with this configuration file; `None` if none does.
 pub fn take(config: &Path) -> Result<Option<Taken>, TakeoverError> {
-    let stream = match UnixStream::connect_addr(&meeting_point(config)?) {
+    let stream = match UnixStream::connect(meeting_point(config)?.with_extension("sock")) {
         Ok(stream) => stream,
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return Ok(None),
+        Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+            match UnixStream::connect_addr(&meeting_point_before(config)?) {
+                Ok(stream) if trusted(&stream).is_ok() => stream,
+                // Nobody, or somebody who has no business there.
+                Ok(_) | Err(_) => return Ok(None),
+            }
+        }
         Err(e) => return Err(e.into()),
     };
     trusted(&stream)?;
@@ -152,7 +254,7 @@ pub fn take(config: &Path) -> Result<Option<Taken>, TakeoverError> {
     }
 }
 
-/// Anybody may open or connect to an abstract socket; only our own user's processes are talked to.
+/// Only our own user's processes are talked to, whatever the permissions of files say.
 fn trusted(stream: &UnixStream) -> Result<(), TakeoverError> {
     let theirs = getsockopt(&stream.as_fd(), PeerCredentials).map_err(io::Error::from)?.uid();
     let ours = nix::unistd::geteuid().as_raw();

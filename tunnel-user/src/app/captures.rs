@@ -15,9 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::mpsc;
-
-use super::other;
+use super::{inbox::Inbox, other};
 use crate::{
     capture::{
         accept::{self, Origins, Sockets},
@@ -31,6 +29,7 @@ use crate::{
     config::{self, AddrPattern, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
     kernels::{Feature, Kernel},
+    takeover::fnv1a,
     worker::{CaptureSocket, More, SourceId},
 };
 
@@ -66,11 +65,46 @@ pub(super) struct Programs {
 /// What is known of one network namespace.
 enum Namespace {
     /// The daemon's own.
-    Own { cookie: u64 },
+    Own(Place),
     /// It has listeners; a captured process was last seen in it then.
-    Captured { cookie: u64, seen: Instant },
+    Captured { place: Place, seen: Instant },
     /// No listener could be opened then.
     Failed { at: Instant },
+}
+
+/// A network namespace with listeners.
+struct Place {
+    cookie: u64,
+    listener: tunnel_common::capture::Listener,
+    /// When it was last found to be without IPv6.
+    without_v6: Instant,
+}
+
+impl Place {
+    fn of(sockets: &Sockets) -> Self {
+        Self { cookie: sockets.netns, listener: sockets.listener, without_v6: Instant::now() }
+    }
+
+    /// Whether it is time to look for an IPv6 that came later.
+    fn lacks_v6(&self, now: Instant) -> bool {
+        self.listener.port(false).is_none() && now.duration_since(self.without_v6) >= RETRY
+    }
+}
+
+/// Captures that are loaded and not yet sure to stay. Dropped, they leave everything as it was before.
+#[derive(Default)]
+pub(super) struct Loaded(pub(super) Vec<ActiveCapture>);
+
+impl Loaded {
+    pub(super) fn keep(mut self) -> Vec<ActiveCapture> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        self.0.iter().for_each(ActiveCapture::take_back);
+    }
 }
 
 /// Loads the programs of one capture, in a runtime.
@@ -183,11 +217,6 @@ pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<Path
 /// The most of a group's name that its folder shows.
 const PIN_NAME_MAX: usize = 64;
 
-/// FNV-1a: stable between versions of this program, which the standard library's hashes are not.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
-}
-
 pub(super) fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
     ensure_bpffs(bpffs)?;
     bpf::lock(bpffs).map_err(bpf_failure)
@@ -236,27 +265,42 @@ impl ActiveCapture {
 
     /// Opens listeners in network namespaces of captured processes that have none yet, and gives up those in
     /// namespaces that no captured process is in any more.
-    pub(super) fn scan(&mut self, more: &[mpsc::Sender<More>], mark: u32) {
+    pub(super) fn scan(&mut self, more: &[Inbox], mark: u32) {
+        more.iter().for_each(Inbox::flush);
         if self.wanted.proxy.is_some() {
             return;
         }
         let now = Instant::now();
+        let own = self.namespaces.values_mut().find_map(|n| match n {
+            Namespace::Own(place) => Some(place),
+            _ => None,
+        });
+        if let Some(place) = own.filter(|place| place.lacks_v6(now)) {
+            place.without_v6 = now;
+            let cookie = place.cookie;
+            self.add_v6(std::process::id(), cookie, more, mark);
+        }
         for pid in cgroup::processes(self.group.as_fd()) {
             // It may have ended just now.
             let Ok(inode) = accept::netns_inode(pid) else { continue };
             match self.namespaces.get_mut(&inode) {
-                Some(Namespace::Own { .. }) => continue,
-                Some(Namespace::Captured { seen, .. }) => {
+                Some(Namespace::Own(_)) => continue,
+                Some(Namespace::Captured { place, seen }) => {
                     *seen = now;
+                    if place.lacks_v6(now) {
+                        place.without_v6 = now;
+                        let cookie = place.cookie;
+                        self.add_v6(pid, cookie, more, mark);
+                    }
                     continue;
                 }
                 Some(Namespace::Failed { at }) if now.duration_since(*at) < RETRY => continue,
                 Some(Namespace::Failed { .. }) | None => {}
             }
             let namespace = match self.enter(pid, more, mark) {
-                Ok(cookie) => {
+                Ok(place) => {
                     tracing::info!(cgroup = self.name, netns = inode, "capturing in a network namespace");
-                    Namespace::Captured { cookie, seen: now }
+                    Namespace::Captured { place, seen: now }
                 }
                 Err(e) => {
                     tracing::error!(
@@ -271,15 +315,16 @@ impl ActiveCapture {
         }
         let (capture, source) = (&self.programs.capture, self.source);
         self.namespaces.retain(|inode, namespace| match namespace {
-            Namespace::Own { .. } => true,
+            Namespace::Own(_) => true,
             Namespace::Failed { at } => now.duration_since(*at) < LINGER,
             Namespace::Captured { seen, .. } if now.duration_since(*seen) < LINGER => true,
-            Namespace::Captured { cookie, .. } => {
+            Namespace::Captured { place, .. } => {
+                let cookie = place.cookie;
                 tracing::info!(netns = inode, "no captured process is there any more");
-                if let Err(e) = capture.remove_listener(*cookie) {
+                if let Err(e) = capture.remove_listener(cookie) {
                     tracing::warn!("{e}");
                 }
-                more.iter().for_each(|worker| tell(worker, More::Forget(source, *cookie)));
+                more.iter().for_each(|worker| worker.tell(More::Forget(source, cookie)));
                 false
             }
         });
@@ -291,15 +336,23 @@ impl ActiveCapture {
         if self.wanted.proxy.is_some() {
             return Ok(());
         }
-        let cookies: Vec<u64> = self
-            .namespaces
-            .values()
-            .filter_map(|n| match n {
-                Namespace::Own { cookie } | Namespace::Captured { cookie, .. } => Some(*cookie),
-                Namespace::Failed { .. } => None,
-            })
-            .collect();
+        let cookies: Vec<u64> = self.cookies().collect();
         self.programs.capture.keep_listeners(&cookies).map_err(bpf_failure)
+    }
+
+    /// Of the namespaces that have listeners.
+    fn cookies(&self) -> impl Iterator<Item = u64> {
+        self.namespaces.values().filter_map(|n| match n {
+            Namespace::Own(place) | Namespace::Captured { place, .. } => Some(place.cookie),
+            Namespace::Failed { .. } => None,
+        })
+    }
+
+    /// Tells the workers that its listeners are not wanted after all.
+    pub(super) fn forget(&self, more: &[Inbox]) {
+        for cookie in self.cookies() {
+            more.iter().for_each(|worker| worker.tell(More::Forget(self.source, cookie)));
+        }
     }
 
     /// Whether the programs are those that a configuration wants.
@@ -343,11 +396,10 @@ impl ActiveCapture {
         all
     }
 
-    /// Takes back what was attached, unless something of an earlier daemon was there before. The caller keeps other
-    /// daemons away.
+    /// Puts back what was there before it was loaded. The caller keeps other daemons away.
     pub(super) fn take_back(&self) {
-        if !self.programs.capture.is_adopted() {
-            self.detach();
+        if let Err(e) = self.programs.capture.roll_back() {
+            tracing::error!(cgroup = self.name, "not everything is as it was before: {e}");
         }
     }
 
@@ -358,17 +410,56 @@ impl ActiveCapture {
         }
     }
 
-    /// Opens listeners in the network namespace of process `pid`; its cookie.
-    fn enter(&self, pid: u32, more: &[mpsc::Sender<More>], mark: u32) -> Result<u64, String> {
+    /// Opens listeners in the network namespace of process `pid`.
+    fn enter(&self, pid: u32, more: &[Inbox], mark: u32) -> Result<Place, String> {
         let sockets = accept::open_netns(pid)
             .and_then(|ns| accept::listen_in(ns, more.len(), mark))
             .map_err(|e| e.to_string())?;
-        let cookie = sockets.netns;
+        let place = Place::of(&sockets);
+        self.send_out(sockets, more)?;
+        Ok(place)
+    }
+
+    /// Opens listeners for IPv6 where that has come since.
+    fn add_v6(&mut self, pid: u32, cookie: u64, more: &[Inbox], mark: u32) {
+        if !accept::has_ipv6(pid) {
+            return;
+        }
+        let place = self.namespaces.values_mut().find_map(|n| match n {
+            Namespace::Own(place) | Namespace::Captured { place, .. } if place.cookie == cookie => {
+                Some(place)
+            }
+            _ => None,
+        });
+        let Some(v4) = place.map(|place| place.listener.port(true)) else { return };
+        let opened = accept::open_netns(pid)
+            .and_then(|ns| accept::listen_v6_in(ns, v4, more.len(), mark))
+            .map_err(|e| e.to_string())
+            .and_then(|sockets| {
+                let listener = sockets.listener;
+                self.send_out(sockets, more).map(|()| listener)
+            });
+        match opened {
+            Ok(listener) => {
+                tracing::info!(cgroup = self.name, "capturing IPv6 too, which came later");
+                for n in self.namespaces.values_mut() {
+                    if let Namespace::Own(place) | Namespace::Captured { place, .. } = n
+                        && place.cookie == cookie
+                    {
+                        place.listener = listener;
+                    }
+                }
+            }
+            Err(e) => tracing::warn!(cgroup = self.name, "IPv6 came, and no listener can be opened: {e}"),
+        }
+    }
+
+    fn send_out(&self, sockets: Sockets, more: &[Inbox]) -> Result<(), String> {
         let per_worker = self.hand_out(sockets).map_err(|e| e.to_string())?;
         for (worker, sockets) in more.iter().zip(per_worker) {
-            sockets.into_iter().for_each(|socket| tell(worker, More::Listen(socket)));
+            sockets.into_iter().for_each(|socket| worker.tell(More::Listen(socket)));
         }
-        Ok(cookie)
+        Ok(())
     }
 
     /// Opens listeners in the daemon's own network namespace, or says where the proxy listens that takes
@@ -384,7 +475,7 @@ impl ActiveCapture {
             return Ok((0..workers).map(|_| Vec::new()).collect());
         }
         let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
-        let own = Namespace::Own { cookie: opened.netns };
+        let own = Namespace::Own(Place::of(&opened));
         self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), own);
         self.hand_out(opened)
     }
@@ -406,12 +497,6 @@ impl ActiveCapture {
             },
         };
         Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
-    }
-}
-
-fn tell(worker: &mpsc::Sender<More>, what: More) {
-    if worker.try_send(what).is_err() {
-        tracing::error!("a worker does not keep up with network namespaces that come and go");
     }
 }
 

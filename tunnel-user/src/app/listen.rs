@@ -4,7 +4,7 @@
 //! copies for the daemon that comes next. Invariant: a socket that was taken over is used, so what waits in
 //! it is accepted. It never serves anything.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use socket2::{Domain, Socket, Type};
 
@@ -22,9 +22,6 @@ use crate::{
     },
     worker::{CaptureSocket, ConnectSocket, SourceId},
 };
-
-/// Between two PINGs to a tunnel peer, and how long its answer may take.
-const LISTENER_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
 
 /// A listener for CONNECT requests that the workers serve.
 #[derive(Clone)]
@@ -62,6 +59,20 @@ pub(super) struct Opener {
     pub(super) taken: Listeners,
     /// Copies, by the address that is configured, for the daemon that replaces this one.
     pub(super) kept: Vec<(SocketAddr, Vec<Socket>)>,
+    /// What has listened already gets these options, once nothing can fail any more: see [`retune`].
+    pub(super) retuned: Vec<(SocketAddr, OnClose)>,
+}
+
+/// Gives sockets that listened for something else the options of what they listen for now.
+pub(super) fn retune(kept: &[(SocketAddr, Vec<Socket>)], retuned: &[(SocketAddr, OnClose)]) {
+    for (address, on_close) in retuned {
+        let sockets = kept.iter().filter(|(kept, _)| kept == address).flat_map(|(_, sockets)| sockets);
+        for socket in sockets {
+            if let Err(e) = tcp::bequeath(socket, *on_close) {
+                tracing::error!(%address, "its connections lack options: {e}");
+            }
+        }
+    }
 }
 
 impl Opener {
@@ -73,8 +84,8 @@ impl Opener {
             Some(mut sockets) => {
                 let missing = self.workers.saturating_sub(sockets.len());
                 let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(address);
-                // They may have listened for something else.
-                sockets.iter().try_for_each(|s| tcp::bequeath(s, on_close)).map_err(failed)?;
+                // They may have listened for something else, and do until all has gone well.
+                self.retuned.push((address, on_close));
                 sockets.extend(tcp::listen_beside(bound, missing, self.mark, on_close).map_err(failed)?);
                 sockets
             }
@@ -105,8 +116,8 @@ impl Opener {
             protocols: wanted.protocols.clone(),
             handshake_timeout: wanted.handshake_timeout,
             max_streams: wanted.max_streams.get(),
-            keepalive_interval: LISTENER_KEEPALIVE.0,
-            keepalive_timeout: LISTENER_KEEPALIVE.1,
+            keepalive_interval: wanted.keepalive_interval,
+            keepalive_timeout: wanted.keepalive_timeout,
         });
         let opened = self.open(wanted.address, OnClose::Deliver)?;
         let bound = opened.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(wanted.address);

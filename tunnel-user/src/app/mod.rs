@@ -5,6 +5,7 @@
 //! wires rooms together.
 
 mod captures;
+mod inbox;
 mod listen;
 mod reload;
 mod run;
@@ -29,7 +30,8 @@ use tokio::{
 
 pub use self::run::run;
 use self::{
-    captures::{ActiveCapture, bpf_failure, lock_pins, pin_dir},
+    captures::{ActiveCapture, Loaded, bpf_failure, lock_pins, pin_dir},
+    inbox::Inbox,
     listen::{ActiveListener, Opener, Sockets, SourceIds, may_mark, require_mark},
     upstreams::Discover,
 };
@@ -43,7 +45,7 @@ use crate::{
     exit::{Cause, Failure},
     files,
     kernels::{Feature, Kernel},
-    limits, memory,
+    limits, memory, panics,
     policy::Policies,
     privileges,
     relay::{self, PathKind},
@@ -55,8 +57,8 @@ use crate::{
         tcp,
         tls::IdentityFiles,
     },
-    tunnel::headers::Trace,
-    worker::{self, More, Report, Shared, SourceId, Start},
+    tunnel::{self, headers::Trace},
+    worker::{self, Report, Shared, SourceId, Start},
 };
 
 /// New namespaces that a worker has not taken up yet.
@@ -71,7 +73,7 @@ pub struct Running {
     trigger: Trigger,
     threads: Vec<thread::JoinHandle<io::Result<Report>>>,
     counters: Vec<Arc<Counters>>,
-    more: Vec<mpsc::Sender<More>>,
+    more: Vec<Inbox>,
     fixed: Fixed,
     /// What it was told last.
     config: Config,
@@ -157,7 +159,13 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let tls = identity.as_ref().map(|i| &i.store);
     let mut sources = SourceIds::default();
     let mut sockets: Vec<Sockets> = (0..fixed.workers).map(|_| Sockets::default()).collect();
-    let mut opener = Opener { workers: fixed.workers, mark: fixed.socket_mark, taken, kept: Vec::new() };
+    let mut opener = Opener {
+        workers: fixed.workers,
+        mark: fixed.socket_mark,
+        taken,
+        kept: Vec::new(),
+        retuned: Vec::new(),
+    };
     let mut listeners = Vec::new();
     for wanted in &config.listeners {
         listeners.push(opener.open_listener(sources.next(), wanted, tls, &mut sockets)?);
@@ -166,13 +174,13 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
     let _lock = lock_if_pinned(&config, &config.captures)?;
     let redirects = opener.open_redirects(&config.redirects, &mut sources, &mut sockets)?;
-    let mut captures = Vec::new();
+    let mut captures = Loaded::default();
     for wanted in &config.captures {
-        let mut active = captures::load(sources.next(), wanted, &config, group)?;
+        captures.0.push(captures::load(sources.next(), wanted, &config, group)?);
+        let Some(active) = captures.0.last_mut() else { continue };
         for (own, opened) in sockets.iter_mut().zip(active.listen_here(fixed.workers, mark)?) {
             own.captures.extend(opened);
         }
-        captures.push(active);
     }
 
     let path = path(&config)?;
@@ -189,7 +197,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         fixed,
         config,
         identity,
-        captures,
+        captures: captures.keep(),
         redirects,
         listeners,
         kept: opener.kept,
@@ -197,29 +205,12 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         discover,
         duties: Duties::new(),
     };
-    for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
-        let counters = Arc::new(Counters::default());
-        let (tell, more) = mpsc::channel(MORE_MAX);
-        let start = Start {
-            shared: Arc::clone(&shared),
-            upstreams: upstreams.clone(),
-            counters: Arc::clone(&counters),
-            more,
-            captures,
-            listeners,
-            watch: phase.clone(),
-        };
-        let thread = thread::Builder::new().name(format!("worker-{i}")).spawn(move || worker::run(start));
-        running.threads.push(thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?);
-        running.counters.push(counters);
-        running.more.push(tell);
+    if let Err(e) = running.begin(sockets, &shared, &upstreams, &phase) {
+        running.captures.iter().for_each(ActiveCapture::take_back);
+        return Err(e);
     }
-    // Last: from here on connections are captured.
-    for active in &mut running.captures {
-        active.scan(&running.more, running.fixed.mark);
-        active.attach()?;
-        tracing::info!(cgroup = active.name, "capturing");
-    }
+    running.captures.iter().for_each(|active| active.programs.capture.settle());
+    listen::retune(&running.kept, &opener.retuned);
     for address in running.config.redirects.iter().flat_map(|r| &r.listen) {
         tracing::info!(%address, "capturing what rules redirect here");
     }
@@ -242,23 +233,35 @@ fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener], path: Pa
     let own = listeners.iter().map(|l| l.bound);
     let own: Vec<_> = own.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
     let per_flow = limits::per_flow(config);
+    let max_flows = config.daemon.max_flows.get();
+    if let Some(flows) = limits::cut_to(max_flows, fixed.nofile, fixed.workers, per_flow) {
+        tell_cut(config, flows, fixed.nofile, per_flow);
+    }
     Arc::new(Shared {
         router: Router::new(config.routes.clone()),
         policies: Policies::new(config.policies.clone(), &own),
         mark: fixed.socket_mark,
         pseudonym: fixed.pseudonym.clone(),
-        flows_max: limits::flows_per_worker(
-            config.daemon.max_flows.get(),
-            fixed.nofile,
-            fixed.workers,
-            per_flow,
-        ),
+        flows_max: limits::flows_per_worker(max_flows, fixed.nofile, fixed.workers, per_flow),
         path,
         inspect_timeout: config.daemon.inspect_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: fixed.keep_records,
     })
+}
+
+/// Says that descriptors allow fewer flows than the configuration.
+fn tell_cut(config: &Config, flows: usize, nofile: u64, per_flow: u64) {
+    let what = "fewer flows are taken than max_flows, for want of file descriptors: raise their limit (LimitNOFILE= in a \
+                systemd unit, ulimit -Hn in a shell), or lower max_flows";
+    let max_flows = config.daemon.max_flows;
+    // Beside a command that has its terminal, only who wants to know more is told.
+    if config.captures.iter().any(|c| c.cgroup == config::CgroupRef::Fresh) {
+        tracing::info!(max_flows, flows, nofile, per_flow, "{what}");
+    } else {
+        tracing::warn!(max_flows, flows, nofile, per_flow, "{what}");
+    }
 }
 
 /// How bytes are moved between two sockets of ours. Fails where it was asked for and cannot be.
@@ -303,6 +306,40 @@ fn lock_if_pinned<'a>(
 }
 
 impl Running {
+    /// Starts the workers, and attaches.
+    fn begin(
+        &mut self,
+        sockets: Vec<Sockets>,
+        shared: &Arc<Shared>,
+        upstreams: &[tunnel::Next<tunnel::Settings>],
+        phase: &drain::Watch,
+    ) -> Result<(), Failure> {
+        for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
+            let counters = Arc::new(Counters::default());
+            let (tell, more) = mpsc::channel(MORE_MAX);
+            let start = Start {
+                shared: Arc::clone(shared),
+                upstreams: upstreams.to_vec(),
+                counters: Arc::clone(&counters),
+                more,
+                captures,
+                listeners,
+                watch: phase.clone(),
+            };
+            let thread = thread::Builder::new().name(format!("worker-{i}")).spawn(move || worker::run(start));
+            self.threads.push(thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?);
+            self.counters.push(counters);
+            self.more.push(Inbox::new(tell));
+        }
+        // Last: from here on connections are captured.
+        for active in &mut self.captures {
+            active.scan(&self.more, self.fixed.mark);
+            active.attach()?;
+            tracing::info!(cgroup = active.name, "capturing");
+        }
+        Ok(())
+    }
+
     /// The addresses of the CONNECT listeners, with the ports that they got.
     pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.listeners.iter().map(|l| l.bound)
@@ -335,17 +372,21 @@ impl Running {
         }
     }
 
-    /// Gives the listeners to a daemon that replaces this one.
+    /// Gives the listeners to a daemon that replaces this one. Dropped, it is given up, and the listeners stay.
     async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
-        // Blocks until the other one runs; the workers go on meanwhile.
-        let kept = std::mem::take(&mut self.kept);
-        let given = tokio::task::spawn_blocking(move || {
-            let given = takeover::give(&stream, &kept);
-            (kept, given)
-        });
-        let (kept, given) = given.await.map_err(io::Error::other)?;
-        self.kept = kept;
-        given
+        let kept: io::Result<Vec<(SocketAddr, Vec<Socket>)>> = self
+            .kept
+            .iter()
+            .map(|(address, sockets)| {
+                let copies: io::Result<Vec<_>> = sockets.iter().map(Socket::try_clone).collect();
+                copies.map(|copies| (*address, copies))
+            })
+            .collect();
+        let kept = kept?;
+        let _hang_up = HangUp(stream.try_clone()?);
+        // Waits until the other one runs; the workers go on meanwhile, and signals are heard.
+        let given = tokio::task::spawn_blocking(move || takeover::give(&stream, &kept));
+        given.await.map_err(io::Error::other)?
     }
 
     /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator
@@ -402,9 +443,20 @@ impl Running {
                 }
             }
         }
+        sums.push(("panics", panics::count()));
         sums.retain(|(_, n)| *n > 0);
         tracing::info!(?sums, "counters");
         report
+    }
+}
+
+/// Ends the conversation with another daemon, whoever waits for its next word.
+struct HangUp(UnixStream);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _gone = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
 

@@ -11,13 +11,14 @@ use tokio::sync::mpsc;
 
 use super::{
     Identity, Running,
-    captures::{self, ActiveCapture, Programs},
-    listen::{ActiveListener, Opener, Sockets},
+    captures::{self, ActiveCapture, Loaded, Programs},
+    listen::{self, ActiveListener, Opener, Sockets},
     load_identity, lock_if_pinned, other, path, require_privileges, shared,
 };
 use crate::{
     config::{self, Config},
     exit::{Cause, Failure},
+    transport::{tcp::OnClose, tls::Wanted},
     worker::{Change, More, Planned, SourceId},
 };
 
@@ -42,6 +43,8 @@ struct Ready {
     programs: Vec<(SourceId, Programs)>,
     upstreams: Vec<Vec<Planned>>,
     kept: Vec<(std::net::SocketAddr, Vec<Socket>)>,
+    /// See [`listen::retune`].
+    retuned: Vec<(std::net::SocketAddr, OnClose)>,
 }
 
 impl Running {
@@ -52,8 +55,17 @@ impl Running {
         // From the first look at what is pinned until the last link.
         let _lock = lock_if_pinned(&config, self.config.captures.iter().chain(&config.captures))?;
         let ready = self.prepare(&config)?;
-        let Ready { identity, listeners, redirects, sockets, mut captures, programs, upstreams, kept } =
-            ready;
+        let Ready {
+            identity,
+            listeners,
+            redirects,
+            sockets,
+            mut captures,
+            programs,
+            upstreams,
+            kept,
+            retuned,
+        } = ready;
         let changed = Changed {
             listeners: sockets.first().map_or(0, |s| s.listeners.len()),
             captures: captures.len() + programs.len(),
@@ -65,9 +77,17 @@ impl Running {
         for active in &mut captures {
             active.scan(&self.more, self.fixed.mark);
         }
-        self.attach(&mut captures, programs)?;
+        if let Err(e) = self.attach(&mut captures, programs) {
+            for active in &captures {
+                active.take_back();
+                active.forget(&self.more);
+            }
+            return Err(e);
+        }
 
         // Nothing fails from here on.
+        self.captures.iter().chain(&captures).for_each(|active| active.programs.capture.settle());
+        listen::retune(&kept, &retuned);
         let stays = |c: &ActiveCapture| config.captures.iter().any(|w| w.cgroup == c.wanted.cgroup);
         let (mut active, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.captures).into_iter().partition(stays);
         gone.iter().for_each(ActiveCapture::detach);
@@ -97,8 +117,7 @@ impl Running {
                 listeners,
                 done: done.clone(),
             };
-            // It is gone only where it has failed, and that is said at the end.
-            let _gone = worker.send(More::Change(Box::new(change))).await;
+            worker.send(More::Change(Box::new(change))).await;
         }
         drop(done);
         let _all = all_done.recv().await;
@@ -107,6 +126,9 @@ impl Running {
         }
         (self.listeners, self.redirects, self.captures, self.kept) = (listeners, redirects, active, kept);
         self.config = config;
+        if let Some(identity) = &self.identity {
+            identity.store.keep(&wanted_tls(&self.config));
+        }
         Ok(changed)
     }
 
@@ -171,16 +193,16 @@ impl Running {
             opener.open_redirects(&config.redirects, &mut self.sources, &mut sockets)?
         };
 
-        let (mut captures, mut programs) = (Vec::new(), Vec::new());
+        let (mut captures, mut programs) = (Loaded::default(), Vec::new());
         for wanted in &config.captures {
             let Some(active) = self.same_group(wanted) else {
-                let mut new = captures::load(self.sources.next(), wanted, config, None)?;
+                captures.0.push(captures::load(self.sources.next(), wanted, config, None)?);
+                let Some(new) = captures.0.last_mut() else { continue };
                 for (own, opened) in
                     sockets.iter_mut().zip(new.listen_here(self.fixed.workers, self.fixed.mark)?)
                 {
                     own.captures.extend(opened);
                 }
-                captures.push(new);
                 continue;
             };
             if !active.is_attached_as(wanted) {
@@ -197,8 +219,9 @@ impl Running {
         };
         let planned: Vec<_> = config.upstreams.iter().map(planned).collect::<Result<_, _>>()?;
         let upstreams = vec![planned; self.fixed.workers];
-        let kept = opener.kept;
-        Ok(Ready { identity, listeners, redirects, sockets, captures, programs, upstreams, kept })
+        let Opener { kept, retuned, .. } = opener;
+        let captures = captures.keep();
+        Ok(Ready { identity, listeners, redirects, sockets, captures, programs, upstreams, kept, retuned })
     }
 
     /// Opens what listens; what listens already where something else is wanted of it is used again.
@@ -209,10 +232,17 @@ impl Running {
         };
         let taken: Result<HashMap<_, _>, _> = self.kept.iter().map(copies).collect();
         let taken = taken.map_err(|e| other(&format!("copying a listening socket: {e}")))?;
-        Ok(Opener { workers: self.fixed.workers, mark: self.fixed.socket_mark, taken, kept: Vec::new() })
+        Ok(Opener {
+            workers: self.fixed.workers,
+            mark: self.fixed.socket_mark,
+            taken,
+            kept: Vec::new(),
+            retuned: Vec::new(),
+        })
     }
 
-    /// Attaches new captures, and other programs for those that stay: all of them, or none.
+    /// Attaches new captures, and other programs for those that stay. Where one fails, those that stay have what they had;
+    /// the new ones are the caller's to take back.
     fn attach(
         &mut self,
         new: &mut [ActiveCapture],
@@ -230,15 +260,11 @@ impl Running {
                 }
             }
         }
-        let mut attached = 0;
         for active in &mut *new {
             if failed.is_some() {
                 break;
             }
-            match active.attach() {
-                Ok(()) => attached += 1,
-                Err(e) => failed = Some(e),
-            }
+            failed = active.attach().err();
         }
         for (source, old) in replaced {
             let Some(active) = self.captures.iter_mut().find(|a| a.source == source) else { continue };
@@ -248,13 +274,7 @@ impl Running {
                 tracing::error!(cgroup = active.name, "the old rules are not back: {e}");
             }
         }
-        match failed {
-            None => Ok(()),
-            Some(e) => {
-                new[..attached].iter().for_each(ActiveCapture::take_back);
-                Err(e)
-            }
-        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// The sources of which nothing more is taken.
@@ -268,6 +288,22 @@ impl Running {
             self.listeners.iter().map(|l| l.source).filter(|s| listeners.iter().all(|l| l.source != *s));
         let redirected = self.redirects.iter().copied().filter(|s| !redirects.contains(s));
         before.chain(redirected).chain(gone.iter().map(|a| a.source)).collect()
+    }
+}
+
+/// What connections are made and taken with by a configuration.
+fn wanted_tls(config: &Config) -> Wanted {
+    Wanted {
+        clients: config
+            .upstreams
+            .iter()
+            .filter_map(|u| u.check().map(|check| (check.san, u.protocol)))
+            .collect(),
+        servers: config
+            .listeners
+            .iter()
+            .filter_map(|l| l.check().map(|check| (check, l.protocols.clone())))
+            .collect(),
     }
 }
 

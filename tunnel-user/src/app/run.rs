@@ -77,7 +77,11 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
                 Ok(stream) => {
                     // The new daemon makes the same offer as soon as it runs.
                     offer = None;
-                    running.give(stream).await
+                    tokio::select! {
+                        // Dropped, it is over: the other side hears of it.
+                        why = signals.next() => break why,
+                        given = running.give(stream) => given,
+                    }
                 }
                 Err(e) => Err(e),
             };
@@ -106,14 +110,21 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
 /// Waits for a daemon that wants to take over.
 async fn requested(file: Option<&Path>, offer: &mut Option<Offer>) -> Result<UnixStream, TakeoverError> {
     let Some(file) = file else { return std::future::pending().await };
+    let mut said = false;
     loop {
         if let Some(offer) = offer {
             return offer.requested().await;
         }
         match Offer::open(file) {
             Ok(open) => *offer = Some(open),
-            // The daemon that this one has replaced has not let go yet.
-            Err(_) => tokio::time::sleep(OFFER_RETRY).await,
+            Err(e) => {
+                // The daemon that this one has replaced lets go in a moment.
+                if !said && !matches!(e, TakeoverError::Taken) {
+                    tracing::warn!("no other daemon can take over from this one: {e}");
+                    said = true;
+                }
+                tokio::time::sleep(OFFER_RETRY).await;
+            }
         }
     }
 }

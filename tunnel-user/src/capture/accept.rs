@@ -6,7 +6,7 @@
 
 use std::{
     fs, io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::Arc,
@@ -45,23 +45,39 @@ pub struct Sockets {
 
 /// Opens listeners in the namespace that the calling thread is in.
 pub fn listen(workers: usize, mark: u32) -> io::Result<Sockets> {
-    let v4 = tcp::listen((Ipv4Addr::LOCALHOST, 0).into(), workers, Some(mark), OnClose::Abort)?;
-    // A node without IPv6 has no `::1`; the programs then refuse captured IPv6 connections.
-    let v6 =
-        tcp::listen((Ipv6Addr::LOCALHOST, 0).into(), workers, Some(mark), OnClose::Abort).unwrap_or_default();
+    let v4 = listen_at(Ipv4Addr::LOCALHOST.into(), workers, mark)?;
+    let v6 = match listen_at(Ipv6Addr::LOCALHOST.into(), workers, mark) {
+        // A node without IPv6 has no `::1`; the programs refuse captured IPv6 connections until it has (`has_ipv6`).
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => Vec::new(),
+        v6 => v6?,
+    };
     let first = v4.first().ok_or(io::ErrorKind::InvalidInput)?;
     let (netns, listener) = (
         sys::netns_cookie(first.as_fd())?,
         capture::Listener::new(port_of(first), v6.first().and_then(port_of)),
     );
-    for socket in v4.iter().chain(&v6) {
-        // Its connections inherit it (tcp_ca_openreq_child).
-        socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
-    }
     let mut v6 = v6.into_iter();
     let per_worker =
         v4.into_iter().map(|socket| std::iter::once(socket).chain(v6.next()).collect()).collect();
     Ok(Sockets { netns, listener, per_worker })
+}
+
+/// Adds listeners on `::1` to those that a namespace has on 127.0.0.1.
+fn listen_v6(v4: Option<u16>, workers: usize, mark: u32) -> io::Result<Sockets> {
+    let v6 = listen_at(Ipv6Addr::LOCALHOST.into(), workers, mark)?;
+    let first = v6.first().ok_or(io::ErrorKind::InvalidInput)?;
+    let listener = capture::Listener::new(v4, port_of(first));
+    let netns = sys::netns_cookie(first.as_fd())?;
+    Ok(Sockets { netns, listener, per_worker: v6.into_iter().map(|socket| vec![socket]).collect() })
+}
+
+fn listen_at(loopback: IpAddr, workers: usize, mark: u32) -> io::Result<Vec<Socket>> {
+    let sockets = tcp::listen((loopback, 0).into(), workers, Some(mark), OnClose::Abort)?;
+    for socket in &sockets {
+        // Its connections inherit it (tcp_ca_openreq_child).
+        socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
+    }
+    Ok(sockets)
 }
 
 fn port_of(socket: &Socket) -> Option<u16> {
@@ -70,9 +86,21 @@ fn port_of(socket: &Socket) -> Option<u16> {
 
 /// Opens listeners in the namespace that `netns` names. A thread of its own goes there and ends.
 pub fn listen_in(netns: OwnedFd, workers: usize, mark: u32) -> io::Result<Sockets> {
+    within(netns, move || listen(workers, mark))
+}
+
+/// Opens the listeners on `::1` that were missing there, where `v4` is the port of those on 127.0.0.1.
+pub fn listen_v6_in(netns: OwnedFd, v4: Option<u16>, workers: usize, mark: u32) -> io::Result<Sockets> {
+    within(netns, move || listen_v6(v4, workers, mark))
+}
+
+fn within<T: Send + 'static>(
+    netns: OwnedFd,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     let there = thread::Builder::new().name("netns".to_owned()).spawn(move || {
         setns(netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-        listen(workers, mark)
+        work()
     })?;
     there.join().map_err(|_| io::Error::other("the thread that entered the namespace panicked"))?
 }
@@ -81,6 +109,13 @@ pub fn listen_in(netns: OwnedFd, workers: usize, mark: u32) -> io::Result<Socket
 pub fn netns_inode(pid: u32) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     fs::metadata(Path::new("/proc").join(pid.to_string()).join("ns/net")).map(|m| m.ino())
+}
+
+/// Whether the network namespace that process `pid` is in has `::1` (`/proc/net/if_inet6`).
+pub fn has_ipv6(pid: u32) -> bool {
+    const LOOPBACK: &str = "00000000000000000000000000000001 ";
+    let addresses = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("net/if_inet6"));
+    addresses.is_ok_and(|text| text.lines().any(|line| line.starts_with(LOOPBACK)))
 }
 
 /// Opens the network namespace that process `pid` is in.

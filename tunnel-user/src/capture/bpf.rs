@@ -167,12 +167,23 @@ pub struct Spec {
 pub struct Capture {
     ebpf: Ebpf,
     lifetime: Lifetime,
-    /// Something of an earlier daemon was pinned already.
+    /// Programs of an earlier daemon were attached already.
     adopted: bool,
+    /// What was there before, until it is sure that this stays.
+    before: Mutex<Option<Before>>,
     listeners: Mutex<HashMap<MapData, u64, Listener>>,
     flows: FlowTable,
     sweeper: Sweeper,
     counters: PerCpuArray<MapData, u64>,
+}
+
+/// What an earlier daemon had put where something of ours is now, the oldest first.
+#[derive(Default)]
+struct Before {
+    listeners: Vec<(u64, Option<Listener>)>,
+    programs: Vec<(PathBuf, OwnedFd)>,
+    /// Links that were not there.
+    made: Vec<PathBuf>,
 }
 
 /// Where accepted connections wanted to go. Cheap to clone; every worker has one.
@@ -207,7 +218,8 @@ impl Capture {
     /// Loads every program and fills the rules. Nothing is attached yet.
     pub fn load(spec: &Spec, rules: &Rules) -> Result<Self, BpfError> {
         let Lifetime::Pinned(dir) = &spec.lifetime else { return Self::load_here(spec, rules, false) };
-        let adopted = dir.exists();
+        // Maps alone capture nothing: they are what a start left that failed.
+        let adopted = PROGRAMS.iter().any(|(name, _)| sys::obj_get(&link_path(dir, name)).is_ok());
         let loaded = Self::load_here(spec, rules, adopted);
         if loaded.is_err() && !adopted {
             let _best_effort = unpin(dir);
@@ -267,6 +279,7 @@ impl Capture {
             ebpf,
             lifetime: spec.lifetime.clone(),
             adopted,
+            before: Mutex::new(adopted.then(Before::default)),
             listeners: Mutex::new(listeners),
             flows: FlowTable(Arc::new(flows_fd)),
             sweeper,
@@ -280,6 +293,7 @@ impl Capture {
         let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         let all: Vec<u64> = map_.keys().filter_map(Result::ok).collect();
         for netns in all.into_iter().filter(|netns| !netns_cookies.contains(netns)) {
+            self.note_listener(&map_, netns);
             map_.remove(&netns).map_err(map(names::LISTENERS))?;
         }
         Ok(())
@@ -294,7 +308,49 @@ impl Capture {
     /// Says where connections of one network namespace go. May be called while attached.
     pub fn set_listener(&self, netns_cookie: u64, listener: Listener) -> Result<(), BpfError> {
         let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        self.note_listener(&map_, netns_cookie);
         map_.insert(netns_cookie, listener, 0).map_err(map(names::LISTENERS))
+    }
+
+    fn note_listener(&self, map_: &HashMap<MapData, u64, Listener>, netns_cookie: u64) {
+        if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
+            before.listeners.push((netns_cookie, map_.get(&netns_cookie, 0).ok()));
+        }
+    }
+
+    /// From now on it is not rolled back any more.
+    pub fn settle(&self) {
+        *self.before.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Puts back what was there before this was loaded: nothing, or what an earlier daemon had attached, with its
+    /// listeners. The caller keeps other daemons away.
+    pub fn roll_back(&self) -> Result<(), BpfError> {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
+        if !self.adopted {
+            return unpin(dir);
+        }
+        let Some(before) = self.before.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Ok(());
+        };
+        let mut done = Ok(());
+        for (path, program) in before.programs.into_iter().rev() {
+            let back = sys::obj_get(&path).and_then(|link| sys::link_update(link.as_fd(), program.as_fd()));
+            done = done.and(back.map_err(|source| BpfError::Pin { path, source }));
+        }
+        for path in before.made {
+            let removed = remove_link(&path);
+            done = done.and(removed.map_err(|source| BpfError::Pin { path, source }));
+        }
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        for (netns, listener) in before.listeners.into_iter().rev() {
+            let back = match listener {
+                Some(listener) => map_.insert(netns, listener, 0),
+                None => map_.remove(&netns),
+            };
+            done = done.and(back.map_err(map(names::LISTENERS)));
+        }
+        done
     }
 
     /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned there.
@@ -332,6 +388,7 @@ impl Capture {
             let fd = program_fd(&self.ebpf, name)?;
             match sys::obj_get(&path) {
                 Ok(link) if sys::link_info(link.as_fd()).map_err(pin_error)?.cgroup == id => {
+                    self.note_program(&path, link.as_fd()).map_err(pin_error)?;
                     sys::link_update(link.as_fd(), fd.as_fd())
                         .map_err(|source| BpfError::Attach { name, source })?;
                     continue;
@@ -344,13 +401,20 @@ impl Capture {
             let link = sys::link_create(fd.as_fd(), cgroup, at)
                 .map_err(|source| BpfError::Attach { name, source })?;
             sys::obj_pin(link.as_fd(), &path).map_err(pin_error)?;
+            if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
+                before.made.push(path);
+            }
         }
         Ok(())
     }
 
-    /// Whether something of an earlier daemon was pinned when it was loaded.
-    pub fn is_adopted(&self) -> bool {
-        self.adopted
+    /// Remembers the program behind a link.
+    fn note_program(&self, path: &Path, link: BorrowedFd<'_>) -> io::Result<()> {
+        if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
+            let program = sys::prog_by_id(sys::link_info(link)?.program)?;
+            before.programs.push((path.to_owned(), program));
+        }
+        Ok(())
     }
 
     /// Whose programs are behind the pinned links.
@@ -472,10 +536,13 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
     let is_link = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link_"));
     // connect first: what is captured a moment longer would find no origin.
     paths.sort_by_key(|p| (!is_link(p), !p.to_string_lossy().contains("connect")));
+    let mut done = Ok(());
     for path in paths {
+        // What cannot be removed keeps nothing else.
         let removed = if is_link(&path) { remove_link(&path) } else { fs::remove_file(&path) };
-        removed.map_err(pin_error(&path))?;
+        done = done.and(removed.map_err(pin_error(&path)));
     }
+    done?;
     fs::remove_dir(dir).map_err(pin_error(dir))?;
     if let Some(ours) = dir.parent() {
         // Fails while another capture has its folder there.

@@ -18,6 +18,7 @@ const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_LINK_CREATE: libc::c_int = 28;
@@ -139,6 +140,17 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
 pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     owned(bpf(BPF_OBJ_GET, &mut ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })?)
+}
+
+/// The program of this id (CAP_SYS_ADMIN).
+pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_id: u32,
+        next_id: u32,
+        open_flags: u32,
+    }
+    owned(bpf(BPF_PROG_GET_FD_BY_ID, &mut Attr { prog_id: id, next_id: 0, open_flags: 0 })?)
 }
 
 #[repr(C)]

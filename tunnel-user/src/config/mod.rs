@@ -310,6 +310,10 @@ pub struct Listener {
     pub handshake_timeout: Duration,
     /// CONNECT streams at a time on one connection.
     pub max_streams: NonZeroU32,
+    /// How often a quiet connection is asked whether its peer is alive.
+    pub keepalive_interval: Duration,
+    /// How long the answer to that may take.
+    pub keepalive_timeout: Duration,
 }
 
 impl Listener {
@@ -326,6 +330,8 @@ impl Listener {
             dial_timeout: DIAL_TIMEOUT,
             handshake_timeout: HANDSHAKE_TIMEOUT,
             max_streams: LISTENER_STREAMS,
+            keepalive_interval: KEEPALIVE_INTERVAL,
+            keepalive_timeout: KEEPALIVE_TIMEOUT,
         }
     }
 

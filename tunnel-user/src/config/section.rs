@@ -148,7 +148,11 @@ impl Section for Daemon {
         let bpffs = r.default("bpffs", "The bpffs mount.", FilePath(PathBuf::from(BPFFS))).0;
         let drain_timeout =
             r.default("drain_timeout", "How long flows may go on after we were told to stop.", DRAIN_RUN);
-        let max_flows = r.default("max_flows", "Flows at a time; more are refused.", MAX_FLOWS);
+        let max_flows = r.default(
+            "max_flows",
+            "Flows at a time, shared out to the workers; more are refused. One peer of the listeners gets three quarters of them (7,500 of the default), and the limit of file descriptors may allow fewer, which the log says.",
+            MAX_FLOWS,
+        );
         let relay = r.default(
             "relay",
             "How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to \"direct\", or HTTP/1 without TLS): \"copy\", through this process; \"splice\", by a kernel program while a flow exchanges small messages, else as \"copy\"; \"pipe\", in the kernel (splice(2)), which takes less than half the CPU for bulk and as much for small messages; \"auto\", as \"splice\" where kernel and privileges allow it, else as \"copy\".",
@@ -366,6 +370,13 @@ impl Section for Listener {
         );
         let max_streams =
             r.default("max_streams", "CONNECT streams at a time on one connection.", LISTENER_STREAMS);
+        let keepalive_interval = r.default(
+            "keepalive_interval",
+            "How often a quiet HTTP/2 connection is asked whether its peer is alive. With keepalive_timeout it is how long a peer may be suspended before its flows are reset.",
+            KEEPALIVE_INTERVAL,
+        );
+        let keepalive_timeout =
+            r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
@@ -379,11 +390,12 @@ impl Section for Listener {
                 }
             }
         }
-        if protocols == [Protocol::H1] && r.has("max_streams") {
-            r.wrong(
-                "max_streams",
-                "has no meaning without \"h2\": over HTTP/1 a connection carries one flow",
-            );
+        if protocols == [Protocol::H1] {
+            for key in ["max_streams", "keepalive_interval", "keepalive_timeout"] {
+                if r.has(key) {
+                    r.wrong(key, "has no meaning without \"h2\": over HTTP/1 a connection carries one flow");
+                }
+            }
         }
         Some(Self {
             name,
@@ -396,6 +408,8 @@ impl Section for Listener {
             dial_timeout,
             handshake_timeout,
             max_streams,
+            keepalive_interval,
+            keepalive_timeout,
         })
     }
 }

@@ -394,7 +394,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
-        listener.dial_timeout listener.handshake_timeout listener.max_streams listener.name listener.protocols \
+        listener.dial_timeout listener.handshake_timeout listener.keepalive_interval listener.keepalive_timeout listener.max_streams listener.name listener.protocols \
         listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \
         route.match.destination route.match.headers route.match.headers.exact route.match.headers.name \
         route.match.headers.prefix route.match.headers.present route.match.headers.regex route.match.host \

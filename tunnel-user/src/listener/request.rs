@@ -53,6 +53,9 @@ pub enum Refusal {
     /// As many flows as this worker takes. Ours.
     #[error("the limit of {0} flows is reached")]
     Limit(usize),
+    /// As many flows as one peer gets of them. The peer's.
+    #[error("the limit of {0} flows of one peer is reached")]
+    PeerLimit(usize),
 }
 
 /// Where a status comes from.
@@ -109,7 +112,7 @@ impl Refusal {
             }
             Self::Tunnel(TunnelError::Dropped { .. }) => (StatusCode::BAD_GATEWAY, "connection_terminated"),
             Self::Tunnel(TunnelError::Request { .. }) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) => {
+            Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) | Self::PeerLimit(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached")
             }
         };

@@ -91,6 +91,24 @@ pub(super) fn subject(der: &[u8]) -> Option<String> {
     Some(cert.subject().to_string()).filter(|name| !name.is_empty())
 }
 
+/// What is wrong with a certificate whose curve is written out in place of its name (RFC 5480 section 2.1.1 forbids it):
+/// no key has the same public key then, since a key is read with the curve's name.
+pub(super) fn explicit_curve(placed: &Placed) -> Option<Problem> {
+    let (_, cert) = X509Certificate::from_der(&placed.der).ok()?;
+    let algorithm = &cert.public_key().algorithm;
+    let explicit = algorithm.algorithm == oid::OID_KEY_TYPE_EC_PUBLIC_KEY
+        && algorithm.parameters.as_ref().is_some_and(|parameters| parameters.tag() == Tag::Sequence);
+    explicit.then(|| {
+        Problem::new(
+            format!(
+                "{} has a curve that is written out (explicit parameters) in place of its name",
+                placed.place
+            ),
+            UNSUPPORTED,
+        )
+    })
+}
+
 /// All certificates of a file, at least one, in its order.
 pub(super) fn certificates(bytes: &[u8]) -> Result<Vec<Placed>, Problem> {
     let sections = sections(bytes, Wanted::Certificates)?;

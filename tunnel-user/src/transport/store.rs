@@ -14,7 +14,7 @@ use crate::{
     files::{self, Watch},
     flow::Identity,
     transport::{
-        tls::{IdentityFiles, TlsError, TlsIdentity},
+        tls::{IdentityFiles, TlsError, TlsIdentity, Wanted},
         verify::{ClientCheck, PeerRejected, ServerCheck},
     },
 };
@@ -50,6 +50,11 @@ impl TlsStore {
     /// See [`TlsIdentity::server_config`].
     pub fn server_config(&self, check: &ClientCheck, protocols: &[Protocol]) -> Arc<ServerConfig> {
         self.current.load().server_config(check, protocols)
+    }
+
+    /// See [`TlsIdentity::keep`].
+    pub fn keep(&self, wanted: &Wanted) {
+        self.current.load().keep(wanted);
     }
 
     /// See [`TlsIdentity::as_client`].

@@ -21,7 +21,7 @@ use super::{
     identity::peer_identity,
     record,
     store::{TlsStore, watch},
-    tls::{IdentityFiles, TlsError, TlsIdentity, provider},
+    tls::{IdentityFiles, TlsError, TlsIdentity, Wanted, provider},
     verify::{Check, ClientCheck, ServerCheck, check_expiry, explain, failed_check},
 };
 use crate::{
@@ -356,6 +356,23 @@ fn expiry_is_checked_by_the_clock_given() {
         rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(now.as_secs() + 31 * 86_400));
     assert_eq!(check_expiry(certs, later).unwrap_err().check, Check::Expiry);
     assert_eq!(check_expiry(&[], now).unwrap_err().check, Check::Missing);
+}
+
+#[test]
+fn what_is_no_longer_configured_keeps_no_configuration_and_no_session() {
+    let ca = ca();
+    let identity = identity_of(&ca, &request(SERVER), &ca);
+    let (old, new) = (servers(&["old.internal"]), servers(&["new.internal"]));
+    let (gone, stays) =
+        (identity.client_config(&old, Protocol::H2), identity.client_config(&new, Protocol::H2));
+    let taken = identity.server_config(&clients(&[]), &[Protocol::H2]);
+    let wanted = Wanted { clients: [(new.san.clone(), Protocol::H2)].into(), servers: Default::default() };
+    identity.keep(&wanted);
+    let again = |check| identity.client_config(check, Protocol::H2);
+    assert!(Arc::ptr_eq(&stays, &again(&new)), "its sessions resume");
+    assert!(!Arc::ptr_eq(&gone, &again(&old)));
+    assert_eq!(Arc::strong_count(&gone), 1, "nobody else has it");
+    assert_eq!(Arc::strong_count(&taken), 1);
 }
 
 /// What loading says after `spoil` had its way with the files.

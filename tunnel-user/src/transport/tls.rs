@@ -5,7 +5,7 @@
 //! under, because each has tickets of its own. It never relies on a process-wide crypto provider.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt, fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
@@ -14,7 +14,8 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, InconsistentKeys, RootCertStore, ServerConfig, SupportedCipherSuite,
+    CertificateError, ClientConfig, InconsistentKeys, OtherError, RootCertStore, ServerConfig,
+    SupportedCipherSuite,
     client::{Resumption, VerifierBuilderError, WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{
         CryptoProvider,
@@ -125,7 +126,12 @@ impl TlsError {
     }
 
     /// One certificate of a file cannot be used.
-    fn certificate(path: &Path, placed: &pem::Placed, why: &dyn fmt::Display) -> Self {
+    fn certificate(path: &Path, placed: &pem::Placed, why: &rustls::Error) -> Self {
+        let why: &dyn fmt::Display = match why {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner,
+            rustls::Error::InvalidCertificate(inner) => inner,
+            other => other,
+        };
         let what = format!("{} cannot be used: {why}", placed.describe());
         Self::Content { path: path.to_owned(), what, remedy: "replace or remove it".to_owned() }
     }
@@ -137,6 +143,15 @@ fn how_to_read(error: &io::Error) -> &'static str {
         io::ErrorKind::IsADirectory => ": name the file in it",
         _ => "",
     }
+}
+
+/// Everything that connections are made and taken with, by a configuration.
+#[derive(Debug, Default)]
+pub struct Wanted {
+    /// Of upstreams.
+    pub clients: HashSet<(Vec<SanPattern>, Protocol)>,
+    /// Of listeners.
+    pub servers: HashSet<(ClientCheck, Vec<Protocol>)>,
 }
 
 /// Configurations that were made already, by what makes them different.
@@ -154,7 +169,7 @@ pub struct TlsIdentity {
     constrained: Arc<[Constrained]>,
     server_verifier: Arc<WebPkiServerVerifier>,
     client_verifier: Arc<dyn ClientCertVerifier>,
-    // One entry per upstream's and listener's checks, which the configuration bounds. Locked when a
+    // One entry per upstream's and listener's checks, which the configuration in force bounds (`keep`). Locked when a
     // connection is made, never while bytes move.
     clients: Made<(Vec<SanPattern>, Protocol), ClientConfig>,
     servers: Made<(ClientCheck, Vec<Protocol>), ServerConfig>,
@@ -268,6 +283,14 @@ impl TlsIdentity {
         config
     }
 
+    /// Forgets the configurations, and with them the sessions, of checks that nothing is configured with any more.
+    pub(crate) fn keep(&self, wanted: &Wanted) {
+        let lock = PoisonError::into_inner;
+        self.clients.lock().unwrap_or_else(lock).retain(|key, _| wanted.clients.contains(key));
+        let lock = PoisonError::into_inner;
+        self.servers.lock().unwrap_or_else(lock).retain(|key, _| wanted.servers.contains(key));
+    }
+
     /// How to take connections from clients that must pass `check` and speak one of `protocols`, of which the
     /// first is taken that a client offers.
     pub fn server_config(&self, check: &ClientCheck, protocols: &[Protocol]) -> Arc<ServerConfig> {
@@ -320,6 +343,9 @@ fn certified(
         // A provider that cannot tell has nothing against it.
         Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
         Err(rustls::Error::InconsistentKeys(_)) => {
+            if let Some(problem) = chain.first().and_then(pem::explicit_curve) {
+                return Err(TlsError::content(&files.cert, problem));
+            }
             let (cert, key_file) = (files.cert.clone(), files.key.clone());
             let of_key = |placed: &&pem::Placed| {
                 CertifiedKey::new(vec![placed.der.clone()], Arc::clone(&key)).keys_match().is_ok()

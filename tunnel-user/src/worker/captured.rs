@@ -37,7 +37,12 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                 Ok(place) => {
                     flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
                 }
-                Err(_) => worker.counters.over_limit.add(1),
+                Err(refusal) => {
+                    worker.counters.over_limit.add(1);
+                    if worker.lines.crowded.admit() {
+                        tracing::warn!("reset a captured connection: {refusal} (daemon.max_flows)");
+                    }
+                }
             },
             Ok(Err(stray)) => {
                 let counter = match &stray {
@@ -47,7 +52,9 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                     }
                 };
                 counter.add(1);
-                tracing::warn!("reset a connection to the capture listener that {stray}");
+                if worker.lines.strays.admit() {
+                    tracing::warn!("reset a connection to the capture listener that {stray}");
+                }
             }
             Err(e) => back_off(&e).await,
         }

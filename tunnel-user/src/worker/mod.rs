@@ -6,6 +6,7 @@
 
 mod captured;
 mod itself;
+mod lines;
 mod look;
 mod reach;
 mod requests;
@@ -25,10 +26,11 @@ use socket2::Socket;
 use tokio::{
     runtime::{self, LocalOptions},
     sync::mpsc,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout, timeout_at},
 };
 
 use self::{
+    lines::Lines,
     reach::Sink,
     setup::{Setup, Sources},
 };
@@ -192,6 +194,7 @@ struct Worker {
     retired: Tasks,
     counters: Arc<Counters>,
     records: Records,
+    lines: Lines,
     trace: Trace,
     active: Cell<usize>,
     /// Whose turn it is to look a name up.
@@ -212,6 +215,7 @@ async fn work(start: Start) -> io::Result<Report> {
         setup: RefCell::new(Rc::new(Setup::new(shared, upstreams, None))),
         retired: Tasks::default(),
         counters,
+        lines: Lines::default(),
         trace: Trace::default(),
         lookups: Lookups::new(flows_max),
         active: Cell::default(),
@@ -227,7 +231,10 @@ async fn work(start: Start) -> io::Result<Report> {
     loop {
         tokio::select! {
             () = watch.draining() => break,
-            _ = pulse.tick() => give_up_silent_peers(),
+            _ = pulse.tick() => {
+                give_up_silent_peers();
+                worker.lines.tell();
+            }
             Some(news) = more.recv() => match news {
                 More::Listen(socket) => sources.capture(&worker, socket, &flows),
                 More::Forget(source, netns) => sources.forget(source, netns),
@@ -238,10 +245,11 @@ async fn work(start: Start) -> io::Result<Report> {
     // The kernel programs see at once that a listener is closed.
     sources.end().await;
     let setup = worker.setup();
-    let patience = setup.shared.drain_timeout;
+    // For the flows, and for the connections that they were on.
+    let deadline = tokio::time::Instant::now() + setup.shared.drain_timeout;
     let drained = async {
         tokio::select! {
-            _ = timeout(patience, flows.ended()) => {}
+            _ = timeout_at(deadline, flows.ended()) => {}
             () = watch.stopping() => {}
         }
     };
@@ -256,10 +264,13 @@ async fn work(start: Start) -> io::Result<Report> {
         setup.upstreams.close().await;
         worker.retired.ended().await;
     };
+    // What was reset has to go out too, at the deadline.
+    let deadline = deadline.max(tokio::time::Instant::now() + STOP_PATIENCE);
     tokio::select! {
-        _ = timeout(patience, closed) => {}
+        _ = timeout_at(deadline, closed) => {}
         () = watch.stopping() => {}
     }
+    worker.lines.tell();
     let (records, dropped) = worker.records.take();
     let connections_opened = setup.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })
@@ -327,7 +338,7 @@ impl Worker {
         let mut peers = self.peers.borrow_mut();
         let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
         if self.active.get() >= most || active >= share {
-            return Err(Refusal::Limit(if active >= share { share } else { most }));
+            return Err(if active >= share { Refusal::PeerLimit(share) } else { Refusal::Limit(most) });
         }
         self.active.set(self.active.get() + 1);
         if let Some(account) = account {
@@ -444,20 +455,22 @@ impl Worker {
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
-            Refusal::Limit(_) => &self.counters.over_limit,
+            Refusal::Limit(_) | Refusal::PeerLimit(_) => &self.counters.over_limit,
         };
         counter.add(1);
         record.outcome = format!("refused: {refusal}").into();
         record.lasted(started.elapsed());
-        tracing::warn!(
-            target: "tunnel::flow",
-            destination = %record.destination,
-            client = %record.client,
-            identity = identity.map(tracing::field::display),
-            passed = record.passed(),
-            ms = record.duration_ms,
-            "{}", record.outcome
-        );
+        if self.lines.of(refusal).admit() {
+            tracing::warn!(
+                target: "tunnel::flow",
+                destination = %record.destination,
+                client = %record.client,
+                identity = identity.map(tracing::field::display),
+                passed = record.passed(),
+                ms = record.duration_ms,
+                "{}", record.outcome
+            );
+        }
         self.records.push(record);
     }
 

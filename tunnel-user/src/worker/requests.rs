@@ -112,7 +112,10 @@ impl Worker {
             Ok(accepted) => accepted,
             Err(e) => {
                 self.counters.handshakes_failed.add(1);
-                return tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
+                if self.lines.handshakes.admit() {
+                    tracing::warn!(peer = %PeerAddr(peer), "not let in: {e}");
+                }
+                return;
             }
         };
         drop(place);

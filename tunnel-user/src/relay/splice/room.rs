@@ -108,7 +108,9 @@ impl Splices {
     pub(crate) fn with(credit: u64, streak: u32) -> Result<Self, Unfit> {
         let room = Rc::new(Room::load(credit, streak)?);
         let watch = Tasks::default();
-        watch.spawn(tell(Rc::downgrade(&room)));
+        // Without it the flows would sleep for ever: then nothing is spliced.
+        let ready = room.notifier().map_err(Unfit::Unheard)?;
+        watch.spawn(tell(Rc::downgrade(&room), ready));
         Ok(Self { room, _watch: watch })
     }
 
@@ -156,6 +158,9 @@ pub enum Unfit {
     /// It could not be tried.
     #[error("the splice program could not be tried on a connection over loopback: {0}")]
     Untried(#[source] io::Error),
+    /// What the program tells could not be waited for.
+    #[error("what the splice program tells cannot be heard: {0}")]
+    Unheard(#[source] io::Error),
     /// Bytes would be repeated; see `overlap.rs`.
     #[error(
         "bytes that are sent again together with new ones come twice on this kernel (tcp_read_skb), and cannot be left out"
@@ -178,7 +183,7 @@ impl Unfit {
             Self::Privileges(_) => true,
             Self::Load(e) => e.is_privilege(),
             Self::Untried(e) => e.kind() == io::ErrorKind::PermissionDenied,
-            Self::Offsets(_) | Self::Repeats => false,
+            Self::Offsets(_) | Self::Unheard(_) | Self::Repeats => false,
         }
     }
 }
@@ -227,6 +232,13 @@ impl Room {
         })
     }
 
+    /// What is ready when something has happened, in the worker's runtime.
+    fn notifier(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let events: OwnedFd = self.events.0.try_clone()?;
+        // SAFETY: the descriptor is owned by what registers it, and closed only after that.
+        Ok(unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?)
+    }
+
     /// Counts.
     pub(super) fn count(&self, what: impl FnOnce(&mut Spliced)) {
         let mut done = self.done.get();
@@ -271,17 +283,7 @@ impl Room {
 }
 
 /// Waits for what the program and the sockets of joined flows say.
-async fn tell(room: Weak<Room>) {
-    let Some(events) = room.upgrade().map(|room| room.events.0.try_clone()) else { return };
-    let ready = events.and_then(|events: OwnedFd| {
-        // SAFETY: the descriptor is owned by what registers it, and closed only after that.
-        Ok(unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?)
-    });
-    let ready = match ready {
-        Ok(ready) => ready,
-        // The flows look by themselves, at long intervals.
-        Err(e) => return tracing::error!("what the splice program tells cannot be heard: {e}"),
-    };
+async fn tell(room: Weak<Room>, ready: AsyncFd<OwnedFd>) {
     while let Ok(mut readable) = ready.readable().await {
         let Some(room) = room.upgrade() else { return };
         // First: what comes while it looks is another edge.

@@ -185,7 +185,7 @@ async fn shake<C: Unbuffered, S: AsyncRead + AsyncWrite + Unpin>(
             Step::Done if conn.state().is_handshaking() => receive(below, &mut received).await?,
             Step::Done => break,
             Step::Failed(why) => {
-                say_why(&mut conn, &mut received, &mut to_send);
+                say_why(&mut conn, &why, &mut received, &mut to_send);
                 // It may have gone.
                 let _told = send(below, &mut to_send).await;
                 return Err(why);
@@ -223,10 +223,22 @@ fn encode<D>(data: &mut EncodeTlsData<'_, D>, to_send: &mut Vec<u8>) -> Step {
     Step::Failed(io::Error::other("rustls has nothing to encode"))
 }
 
+/// What a failed handshake may leave to be said: a flight that was begun, and the alert.
+const LAST_WORDS: usize = 8;
+
 /// The alert that goes with an error.
-fn say_why<C: Unbuffered>(conn: &mut C, received: &mut Buffer, to_send: &mut Vec<u8>) {
-    // Messages that wait in it are found there again.
-    while let Ok(ConnectionState::EncodeTlsData(mut data)) = conn.process(received.filled_mut()).state {
+fn say_why<C: Unbuffered>(conn: &mut C, why: &io::Error, received: &mut Buffer, to_send: &mut Vec<u8>) {
+    // A record that cannot be read is still there, and would be read, and complained of, once more; rustls's assertion
+    // that it complains once ended the task. Then the alert is all there is to say.
+    let once = matches!(
+        why.get_ref().and_then(|e| e.downcast_ref()),
+        Some(Error::InvalidMessage(_) | Error::PeerSentOversizedRecord | Error::DecryptError)
+    );
+    for _ in 0..if once { 1 } else { LAST_WORDS } {
+        // Messages that wait in it are found there again.
+        let Ok(ConnectionState::EncodeTlsData(mut data)) = conn.process(received.filled_mut()).state else {
+            return;
+        };
         if !matches!(encode(&mut data, to_send), Step::Again) {
             return;
         }
