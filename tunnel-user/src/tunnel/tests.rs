@@ -5,10 +5,11 @@
 use std::{
     cell::{Cell, RefCell},
     fs,
-    future::{Future, pending},
+    future::{Future, pending, poll_fn},
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -266,6 +267,77 @@ fn a_connection_that_got_goaway_takes_no_new_streams_and_its_old_ones_go_on() {
         let mut held = peer.held.borrow_mut().remove(0);
         held.send_data(Bytes::from_static(b"still here"), true).unwrap();
         assert_eq!(old_recv.data().await.unwrap().unwrap(), "still here");
+    });
+}
+
+/// A connection that takes no new streams is still the pool's: closing it waits for its old ones.
+#[test]
+fn a_connection_that_got_goaway_is_waited_for_when_the_pool_closes() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::GoAway, 100).await;
+        let pool = Rc::new(Pool::new(settings(100)));
+        let key = peer.key(&tls);
+        let old = pool.lease(&key).await.unwrap();
+        let (old_send, mut old_recv) = open(&old).await;
+        peer.turn.notify_one();
+        loop {
+            let lease = pool.lease(&key).await.unwrap();
+            match lease.sender().unwrap().ready().await {
+                Ok(_) if peer.accepted.get() > 1 => break,
+                Ok(_) => tokio::task::yield_now().await,
+                Err(_) => lease.retire(),
+            }
+        }
+        let closing = {
+            let pool = Rc::clone(&pool);
+            spawn_local(async move { pool.close().await })
+        };
+        let mut held = peer.held.borrow_mut().remove(0);
+        held.send_data(Bytes::from_static(b"last words"), true).unwrap();
+        assert_eq!(old_recv.data().await.unwrap().unwrap(), "last words");
+        assert!(!closing.is_finished() && pool.connections() >= 1);
+        drop((old_send, old_recv, old));
+        closing.await.unwrap();
+        assert_eq!(pool.connections(), 0);
+    });
+}
+
+/// Flows that have left do not count among those that wait.
+#[test]
+fn flows_that_no_longer_wait_take_nobodys_place() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Silent, 100).await;
+        let pool = Rc::new(Pool::new(settings(100)));
+        let key = peer.key(&tls);
+        for _ in 0..3 {
+            let mut flows: Vec<_> = (0..4096).map(|_| Box::pin(pool.lease(&key))).collect();
+            poll_fn(|cx| {
+                assert!(flows.iter_mut().all(|flow| flow.as_mut().poll(cx).is_pending()));
+                Poll::Ready(())
+            })
+            .await;
+            let over = pool.lease(&key).await.map(drop).unwrap_err();
+            assert!(matches!(over, ConnectError::Overflow { .. }), "{over}");
+        }
+    });
+}
+
+/// A peer that allows no streams is connected to once, and those who wait are told why.
+#[test]
+fn a_peer_that_allows_no_streams_is_not_dialled_again_and_again() {
+    run(async {
+        let tls = identity();
+        let peer = Peer::start(&tls, Script::Serve, 0).await;
+        let mut short = settings(100);
+        short.connect.timeout = Duration::from_millis(500);
+        let pool = Pool::new(short);
+        for _ in 0..2 {
+            let none = pool.lease(&peer.key(&tls)).await.map(drop).unwrap_err();
+            assert!(matches!(none, ConnectError::Waited { barred: true, .. }), "{none}");
+        }
+        assert_eq!(peer.accepted.get(), 1);
     });
 }
 

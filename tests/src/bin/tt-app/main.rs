@@ -3,6 +3,7 @@
 //! Enters: a subcommand. Leaves: lines `KEY=VALUE` on standard output, and an exit status that is 0 only if
 //! everything went as the subcommand says. Invariant: it uses ordinary system calls, as any program would.
 
+mod beside;
 mod stuck;
 mod ways;
 
@@ -17,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use self::beside::{burst, now_and_then};
 use self::stuck::{offer, read_late, stick};
 use self::ways::{again, bound, fastopen, fastopen_sendto, mptcp, nonblocking, v4mapped};
 use anyhow::{Context as _, Result, bail, ensure};
@@ -76,6 +78,10 @@ fn run(words: &[&str]) -> Result<()> {
         ["soak", addr, seconds, seed] => soak(&open(addr)?, seconds.parse()?, seed.parse()?),
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
+        ["burst", addr, connections] => burst(addr, connections.parse()?),
+        ["now-and-then", addr, connections, pause] => {
+            now_and_then(addr, connections.parse()?, pause.parse()?)
+        }
         ["swarm", addr, connections] => swarm(addr, connections.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
