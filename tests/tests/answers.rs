@@ -1,10 +1,14 @@
 //! What a gateway answers to a CONNECT request, word by word.
 
+use std::net::SocketAddr;
+
 use anyhow::Result;
 use http::{Method, Request};
 use tunnel_tests::{
     BLACKHOLE, Gateway, NET4, NOWHERE, TARGET4, TARGET6, World,
+    daemon::{Daemon, through},
     peer::{self, Answer, connect_request},
+    pki::GATEWAY_ID,
     target,
 };
 
@@ -131,6 +135,27 @@ fn a_method_that_is_not_connect_is_405() -> Result<()> {
         let request = Request::builder().method(method).uri(format!("https://{TARGET4}:80/")).body(())?;
         let answer = peer::ask(world.node(), gateway.addr(), &world.pki().named("node"), request)?;
         assert_eq!(parts(&answer), (405, "tunnel; error=http_request_error"), "{answer:?}");
+    }
+    Ok(())
+}
+
+/// In a chain the status of the next hop is passed on as received, with the next hop's own reason behind it (RFC 9209
+/// section 2.1.5).
+#[test]
+fn what_the_next_hop_answers_is_passed_on_as_received() -> Result<()> {
+    let world = World::new()?;
+    let back = world.gateway().allow_only(&["10.200.0.99:1"]).listen(SocketAddr::new(NET4, 15009)).start()?;
+    let front = SocketAddr::new(NET4, 15010);
+    let config = format!(
+        "{}[[listener]]\naddress = \"{front}\"\n[[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n{}",
+        world.pki().named("gateway").toml(),
+        through(back.addr(), GATEWAY_ID)
+    );
+    let _front = Daemon::start(&world, world.net(), &config)?;
+    for (authority, status) in [("10.200.0.10:80", 403), ("10.200.0.99:1", 503)] {
+        let who = world.pki().named("node");
+        let answer = peer::ask(world.node(), front, &who, connect_request(authority)?)?;
+        assert_eq!(parts(&answer), (status, &*format!("tunnel; received-status={status}")), "{answer:?}");
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 mod captures;
 mod inbox;
 mod listen;
+mod pins;
 mod reload;
 mod run;
 mod upstreams;
@@ -30,9 +31,10 @@ use tokio::{
 
 pub use self::run::run;
 use self::{
-    captures::{ActiveCapture, Loaded, bpf_failure, lock_pins, pin_dir},
+    captures::{ActiveCapture, Loaded, bpf_failure},
     inbox::Inbox,
     listen::{ActiveListener, Opener, Sockets, SourceIds, may_mark, require_mark},
+    pins::{lock_pins, pin_dir},
     upstreams::Discover,
 };
 use crate::{

@@ -26,7 +26,7 @@ use tunnel_common::{
     names::{self, Counter},
 };
 
-use super::{rules::Rules, sys, sys::AttachType};
+use super::{before::Before, rules::Rules, sys, sys::AttachType};
 
 /// The programs, as the build script made or found them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tunnel-ebpf.bpf.o"));
@@ -177,15 +177,6 @@ pub struct Capture {
     counters: PerCpuArray<MapData, u64>,
 }
 
-/// What an earlier daemon had put where something of ours is now, the oldest first.
-#[derive(Default)]
-struct Before {
-    listeners: Vec<(u64, Option<Listener>)>,
-    programs: Vec<(PathBuf, OwnedFd)>,
-    /// Links that were not there.
-    made: Vec<PathBuf>,
-}
-
 /// Where accepted connections wanted to go. Cheap to clone; every worker has one.
 #[derive(Clone)]
 pub struct FlowTable(Arc<OwnedFd>);
@@ -314,7 +305,7 @@ impl Capture {
 
     fn note_listener(&self, map_: &HashMap<MapData, u64, Listener>, netns_cookie: u64) {
         if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
-            before.listeners.push((netns_cookie, map_.get(&netns_cookie, 0).ok()));
+            before.listener(netns_cookie, map_.get(&netns_cookie, 0).ok());
         }
     }
 
@@ -333,24 +324,7 @@ impl Capture {
         let Some(before) = self.before.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Ok(());
         };
-        let mut done = Ok(());
-        for (path, program) in before.programs.into_iter().rev() {
-            let back = sys::obj_get(&path).and_then(|link| sys::link_update(link.as_fd(), program.as_fd()));
-            done = done.and(back.map_err(|source| BpfError::Pin { path, source }));
-        }
-        for path in before.made {
-            let removed = remove_link(&path);
-            done = done.and(removed.map_err(|source| BpfError::Pin { path, source }));
-        }
-        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
-        for (netns, listener) in before.listeners.into_iter().rev() {
-            let back = match listener {
-                Some(listener) => map_.insert(netns, listener, 0),
-                None => map_.remove(&netns),
-            };
-            done = done.and(back.map_err(map(names::LISTENERS)));
-        }
-        done
+        before.put_back(&mut self.listeners.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned there.
@@ -402,7 +376,7 @@ impl Capture {
                 .map_err(|source| BpfError::Attach { name, source })?;
             sys::obj_pin(link.as_fd(), &path).map_err(pin_error)?;
             if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
-                before.made.push(path);
+                before.made(path);
             }
         }
         Ok(())
@@ -412,7 +386,7 @@ impl Capture {
     fn note_program(&self, path: &Path, link: BorrowedFd<'_>) -> io::Result<()> {
         if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
             let program = sys::prog_by_id(sys::link_info(link)?.program)?;
-            before.programs.push((path.to_owned(), program));
+            before.program(path.to_owned(), program);
         }
         Ok(())
     }
@@ -505,7 +479,7 @@ fn link_path(dir: &Path, program: &str) -> PathBuf {
 }
 
 /// Detaches what is behind a pinned link, and removes the pin.
-fn remove_link(path: &Path) -> io::Result<()> {
+pub(super) fn remove_link(path: &Path) -> io::Result<()> {
     let link = sys::obj_get(path)?;
     // Fails where its cgroup is gone, and then there is nothing to detach.
     let _detached = sys::link_detach(link.as_fd());

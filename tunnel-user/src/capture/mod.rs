@@ -5,6 +5,7 @@
 //! never decides where a flow goes.
 
 pub mod accept;
+mod before;
 pub mod bpf;
 pub mod bypass;
 pub mod cgroup;

@@ -11,6 +11,8 @@ pub(super) struct Lines {
     pub(super) handshakes: Repeats,
     /// Connections to capture listeners that are no flows.
     pub(super) strays: Repeats,
+    /// Times that a listener has as many tunnel connections as it takes.
+    pub(super) full: Repeats,
     /// Captured connections that there is no place for.
     pub(super) crowded: Repeats,
     bad_requests: Repeats,
@@ -25,6 +27,7 @@ impl Default for Lines {
         Self {
             handshakes: Repeats::default(),
             strays: Repeats::default(),
+            full: Repeats::new(1),
             // All of them say the same.
             crowded: Repeats::new(1),
             bad_requests: Repeats::default(),
@@ -59,6 +62,7 @@ impl Lines {
         for (repeats, what) in [
             (&self.handshakes, "connections of peers that were not let in"),
             (&self.strays, "connections to capture listeners that were reset"),
+            (&self.full, "connections of peers that had to wait for another one's end"),
             (&self.crowded, "captured connections that were reset at the limit of flows"),
             (&self.bad_requests, "requests that make no sense"),
             (&self.denied, "flows that policy or a route refused"),

@@ -50,6 +50,11 @@ pub(super) async fn accept_tunnels(
     let handshakes = Handshakes::default();
     let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
     loop {
+        if tunnels.available_permits() == 0 && worker.lines.full.admit() {
+            tracing::warn!(
+                "the limit of {TUNNELS_MAX} tunnel connections is reached: more wait in the backlog"
+            );
+        }
         // It is never closed.
         let Ok(tunnel) = Arc::clone(&tunnels).acquire_owned().await else { return };
         let accepted = tokio::select! {
