@@ -2,12 +2,12 @@
 
 use std::{
     fs,
-    io::Read as _,
+    io::{Read as _, Write as _},
     net::SocketAddr,
     os::{
         linux::net::SocketAddrExt as _,
         unix::{
-            fs::MetadataExt as _,
+            fs::{MetadataExt as _, PermissionsExt as _},
             net::{SocketAddr as UnixAddr, UnixListener, UnixStream},
         },
     },
@@ -19,7 +19,7 @@ use anyhow::Result;
 use nix::sys::signal::Signal;
 use tunnel_tests::{
     NetNs, PATIENCE, Process, TARGET4, Target, World, bpffs::BpfFs, cgroup::Cgroup, daemon::through,
-    dialogue::ask, gateway, pki::GATEWAY_ID, programs, rules, target, wait_for, world::NET4,
+    dialogue::ask, gateway, node::Node, pki::GATEWAY_ID, programs, rules, target, wait_for, world::NET4,
 };
 
 /// How often one daemon replaces another.
@@ -176,15 +176,22 @@ fn gateway(world: &World) -> Result<(PathBuf, Process)> {
     Ok((file, running))
 }
 
-/// The sockets of the daemons of a host, where the next ones find them.
-fn meeting_points(host: &NetNs) -> Result<Vec<PathBuf>> {
+/// Where the daemon of a configuration file on this host is met.
+fn meeting_point(host: &NetNs, config: &Path) -> Result<PathBuf> {
     let netns = host.run(|| fs::metadata("/proc/thread-self/ns/net"))?.ino();
-    let entries = fs::read_dir("/run/tunnel").into_iter().flatten().flatten().map(|entry| entry.path());
-    let ours = |path: &PathBuf| {
-        path.extension().is_some_and(|e| e == "sock")
-            && path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&format!("{netns:x}-")))
-    };
-    Ok(entries.filter(ours).collect())
+    let config = fs::canonicalize(config)?;
+    // FNV-1a.
+    let hash = config
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
+    Ok(Path::new("/run/tunnel").join(format!("{netns:x}-{hash:016x}.sock")))
+}
+
+/// Waits until a daemon can be met there.
+fn offered(place: &Path) -> Result<()> {
+    wait_for("the offer", PATIENCE, || place.exists().then_some(()))
 }
 
 /// Somebody who stands at the abstract name where daemons of earlier releases met is in nobody's way.
@@ -198,12 +205,13 @@ fn whoever_takes_an_abstract_name_first_keeps_no_daemon_from_taking_over() -> Re
     let name = [b"tunnel-takeover:", &name[name.len().saturating_sub(80)..]].concat();
     let _squatter = world.net().run(move || UnixListener::bind_addr(&UnixAddr::from_abstract_name(name)?))?;
     let (file, mut old) = gateway(&world)?;
-    wait_for("the offer", PATIENCE, || (meeting_points(world.net()).ok()?.len() == 1).then_some(()))?;
+    let place = meeting_point(world.net(), &file)?;
+    offered(&place)?;
     let mut new = daemon(&world, world.net(), &file, &["--takeover"])?;
     new.wait_for_line("took over from the old daemon")?;
     assert!(old.wait(PATIENCE)?.success());
     new.stop()?;
-    assert_eq!(meeting_points(world.net())?, [] as [PathBuf; 0], "nothing is left behind");
+    assert!(!place.exists() && !place.with_extension("lock").exists(), "nothing is left behind");
     Ok(())
 }
 
@@ -211,10 +219,15 @@ fn whoever_takes_an_abstract_name_first_keeps_no_daemon_from_taking_over() -> Re
 #[test]
 fn a_daemon_that_hands_over_hears_signals_meanwhile() -> Result<()> {
     let world = World::new()?;
-    let (_file, mut old) = gateway(&world)?;
-    let socket = wait_for("the offer", PATIENCE, || meeting_points(world.net()).ok()?.pop())?;
-    assert_eq!(fs::metadata(&socket)?.mode() & 0o077, 0, "for nobody else");
-    let mut silent = UnixStream::connect(&socket)?;
+    let (file, mut old) = gateway(&world)?;
+    let socket = meeting_point(world.net(), &file)?;
+    // What a daemon leaves that is killed, the next one removes.
+    offered(&socket)?;
+    old.kill()?;
+    let mut old = daemon(&world, world.net(), &file, &[])?;
+    old.wait_for_line("listening")?;
+    let mut silent = wait_for("a new socket", PATIENCE, || UnixStream::connect(&socket).ok())?;
+    assert_eq!(fs::metadata("/run/tunnel")?.mode() & 0o022, 0, "nobody else can put anything there");
     // The first message has come: it waits for the last word now.
     silent.read_exact(&mut [0; 1])?;
     let asked = Instant::now();
@@ -222,5 +235,28 @@ fn a_daemon_that_hands_over_hears_signals_meanwhile() -> Result<()> {
     assert!(old.wait(PATIENCE)?.success());
     // Half a minute is what the other side has for its word.
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    Ok(())
+}
+
+/// A daemon whose predecessor hangs up before it has heard that it can stop takes back what it has attached, and ends.
+#[test]
+fn a_daemon_whose_predecessor_hangs_up_takes_everything_back() -> Result<()> {
+    let world = World::new()?;
+    let node = Node::new(&world)?;
+    let gateway = world.gateway().start()?;
+    let file = world.file("agent.toml", node.config(&gateway, "", ""))?;
+    fs::create_dir_all("/run/tunnel")?;
+    fs::set_permissions("/run/tunnel", fs::Permissions::from_mode(0o700))?;
+    let place = meeting_point(world.node(), &file)?;
+    let old = UnixListener::bind(&place)?;
+    let mut new = daemon(&world, world.node(), &file, &["--takeover"])?;
+    let (mut stream, _) = old.accept()?;
+    // An empty list, and no ear for what comes of it.
+    stream.write_all(&[0; 64])?;
+    drop(stream);
+    assert!(!new.wait(PATIENCE)?.success());
+    assert!(new.stderr().contains("no longer hands over"), "{new}");
+    assert_eq!(node.bpffs.pins(), [] as [PathBuf; 0]);
+    fs::remove_file(&place)?;
     Ok(())
 }

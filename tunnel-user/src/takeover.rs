@@ -139,6 +139,7 @@ impl Offer {
     /// Opens the meeting point, in a runtime. [`TakeoverError::Taken`] while another daemon of the same file has it.
     pub fn open(config: &Path) -> Result<Self, TakeoverError> {
         let place = meeting_point(config)?;
+        sweep(&place);
         let lock = lock(&place.with_extension("lock"))?;
         let socket = place.with_extension("sock");
         // Of a daemon that was killed: nobody has the lock.
@@ -167,6 +168,19 @@ impl Drop for Offer {
         // While the lock is held: nobody else's are removed.
         for end in ["sock", "lock"] {
             let _gone = fs::remove_file(self.place.with_extension(end));
+        }
+    }
+}
+
+/// Removes what daemons left that were killed: nobody has their locks.
+fn sweep(place: &Path) {
+    let Some(Ok(entries)) = place.parent().map(fs::read_dir) else { return };
+    let locks = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "lock"));
+    for path in locks {
+        // Held until both are gone.
+        if let Ok(_lock) = lock(&path) {
+            let _gone = fs::remove_file(path.with_extension("sock"));
+            let _gone = fs::remove_file(&path);
         }
     }
 }

@@ -86,6 +86,8 @@ pub struct Running {
     /// The listening sockets whose addresses are configured, by them: for a daemon that replaces this one, and for a
     /// configuration that says something else about them.
     kept: Vec<(SocketAddr, Vec<Socket>)>,
+    /// Those of them that get other options once it is sure that this daemon stays.
+    retuned: Vec<(SocketAddr, tcp::OnClose)>,
     sources: SourceIds,
     discover: Discover,
     duties: Duties,
@@ -203,6 +205,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         redirects,
         listeners,
         kept: opener.kept,
+        retuned: opener.retuned,
         sources,
         discover,
         duties: Duties::new(),
@@ -211,8 +214,6 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         running.captures.iter().for_each(ActiveCapture::take_back);
         return Err(e);
     }
-    running.captures.iter().for_each(|active| active.programs.capture.settle());
-    listen::retune(&running.kept, &opener.retuned);
     for address in running.config.redirects.iter().flat_map(|r| &r.listen) {
         tracing::info!(%address, "capturing what rules redirect here");
     }
@@ -340,6 +341,20 @@ impl Running {
             tracing::info!(cgroup = active.name, "capturing");
         }
         Ok(())
+    }
+
+    /// It is sure that this daemon stays: nothing of an earlier one is put back any more.
+    fn settle(&mut self) {
+        self.captures.iter().for_each(|active| active.programs.capture.settle());
+        listen::retune(&self.kept, &std::mem::take(&mut self.retuned));
+    }
+
+    /// It does not stay: what an earlier daemon had attached is put back.
+    fn take_back(&self) {
+        match lock_if_pinned(&self.config, &self.config.captures) {
+            Ok(_lock) => self.captures.iter().for_each(ActiveCapture::take_back),
+            Err(e) => tracing::error!("not everything is as it was before: {e}"),
+        }
     }
 
     /// The addresses of the CONNECT listeners, with the ports that they got.

@@ -50,9 +50,14 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
             tracing::info!(%address, "listening");
         }
         if let Some(old) = old {
-            old.done().map_err(|e| other(&format!("the old daemon went away: {e}")))?;
+            if let Err(e) = old.done() {
+                // It may go on without us: it gave up waiting, or was told to stop.
+                running.take_back();
+                return Err(other(&format!("the old daemon no longer hands over: {e}")));
+            }
             tracing::info!("took over from the old daemon");
         }
+        running.settle();
         let mut offer = None;
         let why = loop {
             let wanted = tokio::select! {
