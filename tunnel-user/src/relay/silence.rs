@@ -92,6 +92,8 @@ pub(super) fn timed_out() -> io::Error {
 pub fn give_up_silent_peers() {
     let now = Instant::now();
     WATCHED.with_borrow_mut(|all| {
+        // Those that are closed hold their memory until they are forgotten here.
+        all.sockets.retain(|(socket, _)| socket.strong_count() > 0);
         if all.looked.is_some_and(|looked| now.duration_since(looked) < period()) {
             return;
         }

@@ -74,13 +74,16 @@ struct Inner {
     closed: Notify,
 }
 
+/// What tells a flow that waits.
+type Tell = oneshot::Sender<Result<Lease, ConnectError>>;
+
 /// The connections of one key.
 #[derive(Default)]
 struct Slot {
     connections: RefCell<Vec<Rc<Conn>>>,
     dialing: Cell<usize>,
     /// In the order in which they came.
-    waiting: RefCell<VecDeque<(u64, oneshot::Sender<Result<Lease, ConnectError>>)>>,
+    waiting: RefCell<VecDeque<(u64, Tell)>>,
     /// The number of the next one that waits.
     next: Cell<u64>,
     /// Places are being given away, and there is one more.

@@ -19,7 +19,7 @@ const EVERY: usize = 50;
 /// Keeps some connections to an echo, and beside them makes so many that are reset as soon as they are there.
 pub(super) fn burst(addr: &str, connections: usize) -> Result<()> {
     let long = (0..LONG).map(|_| open(addr)).collect::<Result<Vec<_>>>()?;
-    let all = || long.iter().try_for_each(|stream| ping(stream));
+    let all = || long.iter().try_for_each(ping);
     all().context("before")?;
     let address: SocketAddr = addr.parse()?;
     for n in 0..connections {
