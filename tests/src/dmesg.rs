@@ -53,7 +53,7 @@ pub const NOTES: &str = "TUNNEL_TEST_NOTES";
 
 /// The warning that is counted and reported and does not fail a test: sockets that a sockmap moves bytes between may be
 /// freed with a wrong account of memory. Whoever removes the cause, as the issue on splice does, deletes this constant and
-/// what uses it: [`is_known`], [`Heard::known`] and [`Notes::known`].
+/// what uses it: `is_known`, [`Heard::known`] and [`Notes::known`].
 pub const KNOWN: &str = "inet_sock_destruct";
 
 /// Whether a line is the beginning of the [`KNOWN`] warning, as `__warn` says it (kernel/panic.c) up to Linux 6.18:

@@ -52,7 +52,7 @@ impl TlsStore {
         self.current.load().server_config(check, protocols)
     }
 
-    /// See [`TlsIdentity::keep`].
+    /// See `TlsIdentity::keep`.
     pub fn keep(&self, wanted: &Wanted) {
         self.current.load().keep(wanted);
     }

@@ -15,6 +15,8 @@ pub(crate) const ALL: &[Behaviour] = &[
 
 /// More than fits anywhere in front of a reader that does not read, but a sender's own socket.
 const MUCH: usize = 1_000_000;
+/// A sender's own socket holds all of it.
+const BUFFER: i32 = 4_000_000;
 const SOME: usize = 5_000;
 const ANSWER: usize = 40;
 /// Longer than a forgetful host keeps a closed connection, and then some questions whether it is there.
@@ -83,7 +85,7 @@ fn ask_too_much(end: &mut End) -> Result<()> {
 
 /// Sends, and closes in order.
 fn close_behind_much(end: &mut End) -> Result<()> {
-    note("buffer", sys::set(end.socket()?, SOL_SOCKET, SO_SNDBUFFORCE, &(4 * MUCH as i32)));
+    note("buffer", sys::set(end.socket()?, SOL_SOCKET, SO_SNDBUFFORCE, &BUFFER));
     end.send_all(&end.bytes(MUCH))?;
     end.close();
     end.tell(Word::Ended)
