@@ -302,17 +302,30 @@ fn what_went_ahead_of_a_refusal_reaches_nobody_and_resets_the_application() -> R
     Ok(())
 }
 
+/// What an application sent before it reset its connection was acknowledged to it: it reaches the target, and then the
+/// reset does, although the target had not answered by then.
 #[test]
-fn an_application_that_resets_before_the_answer_takes_its_request_back() -> Result<()> {
+fn what_an_application_sent_before_it_reset_reaches_a_target_that_answers_later() -> Result<()> {
     let world = World::new()?;
     for bytes in [1000, 200_000] {
         let (tell, told) = mpsc::channel();
+        let (go_on, goes_on) = mpsc::channel();
+        let goes_on = std::sync::Arc::new(std::sync::Mutex::new(goes_on));
         let gateway = script(&world, FIRST, move |_, mut talk| {
-            let tell = tell.clone();
+            let (tell, goes_on) = (tell.clone(), std::sync::Arc::clone(&goes_on));
             async move {
                 let stream = talk.request().await?;
                 talk.bytes(stream, 0, bytes.min(EARLY_MAX)).await?;
                 tell.send(())?;
+                // The application has reset its connection by then.
+                tokio::task::spawn_blocking(move || {
+                    goes_on.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv_timeout(PATIENCE)
+                })
+                .await??;
+                talk.accept(stream).await?;
+                if bytes > EARLY_MAX {
+                    talk.bytes(stream, EARLY_MAX, bytes).await?;
+                }
                 assert_eq!(talk.reset(stream).await?, CANCEL);
                 talk.hold().await
             }
@@ -325,12 +338,14 @@ fn an_application_that_resets_before_the_answer_takes_its_request_back() -> Resu
         told.recv_timeout(PATIENCE)?;
         app.says("sent=1")?;
         app.tell("reset")?;
+        app.says("reset=1")?;
+        go_on.send(())?;
         let done = app.finish()?;
         assert!(done.success(), "{done}");
         gateway.played()?;
         let outcome = done.flows()?[0]["outcome"].as_str().map(str::to_owned);
         assert!(
-            outcome.as_ref().is_some_and(|o| o.contains("the client left")),
+            outcome.as_ref().is_some_and(|o| o.contains("reset by client")),
             "{bytes} bytes: {outcome:?}"
         );
     }

@@ -65,7 +65,7 @@ impl<L: Leg> Source for L {
     }
 
     fn is_acknowledged(&self) -> bool {
-        true
+        Leg::is_acknowledged(self)
     }
 
     fn has_unread(&self) -> bool {

@@ -59,7 +59,8 @@ impl State {
         *self = match std::mem::replace(self, Self::Done) {
             Self::Failing(first) => Self::Refused { why: Some(first), heard: true },
             Self::Draining | Self::Done => Self::Refused { why, heard: true },
-            Self::Open | Self::Refused { .. } => Self::Refused { why, heard: false },
+            Self::Open => Self::Refused { why, heard: false },
+            Self::Refused { why: before, heard } => Self::Refused { why: before.or(why), heard },
         };
     }
 }
@@ -99,17 +100,27 @@ pub(super) fn finish(cx: &mut Context<'_>, dst: &mut impl Leg) -> Option<State> 
     }
 }
 
-/// Drops what comes from a source whose bytes nobody takes, where its window bounds them: h2 ends a connection on which
-/// small frames pile up unread. A socket's bytes stay in the kernel. Whether there were any.
+/// Chunks that are dropped before the worker's others have a turn.
+const DROPPED_MAX: u32 = 16;
+
+/// Drops what comes from a source whose bytes nobody takes: it may read what is on its way to it only once it has written
+/// what it has. Whether there was anything.
 pub(super) fn discard(cx: &mut Context<'_>, src: &mut impl Leg, heard: &mut bool) -> bool {
     let mut dropped = false;
-    while !*heard && src.may_prefetch() {
+    for _ in 0..DROPPED_MAX {
+        if *heard {
+            return dropped;
+        }
         match src.poll_recv(cx) {
-            Poll::Ready(Ok(Some(chunk))) => dropped |= !chunk.is_empty(),
+            Poll::Ready(Ok(Some(chunk))) => {
+                dropped |= !chunk.is_empty();
+                src.accepted(chunk.len());
+            }
             Poll::Ready(Ok(None) | Err(_)) => *heard = true,
-            Poll::Pending => break,
+            Poll::Pending => return dropped,
         }
     }
+    cx.waker().wake_by_ref();
     dropped
 }
 

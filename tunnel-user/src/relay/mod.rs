@@ -81,6 +81,11 @@ pub trait Leg {
     /// and the error behind it: this consumes neither.
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken>;
 
+    /// Whether what came before a reset was acknowledged to the peer, as the kernel does; a stream that is reset is cancelled.
+    fn is_acknowledged(&self) -> bool {
+        false
+    }
+
     /// Of a leg that broke behind its end: whether that only says that its peer's kernel, which has had everything, does
     /// not remember the connection, and was asked by us.
     fn was_forgotten(&self) -> bool {

@@ -17,7 +17,7 @@ use tokio::io::Interest;
 
 use super::{
     Broken, Direction, Leg as _, Queue, TcpLeg,
-    ends::{State, Way, finish, theirs},
+    ends::{State, Way, discard, finish, theirs},
     splice::socket::at_mark,
     tcp::reset,
 };
@@ -285,8 +285,13 @@ impl Way<TcpLeg, TcpLeg> for Through<'_> {
             return copy.poll(cx, src, dst, moved);
         }
         for _ in 0..STEPS {
-            if let State::Done | State::Refused { .. } = self.state {
-                return;
+            match &mut self.state {
+                State::Done => return,
+                State::Refused { heard, .. } => {
+                    self.lost |= discard(cx, src, heard);
+                    return;
+                }
+                State::Open | State::Draining | State::Failing(_) => {}
             }
             let sent = match self.poll_early(cx, dst, moved) {
                 Poll::Ready(Ok(())) => self.poll_empty(cx, dst, moved),

@@ -18,7 +18,9 @@ use h2::SendStream;
 #[derive(Debug)]
 pub struct Payload {
     bytes: Bytes,
-    unsent: Option<Unsent>,
+    /// It is the end too, which counts as one more.
+    ends: bool,
+    unsent: Unsent,
 }
 
 /// Bytes of one stream that its connection has taken and not put into frames yet.
@@ -46,17 +48,13 @@ impl Buf for Payload {
 
     fn advance(&mut self, n: usize) {
         self.bytes.advance(n);
-        if let Some(unsent) = &self.unsent {
-            unsent.less(n);
-        }
+        self.unsent.less(n);
     }
 }
 
 impl Drop for Payload {
     fn drop(&mut self) {
-        if let Some(unsent) = &self.unsent {
-            unsent.less(self.bytes.len());
-        }
+        self.unsent.less(self.bytes.len() + usize::from(self.ends));
     }
 }
 
@@ -91,14 +89,18 @@ impl Sender {
 
     /// Gives bytes to the connection. Fails only on a stream that is closed.
     pub fn send(&mut self, bytes: Bytes) -> Result<(), h2::Error> {
-        self.unsent.0.set(self.unsent.0.get() + bytes.len());
-        self.stream.send_data(Payload { bytes, unsent: Some(self.unsent.clone()) }, false)
+        self.give(bytes, false)
     }
 
     /// Says that there is no more. Fails only on a stream that is closed.
     pub fn end(&mut self) -> Result<(), h2::Error> {
         self.ended = true;
-        self.stream.send_data(Payload { bytes: Bytes::new(), unsent: None }, true)
+        self.give(Bytes::new(), true)
+    }
+
+    fn give(&mut self, bytes: Bytes, ends: bool) -> Result<(), h2::Error> {
+        self.unsent.0.set(self.unsent.0.get() + bytes.len() + usize::from(ends));
+        self.stream.send_data(Payload { bytes, ends, unsent: self.unsent.clone() }, ends)
     }
 
     /// Whether it was said that there is no more.
@@ -106,7 +108,7 @@ impl Sender {
         self.ended
     }
 
-    /// Bytes that were given and are not in a frame yet: a reset drops them.
+    /// Bytes that were given and are not in a frame yet, and the end: a reset drops them.
     pub(super) fn unsent(&self) -> usize {
         self.unsent.0.get()
     }
@@ -132,7 +134,7 @@ mod tests {
         let unsent = Unsent::default();
         let payload = |n: usize| {
             unsent.0.set(unsent.0.get() + n);
-            Payload { bytes: Bytes::from(vec![0; n]), unsent: Some(unsent.clone()) }
+            Payload { bytes: Bytes::from(vec![0; n]), ends: false, unsent: unsent.clone() }
         };
         let (mut one, two) = (payload(10), payload(5));
         one.advance(4);
@@ -142,6 +144,9 @@ mod tests {
         one.advance(6);
         assert_eq!(unsent.0.get(), 0);
         drop(one);
+        assert_eq!(unsent.0.get(), 0);
+        unsent.0.set(1);
+        drop(Payload { bytes: Bytes::new(), ends: true, unsent: unsent.clone() });
         assert_eq!(unsent.0.get(), 0);
     }
 }

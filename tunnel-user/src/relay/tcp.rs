@@ -236,7 +236,10 @@ impl Leg for TcpLeg {
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Poll::Ready(Err(reset(e))),
+                Err(e) => {
+                    self.note(&e);
+                    return Poll::Ready(Err(reset(e)));
+                }
             }
         }
     }
@@ -323,6 +326,10 @@ impl Leg for TcpLeg {
         let e = ready!(self.error.poll(cx, stream));
         self.note(&e);
         Poll::Ready(reset(e))
+    }
+
+    fn is_acknowledged(&self) -> bool {
+        true
     }
 
     fn was_forgotten(&self) -> bool {

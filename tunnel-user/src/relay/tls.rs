@@ -124,6 +124,14 @@ impl<L: Leg> Leg for TlsLeg<L> {
         self.below.poll_broken(cx)
     }
 
+    fn is_acknowledged(&self) -> bool {
+        self.below.is_acknowledged()
+    }
+
+    fn was_forgotten(&self) -> bool {
+        self.below.was_forgotten()
+    }
+
     fn unacknowledged(&self) -> u64 {
         self.session.unsent().len() as u64 + self.below.unacknowledged()
     }

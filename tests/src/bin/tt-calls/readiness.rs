@@ -155,8 +155,7 @@ fn epoll_edge(end: &mut End) -> Result<()> {
     read(end, 200)?;
     end.tell(Word::Go)?;
     end.hear(Word::Ended)?;
-    wait("the end");
-    none("the same end");
+    told_once(&epoll, "the end", "the same end");
     note("end", sys::recv(end.socket()?, &mut [0; 8], MSG_DONTWAIT));
     note("shutdown", sys::shutdown(end.socket()?, libc::SHUT_WR));
     wait("both ends");
@@ -190,6 +189,18 @@ fn epoll_oneshot(end: &mut End) -> Result<()> {
     Ok(())
 }
 
+/// An end or a reset, and that nothing more is told. The kernel tells of each twice, by the socket's state and by what can be
+/// read or by its error (`tcp_fin`, `tcp_reset`, net/ipv4/tcp_input.c): who was waiting when it came may wake in between.
+fn told_once(epoll: &sys::Epoll, key: &str, again: &str) {
+    let first = epoll.wait(PATIENCE).map(names);
+    let second = match epoll.wait(NOTHING).map(names) {
+        second if second == first => epoll.wait(NOTHING).map(names),
+        other => other,
+    };
+    note(key, first);
+    note(again, second);
+}
+
 fn epoll_edge_reset(end: &mut End) -> Result<()> {
     let epoll = sys::Epoll::new(end.socket()?, EDGE)?;
     note("at first", epoll.wait(PATIENCE).map(names));
@@ -198,15 +209,7 @@ fn epoll_edge_reset(end: &mut End) -> Result<()> {
     read(end, 0)?;
     end.tell(Word::Go)?;
     end.hear(Word::Ended)?;
-    let reset = epoll.wait(PATIENCE).map(names);
-    // The kernel tells of a reset twice, by its state and by its error (`tcp_reset`, `tcp_done`): who was waiting when it
-    // came may wake in between.
-    let again = match epoll.wait(NOTHING).map(names) {
-        again if again == reset => epoll.wait(NOTHING).map(names),
-        other => other,
-    };
-    note("the reset", reset);
-    note("once more", again);
+    told_once(&epoll, "the reset", "once more");
     tell("SO_ERROR", sys::so_error(end.socket()?));
     tell("SO_ERROR again", sys::so_error(end.socket()?));
     note("reading", sys::recv(end.socket()?, &mut [0; 8], 0));
