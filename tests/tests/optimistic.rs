@@ -307,7 +307,8 @@ fn what_went_ahead_of_a_refusal_reaches_nobody_and_resets_the_application() -> R
 #[test]
 fn what_an_application_sent_before_it_reset_reaches_a_target_that_answers_later() -> Result<()> {
     let world = World::new()?;
-    for bytes in [1000, 200_000] {
+    // No more than our socket holds beside it: what that has not acknowledged is gone with the reset.
+    for bytes in [1000, 80_000] {
         let (tell, told) = mpsc::channel();
         let (go_on, goes_on) = mpsc::channel();
         let goes_on = std::sync::Arc::new(std::sync::Mutex::new(goes_on));
