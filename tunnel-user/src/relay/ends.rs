@@ -168,13 +168,16 @@ pub(super) fn step<C: Leg, T: Leg>(
     loop {
         up.poll(cx, client, target, &meter.sent);
         down.poll(cx, target, client, &meter.received);
-        // A reset is one of both directions.
+        // A reset is one of both directions. One that is refused is polled once more, to drop what comes from its source:
+        // nothing else would wake it.
         let refused = |state: &State| matches!(state, State::Refused { .. });
         if matches!(up.state(), State::Failing(_)) && !refused(down.state()) {
             down.refuse(None);
+            continue;
         }
         if matches!(down.state(), State::Failing(_)) && !refused(up.state()) {
             up.refuse(None);
+            continue;
         }
         // A leg that is not being read would not be heard.
         if up.is_deaf()

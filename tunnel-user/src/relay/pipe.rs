@@ -299,7 +299,10 @@ impl Way<TcpLeg, TcpLeg> for Through<'_> {
             };
             match sent {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(why)) => return self.stop(Some(why)),
+                Poll::Ready(Err(why)) => {
+                    self.stop(Some(why));
+                    continue;
+                }
                 Poll::Pending => return,
             }
             match self.state {

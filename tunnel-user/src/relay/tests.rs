@@ -553,3 +553,23 @@ fn an_error_behind_an_end_discards_nothing_in_front_of_it() {
         }
     });
 }
+
+/// A side that reads only once it has written all it has hears of the other's reset, behind what that sent, although both
+/// directions were full.
+#[test]
+fn a_side_that_writes_before_it_reads_hears_of_a_reset() {
+    run_each(|way| async move {
+        for by_app in [true, false] {
+            let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+            let (gone, mut left) = if by_app { (app, target) } else { (target, app) };
+            fill(&gone).await;
+            fill(&left).await;
+            reset_of(gone);
+            // More than there is room for.
+            left.write_all(&pattern(2, 0, 1_000_000)).await.unwrap();
+            assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
+            let whose = if by_app { "reset by client: " } else { "reset by target: " };
+            assert!(end_of_flow(relayed).await.0.starts_with(whose), "{way:?}");
+        }
+    });
+}
