@@ -573,3 +573,29 @@ fn a_side_that_writes_before_it_reads_hears_of_a_reset() {
         }
     });
 }
+
+/// A reader that does not read holds a reset up for [`RESET_LINGER`], and no longer.
+#[test]
+fn a_reset_goes_ahead_of_bytes_that_do_not_move_after_a_while() {
+    for way in WAYS {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, async {
+            let Flow { app, mut target, path: _path, relayed } = Flow::start(way).await;
+            let sent = fill(&app).await;
+            reset_of(app);
+            // Nothing else happens: time passes as far as the next timer.
+            tokio::time::pause();
+            let began = tokio::time::Instant::now();
+            let (said, ..) = relayed.await.unwrap();
+            let waited = began.elapsed();
+            tokio::time::resume();
+            assert!(said.starts_with("reset by client: "), "{way:?}: {said}");
+            assert!((RESET_LINGER..RESET_LINGER * 2).contains(&waited), "{way:?}: {waited:?}");
+            let (got, end) = read_all(&mut target).await;
+            assert!(
+                got < sent && end == Err(io::ErrorKind::ConnectionReset),
+                "{way:?}: {got} of {sent}, {end:?}"
+            );
+        });
+    }
+}
