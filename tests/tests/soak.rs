@@ -2,7 +2,7 @@
 //! that does not: every byte is compared, and no call gives an error that plain TCP would not give.
 //!
 //! Ten minutes of the same are `cargo xtask bench --hold ours --workload soak:16 --seconds 600`, and with
-//! `--scenario relay --hold splice` those of a kernel program. What these 15 s a mode do not show, they do: bytes that came
+//! `--scenario relay --hold splice` those of a kernel program. What these 10 s a mode do not show, they do: bytes that came
 //! twice did so once in some 10 GB.
 
 use std::time::Duration;
@@ -21,7 +21,7 @@ use tunnel_tests::{
 };
 
 /// How long; each of several modes takes as long.
-const LENGTH: Duration = Duration::from_secs(15);
+const LENGTH: Duration = Duration::from_secs(10);
 /// More than there are workers, and as many as keep a two-core machine busy with a pause in them.
 const SOAK: Workload = Workload::Soak { connections: 8 };
 

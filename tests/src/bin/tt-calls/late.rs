@@ -20,7 +20,7 @@ const BUFFER: i32 = 4_000_000;
 const SOME: usize = 5_000;
 const ANSWER: usize = 40;
 /// Longer than a forgetful host keeps a closed connection, and then some questions whether it is there.
-const LATE: std::time::Duration = std::time::Duration::from_secs(5);
+const LATE: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// Waits until the peer's kernel has acknowledged everything.
 fn acknowledged(end: &End) -> Result<()> {
