@@ -52,6 +52,21 @@ impl Endpoint {
         self.addr[3]
     }
 
+    /// A number that depends on every bit of the address and the port, evenly spread (the finaliser of MurmurHash3).
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the upper half is the better one")]
+    pub const fn mix(&self) -> u32 {
+        const A: u64 = 0xff51_afd7_ed55_8ccd;
+        const B: u64 = 0xc4ce_b9fe_1a85_ec53;
+        let [a, b, c, d] = self.addr;
+        let mut x = (a as u64) << 32 | b as u64;
+        x = (x ^ (x >> 33)).wrapping_mul(A) ^ ((c as u64) << 32 | d as u64);
+        x = (x ^ (x >> 33)).wrapping_mul(B) ^ self.port as u64;
+        x = (x ^ (x >> 33)).wrapping_mul(A);
+        x = (x ^ (x >> 33)).wrapping_mul(B);
+        (x >> 32) as u32
+    }
+
     /// The IPv6 (or v4-mapped) address as a context's fields take it.
     #[inline(always)]
     pub const fn v6_be(&self) -> [u32; 4] {

@@ -1,10 +1,12 @@
 //! The capture decision.
 //!
-//! Enters: one `connect` (protocol, mark, port), the rule its address matched, the listener of its
-//! network namespace. Leaves: capture it, leave it alone, or refuse it. Invariant: the cost is one trie
+//! Enters: one `connect` (its destination), the rule its address matched, the listener of its network
+//! namespace. Leaves: capture it (by which address), leave it alone, or refuse it. Invariant: the cost is one trie
 //! lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules; a connection that
 //! ought to be captured and cannot be never leaves in plaintext unless the operator said so. It never
 //! looks at more than it is given.
+
+use crate::addr::Endpoint;
 
 /// The most port ranges that one prefix can hold once its less specific prefixes are folded in.
 /// Sixteen fit one cache line and keep the program's loop short; more is a configuration error.
@@ -69,27 +71,181 @@ impl Rule {
     }
 }
 
-/// Where captured connections of one network namespace go: ports of the capture listener there, in
-/// network order, zero where there is none for that address family.
+/// Where captured connections of one network namespace go. Ports are in network order, zero where nothing listens for that
+/// address family.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
     v4: [u8; 2],
     v6: [u8; 2],
+    lanes: u16,
+    spread: u16,
+    generation: u32,
 }
 
 impl Listener {
-    /// Ports of the listeners on 127.0.0.1 and `::1`; `None` where there is none.
-    pub fn new(v4: Option<u16>, v6: Option<u16>) -> Self {
-        Self { v4: v4.unwrap_or(0).to_be_bytes(), v6: v6.unwrap_or(0).to_be_bytes() }
+    /// A proxy of the operator's, on 127.0.0.1 and `::1`; `None` where it does not listen.
+    pub fn proxy(v4: Option<u16>, v6: Option<u16>) -> Self {
+        Self {
+            v4: v4.unwrap_or(0).to_be_bytes(),
+            v6: v6.unwrap_or(0).to_be_bytes(),
+            lanes: 0,
+            spread: 0,
+            generation: 0,
+        }
     }
 
-    /// The port for a connection that goes over IPv4 (v4-mapped included) or IPv6.
-    #[inline(always)]
-    pub const fn port(&self, v4: bool) -> Option<u16> {
-        let port = u16::from_be_bytes(if v4 { self.v4 } else { self.v6 });
-        if port == 0 { None } else { Some(port) }
+    /// The daemon's own sockets on `port`, as many of each address family as there are `lanes`, which it put into the map of
+    /// sockets under `generation`. `spread`: the steering program is attached in the namespace, so that any loopback address
+    /// reaches them.
+    pub const fn own(port: u16, lanes: u16, generation: u32, spread: bool) -> Self {
+        Self { v4: port.to_be_bytes(), v6: port.to_be_bytes(), lanes, spread: spread as u16, generation }
     }
+
+    /// Whether the daemon listens, and no proxy in its place.
+    #[inline(always)]
+    pub const fn is_own(&self) -> bool {
+        self.lanes != 0
+    }
+
+    /// The first of the daemon's own sockets: when that one is alive, all are.
+    #[inline(always)]
+    pub const fn first(&self, netns: u64, v4: bool) -> SocketKey {
+        SocketKey::new(netns, self.generation, 0, v4)
+    }
+
+    /// Where a connection to `dst` is sent, or `None` where nothing listens for its address family.
+    ///
+    /// A TCP connection is told from others by its two addresses and ports. If every destination became the same one, an
+    /// application could not use one local port for two of them, nor have more connections than there are local ports. So
+    /// each destination has an address of its own: one of 2^22 for IPv4, in a part of 127.0.0.0/8 that nobody uses; for
+    /// IPv6, which has only one loopback address, a port of its own.
+    #[inline(always)]
+    pub const fn via(&self, dst: &Endpoint, v4: bool) -> Option<Endpoint> {
+        let port = u16::from_be_bytes(if v4 { self.v4 } else { self.v6 });
+        if port == 0 {
+            return None;
+        }
+        Some(match (v4, self.spread != 0) {
+            (true, true) => Endpoint::from_v4_be((SPREAD_V4 | dst.mix() & SPREAD_MASK).to_be(), port),
+            (true, false) if self.is_own() => Endpoint::from_v4_be(lane_v4(0).to_be(), port),
+            (true, false) => Endpoint::from_v4_be(LOCALHOST_V4.to_be(), port),
+            (false, true) => Endpoint::from_v6_be(LOCALHOST_V6, spread_port(dst.mix())),
+            (false, false) => Endpoint::from_v6_be(LOCALHOST_V6, port),
+        })
+    }
+}
+
+/// 127.0.0.1.
+const LOCALHOST_V4: u32 = 0x7f00_0001;
+/// `::1`, in network order.
+const LOCALHOST_V6: [u32; 4] = [0, 0, 0, 1u32.to_be()];
+/// 127.128.0.0/10: captured IPv4 destinations are spread over it. Nothing else is there, and the broadcast address of
+/// 127.0.0.0/8 is not in it.
+const SPREAD_V4: u32 = 0x7f80_0000;
+const SPREAD_MASK: u32 = 0x003f_ffff;
+/// 127.84.0.1 and those that follow: where the daemon's IPv4 listeners are bound.
+const LANES_V4: u32 = 0x7f54_0001;
+
+/// The address that the daemon's IPv4 listener of a lane is bound to, in host order. Connections come by the map of sockets,
+/// so the address is only one that nobody else uses.
+#[inline(always)]
+pub const fn lane_v4(lane: u16) -> u32 {
+    LANES_V4 + lane as u32
+}
+
+/// Every port but 0, evenly.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "less than 2^16")]
+const fn spread_port(mixed: u32) -> u16 {
+    1 + ((mixed as u64 * 0xffff) >> 32) as u16
+}
+
+/// Whether an IPv4 address is one that captured destinations are rewritten to, by this daemon or by another one: never
+/// captured again.
+#[inline(always)]
+pub const fn is_spread_v4(addr_be: u32) -> bool {
+    u32::from_be(addr_be) & !SPREAD_MASK == SPREAD_V4
+}
+
+/// Which of the daemon's listening sockets: of which namespace, from which start of a daemon, for which worker and address
+/// family.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SocketKey {
+    netns: u64,
+    generation: u32,
+    lane: u16,
+    v4: u16,
+}
+
+impl SocketKey {
+    /// `generation` keeps apart what two daemons put into one map, while one takes over from the other.
+    #[inline(always)]
+    pub const fn new(netns: u64, generation: u32, lane: u16, v4: bool) -> Self {
+        Self { netns, generation, lane, v4: v4 as u16 }
+    }
+}
+
+/// A key of the trie of source addresses: the network namespace first, so that one trie holds those of all.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceV4 {
+    netns: [u32; 2],
+    dst: u32,
+}
+
+/// See [`SourceV4`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceV6 {
+    netns: [u32; 2],
+    dst: [u32; 4],
+}
+
+/// The bits of a key in front of the destination: the cookie of the namespace.
+pub const SOURCE_NETNS_BITS: u32 = 64;
+
+impl SourceV4 {
+    /// `dst` in network order.
+    #[inline(always)]
+    pub const fn new(netns: u64, dst: u32) -> Self {
+        Self { netns: halves(netns), dst }
+    }
+
+    /// Whether the key is of this namespace.
+    pub const fn is_in(&self, netns: u64) -> bool {
+        let [a, b] = halves(netns);
+        self.netns[0] == a && self.netns[1] == b
+    }
+}
+
+impl SourceV6 {
+    /// `dst` in network order.
+    #[inline(always)]
+    pub const fn new(netns: u64, dst: [u32; 4]) -> Self {
+        Self { netns: halves(netns), dst }
+    }
+
+    /// Whether the key is of this namespace.
+    pub const fn is_in(&self, netns: u64) -> bool {
+        let [a, b] = halves(netns);
+        self.netns[0] == a && self.netns[1] == b
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "halves")]
+const fn halves(n: u64) -> [u32; 2] {
+    [(n >> 32) as u32, n as u32]
+}
+
+/// The lane that takes a connection from this port: the same for every segment of it, and all lanes alike. The kernel gives
+/// connections even ports first (`__inet_hash_connect`), so the lowest bit says little.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "less than the lanes")]
+pub const fn lane_of(client: &Endpoint, lanes: u16) -> u16 {
+    ((client.mix() as u64 * lanes as u64) >> 32) as u16
 }
 
 /// What the operator wants while no daemon listens: [`ON_FAILURE_CLOSED`] or [`ON_FAILURE_OPEN`].
@@ -105,8 +261,8 @@ pub const TCP: u32 = 6;
 /// What the program does with one `connect`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Send it to the capture listener on this port, and record where it wanted to go.
-    Capture(u16),
+    /// Send it there, to a capture listener, and record where it wanted to go.
+    Capture(Endpoint),
     /// Not ours: the kernel goes on as if we were not here.
     Leave,
     /// It should be captured and cannot be: `connect` fails with ECONNREFUSED.
@@ -115,31 +271,25 @@ pub enum Verdict {
     LeaveOpen,
 }
 
-/// Whether a `connect` is a candidate at all, from what costs nothing to know: only TCP, and no socket
-/// that carries the daemon's mark (which takes CAP_NET_ADMIN to set).
-#[inline(always)]
-pub const fn is_candidate(protocol: u32, mark: u32, our_mark: u32) -> bool {
-    protocol == TCP && mark != our_mark
-}
-
-/// The verdict on a candidate. `port_alive` says whether a listener of the daemon's is alive on a port.
+/// The verdict on a TCP connection of a socket that is not the daemon's. `is_alive` says whether anything listens there.
 #[inline(always)]
 pub fn decide(
     rule: Option<&Rule>,
     listener: Option<&Listener>,
+    dst: &Endpoint,
     v4: bool,
-    port: u16,
     on_failure: OnFailure,
-    port_alive: impl FnOnce(u16) -> bool,
+    is_alive: impl FnOnce(&Listener, &Endpoint) -> bool,
 ) -> Verdict {
     match rule {
-        Some(rule) if rule.captures(port) => {}
+        Some(rule) if rule.captures(dst.port()) && !(v4 && is_spread_v4(dst.v4_be())) => {}
         _ => return Verdict::Leave,
     }
-    if let Some(to) = listener.and_then(|l| l.port(v4))
-        && port_alive(to)
+    if let Some(listener) = listener
+        && let Some(via) = listener.via(dst, v4)
+        && is_alive(listener, &via)
     {
-        return Verdict::Capture(to);
+        return Verdict::Capture(via);
     }
     if on_failure == ON_FAILURE_OPEN { Verdict::LeaveOpen } else { Verdict::Refuse }
 }
@@ -158,41 +308,89 @@ mod tests {
         Rule::new(ranges).expect("few enough")
     }
 
-    #[test]
-    fn only_tcp_without_our_mark_is_a_candidate() {
-        assert!(is_candidate(TCP, 0, 7));
-        assert!(is_candidate(TCP, 8, 7));
-        assert!(!is_candidate(TCP, 7, 7));
-        assert!(!is_candidate(17, 0, 7));
+    fn to(address: &str) -> Endpoint {
+        Endpoint::from(address.parse::<std::net::SocketAddr>().expect("an address"))
+    }
+
+    fn addr(endpoint: Endpoint) -> std::net::SocketAddr {
+        endpoint.into()
     }
 
     #[test]
     fn no_rule_leaves_the_connection_alone_and_asks_nobody() {
-        let asked = |_| panic!("no listener is looked up for a connection that is not captured");
-        assert_eq!(decide(None, None, true, 80, ON_FAILURE_CLOSED, asked), Verdict::Leave);
+        let asked = |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that is not captured");
+        let dst = to("192.0.2.1:80");
+        assert_eq!(decide(None, None, &dst, true, ON_FAILURE_CLOSED, asked), Verdict::Leave);
         let other = rule(&[PortRange::new(443, 443)]);
-        assert_eq!(decide(Some(&other), None, true, 80, ON_FAILURE_CLOSED, asked), Verdict::Leave);
+        assert_eq!(decide(Some(&other), None, &dst, true, ON_FAILURE_CLOSED, asked), Verdict::Leave);
+        // What another program has captured already.
+        let rewritten = to("127.130.7.9:15001");
+        assert_eq!(decide(Some(&rule(&[ALL])), None, &rewritten, true, 0, asked), Verdict::Leave);
     }
 
     #[test]
     fn captured_goes_to_the_listener_of_its_family() {
-        let l = Listener::new(Some(15001), Some(15006));
         let r = rule(&[ALL]);
-        assert_eq!(decide(Some(&r), Some(&l), true, 80, 0, |_| true), Verdict::Capture(15001));
-        assert_eq!(decide(Some(&r), Some(&l), false, 80, 0, |_| true), Verdict::Capture(15006));
+        let (v4, v6) = (to("192.0.2.1:80"), to("[2001:db8::1]:80"));
+        let proxy = Listener::proxy(Some(15001), Some(15006));
+        assert_eq!(decide(Some(&r), Some(&proxy), &v4, true, 0, |_, _| true), Verdict::Capture(to("127.0.0.1:15001")));
+        assert_eq!(decide(Some(&r), Some(&proxy), &v6, false, 0, |_, _| true), Verdict::Capture(to("[::1]:15006")));
+        let own = Listener::own(61001, 2, 7, false);
+        assert_eq!(own.via(&v4, true), Some(to("127.84.0.1:61001")));
+        assert_eq!(own.via(&v6, false), Some(to("[::1]:61001")));
+        assert!(own.is_own() && !proxy.is_own());
     }
 
     #[test]
     fn no_live_listener_is_refused_unless_the_operator_said_open() {
         let r = rule(&[ALL]);
-        let v4_only = Listener::new(Some(15001), None);
+        let v4_only = Listener::proxy(Some(15001), None);
+        let (v4, v6) = (to("192.0.2.1:80"), to("[2001:db8::1]:80"));
         for listener in [None, Some(&v4_only)] {
-            assert_eq!(decide(Some(&r), listener, false, 80, ON_FAILURE_CLOSED, |_| true), Verdict::Refuse);
-            assert_eq!(decide(Some(&r), listener, false, 80, ON_FAILURE_OPEN, |_| true), Verdict::LeaveOpen);
+            let ask = |on_failure| decide(Some(&r), listener, &v6, false, on_failure, |_, _| true);
+            assert_eq!(ask(ON_FAILURE_CLOSED), Verdict::Refuse);
+            assert_eq!(ask(ON_FAILURE_OPEN), Verdict::LeaveOpen);
         }
-        assert_eq!(decide(Some(&r), Some(&v4_only), true, 80, ON_FAILURE_CLOSED, |_| false), Verdict::Refuse);
+        let dead = |_: &Listener, _: &Endpoint| false;
+        assert_eq!(decide(Some(&r), Some(&v4_only), &v4, true, ON_FAILURE_CLOSED, dead), Verdict::Refuse);
         // A value nobody defined is the safe one.
-        assert_eq!(decide(Some(&r), None, true, 80, 99, |_| true), Verdict::Refuse);
+        assert_eq!(decide(Some(&r), None, &v4, true, 99, |_, _| true), Verdict::Refuse);
+    }
+
+    #[test]
+    fn every_lane_takes_its_share() {
+        for lanes in [1, 2, 3, 64] {
+            let mut taken = std::vec![0; usize::from(lanes)];
+            // What the kernel gives first: even ports.
+            for port in (32768..60999u16).step_by(2) {
+                taken[usize::from(lane_of(&Endpoint::from_v4_be(LOCALHOST_V4.to_be(), port), lanes))] += 1;
+            }
+            let fair = (60999 - 32768) / 2 / i32::from(lanes);
+            assert!(taken.iter().all(|n| (fair * 3 / 4..=fair * 5 / 4).contains(n)), "{lanes}: {taken:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn destinations_are_spread_over_addresses_that_nobody_uses(ip: u32, words: [u32; 4], port: u16) {
+            let own = Listener::own(61001, 2, 7, true);
+            let via = addr(own.via(&Endpoint::from_v4_be(ip, port), true).expect("it listens"));
+            prop_assert!(via.port() == 61001 && via.ip().is_loopback());
+            prop_assert!(is_spread_v4(Endpoint::from(via).v4_be()));
+            let via = addr(own.via(&Endpoint::from_v6_be(words, port), false).expect("it listens"));
+            prop_assert_eq!(via.ip(), std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST));
+            prop_assert!(via.port() != 0);
+        }
+
+        #[test]
+        fn neighbouring_destinations_do_not_meet(ip: u32, port: u16) {
+            let own = Listener::own(61001, 2, 7, true);
+            let ports: std::collections::HashSet<_> = (0..16u16)
+                .map(|n| own.via(&Endpoint::from_v6_be([ip, 0, 0, (u32::from(n) + 1).to_be()], port), false))
+                .collect();
+            // Of 2^16 places, 16 meet once in 546 times: two pairs would be no accident.
+            prop_assert!(ports.len() >= 15);
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the hooks record about a captured connection.
 //!
 //! Enters: what `connect` and the established callback saw. Leaves: [`Origin`], kept with the
-//! application's socket and, from establishment to close, in the flow map under [`FlowKey`], which the
+//! application's socket and, from its SYN to its close, in the flow map under [`FlowKey`], which the
 //! listener computes from a socket it accepted. Invariant: both sides compute equal bytes for the same
 //! connection. It never holds anything that outlives the application's socket.
 
@@ -31,6 +31,12 @@ impl FlowKey {
     pub const fn new(netns: u64, local: Endpoint, remote: Endpoint) -> Self {
         Self { netns, local, remote }
     }
+
+    /// The cookie of the network namespace.
+    #[inline(always)]
+    pub const fn netns(&self) -> u64 {
+        self.netns
+    }
 }
 
 /// Where a captured socket wanted to go, and which socket it was.
@@ -40,13 +46,41 @@ pub struct Origin {
     cookie: u64,
     dst: Endpoint,
     closed: u32,
+    device: u32,
+    unbound: u32,
 }
 
 impl Origin {
     /// `cookie` is the socket's own (`SO_COOKIE`): never reused while the node is up.
     #[inline(always)]
     pub const fn new(cookie: u64, dst: Endpoint) -> Self {
-        Self { cookie, dst, closed: 0 }
+        Self { cookie, dst, closed: 0, device: 0, unbound: 0 }
+    }
+
+    /// The socket was bound to this network device (its index).
+    #[inline(always)]
+    pub const fn bound_to(mut self, device: u32) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// The network device that the socket was bound to; 0 is none.
+    #[inline(always)]
+    pub const fn device(&self) -> u32 {
+        self.device
+    }
+
+    /// The socket had no address of its own choice: its route was to give it one.
+    #[inline(always)]
+    pub const fn without_source(mut self) -> Self {
+        self.unbound = 1;
+        self
+    }
+
+    /// See [`Self::without_source`].
+    #[inline(always)]
+    pub const fn lacks_source(&self) -> bool {
+        self.unbound != 0
     }
 
     /// The cookie of the application's socket.

@@ -4,7 +4,7 @@ use aya::Pod;
 
 use crate::{
     addr::Endpoint,
-    capture::{Listener, PortRange, Rule},
+    capture::{Listener, PortRange, Rule, SocketKey, SourceV4, SourceV6},
     fastpath::{
         bypass::{Offsets, Slot, Tag},
         splice,
@@ -24,10 +24,13 @@ macro_rules! pod {
 pod! {
     Endpoint = 20,
     FlowKey = 48,
-    Origin = 32,
+    Origin = 40,
     PortRange = 4,
     Rule = 68,
-    Listener = 4,
+    Listener = 12,
+    SocketKey = 16,
+    SourceV4 = 12,
+    SourceV6 = 24,
     splice::Words = 64,
     splice::Offsets = 12,
     Offsets = 60,

@@ -2,7 +2,8 @@
 //!
 //! Enters: a `connect` of a captured cgroup. Leaves: the same call, to the capture listener of its network
 //! namespace, with the original destination kept in the socket. Invariant: a destination is rewritten only
-//! after it was recorded. It never captures our own sockets, nor anything but TCP.
+//! after it was recorded, and only where the connection cannot leave the machine. It never captures sockets
+//! that the daemon made, nor anything but TCP.
 
 use core::mem;
 
@@ -11,27 +12,27 @@ use aya_ebpf::{
     bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, bpf_sock, bpf_sock_addr, bpf_sock_tuple},
     helpers::{
         bpf_get_netns_cookie,
-        generated::{bpf_get_socket_cookie, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_release},
+        generated::{
+            bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release,
+        },
     },
     programs::SockAddrContext,
 };
 use aya_log_ebpf::warn;
 use tunnel_common::{
     addr::Endpoint,
-    capture::{Rule, Verdict, decide, is_candidate},
+    capture::{Listener, Rule, TCP, Verdict, decide},
     flow::Origin,
     names::Counter,
 };
 
 use crate::maps;
 
-/// 127.0.0.1 in network order.
-const LOOPBACK_V4: u32 = u32::from_ne_bytes([127, 0, 0, 1]);
-/// The last word of `::1` in network order.
-const LOOPBACK_V6_LAST: u32 = u32::from_ne_bytes([0, 0, 0, 1]);
 /// The third word of `::ffff:0:0/96` in network order.
 const V4_MAPPED_THIRD: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 const ECONNREFUSED: i32 = 111;
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTOIFINDEX: i32 = 62;
 /// The parts of `struct bpf_sock_tuple` for each family: two addresses and two ports.
 const TUPLE_V4: u32 = 12;
 const TUPLE_V6: u32 = 36;
@@ -42,6 +43,8 @@ pub(crate) enum Refused {
     NoListener,
     /// The kernel could not keep the original destination.
     NoMemory,
+    /// The socket could not be taken off its network device.
+    Bound,
 }
 
 /// 1: go on. 0: fail, with the error set here.
@@ -51,6 +54,7 @@ pub(crate) fn verdict(outcome: Result<(), Refused>) -> i32 {
     maps::count(match reason {
         Refused::NoListener => Counter::RefusedNoListener,
         Refused::NoMemory => Counter::RefusedNoMemory,
+        Refused::Bound => Counter::RefusedBound,
     });
     // SAFETY: sets the error of this system call; without it the caller would see EPERM.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
@@ -62,12 +66,12 @@ pub(crate) fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
     let sa = ctx.sock_addr;
     let Some(sk) = candidate(sa) else { return Ok(()) };
     // SAFETY: fields of the context, at the width that the verifier allows.
-    let dst = Endpoint::from_v4_be(unsafe { (*sa).user_ip4 }, port(sa));
-    let Some(to) = capture(ctx, sk, dst, true, maps::rule_v4(dst.v4_be()))? else { return Ok(()) };
+    let (dst, unbound) = unsafe { (Endpoint::from_v4_be((*sa).user_ip4, port(sa)), (*sk).src_ip4 == 0) };
+    let Some(via) = capture(ctx, sk, dst, true, unbound, maps::rule_v4(dst.v4_be()))? else { return Ok(()) };
     // SAFETY: as above, for writing.
     unsafe {
-        (*sa).user_ip4 = LOOPBACK_V4;
-        (*sa).user_port = u32::from(to.to_be());
+        (*sa).user_ip4 = via.v4_be();
+        (*sa).user_port = u32::from(via.port().to_be());
     }
     Ok(())
 }
@@ -76,19 +80,26 @@ pub(crate) fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
 pub(crate) fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
     let sa = ctx.sock_addr;
     let Some(sk) = candidate(sa) else { return Ok(()) };
-    // SAFETY: fields of the context, at the width that the verifier allows.
-    let words = unsafe { [(*sa).user_ip6[0], (*sa).user_ip6[1], (*sa).user_ip6[2], (*sa).user_ip6[3]] };
+    // SAFETY: fields of the context and of its socket, at the width that the verifier allows.
+    let (words, unbound) = unsafe {
+        let own = [(*sk).src_ip6[0], (*sk).src_ip6[1], (*sk).src_ip6[2], (*sk).src_ip6[3]];
+        (
+            [(*sa).user_ip6[0], (*sa).user_ip6[1], (*sa).user_ip6[2], (*sa).user_ip6[3]],
+            own[0] | own[1] | own[2] | own[3] == 0,
+        )
+    };
     let dst = Endpoint::from_v6_be(words, port(sa));
     let v4 = words[0] == 0 && words[1] == 0 && words[2] == V4_MAPPED_THIRD;
     let rule = if v4 { maps::rule_v4(dst.v4_be()) } else { maps::rule_v6(dst.v6_be()) };
-    let Some(to) = capture(ctx, sk, dst, v4, rule)? else { return Ok(()) };
+    let Some(via) = capture(ctx, sk, dst, v4, unbound, rule)? else { return Ok(()) };
+    let words = via.v6_be();
     // SAFETY: as above, for writing.
     unsafe {
-        (*sa).user_ip6[0] = 0;
-        (*sa).user_ip6[1] = 0;
-        (*sa).user_ip6[2] = if v4 { V4_MAPPED_THIRD } else { 0 };
-        (*sa).user_ip6[3] = if v4 { LOOPBACK_V4 } else { LOOPBACK_V6_LAST };
-        (*sa).user_port = u32::from(to.to_be());
+        (*sa).user_ip6[0] = words[0];
+        (*sa).user_ip6[1] = words[1];
+        (*sa).user_ip6[2] = words[2];
+        (*sa).user_ip6[3] = words[3];
+        (*sa).user_port = u32::from(via.port().to_be());
     }
     Ok(())
 }
@@ -97,17 +108,15 @@ pub(crate) fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
 #[inline(always)]
 fn candidate(sa: *mut bpf_sock_addr) -> Option<*mut bpf_sock> {
     // SAFETY: fields of the context; the verifier knows `sk` to be a valid socket.
-    let (protocol, sk, mark) = unsafe {
-        let sk = (*sa).__bindgen_anon_1.sk;
-        ((*sa).protocol, sk, (*sk).mark)
-    };
-    if is_candidate(protocol, mark, maps::our_mark()) {
-        return Some(sk);
+    let (protocol, sk) = unsafe { ((*sa).protocol, (*sa).__bindgen_anon_1.sk) };
+    if protocol != TCP || sk.is_null() {
+        return None;
     }
-    if protocol == tunnel_common::capture::TCP {
+    if maps::is_own(sk) {
         maps::count(Counter::Own);
+        return None;
     }
-    None
+    Some(sk)
 }
 
 /// The destination's port. `user_port` holds it in network order in its first two bytes.
@@ -117,36 +126,60 @@ fn port(sa: *mut bpf_sock_addr) -> u16 {
     u16::from_be(maps::low_half(unsafe { (*sa).user_port }))
 }
 
-/// Decides, and records the original destination. `Some(port)` of the listener when captured.
+/// Decides, and records the original destination. `Some` of where the connection goes when captured. `unbound`: the socket
+/// has no local address yet.
 #[inline(always)]
 fn capture(
     ctx: &SockAddrContext,
     sk: *mut bpf_sock,
     dst: Endpoint,
     v4: bool,
+    unbound: bool,
     rule: Option<&Rule>,
-) -> Result<Option<u16>, Refused> {
+) -> Result<Option<Endpoint>, Refused> {
     // SAFETY: the helper takes the context as it is.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let alive = |port| listener_is_alive(ctx, v4, port);
-    match decide(rule, maps::listener(netns), v4, dst.port(), maps::on_failure(), alive) {
+    let alive = |listener: &Listener, via: &Endpoint| {
+        if listener.is_own() {
+            maps::is_listening(&listener.first(netns, v4))
+        } else {
+            proxy_is_listening(ctx, via, v4)
+        }
+    };
+    match decide(rule, maps::listener(netns), &dst, v4, maps::on_failure(), alive) {
         Verdict::Leave => {
             // A socket may connect again after a captured attempt failed.
-            maps::drop_origin(sk);
+            leave(ctx, sk);
             maps::count(Counter::Left);
             Ok(None)
         }
-        Verdict::Capture(to) => {
-            // SAFETY: the helper takes the context as it is.
-            let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            if !maps::keep_origin(sk, Origin::new(cookie, dst)) {
+        Verdict::Capture(via) => {
+            // SAFETY: the helper takes the context as it is; a field of the socket.
+            let (cookie, device) =
+                unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), (*sk).bound_dev_if) };
+            let mut origin = Origin::new(cookie, dst);
+            if unbound {
+                origin = origin.without_source();
+            }
+            if device != 0 {
+                origin = origin.bound_to(device);
+                // What goes to 127.0.0.0/8 by a device asks for it on the wire.
+                if !bind_to_device(ctx, 0) {
+                    return Err(Refused::Bound);
+                }
+                maps::count(Counter::Unbound);
+            } else if let Some(before) = maps::origin(sk) {
+                // Taken off by an attempt that failed.
+                origin = origin.bound_to(before.device());
+            }
+            if !maps::keep_origin(sk, origin) {
                 return Err(Refused::NoMemory);
             }
             maps::count(Counter::Captured);
-            Ok(Some(to))
+            Ok(Some(via))
         }
         Verdict::LeaveOpen => {
-            maps::drop_origin(sk);
+            leave(ctx, sk);
             maps::report_missing_listener(netns);
             maps::count(Counter::LeftOpen);
             if maps::may_log(Counter::LeftOpen) {
@@ -167,22 +200,44 @@ fn capture(
     }
 }
 
-/// Whether a listener of the daemon's is alive on a loopback port of this namespace. The kernel closes
-/// listeners with the process that held them, so this needs no heartbeat; the mark keeps whoever takes
-/// the port afterwards from being handed plaintext.
+/// Forgets what a captured attempt left with the socket, which goes its own way now: by the device that it was bound to.
 #[inline(always)]
-fn listener_is_alive(ctx: &SockAddrContext, v4: bool, port: u16) -> bool {
+fn leave(ctx: &SockAddrContext, sk: *mut bpf_sock) {
+    if let Some(origin) = maps::origin(sk) {
+        let device = origin.device();
+        if device != 0 {
+            let _as_it_was = bind_to_device(ctx, device);
+        }
+        maps::drop_origin(sk);
+    }
+}
+
+/// Binds the socket to a network device; 0 is none.
+#[inline(always)]
+fn bind_to_device(ctx: &SockAddrContext, device: u32) -> bool {
+    let mut device = device.cast_signed();
+    // SAFETY: the context as it is, and a number with its length; the helper copies it.
+    let failed = unsafe {
+        bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_BINDTOIFINDEX, (&raw mut device).cast(), 4)
+    };
+    failed == 0
+}
+
+/// Whether anybody listens where the operator says that a proxy does. The kernel closes listeners with the process that held
+/// them, so this needs no heartbeat.
+#[inline(always)]
+fn proxy_is_listening(ctx: &SockAddrContext, via: &Endpoint, v4: bool) -> bool {
     // SAFETY: all zero is a valid tuple: plain integers. The size given to the helper chooses the family;
     // it wants no other padding cleared.
     let sk = unsafe {
         let mut tuple: bpf_sock_tuple = mem::zeroed();
         let size = if v4 {
-            tuple.__bindgen_anon_1.ipv4.daddr = LOOPBACK_V4;
-            tuple.__bindgen_anon_1.ipv4.dport = port.to_be();
+            tuple.__bindgen_anon_1.ipv4.daddr = via.v4_be();
+            tuple.__bindgen_anon_1.ipv4.dport = via.port().to_be();
             TUPLE_V4
         } else {
-            tuple.__bindgen_anon_1.ipv6.daddr[3] = LOOPBACK_V6_LAST;
-            tuple.__bindgen_anon_1.ipv6.dport = port.to_be();
+            tuple.__bindgen_anon_1.ipv6.daddr = via.v6_be();
+            tuple.__bindgen_anon_1.ipv6.dport = via.port().to_be();
             TUPLE_V6
         };
         bpf_sk_lookup_tcp(ctx.as_ptr(), &raw mut tuple, size, BPF_F_CURRENT_NETNS as u64, 0)
@@ -193,8 +248,7 @@ fn listener_is_alive(ctx: &SockAddrContext, v4: bool, port: u16) -> bool {
     // SAFETY: not null, and released once, here.
     unsafe {
         let listens = (*sk).state == BPF_TCP_LISTEN;
-        let marked = (*sk).mark == maps::our_mark() || !maps::listener_is_marked();
         bpf_sk_release(sk.cast());
-        listens && marked
+        listens
     }
 }

@@ -6,9 +6,9 @@
 #![no_main]
 
 mod connect;
-mod established;
 mod maps;
 mod original_dst;
+mod tcp_events;
 
 use aya_ebpf::{
     macros::{cgroup_sock_addr, cgroup_sockopt, sock_ops},
@@ -41,6 +41,20 @@ fn peer_name6(ctx: SockAddrContext) -> i32 {
     1
 }
 
+/// `getsockname(2)` on IPv4 sockets.
+#[cgroup_sock_addr(getsockname4)]
+fn sock_name4(ctx: SockAddrContext) -> i32 {
+    original_dst::sock_name4(&ctx);
+    1
+}
+
+/// `getsockname(2)` on IPv6 sockets.
+#[cgroup_sock_addr(getsockname6)]
+fn sock_name6(ctx: SockAddrContext) -> i32 {
+    original_dst::sock_name6(&ctx);
+    1
+}
+
 /// `getsockopt(2)`: `SO_ORIGINAL_DST` and `IP6T_SO_ORIGINAL_DST`.
 #[cgroup_sockopt(getsockopt)]
 fn original_dst(ctx: SockoptContext) -> i32 {
@@ -48,10 +62,10 @@ fn original_dst(ctx: SockoptContext) -> i32 {
     1
 }
 
-/// Connections of the cgroup that reach the established state, and those that leave it.
+/// Connections of the cgroup, before their SYN and when they close.
 #[sock_ops]
-fn established(ctx: SockOpsContext) -> u32 {
-    established::on_event(&ctx);
+fn tcp_events(ctx: SockOpsContext) -> u32 {
+    tcp_events::on_event(&ctx);
     1
 }
 

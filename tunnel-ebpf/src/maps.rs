@@ -7,18 +7,18 @@ use core::ptr;
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
-    btf_maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, lpm_trie::Key},
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, BPF_TCP_LISTEN, bpf_sock},
+    btf_maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, SockHash, lpm_trie::Key},
     helpers::{
         bpf_ktime_get_ns,
-        generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+        generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_delete, bpf_sk_storage_get},
     },
     macros::btf_map,
 };
 use tunnel_common::{
-    capture::{Listener, OnFailure, Rule},
+    capture::{Listener, OnFailure, Rule, SOURCE_NETNS_BITS, SocketKey, SourceV4, SourceV6},
     flow::{FlowKey, Origin},
-    names::{COUNTERS_LEN, Counter, FLOWS_MAX, LISTENERS_MAX, RULES_MAX},
+    names::{COUNTERS_LEN, Counter, FLOWS_MAX, LISTENERS_MAX, RULES_MAX, SOCKETS_MAX, SOURCES_MAX},
 };
 
 #[btf_map]
@@ -27,6 +27,16 @@ static RULES_V4: LpmTrie<u32, Rule, RULES_MAX> = LpmTrie::new();
 static RULES_V6: LpmTrie<[u32; 4], Rule, RULES_MAX> = LpmTrie::new();
 #[btf_map]
 static LISTENERS: HashMap<u64, Listener, LISTENERS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+/// Only the daemon writes it, through bpf(2), and what closes is gone from it: a socket that is found here is the daemon's.
+#[btf_map]
+static SOCKETS: SockHash<SocketKey, SOCKETS_MAX> = SockHash::new();
+/// Only the daemon writes it, through bpf(2): what carries it was made by the daemon.
+#[btf_map]
+static OWN: SkStorage<u32> = SkStorage::new();
+#[btf_map]
+static SOURCES_V4: LpmTrie<SourceV4, u32, SOURCES_MAX> = LpmTrie::new();
+#[btf_map]
+static SOURCES_V6: LpmTrie<SourceV6, [u32; 4], SOURCES_MAX> = LpmTrie::new();
 // Allocates as it fills: most captures never see FLOWS_MAX connections at once.
 #[btf_map]
 static FLOWS: HashMap<FlowKey, Origin, FLOWS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
@@ -40,16 +50,12 @@ static EVENTS: RingBuf<u64, 4096> = RingBuf::new();
 #[btf_map]
 static LOGGED: PerCpuArray<u64, COUNTERS_LEN> = PerCpuArray::new();
 
-/// `SO_MARK` of the daemon's sockets. Zero marks nothing: every unmarked socket would be ours.
-#[unsafe(no_mangle)]
-static OUR_MARK: Global<u32> = Global::new(0);
 /// What to do while no listener is alive.
 #[unsafe(no_mangle)]
 static ON_FAILURE: Global<u32> = Global::new(tunnel_common::capture::ON_FAILURE_CLOSED);
-/// Whether a listener must carry our mark: without it, whoever takes the port of a daemon that died
-/// would be handed the applications' plaintext.
+/// Whether the kernel has Multipath TCP.
 #[unsafe(no_mangle)]
-static LISTENER_MARKED: Global<u32> = Global::new(1);
+static HAS_MPTCP: Global<u32> = Global::new(0);
 
 /// At most one log line in this time per reason and CPU.
 const LOG_INTERVAL_NS: u64 = 1_000_000_000;
@@ -62,18 +68,53 @@ pub(crate) const fn low_half(word: u32) -> u16 {
 }
 
 #[inline(always)]
-pub(crate) fn our_mark() -> u32 {
-    OUR_MARK.load()
-}
-
-#[inline(always)]
 pub(crate) fn on_failure() -> OnFailure {
     ON_FAILURE.load()
 }
 
 #[inline(always)]
-pub(crate) fn listener_is_marked() -> bool {
-    LISTENER_MARKED.load() != 0
+pub(crate) fn has_mptcp() -> bool {
+    HAS_MPTCP.load() != 0
+}
+
+/// Whether the daemon made this socket to connect it.
+#[inline(always)]
+pub(crate) fn is_own(sk: *mut bpf_sock) -> bool {
+    // SAFETY: `sk` is the context's socket; without the create flag the value pointer is not read.
+    let own = unsafe { bpf_sk_storage_get((&raw const OWN).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0) };
+    !own.is_null()
+}
+
+/// Whether this socket of the daemon's listens. The kernel takes what is closed out of the map, and closes it with the process
+/// that held it, so this needs no heartbeat.
+#[inline(always)]
+pub(crate) fn is_listening(key: &SocketKey) -> bool {
+    // SAFETY: the map and a key of it. What is found is a socket, referenced, and released once, here.
+    unsafe {
+        let sk: *mut bpf_sock = bpf_map_lookup_elem(
+            (&raw const SOCKETS).cast_mut().cast(),
+            ptr::from_ref(key).cast_mut().cast(),
+        )
+        .cast();
+        if sk.is_null() {
+            return false;
+        }
+        let listens = (*sk).state == BPF_TCP_LISTEN;
+        bpf_sk_release(sk.cast());
+        listens
+    }
+}
+
+/// The source address that the route to an IPv4 destination would give, in network order.
+#[inline(always)]
+pub(crate) fn source_v4(netns: u64, dst: u32) -> Option<u32> {
+    SOURCES_V4.get(&Key::new(SOURCE_NETNS_BITS + 32, SourceV4::new(netns, dst))).copied()
+}
+
+/// The same for IPv6.
+#[inline(always)]
+pub(crate) fn source_v6(netns: u64, dst: [u32; 4]) -> Option<[u32; 4]> {
+    SOURCES_V6.get(&Key::new(SOURCE_NETNS_BITS + 128, SourceV6::new(netns, dst))).copied()
 }
 
 #[inline(always)]
@@ -88,8 +129,8 @@ pub(crate) fn rule_v6(addr: [u32; 4]) -> Option<&'static Rule> {
 
 #[inline(always)]
 pub(crate) fn listener(netns: u64) -> Option<&'static Listener> {
-    // SAFETY: an entry is four bytes that the daemon writes when it opens a listener and never changes
-    // while connections of that namespace are captured.
+    // SAFETY: the daemon writes an entry when it opens listeners. One that is read while another takes its place is made
+    // of both, finds no socket, and the connection is refused.
     unsafe { LISTENERS.get(netns) }
 }
 
@@ -128,6 +169,16 @@ pub(crate) fn close_flow(key: &FlowKey, cookie: u64) {
                 (*origin).close(bpf_ktime_get_ns());
             }
         }
+    }
+}
+
+/// Forgets the flow of a socket that nobody has accepted.
+#[inline(always)]
+pub(crate) fn forget_flow(key: &FlowKey, cookie: u64) {
+    if let Some(origin) = flow(key)
+        && origin.cookie() == cookie
+    {
+        let _gone = FLOWS.remove(key);
     }
 }
 

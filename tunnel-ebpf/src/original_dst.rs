@@ -1,14 +1,14 @@
-//! `getpeername4/6`, and `getsockopt` for `SO_ORIGINAL_DST`.
+//! `getpeername4/6`, `getsockname4/6`, and `getsockopt` for `SO_ORIGINAL_DST`.
 //!
-//! Enters: the questions by which programs learn where a connection went. Leaves: the address the
-//! application asked for. Invariant: whatever is not about a captured connection passes unchanged. It
+//! Enters: the questions by which programs learn where a connection went, and from where. Leaves: the address the
+//! application asked for, and the one that its route would have given it. Invariant: whatever is not about a captured connection passes unchanged. It
 //! never makes a question fail that would have succeeded.
 
 use core::ptr;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{bpf_sock, bpf_sockopt},
+    bindings::{BPF_TCP_CLOSE, BPF_TCP_LISTEN, bpf_sock, bpf_sockopt},
     helpers::bpf_get_netns_cookie,
     programs::{SockAddrContext, SockoptContext},
 };
@@ -58,6 +58,54 @@ pub(crate) fn peer_name6(ctx: &SockAddrContext) {
 }
 
 #[inline(always)]
+pub(crate) fn sock_name4(ctx: &SockAddrContext) {
+    // SAFETY: a field of the context, at the width that the verifier allows.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    let Some(dst) = routed(sk) else { return };
+    // SAFETY: the helper takes the context as it is.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if let Some(source) = maps::source_v4(netns, dst.v4_be()) {
+        // SAFETY: as above, for writing.
+        unsafe { (*ctx.sock_addr).user_ip4 = source };
+        maps::count(Counter::SockNames);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn sock_name6(ctx: &SockAddrContext) {
+    // SAFETY: a field of the context, at the width that the verifier allows.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    let Some(dst) = routed(sk) else { return };
+    // SAFETY: the helper takes the context as it is.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let source = if dst.is_v4() {
+        let mapped = |v4| Endpoint::from_v4_be(v4, 0).v6_be();
+        maps::source_v4(netns, dst.v4_be()).map(mapped)
+    } else {
+        maps::source_v6(netns, dst.v6_be())
+    };
+    let Some(source) = source else { return };
+    // SAFETY: as above, for writing.
+    unsafe {
+        (*ctx.sock_addr).user_ip6[0] = source[0];
+        (*ctx.sock_addr).user_ip6[1] = source[1];
+        (*ctx.sock_addr).user_ip6[2] = source[2];
+        (*ctx.sock_addr).user_ip6[3] = source[3];
+    }
+    maps::count(Counter::SockNames);
+}
+
+/// Where a captured connection wanted to go whose socket got its address by its route.
+#[inline(always)]
+fn routed(sk: *mut bpf_sock) -> Option<Endpoint> {
+    let origin = maps::origin(sk).filter(|origin| origin.lacks_source())?;
+    // SAFETY: a field of the context's socket.
+    let state = unsafe { (*sk).state };
+    // After an attempt that failed the socket has no address.
+    if state == BPF_TCP_CLOSE || state == BPF_TCP_LISTEN { None } else { Some(origin.dst()) }
+}
+
+#[inline(always)]
 pub(crate) fn getsockopt(ctx: &SockoptContext) {
     let opt = ctx.sockopt;
     // SAFETY: fields of the context.
@@ -88,7 +136,7 @@ fn original_dst(ctx: &SockoptContext) -> Option<Endpoint> {
     if let Some(origin) = maps::origin(sk) {
         return Some(origin.dst());
     }
-    // Read before the branch, and volatile, for the reason given in established.rs.
+    // Read before the branch, and volatile, for the reason given in tcp_events.rs.
     // SAFETY: fields of the socket, each at the width that the verifier allows.
     let (family, own_port, peer_port, own4, peer4, own6, peer6) = unsafe {
         let read = |field: *const u32| ptr::read_volatile(field);

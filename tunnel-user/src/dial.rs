@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     flow::Target,
     names::{self, Unanswered},
-    transport::tcp::{self, Connected, First, Mark},
+    transport::tcp::{self, Connected, First, Own},
 };
 
 /// How long one address is tried before the next is tried beside it (RFC 8305 section 5, "Connection
@@ -83,12 +83,12 @@ pub enum DialError {
 }
 
 /// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).
-pub async fn resolve(target: &Target, mark: Mark) -> Result<Vec<SocketAddr>, DialError> {
+pub async fn resolve(target: &Target, own: &Own) -> Result<Vec<SocketAddr>, DialError> {
     let (name, port) = match target {
         Target::Addr(addr) => return Ok(vec![*addr]),
         Target::Name(name, port) => (name, *port),
     };
-    let found = names::addresses_of(name, mark).await.map_err(|e| match e {
+    let found = names::addresses_of(name, own).await.map_err(|e| match e {
         Unanswered::Late => DialError::ResolveTimeout { name: name.clone(), after: names::PATIENCE },
         Unanswered::Failed(why) => DialError::Resolve { name: name.clone(), source: io::Error::other(why) },
     })?;
@@ -122,7 +122,7 @@ fn in_turn(name: &str, port: u16, found: Vec<IpAddr>) -> Result<Vec<SocketAddr>,
 pub async fn connect(
     target: &Target,
     addrs: &[SocketAddr],
-    mark: Mark,
+    own: &Own,
     first: First,
     deadline: Instant,
     allowed: Duration,
@@ -130,16 +130,16 @@ pub async fn connect(
     let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
     if let [addr] = addrs {
         let connected =
-            timeout_at(deadline, tcp::connect(*addr, mark, first)).await.map_err(|_| timeout())?;
+            timeout_at(deadline, tcp::connect(*addr, own, first)).await.map_err(|_| timeout())?;
         return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
     }
-    timeout_at(deadline, race(addrs, mark, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
+    timeout_at(deadline, race(addrs, own, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
 }
 
 /// `None` for no addresses.
 async fn race(
     addrs: &[SocketAddr],
-    mark: Mark,
+    own: &Own,
     first: First,
 ) -> Option<Result<(Connected, SocketAddr), DialError>> {
     let mut attempts = JoinSet::new();
@@ -148,7 +148,8 @@ async fn race(
     loop {
         let next = rest.next();
         if let Some(addr) = next {
-            attempts.spawn_local(async move { (addr, tcp::connect(addr, mark, first).await) });
+            let own = own.clone();
+            attempts.spawn_local(async move { (addr, tcp::connect(addr, &own, first).await) });
         }
         let head_start = async {
             match next {
@@ -220,7 +221,7 @@ mod tests {
 
     async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
         let target = Target::Name("a.example".to_owned(), 1);
-        connect(&target, addrs, None, First::Anybody, Instant::now() + allowed, allowed)
+        connect(&target, addrs, &Own::default(), First::Anybody, Instant::now() + allowed, allowed)
             .await
             .map(|(_, addr)| addr)
     }

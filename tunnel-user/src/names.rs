@@ -45,7 +45,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::transport::tcp::{self, First, Mark};
+use crate::transport::tcp::{self, First, Own};
 
 /// How long one name may take, with every server and search domain: twice resolv.conf's timeout for one server.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -102,11 +102,11 @@ pub fn of_this_host(name: &str) -> Option<Vec<IpAddr>> {
 }
 
 /// Asks for the addresses of a name, and does not wait for one family much longer than for the other.
-pub async fn addresses_of(name: &str, mark: Mark) -> Result<Vec<IpAddr>, Unanswered> {
+pub async fn addresses_of(name: &str, own: &Own) -> Result<Vec<IpAddr>, Unanswered> {
     if let Some(addrs) = of_this_host(name) {
         return Ok(addrs);
     }
-    let asking = Asking::start(mark)?;
+    let asking = Asking::start(own)?;
     let (v4, v6) = (asking.ask(name, RecordType::A), asking.ask(name, RecordType::AAAA));
     tokio::pin!(v4, v6);
     let has_some = |answer: &Result<Answer, Unanswered>| answer.as_ref().is_ok_and(|a| !a.addrs.is_empty());
@@ -130,12 +130,12 @@ pub async fn addresses_of(name: &str, mark: Mark) -> Result<Vec<IpAddr>, Unanswe
 }
 
 /// Asks for both families at once, and waits for both.
-pub async fn both_families(name: &str, mark: Mark) -> Answers {
+pub async fn both_families(name: &str, own: &Own) -> Answers {
     if let Some(addrs) = of_this_host(name) {
         let (v4, v6) = addrs.into_iter().partition(IpAddr::is_ipv4);
         return [v4, v6].map(|addrs| Ok(Answer { addrs, good_for: Duration::ZERO }));
     }
-    match Asking::start(mark) {
+    match Asking::start(own) {
         Ok(asking) => {
             tokio::join!(asking.ask(name, RecordType::A), asking.ask(name, RecordType::AAAA)).into()
         }
@@ -210,16 +210,16 @@ impl System {
 
 /// One look-up. Dropped, it takes its tasks and sockets along.
 struct Asking {
-    resolver: Resolver<Marked>,
+    resolver: Resolver<Claimed>,
     tasks: Tasks,
 }
 
 impl Asking {
-    fn start(mark: Mark) -> Result<Self, Unanswered> {
+    fn start(own: &Own) -> Result<Self, Unanswered> {
         let system = System::current();
         let tasks = Tasks::default();
         let mut builder =
-            Resolver::builder_with_config(system.config.clone(), Marked { mark, tasks: tasks.clone() });
+            Resolver::builder_with_config(system.config.clone(), Claimed { own: own.clone(), tasks: tasks.clone() });
         *builder.options_mut() = system.options.clone();
         let resolver = builder.build().map_err(|e| Unanswered::Failed(e.to_string()))?;
         Ok(Self { resolver, tasks })
@@ -260,12 +260,12 @@ impl Spawn for Tasks {
 
 /// Sockets that are not captured where everything around us is: long answers come over TCP.
 #[derive(Clone)]
-struct Marked {
-    mark: Mark,
+struct Claimed {
+    own: Own,
     tasks: Tasks,
 }
 
-impl RuntimeProvider for Marked {
+impl RuntimeProvider for Claimed {
     type Handle = Tasks;
     type Timer = TokioTime;
     type Udp = UdpSocket;
@@ -281,9 +281,9 @@ impl RuntimeProvider for Marked {
         _from: Option<SocketAddr>,
         within: Option<Duration>,
     ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
-        let mark = self.mark;
+        let own = self.own.clone();
         Box::pin(async move {
-            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, mark, First::Us)).await;
+            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, &own, First::Us)).await;
             let connected = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
             Ok(AsyncIoTokioAsStd(connected.up()?))
         })
@@ -294,7 +294,7 @@ impl RuntimeProvider for Marked {
         from: SocketAddr,
         _server: SocketAddr,
     ) -> Pin<Box<dyn Send + Future<Output = io::Result<UdpSocket>>>> {
-        let mark = self.mark;
+        let mark = self.own.mark();
         Box::pin(async move {
             let socket = UdpSocket::bind(from).await?;
             if let Some(mark) = mark {

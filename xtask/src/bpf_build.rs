@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 pub(crate) const LLVM: &str = "22";
 
 /// The objects: one for each program of the package, loaded by itself.
-pub(crate) const OBJECTS: [&str; 3] = ["tunnel-ebpf", "splice", "bypass"];
+pub(crate) const OBJECTS: [&str; 4] = ["tunnel-ebpf", "splice", "bypass", "steer"];
 
 /// Where the committed objects lie, relative to the checkout.
 pub(crate) const PREBUILT: &str = "tunnel-ebpf/prebuilt";

@@ -23,6 +23,7 @@ use crate::{
         bypass::{Bypass, BypassError, Promotions},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         ring::Rings,
+        steer::Steering,
         rules::{self, Pattern},
         sys,
     },
@@ -44,6 +45,8 @@ pub(super) struct ActiveCapture {
     pub(super) source: SourceId,
     pub(super) wanted: config::Capture,
     pub(super) programs: Programs,
+    /// Under which the programs find the listeners of this daemon.
+    pub(super) generation: u32,
     /// What earlier programs have counted.
     counted: Vec<(&'static str, u64)>,
     pub(super) group: OwnedFd,
@@ -74,20 +77,7 @@ enum Namespace {
 /// A network namespace with listeners.
 struct Place {
     cookie: u64,
-    listener: tunnel_common::capture::Listener,
-    /// When it was last found to be without IPv6.
-    without_v6: Instant,
-}
-
-impl Place {
-    fn of(sockets: &Sockets) -> Self {
-        Self { cookie: sockets.netns, listener: sockets.listener, without_v6: Instant::now() }
-    }
-
-    /// Whether it is time to look for an IPv6 that came later.
-    fn lacks_v6(&self, now: Instant) -> bool {
-        self.listener.port(false).is_none() && now.duration_since(self.without_v6) >= RETRY
-    }
+    _steering: Option<Steering>,
 }
 
 /// Captures that are loaded and not yet sure to stay. Dropped, they leave everything as it was before.
@@ -115,10 +105,12 @@ pub(super) fn load(
 ) -> Result<ActiveCapture, Failure> {
     let (group, name) = group(&wanted.cgroup, fresh)?;
     let bypass = bypass(wanted, &group, &name)?;
+    let generation = fastrand::u32(1..);
     Ok(ActiveCapture {
         source,
         wanted: wanted.clone(),
-        programs: programs(wanted, config)?,
+        programs: programs(wanted, config, generation)?,
+        generation,
         counted: Vec::new(),
         group,
         name,
@@ -157,7 +149,11 @@ fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Optio
 
 /// Loads programs with the rules of a capture; where those of an earlier daemon, or of an earlier configuration, are
 /// attached, they find the flows of these.
-pub(super) fn programs(wanted: &config::Capture, config: &Config) -> Result<Programs, Failure> {
+pub(super) fn programs(
+    wanted: &config::Capture,
+    config: &Config,
+    generation: u32,
+) -> Result<Programs, Failure> {
     let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
         list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
     };
@@ -165,12 +161,11 @@ pub(super) fn programs(wanted: &config::Capture, config: &Config) -> Result<Prog
         Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
     })?;
     let spec = Spec {
-        mark: config.daemon.mark.get(),
         on_failure: match wanted.on_failure {
             OnFailure::Closed => tunnel_common::capture::ON_FAILURE_CLOSED,
             OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
         },
-        listener_marked: wanted.proxy.is_none(),
+        generation,
         lifetime: pin_dir(config, wanted).map_or(Lifetime::Cgroup, Lifetime::Pinned),
     };
     let mut capture = Capture::load(&spec, &rules).map_err(bpf_failure)?;
@@ -209,33 +204,19 @@ impl ActiveCapture {
 
     /// Opens listeners in network namespaces of captured processes that have none yet, and gives up those in
     /// namespaces that no captured process is in any more.
-    pub(super) fn scan(&mut self, more: &[Inbox], mark: u32) {
+    pub(super) fn scan(&mut self, more: &[Inbox], mark: Option<u32>) {
         more.iter().for_each(Inbox::flush);
         if self.wanted.proxy.is_some() {
             return;
         }
         let now = Instant::now();
-        let own = self.namespaces.values_mut().find_map(|n| match n {
-            Namespace::Own(place) => Some(place),
-            _ => None,
-        });
-        if let Some(place) = own.filter(|place| place.lacks_v6(now)) {
-            place.without_v6 = now;
-            let cookie = place.cookie;
-            self.add_v6(std::process::id(), cookie, more, mark);
-        }
         for pid in cgroup::processes(self.group.as_fd()) {
             // It may have ended just now.
             let Ok(inode) = accept::netns_inode(pid) else { continue };
             match self.namespaces.get_mut(&inode) {
                 Some(Namespace::Own(_)) => continue,
-                Some(Namespace::Captured { place, seen }) => {
+                Some(Namespace::Captured { seen, .. }) => {
                     *seen = now;
-                    if place.lacks_v6(now) {
-                        place.without_v6 = now;
-                        let cookie = place.cookie;
-                        self.add_v6(pid, cookie, more, mark);
-                    }
                     continue;
                 }
                 Some(Namespace::Failed { at }) if now.duration_since(*at) < RETRY => continue,
@@ -355,55 +336,15 @@ impl ActiveCapture {
     }
 
     /// Opens listeners in the network namespace of process `pid`.
-    fn enter(&self, pid: u32, more: &[Inbox], mark: u32) -> Result<Place, String> {
+    fn enter(&self, pid: u32, more: &[Inbox], mark: Option<u32>) -> Result<Place, String> {
         let sockets = accept::open_netns(pid)
             .and_then(|ns| accept::listen_in(ns, more.len(), mark))
             .map_err(|e| e.to_string())?;
-        let place = Place::of(&sockets);
-        self.send_out(sockets, more)?;
-        Ok(place)
-    }
-
-    /// Opens listeners for IPv6 where that has come since.
-    fn add_v6(&mut self, pid: u32, cookie: u64, more: &[Inbox], mark: u32) {
-        if !accept::has_ipv6(pid) {
-            return;
-        }
-        let place = self.namespaces.values_mut().find_map(|n| match n {
-            Namespace::Own(place) | Namespace::Captured { place, .. } if place.cookie == cookie => {
-                Some(place)
-            }
-            _ => None,
-        });
-        let Some(v4) = place.map(|place| place.listener.port(true)) else { return };
-        let opened = accept::open_netns(pid)
-            .and_then(|ns| accept::listen_v6_in(ns, v4, more.len(), mark))
-            .map_err(|e| e.to_string())
-            .and_then(|sockets| {
-                let listener = sockets.listener;
-                self.send_out(sockets, more).map(|()| listener)
-            });
-        match opened {
-            Ok(listener) => {
-                tracing::info!(cgroup = self.name, "capturing IPv6 too, which came later");
-                for n in self.namespaces.values_mut() {
-                    if let Namespace::Own(place) | Namespace::Captured { place, .. } = n
-                        && place.cookie == cookie
-                    {
-                        place.listener = listener;
-                    }
-                }
-            }
-            Err(e) => tracing::warn!(cgroup = self.name, "IPv6 came, and no listener can be opened: {e}"),
-        }
-    }
-
-    fn send_out(&self, sockets: Sockets, more: &[Inbox]) -> Result<(), String> {
-        let per_worker = self.hand_out(sockets).map_err(|e| e.to_string())?;
+        let (place, per_worker) = self.hand_out(sockets).map_err(|e| e.to_string())?;
         for (worker, sockets) in more.iter().zip(per_worker) {
             sockets.into_iter().for_each(|socket| worker.tell(More::Listen(socket)));
         }
-        Ok(())
+        Ok(place)
     }
 
     /// Opens listeners in the daemon's own network namespace, or says where the proxy listens that takes
@@ -411,7 +352,7 @@ impl ActiveCapture {
     pub(super) fn listen_here(
         &mut self,
         workers: usize,
-        mark: u32,
+        mark: Option<u32>,
     ) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
         if let Some(proxy) = self.wanted.proxy {
             let listener = proxy_listener(proxy);
@@ -419,16 +360,17 @@ impl ActiveCapture {
             return Ok((0..workers).map(|_| Vec::new()).collect());
         }
         let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
-        let own = Namespace::Own(Place::of(&opened));
-        self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), own);
-        self.hand_out(opened)
+        let (place, per_worker) = self.hand_out(opened)?;
+        self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), Namespace::Own(place));
+        Ok(per_worker)
     }
 
     /// Tells the programs of new listeners; the sockets, for each worker.
-    fn hand_out(&self, sockets: Sockets) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
-        let Sockets { netns, listener, per_worker } = sockets;
+    fn hand_out(&self, sockets: Sockets) -> Result<(Place, Vec<Vec<CaptureSocket>>), Failure> {
         let capture = &self.programs.capture;
-        capture.set_listener(netns, listener).map_err(bpf_failure)?;
+        let steering = capture.add_listeners(&sockets).map_err(bpf_failure)?;
+        let Sockets { netns, per_worker, .. } = sockets;
+        let place = Place { cookie: netns, _steering: steering };
         let name: Option<Arc<str>> = self.wanted.name.as_deref().map(Arc::from);
         let wrap = |socket| CaptureSocket {
             source: self.source,
@@ -440,7 +382,7 @@ impl ActiveCapture {
                 bypass: self.bypass.as_ref().map(Promotions::promoter),
             },
         };
-        Ok(per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect())
+        Ok((place, per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect()))
     }
 }
 
@@ -448,9 +390,9 @@ fn proxy_listener(proxy: SocketAddr) -> tunnel_common::capture::Listener {
     let port = Some(proxy.port());
     // A proxy on `[::1]` takes IPv6 only; one on `[::]` takes both.
     match proxy {
-        SocketAddr::V4(_) => tunnel_common::capture::Listener::new(port, None),
-        SocketAddr::V6(a) if a.ip().is_unspecified() => tunnel_common::capture::Listener::new(port, port),
-        SocketAddr::V6(_) => tunnel_common::capture::Listener::new(None, port),
+        SocketAddr::V4(_) => tunnel_common::capture::Listener::proxy(port, None),
+        SocketAddr::V6(a) if a.ip().is_unspecified() => tunnel_common::capture::Listener::proxy(port, port),
+        SocketAddr::V6(_) => tunnel_common::capture::Listener::proxy(None, port),
     }
 }
 

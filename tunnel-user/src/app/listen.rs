@@ -54,7 +54,7 @@ impl SourceIds {
 /// Opens what listens for the workers of one daemon.
 pub(super) struct Opener {
     pub(super) workers: usize,
-    pub(super) mark: tcp::Mark,
+    pub(super) mark: Option<u32>,
     /// Sockets of the daemon that this one replaces.
     pub(super) taken: Listeners,
     /// Copies, by the address that is configured, for the daemon that replaces this one.

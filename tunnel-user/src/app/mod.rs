@@ -117,9 +117,8 @@ struct Fixed {
     workers: usize,
     /// The limit of descriptors.
     nofile: u64,
-    mark: u32,
-    /// The mark of our own sockets, where we may set one.
-    socket_mark: tcp::Mark,
+    /// What our own sockets are told by.
+    own: tcp::Own,
     /// What this process calls itself in `via`.
     pseudonym: String,
     keep_records: bool,
@@ -154,8 +153,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let fixed = Fixed {
         workers: config.daemon.workers.map_or_else(cores, Into::into),
         nofile: limits::raise_nofile(),
-        mark,
-        socket_mark: marking.then_some(mark),
+        own: tcp::Own::new(marking.then_some(mark)),
         pseudonym: pseudonym(),
         keep_records,
     };
@@ -165,7 +163,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let mut sockets: Vec<Sockets> = (0..fixed.workers).map(|_| Sockets::default()).collect();
     let mut opener = Opener {
         workers: fixed.workers,
-        mark: fixed.socket_mark,
+        mark: fixed.own.mark(),
         taken,
         kept: Vec::new(),
         retuned: Vec::new(),
@@ -182,14 +180,14 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     for wanted in &config.captures {
         captures.0.push(captures::load(sources.next(), wanted, &config, group)?);
         let Some(active) = captures.0.last_mut() else { continue };
-        for (own, opened) in sockets.iter_mut().zip(active.listen_here(fixed.workers, mark)?) {
+        for (own, opened) in sockets.iter_mut().zip(active.listen_here(fixed.workers, fixed.own.mark())?) {
             own.captures.extend(opened);
         }
     }
 
     let path = path(&config)?;
     let shared = shared(&config, &fixed, &listeners, path);
-    let mut discover = Discover::new(fixed.socket_mark, fixed.workers);
+    let mut discover = Discover::new(fixed.own.clone(), fixed.workers);
     let upstreams = config.upstreams.iter().map(|u| discover.upstream(u, tls));
     let upstreams = upstreams.collect::<Result<Vec<_>, _>>()?;
     let (trigger, phase) = drain::channel();
@@ -243,7 +241,7 @@ fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener], path: Pa
     Arc::new(Shared {
         router: Router::new(config.routes.clone()),
         policies: Policies::new(config.policies.clone(), &own),
-        mark: fixed.socket_mark,
+        own: fixed.own.clone(),
         pseudonym: fixed.pseudonym.clone(),
         flows_max: limits::flows_per_worker(max_flows, fixed.nofile, fixed.workers, per_flow),
         path,
@@ -334,13 +332,20 @@ impl Running {
             self.counters.push(counters);
             self.more.push(Inbox::new(tell));
         }
+        self.register(&[]);
         // Last: from here on connections are captured.
         for active in &mut self.captures {
-            active.scan(&self.more, self.fixed.mark);
+            active.scan(&self.more, self.fixed.own.mark());
             active.attach()?;
             tracing::info!(cgroup = active.name, "capturing");
         }
         Ok(())
+    }
+
+    /// Has the sockets that we connect registered with every capture, those to come included.
+    fn register(&self, more: &[ActiveCapture]) {
+        let all = self.captures.iter().chain(more).map(|active| active.programs.capture.register());
+        self.fixed.own.set_captures(all.collect());
     }
 
     /// It is sure that this daemon stays: nothing of an earlier one is put back any more.
@@ -378,7 +383,7 @@ impl Running {
             }
             for active in &mut self.captures {
                 active.programs.rings.read();
-                active.scan(&self.more, self.fixed.mark);
+                active.scan(&self.more, self.fixed.own.mark());
             }
             if sweep {
                 for active in &mut self.captures {

@@ -74,14 +74,16 @@ impl Running {
                 .map_or(0, |u| u.iter().filter(|p| matches!(p, Planned::New(_))).count()),
         };
 
+        self.register(&captures);
         for active in &mut captures {
-            active.scan(&self.more, self.fixed.mark);
+            active.scan(&self.more, self.fixed.own.mark());
         }
         if let Err(e) = self.attach(&mut captures, programs) {
             for active in &captures {
                 active.take_back();
                 active.forget(&self.more);
             }
+            self.register(&[]);
             return Err(e);
         }
 
@@ -126,6 +128,7 @@ impl Running {
         }
         (self.listeners, self.redirects, self.captures, self.kept) = (listeners, redirects, active, kept);
         self.config = config;
+        self.register(&[]);
         if let Some(identity) = &self.identity {
             identity.store.keep(&wanted_tls(&self.config));
         }
@@ -199,14 +202,14 @@ impl Running {
                 captures.0.push(captures::load(self.sources.next(), wanted, config, None)?);
                 let Some(new) = captures.0.last_mut() else { continue };
                 for (own, opened) in
-                    sockets.iter_mut().zip(new.listen_here(self.fixed.workers, self.fixed.mark)?)
+                    sockets.iter_mut().zip(new.listen_here(self.fixed.workers, self.fixed.own.mark())?)
                 {
                     own.captures.extend(opened);
                 }
                 continue;
             };
             if !active.is_attached_as(wanted) {
-                programs.push((active.source, captures::programs(wanted, config)?));
+                programs.push((active.source, captures::programs(wanted, config, active.generation)?));
             }
         }
 
@@ -234,7 +237,7 @@ impl Running {
         let taken = taken.map_err(|e| other(&format!("copying a listening socket: {e}")))?;
         Ok(Opener {
             workers: self.fixed.workers,
-            mark: self.fixed.socket_mark,
+            mark: self.fixed.own.mark(),
             taken,
             kept: Vec::new(),
             retuned: Vec::new(),

@@ -21,15 +21,15 @@ use crate::{
 
 /// Finds out endpoints.
 pub(super) struct Discover {
-    mark: tcp::Mark,
+    own: tcp::Own,
     workers: usize,
     /// One thread for all names, once there is one.
     questions: Option<Arc<dns::Questions>>,
 }
 
 impl Discover {
-    pub(super) fn new(mark: tcp::Mark, workers: usize) -> Self {
-        Self { mark, workers, questions: None }
+    pub(super) fn new(own: tcp::Own, workers: usize) -> Self {
+        Self { own, workers, questions: None }
     }
 
     /// The settings of an upstream.
@@ -60,7 +60,7 @@ impl Discover {
             pool: pool::Settings {
                 max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
                 max_connections: limits.connections.unwrap_or(usize::MAX),
-                connect: connect::Settings { timeout: u.connect_timeout, mark: self.mark },
+                connect: connect::Settings { timeout: u.connect_timeout, own: self.own.clone() },
                 idle_timeout: u.idle_timeout,
                 keepalive_interval: u.keepalive_interval,
                 keepalive_timeout: u.keepalive_timeout,
@@ -77,7 +77,7 @@ impl Discover {
             Discovery::Dns => {
                 let questions = match self.questions.take() {
                     Some(questions) => questions,
-                    None => dns::Questions::start(self.mark)
+                    None => dns::Questions::start(self.own.clone())
                         .map_err(|e| other(&format!("names of endpoints could not be resolved: {e}")))?,
                 };
                 let feed = questions.follow(&u.name, &u.endpoints);

@@ -2,11 +2,12 @@
 //!
 //! Enters: a network namespace, or listening sockets. Leaves: accepted sockets, each with the address its
 //! application asked for. Invariant: no original destination, no flow: such a socket is reset and counted. It
-//! never opens a listener without the daemon's mark, by which the programs know it.
+//! never opens a listener that another process could join.
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
     os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::Arc,
@@ -14,10 +15,10 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns};
-use socket2::Socket;
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tunnel_common::{
-    capture,
+    capture::lane_v4,
     flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
 };
 
@@ -37,61 +38,127 @@ use crate::{
 pub struct Sockets {
     /// The cookie of the namespace.
     pub netns: u64,
-    /// Where connections of the namespace go.
-    pub listener: capture::Listener,
-    /// One list per worker.
+    /// The port that all of them have.
+    pub port: u16,
+    /// IPv4 in front, IPv6 behind where the kernel has it; one list per worker.
     pub per_worker: Vec<Vec<Socket>>,
 }
 
+/// How many ports are tried, of those that nobody is given by chance.
+const PORTS_TRIED: usize = 64;
+/// Ports above what Linux gives by default (`ip_local_port_range`, 32768 to 60999).
+const HIGH_PORTS: RangeInclusive<u16> = 61000..=u16::MAX;
+/// Below it, where the range has been made as large as it can be: what is assigned there is bound by name, and seldom.
+const LOW_PORTS: RangeInclusive<u16> = 400..=1023;
+
 /// Opens listeners in the namespace that the calling thread is in.
-pub fn listen(workers: usize, mark: u32) -> io::Result<Sockets> {
-    let v4 = listen_at(Ipv4Addr::LOCALHOST.into(), workers, mark)?;
-    let v6 = match listen_at(Ipv6Addr::LOCALHOST.into(), workers, mark) {
-        // A node without IPv6 has no `::1`; the programs refuse captured IPv6 connections until it has (`has_ipv6`).
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => Vec::new(),
-        v6 => v6?,
-    };
-    let first = v4.first().ok_or(io::ErrorKind::InvalidInput)?;
-    let (netns, listener) = (
-        sys::netns_cookie(first.as_fd())?,
-        capture::Listener::new(port_of(first), v6.first().and_then(port_of)),
-    );
-    let mut v6 = v6.into_iter();
-    let per_worker =
-        v4.into_iter().map(|socket| std::iter::once(socket).chain(v6.next()).collect()).collect();
-    Ok(Sockets { netns, listener, per_worker })
-}
-
-/// Adds listeners on `::1` to those that a namespace has on 127.0.0.1.
-fn listen_v6(v4: Option<u16>, workers: usize, mark: u32) -> io::Result<Sockets> {
-    let v6 = listen_at(Ipv6Addr::LOCALHOST.into(), workers, mark)?;
-    let first = v6.first().ok_or(io::ErrorKind::InvalidInput)?;
-    let listener = capture::Listener::new(v4, port_of(first));
-    let netns = sys::netns_cookie(first.as_fd())?;
-    Ok(Sockets { netns, listener, per_worker: v6.into_iter().map(|socket| vec![socket]).collect() })
-}
-
-fn listen_at(loopback: IpAddr, workers: usize, mark: u32) -> io::Result<Vec<Socket>> {
-    let sockets = tcp::listen((loopback, 0).into(), workers, Some(mark), OnClose::Abort)?;
-    for socket in &sockets {
-        // Its connections inherit it (tcp_ca_openreq_child).
-        socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
+///
+/// Nothing connects to their addresses: the steering program gives them their connections. So they take one port, at
+/// addresses that nobody binds, outside of what programs are given who do not ask for one. They share it with nobody: another
+/// process could otherwise join them (SO_REUSEPORT) and would be given captured connections.
+pub fn listen(workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for port in free_ports() {
+        match listen_on(port, workers, mark) {
+            Ok(per_worker) => {
+                let first = per_worker.first().and_then(|own| own.first()).ok_or(io::ErrorKind::InvalidInput)?;
+                let netns = sys::netns_cookie(first.as_fd())?;
+                let port = port_of(first).unwrap_or(port);
+                return Ok(Sockets { netns, port, per_worker });
+            }
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => last = e,
+            Err(e) => return Err(e),
+        }
     }
-    Ok(sockets)
+    Err(last)
+}
+
+/// A port of 0 is one that the kernel picks.
+fn listen_on(port: u16, workers: usize, mark: Option<u32>) -> io::Result<Vec<Vec<Socket>>> {
+    let lanes = u16::try_from(workers).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut port = port;
+    (0..lanes)
+        .map(|lane| {
+            let mut own = vec![listen_at((Ipv4Addr::from_bits(lane_v4(lane)), port).into(), mark)?];
+            port = own.first().and_then(port_of).unwrap_or(port);
+            match listen_at(SocketAddr::from((lane_v6(lane), port)), mark) {
+                // A kernel without IPv6: nothing comes by it.
+                Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+                v6 => own.push(v6?),
+            }
+            Ok(own)
+        })
+        .collect()
+}
+
+/// Where the IPv6 listener of a lane is bound: the first one to `::1`, which is all there is; the others to IPv4 addresses,
+/// for what matters is the family of the socket.
+fn lane_v6(lane: u16) -> Ipv6Addr {
+    const LANES_V6: u32 = 0x7f55_0000;
+    match lane {
+        0 => Ipv6Addr::LOCALHOST,
+        lane => Ipv4Addr::from_bits(LANES_V6 + u32::from(lane)).to_ipv6_mapped(),
+    }
 }
 
 fn port_of(socket: &Socket) -> Option<u16> {
     socket.local_addr().ok()?.as_socket().map(|a| a.port())
 }
 
-/// Opens listeners in the namespace that `netns` names. A thread of its own goes there and ends.
-pub fn listen_in(netns: OwnedFd, workers: usize, mark: u32) -> io::Result<Sockets> {
-    within(netns, move || listen(workers, mark))
+fn listen_at(addr: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    // The interface may come up later, and IPv6 with it.
+    match addr {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(v6) => {
+            socket.set_freebind_v6(true)?;
+            socket.set_only_v6(v6.ip().to_ipv4_mapped().is_none())?;
+        }
+    }
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    tcp::bequeath(&socket, OnClose::Abort)?;
+    // Its connections inherit it (tcp_ca_openreq_child).
+    socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
+    socket.bind(&addr.into())?;
+    socket.listen(tcp::BACKLOG)?;
+    Ok(socket)
 }
 
-/// Opens the listeners on `::1` that were missing there, where `v4` is the port of those on 127.0.0.1.
-pub fn listen_v6_in(netns: OwnedFd, v4: Option<u16>, workers: usize, mark: u32) -> io::Result<Sockets> {
-    within(netns, move || listen_v6(v4, workers, mark))
+/// Ports that no program of this namespace is given unless it asks for that one: outside of `ip_local_port_range`, and not
+/// reserved for anybody by name (`ip_local_reserved_ports`).
+fn free_ports() -> impl Iterator<Item = u16> {
+    // Of the namespace that the thread is in.
+    let setting = |name| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+    let range = setting("ip_local_port_range");
+    let mut ends = range.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
+    let given = ends.next().unwrap_or(1)..=ends.next().unwrap_or(u16::MAX);
+    let reserved = setting("ip_local_reserved_ports");
+    let reserved: Vec<RangeInclusive<u16>> = reserved
+        .trim()
+        .split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.parse().ok()?..=last.parse().ok()?)
+        })
+        .collect();
+    let may = move |port: &u16| !given.contains(port) && !reserved.iter().any(|r| r.contains(port));
+    let mut high: Vec<u16> = HIGH_PORTS.filter(&may).collect();
+    if high.is_empty() {
+        high = LOW_PORTS.filter(&may).collect();
+    }
+    fastrand::shuffle(&mut high);
+    high.truncate(PORTS_TRIED);
+    // What the kernel picks, when there is nothing else.
+    high.push(0);
+    high.into_iter()
+}
+
+/// Opens listeners in the namespace that `netns` names. A thread of its own goes there and ends.
+pub fn listen_in(netns: OwnedFd, workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
+    within(netns, move || listen(workers, mark))
 }
 
 fn within<T: Send + 'static>(
@@ -109,13 +176,6 @@ fn within<T: Send + 'static>(
 pub fn netns_inode(pid: u32) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     fs::metadata(Path::new("/proc").join(pid.to_string()).join("ns/net")).map(|m| m.ino())
-}
-
-/// Whether the network namespace that process `pid` is in has `::1` (`/proc/net/if_inet6`).
-pub fn has_ipv6(pid: u32) -> bool {
-    const LOOPBACK: &str = "00000000000000000000000000000001 ";
-    let addresses = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("net/if_inet6"));
-    addresses.is_ok_and(|text| text.lines().any(|line| line.starts_with(LOOPBACK)))
 }
 
 /// Opens the network namespace that process `pid` is in.
@@ -152,7 +212,6 @@ impl Origins {
 /// One listener of one worker.
 pub struct Accept {
     listener: TcpListener,
-    local: SocketAddr,
     origins: Origins,
 }
 
@@ -188,9 +247,7 @@ pub struct Captured {
 impl Accept {
     /// Takes over a listening socket, whose connections are born with [`OnClose::Abort`], in the runtime of its worker.
     pub fn new(socket: Socket, origins: Origins) -> io::Result<Self> {
-        let listener = TcpListener::from_std(socket.into())?;
-        let local = listener.local_addr()?;
-        Ok(Self { listener, local, origins })
+        Ok(Self { listener: TcpListener::from_std(socket.into())?, origins })
     }
 
     /// The next connection, or why it is no flow: then it has been reset.
@@ -210,7 +267,8 @@ impl Accept {
     ) -> Result<(OriginalDst, Option<Candidate>), Stray> {
         match &self.origins {
             Origins::Recorded { netns, flows, bypass } => {
-                let key = FlowKey::new(*netns, peer.into(), self.local.into());
+                let local = stream.local_addr().map_err(Stray::Unreadable)?;
+                let key = FlowKey::new(*netns, peer.into(), local.into());
                 let origin = flows.take(&key).map_err(Stray::Unreadable)?.ok_or(Stray::NotCaptured)?;
                 let candidate = bypass.as_ref().map(|b| b.candidate(origin.cookie()));
                 Ok((OriginalDst(origin.dst().into()), candidate))

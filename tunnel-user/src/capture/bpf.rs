@@ -7,7 +7,7 @@
 
 use std::{
     fs, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -19,27 +19,50 @@ use aya::{
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
     programs::{Program, ProgramError},
 };
+use ipnet::IpNet;
+use socket2::Domain;
 use tunnel_common::{
     addr::Endpoint,
-    capture::{Listener, OnFailure, Rule},
+    capture::{Listener, OnFailure, Rule, SocketKey},
     flow::{FlowKey, Origin},
     names::{self, Counter},
 };
 
-use super::{before::Before, rules::Rules, sys, sys::AttachType};
+use super::{
+    accept::Sockets,
+    before::Before,
+    rules::Rules,
+    sources::Sources,
+    steer::{self, Steering},
+    sys::{self, AttachType},
+};
+use crate::transport::tcp::Register;
 
 /// The programs, as the build script made or found them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tunnel-ebpf.bpf.o"));
 
 /// Every program with the place it is attached to. `connect` comes last: until it is there nothing is
 /// captured, and what it captures needs the others.
-const PROGRAMS: [(&str, AttachType); 6] = [
+const PROGRAMS: [(&str, AttachType); 8] = [
     (names::SOCKOPS, AttachType::SockOps),
+    (names::GETSOCKNAME4, AttachType::Getsockname4),
+    (names::GETSOCKNAME6, AttachType::Getsockname6),
     (names::GETPEERNAME4, AttachType::Getpeername4),
     (names::GETPEERNAME6, AttachType::Getpeername6),
     (names::GETSOCKOPT, AttachType::Getsockopt),
     (names::CONNECT4, AttachType::Connect4),
     (names::CONNECT6, AttachType::Connect6),
+];
+
+/// Maps that are pinned with the links.
+const PINNED: [&str; 7] = [
+    names::FLOWS,
+    names::ORIGINS,
+    names::LISTENERS,
+    names::SOCKETS,
+    names::OWN,
+    names::SOURCES_V4,
+    names::SOURCES_V6,
 ];
 
 /// What went wrong with the kernel side. None of it is the application's or a peer's fault.
@@ -153,12 +176,10 @@ pub enum Lifetime {
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// `SO_MARK` of the daemon's own sockets, never captured.
-    pub mark: u32,
     /// What captured connections get while no listener is alive.
     pub on_failure: OnFailure,
-    /// Whether the listener is ours, and so carries the mark.
-    pub listener_marked: bool,
+    /// What tells the listening sockets of this daemon from those of the one before. Any number that that one has not.
+    pub generation: u32,
     /// How long the programs stay.
     pub lifetime: Lifetime,
 }
@@ -173,6 +194,11 @@ pub struct Capture {
     before: Mutex<Option<Before>>,
     listeners: Mutex<HashMap<MapData, u64, Listener>>,
     flows: FlowTable,
+    sockets: OwnedFd,
+    own: Arc<OwnedFd>,
+    sources: Mutex<Sources>,
+    /// Under which the listening sockets of this daemon are.
+    generation: u32,
     sweeper: Sweeper,
     counters: PerCpuArray<MapData, u64>,
 }
@@ -220,16 +246,16 @@ impl Capture {
 
     fn load_here(spec: &Spec, rules: &Rules, adopted: bool) -> Result<Self, BpfError> {
         let mut loader = EbpfLoader::new();
-        let marked = u32::from(spec.listener_marked);
+        let has_mptcp = u32::from(Path::new("/proc/sys/net/mptcp").exists());
         loader
-            .override_global(names::OUR_MARK, &spec.mark, true)
-            .override_global(names::ON_FAILURE, &spec.on_failure, true)
-            .override_global(names::LISTENER_MARKED, &marked, true);
+            .override_global(names::HAS_MPTCP, &has_mptcp, true)
+            .override_global(names::ON_FAILURE, &spec.on_failure, true);
         if let Lifetime::Pinned(dir) = &spec.lifetime {
             fs::create_dir_all(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
-            // What the next one has to find: the flows of connections that live on, the sockets' origins, and where
-            // their listeners are. The rules are the programs' own, so that both are replaced as one.
-            for name in [names::FLOWS, names::ORIGINS, names::LISTENERS] {
+            // What the next one has to find: the flows of connections that live on, the sockets' origins, where their
+            // listeners are, and whose sockets a daemon made that still drains. The rules are the programs' own, so that
+            // both are replaced as one.
+            for name in PINNED {
                 loader.map_pin_path(name, dir.join(format!("{name}_{}", names::ABI)));
             }
         }
@@ -259,10 +285,10 @@ impl Capture {
         )?;
         let listeners =
             HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
+        let flows_fd = fd_of(&ebpf, names::FLOWS)?;
         let flows = take(&mut ebpf, names::FLOWS)?;
-        let Map::HashMap(data) = &flows else { return Err(BpfError::Missing(names::FLOWS)) };
-        let flows_fd = data.fd().as_fd().try_clone_to_owned();
-        let flows_fd = flows_fd.map_err(|e| map(names::FLOWS)(MapError::IoError(e)))?;
+        let (sockets, own) = (fd_of(&ebpf, names::SOCKETS)?, fd_of(&ebpf, names::OWN)?);
+        let sources = Sources::new(take(&mut ebpf, names::SOURCES_V4)?, take(&mut ebpf, names::SOURCES_V6)?)?;
         let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
         let counters =
             PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
@@ -273,6 +299,10 @@ impl Capture {
             before: Mutex::new(adopted.then(Before::default)),
             listeners: Mutex::new(listeners),
             flows: FlowTable(Arc::new(flows_fd)),
+            sockets,
+            own: Arc::new(own),
+            sources: Mutex::new(sources),
+            generation: spec.generation,
             sweeper,
             counters,
         })
@@ -301,6 +331,50 @@ impl Capture {
         let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         self.note_listener(&map_, netns_cookie);
         map_.insert(netns_cookie, listener, 0).map_err(map(names::LISTENERS))
+    }
+
+    /// Has connections of a network namespace go to listening sockets of ours there. May be called while attached. What is
+    /// returned is to be kept as long as they are used; where it is none, all destinations share one address.
+    pub fn add_listeners(&self, sockets: &Sockets) -> Result<Option<Steering>, BpfError> {
+        let lanes = u16::try_from(sockets.per_worker.len()).unwrap_or(u16::MAX);
+        for (lane, own) in (0..lanes).zip(&sockets.per_worker) {
+            for socket in own {
+                let v4 = socket.domain().is_ok_and(|domain| domain == Domain::IPV4);
+                let key = SocketKey::new(sockets.netns, self.generation, lane, v4);
+                let fd = socket.as_raw_fd().cast_unsigned();
+                sys::map_update(self.sockets.as_fd(), &key, &fd)
+                    .map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
+            }
+        }
+        let first = sockets.per_worker.first().and_then(|own| own.first());
+        let netns = first.ok_or_else(|| io::ErrorKind::InvalidInput.into()).and_then(|s| sys::netns_of(s.as_fd()));
+        let netns = netns.map_err(|source| BpfError::Attach { name: names::STEER, source })?;
+        let maps = steer::Maps { flows: self.flows.0.as_fd(), sockets: self.sockets.as_fd() };
+        let steering = match Steering::attach(netns.as_fd(), sockets.netns, self.generation, lanes, &maps) {
+            Ok(steering) => Some(steering),
+            Err(e) => {
+                tracing::warn!(
+                    netns = sockets.netns,
+                    "captured destinations share one local address in this network namespace, so that one local port serves \
+                     one connection at a time: {e}"
+                );
+                None
+            }
+        };
+        let listener = Listener::own(sockets.port, lanes, self.generation, steering.is_some());
+        self.set_listener(sockets.netns, listener)?;
+        Ok(steering)
+    }
+
+    /// Registers sockets of ours, which are never captured.
+    pub fn register(&self) -> Register {
+        let own = Arc::clone(&self.own);
+        Arc::new(move |socket| sys::map_update(own.as_fd(), &socket.as_raw_fd(), &1u32))
+    }
+
+    /// Says what source addresses the routes of a network namespace give.
+    pub fn set_sources(&self, netns_cookie: u64, sources: &[(IpNet, IpAddr)]) -> Result<(), BpfError> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).set(netns_cookie, sources)
     }
 
     fn note_listener(&self, map_: &HashMap<MapData, u64, Listener>, netns_cookie: u64) {
@@ -525,8 +599,16 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
     Ok(())
 }
 
-fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
+pub(super) fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
     move |source| BpfError::Map { name, source }
+}
+
+fn fd_of(ebpf: &Ebpf, name: &'static str) -> Result<OwnedFd, BpfError> {
+    let data = match ebpf.map(name) {
+        Some(Map::HashMap(data) | Map::SockHash(data) | Map::SkStorage(data)) => data,
+        _ => return Err(BpfError::Missing(name)),
+    };
+    data.fd().as_fd().try_clone_to_owned().map_err(|e| map(name)(MapError::IoError(e)))
 }
 
 fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
@@ -577,7 +659,7 @@ mod tests {
         for (name, loaded) in probe().expect("this kernel has the maps that capture needs") {
             loaded.unwrap_or_else(|e| panic!("{name}: {e}"));
         }
-        let spec = Spec { mark: 1, on_failure: 0, listener_marked: true, lifetime: Lifetime::Cgroup };
+        let spec = Spec { on_failure: 0, generation: 1, lifetime: Lifetime::Cgroup };
         Capture::load(&spec, &Rules::default()).expect("maps and globals have the types of this daemon");
         let ebpf = aya_obj_names();
         for name in names::MAPS {

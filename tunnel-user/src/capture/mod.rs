@@ -12,4 +12,6 @@ pub mod cgroup;
 pub mod redirect;
 pub mod ring;
 pub mod rules;
+mod sources;
+pub mod steer;
 pub mod sys;

@@ -28,7 +28,7 @@ const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_ANY: u64 = 0;
 const BPF_NOEXIST: u64 = 1;
 
-/// `enum bpf_attach_type`: where on a cgroup a program sits.
+/// `enum bpf_attach_type`: where a program sits.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachType {
@@ -44,6 +44,12 @@ pub enum AttachType {
     Getpeername4 = 29,
     /// `BPF_CGROUP_INET6_GETPEERNAME`
     Getpeername6 = 30,
+    /// `BPF_CGROUP_INET4_GETSOCKNAME`
+    Getsockname4 = 31,
+    /// `BPF_CGROUP_INET6_GETSOCKNAME`
+    Getsockname6 = 32,
+    /// `BPF_SK_LOOKUP`: on a network namespace.
+    SkLookup = 36,
 }
 
 fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
@@ -74,9 +80,9 @@ pub fn prog_attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachTy
     Ok(())
 }
 
-/// Attaches a program to a cgroup for as long as the link's descriptor, or a pin of it, is there.
+/// Attaches a program to a cgroup, or to a network namespace, for as long as the link's descriptor, or a pin of it, is there.
 /// Links are multi by nature and take no flag that says so.
-pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<OwnedFd> {
+pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, at: AttachType) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_fd: i32,
@@ -88,7 +94,7 @@ pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachTy
         BPF_LINK_CREATE,
         &mut Attr {
             prog_fd: program.as_raw_fd(),
-            target_fd: cgroup.as_raw_fd(),
+            target_fd: target.as_raw_fd(),
             attach_type: at as u32,
             flags: 0,
         },
@@ -140,6 +146,50 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
 pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     owned(bpf(BPF_OBJ_GET, &mut ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })?)
+}
+
+/// Loads a program of type `BPF_PROG_TYPE_SK_LOOKUP`, under a licence that is compatible with the GPL.
+pub fn load_sk_lookup(name: &str, instructions: &[[u8; 8]]) -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
+    /// A start of `union bpf_attr`, for this command.
+    #[repr(C)]
+    struct Attr {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+    }
+    let mut prog_name = [0; 16];
+    // The last byte stays 0.
+    for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    owned(bpf(
+        BPF_PROG_LOAD,
+        &mut Attr {
+            prog_type: BPF_PROG_TYPE_SK_LOOKUP,
+            insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+            insns: instructions.as_ptr() as u64,
+            license: c"Dual MIT/GPL".as_ptr() as u64,
+            log_level: 0,
+            log_size: 0,
+            log_buf: 0,
+            kern_version: 0,
+            prog_flags: 0,
+            prog_name,
+            prog_ifindex: 0,
+            expected_attach_type: AttachType::SkLookup as u32,
+        },
+    )?)
 }
 
 /// The program of this id (CAP_SYS_ADMIN).

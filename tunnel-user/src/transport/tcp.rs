@@ -1,10 +1,18 @@
 //! TCP sockets of ours.
 //!
 //! Enters: addresses. Leaves: connected or listening sockets with the options that every socket of the
-//! daemon has. Invariant: each carries the daemon's mark where the daemon may set it, so that it is never
-//! captured. It never resolves names.
+//! daemon has. Invariant: each that connects is registered with the daemon's captures before it does ([`Own`]),
+//! so that it is never captured. It never resolves names.
 
-use std::{io, net::SocketAddr, sync::OnceLock, time::Duration};
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
@@ -21,9 +29,48 @@ pub const BACKLOG: i32 = 4096;
 /// only stand in front of the next stream's bytes; what is on its way does not count.
 const UNSENT_MAX: u32 = 128 * 1024;
 
-/// `SO_MARK` for the sockets of this process; `None` where nothing is captured here, or where the
-/// process may not set it.
-pub type Mark = Option<u32>;
+/// What registers a socket with one capture.
+pub type Register = Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>;
+
+/// How the sockets of this daemon are told from those of applications: its captures are told of each one before it connects,
+/// and it carries a mark, for rules of the operator's. The captures do not look at the mark, which others can set as well
+/// (CAP_NET_RAW is enough since Linux 5.17).
+#[derive(Clone, Default)]
+pub struct Own {
+    mark: Option<u32>,
+    captures: Arc<ArcSwap<Vec<Register>>>,
+}
+
+impl Own {
+    /// `mark`: `SO_MARK`; `None` where this process may not set it.
+    pub fn new(mark: Option<u32>) -> Self {
+        Self { mark, captures: Arc::default() }
+    }
+
+    /// The mark.
+    pub fn mark(&self) -> Option<u32> {
+        self.mark
+    }
+
+    /// From now on these are the captures. All copies know.
+    pub fn set_captures(&self, captures: Vec<Register>) {
+        self.captures.store(Arc::new(captures));
+    }
+
+    /// Makes a socket one of ours, before it connects. On an error it must not: it would be captured.
+    pub fn claim(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        if let Some(mark) = self.mark {
+            SockRef::from(&socket).set_mark(mark)?;
+        }
+        self.captures.load().iter().try_for_each(|register| register(socket))
+    }
+}
+
+impl fmt::Debug for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Own").field("mark", &self.mark).finish_non_exhaustive()
+    }
+}
 
 /// Sets how silent peers are found, before any socket is made. Later calls change nothing.
 pub fn set_keepalive(wanted: Keepalive) {
@@ -73,12 +120,10 @@ impl Connected {
 }
 
 /// Connects. The caller bounds the time.
-pub async fn connect(addr: SocketAddr, mark: Mark, first: First) -> io::Result<Connected> {
+pub async fn connect(addr: SocketAddr, own: &Own, first: First) -> io::Result<Connected> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))?;
-    if let Some(mark) = mark {
-        socket.set_mark(mark)?;
-    }
+    own.claim(socket.as_fd())?;
     tune(&socket)?;
     if first == First::Us {
         socket.set_tcp_quickack(false)?;
@@ -137,7 +182,7 @@ pub fn bequeath(listener: &Socket, on_close: OnClose) -> io::Result<()> {
 
 /// Listening sockets that share one address, one for each worker. Port 0 is the same port for all.
 /// Fails where another process listens already, although the address could be shared with it too.
-pub fn listen(addr: SocketAddr, workers: usize, mark: Mark, on_close: OnClose) -> io::Result<Vec<Socket>> {
+pub fn listen(addr: SocketAddr, workers: usize, mark: Option<u32>, on_close: OnClose) -> io::Result<Vec<Socket>> {
     if addr.port() != 0 {
         let alone = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
         alone.set_reuse_address(true)?;
@@ -150,7 +195,7 @@ pub fn listen(addr: SocketAddr, workers: usize, mark: Mark, on_close: OnClose) -
 pub fn listen_beside(
     mut addr: SocketAddr,
     count: usize,
-    mark: Mark,
+    mark: Option<u32>,
     on_close: OnClose,
 ) -> io::Result<Vec<Socket>> {
     (0..count)
@@ -183,7 +228,7 @@ mod tests {
             for addr in ["127.0.0.1:0", "[::1]:0"] {
                 let listener = listen(addr.parse().unwrap(), 1, None, on_close).unwrap().remove(0);
                 let at = listener.local_addr().unwrap().as_socket().unwrap();
-                let _client = connect(at, None, First::Anybody).await.unwrap();
+                let _client = connect(at, &Own::default(), First::Anybody).await.unwrap();
                 let (accepted, _) = listener.accept().unwrap();
                 assert_eq!(accepted.linger().unwrap(), linger);
                 assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
@@ -199,7 +244,7 @@ mod tests {
     async fn a_connection_on_this_machine_is_spared_what_congestion_control_costs() {
         for addr in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(addr).unwrap();
-            let connected = connect(listener.local_addr().unwrap(), None, First::Anybody).await.unwrap();
+            let connected = connect(listener.local_addr().unwrap(), &Own::default(), First::Anybody).await.unwrap();
             let stream = connected.up().unwrap();
             let control = || SockRef::from(&stream).tcp_congestion().unwrap();
             let available =
@@ -217,7 +262,8 @@ mod tests {
     #[tokio::test]
     async fn what_we_connect_has_the_same_options() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let stream = connect(listener.local_addr().unwrap(), None, First::Us).await.unwrap().up().unwrap();
+        let own = Own::default();
+        let stream = connect(listener.local_addr().unwrap(), &own, First::Us).await.unwrap().up().unwrap();
         let socket = SockRef::from(&stream);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert!(socket.out_of_band_inline().unwrap());

@@ -2,7 +2,7 @@
 //! checks.
 //!
 //! Enters: a key. Leaves: a connection whose far end has proved what the key wants. Invariant: it is tried
-//! within the connect timeout, which covers every upstream on the way, with our mark. It never speaks HTTP, and
+//! within the connect timeout, which covers every upstream on the way, as sockets of our own. It never speaks HTTP, and
 //! keeps nothing.
 
 use std::{
@@ -33,7 +33,7 @@ use crate::{
     transport::{
         identity::peer_identity,
         record::{self, Agreed, TlsStream},
-        tcp::{First, Mark},
+        tcp::{First, Own},
         verify::{check_expiry, explain_hinted},
     },
 };
@@ -77,12 +77,12 @@ impl Hash for TlsKey {
 }
 
 /// How a connection is made.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// From the first SYN until the peer has answered: to TLS, and where HTTP/2 is spoken, on that.
     pub timeout: Duration,
-    /// The mark of our own sockets.
-    pub mark: Mark,
+    /// What our own sockets are told by.
+    pub own: Own,
 }
 
 /// Why there is no connection.
@@ -219,10 +219,10 @@ async fn over_socket(
     deadline: Instant,
 ) -> Result<Connected, ConnectError> {
     let dial = |e| ConnectError::Dial(Rc::new(e));
-    let addrs = dial::resolve(&key.endpoint, settings.mark).await.map_err(dial)?;
+    let addrs = dial::resolve(&key.endpoint, &settings.own).await.map_err(dial)?;
     // A ClientHello, a preface, or a request.
     let (tcp, addr) =
-        dial::connect(&key.endpoint, &addrs, settings.mark, First::Us, deadline, settings.timeout)
+        dial::connect(&key.endpoint, &addrs, &settings.own, First::Us, deadline, settings.timeout)
             .await
             .map_err(dial)?;
     // What has become of it since, the handshake finds out; an alert may be there to be read.

@@ -49,7 +49,7 @@ impl Lines {
             Protocol::H1 => Kind::Each(Cell::default()),
         };
         let Settings { protocol, tls, pool, .. } = settings;
-        Self { protocol: *protocol, tls: tls.clone(), via, connect: pool.connect, kind }
+        Self { protocol: *protocol, tls: tls.clone(), via, connect: pool.connect.clone(), kind }
     }
 
     fn key(&self, site: &Site) -> Key {
@@ -119,10 +119,10 @@ impl Lines {
             return Ok(opened.map(drop).map_err(|e| ConnectError::Outer(Rc::new(e)))?);
         }
         let failed = |e: dial::DialError| Check::Failed(e.to_string());
-        let addrs = dial::resolve(&site.at, self.connect.mark).await.map_err(failed)?;
+        let addrs = dial::resolve(&site.at, &self.connect.own).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
         let connected =
-            dial::connect(&site.at, &addrs, self.connect.mark, First::Anybody, deadline, allowed).await;
+            dial::connect(&site.at, &addrs, &self.connect.own, First::Anybody, deadline, allowed).await;
         connected.map(drop).map_err(failed)
     }
 

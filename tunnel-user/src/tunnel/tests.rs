@@ -52,7 +52,7 @@ fn settings(max_streams: usize) -> Settings {
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
-        connect: connect::Settings { timeout: PATIENCE, mark: None },
+        connect: connect::Settings { timeout: PATIENCE, own: crate::transport::tcp::Own::default() },
     }
 }
 

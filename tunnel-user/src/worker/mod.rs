@@ -44,7 +44,7 @@ use crate::{
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, give_up_silent_peers, relay},
     route::Router,
     stats::{Counters, Record, Records},
-    transport::tcp::Mark,
+    transport::tcp::Own,
     tunnel::{self, TunnelError, Upstreams, Wanted, h1, headers::Trace},
 };
 
@@ -66,8 +66,8 @@ pub struct Shared {
     pub router: Router,
     /// Who may reach what through our listeners.
     pub policies: Policies,
-    /// The mark of our own sockets.
-    pub mark: Mark,
+    /// What our own sockets are told by.
+    pub own: Own,
     /// What this process calls itself in `via`, as no other does.
     pub pseudonym: String,
     /// How many flows one worker takes at once.

@@ -141,7 +141,7 @@ impl Worker {
             return resolved;
         }
         let who = Account::of(flow.identity, flow.client);
-        let asked = self.lookups.in_turn(&who, dial::resolve(dialled, setup.shared.mark));
+        let asked = self.lookups.in_turn(&who, dial::resolve(dialled, &setup.shared.own));
         let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
         tokio::time::timeout_at(deadline, asked).await.map_err(late)?
     }
@@ -241,8 +241,8 @@ async fn dial(
     if let (true, Some(why)) = (addrs.is_empty(), why) {
         return Err(refused(why));
     }
-    let mark = setup.shared.mark;
-    let (stream, addr) = dial::connect(dialled, &addrs, mark, first, deadline, dial_timeout).await?;
+    let own = &setup.shared.own;
+    let (stream, addr) = dial::connect(dialled, &addrs, own, first, deadline, dial_timeout).await?;
     tracing::trace!(%target, %addr, "dialled");
     Ok((stream, addr))
 }

@@ -26,7 +26,7 @@ use super::{Feed, Known, Site, tell};
 use crate::{
     flow::Target,
     names::{Answer, Answers, both_families},
-    transport::tcp::Mark,
+    transport::tcp::Own,
 };
 
 /// The shortest time after which a name is resolved again, also where that failed: CoreDNS gives the names of
@@ -36,15 +36,15 @@ const AGAIN_MIN: Duration = Duration::from_secs(5);
 const AGAIN_MAX: Duration = Duration::from_secs(5 * 60);
 /// Asks the questions of this process, on a thread of its own: the answers come late, and workers have flows to carry.
 pub struct Questions {
-    mark: Mark,
+    own: Own,
     handle: Handle,
     stop: Option<oneshot::Sender<()>>,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
 impl Questions {
-    /// Starts the thread. What it connects carries the mark.
-    pub fn start(mark: Mark) -> io::Result<Arc<Self>> {
+    /// Starts the thread. What it connects is ours.
+    pub fn start(own: Own) -> io::Result<Arc<Self>> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel();
@@ -53,13 +53,13 @@ impl Questions {
             let _stop = runtime.block_on(stopped);
         };
         let thread = thread::Builder::new().name("endpoints-dns".to_owned()).spawn(asking)?;
-        Ok(Arc::new(Self { mark, handle, stop: Some(stop), thread: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { own, handle, stop: Some(stop), thread: Mutex::new(Some(thread)) }))
     }
 
     /// Resolves the names among `endpoints` for an upstream, again and again as long as a copy of the feed lives.
     pub fn follow(self: &Arc<Self>, upstream: &str, endpoints: &[Target]) -> Feed {
         let (feed, told) = watch::channel(None);
-        let task = follow(upstream.to_owned(), endpoints.to_vec(), self.mark, feed);
+        let task = follow(upstream.to_owned(), endpoints.to_vec(), self.own.clone(), feed);
         let task = self.handle.spawn(task).abort_handle();
         Feed::new(told, Keeper { task, _questions: Arc::clone(self) })
     }
@@ -87,14 +87,15 @@ impl Drop for Keeper {
     }
 }
 
-async fn follow(upstream: String, endpoints: Vec<Target>, mark: Mark, feed: watch::Sender<Option<Known>>) {
+async fn follow(upstream: String, endpoints: Vec<Target>, own: Own, feed: watch::Sender<Option<Known>>) {
     let mut names: Vec<_> = endpoints.into_iter().map(Name::new).collect();
     loop {
         let mut asked = JoinSet::new();
         for (i, name) in names.iter().enumerate() {
             if let Target::Name(text, _) = &name.target {
                 let text = text.clone();
-                asked.spawn(async move { (i, both_families(&text, mark).await) });
+                let own = own.clone();
+                asked.spawn(async move { (i, both_families(&text, &own).await) });
             }
         }
         let mut again = AGAIN_MAX;

@@ -1,25 +1,28 @@
 //! `sockops`: from the socket to the 4-tuple.
 //!
-//! Enters: TCP events of a captured cgroup. Leaves: a flow in the map from establishment (before the ACK
-//! that lets the listener accept it goes out, `tcp_rcv_synsent_state_process`), and the note that its socket
-//! has closed. Invariant: only sockets with an origin have a flow. It never removes one: whoever accepts the
-//! connection may do so after the application has closed it.
+//! Enters: TCP events of a captured cgroup. Leaves: a flow in the map before the SYN goes out (by which the steering program
+//! knows it, and a listener with fast open may accept it before the application hears anything), and the note that its socket
+//! has closed. Invariant: only sockets with an origin have a flow. It never removes one that may have been established:
+//! whoever accepts the connection may do so after the application has closed it.
 
 use core::ptr;
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+        BPF_TCP_SYN_SENT, bpf_sock,
     },
-    helpers::{bpf_get_netns_cookie, generated::bpf_setsockopt},
+    helpers::{
+        bpf_get_netns_cookie,
+        generated::{bpf_setsockopt, bpf_skc_to_mptcp_sock},
+    },
     programs::SockOpsContext,
 };
 use aya_log_ebpf::warn;
 use tunnel_common::{
     addr::Endpoint,
-    flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
+    flow::{FlowKey, LOCAL_CONGESTION_CONTROL, Origin},
     names::Counter,
 };
 
@@ -35,31 +38,14 @@ const NAME_LEN: i32 = LOCAL_CONGESTION_CONTROL.len() as i32;
 pub(crate) fn on_event(ctx: &SockOpsContext) {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => on_connect(ctx),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => on_established(ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => on_close(ctx),
         _ => {}
     }
 }
 
-/// Before the SYN: the connection is one over loopback, whatever the application takes it for. What its host's congestion
-/// control does for networks costs there and gains nothing, above all where it paces (BBR): see
-/// [`tunnel_common::flow::LOCAL_CONGESTION_CONTROL`].
+/// Before the SYN, with the port and the address that it goes out from.
 #[inline(always)]
 fn on_connect(ctx: &SockOpsContext) {
-    // SAFETY: a field of the context.
-    let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
-    if sk.is_null() || maps::origin(sk).is_none() {
-        return;
-    }
-    let mut name = LOCAL_CONGESTION_CONTROL;
-    // SAFETY: the context as it is, and a name with its length; the helper copies it. It fails for sockets that are not
-    // TCP's own (MPTCP), which keep what they have.
-    let _kept =
-        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), NAME_LEN) };
-}
-
-#[inline(always)]
-fn on_established(ctx: &SockOpsContext) {
     // SAFETY: a field of the context.
     let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
     if sk.is_null() {
@@ -67,16 +53,43 @@ fn on_established(ctx: &SockOpsContext) {
     }
     let Some(origin) = maps::origin(sk) else { return };
     if maps::record_flow(&key(ctx), origin).is_err() {
-        // The listener finds no flow and resets the connection: fail closed.
+        // Nothing takes the SYN, or whoever does finds no flow and resets the connection: fail closed.
         maps::count(Counter::FlowsFull);
         if maps::may_log(Counter::FlowsFull) {
-            warn!(ctx, "flow map is full: the connection will be reset");
+            warn!(ctx, "flow map is full: connection refused");
         }
         return;
     }
     // Without it an entry that nobody takes would stay until its 4-tuple is used again.
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     let _always = ctx.set_cb_flags(flags.cast_signed());
+    spare_local(ctx);
+    if maps::has_mptcp() {
+        tell_mptcp(sk, *origin);
+    }
+}
+
+/// The connection is one over loopback, whatever the application takes it for. What its host's congestion control does for
+/// networks costs there and gains nothing, above all where it paces (BBR): see
+/// [`tunnel_common::flow::LOCAL_CONGESTION_CONTROL`].
+#[inline(always)]
+fn spare_local(ctx: &SockOpsContext) {
+    let mut name = LOCAL_CONGESTION_CONTROL;
+    // SAFETY: the context as it is, and a name with its length; the helper copies it. It fails for sockets that are not
+    // TCP's own (MPTCP), which keep what they have.
+    let _kept =
+        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), NAME_LEN) };
+}
+
+/// The socket that the application holds is not the one that connects, where it is one of Multipath TCP: that one is to
+/// answer its questions as well.
+#[inline(always)]
+fn tell_mptcp(sk: *mut bpf_sock, origin: Origin) {
+    // SAFETY: the helper takes the context's socket; null unless that is a subflow of a Multipath TCP socket.
+    let application = unsafe { bpf_skc_to_mptcp_sock(sk.cast()) };
+    if !application.is_null() {
+        let _best_effort = maps::keep_origin(application.cast(), origin);
+    }
 }
 
 #[inline(always)]
@@ -86,7 +99,11 @@ fn on_close(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    if let Some(origin) = maps::origin(sk) {
+    let Some(origin) = maps::origin(sk) else { return };
+    if ctx.arg(0) == BPF_TCP_SYN_SENT {
+        // Never answered: nobody has it.
+        maps::forget_flow(&key(ctx), origin.cookie());
+    } else {
         maps::close_flow(&key(ctx), origin.cookie());
     }
 }
