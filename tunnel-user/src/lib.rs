@@ -23,6 +23,7 @@ pub mod limits;
 pub mod listener;
 pub mod memory;
 pub mod names;
+pub mod netlink;
 pub mod own;
 pub mod panics;
 pub mod pki;

@@ -3,13 +3,9 @@
 //! Enters: what our listeners are bound to. Leaves: whether a connection to an address would arrive at one
 //! of them. Invariant: when that cannot be found out, it would. It keeps no list of addresses: the kernel is asked.
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    os::fd::AsRawFd as _,
-};
+use std::net::{IpAddr, SocketAddr};
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use crate::netlink::Netlink;
 
 /// Addresses that our listeners are bound to.
 #[derive(Clone, Debug)]
@@ -52,59 +48,8 @@ impl OwnListeners {
 /// addresses there are, and as they are now. It is asked only for an address with the port of a listener that is bound to
 /// every address.
 fn is_delivered_here(ip: IpAddr) -> Option<bool> {
-    route_type(ip).ok().map(|kind| kind == Some(RTN_LOCAL))
-}
-
-/// Of `linux/rtnetlink.h` and `linux/netlink.h`.
-const RTM_NEWROUTE: u16 = 24;
-const RTM_GETROUTE: u16 = 26;
-const RTN_LOCAL: u8 = 2;
-const RTA_DST: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
-const NLM_F_REQUEST: u16 = 1;
-/// As `struct rtmsg` has them (`linux/socket.h`).
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-/// The sizes of a `struct nlmsghdr`, of a `struct rtmsg`, and of the header of a `struct rtattr`.
-const NLMSG: usize = 16;
-const RTMSG: usize = 12;
-const RTATTR: usize = 4;
-/// Where in a `struct rtmsg` its `rtm_type` is.
-const RTM_TYPE: usize = 7;
-
-/// What kind of route leads to `ip`; none where none does (rtnetlink(7), RTM_GETROUTE).
-fn route_type(ip: IpAddr) -> io::Result<Option<u8>> {
-    let (family, addr) = match ip {
-        IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
-        IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
-    };
-    let length = NLMSG + RTMSG + RTATTR + addr.len();
-    let mut asked = Vec::with_capacity(length);
-    asked.extend(u32::try_from(length).map_err(io::Error::other)?.to_ne_bytes());
-    asked.extend([RTM_GETROUTE.to_ne_bytes(), NLM_F_REQUEST.to_ne_bytes()].as_flattened());
-    // Sequence and sender: it is the only message on this socket.
-    asked.extend([0; 8]);
-    let prefix = u8::try_from(8 * addr.len()).map_err(io::Error::other)?;
-    asked.extend([family, prefix, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    let attribute = u16::try_from(RTATTR + addr.len()).map_err(io::Error::other)?;
-    asked.extend([attribute.to_ne_bytes(), RTA_DST.to_ne_bytes()].as_flattened());
-    asked.extend(addr);
-
-    let kernel =
-        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
-    send(kernel.as_raw_fd(), &asked, MsgFlags::empty())?;
-    // The kernel answers before send(2) returns, so nothing is waited for.
-    let mut answer = [0; 1024];
-    let n = recv(kernel.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
-    let answer = &answer[..n];
-    let kind = answer.get(4..6).and_then(|kind| kind.try_into().ok()).map(u16::from_ne_bytes);
-    match kind {
-        Some(RTM_NEWROUTE) => answer.get(NLMSG + RTM_TYPE).copied().map(Some),
-        // No route: nothing arrives anywhere.
-        Some(NLMSG_ERROR) => Some(None),
-        _ => None,
-    }
-    .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    let route = Netlink::open().and_then(|kernel| kernel.route(ip)).ok()?;
+    Some(route.is_some_and(|route| route.local))
 }
 
 #[cfg(test)]

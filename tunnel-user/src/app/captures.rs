@@ -12,6 +12,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,7 @@ use crate::{
         bypass::{Bypass, BypassError, Promotions},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         ring::Rings,
+        routes::Routes,
         steer::Steering,
         rules::{self, Pattern},
         sys,
@@ -77,7 +79,22 @@ enum Namespace {
 /// A network namespace with listeners.
 struct Place {
     cookie: u64,
+    routes: Routes,
     _steering: Option<Steering>,
+}
+
+impl Place {
+    /// Tells the programs of its routes, where these have changed.
+    fn follow_routes(&mut self, capture: &Capture) {
+        let told = match self.routes.changed() {
+            None => return,
+            Some(Ok(sources)) => capture.set_sources(self.cookie, &sources).map_err(|e| e.summary()),
+            Some(Err(e)) => Err(e.to_string()),
+        };
+        if let Err(e) = told {
+            tracing::warn!(netns = self.cookie, "getsockname does not follow the routes there: {e}");
+        }
+    }
 }
 
 /// Captures that are loaded and not yet sure to stay. Dropped, they leave everything as it was before.
@@ -239,6 +256,11 @@ impl ActiveCapture {
             self.namespaces.insert(inode, namespace);
         }
         let (capture, source) = (&self.programs.capture, self.source);
+        for namespace in self.namespaces.values_mut() {
+            if let Namespace::Own(place) | Namespace::Captured { place, .. } = namespace {
+                place.follow_routes(capture);
+            }
+        }
         self.namespaces.retain(|inode, namespace| match namespace {
             Namespace::Own(_) => true,
             Namespace::Failed { at } => now.duration_since(*at) < LINGER,
@@ -246,13 +268,24 @@ impl ActiveCapture {
             Namespace::Captured { place, .. } => {
                 let cookie = place.cookie;
                 tracing::info!(netns = inode, "no captured process is there any more");
-                if let Err(e) = capture.remove_listener(cookie) {
+                if let Err(e) = capture.remove_listener(cookie).and_then(|()| capture.set_sources(cookie, &[])) {
                     tracing::warn!("{e}");
                 }
                 more.iter().for_each(|worker| worker.tell(More::Forget(source, cookie)));
                 false
             }
         });
+    }
+
+    /// Ready when the programs have written something, or the routes of a namespace have changed.
+    pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let routes = self.namespaces.values().filter_map(|namespace| match namespace {
+            Namespace::Own(place) | Namespace::Captured { place, .. } => Some(&place.routes),
+            Namespace::Failed { .. } => None,
+        });
+        // All of them, so that each wakes up whoever polls.
+        let ready = routes.filter(|routes| routes.poll(cx).is_ready()).count();
+        if self.programs.rings.poll(cx).is_ready() || ready > 0 { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Attaches the programs, and forgets what an earlier daemon left in their maps.
@@ -369,8 +402,9 @@ impl ActiveCapture {
     fn hand_out(&self, sockets: Sockets) -> Result<(Place, Vec<Vec<CaptureSocket>>), Failure> {
         let capture = &self.programs.capture;
         let steering = capture.add_listeners(&sockets).map_err(bpf_failure)?;
-        let Sockets { netns, per_worker, .. } = sockets;
-        let place = Place { cookie: netns, _steering: steering };
+        let Sockets { netns, per_worker, routes, .. } = sockets;
+        let mut place = Place { cookie: netns, routes: Routes::new(routes), _steering: steering };
+        place.follow_routes(capture);
         let name: Option<Arc<str>> = self.wanted.name.as_deref().map(Arc::from);
         let wrap = |socket| CaptureSocket {
             source: self.source,

@@ -372,8 +372,7 @@ impl Running {
         loop {
             let mut sweep = false;
             let written = poll_fn(|cx| {
-                let rings = self.captures.iter().map(|a| &a.programs.rings);
-                let ready = rings.filter(|r| r.poll(cx).is_ready()).count();
+                let ready = self.captures.iter().filter(|a| a.poll(cx).is_ready()).count();
                 if ready > 0 { Poll::Ready(()) } else { Poll::Pending }
             });
             tokio::select! {

@@ -25,7 +25,7 @@ use tunnel_common::{
 use super::{
     bpf::FlowTable,
     bypass::{Candidate, Promoter},
-    redirect, sys,
+    redirect, routes, sys,
 };
 use crate::{
     flow::{ClientAddr, OriginalDst},
@@ -42,6 +42,8 @@ pub struct Sockets {
     pub port: u16,
     /// IPv4 in front, IPv6 behind where the kernel has it; one list per worker.
     pub per_worker: Vec<Vec<Socket>>,
+    /// By which the namespace is asked about its routes.
+    pub routes: routes::Sockets,
 }
 
 /// How many ports are tried, of those that nobody is given by chance.
@@ -64,7 +66,7 @@ pub fn listen(workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
                 let first = per_worker.first().and_then(|own| own.first()).ok_or(io::ErrorKind::InvalidInput)?;
                 let netns = sys::netns_cookie(first.as_fd())?;
                 let port = port_of(first).unwrap_or(port);
-                return Ok(Sockets { netns, port, per_worker });
+                return Ok(Sockets { netns, port, per_worker, routes: routes::Sockets::open()? });
             }
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => last = e,
             Err(e) => return Err(e),

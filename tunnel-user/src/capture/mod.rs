@@ -11,6 +11,7 @@ pub mod bypass;
 pub mod cgroup;
 pub mod redirect;
 pub mod ring;
+pub mod routes;
 pub mod rules;
 mod sources;
 pub mod steer;

@@ -53,11 +53,11 @@ impl Rings {
 }
 
 /// Tells when a ring has something.
-struct Wake(AsyncFd<OwnedFd>);
+pub(super) struct Wake(AsyncFd<OwnedFd>);
 
 impl Wake {
     /// Watches a ring. Its reader stays with the caller.
-    fn new(ring: &impl AsFd) -> io::Result<Self> {
+    pub(super) fn new(ring: &impl AsFd) -> io::Result<Self> {
         let fd = ring.as_fd().try_clone_to_owned()?;
         debug_assert!(fd.as_raw_fd() >= 0);
         // SAFETY: the descriptor is a duplicate that belongs to the AsyncFd, and stays open and the same
@@ -66,7 +66,7 @@ impl Wake {
     }
 
     /// Ready when something was written since the last time.
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.0.poll_read_ready(cx))?.clear_ready();
         Poll::Ready(Ok(()))
     }
