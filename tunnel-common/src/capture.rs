@@ -1,15 +1,16 @@
 //! The capture decision.
 //!
 //! Enters: one `connect` (its destination), the rule its address matched, the listener of its network
-//! namespace. Leaves: capture it (by which address), leave it alone, or refuse it. Invariant: the cost is one trie
-//! lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules; a connection that
-//! ought to be captured and cannot be never leaves in plaintext unless the operator said so. It never
-//! looks at more than it is given.
+//! namespace. Leaves: capture it (by which address), leave it alone, or refuse it, and with which error. Invariant: the
+//! cost is one trie lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules; a
+//! connection that ought to be captured and cannot be never leaves in plaintext unless the operator said so,
+//! and one that is denied never does. It never looks at more than it is given.
 
 use crate::addr::Endpoint;
 
-/// The most port ranges that one prefix can hold once its less specific prefixes are folded in.
-/// Sixteen fit one cache line and keep the program's loop short; more is a configuration error.
+/// The most port ranges that one prefix can hold once its less specific prefixes are folded in, those that are
+/// captured, denied and refused together. Sixteen fit one cache line and keep the program's loop short. More is a
+/// configuration error, unless routes are the cause: then the daemon denies.
 pub const PORT_RANGES: usize = 16;
 
 /// An inclusive range of ports, each end in network order.
@@ -34,40 +35,59 @@ impl PortRange {
     }
 }
 
-/// What stands at one prefix of the trie: the ports that are captured there. The daemon folds the
-/// prefixes that contain this one into it, so the longest match alone decides.
-#[repr(C)]
+/// What a rule says of a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It is captured.
+    Captured,
+    /// A route denies it, or no route takes it.
+    Denied,
+    /// The capture refuses it.
+    Refused,
+}
+
+/// What stands at one prefix of the trie: the ports that are captured, denied and refused there; all others are
+/// left alone. The daemon folds the prefixes that contain this one into it, so the longest match alone decides.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
-    len: u32,
-    captured: [PortRange; PORT_RANGES],
+    /// Where the ranges that are captured end, those that are denied, and those that are refused; then zero.
+    ends: [u8; 4],
+    ranges: [PortRange; PORT_RANGES],
 }
 
 impl Rule {
-    /// From ranges that do not overlap. `None` if there are more than [`PORT_RANGES`].
-    pub fn new(ranges: &[PortRange]) -> Option<Self> {
-        if ranges.len() > PORT_RANGES {
-            return None;
+    /// From ranges that do not overlap. `None` if there are more than [`PORT_RANGES`] in all.
+    pub fn new(captured: &[PortRange], denied: &[PortRange], refused: &[PortRange]) -> Option<Self> {
+        let mut rule = Self { ends: [0; 4], ranges: [PortRange::new(1, 0); PORT_RANGES] };
+        let mut len = 0;
+        for (end, segment) in rule.ends.iter_mut().zip([captured, denied, refused]) {
+            rule.ranges.get_mut(len..len + segment.len())?.copy_from_slice(segment);
+            len += segment.len();
+            *end = u8::try_from(len).ok()?;
         }
-        let mut captured = [PortRange::new(1, 0); PORT_RANGES];
-        captured[..ranges.len()].copy_from_slice(ranges);
-        // At most PORT_RANGES, checked above.
-        #[expect(clippy::cast_possible_truncation, reason = "at most PORT_RANGES")]
-        Some(Self { len: ranges.len() as u32, captured })
+        Some(rule)
     }
 
-    /// Whether a connection to `port` is captured.
+    /// What it says of `port`; `None`: leave it alone.
     #[inline(always)]
-    pub fn captures(&self, port: u16) -> bool {
+    pub fn look(&self, port: u16) -> Option<Kind> {
+        let [captured, denied, refused, _] = self.ends;
         let mut i = 0;
-        // Bounded by the constant, for the verifier; by the length, for speed.
-        while i < PORT_RANGES && i < self.len as usize {
-            if self.captured[i].contains(port) {
-                return true;
+        // Bounded by the constant, for the verifier; by the end, for speed.
+        while i < PORT_RANGES && i < refused as usize {
+            if self.ranges[i].contains(port) {
+                return Some(if i < captured as usize {
+                    Kind::Captured
+                } else if i < denied as usize {
+                    Kind::Denied
+                } else {
+                    Kind::Refused
+                });
             }
             i += 1;
         }
-        false
+        None
     }
 }
 
@@ -108,6 +128,23 @@ impl Listener {
         self.lanes != 0
     }
 
+    /// Under which the daemon's own sockets are in the map.
+    #[inline(always)]
+    pub const fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// Where a connection to `dst` is sent that waits until the daemon listens in its network namespace. Nobody listens on that
+    /// port (tcpmux, RFC 1078), and once the daemon does the port does not matter.
+    #[inline(always)]
+    pub const fn via_waiting(dst: &Endpoint, v4: bool) -> Endpoint {
+        if v4 {
+            Endpoint::from_v4_be((SPREAD_V4 | dst.mix() & SPREAD_MASK).to_be(), WAITING_PORT)
+        } else {
+            Endpoint::from_v6_be(LOCALHOST_V6, WAITING_PORT)
+        }
+    }
+
     /// The first of the daemon's own sockets: when that one is alive, all are.
     #[inline(always)]
     pub const fn first(&self, netns: u64, v4: bool) -> SocketKey {
@@ -136,6 +173,7 @@ impl Listener {
     }
 }
 
+const WAITING_PORT: u16 = 1;
 /// 127.0.0.1.
 const LOCALHOST_V4: u32 = 0x7f00_0001;
 /// `::1`, in network order.
@@ -185,6 +223,24 @@ impl SocketKey {
     pub const fn new(netns: u64, generation: u32, lane: u16, v4: bool) -> Self {
         Self { netns, generation, lane, v4: v4 as u16 }
     }
+}
+
+/// The key of the daemon itself among network namespaces, whose cookies are never 0: while the socket under it is alive, a
+/// daemon runs.
+pub const DAEMON: u64 = 0;
+
+/// What the daemon is told of a connection from a network namespace in which it does not listen.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// The cookie of the namespace.
+    pub netns: u64,
+    /// The cookie of the socket.
+    pub socket: u64,
+    /// The process that connects, as the first PID namespace has it.
+    pub process: u32,
+    /// Its thread.
+    pub thread: u32,
 }
 
 /// A key of the trie of source addresses: the network namespace first, so that one trie holds those of all.
@@ -263,15 +319,22 @@ pub const TCP: u32 = 6;
 pub enum Verdict {
     /// Send it there, to a capture listener, and record where it wanted to go.
     Capture(Endpoint),
+    /// Send it there, and hold its SYN back until the daemon, which is told, listens in its network namespace.
+    Wait(Endpoint),
     /// Not ours: the kernel goes on as if we were not here.
     Leave,
     /// It should be captured and cannot be: `connect` fails with ECONNREFUSED.
     Refuse,
+    /// A route denies it, or no route takes it: `connect` fails with ECONNREFUSED, as a target would have it.
+    Deny,
+    /// The capture refuses it: `connect` fails with ENETUNREACH, as without a route to such an address.
+    Unreachable,
     /// It should be captured and cannot be, and the operator prefers plaintext to failure.
     LeaveOpen,
 }
 
-/// The verdict on a TCP connection of a socket that is not the daemon's. `is_alive` says whether anything listens there.
+/// The verdict on a TCP connection of a socket that is not the daemon's. `is_alive` says whether anything listens there;
+/// `has_daemon` whether a daemon runs that could listen in this network namespace too.
 #[inline(always)]
 pub fn decide(
     rule: Option<&Rule>,
@@ -280,16 +343,29 @@ pub fn decide(
     v4: bool,
     on_failure: OnFailure,
     is_alive: impl FnOnce(&Listener, &Endpoint) -> bool,
+    has_daemon: impl FnOnce() -> bool,
 ) -> Verdict {
-    match rule {
-        Some(rule) if rule.captures(dst.port()) && !(v4 && is_spread_v4(dst.v4_be())) => {}
-        _ => return Verdict::Leave,
+    // What another program has captured already.
+    if v4 && is_spread_v4(dst.v4_be()) {
+        return Verdict::Leave;
     }
-    if let Some(listener) = listener
-        && let Some(via) = listener.via(dst, v4)
-        && is_alive(listener, &via)
-    {
-        return Verdict::Capture(via);
+    match rule.and_then(|rule| rule.look(dst.port())) {
+        None => return Verdict::Leave,
+        // Whether a daemon listens or not, and whatever is to happen while none does.
+        Some(Kind::Denied) => return Verdict::Deny,
+        Some(Kind::Refused) => return Verdict::Unreachable,
+        Some(Kind::Captured) => {}
+    }
+    match listener {
+        Some(listener) => {
+            if let Some(via) = listener.via(dst, v4)
+                && is_alive(listener, &via)
+            {
+                return Verdict::Capture(via);
+            }
+        }
+        None if has_daemon() => return Verdict::Wait(Listener::via_waiting(dst, v4)),
+        None => {}
     }
     if on_failure == ON_FAILURE_OPEN { Verdict::LeaveOpen } else { Verdict::Refuse }
 }
@@ -304,8 +380,8 @@ mod tests {
 
     const ALL: PortRange = PortRange::new(0, u16::MAX);
 
-    fn rule(ranges: &[PortRange]) -> Rule {
-        Rule::new(ranges).expect("few enough")
+    fn rule(captured: &[PortRange]) -> Rule {
+        Rule::new(captured, &[], &[]).expect("few enough")
     }
 
     fn to(address: &str) -> Endpoint {
@@ -320,12 +396,12 @@ mod tests {
     fn no_rule_leaves_the_connection_alone_and_asks_nobody() {
         let asked = |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that is not captured");
         let dst = to("192.0.2.1:80");
-        assert_eq!(decide(None, None, &dst, true, ON_FAILURE_CLOSED, asked), Verdict::Leave);
+        assert_eq!(decide(None, None, &dst, true, ON_FAILURE_CLOSED, asked, || true), Verdict::Leave);
         let other = rule(&[PortRange::new(443, 443)]);
-        assert_eq!(decide(Some(&other), None, &dst, true, ON_FAILURE_CLOSED, asked), Verdict::Leave);
+        assert_eq!(decide(Some(&other), None, &dst, true, ON_FAILURE_CLOSED, asked, || true), Verdict::Leave);
         // What another program has captured already.
         let rewritten = to("127.130.7.9:15001");
-        assert_eq!(decide(Some(&rule(&[ALL])), None, &rewritten, true, 0, asked), Verdict::Leave);
+        assert_eq!(decide(Some(&rule(&[ALL])), None, &rewritten, true, 0, asked, || true), Verdict::Leave);
     }
 
     #[test]
@@ -333,8 +409,8 @@ mod tests {
         let r = rule(&[ALL]);
         let (v4, v6) = (to("192.0.2.1:80"), to("[2001:db8::1]:80"));
         let proxy = Listener::proxy(Some(15001), Some(15006));
-        assert_eq!(decide(Some(&r), Some(&proxy), &v4, true, 0, |_, _| true), Verdict::Capture(to("127.0.0.1:15001")));
-        assert_eq!(decide(Some(&r), Some(&proxy), &v6, false, 0, |_, _| true), Verdict::Capture(to("[::1]:15006")));
+        assert_eq!(decide(Some(&r), Some(&proxy), &v4, true, 0, |_, _| true, || true), Verdict::Capture(to("127.0.0.1:15001")));
+        assert_eq!(decide(Some(&r), Some(&proxy), &v6, false, 0, |_, _| true, || true), Verdict::Capture(to("[::1]:15006")));
         let own = Listener::own(61001, 2, 7, false);
         assert_eq!(own.via(&v4, true), Some(to("127.84.0.1:61001")));
         assert_eq!(own.via(&v6, false), Some(to("[::1]:61001")));
@@ -347,14 +423,14 @@ mod tests {
         let v4_only = Listener::proxy(Some(15001), None);
         let (v4, v6) = (to("192.0.2.1:80"), to("[2001:db8::1]:80"));
         for listener in [None, Some(&v4_only)] {
-            let ask = |on_failure| decide(Some(&r), listener, &v6, false, on_failure, |_, _| true);
+            let ask = |on_failure| decide(Some(&r), listener, &v6, false, on_failure, |_, _| true, || false);
             assert_eq!(ask(ON_FAILURE_CLOSED), Verdict::Refuse);
             assert_eq!(ask(ON_FAILURE_OPEN), Verdict::LeaveOpen);
         }
         let dead = |_: &Listener, _: &Endpoint| false;
-        assert_eq!(decide(Some(&r), Some(&v4_only), &v4, true, ON_FAILURE_CLOSED, dead), Verdict::Refuse);
+        assert_eq!(decide(Some(&r), Some(&v4_only), &v4, true, ON_FAILURE_CLOSED, dead, || true), Verdict::Refuse);
         // A value nobody defined is the safe one.
-        assert_eq!(decide(Some(&r), None, &v4, true, 99, |_, _| true), Verdict::Refuse);
+        assert_eq!(decide(Some(&r), None, &v4, true, 99, |_, _| true, || false), Verdict::Refuse);
     }
 
     #[test]
@@ -394,20 +470,60 @@ mod tests {
     }
 
     #[test]
+    fn what_is_denied_or_refused_fails_whether_a_daemon_listens_or_not_and_asks_nobody() {
+        let asked = |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that fails anyway");
+        let port = |port| PortRange::new(port, port);
+        let r = Rule::new(&[port(80)], &[port(25)], &[port(53)]).expect("few enough");
+        let l = Listener::own(61001, 2, 7, true);
+        for listener in [None, Some(&l)] {
+            for on_failure in [ON_FAILURE_CLOSED, ON_FAILURE_OPEN] {
+                let at = |port| {
+                    let dst = Endpoint::from_v4_be(LOCALHOST_V4.to_be(), port);
+                    decide(Some(&r), listener, &dst, true, on_failure, asked, || true)
+                };
+                assert_eq!((at(25), at(53), at(81)), (Verdict::Deny, Verdict::Unreachable, Verdict::Leave));
+            }
+        }
+    }
+
+    #[test]
+    fn a_namespace_without_listeners_waits_for_the_daemon_where_one_runs() {
+        let r = rule(&[ALL]);
+        for (dst, v4, via) in [("192.0.2.1:80", true, None), ("[2001:db8::1]:80", false, Some("[::1]:1"))] {
+            let ask = |daemon| decide(Some(&r), None, &to(dst), v4, ON_FAILURE_OPEN, |_, _| true, || daemon);
+            let Verdict::Wait(to_nobody) = ask(true) else { panic!("it does not wait") };
+            assert_eq!(to_nobody.port(), 1);
+            assert!(via.is_none_or(|via| to(via) == to_nobody) && addr(to_nobody).ip().is_loopback());
+            assert_eq!(ask(false), Verdict::LeaveOpen);
+        }
+    }
+
+    #[test]
     fn too_many_ranges_are_refused() {
-        assert!(Rule::new(&[ALL; PORT_RANGES]).is_some());
-        assert!(Rule::new(&[ALL; PORT_RANGES + 1]).is_none());
+        assert!(Rule::new(&[ALL; PORT_RANGES], &[], &[]).is_some());
+        assert!(Rule::new(&[ALL; PORT_RANGES + 1], &[], &[]).is_none());
+        assert!(Rule::new(&[], &[ALL; PORT_RANGES - 1], &[ALL]).is_some());
+        assert!(Rule::new(&[], &[ALL; PORT_RANGES], &[ALL]).is_none());
+        assert!(Rule::new(&[ALL], &[ALL; PORT_RANGES], &[]).is_none());
     }
 
     proptest! {
         #[test]
-        fn a_rule_captures_what_its_ranges_contain(
-            ranges in proptest::collection::vec((any::<u16>(), any::<u16>()), 0..=PORT_RANGES),
+        fn a_rule_says_what_its_ranges_contain(
+            ranges in proptest::collection::vec((any::<u16>(), any::<u16>(), 0..3usize), 0..=PORT_RANGES),
             port: u16,
         ) {
-            let ranges: Vec<_> = ranges.into_iter().map(|(a, b)| (a.min(b), a.max(b))).collect();
-            let r = rule(&ranges.iter().map(|&(a, b)| PortRange::new(a, b)).collect::<Vec<_>>());
-            prop_assert_eq!(r.captures(port), ranges.iter().any(|&(a, b)| (a..=b).contains(&port)));
+            let ranges: Vec<_> = ranges.into_iter().map(|(a, b, kind)| (a.min(b), a.max(b), kind)).collect();
+            let of = |wanted| {
+                let of_kind = ranges.iter().filter(move |(.., kind)| *kind == wanted);
+                of_kind.map(|&(a, b, _)| PortRange::new(a, b)).collect::<Vec<_>>()
+            };
+            let r = Rule::new(&of(0), &of(1), &of(2)).expect("few enough");
+            let contains = |kind| of(kind).iter().any(|range| range.contains(port));
+            // Ranges of a rule do not overlap; where these do, the first kind holds.
+            let kinds = [Kind::Captured, Kind::Denied, Kind::Refused];
+            let wanted = kinds.into_iter().enumerate().find(|(kind, _)| contains(*kind));
+            prop_assert_eq!(r.look(port), wanted.map(|(_, kind)| kind));
         }
     }
 }

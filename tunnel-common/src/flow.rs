@@ -47,14 +47,28 @@ pub struct Origin {
     dst: Endpoint,
     closed: u32,
     device: u32,
-    unbound: u32,
+    flags: u32,
+    generation: u32,
+    _zero: u32,
 }
+
+/// See [`Origin::without_source`].
+const UNBOUND: u32 = 1;
+/// See [`Origin::waiting`].
+const WAITING: u32 = 2;
 
 impl Origin {
     /// `cookie` is the socket's own (`SO_COOKIE`): never reused while the node is up.
     #[inline(always)]
     pub const fn new(cookie: u64, dst: Endpoint) -> Self {
-        Self { cookie, dst, closed: 0, device: 0, unbound: 0 }
+        Self { cookie, dst, closed: 0, device: 0, flags: 0, generation: 0, _zero: 0 }
+    }
+
+    /// It is that of the socket with this cookie.
+    #[inline(always)]
+    pub const fn of_socket(mut self, cookie: u64) -> Self {
+        self.cookie = cookie;
+        self
     }
 
     /// The socket was bound to this network device (its index).
@@ -73,14 +87,40 @@ impl Origin {
     /// The socket had no address of its own choice: its route was to give it one.
     #[inline(always)]
     pub const fn without_source(mut self) -> Self {
-        self.unbound = 1;
+        self.flags |= UNBOUND;
         self
     }
 
     /// See [`Self::without_source`].
     #[inline(always)]
     pub const fn lacks_source(&self) -> bool {
-        self.unbound != 0
+        self.flags & UNBOUND != 0
+    }
+
+    /// Its SYN is held back until the daemon listens in its network namespace.
+    #[inline(always)]
+    pub const fn waiting(mut self) -> Self {
+        self.flags |= WAITING;
+        self
+    }
+
+    /// See [`Self::waiting`].
+    #[inline(always)]
+    pub const fn is_waiting(&self) -> bool {
+        self.flags & WAITING != 0
+    }
+
+    /// It is for the daemon whose listening sockets are under this generation.
+    #[inline(always)]
+    pub const fn of_generation(mut self, generation: u32) -> Self {
+        self.generation = generation;
+        self
+    }
+
+    /// See [`Self::of_generation`].
+    #[inline(always)]
+    pub const fn generation(&self) -> u32 {
+        self.generation
     }
 
     /// The cookie of the application's socket.

@@ -62,7 +62,7 @@ pub const STEER_NETNS: u64 = 0x6e65_746e_735f_6964;
 pub const STEER_LANES: u64 = 0x6c61_6e65_735f_6e6f;
 
 /// The most connections that can be captured at once, over all namespaces of one capture. A flow takes
-/// 88 bytes of kernel memory in a map that allocates as it fills.
+/// 96 bytes of kernel memory in a map that allocates as it fills.
 pub const FLOWS_MAX: usize = 1 << 18;
 /// The most prefixes of one address family.
 pub const RULES_MAX: usize = 1 << 16;
@@ -103,11 +103,17 @@ pub enum Counter {
     RefusedBound = 10,
     /// `getsockname` calls answered with the address that the route would have given.
     SockNames = 11,
+    /// Connections refused because the routes deny them, by their address and port alone.
+    DeniedByRoute = 12,
+    /// Connections refused because the capture refuses such addresses.
+    RefusedByRule = 13,
+    /// Connections that wait for the daemon to listen in their network namespace.
+    Waiting = 14,
 }
 
 impl Counter {
     /// Every counter with the name it has in statistics.
-    pub const ALL: [(Self, &'static str); 12] = [
+    pub const ALL: [(Self, &'static str); 15] = [
         (Self::Captured, "captured"),
         (Self::Left, "left_alone"),
         (Self::Own, "own_sockets"),
@@ -120,6 +126,9 @@ impl Counter {
         (Self::Unbound, "taken_off_device"),
         (Self::RefusedBound, "refused_on_device"),
         (Self::SockNames, "sock_names_answered"),
+        (Self::DeniedByRoute, "denied_by_route"),
+        (Self::RefusedByRule, "refused_by_rule"),
+        (Self::Waiting, "waited_for_listener"),
     ];
 }
 

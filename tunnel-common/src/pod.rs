@@ -4,7 +4,7 @@ use aya::Pod;
 
 use crate::{
     addr::Endpoint,
-    capture::{Listener, PortRange, Rule, SocketKey, SourceV4, SourceV6},
+    capture::{Listener, Missing, PortRange, Rule, SocketKey, SourceV4, SourceV6},
     fastpath::{
         bypass::{Offsets, Slot, Tag},
         splice,
@@ -24,11 +24,12 @@ macro_rules! pod {
 pod! {
     Endpoint = 20,
     FlowKey = 48,
-    Origin = 40,
+    Origin = 48,
     PortRange = 4,
     Rule = 68,
     Listener = 12,
     SocketKey = 16,
+    Missing = 24,
     SourceV4 = 12,
     SourceV6 = 24,
     splice::Words = 64,

@@ -11,7 +11,7 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, bpf_sock, bpf_sock_addr, bpf_sock_tuple},
     helpers::{
-        bpf_get_netns_cookie,
+        bpf_get_current_pid_tgid, bpf_get_netns_cookie,
         generated::{
             bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release,
         },
@@ -21,7 +21,7 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use tunnel_common::{
     addr::Endpoint,
-    capture::{Listener, Rule, TCP, Verdict, decide},
+    capture::{DAEMON, Listener, Missing, Rule, TCP, Verdict, decide},
     flow::Origin,
     names::Counter,
 };
@@ -30,6 +30,7 @@ use crate::maps;
 
 /// The third word of `::ffff:0:0/96` in network order.
 const V4_MAPPED_THIRD: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+const ENETUNREACH: i32 = 101;
 const ECONNREFUSED: i32 = 111;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTOIFINDEX: i32 = 62;
@@ -37,7 +38,7 @@ const SO_BINDTOIFINDEX: i32 = 62;
 const TUPLE_V4: u32 = 12;
 const TUPLE_V6: u32 = 36;
 
-/// Why a connection that is to be captured fails instead.
+/// Why a connection fails.
 pub(crate) enum Refused {
     /// No listener of ours is alive in its network namespace.
     NoListener,
@@ -45,19 +46,26 @@ pub(crate) enum Refused {
     NoMemory,
     /// The socket could not be taken off its network device.
     Bound,
+    /// The routes deny it.
+    Denied,
+    /// The capture refuses it.
+    Unreachable,
 }
 
 /// 1: go on. 0: fail, with the error set here.
 #[inline(always)]
 pub(crate) fn verdict(outcome: Result<(), Refused>) -> i32 {
     let Err(reason) = outcome else { return 1 };
-    maps::count(match reason {
-        Refused::NoListener => Counter::RefusedNoListener,
-        Refused::NoMemory => Counter::RefusedNoMemory,
-        Refused::Bound => Counter::RefusedBound,
-    });
+    let (counter, error) = match reason {
+        Refused::NoListener => (Counter::RefusedNoListener, ECONNREFUSED),
+        Refused::NoMemory => (Counter::RefusedNoMemory, ECONNREFUSED),
+        Refused::Bound => (Counter::RefusedBound, ECONNREFUSED),
+        Refused::Denied => (Counter::DeniedByRoute, ECONNREFUSED),
+        Refused::Unreachable => (Counter::RefusedByRule, ENETUNREACH),
+    };
+    maps::count(counter);
     // SAFETY: sets the error of this system call; without it the caller would see EPERM.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    unsafe { bpf_set_retval(-error) };
     0
 }
 
@@ -139,6 +147,7 @@ fn capture(
 ) -> Result<Option<Endpoint>, Refused> {
     // SAFETY: the helper takes the context as it is.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let listener = maps::listener(netns);
     let alive = |listener: &Listener, via: &Endpoint| {
         if listener.is_own() {
             maps::is_listening(&listener.first(netns, v4))
@@ -146,7 +155,8 @@ fn capture(
             proxy_is_listening(ctx, via, v4)
         }
     };
-    match decide(rule, maps::listener(netns), &dst, v4, maps::on_failure(), alive) {
+    let daemon = || maps::listener(DAEMON).is_some_and(|daemon| maps::is_listening(&daemon.first(DAEMON, true)));
+    match decide(rule, listener, &dst, v4, maps::on_failure(), alive, daemon) {
         Verdict::Leave => {
             // A socket may connect again after a captured attempt failed.
             leave(ctx, sk);
@@ -154,33 +164,21 @@ fn capture(
             Ok(None)
         }
         Verdict::Capture(via) => {
-            // SAFETY: the helper takes the context as it is; a field of the socket.
-            let (cookie, device) =
-                unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), (*sk).bound_dev_if) };
-            let mut origin = Origin::new(cookie, dst);
-            if unbound {
-                origin = origin.without_source();
-            }
-            if device != 0 {
-                origin = origin.bound_to(device);
-                // What goes to 127.0.0.0/8 by a device asks for it on the wire.
-                if !bind_to_device(ctx, 0) {
-                    return Err(Refused::Bound);
-                }
-                maps::count(Counter::Unbound);
-            } else if let Some(before) = maps::origin(sk) {
-                // Taken off by an attempt that failed.
-                origin = origin.bound_to(before.device());
-            }
-            if !maps::keep_origin(sk, origin) {
-                return Err(Refused::NoMemory);
-            }
+            let generation = listener.map_or(0, Listener::generation);
+            keep(ctx, sk, Origin::new(0, dst).of_generation(generation), unbound)?;
             maps::count(Counter::Captured);
+            Ok(Some(via))
+        }
+        Verdict::Wait(via) => {
+            let generation = maps::listener(DAEMON).map_or(0, Listener::generation);
+            keep(ctx, sk, Origin::new(0, dst).of_generation(generation).waiting(), unbound)?;
+            report_missing_listener(ctx, netns);
+            maps::count(Counter::Waiting);
             Ok(Some(via))
         }
         Verdict::LeaveOpen => {
             leave(ctx, sk);
-            maps::report_missing_listener(netns);
+            report_missing_listener(ctx, netns);
             maps::count(Counter::LeftOpen);
             if maps::may_log(Counter::LeftOpen) {
                 warn!(
@@ -191,13 +189,62 @@ fn capture(
             Ok(None)
         }
         Verdict::Refuse => {
-            maps::report_missing_listener(netns);
+            report_missing_listener(ctx, netns);
             if maps::may_log(Counter::RefusedNoListener) {
                 warn!(ctx, "no listener in network namespace {}: connection refused", netns);
             }
             Err(Refused::NoListener)
         }
+        Verdict::Deny => {
+            if maps::may_log(Counter::DeniedByRoute) {
+                warn!(ctx, "connection to {:i} port {} denied by a route", octets(dst), dst.port());
+            }
+            Err(Refused::Denied)
+        }
+        Verdict::Unreachable => Err(Refused::Unreachable),
     }
+}
+
+/// The address, as the log takes it; an IPv4 address is v4-mapped.
+#[inline(always)]
+fn octets(dst: Endpoint) -> [u8; 16] {
+    let [a, b, c, d] = dst.v6_be().map(u32::to_ne_bytes);
+    [
+        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
+    ]
+}
+
+/// Takes the socket off its network device, and keeps the origin with it.
+#[inline(always)]
+fn keep(ctx: &SockAddrContext, sk: *mut bpf_sock, origin: Origin, unbound: bool) -> Result<(), Refused> {
+    // SAFETY: the helper takes the context as it is; a field of the socket.
+    let (cookie, device) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), (*sk).bound_dev_if) };
+    let mut origin = origin.of_socket(cookie);
+    if unbound {
+        origin = origin.without_source();
+    }
+    if device != 0 {
+        // What goes to 127.0.0.0/8 by a device asks for it on the wire.
+        if !bind_to_device(ctx, 0) {
+            return Err(Refused::Bound);
+        }
+        origin = origin.bound_to(device);
+        maps::count(Counter::Unbound);
+    } else if let Some(before) = maps::origin(sk) {
+        // Taken off by an attempt that failed.
+        origin = origin.bound_to(before.device());
+    }
+    if maps::keep_origin(sk, origin) { Ok(()) } else { Err(Refused::NoMemory) }
+}
+
+/// Tells the daemon by whom it finds the namespace.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "two halves")]
+fn report_missing_listener(ctx: &SockAddrContext, netns: u64) {
+    let ids = bpf_get_current_pid_tgid();
+    // SAFETY: the helper takes the context as it is.
+    let socket = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    maps::report_missing_listener(Missing { netns, socket, process: (ids >> 32) as u32, thread: ids as u32 });
 }
 
 /// Forgets what a captured attempt left with the socket, which goes its own way now: by the device that it was bound to.

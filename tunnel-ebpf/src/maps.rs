@@ -16,7 +16,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use tunnel_common::{
-    capture::{Listener, OnFailure, Rule, SOURCE_NETNS_BITS, SocketKey, SourceV4, SourceV6},
+    capture::{Listener, Missing, OnFailure, Rule, SOURCE_NETNS_BITS, SocketKey, SourceV4, SourceV6},
     flow::{FlowKey, Origin},
     names::{COUNTERS_LEN, Counter, FLOWS_MAX, LISTENERS_MAX, RULES_MAX, SOCKETS_MAX, SOURCES_MAX},
 };
@@ -45,7 +45,7 @@ static ORIGINS: SkStorage<Origin> = SkStorage::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, COUNTERS_LEN> = PerCpuArray::new();
 #[btf_map]
-static EVENTS: RingBuf<u64, 4096> = RingBuf::new();
+static EVENTS: RingBuf<Missing, 4096> = RingBuf::new();
 /// When each reason was last logged, per CPU, in nanoseconds since boot.
 #[btf_map]
 static LOGGED: PerCpuArray<u64, COUNTERS_LEN> = PerCpuArray::new();
@@ -137,10 +137,10 @@ pub(crate) fn listener(netns: u64) -> Option<&'static Listener> {
 /// Tells the daemon that a namespace has no listener. Lost when the daemon does not read: it also looks
 /// by itself.
 #[inline(always)]
-pub(crate) fn report_missing_listener(netns: u64) {
+pub(crate) fn report_missing_listener(missing: Missing) {
     if let Some(entry) = EVENTS.reserve(0) {
         let mut entry = entry;
-        entry.write(netns);
+        entry.write(missing);
         entry.submit(0);
     }
 }

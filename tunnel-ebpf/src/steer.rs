@@ -41,13 +41,16 @@ const LOOPBACK_V6_LAST: u32 = u32::from_ne_bytes([0, 0, 0, 1]);
 #[sk_lookup]
 fn steer(ctx: SkLookupContext) -> u32 {
     let Some((client, key)) = captured(&ctx) else { return SK_PASS };
-    // SAFETY: the key is of the map's type. Entries are removed by others at any time; nothing is read of this one.
-    if unsafe { FLOWS.get(&key) }.is_none() {
-        return SK_PASS;
-    }
+    // SAFETY: the key is of the map's type. An entry is written before the SYN goes out; one that is removed meanwhile keeps
+    // its bytes as long as the program runs, or holds those of another flow, which are as good.
+    let Some(origin) = (unsafe { FLOWS.get(&key) }) else { return SK_PASS };
     let lanes = lanes();
     #[expect(clippy::cast_possible_truncation, reason = "two halves")]
     let (generation, lanes) = ((lanes >> 32) as u32, lanes as u16);
+    if origin.generation() != generation {
+        // For another daemon: its copy of this program has the last word, if it is there (`BPF_PROG_SK_LOOKUP_RUN_ARRAY`).
+        return SK_DROP;
+    }
     let key = SocketKey::new(key.netns(), generation, lane_of(&client, lanes), is_v4(&ctx));
     // SAFETY: the map and a key of it. What is found is a socket, referenced, and released once.
     unsafe {

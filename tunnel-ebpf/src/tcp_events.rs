@@ -10,12 +10,13 @@ use core::ptr;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
-        BPF_TCP_SYN_SENT, bpf_sock,
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_SOCK_OPS_WRITE_HDR_OPT_CB,
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock,
     },
     helpers::{
         bpf_get_netns_cookie,
-        generated::{bpf_setsockopt, bpf_skc_to_mptcp_sock},
+        generated::{bpf_reserve_hdr_opt, bpf_setsockopt, bpf_skc_to_mptcp_sock, bpf_store_hdr_opt},
     },
     programs::SockOpsContext,
 };
@@ -29,6 +30,12 @@ use tunnel_common::{
 use crate::maps;
 
 const AF_INET: u32 = 2;
+/// `TCPOPT_MD5SIG` and `TCPOLEN_MD5SIG` of `net/tcp.h`.
+const TCPOPT_MD5SIG: u8 = 19;
+const MD5_OPTION_LEN: u32 = 18;
+/// In jiffies: 5 to 50 ms, by how the kernel was built. The daemon opens its listeners in a few milliseconds. Six doublings
+/// (`tcp_syn_retries`) make that half a second to three, after which connect() fails with ETIMEDOUT.
+const WAITING_RTO: u32 = 5;
 const SOL_TCP: i32 = 6;
 const TCP_CONGESTION: i32 = 13;
 #[expect(clippy::cast_possible_truncation, reason = "four bytes")]
@@ -38,6 +45,9 @@ const NAME_LEN: i32 = LOCAL_CONGESTION_CONTROL.len() as i32;
 pub(crate) fn on_event(ctx: &SockOpsContext) {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => on_connect(ctx),
+        BPF_SOCK_OPS_TIMEOUT_INIT => on_timeout_init(ctx),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => on_option_length(ctx),
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB => on_option(ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => on_close(ctx),
         _ => {}
     }
@@ -61,12 +71,59 @@ fn on_connect(ctx: &SockOpsContext) {
         return;
     }
     // Without it an entry that nobody takes would stay until its 4-tuple is used again.
-    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    let mut flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    if origin.is_waiting() {
+        flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+    }
     let _always = ctx.set_cb_flags(flags.cast_signed());
     spare_local(ctx);
     if maps::has_mptcp() {
         tell_mptcp(sk, *origin);
     }
+}
+
+/// How soon the SYN of a connection that waits goes out again; doubled each time (1 s without).
+#[inline(always)]
+fn on_timeout_init(ctx: &SockOpsContext) {
+    if waiting(ctx) {
+        // SAFETY: a field of the context, for writing.
+        unsafe { (*ctx.ops).__bindgen_anon_1.reply = WAITING_RTO };
+    }
+}
+
+/// Whether this socket's SYN is to be held back.
+#[inline(always)]
+fn waiting(ctx: &SockOpsContext) -> bool {
+    // SAFETY: a field of the context.
+    let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    !sk.is_null() && maps::origin(sk).is_some_and(Origin::is_waiting)
+}
+
+/// A SYN that carries an MD5 signature (RFC 2385) which nobody has asked for gets no answer, neither from a listener
+/// (`tcp_inbound_md5_hash`, net/ipv4/tcp.c) nor from a host without one (`tcp_v4_send_reset`, "don't send rst if it can't find
+/// key"): it is lost, and goes out again a moment later. So nothing is accepted or refused before the daemon listens. On a kernel
+/// without such signatures (CONFIG_TCP_MD5SIG), or where other options leave no room, the connection is refused.
+#[inline(always)]
+fn on_option_length(ctx: &SockOpsContext) {
+    // SAFETY: the helper takes the context as it is.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if waiting(ctx) && maps::listener(netns).is_none() {
+        // SAFETY: as above.
+        let _no_room = unsafe { bpf_reserve_hdr_opt(ctx.ops, MD5_OPTION_LEN, 0) };
+    } else {
+        let flags = ctx.cb_flags() & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+        let _always = ctx.set_cb_flags(flags.cast_signed());
+    }
+}
+
+#[inline(always)]
+fn on_option(ctx: &SockOpsContext) {
+    let mut option = [0u8; MD5_OPTION_LEN as usize];
+    option[0] = TCPOPT_MD5SIG;
+    option[1] = MD5_OPTION_LEN as u8;
+    // SAFETY: the context as it is, and an option with its length; the helper copies it.
+    let _not_reserved =
+        unsafe { bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), MD5_OPTION_LEN, 0) };
 }
 
 /// The connection is one over loopback, whatever the application takes it for. What its host's congestion control does for

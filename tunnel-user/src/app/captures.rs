@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{inbox::Inbox, other, pins::pin_dir};
+use super::{inbox::Inbox, other, pins::pin_dir, rules};
 use crate::{
     capture::{
         accept::{self, Origins, Sockets},
@@ -25,11 +25,11 @@ use crate::{
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         ring::Rings,
         routes::Routes,
+        rules::Rules,
         steer::Steering,
-        rules::{self, Pattern},
         sys,
     },
-    config::{self, AddrPattern, CgroupRef, Config, OnFailure},
+    config::{self, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
     kernels::{Feature, Kernel},
     worker::{CaptureSocket, More, SourceId},
@@ -64,6 +64,7 @@ pub(super) struct ActiveCapture {
 pub(super) struct Programs {
     pub(super) capture: Capture,
     pub(super) rings: Rings,
+    rules: Rules,
 }
 
 /// What is known of one network namespace.
@@ -126,7 +127,7 @@ pub(super) fn load(
     Ok(ActiveCapture {
         source,
         wanted: wanted.clone(),
-        programs: programs(wanted, config, generation)?,
+        programs: programs(wanted, config, rules::compile(wanted, config)?, generation)?,
         generation,
         counted: Vec::new(),
         group,
@@ -169,14 +170,17 @@ fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Optio
 pub(super) fn programs(
     wanted: &config::Capture,
     config: &Config,
+    rules: Rules,
     generation: u32,
 ) -> Result<Programs, Failure> {
-    let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
-        list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
-    };
-    let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
-        Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
-    })?;
+    if rules.left_to_daemon > 0 {
+        tracing::info!(
+            capture = wanted.name,
+            prefixes = rules.left_to_daemon,
+            "routes deny more ports or prefixes than the kernel's rules have room for: the daemon resets those \
+             connections, after connect() has succeeded"
+        );
+    }
     let spec = Spec {
         on_failure: match wanted.on_failure {
             OnFailure::Closed => tunnel_common::capture::ON_FAILURE_CLOSED,
@@ -187,7 +191,7 @@ pub(super) fn programs(
     };
     let mut capture = Capture::load(&spec, &rules).map_err(bpf_failure)?;
     let rings = Rings::new(&mut capture);
-    Ok(Programs { capture, rings })
+    Ok(Programs { capture, rings, rules })
 }
 
 fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
@@ -313,10 +317,9 @@ impl ActiveCapture {
         }
     }
 
-    /// Whether the programs are those that a configuration wants.
-    pub(super) fn is_attached_as(&self, wanted: &config::Capture) -> bool {
-        let now = &self.wanted;
-        (&now.include, &now.exclude, now.on_failure) == (&wanted.include, &wanted.exclude, wanted.on_failure)
+    /// Whether the programs are those that a configuration wants, which `rules` were made of.
+    pub(super) fn is_attached_as(&self, wanted: &config::Capture, rules: &Rules) -> bool {
+        self.programs.rules == *rules && self.wanted.on_failure == wanted.on_failure
     }
 
     /// Attaches other programs in place of these, and returns these. Where it fails these stay.
@@ -393,6 +396,7 @@ impl ActiveCapture {
             return Ok((0..workers).map(|_| Vec::new()).collect());
         }
         let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
+        self.programs.capture.add_daemon(&opened).map_err(bpf_failure)?;
         let (place, per_worker) = self.hand_out(opened)?;
         self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), Namespace::Own(place));
         Ok(per_worker)

@@ -23,7 +23,7 @@ use ipnet::IpNet;
 use socket2::Domain;
 use tunnel_common::{
     addr::Endpoint,
-    capture::{Listener, OnFailure, Rule, SocketKey},
+    capture::{DAEMON, Listener, OnFailure, Rule, SocketKey},
     flow::{FlowKey, Origin},
     names::{self, Counter},
 };
@@ -313,7 +313,7 @@ impl Capture {
     pub fn keep_listeners(&self, netns_cookies: &[u64]) -> Result<(), BpfError> {
         let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         let all: Vec<u64> = map_.keys().filter_map(Result::ok).collect();
-        for netns in all.into_iter().filter(|netns| !netns_cookies.contains(netns)) {
+        for netns in all.into_iter().filter(|netns| *netns != DAEMON && !netns_cookies.contains(netns)) {
             self.note_listener(&map_, netns);
             map_.remove(&netns).map_err(map(names::LISTENERS))?;
         }
@@ -364,6 +364,16 @@ impl Capture {
         let listener = Listener::own(sockets.port, lanes, self.generation, steering.is_some());
         self.set_listener(sockets.netns, listener)?;
         Ok(steering)
+    }
+
+    /// From now on, and as long as these sockets of ours listen, connections from namespaces where we do not listen yet wait.
+    pub fn add_daemon(&self, sockets: &Sockets) -> Result<(), BpfError> {
+        let Some(first) = sockets.per_worker.first().and_then(|own| own.first()) else { return Ok(()) };
+        let listener = Listener::own(sockets.port, 1, self.generation, true);
+        let fd = first.as_raw_fd().cast_unsigned();
+        sys::map_update(self.sockets.as_fd(), &listener.first(DAEMON, true), &fd)
+            .map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
+        self.set_listener(DAEMON, listener)
     }
 
     /// Registers sockets of ours, which are never captured.
