@@ -15,13 +15,18 @@ pub const FLOWS: &str = "FLOWS";
 pub const ORIGINS: &str = "ORIGINS";
 /// Per-CPU counters, indexed by [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
+/// The ids of control groups to whether they are captured: what was found out once.
+pub const GROUPS: &str = "GROUPS";
+/// The names on the way to the captured group, by how many levels below the attach root they are; a unit's at 0.
+pub const GROUP_NAMES: &str = "GROUP_NAMES";
 /// Wakes the daemon when a connection came from a namespace without a listener.
 pub const EVENTS: &str = "EVENTS";
 /// The version of everything that is kept in pinned maps: part of the names of the pins, so that a daemon
 /// adopts only what it understands. Raised with every change of a key, a value, or what they mean.
 pub const ABI: u32 = 1;
 /// Every map, for the test that loads them all.
-pub const MAPS: [&str; 7] = [RULES_V4, RULES_V6, LISTENERS, FLOWS, ORIGINS, COUNTERS, EVENTS];
+pub const MAPS: [&str; 9] =
+    [RULES_V4, RULES_V6, LISTENERS, FLOWS, ORIGINS, COUNTERS, EVENTS, GROUPS, GROUP_NAMES];
 
 /// The socket mark of the daemon's own sockets; a global of the programs.
 pub const OUR_MARK: &str = "OUR_MARK";
@@ -29,6 +34,12 @@ pub const OUR_MARK: &str = "OUR_MARK";
 pub const ON_FAILURE: &str = "ON_FAILURE";
 /// Non-zero where the listener must carry our mark to count as alive; a global of the programs.
 pub const LISTENER_MARKED: &str = "LISTENER_MARKED";
+/// How the captured group is known, [`crate::group::BY_PATH`] and so on; a global of the programs.
+pub const GROUP_KIND: &str = "GROUP_KIND";
+/// [`crate::group::Place`]; a global of the programs.
+pub const GROUP_PLACE: &str = "GROUP_PLACE";
+/// [`crate::group::Offsets`]; a global of the programs.
+pub const GROUP_OFFSETS: &str = "GROUP_OFFSETS";
 
 /// The programs: `cgroup/connect4` and so on. None may be named like its ELF section.
 pub const CONNECT4: &str = "capture_connect4";
@@ -73,11 +84,13 @@ pub enum Counter {
     PeerNames = 7,
     /// `SO_ORIGINAL_DST` questions answered.
     OriginalDsts = 8,
+    /// Connections left alone because the kernel's memory could not be read for the names of their groups.
+    GroupUnknown = 9,
 }
 
 impl Counter {
     /// Every counter with the name it has in statistics.
-    pub const ALL: [(Self, &'static str); 9] = [
+    pub const ALL: [(Self, &'static str); 10] = [
         (Self::Captured, "captured"),
         (Self::Left, "left_alone"),
         (Self::Own, "own_sockets"),
@@ -87,6 +100,7 @@ impl Counter {
         (Self::FlowsFull, "flows_full"),
         (Self::PeerNames, "peer_names_answered"),
         (Self::OriginalDsts, "original_dsts_answered"),
+        (Self::GroupUnknown, "group_unknown"),
     ];
 }
 

@@ -10,6 +10,7 @@ use crate::{
         splice,
     },
     flow::{FlowKey, Origin},
+    group,
 };
 
 macro_rules! pod {
@@ -28,6 +29,9 @@ pod! {
     PortRange = 4,
     Rule = 68,
     Listener = 4,
+    group::Name = 256,
+    group::Offsets = 24,
+    group::Place = 16,
     splice::Words = 64,
     splice::Offsets = 12,
     Offsets = 60,

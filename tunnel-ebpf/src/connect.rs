@@ -23,7 +23,7 @@ use tunnel_common::{
     names::Counter,
 };
 
-use crate::maps;
+use crate::{group, maps};
 
 /// 127.0.0.1 in network order.
 const LOOPBACK_V4: u32 = u32::from_ne_bytes([127, 0, 0, 1]);
@@ -101,6 +101,11 @@ fn candidate(sa: *mut bpf_sock_addr) -> Option<*mut bpf_sock> {
         let sk = (*sa).__bindgen_anon_1.sk;
         ((*sa).protocol, sk, (*sk).mark)
     };
+    if protocol == tunnel_common::capture::TCP && !group::is_captured() {
+        // Of an attempt that was captured, by somebody who has left since or given the socket away.
+        maps::drop_origin(sk);
+        return None;
+    }
     if is_candidate(protocol, mark, maps::our_mark()) {
         return Some(sk);
     }

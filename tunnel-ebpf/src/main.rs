@@ -7,6 +7,8 @@
 
 mod connect;
 mod established;
+mod field;
+mod group;
 mod maps;
 mod original_dst;
 

@@ -9,19 +9,20 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use super::{inbox::Inbox, other, pins::pin_dir};
+use super::{inbox::Inbox, leavers::Leavers, other, pins::pin_dir};
 use crate::{
     capture::{
         accept::{self, Origins, Sockets},
         bpf::{self, BpfError, Capture, Lifetime, Spec},
         bypass::{Bypass, BypassError, Promotions},
-        cgroup::{self, CgroupError, Fresh, Hierarchy},
+        cgroup::{CgroupError, Fresh},
+        group::Group,
         ring::Rings,
         rules::{self, Pattern},
         sys,
@@ -46,8 +47,9 @@ pub(super) struct ActiveCapture {
     pub(super) programs: Programs,
     /// What earlier programs have counted.
     counted: Vec<(&'static str, u64)>,
-    pub(super) group: OwnedFd,
+    pub(super) group: Arc<Group>,
     pub(super) name: String,
+    pub(super) leavers: Leavers,
     pub(super) pins: Option<PathBuf>,
     /// Takes busy connections past TCP.
     bypass: Option<Promotions>,
@@ -118,10 +120,11 @@ pub(super) fn load(
     Ok(ActiveCapture {
         source,
         wanted: wanted.clone(),
-        programs: programs(wanted, config)?,
+        programs: programs(wanted, config, &group)?,
         counted: Vec::new(),
         group,
         name,
+        leavers: Leavers::default(),
         pins: pin_dir(config, wanted),
         bypass,
         namespaces: HashMap::new(),
@@ -129,14 +132,13 @@ pub(super) fn load(
 }
 
 /// What takes busy connections of a capture past TCP, where it is wanted and can be.
-fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Option<Promotions>, Failure> {
+fn bypass(wanted: &config::Capture, group: &Arc<Group>, name: &str) -> Result<Option<Promotions>, Failure> {
     if wanted.bypass == config::Bypass::Off || wanted.proxy.is_some() {
         return Ok(None);
     }
     let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
     let started = known.and_then(|()| Bypass::load()).and_then(|bypass| {
-        let group = group.try_clone().map_err(BypassError::Start)?;
-        Promotions::start(bypass, group).map_err(BypassError::Start)
+        Promotions::start(bypass, Arc::clone(group)).map_err(BypassError::Start)
     });
     match started {
         Ok(promotions) => Ok(Some(promotions)),
@@ -157,45 +159,63 @@ fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Optio
 
 /// Loads programs with the rules of a capture; where those of an earlier daemon, or of an earlier configuration, are
 /// attached, they find the flows of these.
-pub(super) fn programs(wanted: &config::Capture, config: &Config) -> Result<Programs, Failure> {
+pub(super) fn programs(
+    wanted: &config::Capture,
+    config: &Config,
+    group: &Group,
+) -> Result<Programs, Failure> {
     let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
         list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
     };
     let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
         Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
     })?;
-    let spec = Spec {
+    let mut spec = Spec {
         mark: config.daemon.mark.get(),
         on_failure: match wanted.on_failure {
             OnFailure::Closed => tunnel_common::capture::ON_FAILURE_CLOSED,
             OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
         },
         listener_marked: wanted.proxy.is_none(),
+        group: group.by_name(),
         lifetime: pin_dir(config, wanted).map_or(Lifetime::Cgroup, Lifetime::Pinned),
     };
-    let mut capture = Capture::load(&spec, &rules).map_err(bpf_failure)?;
+    let mut loaded = Capture::load(&spec, &rules);
+    if let Err(e @ (BpfError::Program { .. } | BpfError::Offsets(_))) = &loaded
+        && spec.group.take().is_some()
+    {
+        tracing::warn!(
+            group = group.called(),
+            error = e.summary(),
+            "the group cannot be followed by its name: when it is removed and created again, its connections are in \
+             plaintext for up to a second (`tunnel doctor` names what is missing)"
+        );
+        loaded = Capture::load(&spec, &rules);
+    }
+    let mut capture = loaded.map_err(bpf_failure)?;
     let rings = Rings::new(&mut capture);
     Ok(Programs { capture, rings })
 }
 
-fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
-    let missing = |e: &CgroupError| {
-        Failure::Other(Cause::new(e, "`tunnel doctor` shows where cgroup2 is mounted on this system."))
-    };
-    match wanted {
-        CgroupRef::Path(path) => {
-            cgroup::open_path(path).map(|fd| (fd, path.display().to_string())).map_err(|e| missing(&e))
-        }
-        CgroupRef::Unit(unit) => Hierarchy::open()
-            .and_then(|h| h.of_unit(unit))
-            .map(|fd| (fd, unit.clone()))
-            .map_err(|e| missing(&e)),
+fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(Arc<Group>, String), Failure> {
+    let group = match wanted {
+        CgroupRef::Path(path) => Group::at(path),
+        CgroupRef::Unit(unit) => Group::of_unit(unit),
         CgroupRef::Fresh => {
             let fresh = fresh.ok_or_else(|| other("this capture needs a command: use `tunnel exec`"))?;
             let fd = fresh.fd().try_clone_to_owned().map_err(|e| other(&e.to_string()))?;
-            Ok((fd, "of the command".to_owned()))
+            Group::fixed(fd, "of the command")
         }
-    }
+    };
+    let group = group.map_err(|e| {
+        let cause = Cause::new(&e, "`tunnel doctor` shows where cgroup2 is mounted on this system.");
+        match e {
+            CgroupError::NoHierarchy(_) | CgroupError::TooDeep(_) => Failure::Config(cause),
+            CgroupError::Mount(_) | CgroupError::Io { .. } => Failure::Other(cause),
+        }
+    })?;
+    let name = group.called().to_owned();
+    Ok((Arc::new(group), name))
 }
 
 impl ActiveCapture {
@@ -211,6 +231,9 @@ impl ActiveCapture {
     /// namespaces that no captured process is in any more.
     pub(super) fn scan(&mut self, more: &[Inbox], mark: u32) {
         more.iter().for_each(Inbox::flush);
+        self.follow();
+        let processes = self.group.processes();
+        self.leavers.look(&self.group, &processes);
         if self.wanted.proxy.is_some() {
             return;
         }
@@ -224,7 +247,7 @@ impl ActiveCapture {
             let cookie = place.cookie;
             self.add_v6(std::process::id(), cookie, more, mark);
         }
-        for pid in cgroup::processes(self.group.as_fd()) {
+        for pid in processes {
             // It may have ended just now.
             let Ok(inode) = accept::netns_inode(pid) else { continue };
             match self.namespaces.get_mut(&inode) {
@@ -276,12 +299,17 @@ impl ActiveCapture {
 
     /// Attaches the programs, and forgets what an earlier daemon left in their maps.
     pub(super) fn attach(&mut self) -> Result<(), Failure> {
-        self.programs.capture.attach(self.group.as_fd()).map_err(bpf_failure)?;
+        self.put_in_place().map_err(bpf_failure)?;
         if self.wanted.proxy.is_some() {
             return Ok(());
         }
         let cookies: Vec<u64> = self.cookies().collect();
         self.programs.capture.keep_listeners(&cookies).map_err(bpf_failure)
+    }
+
+    /// Attaches the programs where they decide on the group's connections.
+    pub(super) fn put_in_place(&mut self) -> Result<(), BpfError> {
+        put_in_place(&mut self.programs.capture, &self.group)
     }
 
     /// Of the namespaces that have listeners.
@@ -307,9 +335,9 @@ impl ActiveCapture {
 
     /// Attaches other programs in place of these, and returns these. Where it fails these stay.
     pub(super) fn replace(&mut self, mut next: Programs) -> Result<Programs, Failure> {
-        if let Err(e) = next.capture.attach(self.group.as_fd()) {
+        if let Err(e) = put_in_place(&mut next.capture, &self.group) {
             // Some may have been replaced already.
-            if let Err(e) = self.programs.capture.attach(self.group.as_fd()) {
+            if let Err(e) = self.put_in_place() {
                 tracing::error!(cgroup = self.name, "the programs that were attached are not all back: {e}");
             }
             return Err(bpf_failure(e));
@@ -444,6 +472,17 @@ impl ActiveCapture {
     }
 }
 
+/// Attaches programs to the group, or above it where they know it by name. A group that does not exist has no connections.
+fn put_in_place(capture: &mut Capture, group: &Group) -> Result<(), BpfError> {
+    let now = group.now();
+    let now = now.as_deref();
+    match (group.root().filter(|_| capture.is_by_name()), now) {
+        (Some(root), now) => capture.attach(root, now),
+        (None, Some(dir)) => capture.attach(dir.as_fd(), None),
+        (None, None) => Ok(()),
+    }
+}
+
 fn proxy_listener(proxy: SocketAddr) -> tunnel_common::capture::Listener {
     let port = Some(proxy.port());
     // A proxy on `[::1]` takes IPv6 only; one on `[::]` takes both.
@@ -488,6 +527,18 @@ pub(super) fn bpf_failure(e: BpfError) -> Failure {
         ));
     }
     match e {
+        BpfError::Blocked { ref by, .. } => {
+            let remedy = format!(
+                "Have its owner attach it with BPF_F_ALLOW_MULTI, or detach it: `bpftool prog show id {}` names it, `bpftool \
+                 cgroup detach` ends it.",
+                by.id
+            );
+            Failure::Kernel(Cause::new(e.summary(), remedy))
+        }
+        BpfError::Full { .. } => Failure::Kernel(Cause::new(
+            e.summary(),
+            "Capture a group that holds several of them: each [[capture]] takes one of these places.",
+        )),
         BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
             e.summary(),
             "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",

@@ -5,7 +5,9 @@
 //! wires rooms together.
 
 mod captures;
+mod following;
 mod inbox;
+mod leavers;
 mod listen;
 mod pins;
 mod reload;
@@ -29,7 +31,7 @@ use tokio::{
     time::{Interval, MissedTickBehavior},
 };
 
-pub use self::run::run;
+pub use self::{following::nested, run::run};
 use self::{
     captures::{ActiveCapture, Loaded, bpf_failure},
     inbox::Inbox,
@@ -338,8 +340,10 @@ impl Running {
         for active in &mut self.captures {
             active.scan(&self.more, self.fixed.mark);
             active.attach()?;
-            tracing::info!(cgroup = active.name, "capturing");
         }
+        following::order(&self.captures);
+        self.captures.iter().for_each(ActiveCapture::announce);
+        following::warn_of_rules(&self.config);
         Ok(())
     }
 
@@ -354,6 +358,13 @@ impl Running {
         match lock_if_pinned(&self.config, &self.config.captures) {
             Ok(_lock) => self.captures.iter().for_each(ActiveCapture::take_back),
             Err(e) => tracing::error!("not everything is as it was before: {e}"),
+        }
+    }
+
+    /// Warns of processes that have left a captured group.
+    pub fn look_for_leavers(&mut self) {
+        for active in &mut self.captures {
+            active.leavers.look_now(&active.group, &active.group.processes());
         }
     }
 

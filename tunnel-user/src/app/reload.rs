@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::{
     Identity, Running,
     captures::{self, ActiveCapture, Loaded, Programs},
+    following,
     listen::{self, ActiveListener, Opener, Sockets},
     load_identity, lock_if_pinned, other, path, require_privileges, shared,
 };
@@ -84,6 +85,9 @@ impl Running {
             }
             return Err(e);
         }
+
+        following::order(self.captures.iter().chain(&captures));
+        captures.iter().for_each(ActiveCapture::announce);
 
         // Nothing fails from here on.
         self.captures.iter().chain(&captures).for_each(|active| active.programs.capture.settle());
@@ -206,7 +210,7 @@ impl Running {
                 continue;
             };
             if !active.is_attached_as(wanted) {
-                programs.push((active.source, captures::programs(wanted, config)?));
+                programs.push((active.source, captures::programs(wanted, config, &active.group)?));
             }
         }
 

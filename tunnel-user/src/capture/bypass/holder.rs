@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::Refusal;
-use crate::capture::{cgroup, sys};
+use crate::capture::{group::Group, sys};
 
 /// Processes of a captured group, and descriptors of all of them, that are looked through for one connection: 1 µs each,
 /// on a thread of its own. A group with more has no bypass.
@@ -101,9 +101,9 @@ fn netlink() -> io::Result<OwnedFd> {
 }
 
 /// The one process of a group that has this socket, and one of its descriptors for it.
-pub(super) fn only_one(group: BorrowedFd<'_>, inode: u32) -> Result<(u32, i32), Refusal> {
+pub(super) fn only_one(group: &Group, inode: u32) -> Result<(u32, i32), Refusal> {
     let link = format!("socket:[{inode}]");
-    let processes = cgroup::processes(group);
+    let processes = group.processes();
     if processes.len() > PROCESSES_MAX {
         return Err(Refusal::Unknown);
     }
