@@ -212,7 +212,8 @@ fn a_daemon_waits_for_its_group_and_says_when_it_comes_goes_and_comes_again() ->
     remove(&group)?;
     daemon.process().wait_for_line("cgroup was removed: waiting for it")?;
     fs::create_dir(&group)?;
-    daemon.process().wait_for_line("cgroup appeared")?;
+    let appeared = || (daemon.log().matches("cgroup appeared").count() == 2).then_some(());
+    wait_for("the group to be found a second time", PATIENCE, appeared)?;
     remove(&group)?;
     fs::create_dir(&group)?;
     daemon.process().wait_for_line("created again")?;
@@ -238,6 +239,7 @@ fn a_daemon_that_takes_over_captures_the_group_whatever_has_become_of_it() -> Re
     let pinned = scene.bpffs.pins();
     let (said, new) = std::thread::scope(|scope| -> Result<_> {
         let busy = scope.spawn(|| scene.incarnations(TIMES / 4));
+        wait_for("the load", PATIENCE, || (scene.inside.peers().len() > 20).then_some(()))?;
         let mut command = world.node().command_ended_by(programs::tunnel()?, Signal::SIGTERM);
         command.args(["run", "--takeover", "--config"]).arg(old.config());
         let mut new = Process::spawn("new", world.folder(), command)?;
@@ -465,7 +467,7 @@ fn a_process_that_leaves_a_captured_group_is_told_of() -> Result<()> {
     app.wait_for_line("held=1")?;
     // It is seen there first.
     #[expect(clippy::disallowed_methods, reason = "longer than the daemon takes between two looks")]
-    std::thread::sleep(std::time::Duration::from_secs(7));
+    std::thread::sleep(std::time::Duration::from_secs(3));
     fs::write(scene.outer.path().join("cgroup.procs"), app.id().to_string())?;
     let line = daemon.process().wait_for_line("has left the captured group")?;
     assert!(line.contains(&format!("pid={}", app.id())) && line.contains("tt-app"), "{line}");

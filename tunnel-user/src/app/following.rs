@@ -4,7 +4,7 @@
 //! Invariant: of two captures of one daemon the one of the inner group is asked first, and what it captures the other one
 //! leaves alone. Nothing is captured later because this module has not looked yet: the programs know groups by their names.
 
-use std::{collections::HashMap, path::Path};
+use std::{collections::HashMap, os::fd::AsFd as _, path::Path, thread};
 
 use super::captures::ActiveCapture;
 use crate::{
@@ -60,7 +60,6 @@ impl ActiveCapture {
 
     fn warn_of_filters(&self) {
         let Some(group) = self.group.now() else { return };
-        use std::os::fd::AsFd as _;
         for program in blockers::filters(group.as_fd()) {
             tracing::warn!(
                 cgroup = self.name,
@@ -98,13 +97,17 @@ pub(super) fn order<'a>(captures: impl IntoIterator<Item = &'a ActiveCapture>) {
     }
 }
 
-/// Warns of rules that break a capture, or that it makes void, and of groups that lie in one another.
-pub(super) fn warn_of_rules(config: &Config) {
+/// Warns of groups that lie in one another, and of rules that break a capture or that it makes void. These are looked for
+/// beside the start, which waits for no other program.
+pub(super) fn warn_of_others(config: &Config) -> Option<thread::JoinHandle<()>> {
     nested(config).iter().for_each(|warning| tracing::warn!("{warning}"));
-    // A command starts without delay, and its group is its own.
-    if config.captures.iter().any(|c| c.cgroup != CgroupRef::Fresh) {
-        firewall::examine(config.daemon.mark.get()).iter().for_each(|rule| tracing::warn!("{rule}"));
+    // A command's group is its own, and it may be over before.
+    if config.captures.iter().all(|c| c.cgroup == CgroupRef::Fresh) {
+        return None;
     }
+    let mark = config.daemon.mark.get();
+    let look = move || firewall::examine(mark).iter().for_each(|rule| tracing::warn!("{rule}"));
+    thread::Builder::new().name("firewall".to_owned()).spawn(look).ok()
 }
 
 /// Which captured groups of a configuration lie in other ones, for a person.

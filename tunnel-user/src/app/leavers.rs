@@ -15,8 +15,10 @@ use crate::capture::group::Group;
 
 /// At most one warning in this time for a group: of processes that leave one after the other the first is named.
 const QUIET: Duration = Duration::from_secs(60);
-/// How often it looks, with two reads of /proc for each process of the group.
+/// How often it looks, with a read of /proc for each process of the group: 10 µs each.
 const EVERY: Duration = Duration::from_secs(5);
+/// Groups of so few processes are looked at each time that somebody asks, once a second.
+const FEW: usize = 64;
 /// Processes of a group beyond which only those that vanish are looked after, and not what each has started.
 const PROCESSES_MAX: usize = 1024;
 /// Clock ticks in a second, in which the kernel says when a process has started (`USER_HZ`).
@@ -35,7 +37,7 @@ pub(super) struct Leavers {
 impl Leavers {
     /// Looks, if it is time to.
     pub(super) fn look(&mut self, group: &Group, processes: &[u32]) {
-        if self.looked.is_none_or(|at| at.elapsed() >= EVERY) {
+        if processes.len() <= FEW || self.looked.is_none_or(|at| at.elapsed() >= EVERY) {
             self.look_now(group, processes);
         }
     }

@@ -93,6 +93,8 @@ pub struct Running {
     sources: SourceIds,
     discover: Discover,
     duties: Duties,
+    /// Looks at other people's rules, and ends.
+    looking: Option<thread::JoinHandle<()>>,
 }
 
 /// What is done again and again. It belongs to the daemon and not to the future that waits for it, which every signal and
@@ -211,6 +213,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         sources,
         discover,
         duties: Duties::new(),
+        looking: None,
     };
     if let Err(e) = running.begin(sockets, &shared, &upstreams, &phase) {
         running.captures.iter().for_each(ActiveCapture::take_back);
@@ -343,7 +346,7 @@ impl Running {
         }
         following::order(&self.captures);
         self.captures.iter().for_each(ActiveCapture::announce);
-        following::warn_of_rules(&self.config);
+        self.looking = following::warn_of_others(&self.config);
         Ok(())
     }
 
@@ -442,6 +445,9 @@ impl Running {
             }
         }
         self.trigger.enter(Phase::Stop);
+        if let Some(looking) = self.looking.take().filter(thread::JoinHandle::is_finished) {
+            let _panicked = looking.join();
+        }
         for active in &self.captures {
             let counters = active.counters().into_iter().chain(active.bypassed());
             let counters: Vec<_> = counters.filter(|(_, n)| *n > 0).collect();

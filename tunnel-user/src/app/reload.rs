@@ -130,6 +130,7 @@ impl Running {
         }
         (self.listeners, self.redirects, self.captures, self.kept) = (listeners, redirects, active, kept);
         self.config = config;
+        following::nested(&self.config).iter().for_each(|warning| tracing::warn!("{warning}"));
         if let Some(identity) = &self.identity {
             identity.store.keep(&wanted_tls(&self.config));
         }

@@ -65,7 +65,7 @@ impl Before {
         }
         for Moved { link, at, group, program } in self.moved.into_iter().rev() {
             let spot = Spot { cgroup: group.as_fd(), at, path: &link, by_name: false };
-            let back = spot.renew(program.as_fd()).map_err(|LinkError::Attach(e) | LinkError::Pin(e)| e);
+            let back = spot.renew(program.as_fd()).map_err(|(LinkError::Attach(e) | LinkError::Pin(e))| e);
             done = done.and(back.map_err(|source| BpfError::Pin { path: link, source }));
         }
         for path in self.made {
