@@ -19,9 +19,9 @@ use crate::{janitor::Janitor, leftovers};
 /// The kernel needs a moment after the last process is gone. The first version of control groups has no `cgroup.kill`.
 const CLEAN_UP: &str = r#"if [ -e "$1/cgroup.kill" ]; then echo 1 >"$1/cgroup.kill"
 else kill -KILL $(cat "$1/cgroup.procs"); fi; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-rmdir "$1" && exit 0; sleep 0.1; done; exit 1"#;
+find "$1" -mindepth 1 -depth -type d -exec rmdir {} ';'; rmdir "$1" && exit 0; sleep 0.1; done; exit 1"#;
 
-/// A group, called `tunnel-test-PID-N`; its processes are killed and it is removed in the end.
+/// A group, called `tunnel-test-PID-N`; its processes are killed, and it is removed with those below it in the end.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -31,8 +31,12 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes one.
     pub fn new() -> Result<Self> {
-        const MISSING: &str = "no cgroup2 hierarchy is mounted, which captures and benchmarks take: mount -t cgroup2 none FOLDER";
-        Self::below(&mounts().into_iter().next().context(MISSING)?)
+        Self::below(&first_mount()?, "")
+    }
+
+    /// Makes one that is called as systemd's slices are, `tunnel-test-PID-N.slice`.
+    pub fn slice() -> Result<Self> {
+        Self::below(&first_mount()?, ".slice")
     }
 
     /// Makes one whose TCP sockets get so many bytes of memory together, and what is more is refused. Only the first
@@ -44,15 +48,15 @@ impl Cgroup {
             println!("NOT tested: no hierarchy of cgroup v1 with the memory controller is mounted");
             return Ok(None);
         };
-        let group = Self::below(&root)?;
+        let group = Self::below(&root, "")?;
         fs::write(group.path.join(LIMIT), bytes.to_string()).context(LIMIT)?;
         Ok(Some(group))
     }
 
-    fn below(root: &Path) -> Result<Self> {
+    fn below(root: &Path, suffix: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = root.join(format!("tunnel-test-{}-{number}", std::process::id()));
+        let path = root.join(format!("tunnel-test-{}-{number}{suffix}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         let janitor = Janitor::new(CLEAN_UP, &path.display().to_string())?;
         Ok(Self { path, janitor })
@@ -70,11 +74,7 @@ impl Cgroup {
 
     /// Makes a command join it.
     pub fn adopt(&self, command: &mut Command) -> Result<()> {
-        let procs = fs::OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))?;
-        let procs = Arc::new(procs);
-        // SAFETY: between fork and exec the closure makes one system call; it does not allocate.
-        unsafe { command.pre_exec(move || (&*procs).write_all(b"0")) };
-        Ok(())
+        adopt(&self.path, command)
     }
 }
 
@@ -86,6 +86,21 @@ impl Drop for Cgroup {
         });
         leftovers::report(&self.path.display().to_string(), cleaned);
     }
+}
+
+/// Makes a command join a group.
+pub fn adopt(group: &Path, command: &mut Command) -> Result<()> {
+    let procs = fs::OpenOptions::new().write(true).open(group.join("cgroup.procs"))?;
+    let procs = Arc::new(procs);
+    // SAFETY: between fork and exec the closure makes one system call; it does not allocate.
+    unsafe { command.pre_exec(move || (&*procs).write_all(b"0")) };
+    Ok(())
+}
+
+fn first_mount() -> Result<PathBuf> {
+    const MISSING: &str =
+        "no cgroup2 hierarchy is mounted, which captures and benchmarks take: mount -t cgroup2 none FOLDER";
+    mounts().into_iter().next().context(MISSING)
 }
 
 /// Where cgroup2 hierarchies are mounted.

@@ -17,6 +17,7 @@
 //! ```
 
 pub mod bench;
+pub mod bpf;
 pub mod bpffs;
 pub mod cgroup;
 pub mod daemon;

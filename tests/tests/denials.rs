@@ -93,8 +93,11 @@ fn what_a_capture_refuses_is_unreachable() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().allow("10.77.0.0/30").allow("fd77::/64").start()?;
     let six = world.serve(NET6, target::echo())?;
-    let (taken, alone, four) =
-        (world.serve(NET6, target::echo())?, world.serve(NET6, target::echo())?, world.serve(NET4, target::echo())?);
+    let (taken, alone, four) = (
+        world.serve(NET6, target::echo())?,
+        world.serve(NET6, target::echo())?,
+        world.serve(NET4, target::echo())?,
+    );
     let node = Node::new(&world)?;
     let capture = format!(
         "include = [\"0.0.0.0/0\", \"::/0\", \"[{NET6}]:{}\"]\nrefuse = [\"::/0\"]\nexclude = [\"[{NET6}]:{}\"]",
@@ -118,7 +121,8 @@ fn what_a_capture_refuses_is_unreachable() -> Result<()> {
 fn what_exec_is_told_to_refuse_is_unreachable() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().allow("10.77.0.0/30").start()?;
-    let (six, four) = (world.serve(NET6, target::name_the_peer())?, world.serve(NET4, target::name_the_peer())?);
+    let (six, four) =
+        (world.serve(NET6, target::name_the_peer())?, world.serve(NET4, target::name_the_peer())?);
     let exec = world.exec(&gateway).flag("--refuse", "::/0");
     let done = exec.run_app(&["connect-error", &six.addr().to_string()])?;
     assert_eq!((done.value("connect")?, done.flows()?.len()), ("ENETUNREACH", 0), "{done}");
@@ -321,9 +325,11 @@ fn no_way_to_connect_gets_past_a_denial() -> Result<()> {
     // It is the routes that say no.
     let target = world.serve(NET4, target::duplex(1))?;
     let config = format!("{node}{}", through(gateway.addr(), GATEWAY_ID));
-    let done = world
-        .exec_with(&world.file("open.toml", config)?)
-        .run_app(&["duplex", &target.addr().to_string(), "1"])?;
+    let done = world.exec_with(&world.file("open.toml", config)?).run_app(&[
+        "duplex",
+        &target.addr().to_string(),
+        "1",
+    ])?;
     assert!(done.success(), "{done}");
     Ok(())
 }

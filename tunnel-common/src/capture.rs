@@ -243,6 +243,15 @@ pub struct Missing {
     pub thread: u32,
 }
 
+impl Missing {
+    /// From the bytes that the programs wrote; none where there are not enough.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let word = |at: usize| bytes.get(at..at + 8)?.try_into().ok().map(u64::from_ne_bytes);
+        let half = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+        Some(Self { netns: word(0)?, socket: word(8)?, process: half(16)?, thread: half(20)? })
+    }
+}
+
 /// A key of the trie of source addresses: the network namespace first, so that one trie holds those of all.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -394,7 +403,8 @@ mod tests {
 
     #[test]
     fn no_rule_leaves_the_connection_alone_and_asks_nobody() {
-        let asked = |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that is not captured");
+        let asked =
+            |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that is not captured");
         let dst = to("192.0.2.1:80");
         assert_eq!(decide(None, None, &dst, true, ON_FAILURE_CLOSED, asked, || true), Verdict::Leave);
         let other = rule(&[PortRange::new(443, 443)]);
@@ -409,8 +419,14 @@ mod tests {
         let r = rule(&[ALL]);
         let (v4, v6) = (to("192.0.2.1:80"), to("[2001:db8::1]:80"));
         let proxy = Listener::proxy(Some(15001), Some(15006));
-        assert_eq!(decide(Some(&r), Some(&proxy), &v4, true, 0, |_, _| true, || true), Verdict::Capture(to("127.0.0.1:15001")));
-        assert_eq!(decide(Some(&r), Some(&proxy), &v6, false, 0, |_, _| true, || true), Verdict::Capture(to("[::1]:15006")));
+        assert_eq!(
+            decide(Some(&r), Some(&proxy), &v4, true, 0, |_, _| true, || true),
+            Verdict::Capture(to("127.0.0.1:15001"))
+        );
+        assert_eq!(
+            decide(Some(&r), Some(&proxy), &v6, false, 0, |_, _| true, || true),
+            Verdict::Capture(to("[::1]:15006"))
+        );
         let own = Listener::own(61001, 2, 7, false);
         assert_eq!(own.via(&v4, true), Some(to("127.84.0.1:61001")));
         assert_eq!(own.via(&v6, false), Some(to("[::1]:61001")));
@@ -428,7 +444,10 @@ mod tests {
             assert_eq!(ask(ON_FAILURE_OPEN), Verdict::LeaveOpen);
         }
         let dead = |_: &Listener, _: &Endpoint| false;
-        assert_eq!(decide(Some(&r), Some(&v4_only), &v4, true, ON_FAILURE_CLOSED, dead, || true), Verdict::Refuse);
+        assert_eq!(
+            decide(Some(&r), Some(&v4_only), &v4, true, ON_FAILURE_CLOSED, dead, || true),
+            Verdict::Refuse
+        );
         // A value nobody defined is the safe one.
         assert_eq!(decide(Some(&r), None, &v4, true, 99, |_, _| true, || false), Verdict::Refuse);
     }
@@ -471,7 +490,8 @@ mod tests {
 
     #[test]
     fn what_is_denied_or_refused_fails_whether_a_daemon_listens_or_not_and_asks_nobody() {
-        let asked = |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that fails anyway");
+        let asked =
+            |_: &Listener, _: &Endpoint| panic!("nothing is looked up for a connection that fails anyway");
         let port = |port| PortRange::new(port, port);
         let r = Rule::new(&[port(80)], &[port(25)], &[port(53)]).expect("few enough");
         let l = Listener::own(61001, 2, 7, true);

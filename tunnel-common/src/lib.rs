@@ -13,6 +13,7 @@ pub mod addr;
 pub mod capture;
 pub mod fastpath;
 pub mod flow;
+pub mod group;
 pub mod names;
 #[cfg(feature = "user")]
 mod pod;

@@ -23,20 +23,42 @@ pub const FLOWS: &str = "FLOWS";
 pub const ORIGINS: &str = "ORIGINS";
 /// Per-CPU counters, indexed by [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
+/// The ids of control groups to whether they are captured: what was found out once.
+pub const GROUPS: &str = "GROUPS";
+/// The names on the way to the captured group, by how many levels below the attach root they are; a unit's at 0.
+pub const GROUP_NAMES: &str = "GROUP_NAMES";
 /// Wakes the daemon when a connection came from a namespace without a listener.
 pub const EVENTS: &str = "EVENTS";
 /// The version of everything that is kept in pinned maps: part of the names of the pins, so that a daemon
 /// adopts only what it understands. Raised with every change of a key, a value, or what they mean.
 pub const ABI: u32 = 2;
 /// Every map, for the test that loads them all.
-pub const MAPS: [&str; 11] = [
-    RULES_V4, RULES_V6, LISTENERS, SOCKETS, OWN, SOURCES_V4, SOURCES_V6, FLOWS, ORIGINS, COUNTERS, EVENTS,
+pub const MAPS: [&str; 13] = [
+    RULES_V4,
+    RULES_V6,
+    LISTENERS,
+    SOCKETS,
+    OWN,
+    SOURCES_V4,
+    SOURCES_V6,
+    FLOWS,
+    ORIGINS,
+    COUNTERS,
+    EVENTS,
+    GROUPS,
+    GROUP_NAMES,
 ];
 
 /// [`crate::capture::OnFailure`]; a global of the programs.
 pub const ON_FAILURE: &str = "ON_FAILURE";
 /// Non-zero where the kernel has Multipath TCP (`struct mptcp_sock`); a global of the programs.
 pub const HAS_MPTCP: &str = "HAS_MPTCP";
+/// How the captured group is known, [`crate::group::BY_PATH`] and so on; a global of the programs.
+pub const GROUP_KIND: &str = "GROUP_KIND";
+/// [`crate::group::Place`]; a global of the programs.
+pub const GROUP_PLACE: &str = "GROUP_PLACE";
+/// [`crate::group::Offsets`]; a global of the programs.
+pub const GROUP_OFFSETS: &str = "GROUP_OFFSETS";
 
 /// The programs: `cgroup/connect4` and so on. None may be named like its ELF section.
 pub const CONNECT4: &str = "capture_connect4";
@@ -109,11 +131,13 @@ pub enum Counter {
     RefusedByRule = 13,
     /// Connections that wait for the daemon to listen in their network namespace.
     Waiting = 14,
+    /// Connections left alone because the kernel's memory could not be read for the names of their groups.
+    GroupUnknown = 15,
 }
 
 impl Counter {
     /// Every counter with the name it has in statistics.
-    pub const ALL: [(Self, &'static str); 15] = [
+    pub const ALL: [(Self, &'static str); 16] = [
         (Self::Captured, "captured"),
         (Self::Left, "left_alone"),
         (Self::Own, "own_sockets"),
@@ -129,6 +153,7 @@ impl Counter {
         (Self::DeniedByRoute, "denied_by_route"),
         (Self::RefusedByRule, "refused_by_rule"),
         (Self::Waiting, "waited_for_listener"),
+        (Self::GroupUnknown, "group_unknown"),
     ];
 }
 

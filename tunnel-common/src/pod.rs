@@ -10,6 +10,7 @@ use crate::{
         splice,
     },
     flow::{FlowKey, Origin},
+    group,
 };
 
 macro_rules! pod {
@@ -32,6 +33,9 @@ pod! {
     Missing = 24,
     SourceV4 = 12,
     SourceV6 = 24,
+    group::Name = 256,
+    group::Offsets = 24,
+    group::Place = 16,
     splice::Words = 64,
     splice::Offsets = 12,
     Offsets = 60,

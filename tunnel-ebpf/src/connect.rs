@@ -26,7 +26,7 @@ use tunnel_common::{
     names::Counter,
 };
 
-use crate::maps;
+use crate::{group, maps};
 
 /// The third word of `::ffff:0:0/96` in network order.
 const V4_MAPPED_THIRD: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
@@ -72,7 +72,7 @@ pub(crate) fn verdict(outcome: Result<(), Refused>) -> i32 {
 #[inline(always)]
 pub(crate) fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
     let sa = ctx.sock_addr;
-    let Some(sk) = candidate(sa) else { return Ok(()) };
+    let Some(sk) = candidate(ctx) else { return Ok(()) };
     // SAFETY: fields of the context, at the width that the verifier allows.
     let (dst, unbound) = unsafe { (Endpoint::from_v4_be((*sa).user_ip4, port(sa)), (*sk).src_ip4 == 0) };
     let Some(via) = capture(ctx, sk, dst, true, unbound, maps::rule_v4(dst.v4_be()))? else { return Ok(()) };
@@ -87,7 +87,7 @@ pub(crate) fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
 #[inline(always)]
 pub(crate) fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
     let sa = ctx.sock_addr;
-    let Some(sk) = candidate(sa) else { return Ok(()) };
+    let Some(sk) = candidate(ctx) else { return Ok(()) };
     // SAFETY: fields of the context and of its socket, at the width that the verifier allows.
     let (words, unbound) = unsafe {
         let own = [(*sk).src_ip6[0], (*sk).src_ip6[1], (*sk).src_ip6[2], (*sk).src_ip6[3]];
@@ -114,10 +114,16 @@ pub(crate) fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
 
 /// The socket, if its connections are for us to look at.
 #[inline(always)]
-fn candidate(sa: *mut bpf_sock_addr) -> Option<*mut bpf_sock> {
+fn candidate(ctx: &SockAddrContext) -> Option<*mut bpf_sock> {
+    let sa = ctx.sock_addr;
     // SAFETY: fields of the context; the verifier knows `sk` to be a valid socket.
     let (protocol, sk) = unsafe { ((*sa).protocol, (*sa).__bindgen_anon_1.sk) };
     if protocol != TCP || sk.is_null() {
+        return None;
+    }
+    if !group::is_captured() {
+        // Of an attempt that was captured, by somebody who has left since or given the socket away.
+        leave(ctx, sk);
         return None;
     }
     if maps::is_own(sk) {
@@ -155,7 +161,8 @@ fn capture(
             proxy_is_listening(ctx, via, v4)
         }
     };
-    let daemon = || maps::listener(DAEMON).is_some_and(|daemon| maps::is_listening(&daemon.first(DAEMON, true)));
+    let daemon =
+        || maps::listener(DAEMON).is_some_and(|daemon| maps::is_listening(&daemon.first(DAEMON, true)));
     match decide(rule, listener, &dst, v4, maps::on_failure(), alive, daemon) {
         Verdict::Leave => {
             // A socket may connect again after a captured attempt failed.
@@ -209,9 +216,7 @@ fn capture(
 #[inline(always)]
 fn octets(dst: Endpoint) -> [u8; 16] {
     let [a, b, c, d] = dst.v6_be().map(u32::to_ne_bytes);
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
-    ]
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
 }
 
 /// Takes the socket off its network device, and keeps the origin with it.
@@ -264,9 +269,8 @@ fn leave(ctx: &SockAddrContext, sk: *mut bpf_sock) {
 fn bind_to_device(ctx: &SockAddrContext, device: u32) -> bool {
     let mut device = device.cast_signed();
     // SAFETY: the context as it is, and a number with its length; the helper copies it.
-    let failed = unsafe {
-        bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_BINDTOIFINDEX, (&raw mut device).cast(), 4)
-    };
+    let failed =
+        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_BINDTOIFINDEX, (&raw mut device).cast(), 4) };
     failed == 0
 }
 

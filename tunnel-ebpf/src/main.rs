@@ -6,6 +6,8 @@
 #![no_main]
 
 mod connect;
+mod field;
+mod group;
 mod maps;
 mod original_dst;
 mod tcp_events;

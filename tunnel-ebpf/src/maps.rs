@@ -81,7 +81,8 @@ pub(crate) fn has_mptcp() -> bool {
 #[inline(always)]
 pub(crate) fn is_own(sk: *mut bpf_sock) -> bool {
     // SAFETY: `sk` is the context's socket; without the create flag the value pointer is not read.
-    let own = unsafe { bpf_sk_storage_get((&raw const OWN).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0) };
+    let own =
+        unsafe { bpf_sk_storage_get((&raw const OWN).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0) };
     !own.is_null()
 }
 
@@ -91,11 +92,9 @@ pub(crate) fn is_own(sk: *mut bpf_sock) -> bool {
 pub(crate) fn is_listening(key: &SocketKey) -> bool {
     // SAFETY: the map and a key of it. What is found is a socket, referenced, and released once, here.
     unsafe {
-        let sk: *mut bpf_sock = bpf_map_lookup_elem(
-            (&raw const SOCKETS).cast_mut().cast(),
-            ptr::from_ref(key).cast_mut().cast(),
-        )
-        .cast();
+        let sk: *mut bpf_sock =
+            bpf_map_lookup_elem((&raw const SOCKETS).cast_mut().cast(), ptr::from_ref(key).cast_mut().cast())
+                .cast();
         if sk.is_null() {
             return false;
         }

@@ -122,8 +122,7 @@ fn on_option(ctx: &SockOpsContext) {
     option[0] = TCPOPT_MD5SIG;
     option[1] = MD5_OPTION_LEN as u8;
     // SAFETY: the context as it is, and an option with its length; the helper copies it.
-    let _not_reserved =
-        unsafe { bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), MD5_OPTION_LEN, 0) };
+    let _not_reserved = unsafe { bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), MD5_OPTION_LEN, 0) };
 }
 
 /// The connection is one over loopback, whatever the application takes it for. What its host's congestion control does for

@@ -169,7 +169,8 @@ fn captures(c: &mut Criterion) {
     for size in SIZES {
         let pattern = |i| Pattern { net: IpNet::V4(net(i)), ports: vec![(80, 80), (443, 443)] };
         let mut patterns = Patterns { include: (0..size).map(pattern).collect(), ..Patterns::default() };
-        let everything = Pattern { net: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)), ports: vec![] };
+        let everything =
+            Pattern { net: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)), ports: vec![] };
         patterns.exclude = vec![everything.clone()];
         group.bench_with_input(BenchmarkId::new("compile prefixes", size), &patterns, |b, patterns| {
             b.iter(|| rules::compile(black_box(patterns), None).map(|r| r.v4.len()));

@@ -7,7 +7,10 @@
 
 use std::{collections::HashMap, fs, io};
 
-use tunnel_common::fastpath::{bypass, splice};
+use tunnel_common::{
+    fastpath::{bypass, splice},
+    group,
+};
 
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
@@ -71,6 +74,20 @@ pub fn of_buffers() -> Result<splice::Offsets, OffsetsError> {
             seq: btf.field("sk_buff", "cb")? + btf.field("tcp_skb_cb", "seq")?,
             sk: btf.field("sk_buff", "sk")?,
             copied_seq: btf.field("tcp_sock", "copied_seq")?,
+        })
+    })
+}
+
+/// What the capture programs read of the group of a task.
+pub fn of_groups() -> Result<group::Offsets, OffsetsError> {
+    with_kernel(|btf| {
+        Ok(group::Offsets {
+            cgroups: btf.field("task_struct", "cgroups")?,
+            dfl_cgrp: btf.field("css_set", "dfl_cgrp")?,
+            level: btf.field("cgroup", "level")?,
+            ancestors: btf.field("cgroup", "ancestors")?,
+            kn: btf.field("cgroup", "kn")?,
+            name: btf.field("kernfs_node", "name")?,
         })
     })
 }
@@ -213,6 +230,14 @@ mod tests {
             buffers.seq > 0 && buffers.seq < 256 && buffers.copied_seq == found.copied_seq,
             "{buffers:?}"
         );
+    }
+
+    #[test]
+    fn this_kernel_says_where_the_names_of_groups_are() {
+        let found = of_groups().expect("the kernel has BTF");
+        assert!(found.cgroups > 0 && found.dfl_cgrp > 0 && found.name > 0, "{found:?}");
+        // The array is the last of its fields.
+        assert!(found.ancestors > found.level && found.ancestors > found.kn, "{found:?}");
     }
 
     #[test]

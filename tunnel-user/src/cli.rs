@@ -11,8 +11,8 @@ use rustls_pki_types::ServerName;
 
 use crate::{
     config::{
-        AddrPattern, Config, ConfigErrors, ExecOptions, GatewayOptions, TargetPattern, Wanted, parse_duration,
-        parse_header_flag, parse_server_name, parse_socket_addr,
+        AddrPattern, Config, ConfigErrors, ExecOptions, GatewayOptions, TargetPattern, Wanted,
+        parse_duration, parse_header_flag, parse_server_name, parse_socket_addr,
     },
     flow::Target,
     pki::{IssueRequest, LEAF_DAYS, Validity},

@@ -129,8 +129,7 @@ pub async fn connect(
 ) -> Result<(Connected, SocketAddr), DialError> {
     let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
     if let [addr] = addrs {
-        let connected =
-            timeout_at(deadline, tcp::connect(*addr, own, first)).await.map_err(|_| timeout())?;
+        let connected = timeout_at(deadline, tcp::connect(*addr, own, first)).await.map_err(|_| timeout())?;
         return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
     }
     timeout_at(deadline, race(addrs, own, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?

@@ -4,6 +4,8 @@
 //! remedy. Invariant: a question is answered by trying what a capture would do, not by reading version
 //! numbers. It never leaves anything behind, and never changes what is there.
 
+mod others;
+
 use std::{
     fmt::Write as _,
     fs, io,
@@ -126,6 +128,10 @@ pub fn examine() -> Vec<Finding> {
         open_files(),
         somaxconn(),
         btf(),
+        others::by_name(),
+        others::exclusive(),
+        others::packet_filters(),
+        others::rules(),
         splice(),
         bypass(),
         kernel_tls(),
@@ -306,7 +312,7 @@ fn programs() -> Vec<Finding> {
             Finding::fail(check, Lacks::Kernel, found, remedy)
         }
     };
-    match bpf::probe() {
+    match bpf::probe(false) {
         Err(e) => vec![failed("bpf maps".to_owned(), &e)],
         Ok(programs) => programs
             .into_iter()
@@ -429,7 +435,7 @@ fn somaxconn() -> Finding {
 fn btf() -> Finding {
     const CHECK: &str = "kernel BTF";
     let there = Path::new("/sys/kernel/btf/vmlinux").exists();
-    const USE: &str = "capture needs none; relay = \"splice\" and bypass do";
+    const USE: &str = "groups are followed by their names with it; relay = \"splice\" and bypass take it";
     Finding::info(CHECK, format!("{}; {USE}", if there { "there" } else { "not there" }))
 }
 

@@ -77,6 +77,7 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
                 return failed.map(|code| (Err(code), (Vec::new(), 0)));
             }
         };
+        running.look_for_leavers();
         end_leftovers(&mut group, &options.command);
         let report = running.stop();
         Ok((Ok(status), (report.records, report.dropped)))

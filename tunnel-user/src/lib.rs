@@ -14,6 +14,7 @@ pub mod drain;
 pub mod exec;
 pub mod exit;
 pub mod files;
+pub mod firewall;
 pub mod flow;
 pub mod index;
 pub mod inherited;

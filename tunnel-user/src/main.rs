@@ -77,6 +77,9 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
             if let Some(identity) = &config.identity {
                 TlsIdentity::load(identity)?;
             }
+            for warning in app::nested(&config) {
+                eprintln!("{}: warning: {warning}", file.display());
+            }
             print(format!("{}: no mistakes\n", file.display()).as_bytes())
         }
         ConfigCommand::Schema => print(format!("{:#}\n", schema()).as_bytes()),

@@ -218,8 +218,10 @@ impl Asking {
     fn start(own: &Own) -> Result<Self, Unanswered> {
         let system = System::current();
         let tasks = Tasks::default();
-        let mut builder =
-            Resolver::builder_with_config(system.config.clone(), Claimed { own: own.clone(), tasks: tasks.clone() });
+        let mut builder = Resolver::builder_with_config(
+            system.config.clone(),
+            Claimed { own: own.clone(), tasks: tasks.clone() },
+        );
         *builder.options_mut() = system.options.clone();
         let resolver = builder.build().map_err(|e| Unanswered::Failed(e.to_string()))?;
         Ok(Self { resolver, tasks })

@@ -11,7 +11,9 @@ use std::{
 use ipnet::IpNet;
 use nix::{
     errno::Errno,
-    sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket},
+    sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
+    },
 };
 
 /// Of `linux/rtnetlink.h` and `linux/netlink.h`.

@@ -6,27 +6,33 @@
 //! in which nothing is attached. It never attaches by itself.
 
 use std::{
-    collections::HashMap,
     io,
     net::SocketAddr,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
 };
 
-use super::{inbox::Inbox, other, pins::pin_dir, rules};
+use super::{
+    inbox::Inbox,
+    leavers::Leavers,
+    namespaces::{Namespaces, Place},
+    other,
+    pins::pin_dir,
+    rules,
+};
 use crate::{
     capture::{
         accept::{self, Origins, Sockets},
         bpf::{self, BpfError, Capture, Lifetime, Spec},
         bypass::{Bypass, BypassError, Promotions},
-        cgroup::{self, CgroupError, Fresh, Hierarchy},
+        cgroup::{CgroupError, Fresh},
+        group::Group,
+        netns,
         ring::Rings,
         routes::Routes,
         rules::Rules,
-        steer::Steering,
         sys,
     },
     config::{self, CgroupRef, Config, OnFailure},
@@ -34,12 +40,6 @@ use crate::{
     kernels::{Feature, Kernel},
     worker::{CaptureSocket, More, SourceId},
 };
-
-/// A namespace in which no listener could be opened is tried again after this.
-const RETRY: Duration = Duration::from_secs(5);
-/// A namespace that no captured process is in is given up after this: a container that restarts finds its
-/// listeners still there.
-const LINGER: Duration = Duration::from_secs(30);
 
 /// One capture of a running daemon.
 pub(super) struct ActiveCapture {
@@ -51,13 +51,13 @@ pub(super) struct ActiveCapture {
     pub(super) generation: u32,
     /// What earlier programs have counted.
     counted: Vec<(&'static str, u64)>,
-    pub(super) group: OwnedFd,
+    pub(super) group: Arc<Group>,
     pub(super) name: String,
+    pub(super) leavers: Leavers,
     pub(super) pins: Option<PathBuf>,
     /// Takes busy connections past TCP.
     bypass: Option<Promotions>,
-    /// By inode number: unique among namespaces that are alive, and ours are, by their listeners.
-    namespaces: HashMap<u64, Namespace>,
+    namespaces: Namespaces,
 }
 
 /// The programs of one capture, with their rules.
@@ -65,37 +65,6 @@ pub(super) struct Programs {
     pub(super) capture: Capture,
     pub(super) rings: Rings,
     rules: Rules,
-}
-
-/// What is known of one network namespace.
-enum Namespace {
-    /// The daemon's own.
-    Own(Place),
-    /// It has listeners; a captured process was last seen in it then.
-    Captured { place: Place, seen: Instant },
-    /// No listener could be opened then.
-    Failed { at: Instant },
-}
-
-/// A network namespace with listeners.
-struct Place {
-    cookie: u64,
-    routes: Routes,
-    _steering: Option<Steering>,
-}
-
-impl Place {
-    /// Tells the programs of its routes, where these have changed.
-    fn follow_routes(&mut self, capture: &Capture) {
-        let told = match self.routes.changed() {
-            None => return,
-            Some(Ok(sources)) => capture.set_sources(self.cookie, &sources).map_err(|e| e.summary()),
-            Some(Err(e)) => Err(e.to_string()),
-        };
-        if let Err(e) = told {
-            tracing::warn!(netns = self.cookie, "getsockname does not follow the routes there: {e}");
-        }
-    }
 }
 
 /// Captures that are loaded and not yet sure to stay. Dropped, they leave everything as it was before.
@@ -127,27 +96,27 @@ pub(super) fn load(
     Ok(ActiveCapture {
         source,
         wanted: wanted.clone(),
-        programs: programs(wanted, config, rules::compile(wanted, config)?, generation)?,
+        programs: programs(wanted, config, rules::compile(wanted, config)?, &group, generation)?,
         generation,
         counted: Vec::new(),
         group,
         name,
+        leavers: Leavers::default(),
         pins: pin_dir(config, wanted),
         bypass,
-        namespaces: HashMap::new(),
+        namespaces: Namespaces::default(),
     })
 }
 
 /// What takes busy connections of a capture past TCP, where it is wanted and can be.
-fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Option<Promotions>, Failure> {
+fn bypass(wanted: &config::Capture, group: &Arc<Group>, name: &str) -> Result<Option<Promotions>, Failure> {
     if wanted.bypass == config::Bypass::Off || wanted.proxy.is_some() {
         return Ok(None);
     }
     let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
-    let started = known.and_then(|()| Bypass::load()).and_then(|bypass| {
-        let group = group.try_clone().map_err(BypassError::Start)?;
-        Promotions::start(bypass, group).map_err(BypassError::Start)
-    });
+    let started = known
+        .and_then(|()| Bypass::load())
+        .and_then(|bypass| Promotions::start(bypass, Arc::clone(group)).map_err(BypassError::Start));
     match started {
         Ok(promotions) => Ok(Some(promotions)),
         Err(e) if wanted.bypass == config::Bypass::Auto => {
@@ -171,6 +140,7 @@ pub(super) fn programs(
     wanted: &config::Capture,
     config: &Config,
     rules: Rules,
+    group: &Group,
     generation: u32,
 ) -> Result<Programs, Failure> {
     if rules.left_to_daemon > 0 {
@@ -181,37 +151,51 @@ pub(super) fn programs(
              connections, after connect() has succeeded"
         );
     }
-    let spec = Spec {
+    let mut spec = Spec {
         on_failure: match wanted.on_failure {
             OnFailure::Closed => tunnel_common::capture::ON_FAILURE_CLOSED,
             OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
         },
         generation,
+        group: group.by_name(),
         lifetime: pin_dir(config, wanted).map_or(Lifetime::Cgroup, Lifetime::Pinned),
     };
-    let mut capture = Capture::load(&spec, &rules).map_err(bpf_failure)?;
+    let mut loaded = Capture::load(&spec, &rules);
+    if let Err(e @ (BpfError::Program { .. } | BpfError::Offsets(_))) = &loaded
+        && spec.group.take().is_some()
+    {
+        tracing::warn!(
+            group = group.called(),
+            error = e.summary(),
+            "the group cannot be followed by its name: when it is removed and created again, its connections are in \
+             plaintext for up to a second (`tunnel doctor` names what is missing)"
+        );
+        loaded = Capture::load(&spec, &rules);
+    }
+    let mut capture = loaded.map_err(bpf_failure)?;
     let rings = Rings::new(&mut capture);
     Ok(Programs { capture, rings, rules })
 }
 
-fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
-    let missing = |e: &CgroupError| {
-        Failure::Other(Cause::new(e, "`tunnel doctor` shows where cgroup2 is mounted on this system."))
-    };
-    match wanted {
-        CgroupRef::Path(path) => {
-            cgroup::open_path(path).map(|fd| (fd, path.display().to_string())).map_err(|e| missing(&e))
-        }
-        CgroupRef::Unit(unit) => Hierarchy::open()
-            .and_then(|h| h.of_unit(unit))
-            .map(|fd| (fd, unit.clone()))
-            .map_err(|e| missing(&e)),
+fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(Arc<Group>, String), Failure> {
+    let group = match wanted {
+        CgroupRef::Path(path) => Group::at(path),
+        CgroupRef::Unit(unit) => Group::of_unit(unit),
         CgroupRef::Fresh => {
             let fresh = fresh.ok_or_else(|| other("this capture needs a command: use `tunnel exec`"))?;
             let fd = fresh.fd().try_clone_to_owned().map_err(|e| other(&e.to_string()))?;
-            Ok((fd, "of the command".to_owned()))
+            Group::fixed(fd, "of the command")
         }
-    }
+    };
+    let group = group.map_err(|e| {
+        let cause = Cause::new(&e, "`tunnel doctor` shows where cgroup2 is mounted on this system.");
+        match e {
+            CgroupError::NoHierarchy(_) | CgroupError::TooDeep(_) => Failure::Config(cause),
+            CgroupError::Mount(_) | CgroupError::Io { .. } => Failure::Other(cause),
+        }
+    })?;
+    let name = group.called().to_owned();
+    Ok((Arc::new(group), name))
 }
 
 impl ActiveCapture {
@@ -227,92 +211,74 @@ impl ActiveCapture {
     /// namespaces that no captured process is in any more.
     pub(super) fn scan(&mut self, more: &[Inbox], mark: Option<u32>) {
         more.iter().for_each(Inbox::flush);
+        self.follow();
+        let processes = self.group.processes();
+        self.leavers.look(&self.group, &processes);
         if self.wanted.proxy.is_some() {
             return;
         }
-        let now = Instant::now();
-        for pid in cgroup::processes(self.group.as_fd()) {
-            // It may have ended just now.
-            let Ok(inode) = accept::netns_inode(pid) else { continue };
-            match self.namespaces.get_mut(&inode) {
-                Some(Namespace::Own(_)) => continue,
-                Some(Namespace::Captured { seen, .. }) => {
-                    *seen = now;
-                    continue;
-                }
-                Some(Namespace::Failed { at }) if now.duration_since(*at) < RETRY => continue,
-                Some(Namespace::Failed { .. }) | None => {}
-            }
-            let namespace = match self.enter(pid, more, mark) {
-                Ok(place) => {
-                    tracing::info!(cgroup = self.name, netns = inode, "capturing in a network namespace");
-                    Namespace::Captured { place, seen: now }
-                }
-                Err(e) => {
-                    tracing::error!(
-                        cgroup = self.name,
-                        netns = inode,
-                        "no listener can be opened there, its connections are refused: {e}"
-                    );
-                    Namespace::Failed { at: now }
-                }
-            };
-            self.namespaces.insert(inode, namespace);
-        }
-        let (capture, source) = (&self.programs.capture, self.source);
-        for namespace in self.namespaces.values_mut() {
-            if let Namespace::Own(place) | Namespace::Captured { place, .. } = namespace {
-                place.follow_routes(capture);
+        let missing = self.programs.rings.take_missing();
+        for found in self.namespaces.look(&missing, &processes) {
+            let workers = more.len();
+            let capture =
+                (&self.programs.capture, self.source, self.wanted.name.as_deref(), self.bypass.as_ref());
+            let entered = self.namespaces.enter(
+                found,
+                |netns| netns::within(netns, move || accept::listen(workers, mark)),
+                |sockets| {
+                    let (place, per_worker) = hand_out(capture, sockets).map_err(|e| e.to_string())?;
+                    for (worker, sockets) in more.iter().zip(per_worker) {
+                        sockets.into_iter().for_each(|socket| worker.tell(More::Listen(socket)));
+                    }
+                    Ok(place)
+                },
+            );
+            match entered {
+                Ok(netns) => tracing::info!(cgroup = self.name, netns, "capturing in a network namespace"),
+                Err((netns, error)) => tracing::error!(
+                    cgroup = self.name,
+                    netns,
+                    error,
+                    "failed to open listeners in a network namespace; its connections are refused"
+                ),
             }
         }
-        self.namespaces.retain(|inode, namespace| match namespace {
-            Namespace::Own(_) => true,
-            Namespace::Failed { at } => now.duration_since(*at) < LINGER,
-            Namespace::Captured { seen, .. } if now.duration_since(*seen) < LINGER => true,
-            Namespace::Captured { place, .. } => {
-                let cookie = place.cookie;
-                tracing::info!(netns = inode, "no captured process is there any more");
-                if let Err(e) = capture.remove_listener(cookie).and_then(|()| capture.set_sources(cookie, &[])) {
-                    tracing::warn!("{e}");
-                }
-                more.iter().for_each(|worker| worker.tell(More::Forget(source, cookie)));
-                false
+        let capture = &self.programs.capture;
+        self.namespaces.follow_routes(capture);
+        for (netns, cookie) in self.namespaces.give_up() {
+            tracing::info!(netns, "no captured process is there any more");
+            if let Err(e) = capture.remove_listener(cookie).and_then(|()| capture.set_sources(cookie, &[])) {
+                tracing::warn!("{e}");
             }
-        });
+            more.iter().for_each(|worker| worker.tell(More::Forget(self.source, cookie)));
+        }
     }
 
     /// Ready when the programs have written something, or the routes of a namespace have changed.
     pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let routes = self.namespaces.values().filter_map(|namespace| match namespace {
-            Namespace::Own(place) | Namespace::Captured { place, .. } => Some(&place.routes),
-            Namespace::Failed { .. } => None,
-        });
-        // All of them, so that each wakes up whoever polls.
-        let ready = routes.filter(|routes| routes.poll(cx).is_ready()).count();
-        if self.programs.rings.poll(cx).is_ready() || ready > 0 { Poll::Ready(()) } else { Poll::Pending }
+        // Both, so that each wakes up whoever polls.
+        let (routes, rings) = (self.namespaces.poll(cx), self.programs.rings.poll(cx));
+        if routes.is_ready() || rings.is_ready() { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Attaches the programs, and forgets what an earlier daemon left in their maps.
     pub(super) fn attach(&mut self) -> Result<(), Failure> {
-        self.programs.capture.attach(self.group.as_fd()).map_err(bpf_failure)?;
+        self.put_in_place().map_err(bpf_failure)?;
         if self.wanted.proxy.is_some() {
             return Ok(());
         }
-        let cookies: Vec<u64> = self.cookies().collect();
+        let cookies: Vec<u64> = self.namespaces.cookies().collect();
         self.programs.capture.keep_listeners(&cookies).map_err(bpf_failure)
     }
 
-    /// Of the namespaces that have listeners.
-    fn cookies(&self) -> impl Iterator<Item = u64> {
-        self.namespaces.values().filter_map(|n| match n {
-            Namespace::Own(place) | Namespace::Captured { place, .. } => Some(place.cookie),
-            Namespace::Failed { .. } => None,
-        })
+    /// Attaches the programs where they decide on the group's connections.
+    pub(super) fn put_in_place(&mut self) -> Result<(), BpfError> {
+        put_in_place(&mut self.programs.capture, &self.group)
     }
 
     /// Tells the workers that its listeners are not wanted after all.
     pub(super) fn forget(&self, more: &[Inbox]) {
-        for cookie in self.cookies() {
+        for cookie in self.namespaces.cookies() {
             more.iter().for_each(|worker| worker.tell(More::Forget(self.source, cookie)));
         }
     }
@@ -324,9 +290,9 @@ impl ActiveCapture {
 
     /// Attaches other programs in place of these, and returns these. Where it fails these stay.
     pub(super) fn replace(&mut self, mut next: Programs) -> Result<Programs, Failure> {
-        if let Err(e) = next.capture.attach(self.group.as_fd()) {
+        if let Err(e) = put_in_place(&mut next.capture, &self.group) {
             // Some may have been replaced already.
-            if let Err(e) = self.programs.capture.attach(self.group.as_fd()) {
+            if let Err(e) = self.put_in_place() {
                 tracing::error!(cgroup = self.name, "the programs that were attached are not all back: {e}");
             }
             return Err(bpf_failure(e));
@@ -371,18 +337,6 @@ impl ActiveCapture {
         }
     }
 
-    /// Opens listeners in the network namespace of process `pid`.
-    fn enter(&self, pid: u32, more: &[Inbox], mark: Option<u32>) -> Result<Place, String> {
-        let sockets = accept::open_netns(pid)
-            .and_then(|ns| accept::listen_in(ns, more.len(), mark))
-            .map_err(|e| e.to_string())?;
-        let (place, per_worker) = self.hand_out(sockets).map_err(|e| e.to_string())?;
-        for (worker, sockets) in more.iter().zip(per_worker) {
-            sockets.into_iter().for_each(|socket| worker.tell(More::Listen(socket)));
-        }
-        Ok(place)
-    }
-
     /// Opens listeners in the daemon's own network namespace, or says where the proxy listens that takes
     /// their place; the sockets, for each worker.
     pub(super) fn listen_here(
@@ -397,30 +351,48 @@ impl ActiveCapture {
         }
         let opened = accept::listen(workers, mark).map_err(|e| capture_listener(&e))?;
         self.programs.capture.add_daemon(&opened).map_err(bpf_failure)?;
-        let (place, per_worker) = self.hand_out(opened)?;
-        self.namespaces.insert(accept::netns_inode(std::process::id()).unwrap_or(0), Namespace::Own(place));
+        let capture =
+            (&self.programs.capture, self.source, self.wanted.name.as_deref(), self.bypass.as_ref());
+        let (place, per_worker) = hand_out(capture, opened)?;
+        self.namespaces.add_own(place);
         Ok(per_worker)
     }
+}
 
-    /// Tells the programs of new listeners; the sockets, for each worker.
-    fn hand_out(&self, sockets: Sockets) -> Result<(Place, Vec<Vec<CaptureSocket>>), Failure> {
-        let capture = &self.programs.capture;
-        let steering = capture.add_listeners(&sockets).map_err(bpf_failure)?;
-        let Sockets { netns, per_worker, routes, .. } = sockets;
-        let mut place = Place { cookie: netns, routes: Routes::new(routes), _steering: steering };
-        place.follow_routes(capture);
-        let name: Option<Arc<str>> = self.wanted.name.as_deref().map(Arc::from);
-        let wrap = |socket| CaptureSocket {
-            source: self.source,
-            name: name.clone(),
-            socket,
-            origins: Origins::Recorded {
-                netns,
-                flows: capture.flows(),
-                bypass: self.bypass.as_ref().map(Promotions::promoter),
-            },
-        };
-        Ok((place, per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect()))
+/// What listeners are given to: the programs, by the capture's number and name, with its bypass.
+type Receiver<'a> = (&'a Capture, SourceId, Option<&'a str>, Option<&'a Promotions>);
+
+/// Tells the programs of new listeners; the sockets, for each worker.
+fn hand_out(
+    (capture, source, name, bypass): Receiver<'_>,
+    sockets: Sockets,
+) -> Result<(Place, Vec<Vec<CaptureSocket>>), Failure> {
+    let steering = capture.add_listeners(&sockets).map_err(bpf_failure)?;
+    let Sockets { netns, per_worker, routes, .. } = sockets;
+    let mut place = Place::new(netns, Routes::new(routes), steering);
+    place.follow_routes(capture);
+    let name: Option<Arc<str>> = name.map(Arc::from);
+    let wrap = |socket| CaptureSocket {
+        source,
+        name: name.clone(),
+        socket,
+        origins: Origins::Recorded {
+            netns,
+            flows: capture.flows(),
+            bypass: bypass.map(Promotions::promoter),
+        },
+    };
+    Ok((place, per_worker.into_iter().map(|own| own.into_iter().map(wrap).collect()).collect()))
+}
+
+/// Attaches programs to the group, or above it where they know it by name. A group that does not exist has no connections.
+fn put_in_place(capture: &mut Capture, group: &Group) -> Result<(), BpfError> {
+    let now = group.now();
+    let now = now.as_deref();
+    match (group.root().filter(|_| capture.is_by_name()), now) {
+        (Some(root), now) => capture.attach(root, now),
+        (None, Some(dir)) => capture.attach(dir.as_fd(), None),
+        (None, None) => Ok(()),
     }
 }
 
@@ -468,6 +440,18 @@ pub(super) fn bpf_failure(e: BpfError) -> Failure {
         ));
     }
     match e {
+        BpfError::Blocked { ref by, .. } => {
+            let remedy = format!(
+                "Have its owner attach it with BPF_F_ALLOW_MULTI, or detach it: `bpftool prog show id {}` names it, `bpftool \
+                 cgroup detach` ends it.",
+                by.id
+            );
+            Failure::Kernel(Cause::new(e.summary(), remedy))
+        }
+        BpfError::Full { .. } => Failure::Kernel(Cause::new(
+            e.summary(),
+            "Capture a group that holds several of them: each [[capture]] takes one of these places.",
+        )),
         BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
             e.summary(),
             "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",

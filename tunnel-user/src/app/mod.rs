@@ -5,8 +5,11 @@
 //! wires rooms together.
 
 mod captures;
+mod following;
 mod inbox;
+mod leavers;
 mod listen;
+mod namespaces;
 mod pins;
 mod reload;
 mod rules;
@@ -30,7 +33,6 @@ use tokio::{
     time::{Interval, MissedTickBehavior},
 };
 
-pub use self::run::run;
 use self::{
     captures::{ActiveCapture, Loaded, bpf_failure},
     inbox::Inbox,
@@ -38,6 +40,7 @@ use self::{
     pins::{lock_pins, pin_dir},
     upstreams::Discover,
 };
+pub use self::{following::nested, run::run};
 use crate::{
     capture::{
         bpf::{self, Owner},
@@ -92,6 +95,8 @@ pub struct Running {
     sources: SourceIds,
     discover: Discover,
     duties: Duties,
+    /// Looks at other people's rules, and ends.
+    looking: Option<thread::JoinHandle<()>>,
 }
 
 /// What is done again and again. It belongs to the daemon and not to the future that waits for it, which every signal and
@@ -208,6 +213,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         sources,
         discover,
         duties: Duties::new(),
+        looking: None,
     };
     if let Err(e) = running.begin(sockets, &shared, &upstreams, &phase) {
         running.captures.iter().for_each(ActiveCapture::take_back);
@@ -338,8 +344,10 @@ impl Running {
         for active in &mut self.captures {
             active.scan(&self.more, self.fixed.own.mark());
             active.attach()?;
-            tracing::info!(cgroup = active.name, "capturing");
         }
+        following::order(&self.captures);
+        self.captures.iter().for_each(ActiveCapture::announce);
+        self.looking = following::warn_of_others(&self.config);
         Ok(())
     }
 
@@ -360,6 +368,13 @@ impl Running {
         match lock_if_pinned(&self.config, &self.config.captures) {
             Ok(_lock) => self.captures.iter().for_each(ActiveCapture::take_back),
             Err(e) => tracing::error!("not everything is as it was before: {e}"),
+        }
+    }
+
+    /// Warns of processes that have left a captured group.
+    pub fn look_for_leavers(&mut self) {
+        for active in &mut self.captures {
+            active.leavers.look_now(&active.group, &active.group.processes());
         }
     }
 
@@ -436,6 +451,9 @@ impl Running {
             }
         }
         self.trigger.enter(Phase::Stop);
+        if let Some(looking) = self.looking.take().filter(thread::JoinHandle::is_finished) {
+            let _panicked = looking.join();
+        }
         for active in &mut self.captures {
             // What was written since the last look.
             active.programs.rings.read();

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::{
     Identity, Running,
     captures::{self, ActiveCapture, Loaded, Programs},
+    following,
     listen::{self, ActiveListener, Opener, Sockets},
     load_identity, lock_if_pinned, other, path, require_privileges, rules, shared,
 };
@@ -87,6 +88,9 @@ impl Running {
             return Err(e);
         }
 
+        following::order(self.captures.iter().chain(&captures));
+        captures.iter().for_each(ActiveCapture::announce);
+
         // Nothing fails from here on.
         self.captures.iter().chain(&captures).for_each(|active| active.programs.capture.settle());
         listen::retune(&kept, &retuned);
@@ -129,6 +133,7 @@ impl Running {
         (self.listeners, self.redirects, self.captures, self.kept) = (listeners, redirects, active, kept);
         self.config = config;
         self.register(&[]);
+        following::nested(&self.config).iter().for_each(|warning| tracing::warn!("{warning}"));
         if let Some(identity) = &self.identity {
             identity.store.keep(&wanted_tls(&self.config));
         }
@@ -211,7 +216,10 @@ impl Running {
             // Routes are part of them.
             let rules = rules::compile(wanted, config)?;
             if !active.is_attached_as(wanted, &rules) {
-                programs.push((active.source, captures::programs(wanted, config, rules, active.generation)?));
+                programs.push((
+                    active.source,
+                    captures::programs(wanted, config, rules, &active.group, active.generation)?,
+                ));
             }
         }
 

@@ -82,7 +82,8 @@ mod tests {
             compile(&config.captures[0], &config).unwrap()
         };
         let captured = |rules: &Rules, to: &str| look(rules, to.parse().unwrap()) == Some(Kind::Captured);
-        let local = ["127.0.0.1:80", "169.254.169.254:80", "[::1]:80", "[fe80::1]:80", "224.0.0.1:1", "0.0.0.0:1"];
+        let local =
+            ["127.0.0.1:80", "169.254.169.254:80", "[::1]:80", "[fe80::1]:80", "224.0.0.1:1", "0.0.0.0:1"];
         for rules in [compiled(&[]), compiled(&["0.0.0.0/0", "::/0"])] {
             assert!(local.iter().all(|to| !captured(&rules, to)));
             assert!(captured(&rules, "10.0.0.1:80") && captured(&rules, "[2001:db8::1]:80"));
@@ -94,8 +95,7 @@ mod tests {
 
     #[test]
     fn a_capture_for_another_proxy_goes_by_no_routes() {
-        let mut capture =
-            Capture::for_exec(Wanted { refuse: all(&["10.1.0.0/16"]), ..Wanted::default() });
+        let mut capture = Capture::for_exec(Wanted { refuse: all(&["10.1.0.0/16"]), ..Wanted::default() });
         capture.proxy = Some("127.0.0.1:1".parse().unwrap());
         let config = config(vec![capture], Vec::new());
         let rules = compile(&config.captures[0], &config).unwrap();
@@ -133,10 +133,33 @@ mod tests {
             some_of(all(&["a.inside"])),
             some_of(all(&["*.inside"])),
         )
-            .prop_map(|(source, listener, capture, destination, host, identity, server_name, headers, sni, http)| {
-                let to = Match { destination, host, ..Match::default() };
-                Match { source, listener, capture, identity, server_name, headers, sni, http_host: http, ..to }
-            })
+            .prop_map(
+                |(
+                    source,
+                    listener,
+                    capture,
+                    destination,
+                    host,
+                    identity,
+                    server_name,
+                    headers,
+                    sni,
+                    http,
+                )| {
+                    let to = Match { destination, host, ..Match::default() };
+                    Match {
+                        source,
+                        listener,
+                        capture,
+                        identity,
+                        server_name,
+                        headers,
+                        sni,
+                        http_host: http,
+                        ..to
+                    }
+                },
+            )
     }
 
     fn any_route() -> impl Strategy<Value = Route> {

@@ -8,13 +8,10 @@ use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
+    os::fd::AsFd,
     sync::Arc,
-    thread,
 };
 
-use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tunnel_common::{
@@ -63,7 +60,8 @@ pub fn listen(workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
     for port in free_ports() {
         match listen_on(port, workers, mark) {
             Ok(per_worker) => {
-                let first = per_worker.first().and_then(|own| own.first()).ok_or(io::ErrorKind::InvalidInput)?;
+                let first =
+                    per_worker.first().and_then(|own| own.first()).ok_or(io::ErrorKind::InvalidInput)?;
                 let netns = sys::netns_cookie(first.as_fd())?;
                 let port = port_of(first).unwrap_or(port);
                 return Ok(Sockets { netns, port, per_worker, routes: routes::Sockets::open()? });
@@ -156,33 +154,6 @@ fn free_ports() -> impl Iterator<Item = u16> {
     // What the kernel picks, when there is nothing else.
     high.push(0);
     high.into_iter()
-}
-
-/// Opens listeners in the namespace that `netns` names. A thread of its own goes there and ends.
-pub fn listen_in(netns: OwnedFd, workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
-    within(netns, move || listen(workers, mark))
-}
-
-fn within<T: Send + 'static>(
-    netns: OwnedFd,
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let there = thread::Builder::new().name("netns".to_owned()).spawn(move || {
-        setns(netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-        work()
-    })?;
-    there.join().map_err(|_| io::Error::other("the thread that entered the namespace panicked"))?
-}
-
-/// The inode number of the network namespace that process `pid` is in.
-pub fn netns_inode(pid: u32) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt as _;
-    fs::metadata(Path::new("/proc").join(pid.to_string()).join("ns/net")).map(|m| m.ino())
-}
-
-/// Opens the network namespace that process `pid` is in.
-pub fn open_netns(pid: u32) -> io::Result<OwnedFd> {
-    fs::File::open(Path::new("/proc").join(pid.to_string()).join("ns/net")).map(OwnedFd::from)
 }
 
 /// Who knows where the connections of a listener wanted to go.

@@ -12,8 +12,9 @@ use aya::maps::{HashMap, MapData};
 use tunnel_common::{capture::Listener, names};
 
 use super::{
-    bpf::{BpfError, remove_link},
-    sys,
+    bpf::BpfError,
+    links::{self, LinkError, Spot},
+    sys::{self, AttachType},
 };
 
 /// See the module.
@@ -21,8 +22,17 @@ use super::{
 pub(super) struct Before {
     listeners: Vec<(u64, Option<Listener>)>,
     programs: Vec<(PathBuf, OwnedFd)>,
+    /// Links to another group.
+    moved: Vec<Moved>,
     /// Links that were not there.
     made: Vec<PathBuf>,
+}
+
+struct Moved {
+    link: PathBuf,
+    at: AttachType,
+    group: OwnedFd,
+    program: OwnedFd,
 }
 
 impl Before {
@@ -34,6 +44,11 @@ impl Before {
     /// The program behind a pinned link is replaced.
     pub(super) fn program(&mut self, link: PathBuf, before: OwnedFd) {
         self.programs.push((link, before));
+    }
+
+    /// A program is attached elsewhere than the one before, which was at `group`.
+    pub(super) fn moved(&mut self, link: PathBuf, at: AttachType, group: OwnedFd, program: OwnedFd) {
+        self.moved.push(Moved { link, at, group, program });
     }
 
     /// A link is pinned where there was none.
@@ -48,8 +63,13 @@ impl Before {
             let back = sys::obj_get(&path).and_then(|link| sys::link_update(link.as_fd(), program.as_fd()));
             done = done.and(back.map_err(|source| BpfError::Pin { path, source }));
         }
+        for Moved { link, at, group, program } in self.moved.into_iter().rev() {
+            let spot = Spot { cgroup: group.as_fd(), at, path: &link, by_name: false };
+            let back = spot.renew(program.as_fd()).map_err(|(LinkError::Attach(e) | LinkError::Pin(e))| e);
+            done = done.and(back.map_err(|source| BpfError::Pin { path: link, source }));
+        }
         for path in self.made {
-            let removed = remove_link(&path);
+            let removed = links::remove(&path);
             done = done.and(removed.map_err(|source| BpfError::Pin { path, source }));
         }
         for (netns, listener) in self.listeners.into_iter().rev() {

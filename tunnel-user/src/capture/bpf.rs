@@ -8,7 +8,7 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -16,7 +16,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
     programs::{Program, ProgramError},
 };
 use ipnet::IpNet;
@@ -25,18 +25,25 @@ use tunnel_common::{
     addr::Endpoint,
     capture::{DAEMON, Listener, OnFailure, Rule, SocketKey},
     flow::{FlowKey, Origin},
+    group,
     names::{self, Counter},
 };
 
 use super::{
     accept::Sockets,
     before::Before,
+    blockers,
+    group::ByName,
+    links::{self, LinkError, Spot},
     rules::Rules,
     sources::Sources,
     steer::{self, Steering},
     sys::{self, AttachType},
 };
-use crate::transport::tcp::Register;
+use crate::{
+    btf::{self, OffsetsError},
+    transport::tcp::Register,
+};
 
 /// The programs, as the build script made or found them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tunnel-ebpf.bpf.o"));
@@ -100,6 +107,25 @@ pub enum BpfError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// The kernel does not say where it keeps the names of groups.
+    #[error("captured groups cannot be followed by their names: {0}")]
+    Offsets(#[from] OffsetsError),
+    /// A program of somebody else's keeps ours from being attached.
+    #[error(
+        "attaching {name} failed: {by} was attached without BPF_F_ALLOW_MULTI, which keeps every other program away"
+    )]
+    Blocked {
+        /// The program.
+        name: &'static str,
+        /// The other one.
+        by: blockers::Program,
+    },
+    /// As many programs are attached as can be.
+    #[error("attaching {name} failed: the cgroup has 64 programs there already (BPF_CGROUP_MAX_PROGS)")]
+    Full {
+        /// The program.
+        name: &'static str,
     },
     /// A program could not be attached.
     #[error("attaching {name} to the cgroup failed: {source}")]
@@ -180,6 +206,8 @@ pub struct Spec {
     pub on_failure: OnFailure,
     /// What tells the listening sockets of this daemon from those of the one before. Any number that that one has not.
     pub generation: u32,
+    /// How the programs know the captured group. `None`: they are attached to it.
+    pub group: Option<ByName>,
     /// How long the programs stay.
     pub lifetime: Lifetime,
 }
@@ -188,6 +216,7 @@ pub struct Spec {
 pub struct Capture {
     ebpf: Ebpf,
     lifetime: Lifetime,
+    by_name: bool,
     /// Programs of an earlier daemon were attached already.
     adopted: bool,
     /// What was there before, until it is sure that this stays.
@@ -247,9 +276,18 @@ impl Capture {
     fn load_here(spec: &Spec, rules: &Rules, adopted: bool) -> Result<Self, BpfError> {
         let mut loader = EbpfLoader::new();
         let has_mptcp = u32::from(Path::new("/proc/sys/net/mptcp").exists());
-        loader
-            .override_global(names::HAS_MPTCP, &has_mptcp, true)
-            .override_global(names::ON_FAILURE, &spec.on_failure, true);
+        loader.override_global(names::HAS_MPTCP, &has_mptcp, true).override_global(
+            names::ON_FAILURE,
+            &spec.on_failure,
+            true,
+        );
+        let offsets = spec.group.as_ref().map(|_| btf::of_groups()).transpose()?;
+        if let (Some(by_name), Some(offsets)) = (&spec.group, &offsets) {
+            loader
+                .override_global(names::GROUP_KIND, &by_name.kind, true)
+                .override_global(names::GROUP_PLACE, &by_name.place, true)
+                .override_global(names::GROUP_OFFSETS, offsets, true);
+        }
         if let Lifetime::Pinned(dir) = &spec.lifetime {
             fs::create_dir_all(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
             // What the next one has to find: the flows of connections that live on, the sockets' origins, where their
@@ -283,6 +321,11 @@ impl Capture {
                 )
             }),
         )?;
+        let mut on_the_way: Array<MapData, group::Name> =
+            Array::try_from(take(&mut ebpf, names::GROUP_NAMES)?).map_err(map(names::GROUP_NAMES))?;
+        for (level, name) in spec.group.iter().flat_map(|by_name| &by_name.names) {
+            on_the_way.set(*level, name, 0).map_err(map(names::GROUP_NAMES))?;
+        }
         let listeners =
             HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
         let flows_fd = fd_of(&ebpf, names::FLOWS)?;
@@ -295,6 +338,7 @@ impl Capture {
         Ok(Self {
             ebpf,
             lifetime: spec.lifetime.clone(),
+            by_name: spec.group.is_some(),
             adopted,
             before: Mutex::new(adopted.then(Before::default)),
             listeners: Mutex::new(listeners),
@@ -347,7 +391,8 @@ impl Capture {
             }
         }
         let first = sockets.per_worker.first().and_then(|own| own.first());
-        let netns = first.ok_or_else(|| io::ErrorKind::InvalidInput.into()).and_then(|s| sys::netns_of(s.as_fd()));
+        let netns =
+            first.ok_or_else(|| io::ErrorKind::InvalidInput.into()).and_then(|s| sys::netns_of(s.as_fd()));
         let netns = netns.map_err(|source| BpfError::Attach { name: names::STEER, source })?;
         let maps = steer::Maps { flows: self.flows.0.as_fd(), sockets: self.sockets.as_fd() };
         let steering = match Steering::attach(netns.as_fd(), sockets.netns, self.generation, lanes, &maps) {
@@ -411,20 +456,27 @@ impl Capture {
         before.put_back(&mut self.listeners.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned there.
-    /// If one fails, those before it are detached again.
-    pub fn attach(&mut self, cgroup: BorrowedFd<'_>) -> Result<(), BpfError> {
+    /// Whether the programs know the captured group by its name, and are attached above it.
+    pub fn is_by_name(&self) -> bool {
+        self.by_name
+    }
+
+    /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned. If one fails, those before
+    /// it are detached again. `former` is the captured group itself, where earlier versions attached theirs.
+    pub fn attach(&mut self, cgroup: BorrowedFd<'_>, former: Option<&OwnedFd>) -> Result<(), BpfError> {
         match self.lifetime.clone() {
             Lifetime::Cgroup => {
                 for (name, at) in PROGRAMS {
                     let fd = program_fd(&self.ebpf, name)?;
                     sys::prog_attach(fd.as_fd(), cgroup, at)
-                        .map_err(|source| BpfError::Attach { name, source })?;
+                        .map_err(|source| attach_error(name, cgroup, at, source))?;
                 }
                 Ok(())
             }
             Lifetime::Pinned(dir) => {
-                let attached = self.attach_pinned(cgroup, &dir);
+                let attached = self.for_each_link(cgroup, &dir, |spot, program, before| {
+                    spot.attach(program, former, before)
+                });
                 // A capture that is half attached captures without answering getpeername, or worse. One that was
                 // there before stays: it refuses connections while no daemon listens, which nothing that
                 // fails may turn into plaintext.
@@ -436,43 +488,38 @@ impl Capture {
         }
     }
 
-    fn attach_pinned(&mut self, cgroup: BorrowedFd<'_>, dir: &Path) -> Result<(), BpfError> {
-        let id = fs::metadata(format!("/proc/self/fd/{}", cgroup.as_raw_fd()))
-            .map(|m| std::os::unix::fs::MetadataExt::ino(&m))
-            .map_err(|source| BpfError::Pin { path: dir.to_owned(), source })?;
+    /// Attaches the programs behind all others that are attached to `cgroup`.
+    pub fn attach_last(&self, cgroup: BorrowedFd<'_>) -> Result<(), BpfError> {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
+        self.for_each_link(cgroup, dir, |spot, program, _| spot.renew(program))
+    }
+
+    fn for_each_link(
+        &self,
+        cgroup: BorrowedFd<'_>,
+        dir: &Path,
+        work: impl Fn(&Spot<'_>, BorrowedFd<'_>, Option<&mut Before>) -> Result<(), LinkError>,
+    ) -> Result<(), BpfError> {
         for (name, at) in PROGRAMS {
             let path = link_path(dir, name);
-            let pin_error = |source| BpfError::Pin { path: path.clone(), source };
-            let fd = program_fd(&self.ebpf, name)?;
-            match sys::obj_get(&path) {
-                Ok(link) if sys::link_info(link.as_fd()).map_err(pin_error)?.cgroup == id => {
-                    self.note_program(&path, link.as_fd()).map_err(pin_error)?;
-                    sys::link_update(link.as_fd(), fd.as_fd())
-                        .map_err(|source| BpfError::Attach { name, source })?;
-                    continue;
-                }
-                // The cgroup was removed and made again under the same name: the old link is dead.
-                Ok(_) => fs::remove_file(&path).map_err(pin_error)?,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(pin_error(e)),
-            }
-            let link = sys::link_create(fd.as_fd(), cgroup, at)
-                .map_err(|source| BpfError::Attach { name, source })?;
-            sys::obj_pin(link.as_fd(), &path).map_err(pin_error)?;
-            if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
-                before.made(path);
-            }
+            let program = program_fd(&self.ebpf, name)?;
+            let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+            let spot = Spot { cgroup, at, path: &path, by_name: self.by_name };
+            let done = work(&spot, program.as_fd(), before.as_mut());
+            done.map_err(|e| match e {
+                LinkError::Attach(source) => attach_error(name, cgroup, at, source),
+                LinkError::Pin(source) => BpfError::Pin { path: path.clone(), source },
+            })?;
         }
         Ok(())
     }
 
-    /// Remembers the program behind a link.
-    fn note_program(&self, path: &Path, link: BorrowedFd<'_>) -> io::Result<()> {
-        if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
-            let program = sys::prog_by_id(sys::link_info(link)?.program)?;
-            before.program(path.to_owned(), program);
+    /// The id of the program that decides on IPv4 connections: by it its place among others is seen.
+    pub fn connect_id(&self) -> Option<u32> {
+        match self.ebpf.program(names::CONNECT4) {
+            Some(Program::CgroupSockAddr(p)) => p.info().map(|i| i.id()).ok(),
+            _ => None,
         }
-        Ok(())
     }
 
     /// Whose programs are behind the pinned links.
@@ -480,10 +527,7 @@ impl Capture {
         let Lifetime::Pinned(dir) = &self.lifetime else { return Owner::Nobody };
         let behind =
             sys::obj_get(&link_path(dir, names::CONNECT4)).and_then(|link| sys::link_info(link.as_fd()));
-        let ours = match self.ebpf.program(names::CONNECT4) {
-            Some(Program::CgroupSockAddr(p)) => p.info().map(|i| i.id()).ok(),
-            _ => None,
-        };
+        let ours = self.connect_id();
         match behind {
             Ok(link) if Some(link.program) == ours => Owner::Us,
             Ok(_) => Owner::Another,
@@ -496,7 +540,7 @@ impl Capture {
         let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
         for name in [names::CONNECT4, names::CONNECT6] {
             let path = link_path(dir, name);
-            match remove_link(&path) {
+            match links::remove(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(BpfError::Pin { path, source });
                 }
@@ -541,9 +585,18 @@ impl Capture {
 pub type Probed = (&'static str, Result<(), BpfError>);
 
 /// Loads every program and throws it away: whether this kernel has what capture needs. The error is that
-/// of the maps, without which no program can be tried.
-pub fn probe() -> Result<Vec<Probed>, BpfError> {
-    let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+/// of the maps, without which no program can be tried. `by_name`: as they are where they follow a group by its name.
+pub fn probe(by_name: bool) -> Result<Vec<Probed>, BpfError> {
+    let mut loader = EbpfLoader::new();
+    let offsets = by_name.then(btf::of_groups).transpose()?;
+    if let Some(offsets) = &offsets {
+        loader.override_global(names::GROUP_KIND, &group::BY_UNIT, true).override_global(
+            names::GROUP_OFFSETS,
+            offsets,
+            true,
+        );
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
     Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
 }
 
@@ -562,12 +615,16 @@ fn link_path(dir: &Path, program: &str) -> PathBuf {
     dir.join(format!("link_{program}"))
 }
 
-/// Detaches what is behind a pinned link, and removes the pin.
-pub(super) fn remove_link(path: &Path) -> io::Result<()> {
-    let link = sys::obj_get(path)?;
-    // Fails where its cgroup is gone, and then there is nothing to detach.
-    let _detached = sys::link_detach(link.as_fd());
-    fs::remove_file(path)
+/// Why a program cannot be attached: root, too, is told EPERM where another program keeps it away.
+fn attach_error(name: &'static str, cgroup: BorrowedFd<'_>, at: AttachType, source: io::Error) -> BpfError {
+    match source.raw_os_error() {
+        Some(libc::EPERM) => match blockers::exclusive(cgroup, at) {
+            Some(by) => BpfError::Blocked { name, by },
+            None => BpfError::Attach { name, source },
+        },
+        Some(libc::E2BIG) => BpfError::Full { name },
+        _ => BpfError::Attach { name, source },
+    }
 }
 
 /// Keeps other daemons from changing what is pinned in this bpffs, as long as the descriptor is open.
@@ -597,7 +654,7 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
     let mut done = Ok(());
     for path in paths {
         // What cannot be removed keeps nothing else.
-        let removed = if is_link(&path) { remove_link(&path) } else { fs::remove_file(&path) };
+        let removed = if is_link(&path) { links::remove(&path) } else { fs::remove_file(&path) };
         done = done.and(removed.map_err(pin_error(&path)));
     }
     done?;
@@ -666,10 +723,12 @@ mod tests {
     #[test]
     fn every_name_is_in_the_object_and_every_program_passes_the_verifier() {
         assert!(nix::unistd::geteuid().is_root(), "loading programs takes root: run the tests as root");
-        for (name, loaded) in probe().expect("this kernel has the maps that capture needs") {
-            loaded.unwrap_or_else(|e| panic!("{name}: {e}"));
+        for by_name in [false, true] {
+            for (name, loaded) in probe(by_name).expect("this kernel has the maps that capture needs") {
+                loaded.unwrap_or_else(|e| panic!("{name}: {e}"));
+            }
         }
-        let spec = Spec { on_failure: 0, generation: 1, lifetime: Lifetime::Cgroup };
+        let spec = Spec { on_failure: 0, generation: 1, group: None, lifetime: Lifetime::Cgroup };
         Capture::load(&spec, &Rules::default()).expect("maps and globals have the types of this daemon");
         let ebpf = aya_obj_names();
         for name in names::MAPS {

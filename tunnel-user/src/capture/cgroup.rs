@@ -40,9 +40,12 @@ pub enum CgroupError {
         #[source]
         source: io::Error,
     },
-    /// No group is called like this unit.
-    #[error("no cgroup of unit {0} exists: is it running? (`systemctl status {0}`)")]
-    NoUnit(String),
+    /// A path that leads into no hierarchy.
+    #[error("cgroup {0}: no cgroup2 hierarchy is mounted there")]
+    NoHierarchy(String),
+    /// Deeper in the hierarchy than the programs look, or called as nothing can be.
+    #[error("cgroup {0}: a captured group is at most {max} levels below its mount, each with a name of 1 to 255 bytes", max = tunnel_common::group::DEPTH_MAX)]
+    TooDeep(String),
 }
 
 /// The cgroup2 hierarchy of this process's cgroup namespace.
@@ -78,7 +81,7 @@ impl Hierarchy {
     }
 
     /// The group that this process is in; the root if that is outside of what is mounted.
-    fn own(&self) -> Result<OwnedFd, CgroupError> {
+    pub fn own(&self) -> Result<OwnedFd, CgroupError> {
         let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let path = text.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or_default();
         let path = if path.is_empty() || path.starts_with("..") { "." } else { path };
@@ -87,25 +90,9 @@ impl Hierarchy {
             .map_err(|e| CgroupError::Io { name: path.to_owned(), source: e.into() })
     }
 
-    /// The group of a systemd unit: the one that is called like it, nearest to the root.
-    pub fn of_unit(&self, unit: &str) -> Result<OwnedFd, CgroupError> {
-        let mut level = vec![PathBuf::from(format!("/proc/self/fd/{}", self.root.as_raw_fd()))];
-        while !level.is_empty() {
-            let mut next = Vec::new();
-            for dir in level {
-                for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
-                    if !entry.file_type().is_ok_and(|t| t.is_dir()) {
-                        continue;
-                    }
-                    if entry.file_name() == unit {
-                        return open_path(&entry.path());
-                    }
-                    next.push(entry.path());
-                }
-            }
-            level = next;
-        }
-        Err(CgroupError::NoUnit(unit.to_owned()))
+    /// Its root.
+    pub fn into_root(self) -> OwnedFd {
+        self.root
     }
 }
 
@@ -114,6 +101,11 @@ pub fn open_path(path: &Path) -> Result<OwnedFd, CgroupError> {
     fs::File::open(path)
         .map(OwnedFd::from)
         .map_err(|source| CgroupError::Io { name: path.display().to_string(), source })
+}
+
+/// Opens a group below another one.
+pub fn open_below(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+    Ok(openat(root, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// The inode number of a group, which is its id.
@@ -135,7 +127,7 @@ pub fn processes(group: BorrowedFd<'_>) -> Vec<u32> {
 }
 
 /// A path to a directory that may be mounted nowhere.
-fn fd_path(dir: BorrowedFd<'_>) -> PathBuf {
+pub fn fd_path(dir: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()))
 }
 
@@ -247,12 +239,24 @@ pub fn mounted() -> Option<PathBuf> {
 /// The first mount of this type whose root is the file system's own (proc_pid_mountinfo(5)).
 pub fn mount_point(kind: &str) -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    text.lines().find_map(|line| {
+    mounts(&text, kind).find_map(|(root, point)| (root == "/").then_some(point))
+}
+
+/// Where the part of a cgroup2 hierarchy is mounted that a path leads into: of several the nearest, and the topmost.
+pub fn mount_of(path: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let around = mounts(&text, "cgroup2").map(|(_, point)| point).filter(|point| path.starts_with(point));
+    around.max_by_key(|point| point.components().count())
+}
+
+/// The root and the place of each mount of this type.
+fn mounts<'t>(mountinfo: &'t str, kind: &'t str) -> impl Iterator<Item = (&'t str, PathBuf)> {
+    mountinfo.lines().filter_map(move |line| {
         let (mount, fs) = line.split_once(" - ")?;
         let mut fields = mount.split(' ');
         let (root, point) = (fields.nth(3)?, fields.next()?);
         // Spaces are written as \040.
-        (fs.split(' ').next()? == kind && root == "/").then(|| PathBuf::from(point.replace("\\040", " ")))
+        (fs.split(' ').next()? == kind).then(|| (root, PathBuf::from(point.replace("\\040", " "))))
     })
 }
 

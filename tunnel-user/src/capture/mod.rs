@@ -6,9 +6,13 @@
 
 pub mod accept;
 mod before;
+pub mod blockers;
 pub mod bpf;
 pub mod bypass;
 pub mod cgroup;
+pub mod group;
+mod links;
+pub mod netns;
 pub mod redirect;
 pub mod ring;
 pub mod routes;

@@ -12,6 +12,7 @@ use std::{
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use tokio::io::{Interest, unix::AsyncFd};
+use tunnel_common::capture::Missing;
 
 use super::bpf::Capture;
 
@@ -19,6 +20,7 @@ use super::bpf::Capture;
 pub struct Rings {
     log: Option<EbpfLogger<&'static dyn log::Log>>,
     events: Option<RingBuf<MapData>>,
+    missing: Vec<Missing>,
     wakes: Vec<Wake>,
 }
 
@@ -31,7 +33,7 @@ impl Rings {
             wake.map_err(|e| tracing::warn!("a ring of the kernel programs cannot be watched: {e}")).ok()
         });
         let wakes = wakes.collect();
-        Self { log, events, wakes }
+        Self { log, events, missing: Vec::new(), wakes }
     }
 
     /// Ready when something was written since the last time.
@@ -41,14 +43,21 @@ impl Rings {
         if written > 0 { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Logs what was written. That a namespace has no listener says no more than that it is time to look.
+    /// Logs what was written, and keeps what is told of namespaces without listeners.
     pub fn read(&mut self) {
         if let Some(log) = &mut self.log {
             log.flush();
         }
         if let Some(events) = &mut self.events {
-            while events.next().is_some() {}
+            while let Some(event) = events.next() {
+                self.missing.extend(Missing::parse(&event));
+            }
         }
+    }
+
+    /// Connections that came from namespaces without listeners, since the last time.
+    pub fn take_missing(&mut self) -> Vec<Missing> {
+        std::mem::take(&mut self.missing)
     }
 }
 

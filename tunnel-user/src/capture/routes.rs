@@ -84,7 +84,8 @@ fn sources(kernel: &Netlink) -> io::Result<Vec<(IpNet, IpAddr)>> {
     let nets = kernel.destinations(DESTINATIONS_MAX)?;
     let mut found = Vec::with_capacity(nets.len());
     for net in &nets {
-        let source = kernel.route(example(net, &nets))?.filter(|route| !route.local).and_then(|route| route.source);
+        let source =
+            kernel.route(example(net, &nets))?.filter(|route| !route.local).and_then(|route| route.source);
         found.extend(source.map(|source| (*net, source)));
     }
     Ok(found)
@@ -99,9 +100,8 @@ fn example(net: &IpNet, all: &[IpNet]) -> IpAddr {
         [Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), Ipv6Addr::new(0x2600, 0, 0, 0, 0, 0, 0, 1)];
     let any = ANY_V4.into_iter().map(IpAddr::V4).chain(ANY_V6.into_iter().map(IpAddr::V6));
     let own = [net.hosts().next(), net.hosts().nth(1), last(net)].into_iter().flatten();
-    let is_longer = |ip: &IpAddr| {
-        all.iter().any(|other| other.prefix_len() > net.prefix_len() && other.contains(ip))
-    };
+    let is_longer =
+        |ip: &IpAddr| all.iter().any(|other| other.prefix_len() > net.prefix_len() && other.contains(ip));
     any.filter(|ip| net.contains(ip)).chain(own).find(|ip| !is_longer(ip)).unwrap_or(net.addr())
 }
 

@@ -35,12 +35,14 @@ impl Sources {
         for (key, source) in &v6 {
             self.v6.insert(key, *source, 0).map_err(map(names::SOURCES_V6))?;
         }
-        let same = |a: &Key<SourceV4>, b: &Key<SourceV4>| a.prefix_len() == b.prefix_len() && a.data() == b.data();
+        let same =
+            |a: &Key<SourceV4>, b: &Key<SourceV4>| a.prefix_len() == b.prefix_len() && a.data() == b.data();
         let gone: Vec<_> = self.v4.keys().filter_map(Result::ok).filter(|k| k.data().is_in(netns)).collect();
         for key in gone.iter().filter(|key| !v4.iter().any(|(kept, _)| same(kept, key))) {
             self.v4.remove(key).map_err(map(names::SOURCES_V4))?;
         }
-        let same = |a: &Key<SourceV6>, b: &Key<SourceV6>| a.prefix_len() == b.prefix_len() && a.data() == b.data();
+        let same =
+            |a: &Key<SourceV6>, b: &Key<SourceV6>| a.prefix_len() == b.prefix_len() && a.data() == b.data();
         let gone: Vec<_> = self.v6.keys().filter_map(Result::ok).filter(|k| k.data().is_in(netns)).collect();
         for key in gone.iter().filter(|key| !v6.iter().any(|(kept, _)| same(kept, key))) {
             self.v6.remove(key).map_err(map(names::SOURCES_V6))?;

@@ -37,7 +37,9 @@ pub enum SteerError {
 /// `NETNS_BPF_MAX_PROGS` of kernel/bpf/net_namespace.c: 64 programs of this type in one namespace.
 fn explain(e: &io::Error) -> String {
     match e.raw_os_error() {
-        Some(libc::E2BIG) => "64 programs of this kind are attached there already, which is the most (bpftool net)".to_owned(),
+        Some(libc::E2BIG) => {
+            "64 programs of this kind are attached there already, which is the most (bpftool net)".to_owned()
+        }
         _ => e.to_string(),
     }
 }

@@ -20,6 +20,7 @@ const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
@@ -32,6 +33,10 @@ const BPF_NOEXIST: u64 = 1;
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachType {
+    /// `BPF_CGROUP_INET_INGRESS`
+    Ingress = 0,
+    /// `BPF_CGROUP_INET_EGRESS`
+    Egress = 1,
     /// `BPF_CGROUP_SOCK_OPS`
     SockOps = 3,
     /// `BPF_CGROUP_INET4_CONNECT`
@@ -192,6 +197,72 @@ pub fn load_sk_lookup(name: &str, instructions: &[[u8; 8]]) -> io::Result<OwnedF
     )?)
 }
 
+/// What is attached to a cgroup itself at one place, in the order in which it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attached {
+    /// The ids of the programs.
+    pub programs: Vec<u32>,
+    /// Whether others may be attached beside them, and below (`BPF_F_ALLOW_MULTI`). Without programs it says nothing.
+    pub multi: bool,
+}
+
+/// What is attached to a cgroup itself.
+pub fn prog_query(cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<Attached> {
+    /// `BPF_CGROUP_MAX_PROGS` of `linux/bpf-cgroup.h`.
+    const PROGRAMS_MAX: usize = 64;
+    #[repr(C)]
+    struct Attr {
+        target_fd: i32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        prog_cnt: u32,
+        _hole: u32,
+    }
+    let mut ids = [0u32; PROGRAMS_MAX];
+    let mut attr = Attr {
+        target_fd: cgroup.as_raw_fd(),
+        attach_type: at as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: ids.as_mut_ptr() as u64,
+        prog_cnt: u32::try_from(PROGRAMS_MAX).unwrap_or(u32::MAX),
+        _hole: 0,
+    };
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    let n = usize::try_from(attr.prog_cnt).map_or(PROGRAMS_MAX, |n| n.min(PROGRAMS_MAX));
+    Ok(Attached { programs: ids[..n].to_vec(), multi: attr.attach_flags & BPF_F_ALLOW_MULTI != 0 })
+}
+
+/// The name of a program, as its loader called it.
+pub fn prog_name(program: BorrowedFd<'_>) -> io::Result<String> {
+    /// The beginning of `struct bpf_prog_info`, up to the name.
+    #[repr(C)]
+    struct Info {
+        _before: [u64; 8],
+        name: [u8; 16],
+    }
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    // SAFETY: made of integers only.
+    let mut info: Info = unsafe { mem::zeroed() };
+    bpf(
+        BPF_OBJ_GET_INFO_BY_FD,
+        &mut Attr {
+            bpf_fd: program.as_raw_fd().cast_unsigned(),
+            info_len: u32::try_from(size_of::<Info>()).map_err(io::Error::other)?,
+            info: (&raw mut info) as u64,
+        },
+    )?;
+    let end = info.name.iter().position(|b| *b == 0).unwrap_or(info.name.len());
+    Ok(String::from_utf8_lossy(&info.name[..end]).into_owned())
+}
+
 /// The program of this id (CAP_SYS_ADMIN).
 pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
@@ -327,6 +398,21 @@ pub fn netns_of(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: takes no argument, and makes a descriptor or fails.
     let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
     if fd < 0 { Err(io::Error::last_os_error()) } else { owned(fd.into()) }
+}
+
+/// A duplicate of a descriptor of another process. Whoever gets it closes it at once: the application's close() sends no
+/// FIN before.
+pub fn duplicate(pid: u32, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers; each call makes a descriptor, or fails.
+    let owned = |ret: libc::c_long| match i32::try_from(ret) {
+        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: plain numbers.
+    let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: plain numbers.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })
 }
 
 /// Sends one message.

@@ -19,7 +19,7 @@ use super::{
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
-    value::{FilePath, Headers, Mode},
+    value::{FilePath, FuturePath, Headers, Mode},
     via::{self, UpstreamByName},
 };
 use crate::transport::tls::IdentityFiles;
@@ -259,9 +259,12 @@ impl Section for AnyCapture {
             "listen",
             "Where the rules redirect connections to: ADDRESS:PORT. Needed in mode \"redirect\", and only there.",
         );
-        let path = r.optional::<FilePath>("cgroup", "Path of a cgroup (version 2). This, or unit.");
+        let path = r.optional::<FuturePath>(
+            "cgroup",
+            "Path of a cgroup (version 2), which need not exist yet and may be removed and created again. This, or unit.",
+        );
         let unit =
-            r.optional::<String>("unit", "Name of a systemd unit, such as legacy.service. This, or cgroup.");
+            r.optional::<String>("unit", "Name of a systemd unit below slices, such as legacy.service, which need not run yet. This, or cgroup.");
         let everything = || super::flags::EVERYTHING.map(AddrPattern::net_only).to_vec();
         let include = r.default("include", "What is captured: CIDR[:PORTS]. Of it, what a \"deny\" route refuses by address and port alone, or no route takes, fails in connect() with ECONNREFUSED.", everything());
         let refuse: Vec<AddrPattern> = r.default(
@@ -300,6 +303,9 @@ impl Section for AnyCapture {
         }
         if include.is_empty() {
             r.wrong("include", "is empty: nothing would be captured");
+        }
+        if unit.as_ref().is_some_and(|unit| unit.contains('/')) {
+            r.wrong("unit", "is a path: a unit is a name, such as legacy.service; a path is for cgroup");
         }
         let called = path.as_ref().map(|p| p.0.display().to_string()).or_else(|| unit.clone());
         let cgroup = match (r.has("cgroup"), r.has("unit")) {

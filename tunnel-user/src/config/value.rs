@@ -303,6 +303,23 @@ impl Value for FilePath {
     }
 }
 
+/// A path of which nothing need exist yet, relative to the file that names it.
+#[derive(Clone, Debug)]
+pub(crate) struct FuturePath(pub(crate) PathBuf);
+
+impl Value for FuturePath {
+    fn schema() -> Json {
+        json!({ "type": "string" })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a path in quotes")?;
+        if text.is_empty() { cell.wrong("is empty") } else { Some(Self(cell.doc.base.join(Path::new(text)))) }
+    }
+    fn show(&self) -> Json {
+        json!(self.0)
+    }
+}
+
 impl Value for SocketAddr {
     fn schema() -> Json {
         json!({ "type": "string", "examples": ["0.0.0.0:15008", "[::]:15008"] })

@@ -43,7 +43,8 @@ pub fn fixed<'a>(routes: &'a [Route], capture: Option<&str>) -> impl Iterator<It
             inside: None,
         };
         // Applications prove no identity, and what they connect to is an address.
-        let never = !matches.identity.is_empty() || (matches.destination.is_empty() && !matches.host.is_empty());
+        let never =
+            !matches.identity.is_empty() || (matches.destination.is_empty() && !matches.host.is_empty());
         (!never && takes(matches, &flow)).then(|| Fixed {
             to: &matches.destination,
             denies: route.to == Action::Deny && !route.asks_inside(),

@@ -182,7 +182,12 @@ pub fn bequeath(listener: &Socket, on_close: OnClose) -> io::Result<()> {
 
 /// Listening sockets that share one address, one for each worker. Port 0 is the same port for all.
 /// Fails where another process listens already, although the address could be shared with it too.
-pub fn listen(addr: SocketAddr, workers: usize, mark: Option<u32>, on_close: OnClose) -> io::Result<Vec<Socket>> {
+pub fn listen(
+    addr: SocketAddr,
+    workers: usize,
+    mark: Option<u32>,
+    on_close: OnClose,
+) -> io::Result<Vec<Socket>> {
     if addr.port() != 0 {
         let alone = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
         alone.set_reuse_address(true)?;
@@ -244,7 +249,8 @@ mod tests {
     async fn a_connection_on_this_machine_is_spared_what_congestion_control_costs() {
         for addr in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(addr).unwrap();
-            let connected = connect(listener.local_addr().unwrap(), &Own::default(), First::Anybody).await.unwrap();
+            let connected =
+                connect(listener.local_addr().unwrap(), &Own::default(), First::Anybody).await.unwrap();
             let stream = connected.up().unwrap();
             let control = || SockRef::from(&stream).tcp_congestion().unwrap();
             let available =

@@ -4,6 +4,7 @@
 //! everything went as the subcommand says. Invariant: it uses ordinary system calls, as any program would.
 
 mod beside;
+mod groups;
 mod stuck;
 mod ways;
 
@@ -19,6 +20,7 @@ use std::{
 };
 
 use self::beside::{burst, now_and_then};
+use self::groups::incarnations;
 use self::stuck::{offer, read_late, stick};
 use self::ways::{again, bound, fastopen, fastopen_sendto, mptcp, nonblocking, v4mapped};
 use anyhow::{Context as _, Result, bail, ensure};
@@ -83,6 +85,9 @@ fn run(words: &[&str]) -> Result<()> {
             now_and_then(addr, connections.parse()?, pause.parse()?)
         }
         ["swarm", addr, connections] => swarm(addr, connections.parse()?),
+        ["incarnations", parent, name, inside, beside, times] => {
+            incarnations(parent.as_ref(), name, inside.parse()?, beside.parse()?, times.parse()?)
+        }
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }

@@ -6,11 +6,11 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 use super::Refusal;
-use crate::capture::{cgroup, sys};
+use crate::capture::{group::Group, sys};
 
 /// Processes of a captured group, and descriptors of all of them, that are looked through for one connection: 1 µs each,
 /// on a thread of its own. A group with more has no bypass.
@@ -101,9 +101,9 @@ fn netlink() -> io::Result<OwnedFd> {
 }
 
 /// The one process of a group that has this socket, and one of its descriptors for it.
-pub(super) fn only_one(group: BorrowedFd<'_>, inode: u32) -> Result<(u32, i32), Refusal> {
+pub(super) fn only_one(group: &Group, inode: u32) -> Result<(u32, i32), Refusal> {
     let link = format!("socket:[{inode}]");
-    let processes = cgroup::processes(group);
+    let processes = group.processes();
     if processes.len() > PROCESSES_MAX {
         return Err(Refusal::Unknown);
     }
@@ -126,19 +126,4 @@ pub(super) fn only_one(group: BorrowedFd<'_>, inode: u32) -> Result<(u32, i32), 
         }
     }
     found.ok_or(Refusal::Gone)
-}
-
-/// A duplicate of a descriptor of another process. Whoever gets it closes it at once: the application's close() sends no
-/// FIN before.
-pub(super) fn duplicate(pid: u32, fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: plain numbers; each call makes a descriptor, or fails.
-    let owned = |ret: libc::c_long| match i32::try_from(ret) {
-        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    };
-    // SAFETY: plain numbers.
-    let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    // SAFETY: plain numbers.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })
 }

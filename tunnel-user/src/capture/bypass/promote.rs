@@ -19,7 +19,7 @@ use socket2::SockRef;
 use tokio::sync::oneshot;
 
 use super::{Bypass, Pair, holder, holder::Diag, judge::Judge};
-use crate::capture::sys;
+use crate::capture::{group::Group, sys};
 
 /// Connections that wait for their turn, of all workers. One that finds no place asks again later.
 const WAITING_MAX: usize = 64;
@@ -148,7 +148,7 @@ pub struct Promotions {
 
 impl Promotions {
     /// For the connections of the processes in `group`.
-    pub fn start(bypass: Arc<Bypass>, group: OwnedFd) -> io::Result<Self> {
+    pub fn start(bypass: Arc<Bypass>, group: Arc<Group>) -> io::Result<Self> {
         let (asks, asked) = mpsc::sync_channel(WAITING_MAX);
         let counts = Arc::new(Counts::default());
         let promoter = Promoter { asks, counts: Arc::clone(&counts) };
@@ -190,7 +190,7 @@ impl Drop for Promotions {
     }
 }
 
-fn serve(bypass: &Arc<Bypass>, group: &OwnedFd, asks: &mpsc::Receiver<Option<Ask>>, counts: &Counts) {
+fn serve(bypass: &Arc<Bypass>, group: &Group, asks: &mpsc::Receiver<Option<Ask>>, counts: &Counts) {
     let judge = Judge::default();
     let mut diag = None;
     while let Ok(Some(Ask { ours, cookie, answer })) = asks.recv() {
@@ -232,7 +232,7 @@ fn has_options(socket: BorrowedFd<'_>) -> io::Result<bool> {
 
 fn promote(
     bypass: &Arc<Bypass>,
-    group: &OwnedFd,
+    group: &Group,
     judge: &Judge,
     diag: &mut Option<Diag>,
     ours: &OwnedFd,
@@ -250,9 +250,9 @@ fn promote(
     let address = |a: io::Result<socket2::SockAddr>| a.ok().and_then(|a| a.as_socket()).ok_or(Refusal::Gone);
     let (here, there) = (address(socket.local_addr())?, address(socket.peer_addr())?);
     let inode = diag.inode(there, here, cookie).map_err(|_| Refusal::Gone)?;
-    let (pid, fd) = holder::only_one(group.as_fd(), inode)?;
+    let (pid, fd) = holder::only_one(group, inode)?;
     judge.process(pid)?;
-    let application = holder::duplicate(pid, fd).map_err(|_| Refusal::Gone)?;
+    let application = sys::duplicate(pid, fd).map_err(|_| Refusal::Gone)?;
     // Another may have taken its number meanwhile.
     if sys::socket_cookie(application.as_fd()).ok() != Some(cookie) {
         return Err(Refusal::Gone);

@@ -98,7 +98,9 @@ struct Entry {
 impl Entry {
     /// Whether only routes speak of it.
     fn is_of_routes(&self) -> bool {
-        [&self.default_exclude, &self.include, &self.refuse, &self.exclude].iter().all(|ports| ports.is_empty())
+        [&self.default_exclude, &self.include, &self.refuse, &self.exclude]
+            .iter()
+            .all(|ports| ports.is_empty())
     }
 }
 

@@ -40,8 +40,10 @@ fn captures(rules: &Rules, ip: &str, port: u16) -> bool {
 
 #[test]
 fn a_longer_prefix_that_says_nothing_of_the_port_does_not_hide_a_shorter_one() {
-    let patterns =
-        Patterns { exclude: vec![pattern("10.1.0.0/16", &[(22, 22)])], ..include(&[pattern("10.0.0.0/8", &[])]) };
+    let patterns = Patterns {
+        exclude: vec![pattern("10.1.0.0/16", &[(22, 22)])],
+        ..include(&[pattern("10.0.0.0/8", &[])])
+    };
     let rules = compile(&patterns, None).unwrap();
     assert!(captures(&rules, "10.1.2.3", 80));
     assert!(!captures(&rules, "10.1.2.3", 22));
@@ -102,7 +104,8 @@ fn what_is_excluded_by_default_is_captured_where_the_same_or_a_longer_prefix_say
 
 #[test]
 fn a_v4_mapped_prefix_means_ipv4_and_a_v6_default_does_not() {
-    let rules = compile(&include(&[pattern("::ffff:10.0.0.0/104", &[]), pattern("::/0", &[])]), None).unwrap();
+    let rules =
+        compile(&include(&[pattern("::ffff:10.0.0.0/104", &[]), pattern("::/0", &[])]), None).unwrap();
     assert!(captures(&rules, "10.9.9.9", 1));
     assert!(!captures(&rules, "11.9.9.9", 1));
     assert_eq!(rules.v6.len(), 1);
@@ -199,7 +202,8 @@ fn any_patterns() -> impl Strategy<Value = Patterns> {
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
-    (proptest::collection::vec(any_pattern(), 0..3), any::<bool>()).prop_map(|(to, denies)| Step { to, denies })
+    (proptest::collection::vec(any_pattern(), 0..3), any::<bool>())
+        .prop_map(|(to, denies)| Step { to, denies })
 }
 
 proptest! {

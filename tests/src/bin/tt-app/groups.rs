@@ -1,0 +1,54 @@
+//! Control groups that come and go around the application.
+//!
+//! Enters: where it may make groups. Leaves: how connections went that it made in them. Invariant: the first system call
+//! after it has joined a group is connect(2).
+
+use std::{collections::BTreeMap, fs, io, net::SocketAddr, path::Path};
+
+use anyhow::{Context as _, Result};
+
+use crate::{once, result, say};
+
+/// Connections in each group: the first, and others that come as fast as they can.
+const EACH: usize = 3;
+
+/// `times` over: makes the group `name` in `parent`, joins it, connects to `inside`, leaves it for a new sibling, connects
+/// to `beside`, and removes both. Says how often each outcome came.
+pub(crate) fn incarnations(
+    parent: &Path,
+    name: &str,
+    inside: SocketAddr,
+    beside: SocketAddr,
+    times: usize,
+) -> Result<()> {
+    let group = parent.join(name);
+    let (inside, beside) = (inside.to_string(), beside.to_string());
+    let mut outcomes = BTreeMap::<String, usize>::new();
+    let mut count = |whose: &str, outcome: io::Result<()>| {
+        *outcomes.entry(format!("{whose}-{}", result(outcome))).or_default() += 1;
+    };
+    for n in 0..times {
+        // Its name begins as the captured one's does.
+        let sibling = parent.join(format!("{name}-{n}"));
+        fs::create_dir(&group).context("making the group")?;
+        join(&group)?;
+        for _ in 0..EACH {
+            count("inside", once(&inside));
+        }
+        fs::create_dir(&sibling).context("making a sibling")?;
+        join(&sibling)?;
+        count("beside", once(&beside));
+        fs::remove_dir(&group).context("removing the group")?;
+        join(parent)?;
+        fs::remove_dir(&sibling).context("removing a sibling")?;
+    }
+    for (outcome, n) in outcomes {
+        println!("{outcome}={n}");
+    }
+    say(&format!("incarnations={times}"));
+    Ok(())
+}
+
+fn join(group: &Path) -> Result<()> {
+    fs::write(group.join("cgroup.procs"), "0").with_context(|| format!("joining {}", group.display()))
+}

@@ -1,0 +1,149 @@
+//! Whose connections are captured: those of tasks in a control group of a certain name.
+//!
+//! Enters: the task that calls connect(2). Leaves: whether its group is the captured one, or below it. Invariant: a group
+//! that is made anew under the captured name is found with its first connection; the answer for a group is looked for once,
+//! because its id is never another's (`kernfs_node.id`, 64 bits that only grow) and cgroup2 renames no group
+//! (`cgroup_kf_syscall_ops` has no `rename`). It reads names; it never follows what a program may write.
+
+use core::{mem::MaybeUninit, ptr};
+
+use aya_ebpf::{
+    Global,
+    btf_maps::{Array, LruHashMap},
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_task,
+        bpf_probe_read_kernel_str,
+    },
+    macros::btf_map,
+};
+use tunnel_common::{
+    group::{
+        BY_UNIT, CHUNK, CHUNKS, DEPTH_MAX, EVERYTHING, GROUPS_MAX, Name, Offsets, Place, ROOT_DEPTH_MAX,
+        SLICE, Step, step,
+    },
+    names::Counter,
+};
+
+use crate::{field::read, maps};
+
+#[btf_map]
+static GROUPS: LruHashMap<u64, u32, GROUPS_MAX> = LruHashMap::new();
+#[btf_map]
+static GROUP_NAMES: Array<Name, { DEPTH_MAX as usize + 1 }> = Array::new();
+
+/// How the group is known. Where the programs are attached to the group itself there is nothing to find out, and the
+/// verifier removes what does.
+#[unsafe(no_mangle)]
+static GROUP_KIND: Global<u32> = Global::new(EVERYTHING);
+/// Which group.
+#[unsafe(no_mangle)]
+static GROUP_PLACE: Global<Place> = Global::new(Place { root: 0, depth: 0, reserved: 0 });
+/// Where the kernel keeps what is to be seen.
+#[unsafe(no_mangle)]
+static GROUP_OFFSETS: Global<Offsets> =
+    Global::new(Offsets { cgroups: 0, dfl_cgrp: 0, level: 0, ancestors: 0, kn: 0, name: 0 });
+
+/// Whether connections of the current task are captured.
+#[inline(always)]
+pub(crate) fn is_captured() -> bool {
+    let kind = GROUP_KIND.load();
+    if kind == EVERYTHING {
+        return true;
+    }
+    // SAFETY: takes nothing, returns a number.
+    let id = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: a word that is written once, before it can be found.
+    if let Some(known) = unsafe { GROUPS.get(id) } {
+        return *known != 0;
+    }
+    match find(kind) {
+        Some(captured) => {
+            // Without room, it is found out again the next time.
+            let _full = GROUPS.insert(id, u32::from(captured), 0);
+            captured
+        }
+        None => {
+            maps::count(Counter::GroupUnknown);
+            false
+        }
+    }
+}
+
+/// Goes from the attach root towards the task's group. `None`: the kernel's memory could not be read.
+#[inline(never)]
+fn find(kind: u32) -> Option<bool> {
+    let (offsets, place) = (GROUP_OFFSETS.load(), GROUP_PLACE.load());
+    // SAFETY: takes nothing, returns a number.
+    let task = unsafe { bpf_get_current_task() };
+    // The task's set of groups, the group, and the groups above it stay where they are while it runs.
+    let group: u64 = read(read(task, offsets.cgroups)?, offsets.dfl_cgrp)?;
+    let level: u32 = read(group, offsets.level)?;
+    let Some(root) = level_of(place.root) else { return Some(false) };
+    for depth in 1..=DEPTH_MAX {
+        let at = root + depth;
+        if at > level {
+            return Some(false);
+        }
+        let above: u64 = read(group, offsets.ancestors.wrapping_add(at * 8))?;
+        let name: u64 = read(read(above, offsets.kn)?, offsets.name)?;
+        let wanted = if kind == BY_UNIT { 0 } else { depth };
+        let (same, len) = compare(name, GROUP_NAMES.get(wanted)?)?;
+        let slice = kind == BY_UNIT && is_slice(name, len)?;
+        match step(kind, place.depth, depth, same, slice) {
+            Step::Captured => return Some(true),
+            Step::Outside => return Some(false),
+            Step::Deeper => {}
+        }
+    }
+    Some(false)
+}
+
+/// The level of the group with this id, if the task is below it.
+#[inline(always)]
+fn level_of(root: u64) -> Option<u32> {
+    for level in 0..ROOT_DEPTH_MAX {
+        // SAFETY: takes and returns a number.
+        if unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) } == root {
+            return Some(level);
+        }
+    }
+    None
+}
+
+/// Whether a name in the kernel's memory is the wanted one, and its length.
+#[inline(always)]
+fn compare(name: u64, wanted: &Name) -> Option<(bool, u32)> {
+    let (mut same, mut len) = (true, 0);
+    for chunk in 0..CHUNKS {
+        // A chunk and the terminator, which the helper always writes.
+        let mut buffer = MaybeUninit::<[u64; CHUNK / 8 + 1]>::zeroed();
+        let at = name.wrapping_add((chunk * CHUNK) as u64) as *const _;
+        // SAFETY: the helper checks the address that it reads from, and writes no more than it is told.
+        let read = unsafe { bpf_probe_read_kernel_str(buffer.as_mut_ptr().cast(), CHUNK as u32 + 1, at) };
+        if read <= 0 {
+            return None;
+        }
+        // SAFETY: zeroed, and then partly written.
+        let words = unsafe { ptr::read(buffer.as_ptr().cast::<[u64; CHUNK / 8]>()) };
+        same = same && wanted.has(chunk, &words);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to CHUNK + 1")]
+        let read = read as u32 - 1;
+        len += read;
+        if (read as usize) < CHUNK {
+            return Some((same, len));
+        }
+    }
+    // Longer than any name.
+    Some((false, len))
+}
+
+/// Whether a name of this length is a slice's.
+#[inline(always)]
+fn is_slice(name: u64, len: u32) -> Option<bool> {
+    let tail = SLICE.len() as u32;
+    if len <= tail {
+        return Some(false);
+    }
+    let end: [u8; SLICE.len()] = read(name, len - tail)?;
+    Some(end == SLICE)
+}
