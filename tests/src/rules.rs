@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use crate::{cgroup, cgroup::Cgroup, netns::NetNs, process, programs};
 
 /// The mark of the daemon's own sockets.
-const MARK: &str = "0x74756e6c";
+const MARK: &str = "0x1000/0x1000";
 
 /// What the rules are made of, in case that the kernel cannot load it by itself.
 pub const NEEDS: &str = "rules take nf_tables with NAT and iptables' matches (where these are modules: modprobe -a nf_tables \

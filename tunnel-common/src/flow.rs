@@ -56,6 +56,8 @@ pub struct Origin {
 const UNBOUND: u32 = 1;
 /// See [`Origin::waiting`].
 const WAITING: u32 = 2;
+/// See [`Origin::give_up`].
+const GIVEN_UP: u32 = 4;
 
 impl Origin {
     /// `cookie` is the socket's own (`SO_COOKIE`): never reused while the node is up.
@@ -108,6 +110,18 @@ impl Origin {
     #[inline(always)]
     pub const fn is_waiting(&self) -> bool {
         self.flags & WAITING != 0
+    }
+
+    /// Its SYN is held back for good: nobody could tell whose connection it is.
+    #[inline(always)]
+    pub const fn give_up(&mut self) {
+        self.flags |= GIVEN_UP;
+    }
+
+    /// See [`Self::give_up`].
+    #[inline(always)]
+    pub const fn is_given_up(&self) -> bool {
+        self.flags & GIVEN_UP != 0
     }
 
     /// It is for the daemon whose listening sockets are under this generation.

@@ -216,6 +216,19 @@ pub(crate) fn origin(sk: *mut bpf_sock) -> Option<&'static Origin> {
     unsafe { kept.as_ref() }
 }
 
+/// See [`Origin::give_up`].
+#[inline(always)]
+pub(crate) fn give_up(sk: *mut bpf_sock) {
+    // SAFETY: as above; written under the socket's lock.
+    unsafe {
+        let kept = bpf_sk_storage_get((&raw const ORIGINS).cast_mut().cast(), sk.cast(), ptr::null_mut(), 0)
+            .cast::<Origin>();
+        if let Some(origin) = kept.as_mut() {
+            origin.give_up();
+        }
+    }
+}
+
 /// Forgets what an earlier connect on this socket left.
 #[inline(always)]
 pub(crate) fn drop_origin(sk: *mut bpf_sock) {

@@ -63,7 +63,12 @@ fn on_connect(ctx: &SockOpsContext) {
     }
     let Some(origin) = maps::origin(sk) else { return };
     if maps::record_flow(&key(ctx), origin).is_err() {
-        // Nothing takes the SYN, or whoever does finds no flow and resets the connection: fail closed.
+        // Fail closed. Over IPv4 nobody listens where the SYN goes to; over IPv6 another program may, so it is held back.
+        if !origin.dst().is_v4() {
+            maps::give_up(sk);
+            let flags = ctx.cb_flags() | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+            let _always = ctx.set_cb_flags(flags.cast_signed());
+        }
         maps::count(Counter::FlowsFull);
         if maps::may_log(Counter::FlowsFull) {
             warn!(ctx, "flow map is full: connection refused");
@@ -85,7 +90,7 @@ fn on_connect(ctx: &SockOpsContext) {
 /// How soon the SYN of a connection that waits goes out again; doubled each time (1 s without).
 #[inline(always)]
 fn on_timeout_init(ctx: &SockOpsContext) {
-    if waiting(ctx) {
+    if waiting(ctx) || given_up(ctx) {
         // SAFETY: a field of the context, for writing.
         unsafe { (*ctx.ops).__bindgen_anon_1.reply = WAITING_RTO };
     }
@@ -99,6 +104,14 @@ fn waiting(ctx: &SockOpsContext) -> bool {
     !sk.is_null() && maps::origin(sk).is_some_and(Origin::is_waiting)
 }
 
+/// Whether it is held back for good.
+#[inline(always)]
+fn given_up(ctx: &SockOpsContext) -> bool {
+    // SAFETY: a field of the context.
+    let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    !sk.is_null() && maps::origin(sk).is_some_and(Origin::is_given_up)
+}
+
 /// A SYN that carries an MD5 signature (RFC 2385) which nobody has asked for gets no answer, neither from a listener
 /// (`tcp_inbound_md5_hash`, net/ipv4/tcp.c) nor from a host without one (`tcp_v4_send_reset`, "don't send rst if it can't find
 /// key"): it is lost, and goes out again a moment later. So nothing is accepted or refused before the daemon listens. On a kernel
@@ -107,7 +120,7 @@ fn waiting(ctx: &SockOpsContext) -> bool {
 fn on_option_length(ctx: &SockOpsContext) {
     // SAFETY: the helper takes the context as it is.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    if waiting(ctx) && maps::listener(netns).is_none() {
+    if given_up(ctx) || (waiting(ctx) && maps::listener(netns).is_none()) {
         // SAFETY: as above.
         let _no_room = unsafe { bpf_reserve_hdr_opt(ctx.ops, MD5_OPTION_LEN, 0) };
     } else {

@@ -19,6 +19,7 @@ use crate::{
     telemetry::{LogFilter, LogFormat},
     transport::{
         identity::{SanPattern, SpiffeId},
+        tcp::Mark,
         tls::IdentityFiles,
     },
 };
@@ -154,6 +155,9 @@ pub struct ExecArgs {
     /// Add a header to every CONNECT request, such as baggage=k8s.cluster.name=a.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header_flag, requires = "gateway")]
     pub header: Vec<(HeaderName, HeaderValue)>,
+    /// Mark our own connections (SO_MARK), for rules of yours that are to leave them alone. Default: 0x1000/0x1000.
+    #[arg(long, value_name = "VALUE[/MASK]", requires = "gateway")]
+    pub mark: Option<Mark>,
     /// Worker threads. Default: one per core.
     #[arg(long, value_name = "N")]
     pub workers: Option<NonZeroUsize>,
@@ -187,6 +191,7 @@ impl ExecArgs {
             sni: self.sni.clone(),
             wanted,
             headers: self.header.clone(),
+            mark: self.mark,
             workers: self.workers,
         }))
     }

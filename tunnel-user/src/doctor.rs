@@ -329,14 +329,14 @@ fn programs() -> Vec<Finding> {
 
 fn socket_mark() -> Finding {
     const CHECK: &str = "SO_MARK";
-    let set = Socket::new(Domain::IPV4, Type::STREAM, None).and_then(|s| s.set_mark(config::MARK.get()));
+    let set = Socket::new(Domain::IPV4, Type::STREAM, None).and_then(|s| config::MARK.set(&s));
     match set {
         Ok(()) => Finding::ok(CHECK, "permitted"),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Finding::fail(
             CHECK,
             Lacks::Privilege,
             e.to_string(),
-            "Our own sockets are told from the application's by their mark, which takes CAP_NET_ADMIN.",
+            "Rules of yours can leave our own sockets alone by their mark, which takes CAP_NET_ADMIN.",
         ),
         Err(e) => Finding::fail(CHECK, Lacks::Kernel, e.to_string(), ""),
     }

@@ -58,6 +58,10 @@ pub fn examine(mark: u32) -> Vec<Rule> {
     if found.is_empty() {
         found = output("nft", &["-j", "list", "ruleset"]).map(|text| of_nft(&text, mark)).unwrap_or_default();
     }
+    for family in ["-4", "-6"] {
+        let rules = output("ip", &["-j", family, "rule"]);
+        found.extend(rules.iter().flat_map(|text| of_ip_rules(text, family, mark)));
+    }
     found.sort_by(|a, b| (a.harm, &a.text).cmp(&(b.harm, &b.text)));
     found.dedup();
     found
@@ -127,6 +131,35 @@ fn matches_mark(value: &str, mark: u32) -> bool {
     number(wanted).zip(number(mask)).is_some_and(|(wanted, mask)| mark & mask == wanted && wanted != 0)
 }
 
+/// Whether a match of nftables, `meta mark 0x1` or `meta mark & 0xff == 0x1`, is for a mark.
+fn is_for_mark(found: &Value, mark: u32) -> bool {
+    let (left, wanted) = (&found["left"], found["right"].as_u64());
+    let is_mark = |operand: &Value| operand["meta"]["key"] == "mark";
+    let mask = match left["&"].as_array().map(Vec::as_slice) {
+        Some([operand, mask]) if is_mark(operand) => mask.as_u64(),
+        _ if is_mark(left) => Some(u32::MAX.into()),
+        _ => None,
+    };
+    mask.zip(wanted).is_some_and(|(mask, wanted)| wanted != 0 && u64::from(mark) & mask == wanted)
+}
+
+/// From `ip -j rule` (ip-rule(8)).
+fn of_ip_rules(text: &str, family: &str, mark: u32) -> Vec<Rule> {
+    let all: Vec<Value> = serde_json::from_str(text).unwrap_or_default();
+    all.iter()
+        .filter(|rule| {
+            let mask = rule["fwmask"].as_str().map_or(String::new(), |mask| format!("/{mask}"));
+            rule["fwmark"].as_str().is_some_and(|value| matches_mark(&format!("{value}{mask}"), mark))
+        })
+        .map(|rule| {
+            let of = |key: &str| rule[key].as_str().unwrap_or_default().to_owned();
+            let priority = rule["priority"].as_u64().unwrap_or_default();
+            let text = format!("ip {family} rule {priority}: fwmark {} lookup {}", of("fwmark"), of("table"));
+            Rule { harm: Harm::MatchesMark, text }
+        })
+        .collect()
+}
+
 /// From `nft -j list ruleset` (libnftables-json(5)).
 fn of_nft(text: &str, mark: u32) -> Vec<Rule> {
     let all: Value = serde_json::from_str(text).unwrap_or_default();
@@ -150,7 +183,7 @@ fn of_nft(text: &str, mark: u32) -> Vec<Rule> {
         if drops && meta(&["iif", "iifname", "oif", "oifname"]).is_some_and(|m| m["right"] == "lo") {
             found.push(text(Harm::DropsLoopback));
         }
-        if meta(&["mark"]).is_some_and(|m| m["right"].as_u64() == Some(mark.into())) {
+        if matches.iter().any(|m| m["op"] != "!=" && is_for_mark(m, mark)) {
             found.push(text(Harm::MatchesMark));
         }
         let of_group = matches.iter().any(|m| m["left"]["socket"]["key"] == "cgroupv2");
@@ -165,7 +198,7 @@ fn of_nft(text: &str, mark: u32) -> Vec<Rule> {
 mod tests {
     use super::*;
 
-    const MARK: u32 = 0x7475_6e6c;
+    const MARK: u32 = 0x1000;
 
     fn harms(rules: &[Rule]) -> Vec<Harm> {
         rules.iter().map(|r| r.harm).collect()
@@ -178,7 +211,7 @@ mod tests {
         assert_eq!(of_iptables(text, MARK), []);
         let text = "*filter\n:INPUT DROP [0:0]\n-A INPUT -i eth0 -j ACCEPT\n-A OUTPUT -o lo -p tcp -j REJECT\n\
                     -A OUTPUT -d 10.0.0.1/32 -m owner --uid-owner 33 -j DROP\n\
-                    -A OUTPUT -m mark --mark 0x6c/0xff -j ACCEPT\n-A OUTPUT -m mark --mark 0x1 -j ACCEPT\n";
+                    -A OUTPUT -m mark --mark 0x1000/0xf000 -j ACCEPT\n-A OUTPUT -m mark --mark 0x1 -j ACCEPT\n";
         assert_eq!(
             harms(&of_iptables(text, MARK)),
             [Harm::DropsLoopback, Harm::DropsLoopback, Harm::MatchesOwner, Harm::MatchesMark]
@@ -205,7 +238,23 @@ mod tests {
         assert_eq!(rule(&format!("{}, {drop}", meta("oifname", "!=", "\"lo\""))), []);
         assert_eq!(rule(&format!("{}, {drop}", meta("skuid", "==", "33"))), [Harm::MatchesOwner]);
         assert_eq!(rule(&meta("mark", "==", &MARK.to_string())), [Harm::MatchesMark]);
+        let masked = |wanted: u32| {
+            let left = "{\"&\": [{\"meta\": {\"key\": \"mark\"}}, 61440]}";
+            rule(&format!("{{\"match\": {{\"op\": \"==\", \"left\": {left}, \"right\": {wanted}}}}}"))
+        };
+        assert_eq!((masked(0x1000), masked(0x2000)), (vec![Harm::MatchesMark], vec![]));
         assert_eq!(rule(drop), []);
         assert_eq!(of_nft("no JSON", MARK), []);
+    }
+
+    #[test]
+    fn policy_routing_by_our_mark_is_found() {
+        let text = r#"[{"priority":0,"src":"all","table":"local"},
+            {"priority":90,"src":"all","fwmark":"0x1000","fwmask":"0x1000","table":"100"},
+            {"priority":91,"src":"all","fwmark":"0x2000","fwmask":"0x2000","table":"101"}]"#;
+        let found = of_ip_rules(text, "-4", MARK);
+        assert_eq!(harms(&found), [Harm::MatchesMark]);
+        assert!(found[0].text.contains("rule 90") && found[0].text.contains("lookup 100"), "{}", found[0].text);
+        assert_eq!(of_ip_rules("no JSON", "-6", MARK), []);
     }
 }

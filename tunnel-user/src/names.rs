@@ -300,7 +300,7 @@ impl RuntimeProvider for Claimed {
         Box::pin(async move {
             let socket = UdpSocket::bind(from).await?;
             if let Some(mark) = mark {
-                SockRef::from(&socket).set_mark(mark)?;
+                mark.set(&SockRef::from(&socket))?;
             }
             Ok(socket)
         })

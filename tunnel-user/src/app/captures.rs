@@ -38,6 +38,7 @@ use crate::{
     config::{self, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
     kernels::{Feature, Kernel},
+    transport::tcp::Mark,
     worker::{CaptureSocket, More, SourceId},
 };
 
@@ -209,7 +210,7 @@ impl ActiveCapture {
 
     /// Opens listeners in network namespaces of captured processes that have none yet, and gives up those in
     /// namespaces that no captured process is in any more.
-    pub(super) fn scan(&mut self, more: &[Inbox], mark: Option<u32>) {
+    pub(super) fn scan(&mut self, more: &[Inbox], mark: Option<Mark>) {
         more.iter().for_each(Inbox::flush);
         self.follow();
         let processes = self.group.processes();
@@ -342,7 +343,7 @@ impl ActiveCapture {
     pub(super) fn listen_here(
         &mut self,
         workers: usize,
-        mark: Option<u32>,
+        mark: Option<Mark>,
     ) -> Result<Vec<Vec<CaptureSocket>>, Failure> {
         if let Some(proxy) = self.wanted.proxy {
             let listener = proxy_listener(proxy);

@@ -54,7 +54,7 @@ impl SourceIds {
 /// Opens what listens for the workers of one daemon.
 pub(super) struct Opener {
     pub(super) workers: usize,
-    pub(super) mark: Option<u32>,
+    pub(super) mark: Option<tcp::Mark>,
     /// Sockets of the daemon that this one replaces.
     pub(super) taken: Listeners,
     /// Copies, by the address that is configured, for the daemon that replaces this one.
@@ -161,12 +161,12 @@ impl Opener {
 }
 
 /// Whether this process may set the mark.
-pub(super) fn may_mark(mark: u32) -> io::Result<()> {
-    Socket::new(Domain::IPV4, Type::STREAM, None)?.set_mark(mark)
+pub(super) fn may_mark(mark: tcp::Mark) -> io::Result<()> {
+    mark.set(&Socket::new(Domain::IPV4, Type::STREAM, None)?)
 }
 
 /// Fails where our own connections would look like an application's to the operator's rules.
-pub(super) fn require_mark(mark: u32) -> Result<(), Failure> {
+pub(super) fn require_mark(mark: tcp::Mark) -> Result<(), Failure> {
     may_mark(mark).map_err(|e| {
         let what = format!(
             "marking our own sockets failed (SO_MARK): {e}; without a mark the rules that redirect connections \

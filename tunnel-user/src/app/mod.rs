@@ -153,7 +153,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     require_privileges(&config)?;
     memory::keep_freed();
     tcp::set_keepalive(config.daemon.tcp_keepalive);
-    let mark = config.daemon.mark.get();
+    let mark = config.daemon.mark;
     // Unprivileged gateways cannot set it, and have nothing that could capture them.
     let marking = !config.captures.is_empty() || may_mark(mark).is_ok();
     let fixed = Fixed {
@@ -231,7 +231,7 @@ fn require_privileges(config: &Config) -> Result<(), Failure> {
         privileges::require_for_capture()?;
     }
     if !config.redirects.is_empty() {
-        require_mark(config.daemon.mark.get())?;
+        require_mark(config.daemon.mark)?;
     }
     Ok(())
 }

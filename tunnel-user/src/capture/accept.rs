@@ -27,7 +27,7 @@ use super::{
 use crate::{
     flow::{ClientAddr, OriginalDst},
     own::OwnListeners,
-    transport::tcp::{self, OnClose},
+    transport::tcp::{self, Mark, OnClose},
 };
 
 /// Listeners in one network namespace, one of each family for every worker.
@@ -55,7 +55,7 @@ const LOW_PORTS: RangeInclusive<u16> = 400..=1023;
 /// Nothing connects to their addresses: the steering program gives them their connections. So they take one port, at
 /// addresses that nobody binds, outside of what programs are given who do not ask for one. They share it with nobody: another
 /// process could otherwise join them (SO_REUSEPORT) and would be given captured connections.
-pub fn listen(workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
+pub fn listen(workers: usize, mark: Option<Mark>) -> io::Result<Sockets> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
     for port in free_ports() {
         match listen_on(port, workers, mark) {
@@ -74,7 +74,7 @@ pub fn listen(workers: usize, mark: Option<u32>) -> io::Result<Sockets> {
 }
 
 /// A port of 0 is one that the kernel picks.
-fn listen_on(port: u16, workers: usize, mark: Option<u32>) -> io::Result<Vec<Vec<Socket>>> {
+fn listen_on(port: u16, workers: usize, mark: Option<Mark>) -> io::Result<Vec<Vec<Socket>>> {
     let lanes = u16::try_from(workers).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut port = port;
     (0..lanes)
@@ -105,7 +105,7 @@ fn port_of(socket: &Socket) -> Option<u16> {
     socket.local_addr().ok()?.as_socket().map(|a| a.port())
 }
 
-fn listen_at(addr: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
+fn listen_at(addr: SocketAddr, mark: Option<Mark>) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     // The interface may come up later, and IPv6 with it.
@@ -117,7 +117,7 @@ fn listen_at(addr: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
         }
     }
     if let Some(mark) = mark {
-        socket.set_mark(mark)?;
+        mark.set(&socket)?;
     }
     tcp::bequeath(&socket, OnClose::Abort)?;
     // Its connections inherit it (tcp_ca_openreq_child).

@@ -10,13 +10,13 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Action, AddrPattern, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, Match, OnFailure,
+    Action, AddrPattern, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK, Match, OnFailure,
     Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::{
     flow::Target,
     route::Source,
-    transport::{identity::SanPattern, tls::IdentityFiles},
+    transport::{identity::SanPattern, tcp::Mark, tls::IdentityFiles},
 };
 
 /// Every address of both families.
@@ -61,6 +61,8 @@ pub struct ExecOptions {
     pub wanted: Wanted,
     /// Added to every CONNECT request.
     pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// The mark of our own sockets; `None` is the default one.
+    pub mark: Option<Mark>,
     /// Worker threads.
     pub workers: Option<NonZeroUsize>,
 }
@@ -127,7 +129,12 @@ impl Config {
         upstream.verify = o.verify;
         upstream.headers = o.headers;
         Self {
-            daemon: Daemon { workers: o.workers, drain_timeout: DRAIN_EXEC, ..Daemon::default() },
+            daemon: Daemon {
+                workers: o.workers,
+                drain_timeout: DRAIN_EXEC,
+                mark: o.mark.unwrap_or(MARK),
+                ..Daemon::default()
+            },
             identity: Some(o.identity),
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),

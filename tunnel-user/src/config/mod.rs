@@ -45,14 +45,16 @@ use crate::{
     flow::{Identity, Target},
     transport::{
         identity::{San, SanPattern},
+        tcp::Mark,
         tls::IdentityFiles,
         verify::{ClientCheck, ServerCheck},
     },
 };
 
-/// The mark on our own sockets, by which the hooks tell them from the application's: "tunl" in ASCII, so
-/// that whoever meets it in `ss` or a rule set can tell whose it is.
-pub const MARK: NonZeroU32 = NonZeroU32::new(0x7475_6e6c).expect("not 0");
+/// The mark on our own sockets, for rules of the operator's: one bit, which is none of those that kube-proxy (0x4000, 0x8000),
+/// the portmap plugin (0x2000), Cilium (0x0f00 and 16 bits above), Calico (16 bits above), Tailscale (0xff0000) and Istio
+/// (0x539) use.
+pub const MARK: Mark = Mark::new(0x1000, 0x1000).expect("one bit, inside");
 /// Where systemd mounts bpffs.
 pub const BPFFS: &str = "/sys/fs/bpf";
 /// How long flows may go on after a daemon was told to stop. Twice the time in which interactive
@@ -126,7 +128,7 @@ pub struct Daemon {
     /// Worker threads; `None`: one per core that this process may use.
     pub workers: Option<NonZeroUsize>,
     /// The mark on our own sockets.
-    pub mark: NonZeroU32,
+    pub mark: Mark,
     /// The bpffs mount under which links and maps are pinned.
     pub bpffs: PathBuf,
     /// How long flows may go on after we were told to stop.

@@ -144,6 +144,10 @@ impl<'a> Cell<'a> {
         self.value.is_str()
     }
 
+    pub(crate) fn is_integer(&self) -> bool {
+        matches!(self.value, DeValue::Integer(_))
+    }
+
     pub(crate) fn is_table(&self) -> bool {
         self.value.is_table()
     }

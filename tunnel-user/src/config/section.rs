@@ -142,7 +142,7 @@ impl Section for Daemon {
         let workers = r.optional::<NonZeroUsize>("workers", "Worker threads. Default: one per core.");
         let mark = r.default(
             "mark",
-            "The SO_MARK of our own sockets, by which the hooks leave them alone. Any number that nothing else on the node uses.",
+            "The SO_MARK of our own sockets, for rules of yours that are to leave them alone: VALUE or VALUE/MASK. Bits that nothing else on the node uses (`tunnel doctor` names rules that match them). Captures do not go by it: they know the sockets that this daemon made.",
             MARK,
         );
         let bpffs = r.default("bpffs", "The bpffs mount.", FilePath(PathBuf::from(BPFFS))).0;

@@ -23,7 +23,11 @@ use super::{
     reader::{Cell, Value},
     route::{ProxyProtocol, Regex},
 };
-use crate::{flow::Target, route::Source, transport::identity::SanPattern};
+use crate::{
+    flow::Target,
+    route::Source,
+    transport::{identity::SanPattern, tcp::Mark},
+};
 
 /// Headers that are ours to set, or that HTTP/2 has no place for (RFC 9113 section 8.2.2), or that would
 /// change what the request is.
@@ -211,6 +215,23 @@ impl Value for bool {
     }
     fn show(&self) -> Json {
         json!(self)
+    }
+}
+
+impl Value for Mark {
+    fn schema() -> Json {
+        json!({ "type": ["string", "integer"], "examples": ["0x1000/0x1000"] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        const WANTED: &str = "a string, VALUE[/MASK], or a number that is not 0";
+        if cell.is_integer() {
+            let n = cell.integer(1, u64::from(u32::MAX))?;
+            return u32::try_from(n).ok().and_then(|value| Self::new(value, u32::MAX));
+        }
+        parsed(cell, WANTED)
+    }
+    fn show(&self) -> Json {
+        json!(self.to_string())
     }
 }
 

@@ -104,7 +104,7 @@ pub(super) fn packet_filters() -> Finding {
 /// Rules of firewalls.
 pub(super) fn rules() -> Finding {
     const CHECK: &str = "firewall";
-    let found = firewall::examine(config::MARK.get());
+    let found = firewall::examine(config::MARK.value());
     if found.is_empty() {
         return Finding::ok(CHECK, "no rule is known that is in the way");
     }
