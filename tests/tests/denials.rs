@@ -5,7 +5,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Result;
@@ -229,6 +229,8 @@ fn a_denial_that_a_reload_adds_or_removes_holds_for_the_next_connect() -> Result
     daemon.tell(&with_routes(&node, &gateway, "", web))?;
     assert!(daemon.answers()[4].contains("captures=0"), "{:?}", daemon.answers());
     assert!(target.peers().iter().all(|peer| peer.ip() == NET4), "{:?}", target.peers());
+    held.hang_up();
+    held.wait(PATIENCE)?;
     assert_eq!(daemon.stop_and_count("denied_by_route")?, 1, "what programs have counted that are gone");
     Ok(())
 }

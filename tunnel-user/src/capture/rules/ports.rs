@@ -20,7 +20,7 @@ fn merged(mut ranges: Ports) -> Ports {
 }
 
 /// The ports of either.
-pub fn union(mut a: Ports, b: &[(u16, u16)]) -> Ports {
+pub(super) fn union(mut a: Ports, b: &[(u16, u16)]) -> Ports {
     if b.is_empty() {
         return a;
     }
@@ -29,7 +29,7 @@ pub fn union(mut a: Ports, b: &[(u16, u16)]) -> Ports {
 }
 
 /// The ports of `a` that are not in `b`.
-pub fn subtract(a: Ports, b: &[(u16, u16)]) -> Ports {
+pub(super) fn subtract(a: Ports, b: &[(u16, u16)]) -> Ports {
     let mut left = a;
     for &(first, last) in b {
         left = left
@@ -45,7 +45,7 @@ pub fn subtract(a: Ports, b: &[(u16, u16)]) -> Ports {
 }
 
 /// The ports of both.
-pub fn intersect(a: &[(u16, u16)], b: &[(u16, u16)]) -> Ports {
+pub(super) fn intersect(a: &[(u16, u16)], b: &[(u16, u16)]) -> Ports {
     let both = |&(s, e): &(u16, u16)| b.iter().map(move |&(first, last)| (s.max(first), e.min(last)));
     merged(a.iter().flat_map(both).filter(|(s, e)| s <= e).collect())
 }
