@@ -28,6 +28,8 @@ const LINK_CREATE: libc::c_int = 28;
 
 /// `BPF_CGROUP_INET4_CONNECT`
 pub const CONNECT4: u32 = 10;
+/// `BPF_CGROUP_GETSOCKOPT`
+pub const GETSOCKOPT: u32 = 21;
 
 fn bpf<const N: usize>(command: libc::c_int, attr: &mut [u32; N]) -> io::Result<OwnedFd> {
     let done = bpf_plain(command, attr)?;

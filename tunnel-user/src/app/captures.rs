@@ -231,7 +231,6 @@ impl ActiveCapture {
     /// namespaces that no captured process is in any more.
     pub(super) fn scan(&mut self, more: &[Inbox], mark: u32) {
         more.iter().for_each(Inbox::flush);
-        self.follow();
         let processes = self.group.processes();
         self.leavers.look(&self.group, &processes);
         if self.wanted.proxy.is_some() {

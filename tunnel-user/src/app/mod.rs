@@ -392,6 +392,7 @@ impl Running {
             }
             for active in &mut self.captures {
                 active.programs.rings.read();
+                active.follow();
                 active.scan(&self.more, self.fixed.mark);
             }
             if sweep {

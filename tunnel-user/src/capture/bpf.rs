@@ -197,6 +197,7 @@ pub struct Capture {
     ebpf: Ebpf,
     lifetime: Lifetime,
     by_name: bool,
+    for_proxy: bool,
     /// Programs of an earlier daemon were attached already.
     adopted: bool,
     /// What was there before, until it is sure that this stays.
@@ -312,6 +313,7 @@ impl Capture {
             ebpf,
             lifetime: spec.lifetime.clone(),
             by_name: spec.group.is_some(),
+            for_proxy: !spec.listener_marked,
             adopted,
             before: Mutex::new(adopted.then(Before::default)),
             listeners: Mutex::new(listeners),
@@ -376,8 +378,8 @@ impl Capture {
     }
 
     /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned. If one fails, those before
-    /// it are detached again. `former` is the captured group itself, where earlier versions attached theirs.
-    pub fn attach(&mut self, cgroup: BorrowedFd<'_>, former: Option<&OwnedFd>) -> Result<(), BpfError> {
+    /// it are detached again. `group` is the captured group itself, if it exists.
+    pub fn attach(&mut self, cgroup: BorrowedFd<'_>, group: Option<&OwnedFd>) -> Result<(), BpfError> {
         match self.lifetime.clone() {
             Lifetime::Cgroup => {
                 for (name, at) in PROGRAMS {
@@ -388,8 +390,13 @@ impl Capture {
                 Ok(())
             }
             Lifetime::Pinned(dir) => {
-                let attached = self.for_each_link(cgroup, &dir, |spot, program, before| {
-                    spot.attach(program, former, before)
+                let attached = PROGRAMS.into_iter().try_for_each(|(name, at)| {
+                    if self.is_groups_own(name) {
+                        return group.map_or(Ok(()), |group| self.attach_to_group(group));
+                    }
+                    self.link((name, at), cgroup, &dir, |spot, program, before| {
+                        spot.attach(program, group, before)
+                    })
                 });
                 // A capture that is half attached captures without answering getpeername, or worse. One that was
                 // there before stays: it refuses connections while no daemon listens, which nothing that
@@ -402,30 +409,57 @@ impl Capture {
         }
     }
 
+    /// Attaches what belongs to the captured group itself, where the others are above it.
+    pub fn attach_to_group(&self, group: &OwnedFd) -> Result<(), BpfError> {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
+        for which in PROGRAMS.into_iter().filter(|(name, _)| self.is_groups_own(name)) {
+            let done = self.link(which, group.as_fd(), dir, |spot, program, before| {
+                match spot.attach(program, None, before) {
+                    // It has gone meanwhile.
+                    Err(LinkError::Attach(e))
+                        if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) =>
+                    {
+                        Ok(())
+                    }
+                    done => done,
+                }
+            });
+            done?;
+        }
+        Ok(())
+    }
+
+    /// Whether a program stays with the captured group where the others are attached above it. At the root, `getsockopt` would
+    /// cost every call of every program on this node 0.17 µs, for an answer that only proxies ask for.
+    fn is_groups_own(&self, name: &str) -> bool {
+        self.by_name && !self.for_proxy && name == names::GETSOCKOPT
+    }
+
     /// Attaches the programs behind all others that are attached to `cgroup`.
     pub fn attach_last(&self, cgroup: BorrowedFd<'_>) -> Result<(), BpfError> {
         let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
-        self.for_each_link(cgroup, dir, |spot, program, _| spot.renew(program))
+        let above = PROGRAMS.into_iter().filter(|(name, _)| !self.is_groups_own(name));
+        above
+            .into_iter()
+            .try_for_each(|which| self.link(which, cgroup, dir, |spot, program, _| spot.renew(program)))
     }
 
-    fn for_each_link(
+    fn link(
         &self,
+        (name, at): (&'static str, AttachType),
         cgroup: BorrowedFd<'_>,
         dir: &Path,
-        work: impl Fn(&Spot<'_>, BorrowedFd<'_>, Option<&mut Before>) -> Result<(), LinkError>,
+        work: impl FnOnce(&Spot<'_>, BorrowedFd<'_>, Option<&mut Before>) -> Result<(), LinkError>,
     ) -> Result<(), BpfError> {
-        for (name, at) in PROGRAMS {
-            let path = link_path(dir, name);
-            let program = program_fd(&self.ebpf, name)?;
-            let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
-            let spot = Spot { cgroup, at, path: &path, by_name: self.by_name };
-            let done = work(&spot, program.as_fd(), before.as_mut());
-            done.map_err(|e| match e {
-                LinkError::Attach(source) => attach_error(name, cgroup, at, source),
-                LinkError::Pin(source) => BpfError::Pin { path: path.clone(), source },
-            })?;
-        }
-        Ok(())
+        let path = link_path(dir, name);
+        let program = program_fd(&self.ebpf, name)?;
+        let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+        let spot = Spot { cgroup, at, path: &path, by_name: self.by_name };
+        let done = work(&spot, program.as_fd(), before.as_mut());
+        done.map_err(|e| match e {
+            LinkError::Attach(source) => attach_error(name, cgroup, at, source),
+            LinkError::Pin(source) => BpfError::Pin { path: path.clone(), source },
+        })
     }
 
     /// The id of the program that decides on IPv4 connections: by it its place among others is seen.
