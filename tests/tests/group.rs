@@ -17,7 +17,7 @@ use tunnel_tests::{
     daemon::{Daemon, through},
     dialogue::ask,
     pki::GATEWAY_ID,
-    process, programs, target, wait_for,
+    process, programs, rules, target, wait_for,
 };
 
 /// How often a group is made anew, under load.
@@ -88,7 +88,12 @@ impl<'w> Scene<'w> {
     fn incarnations(&self, times: usize) -> Result<String> {
         let (inside, beside) = (self.inside.addr().to_string(), self.beside.addr().to_string());
         let mut command = self.world.node().command(programs::app()?);
-        command.arg("incarnations").arg(self.outer.path()).args(["app", &inside, &beside, &times.to_string()]);
+        command.arg("incarnations").arg(self.outer.path()).args([
+            "app",
+            &inside,
+            &beside,
+            &times.to_string(),
+        ]);
         self.outer.adopt(&mut command)?;
         process::output(&mut command)
     }
@@ -136,8 +141,8 @@ fn remove(group: &Path) -> Result<()> {
 /// A group that is removed and made again is captured from its first connect(2) on, however soon that comes, and a group
 /// beside it, however new, is not.
 #[test]
-fn a_group_that_is_made_anew_a_thousand_times_is_captured_from_its_first_connect_and_no_sibling_is() -> Result<()>
-{
+fn a_group_that_is_made_anew_a_thousand_times_is_captured_from_its_first_connect_and_no_sibling_is()
+-> Result<()> {
     let world = World::new()?;
     let scene = Scene::new(&world)?;
     let mut daemon = scene.daemon(&scene.config(""), "waiting for cgroup")?;
@@ -337,7 +342,9 @@ fn links_of_an_earlier_version_are_replaced() -> Result<()> {
     let mut daemon = scene.daemon(&config, "capturing")?;
     let pinned = scene.pins();
     daemon.process().kill()?;
-    for link in pinned.iter().filter(|p| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"link_"))) {
+    for link in
+        pinned.iter().filter(|p| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"link_")))
+    {
         bpf::move_link(link, &group)?;
     }
     assert_eq!(bpf::attached(&group, CONNECT4)?, 1);
@@ -366,7 +373,9 @@ fn a_start_that_fails_puts_the_links_of_an_earlier_version_back() -> Result<()> 
     let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
     let pinned = scene.pins();
     daemon.process().kill()?;
-    let links = || pinned.iter().filter(|p| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"link_")));
+    let links = || {
+        pinned.iter().filter(|p| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"link_")))
+    };
     for link in links() {
         bpf::move_link(link, &group)?;
     }
@@ -392,7 +401,8 @@ fn a_start_that_fails_puts_the_links_of_an_earlier_version_back() -> Result<()> 
 /// Of two captures in one another the inner one carries what both capture, and a connection is carried once; `config check`
 /// tells of them.
 #[test]
-fn of_groups_in_one_another_the_inner_one_carries_and_what_it_leaves_alone_the_outer_one_does() -> Result<()> {
+fn of_groups_in_one_another_the_inner_one_carries_and_what_it_leaves_alone_the_outer_one_does() -> Result<()>
+{
     let world = World::new()?;
     let scene = Scene::new(&world)?;
     let group = scene.group();
@@ -425,7 +435,10 @@ fn of_groups_in_one_another_the_inner_one_carries_and_what_it_leaves_alone_the_o
     let words = ["config", "check"];
     let checked = Command::new(programs::tunnel()?).args(words).arg(daemon.config()).output()?;
     let said = String::from_utf8_lossy(&checked.stderr).into_owned();
-    assert!(checked.status.success() && said.contains("\"inner\" may lie in that of capture \"outer\""), "{said}");
+    assert!(
+        checked.status.success() && said.contains("\"inner\" may lie in that of capture \"outer\""),
+        "{said}"
+    );
     daemon.process().stop()?;
     scene.detach(&daemon)?;
 
@@ -464,6 +477,52 @@ fn a_program_that_keeps_ours_away_is_named_with_its_group() -> Result<()> {
     let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
     assert_eq!(scene.seen_from(&scene.group())?, NET4);
     daemon.process().stop()?;
+    Ok(())
+}
+
+/// Whose group it is, is asked when a task connects: a socket that was made elsewhere is captured too.
+#[test]
+fn a_socket_that_was_made_outside_and_is_connected_inside_is_captured() -> Result<()> {
+    let world = World::new()?;
+    let scene = Scene::new(&world)?;
+    fs::create_dir(scene.group())?;
+    let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
+    let addr = scene.inside.addr().to_string();
+    let mut command = world.node().command(programs::app()?);
+    command.arg("socket-from-outside").arg(scene.group()).arg(&addr);
+    scene.outer.adopt(&mut command)?;
+    let said = process::output(&mut command)?;
+    assert!(said.contains(&format!("peer={addr}")), "{said}");
+    assert_eq!((from(&scene.inside, NET4), from(&scene.inside, NODE4)), (1, 0));
+    daemon.process().stop()?;
+    Ok(())
+}
+
+/// What others have set up that a capture makes void, or that breaks it, is named when a daemon starts, and by `doctor`.
+#[test]
+fn filters_and_rules_of_others_are_named() -> Result<()> {
+    let world = World::new()?;
+    let scene = Scene::new(&world)?;
+    fs::create_dir(scene.group())?;
+    bpf::attach_filter(scene.outer.path())?;
+    for rule in ["-A OUTPUT -o lo -p udp -j DROP", "-A OUTPUT -m owner --uid-owner 33 -d 10.0.0.1 -j REJECT"]
+    {
+        let mut iptables = world.node().command(programs::system("iptables-nft")?);
+        process::output(iptables.args(rule.split(' '))).context(rules::NEEDS)?;
+    }
+    let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
+    let line = daemon.process().wait_for_line("packets are filtered by a program")?;
+    let outer = scene.outer.path().display().to_string();
+    assert!(line.contains("somebody") && line.contains(&outer), "{line}");
+    let line = daemon.process().wait_for_line("may drop captured connections")?;
+    assert!(line.contains("-o lo"), "{line}");
+    daemon.process().wait_for_line("--uid-owner 33")?;
+    daemon.process().stop()?;
+    let output = world.node().command(programs::tunnel()?).arg("doctor").output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for part in ["somebody", "-o lo", "--uid-owner 33"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
     Ok(())
 }
 

@@ -171,7 +171,15 @@ mod tests {
         for path in ["/system.slice/app", "/system.slice/app/worker/1"] {
             assert!(is_captured(BY_PATH, &wanted, path), "{path}");
         }
-        for path in ["", "/", "/system.slice", "/system.slice/app2", "/app", "/x/system.slice/app", "/system.slice/x/app"] {
+        for path in [
+            "",
+            "/",
+            "/system.slice",
+            "/system.slice/app2",
+            "/app",
+            "/x/system.slice/app",
+            "/system.slice/x/app",
+        ] {
             assert!(!is_captured(BY_PATH, &wanted, path), "{path}");
         }
     }

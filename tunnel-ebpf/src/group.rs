@@ -18,8 +18,8 @@ use aya_ebpf::{
 };
 use tunnel_common::{
     group::{
-        BY_UNIT, CHUNK, CHUNKS, DEPTH_MAX, EVERYTHING, GROUPS_MAX, Name, Offsets, Place, ROOT_DEPTH_MAX, SLICE,
-        Step, step,
+        BY_UNIT, CHUNK, CHUNKS, DEPTH_MAX, EVERYTHING, GROUPS_MAX, Name, Offsets, Place, ROOT_DEPTH_MAX,
+        SLICE, Step, step,
     },
     names::Counter,
 };

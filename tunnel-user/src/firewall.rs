@@ -196,7 +196,9 @@ mod tests {
             harms(&of_nft(&rule, MARK))
         };
         let meta = |key: &str, op: &str, right: &str| {
-            format!("{{\"match\": {{\"op\": \"{op}\", \"left\": {{\"meta\": {{\"key\": \"{key}\"}}}}, \"right\": {right}}}}}")
+            format!(
+                "{{\"match\": {{\"op\": \"{op}\", \"left\": {{\"meta\": {{\"key\": \"{key}\"}}}}, \"right\": {right}}}}}"
+            )
         };
         let drop = "{\"drop\": null}";
         assert_eq!(rule(&format!("{}, {drop}", meta("oifname", "==", "\"lo\""))), [Harm::DropsLoopback]);

@@ -137,9 +137,9 @@ fn bypass(wanted: &config::Capture, group: &Arc<Group>, name: &str) -> Result<Op
         return Ok(None);
     }
     let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
-    let started = known.and_then(|()| Bypass::load()).and_then(|bypass| {
-        Promotions::start(bypass, Arc::clone(group)).map_err(BypassError::Start)
-    });
+    let started = known
+        .and_then(|()| Bypass::load())
+        .and_then(|bypass| Promotions::start(bypass, Arc::clone(group)).map_err(BypassError::Start));
     match started {
         Ok(promotions) => Ok(Some(promotions)),
         Err(e) if wanted.bypass == config::Bypass::Auto => {

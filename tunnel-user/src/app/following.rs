@@ -135,7 +135,9 @@ pub fn nested(config: &Config) -> Vec<String> {
             let within = match (own, other, &inner.cgroup, &outer.cgroup) {
                 (Some(own), Some(other), ..) => own.is_within(other),
                 // On another machine than the one that it is for.
-                (_, _, CgroupRef::Path(own), CgroupRef::Path(other)) => own != other && own.starts_with(other),
+                (_, _, CgroupRef::Path(own), CgroupRef::Path(other)) => {
+                    own != other && own.starts_with(other)
+                }
                 _ => false,
             };
             if within {

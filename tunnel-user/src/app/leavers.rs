@@ -48,7 +48,8 @@ impl Leavers {
         let now: HashSet<u32> = processes.iter().copied().collect();
         let gone = self.before.difference(&now).copied();
         // A number that was given to another process since says nothing.
-        let mut outside: Vec<u32> = gone.filter(|pid| started(*pid).is_some_and(|at| at <= self.seen)).collect();
+        let mut outside: Vec<u32> =
+            gone.filter(|pid| started(*pid).is_some_and(|at| at <= self.seen)).collect();
         if now.len() <= PROCESSES_MAX {
             outside.extend(now.iter().flat_map(|pid| children(*pid)).filter(|pid| !now.contains(pid)));
         }
@@ -99,7 +100,11 @@ fn started(pid: u32) -> Option<u64> {
 fn uptime() -> u64 {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds: f64 = text.split(' ').next().and_then(|s| s.parse().ok()).unwrap_or(0.0);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "positive, and less than 2^53")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "positive, and less than 2^53"
+    )]
     let ticks = (seconds * TICKS) as u64;
     ticks
 }

@@ -31,7 +31,6 @@ use tokio::{
     time::{Interval, MissedTickBehavior},
 };
 
-pub use self::{following::nested, run::run};
 use self::{
     captures::{ActiveCapture, Loaded, bpf_failure},
     inbox::Inbox,
@@ -39,6 +38,7 @@ use self::{
     pins::{lock_pins, pin_dir},
     upstreams::Discover,
 };
+pub use self::{following::nested, run::run};
 use crate::{
     capture::{
         bpf::{self, Owner},

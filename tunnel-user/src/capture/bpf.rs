@@ -92,7 +92,9 @@ pub enum BpfError {
     #[error("captured groups cannot be followed by their names: {0}")]
     Offsets(#[from] OffsetsError),
     /// A program of somebody else's keeps ours from being attached.
-    #[error("attaching {name} failed: {by} was attached without BPF_F_ALLOW_MULTI, which keeps every other program away")]
+    #[error(
+        "attaching {name} failed: {by} was attached without BPF_F_ALLOW_MULTI, which keeps every other program away"
+    )]
     Blocked {
         /// The program.
         name: &'static str,
@@ -538,9 +540,11 @@ pub fn probe(by_name: bool) -> Result<Vec<Probed>, BpfError> {
     let mut loader = EbpfLoader::new();
     let offsets = by_name.then(btf::of_groups).transpose()?;
     if let Some(offsets) = &offsets {
-        loader
-            .override_global(names::GROUP_KIND, &group::BY_UNIT, true)
-            .override_global(names::GROUP_OFFSETS, offsets, true);
+        loader.override_global(names::GROUP_KIND, &group::BY_UNIT, true).override_global(
+            names::GROUP_OFFSETS,
+            offsets,
+            true,
+        );
     }
     let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
     Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())

@@ -258,7 +258,10 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
         let Ok(real) = fs::canonicalize(there) else { continue };
         let rest = path.strip_prefix(there).unwrap_or(Path::new(""));
         if rest.components().any(|c| !matches!(c, Component::Normal(_))) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path has \"..\" behind what exists"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the path has \"..\" behind what exists",
+            ));
         }
         return Ok(real.join(rest));
     }

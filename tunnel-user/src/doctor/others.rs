@@ -29,7 +29,10 @@ pub(super) fn by_name() -> Finding {
         Err(e) => Some(e),
     };
     match refused {
-        None => Finding::ok(CHECK, "a group that is removed and created again is captured from its first connection"),
+        None => Finding::ok(
+            CHECK,
+            "a group that is removed and created again is captured from its first connection",
+        ),
         Some(e) => Finding::warn(
             CHECK,
             e.summary(),
@@ -59,7 +62,9 @@ pub(super) fn exclusive() -> Finding {
         Some(program) => Finding::fail(
             CHECK,
             Lacks::Kernel,
-            format!("{program} was attached without BPF_F_ALLOW_MULTI: none can be attached beside or below it"),
+            format!(
+                "{program} was attached without BPF_F_ALLOW_MULTI: none can be attached beside or below it"
+            ),
             format!(
                 "Have its owner attach it with BPF_F_ALLOW_MULTI, or detach it: bpftool prog show id {}",
                 program.id
