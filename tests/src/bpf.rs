@@ -28,6 +28,8 @@ const LINK_CREATE: libc::c_int = 28;
 
 /// `BPF_CGROUP_INET4_CONNECT`
 pub const CONNECT4: u32 = 10;
+/// `BPF_CGROUP_GETSOCKOPT`
+pub const GETSOCKOPT: u32 = 21;
 
 fn bpf<const N: usize>(command: libc::c_int, attr: &mut [u32; N]) -> io::Result<OwnedFd> {
     let done = bpf_plain(command, attr)?;
@@ -93,19 +95,34 @@ pub fn attached(group: &Path, at: u32) -> Result<usize> {
 pub fn attach_exclusively(group: &Path) -> Result<()> {
     /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`
     const SOCK_ADDR: u32 = 18;
+    attach(group, SOCK_ADDR, CONNECT4, 0)
+}
+
+/// Attaches a program that sees every packet that leaves a group, and lets it go on.
+pub fn attach_filter(group: &Path) -> Result<()> {
+    /// `BPF_PROG_TYPE_CGROUP_SKB`
+    const SKB: u32 = 8;
+    /// `BPF_CGROUP_INET_EGRESS`
+    const EGRESS: u32 = 1;
+    const ALLOW_MULTI: u32 = 2;
+    attach(group, SKB, EGRESS, ALLOW_MULTI)
+}
+
+/// Attaches a program called "somebody" that allows everything.
+fn attach(group: &Path, kind: u32, at: u32, flags: u32) -> Result<()> {
     // r0 = 1; exit
     let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
     let license = c"GPL";
     let mut attr = [0u32; 18];
-    attr[0] = SOCK_ADDR;
+    attr[0] = kind;
     attr[1] = 2;
     attr[2..4].copy_from_slice(&halves(code.as_ptr()));
     attr[4..6].copy_from_slice(&halves(license.as_ptr()));
     // Behind the log, the kernel's version and the flags: its name, the device, and where it will be attached.
     attr[12..14].copy_from_slice(&[u32::from_ne_bytes(*b"some"), u32::from_ne_bytes(*b"body")]);
-    attr[17] = CONNECT4;
+    attr[17] = at;
     let program = bpf(PROG_LOAD, &mut attr).context("loading a program")?;
     let group = File::open(group)?;
-    bpf_plain(PROG_ATTACH, &mut [fd(&group), fd(&program), CONNECT4, 0]).context("attaching it")?;
+    bpf_plain(PROG_ATTACH, &mut [fd(&group), fd(&program), at, flags]).context("attaching it")?;
     Ok(())
 }

@@ -11,13 +11,13 @@ use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
     Gateway, NET4, NODE4, PATIENCE, Process, TARGET4, Target, World,
-    bpf::{self, CONNECT4},
+    bpf::{self, CONNECT4, GETSOCKOPT},
     bpffs::BpfFs,
     cgroup::{self, Cgroup},
     daemon::{Daemon, through},
     dialogue::ask,
     pki::GATEWAY_ID,
-    process, programs, target, wait_for,
+    process, programs, rules, target, wait_for,
 };
 
 /// How often a group is made anew, under load.
@@ -68,6 +68,13 @@ impl<'w> Scene<'w> {
 
     fn config(&self, capture: &str) -> String {
         self.config_of(&format!("[[capture]]\ncgroup = \"{}\"\n{capture}\n", self.group().display()))
+    }
+
+    /// What is pinned, in the order of their names.
+    fn pins(&self) -> Vec<PathBuf> {
+        let mut pins = self.bpffs.pins();
+        pins.sort();
+        pins
     }
 
     /// A daemon that has got as far as to say so.
@@ -147,7 +154,7 @@ fn a_group_that_is_made_anew_a_thousand_times_is_captured_from_its_first_connect
     assert_eq!((from(&scene.beside, NODE4), from(&scene.beside, NET4)), (TIMES, 0), "a sibling was captured");
     daemon.process().stop()?;
     scene.detach(&daemon)?;
-    assert_eq!(scene.bpffs.pins(), [] as [PathBuf; 0]);
+    assert_eq!(scene.pins(), [] as [PathBuf; 0]);
     Ok(())
 }
 
@@ -159,7 +166,7 @@ fn without_a_daemon_a_group_made_anew_is_refused() -> Result<()> {
     fs::create_dir(scene.group())?;
     let config = scene.config("");
     let mut daemon = scene.daemon(&config, "capturing")?;
-    let pinned = scene.bpffs.pins();
+    let pinned = scene.pins();
     daemon.process().kill()?;
     fs::remove_dir(scene.group())?;
     let said = scene.incarnations(FEW)?;
@@ -169,7 +176,7 @@ fn without_a_daemon_a_group_made_anew_is_refused() -> Result<()> {
 
     // The next daemon finds what is pinned, whether the group is there or not.
     let mut daemon = scene.daemon(&config, "waiting for cgroup")?;
-    assert_eq!(scene.bpffs.pins(), pinned, "the pins were adopted");
+    assert_eq!(scene.pins(), pinned, "the pins were adopted");
     let said = scene.incarnations(FEW)?;
     assert!(said.contains(&format!("inside-ok={}\n", FEW * EACH)), "{said}");
     daemon.process().stop()?;
@@ -199,7 +206,7 @@ fn without_a_daemon_a_group_made_anew_is_in_plaintext_where_on_failure_is_open()
     scene.incarnations(FEW)?;
     assert_eq!((from(&scene.inside, NODE4), from(&scene.inside, NET4)), (FEW * EACH, FEW * EACH));
     daemon.process().stop()?;
-    assert_eq!(scene.bpffs.pins(), [] as [PathBuf; 0], "an orderly end ends an open capture");
+    assert_eq!(scene.pins(), [] as [PathBuf; 0], "an orderly end ends an open capture");
     Ok(())
 }
 
@@ -223,6 +230,9 @@ fn a_daemon_waits_for_its_group_and_says_when_it_comes_goes_and_comes_again() ->
     fs::create_dir(&group)?;
     daemon.process().wait_for_line("created again")?;
     assert_eq!(scene.seen_from(&group)?, NET4);
+    wait_for("SO_ORIGINAL_DST to be answered there", PATIENCE, || {
+        (bpf::attached(&group, GETSOCKOPT).ok()? == 1).then_some(())
+    })?;
 
     // A configuration that is read again finds the group that is there now.
     remove(&group)?;
@@ -241,7 +251,7 @@ fn a_daemon_that_takes_over_captures_the_group_whatever_has_become_of_it() -> Re
     let world = World::new()?;
     let scene = Scene::new(&world)?;
     let mut old = scene.daemon(&scene.config(""), "waiting for cgroup")?;
-    let pinned = scene.bpffs.pins();
+    let pinned = scene.pins();
     let (said, new) = std::thread::scope(|scope| -> Result<_> {
         let busy = scope.spawn(|| scene.incarnations(TIMES / 4));
         wait_for("the load", PATIENCE, || (scene.inside.peers().len() > 20).then_some(()))?;
@@ -253,7 +263,9 @@ fn a_daemon_that_takes_over_captures_the_group_whatever_has_become_of_it() -> Re
     })?;
     assert!(said.contains(&format!("inside-ok={}\n", TIMES / 4 * EACH)), "{said}");
     assert_eq!(from(&scene.inside, NODE4), 0, "in plaintext");
-    assert_eq!(scene.bpffs.pins(), pinned);
+    // What belongs to the group itself comes and goes with it.
+    let lasting = scene.pins().into_iter().filter(|p| !p.ends_with("link_original_dst"));
+    assert_eq!(lasting.collect::<Vec<_>>(), pinned);
     assert!(old.process().wait(PATIENCE)?.success());
     drop(new);
     Ok(())
@@ -328,7 +340,7 @@ fn links_of_an_earlier_version_are_replaced() -> Result<()> {
     fs::create_dir(&group)?;
     let config = scene.config("");
     let mut daemon = scene.daemon(&config, "capturing")?;
-    let pinned = scene.bpffs.pins();
+    let pinned = scene.pins();
     daemon.process().kill()?;
     for link in
         pinned.iter().filter(|p| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"link_")))
@@ -340,7 +352,7 @@ fn links_of_an_earlier_version_are_replaced() -> Result<()> {
 
     let mut daemon = scene.daemon(&config, "capturing")?;
     assert_eq!(bpf::attached(&group, CONNECT4)?, 0, "theirs is detached");
-    assert_eq!(scene.bpffs.pins(), pinned);
+    assert_eq!(scene.pins(), pinned);
     assert_eq!(scene.seen_from(&group)?, NET4);
     remove(&group)?;
     fs::create_dir(&group)?;
@@ -359,7 +371,7 @@ fn a_start_that_fails_puts_the_links_of_an_earlier_version_back() -> Result<()> 
     let group = scene.group();
     fs::create_dir(&group)?;
     let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
-    let pinned = scene.bpffs.pins();
+    let pinned = scene.pins();
     daemon.process().kill()?;
     let links = || {
         pinned.iter().filter(|p| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"link_")))
@@ -382,7 +394,7 @@ fn a_start_that_fails_puts_the_links_of_an_earlier_version_back() -> Result<()> 
     assert_eq!(scene.seen_from(&group)?, NET4);
     daemon.process().stop()?;
     scene.detach(&daemon)?;
-    assert_eq!(scene.bpffs.pins(), [] as [PathBuf; 0]);
+    assert_eq!(scene.pins(), [] as [PathBuf; 0]);
     Ok(())
 }
 
@@ -436,7 +448,7 @@ fn of_groups_in_one_another_the_inner_one_carries_and_what_it_leaves_alone_the_o
     check(&scene, &mut daemon)?;
     daemon.process().stop()?;
     scene.detach(&daemon)?;
-    assert_eq!(scene.bpffs.pins(), [] as [PathBuf; 0]);
+    assert_eq!(scene.pins(), [] as [PathBuf; 0]);
     Ok(())
 }
 
@@ -465,6 +477,52 @@ fn a_program_that_keeps_ours_away_is_named_with_its_group() -> Result<()> {
     let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
     assert_eq!(scene.seen_from(&scene.group())?, NET4);
     daemon.process().stop()?;
+    Ok(())
+}
+
+/// Whose group it is, is asked when a task connects: a socket that was made elsewhere is captured too.
+#[test]
+fn a_socket_that_was_made_outside_and_is_connected_inside_is_captured() -> Result<()> {
+    let world = World::new()?;
+    let scene = Scene::new(&world)?;
+    fs::create_dir(scene.group())?;
+    let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
+    let addr = scene.inside.addr().to_string();
+    let mut command = world.node().command(programs::app()?);
+    command.arg("socket-from-outside").arg(scene.group()).arg(&addr);
+    scene.outer.adopt(&mut command)?;
+    let said = process::output(&mut command)?;
+    assert!(said.contains(&format!("peer={addr}")), "{said}");
+    assert_eq!((from(&scene.inside, NET4), from(&scene.inside, NODE4)), (1, 0));
+    daemon.process().stop()?;
+    Ok(())
+}
+
+/// What others have set up that a capture makes void, or that breaks it, is named when a daemon starts, and by `doctor`.
+#[test]
+fn filters_and_rules_of_others_are_named() -> Result<()> {
+    let world = World::new()?;
+    let scene = Scene::new(&world)?;
+    fs::create_dir(scene.group())?;
+    bpf::attach_filter(scene.outer.path())?;
+    for rule in ["-A OUTPUT -o lo -p udp -j DROP", "-A OUTPUT -m owner --uid-owner 33 -d 10.0.0.1 -j REJECT"]
+    {
+        let mut iptables = world.node().command(programs::system("iptables-nft")?);
+        process::output(iptables.args(rule.split(' '))).context(rules::NEEDS)?;
+    }
+    let mut daemon = scene.daemon(&scene.config(""), "capturing")?;
+    let line = daemon.process().wait_for_line("packets are filtered by a program")?;
+    let outer = scene.outer.path().display().to_string();
+    assert!(line.contains("somebody") && line.contains(&outer), "{line}");
+    let line = daemon.process().wait_for_line("may drop captured connections")?;
+    assert!(line.contains("-o lo"), "{line}");
+    daemon.process().wait_for_line("--uid-owner 33")?;
+    daemon.process().stop()?;
+    let output = world.node().command(programs::tunnel()?).arg("doctor").output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for part in ["somebody", "-o lo", "--uid-owner 33"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
     Ok(())
 }
 

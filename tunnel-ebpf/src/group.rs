@@ -5,8 +5,6 @@
 //! because its id is never another's (`kernfs_node.id`, 64 bits that only grow) and cgroup2 renames no group
 //! (`cgroup_kf_syscall_ops` has no `rename`). It reads names; it never follows what a program may write.
 
-use core::{mem::MaybeUninit, ptr};
-
 use aya_ebpf::{
     Global,
     btf_maps::{Array, LruHashMap},
@@ -19,7 +17,7 @@ use aya_ebpf::{
 use tunnel_common::{
     group::{
         BY_UNIT, CHUNK, CHUNKS, DEPTH_MAX, EVERYTHING, GROUPS_MAX, Name, Offsets, Place, ROOT_DEPTH_MAX,
-        SLICE, Step, step,
+        SLICE, Step, WORDS, step,
     },
     names::Counter,
 };
@@ -78,7 +76,7 @@ fn find(kind: u32) -> Option<bool> {
     // The task's set of groups, the group, and the groups above it stay where they are while it runs.
     let group: u64 = read(read(task, offsets.cgroups)?, offsets.dfl_cgrp)?;
     let level: u32 = read(group, offsets.level)?;
-    let Some(root) = level_of(place.root) else { return Some(false) };
+    let Some(root) = level_of(place.root, group, &offsets) else { return Some(false) };
     for depth in 1..=DEPTH_MAX {
         let at = root + depth;
         if at > level {
@@ -98,13 +96,14 @@ fn find(kind: u32) -> Option<bool> {
     Some(false)
 }
 
-/// The level of the group with this id, if the task is below it.
+/// The level of the group with this id, if the task is below it. Read where the kernel keeps it: a number that the verifier
+/// knows nothing of, where it would try what follows with each one that the loop can end with.
 #[inline(always)]
-fn level_of(root: u64) -> Option<u32> {
+fn level_of(root: u64, group: u64, offsets: &Offsets) -> Option<u32> {
     for level in 0..ROOT_DEPTH_MAX {
         // SAFETY: takes and returns a number.
         if unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) } == root {
-            return Some(level);
+            return read(read(group, offsets.ancestors.wrapping_add(level * 8))?, offsets.level);
         }
     }
     None
@@ -113,24 +112,24 @@ fn level_of(root: u64) -> Option<u32> {
 /// Whether a name in the kernel's memory is the wanted one, and its length.
 #[inline(always)]
 fn compare(name: u64, wanted: &Name) -> Option<(bool, u32)> {
-    let (mut same, mut len) = (true, 0);
+    let (mut differs, mut len) = (0, 0);
     for chunk in 0..CHUNKS {
         // A chunk and the terminator, which the helper always writes.
-        let mut buffer = MaybeUninit::<[u64; CHUNK / 8 + 1]>::zeroed();
+        let mut buffer = [0u64; WORDS + 1];
         let at = name.wrapping_add((chunk * CHUNK) as u64) as *const _;
         // SAFETY: the helper checks the address that it reads from, and writes no more than it is told.
         let read = unsafe { bpf_probe_read_kernel_str(buffer.as_mut_ptr().cast(), CHUNK as u32 + 1, at) };
         if read <= 0 {
             return None;
         }
-        // SAFETY: zeroed, and then partly written.
-        let words = unsafe { ptr::read(buffer.as_ptr().cast::<[u64; CHUNK / 8]>()) };
-        same = same && wanted.has(chunk, &words);
+        // SAFETY: all but the last of its words.
+        let words = unsafe { &*buffer.as_ptr().cast::<[u64; WORDS]>() };
+        differs |= wanted.differs(chunk, words);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to CHUNK + 1")]
         let read = read as u32 - 1;
         len += read;
         if (read as usize) < CHUNK {
-            return Some((same, len));
+            return Some((differs == 0, len));
         }
     }
     // Longer than any name.

@@ -254,7 +254,11 @@ mod tests {
             {"priority":91,"src":"all","fwmark":"0x2000","fwmask":"0x2000","table":"101"}]"#;
         let found = of_ip_rules(text, "-4", MARK);
         assert_eq!(harms(&found), [Harm::MatchesMark]);
-        assert!(found[0].text.contains("rule 90") && found[0].text.contains("lookup 100"), "{}", found[0].text);
+        assert!(
+            found[0].text.contains("rule 90") && found[0].text.contains("lookup 100"),
+            "{}",
+            found[0].text
+        );
         assert_eq!(of_ip_rules("no JSON", "-6", MARK), []);
     }
 }

@@ -158,6 +158,7 @@ pub(super) fn programs(
             OnFailure::Open => tunnel_common::capture::ON_FAILURE_OPEN,
         },
         generation,
+        for_proxy: wanted.proxy.is_some(),
         group: group.by_name(),
         lifetime: pin_dir(config, wanted).map_or(Lifetime::Cgroup, Lifetime::Pinned),
     };
@@ -212,7 +213,6 @@ impl ActiveCapture {
     /// namespaces that no captured process is in any more.
     pub(super) fn scan(&mut self, more: &[Inbox], mark: Option<Mark>) {
         more.iter().for_each(Inbox::flush);
-        self.follow();
         let processes = self.group.processes();
         self.leavers.look(&self.group, &processes);
         if self.wanted.proxy.is_some() {

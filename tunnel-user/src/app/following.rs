@@ -9,7 +9,8 @@ use std::{collections::HashMap, os::fd::AsFd as _, path::Path, thread};
 use super::captures::ActiveCapture;
 use crate::{
     capture::{
-        blockers, bpf,
+        blockers,
+        bpf::{self, Owner},
         group::{Group, News},
         sys::{self, AttachType},
     },
@@ -31,7 +32,7 @@ impl ActiveCapture {
         }
     }
 
-    /// Looks what has become of the group.
+    /// Looks what has become of the group. It may lock what is pinned: nothing that has done so calls it.
     pub(super) fn follow(&mut self) {
         let news = self.group.look();
         match news {
@@ -46,14 +47,24 @@ impl ActiveCapture {
             }
         }
         self.warn_of_filters();
-        if self.programs.capture.is_by_name() {
-            return;
-        }
-        // Its programs went with the one before.
+        let by_name = self.programs.capture.is_by_name();
         let bpffs = self.pins.as_deref().and_then(Path::parent).and_then(Path::parent);
         let lock = bpffs.map(bpf::lock).transpose();
-        match lock.and_then(|_lock| self.put_in_place()) {
+        // What another daemon has attached is that one's to care for.
+        if self.programs.capture.owner() == Owner::Another {
+            return;
+        }
+        // What is attached to the group itself went with the one before.
+        let attached = lock.and_then(|_lock| match self.group.now() {
+            Some(group) if by_name => self.programs.capture.attach_to_group(&group),
+            _ => self.put_in_place(),
+        });
+        match attached {
+            Ok(()) if by_name => {}
             Ok(()) => tracing::warn!(cgroup = self.name, "connections made before this were not captured"),
+            Err(e) if by_name => {
+                tracing::warn!(cgroup = self.name, "SO_ORIGINAL_DST is not answered there: {e}");
+            }
             Err(e) => tracing::error!(cgroup = self.name, "its connections are NOT captured: {e}"),
         }
     }

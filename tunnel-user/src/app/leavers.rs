@@ -14,7 +14,7 @@ use std::{
 use crate::capture::group::Group;
 
 /// At most one warning in this time for a group: of processes that leave one after the other the first is named.
-const QUIET: Duration = Duration::from_secs(60);
+const QUIET: Duration = Duration::from_secs(600);
 /// How often it looks, with a read of /proc for each process of the group: 10 µs each.
 const EVERY: Duration = Duration::from_secs(5);
 /// Groups of so few processes are looked at each time that somebody asks, once a second.

@@ -398,6 +398,7 @@ impl Running {
             }
             for active in &mut self.captures {
                 active.programs.rings.read();
+                active.follow();
                 active.scan(&self.more, self.fixed.own.mark());
             }
             if sweep {

@@ -5,10 +5,12 @@
 //! are pinned is taken over without a moment in which nothing is attached. It never decides anything:
 //! the programs do.
 
+mod attach;
+
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -29,12 +31,13 @@ use tunnel_common::{
     names::{self, Counter},
 };
 
+pub use self::attach::Owner;
 use super::{
     accept::Sockets,
     before::Before,
     blockers,
     group::ByName,
-    links::{self, LinkError, Spot},
+    links,
     rules::Rules,
     sources::Sources,
     steer::{self, Steering},
@@ -206,6 +209,8 @@ pub struct Spec {
     pub on_failure: OnFailure,
     /// What tells the listening sockets of this daemon from those of the one before. Any number that that one has not.
     pub generation: u32,
+    /// A proxy of the operator's takes the connections, and asks about them.
+    pub for_proxy: bool,
     /// How the programs know the captured group. `None`: they are attached to it.
     pub group: Option<ByName>,
     /// How long the programs stay.
@@ -217,6 +222,7 @@ pub struct Capture {
     ebpf: Ebpf,
     lifetime: Lifetime,
     by_name: bool,
+    for_proxy: bool,
     /// Programs of an earlier daemon were attached already.
     adopted: bool,
     /// What was there before, until it is sure that this stays.
@@ -339,6 +345,7 @@ impl Capture {
             ebpf,
             lifetime: spec.lifetime.clone(),
             by_name: spec.group.is_some(),
+            for_proxy: spec.for_proxy,
             adopted,
             before: Mutex::new(adopted.then(Before::default)),
             listeners: Mutex::new(listeners),
@@ -456,100 +463,6 @@ impl Capture {
         before.put_back(&mut self.listeners.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Whether the programs know the captured group by its name, and are attached above it.
-    pub fn is_by_name(&self) -> bool {
-        self.by_name
-    }
-
-    /// Attaches every program to `cgroup`, or takes over the links that an earlier daemon pinned. If one fails, those before
-    /// it are detached again. `former` is the captured group itself, where earlier versions attached theirs.
-    pub fn attach(&mut self, cgroup: BorrowedFd<'_>, former: Option<&OwnedFd>) -> Result<(), BpfError> {
-        match self.lifetime.clone() {
-            Lifetime::Cgroup => {
-                for (name, at) in PROGRAMS {
-                    let fd = program_fd(&self.ebpf, name)?;
-                    sys::prog_attach(fd.as_fd(), cgroup, at)
-                        .map_err(|source| attach_error(name, cgroup, at, source))?;
-                }
-                Ok(())
-            }
-            Lifetime::Pinned(dir) => {
-                let attached = self.for_each_link(cgroup, &dir, |spot, program, before| {
-                    spot.attach(program, former, before)
-                });
-                // A capture that is half attached captures without answering getpeername, or worse. One that was
-                // there before stays: it refuses connections while no daemon listens, which nothing that
-                // fails may turn into plaintext.
-                if attached.is_err() && !self.adopted {
-                    let _best_effort = unpin(&dir);
-                }
-                attached
-            }
-        }
-    }
-
-    /// Attaches the programs behind all others that are attached to `cgroup`.
-    pub fn attach_last(&self, cgroup: BorrowedFd<'_>) -> Result<(), BpfError> {
-        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
-        self.for_each_link(cgroup, dir, |spot, program, _| spot.renew(program))
-    }
-
-    fn for_each_link(
-        &self,
-        cgroup: BorrowedFd<'_>,
-        dir: &Path,
-        work: impl Fn(&Spot<'_>, BorrowedFd<'_>, Option<&mut Before>) -> Result<(), LinkError>,
-    ) -> Result<(), BpfError> {
-        for (name, at) in PROGRAMS {
-            let path = link_path(dir, name);
-            let program = program_fd(&self.ebpf, name)?;
-            let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
-            let spot = Spot { cgroup, at, path: &path, by_name: self.by_name };
-            let done = work(&spot, program.as_fd(), before.as_mut());
-            done.map_err(|e| match e {
-                LinkError::Attach(source) => attach_error(name, cgroup, at, source),
-                LinkError::Pin(source) => BpfError::Pin { path: path.clone(), source },
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The id of the program that decides on IPv4 connections: by it its place among others is seen.
-    pub fn connect_id(&self) -> Option<u32> {
-        match self.ebpf.program(names::CONNECT4) {
-            Some(Program::CgroupSockAddr(p)) => p.info().map(|i| i.id()).ok(),
-            _ => None,
-        }
-    }
-
-    /// Whose programs are behind the pinned links.
-    pub fn owner(&self) -> Owner {
-        let Lifetime::Pinned(dir) = &self.lifetime else { return Owner::Nobody };
-        let behind =
-            sys::obj_get(&link_path(dir, names::CONNECT4)).and_then(|link| sys::link_info(link.as_fd()));
-        let ours = self.connect_id();
-        match behind {
-            Ok(link) if Some(link.program) == ours => Owner::Us,
-            Ok(_) => Owner::Another,
-            Err(_) => Owner::Nobody,
-        }
-    }
-
-    /// Captures no new connections; what is captured goes on, and still has its answers.
-    pub fn detach_connect(&self) -> Result<(), BpfError> {
-        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
-        for name in [names::CONNECT4, names::CONNECT6] {
-            let path = link_path(dir, name);
-            match links::remove(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(BpfError::Pin { path, source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
     /// The flows, for the workers.
     pub fn flows(&self) -> FlowTable {
         self.flows.clone()
@@ -600,31 +513,8 @@ pub fn probe(by_name: bool) -> Result<Vec<Probed>, BpfError> {
     Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
 }
 
-/// Whose programs are attached through pinned links.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// This daemon's.
-    Us,
-    /// A later daemon's, which has adopted them.
-    Another,
-    /// There are none.
-    Nobody,
-}
-
 fn link_path(dir: &Path, program: &str) -> PathBuf {
     dir.join(format!("link_{program}"))
-}
-
-/// Why a program cannot be attached: root, too, is told EPERM where another program keeps it away.
-fn attach_error(name: &'static str, cgroup: BorrowedFd<'_>, at: AttachType, source: io::Error) -> BpfError {
-    match source.raw_os_error() {
-        Some(libc::EPERM) => match blockers::exclusive(cgroup, at) {
-            Some(by) => BpfError::Blocked { name, by },
-            None => BpfError::Attach { name, source },
-        },
-        Some(libc::E2BIG) => BpfError::Full { name },
-        _ => BpfError::Attach { name, source },
-    }
 }
 
 /// Keeps other daemons from changing what is pinned in this bpffs, as long as the descriptor is open.
@@ -728,7 +618,8 @@ mod tests {
                 loaded.unwrap_or_else(|e| panic!("{name}: {e}"));
             }
         }
-        let spec = Spec { on_failure: 0, generation: 1, group: None, lifetime: Lifetime::Cgroup };
+        let spec =
+            Spec { on_failure: 0, generation: 1, for_proxy: false, group: None, lifetime: Lifetime::Cgroup };
         Capture::load(&spec, &Rules::default()).expect("maps and globals have the types of this daemon");
         let ebpf = aya_obj_names();
         for name in names::MAPS {

@@ -10,8 +10,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Action, AddrPattern, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK, Match, OnFailure,
-    Peers, Policy, Route, TargetPattern, Terms, Upstream,
+    Action, AddrPattern, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK, Match,
+    OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::{
     flow::Target,

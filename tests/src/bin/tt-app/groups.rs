@@ -3,9 +3,17 @@
 //! Enters: where it may make groups. Leaves: how connections went that it made in them. Invariant: the first system call
 //! after it has joined a group is connect(2).
 
-use std::{collections::BTreeMap, fs, io, net::SocketAddr, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::fd::AsRawFd as _,
+    path::Path,
+};
 
 use anyhow::{Context as _, Result};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
 
 use crate::{once, result, say};
 
@@ -46,6 +54,19 @@ pub(crate) fn incarnations(
         println!("{outcome}={n}");
     }
     say(&format!("incarnations={times}"));
+    Ok(())
+}
+
+/// Makes a socket, joins a group, connects, and exchanges a byte.
+pub(crate) fn socket_from_outside(group: &Path, addr: SocketAddr) -> Result<()> {
+    let family = if addr.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::empty(), None)?;
+    join(group)?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(addr))?;
+    let mut stream = TcpStream::from(socket);
+    stream.write_all(b"p")?;
+    stream.read_exact(&mut [0])?;
+    println!("peer={}", stream.peer_addr()?);
     Ok(())
 }
 

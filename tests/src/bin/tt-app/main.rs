@@ -20,7 +20,7 @@ use std::{
 };
 
 use self::beside::{burst, now_and_then};
-use self::groups::incarnations;
+use self::groups::{incarnations, socket_from_outside};
 use self::stuck::{offer, read_late, stick};
 use self::ways::{again, bound, fastopen, fastopen_sendto, mptcp, nonblocking, v4mapped};
 use anyhow::{Context as _, Result, bail, ensure};
@@ -88,6 +88,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["incarnations", parent, name, inside, beside, times] => {
             incarnations(parent.as_ref(), name, inside.parse()?, beside.parse()?, times.parse()?)
         }
+        ["socket-from-outside", group, addr] => socket_from_outside(group.as_ref(), addr.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }
