@@ -23,7 +23,10 @@ use tunnel::{
         pick,
     },
 };
-use tunnel_common::capture::{Listener, ON_FAILURE_CLOSED, PORT_RANGES, PortRange, Rule, decide};
+use tunnel_common::{
+    addr::Endpoint,
+    capture::{Listener, ON_FAILURE_CLOSED, PORT_RANGES, PortRange, Rule, decide},
+};
 
 /// Prefixes in a table.
 const SIZES: [u32; 3] = [10, 1_000, 10_000];
@@ -154,15 +157,16 @@ fn policies(c: &mut Criterion) {
 
 fn captures(c: &mut Criterion) {
     let mut group = c.benchmark_group("capture");
-    let listener = Listener::new(Some(15001), Some(15001));
+    let listener = Listener::own(61001, 2, 7, true);
     for ranges in [1, PORT_RANGES] {
         let ports: Vec<_> = (1..).take(ranges).map(|i| PortRange::new(i * 100, i * 100 + 9)).collect();
         let rule = Rule::new(&ports, &[], &[]).expect("as many as fit");
         group.bench_with_input(BenchmarkId::new("decide, port ranges", ranges), &rule, |b, rule| {
             let port = u16::try_from(ranges).expect("few") * 100 + 9;
+            let dst = Endpoint::from(SocketAddr::from(([10, 0, 0, 1], port)));
             b.iter(|| {
-                let (rule, port) = (black_box(Some(rule)), black_box(port));
-                decide(rule, Some(&listener), true, port, ON_FAILURE_CLOSED, |_| true)
+                let (rule, dst) = (black_box(Some(rule)), black_box(&dst));
+                decide(rule, Some(&listener), dst, true, ON_FAILURE_CLOSED, |_, _| true, || true)
             });
         });
     }
