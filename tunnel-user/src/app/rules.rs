@@ -206,7 +206,7 @@ mod tests {
             capture.name = name.map(str::to_owned);
             let config = config(vec![capture], routes);
             let rules = compile(&config.captures[0], &config).unwrap();
-            let router = Router::new(config.routes.clone());
+            let router = Router::new(config.routes);
             let target = Target::Addr(to);
             let flow = Flow {
                 source: Source::Captured,
