@@ -1,13 +1,14 @@
 //! The capture decision.
 //!
 //! Enters: one `connect` (protocol, mark, port), the rule its address matched, the listener of its
-//! network namespace. Leaves: capture it, leave it alone, or refuse it. Invariant: the cost is one trie
-//! lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules; a connection that
-//! ought to be captured and cannot be never leaves in plaintext unless the operator said so. It never
-//! looks at more than it is given.
+//! network namespace. Leaves: capture it, leave it alone, or refuse it, and with which error. Invariant: the
+//! cost is one trie lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules; a
+//! connection that ought to be captured and cannot be never leaves in plaintext unless the operator said so,
+//! and one that is denied never does. It never looks at more than it is given.
 
-/// The most port ranges that one prefix can hold once its less specific prefixes are folded in.
-/// Sixteen fit one cache line and keep the program's loop short; more is a configuration error.
+/// The most port ranges that one prefix can hold once its less specific prefixes are folded in, those that are
+/// captured, denied and refused together. Sixteen fit one cache line and keep the program's loop short. More is a
+/// configuration error, unless routes are the cause: then the daemon denies.
 pub const PORT_RANGES: usize = 16;
 
 /// An inclusive range of ports, each end in network order.
@@ -32,40 +33,59 @@ impl PortRange {
     }
 }
 
-/// What stands at one prefix of the trie: the ports that are captured there. The daemon folds the
-/// prefixes that contain this one into it, so the longest match alone decides.
-#[repr(C)]
+/// What a rule says of a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It is captured.
+    Captured,
+    /// A route denies it, or no route takes it.
+    Denied,
+    /// The capture refuses it.
+    Refused,
+}
+
+/// What stands at one prefix of the trie: the ports that are captured, denied and refused there; all others are
+/// left alone. The daemon folds the prefixes that contain this one into it, so the longest match alone decides.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
-    len: u32,
-    captured: [PortRange; PORT_RANGES],
+    /// Where the ranges that are captured end, those that are denied, and those that are refused; then zero.
+    ends: [u8; 4],
+    ranges: [PortRange; PORT_RANGES],
 }
 
 impl Rule {
-    /// From ranges that do not overlap. `None` if there are more than [`PORT_RANGES`].
-    pub fn new(ranges: &[PortRange]) -> Option<Self> {
-        if ranges.len() > PORT_RANGES {
-            return None;
+    /// From ranges that do not overlap. `None` if there are more than [`PORT_RANGES`] in all.
+    pub fn new(captured: &[PortRange], denied: &[PortRange], refused: &[PortRange]) -> Option<Self> {
+        let mut rule = Self { ends: [0; 4], ranges: [PortRange::new(1, 0); PORT_RANGES] };
+        let mut len = 0;
+        for (end, segment) in rule.ends.iter_mut().zip([captured, denied, refused]) {
+            rule.ranges.get_mut(len..len + segment.len())?.copy_from_slice(segment);
+            len += segment.len();
+            *end = u8::try_from(len).ok()?;
         }
-        let mut captured = [PortRange::new(1, 0); PORT_RANGES];
-        captured[..ranges.len()].copy_from_slice(ranges);
-        // At most PORT_RANGES, checked above.
-        #[expect(clippy::cast_possible_truncation, reason = "at most PORT_RANGES")]
-        Some(Self { len: ranges.len() as u32, captured })
+        Some(rule)
     }
 
-    /// Whether a connection to `port` is captured.
+    /// What it says of `port`; `None`: leave it alone.
     #[inline(always)]
-    pub fn captures(&self, port: u16) -> bool {
+    pub fn look(&self, port: u16) -> Option<Kind> {
+        let [captured, denied, refused, _] = self.ends;
         let mut i = 0;
-        // Bounded by the constant, for the verifier; by the length, for speed.
-        while i < PORT_RANGES && i < self.len as usize {
-            if self.captured[i].contains(port) {
-                return true;
+        // Bounded by the constant, for the verifier; by the end, for speed.
+        while i < PORT_RANGES && i < refused as usize {
+            if self.ranges[i].contains(port) {
+                return Some(if i < captured as usize {
+                    Kind::Captured
+                } else if i < denied as usize {
+                    Kind::Denied
+                } else {
+                    Kind::Refused
+                });
             }
             i += 1;
         }
-        false
+        None
     }
 }
 
@@ -111,6 +131,10 @@ pub enum Verdict {
     Leave,
     /// It should be captured and cannot be: `connect` fails with ECONNREFUSED.
     Refuse,
+    /// A route denies it, or no route takes it: `connect` fails with ECONNREFUSED, as a target would have it.
+    Deny,
+    /// The capture refuses it: `connect` fails with ENETUNREACH, as without a route to such an address.
+    Unreachable,
     /// It should be captured and cannot be, and the operator prefers plaintext to failure.
     LeaveOpen,
 }
@@ -132,9 +156,12 @@ pub fn decide(
     on_failure: OnFailure,
     port_alive: impl FnOnce(u16) -> bool,
 ) -> Verdict {
-    match rule {
-        Some(rule) if rule.captures(port) => {}
-        _ => return Verdict::Leave,
+    match rule.and_then(|rule| rule.look(port)) {
+        None => return Verdict::Leave,
+        // Whether a daemon listens or not, and whatever is to happen while none does.
+        Some(Kind::Denied) => return Verdict::Deny,
+        Some(Kind::Refused) => return Verdict::Unreachable,
+        Some(Kind::Captured) => {}
     }
     if let Some(to) = listener.and_then(|l| l.port(v4))
         && port_alive(to)
@@ -154,8 +181,8 @@ mod tests {
 
     const ALL: PortRange = PortRange::new(0, u16::MAX);
 
-    fn rule(ranges: &[PortRange]) -> Rule {
-        Rule::new(ranges).expect("few enough")
+    fn rule(captured: &[PortRange]) -> Rule {
+        Rule::new(captured, &[], &[]).expect("few enough")
     }
 
     #[test]
@@ -196,20 +223,49 @@ mod tests {
     }
 
     #[test]
+    fn what_is_denied_or_refused_fails_whether_a_daemon_listens_or_not_and_asks_nobody() {
+        let asked = |_| panic!("no listener is looked up for a connection that fails anyway");
+        let port = |port| PortRange::new(port, port);
+        let r = Rule::new(&[port(80)], &[port(25)], &[port(53)]).expect("few enough");
+        let l = Listener::new(Some(15001), None);
+        for listener in [None, Some(&l)] {
+            for on_failure in [ON_FAILURE_CLOSED, ON_FAILURE_OPEN] {
+                let at = |port| decide(Some(&r), listener, true, port, on_failure, asked);
+                assert_eq!((at(25), at(53), at(81)), (Verdict::Deny, Verdict::Unreachable, Verdict::Leave));
+            }
+        }
+        assert_eq!(
+            decide(Some(&r), Some(&l), true, 80, ON_FAILURE_CLOSED, |_| true),
+            Verdict::Capture(15001)
+        );
+    }
+
+    #[test]
     fn too_many_ranges_are_refused() {
-        assert!(Rule::new(&[ALL; PORT_RANGES]).is_some());
-        assert!(Rule::new(&[ALL; PORT_RANGES + 1]).is_none());
+        assert!(Rule::new(&[ALL; PORT_RANGES], &[], &[]).is_some());
+        assert!(Rule::new(&[ALL; PORT_RANGES + 1], &[], &[]).is_none());
+        assert!(Rule::new(&[], &[ALL; PORT_RANGES - 1], &[ALL]).is_some());
+        assert!(Rule::new(&[], &[ALL; PORT_RANGES], &[ALL]).is_none());
+        assert!(Rule::new(&[ALL], &[ALL; PORT_RANGES], &[]).is_none());
     }
 
     proptest! {
         #[test]
-        fn a_rule_captures_what_its_ranges_contain(
-            ranges in proptest::collection::vec((any::<u16>(), any::<u16>()), 0..=PORT_RANGES),
+        fn a_rule_says_what_its_ranges_contain(
+            ranges in proptest::collection::vec((any::<u16>(), any::<u16>(), 0..3usize), 0..=PORT_RANGES),
             port: u16,
         ) {
-            let ranges: Vec<_> = ranges.into_iter().map(|(a, b)| (a.min(b), a.max(b))).collect();
-            let r = rule(&ranges.iter().map(|&(a, b)| PortRange::new(a, b)).collect::<Vec<_>>());
-            prop_assert_eq!(r.captures(port), ranges.iter().any(|&(a, b)| (a..=b).contains(&port)));
+            let ranges: Vec<_> = ranges.into_iter().map(|(a, b, kind)| (a.min(b), a.max(b), kind)).collect();
+            let of = |wanted| {
+                let of_kind = ranges.iter().filter(move |(.., kind)| *kind == wanted);
+                of_kind.map(|&(a, b, _)| PortRange::new(a, b)).collect::<Vec<_>>()
+            };
+            let r = Rule::new(&of(0), &of(1), &of(2)).expect("few enough");
+            let contains = |kind| of(kind).iter().any(|range| range.contains(port));
+            // Ranges of a rule do not overlap; where these do, the first kind holds.
+            let kinds = [Kind::Captured, Kind::Denied, Kind::Refused];
+            let wanted = kinds.into_iter().enumerate().find(|(kind, _)| contains(*kind));
+            prop_assert_eq!(r.look(port), wanted.map(|(_, kind)| kind));
         }
     }
 }

@@ -73,11 +73,15 @@ pub enum Counter {
     PeerNames = 7,
     /// `SO_ORIGINAL_DST` questions answered.
     OriginalDsts = 8,
+    /// Connections refused because the routes deny them, by their address and port alone.
+    DeniedByRoute = 9,
+    /// Connections refused because the capture refuses such addresses.
+    RefusedByRule = 10,
 }
 
 impl Counter {
     /// Every counter with the name it has in statistics.
-    pub const ALL: [(Self, &'static str); 9] = [
+    pub const ALL: [(Self, &'static str); 11] = [
         (Self::Captured, "captured"),
         (Self::Left, "left_alone"),
         (Self::Own, "own_sockets"),
@@ -87,6 +91,8 @@ impl Counter {
         (Self::FlowsFull, "flows_full"),
         (Self::PeerNames, "peer_names_answered"),
         (Self::OriginalDsts, "original_dsts_answered"),
+        (Self::DeniedByRoute, "denied_by_route"),
+        (Self::RefusedByRule, "refused_by_rule"),
     ];
 }
 

@@ -31,29 +31,37 @@ const LOOPBACK_V4: u32 = u32::from_ne_bytes([127, 0, 0, 1]);
 const LOOPBACK_V6_LAST: u32 = u32::from_ne_bytes([0, 0, 0, 1]);
 /// The third word of `::ffff:0:0/96` in network order.
 const V4_MAPPED_THIRD: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+const ENETUNREACH: i32 = 101;
 const ECONNREFUSED: i32 = 111;
 /// The parts of `struct bpf_sock_tuple` for each family: two addresses and two ports.
 const TUPLE_V4: u32 = 12;
 const TUPLE_V6: u32 = 36;
 
-/// Why a connection that is to be captured fails instead.
+/// Why a connection fails.
 pub(crate) enum Refused {
     /// No listener of ours is alive in its network namespace.
     NoListener,
     /// The kernel could not keep the original destination.
     NoMemory,
+    /// The routes deny it.
+    Denied,
+    /// The capture refuses it.
+    Unreachable,
 }
 
 /// 1: go on. 0: fail, with the error set here.
 #[inline(always)]
 pub(crate) fn verdict(outcome: Result<(), Refused>) -> i32 {
     let Err(reason) = outcome else { return 1 };
-    maps::count(match reason {
-        Refused::NoListener => Counter::RefusedNoListener,
-        Refused::NoMemory => Counter::RefusedNoMemory,
-    });
+    let (counter, error) = match reason {
+        Refused::NoListener => (Counter::RefusedNoListener, ECONNREFUSED),
+        Refused::NoMemory => (Counter::RefusedNoMemory, ECONNREFUSED),
+        Refused::Denied => (Counter::DeniedByRoute, ECONNREFUSED),
+        Refused::Unreachable => (Counter::RefusedByRule, ENETUNREACH),
+    };
+    maps::count(counter);
     // SAFETY: sets the error of this system call; without it the caller would see EPERM.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    unsafe { bpf_set_retval(-error) };
     0
 }
 
@@ -164,7 +172,21 @@ fn capture(
             }
             Err(Refused::NoListener)
         }
+        Verdict::Deny => {
+            if maps::may_log(Counter::DeniedByRoute) {
+                warn!(ctx, "connection to {:i} port {} denied by a route", octets(dst), dst.port());
+            }
+            Err(Refused::Denied)
+        }
+        Verdict::Unreachable => Err(Refused::Unreachable),
     }
+}
+
+/// The address, as the log takes it; an IPv4 address is v4-mapped.
+#[inline(always)]
+fn octets(dst: Endpoint) -> [u8; 16] {
+    let [a, b, c, d] = dst.v6_be().map(u32::to_ne_bytes);
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
 }
 
 /// Whether a listener of the daemon's is alive on a loopback port of this namespace. The kernel closes

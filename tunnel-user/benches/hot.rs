@@ -12,7 +12,7 @@ use criterion::{BenchmarkId, Criterion};
 use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
-    capture::rules::{self, Pattern},
+    capture::rules::{self, Pattern, Patterns, Step},
     config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
     flow::{ClientAddr, Flow, Identity, Target},
     index::NOBODY,
@@ -157,7 +157,7 @@ fn captures(c: &mut Criterion) {
     let listener = Listener::new(Some(15001), Some(15001));
     for ranges in [1, PORT_RANGES] {
         let ports: Vec<_> = (1..).take(ranges).map(|i| PortRange::new(i * 100, i * 100 + 9)).collect();
-        let rule = Rule::new(&ports).expect("as many as fit");
+        let rule = Rule::new(&ports, &[], &[]).expect("as many as fit");
         group.bench_with_input(BenchmarkId::new("decide, port ranges", ranges), &rule, |b, rule| {
             let port = u16::try_from(ranges).expect("few") * 100 + 9;
             b.iter(|| {
@@ -168,11 +168,19 @@ fn captures(c: &mut Criterion) {
     }
     for size in SIZES {
         let pattern = |i| Pattern { net: IpNet::V4(net(i)), ports: vec![(80, 80), (443, 443)] };
-        let include: Vec<_> = (0..size).map(pattern).collect();
-        let exclude =
-            [Pattern { net: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)), ports: vec![] }];
-        group.bench_with_input(BenchmarkId::new("compile prefixes", size), &include, |b, include| {
-            b.iter(|| rules::compile(black_box(include), &exclude).map(|r| r.v4.len()));
+        let mut patterns = Patterns { include: (0..size).map(pattern).collect(), ..Patterns::default() };
+        let everything =
+            Pattern { net: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)), ports: vec![] };
+        patterns.exclude = vec![everything.clone()];
+        group.bench_with_input(BenchmarkId::new("compile prefixes", size), &patterns, |b, patterns| {
+            b.iter(|| rules::compile(black_box(patterns), None).map(|r| r.v4.len()));
+        });
+        let captured = Patterns { include: vec![everything], ..Patterns::default() };
+        let denying = |to| Step { to: vec![to], denies: true };
+        let mut routes: Vec<_> = patterns.include.iter().cloned().map(denying).collect();
+        routes.push(Step { to: vec![], denies: false });
+        group.bench_with_input(BenchmarkId::new("compile routes that deny", size), &routes, |b, routes| {
+            b.iter(|| rules::compile(&captured, Some(black_box(routes))).map(|r| r.v4.len()));
         });
     }
     group.finish();

@@ -11,8 +11,8 @@ use rustls_pki_types::ServerName;
 
 use crate::{
     config::{
-        AddrPattern, Config, ConfigErrors, ExecOptions, GatewayOptions, TargetPattern, parse_duration,
-        parse_header_flag, parse_server_name, parse_socket_addr,
+        AddrPattern, Config, ConfigErrors, ExecOptions, GatewayOptions, TargetPattern, Wanted,
+        parse_duration, parse_header_flag, parse_server_name, parse_socket_addr,
     },
     flow::Target,
     pki::{IssueRequest, LEAF_DAYS, Validity},
@@ -138,11 +138,17 @@ pub struct ExecArgs {
     pub sni: Option<ServerName<'static>>,
     /// Capture only these, a network and optional ports: 10.0.0.0/8, 10.0.0.0/8:80,8000-8999, fd00::/8:443.
     ///
-    /// Default: everything but loopback, link-local and multicast. The longest prefix over --capture and
+    /// Default: everything but loopback, link-local and multicast. The longest prefix over --capture, --refuse and
     /// --exclude decides, so 127.0.0.1/32:8080 is captured although loopback is not.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub capture: Vec<AddrPattern>,
-    /// Leave these alone, a network and optional ports. At the same prefix, --exclude wins over --capture.
+    /// Refuse these, a network and optional ports: connect() fails with ENETUNREACH.
+    ///
+    /// With ::/0 a command that also knows an IPv4 address falls back to it at once. At the same prefix, --refuse wins
+    /// over --capture.
+    #[arg(long, value_name = "CIDR[:PORTS]")]
+    pub refuse: Vec<AddrPattern>,
+    /// Leave these alone, a network and optional ports. At the same prefix, --exclude wins over --refuse and --capture.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub exclude: Vec<AddrPattern>,
     /// Add a header to every CONNECT request, such as baggage=k8s.cluster.name=a.
@@ -165,8 +171,13 @@ pub struct ExecArgs {
 impl ExecArgs {
     /// The configuration that the flags mean, or that the file and the flags mean together.
     pub fn to_config(&self) -> Result<Config, ConfigErrors> {
+        let wanted = Wanted {
+            capture: self.capture.clone(),
+            refuse: self.refuse.clone(),
+            exclude: self.exclude.clone(),
+        };
         if let Some(file) = &self.config {
-            return Config::load_for_exec(file, self.capture.clone(), self.exclude.clone());
+            return Config::load_for_exec(file, wanted);
         }
         let file = |f: &Option<PathBuf>| f.clone().expect("--gateway requires it");
         Ok(Config::for_exec(ExecOptions {
@@ -174,8 +185,7 @@ impl ExecArgs {
             identity: IdentityFiles { cert: file(&self.cert), key: file(&self.key), ca: file(&self.ca) },
             verify: self.verify.clone(),
             sni: self.sni.clone(),
-            capture: self.capture.clone(),
-            exclude: self.exclude.clone(),
+            wanted,
             headers: self.header.clone(),
             workers: self.workers,
         }))
@@ -422,6 +432,11 @@ mod tests {
         assert_eq!(config.upstreams[0].check().unwrap().server_name(&args.gateway.unwrap()).to_str(), "gw");
         assert_eq!(config.identity.unwrap().key, PathBuf::from("k.pem"));
 
+        let exec = parse(&format!("exec --gateway gw:1 {id} --refuse ::/0 --exclude 10.0.0.0/8:22 -- curl"));
+        let Command::Exec(args) = exec.unwrap().command else { panic!("not exec") };
+        let capture = &args.to_config().unwrap().captures[0];
+        assert_eq!((capture.include.len(), capture.refuse.len(), capture.exclude.len()), (2, 1, 1));
+
         for (wrong, said) in [
             ("exec -- curl".to_owned(), "--config"),
             ("exec --gateway gw:15008 -- curl".to_owned(), "--ca"),
@@ -430,6 +445,7 @@ mod tests {
             (format!("exec --gateway gw:1 {id}"), "CMD"),
             (format!("exec --gateway gw:1 {id} --header :path=x -- curl"), "pseudo"),
             (format!("exec --gateway gw:1 {id} --capture 10.0.0.1/8 -- curl"), "10.0.0.0/8"),
+            (format!("exec --gateway gw:1 {id} --refuse ::/129 -- curl"), "--refuse"),
             (format!("exec --gateway gw:1 {id} --log ,,=,x -- curl"), "--log"),
         ] {
             let e = parse(&wrong).unwrap_err().to_string();

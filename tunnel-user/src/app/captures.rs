@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{inbox::Inbox, other, pins::pin_dir};
+use super::{inbox::Inbox, other, pins::pin_dir, rules};
 use crate::{
     capture::{
         accept::{self, Origins, Sockets},
@@ -23,10 +23,10 @@ use crate::{
         bypass::{Bypass, BypassError, Promotions},
         cgroup::{self, CgroupError, Fresh, Hierarchy},
         ring::Rings,
-        rules::{self, Pattern},
+        rules::Rules,
         sys,
     },
-    config::{self, AddrPattern, CgroupRef, Config, OnFailure},
+    config::{self, CgroupRef, Config, OnFailure},
     exit::{Cause, Failure},
     kernels::{Feature, Kernel},
     worker::{CaptureSocket, More, SourceId},
@@ -59,6 +59,7 @@ pub(super) struct ActiveCapture {
 pub(super) struct Programs {
     pub(super) capture: Capture,
     pub(super) rings: Rings,
+    rules: Rules,
 }
 
 /// What is known of one network namespace.
@@ -118,7 +119,7 @@ pub(super) fn load(
     Ok(ActiveCapture {
         source,
         wanted: wanted.clone(),
-        programs: programs(wanted, config)?,
+        programs: programs(wanted, config, rules::compile(wanted, config)?)?,
         counted: Vec::new(),
         group,
         name,
@@ -157,13 +158,15 @@ fn bypass(wanted: &config::Capture, group: &OwnedFd, name: &str) -> Result<Optio
 
 /// Loads programs with the rules of a capture; where those of an earlier daemon, or of an earlier configuration, are
 /// attached, they find the flows of these.
-pub(super) fn programs(wanted: &config::Capture, config: &Config) -> Result<Programs, Failure> {
-    let patterns = |list: &[AddrPattern]| -> Vec<Pattern> {
-        list.iter().map(|p| Pattern { net: p.net(), ports: p.ports().ranges().to_vec() }).collect()
-    };
-    let rules = rules::compile(&patterns(&wanted.include), &patterns(&wanted.exclude)).map_err(|e| {
-        Failure::Config(Cause::new(e, "Merge neighbouring ports into ranges, or capture fewer prefixes."))
-    })?;
+pub(super) fn programs(wanted: &config::Capture, config: &Config, rules: Rules) -> Result<Programs, Failure> {
+    if rules.left_to_daemon > 0 {
+        tracing::info!(
+            capture = wanted.name,
+            prefixes = rules.left_to_daemon,
+            "routes deny more ports or prefixes than the kernel's rules have room for: the daemon resets those \
+             connections, after connect() has succeeded"
+        );
+    }
     let spec = Spec {
         mark: config.daemon.mark.get(),
         on_failure: match wanted.on_failure {
@@ -175,7 +178,7 @@ pub(super) fn programs(wanted: &config::Capture, config: &Config) -> Result<Prog
     };
     let mut capture = Capture::load(&spec, &rules).map_err(bpf_failure)?;
     let rings = Rings::new(&mut capture);
-    Ok(Programs { capture, rings })
+    Ok(Programs { capture, rings, rules })
 }
 
 fn group(wanted: &CgroupRef, fresh: Option<&Fresh>) -> Result<(OwnedFd, String), Failure> {
@@ -299,10 +302,9 @@ impl ActiveCapture {
         }
     }
 
-    /// Whether the programs are those that a configuration wants.
-    pub(super) fn is_attached_as(&self, wanted: &config::Capture) -> bool {
-        let now = &self.wanted;
-        (&now.include, &now.exclude, now.on_failure) == (&wanted.include, &wanted.exclude, wanted.on_failure)
+    /// Whether the programs are those that a configuration wants, which `rules` were made of.
+    pub(super) fn is_attached_as(&self, wanted: &config::Capture, rules: &Rules) -> bool {
+        self.programs.rules == *rules && self.wanted.on_failure == wanted.on_failure
     }
 
     /// Attaches other programs in place of these, and returns these. Where it fails these stay.

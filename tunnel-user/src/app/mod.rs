@@ -9,6 +9,7 @@ mod inbox;
 mod listen;
 mod pins;
 mod reload;
+mod rules;
 mod run;
 mod upstreams;
 
@@ -431,7 +432,9 @@ impl Running {
             }
         }
         self.trigger.enter(Phase::Stop);
-        for active in &self.captures {
+        for active in &mut self.captures {
+            // What was written since the last look.
+            active.programs.rings.read();
             let counters = active.counters().into_iter().chain(active.bypassed());
             let counters: Vec<_> = counters.filter(|(_, n)| *n > 0).collect();
             tracing::info!(cgroup = active.name, ?counters, "kernel counters");

@@ -13,7 +13,7 @@ use super::{
     Identity, Running,
     captures::{self, ActiveCapture, Loaded, Programs},
     listen::{self, ActiveListener, Opener, Sockets},
-    load_identity, lock_if_pinned, other, path, require_privileges, shared,
+    load_identity, lock_if_pinned, other, path, require_privileges, rules, shared,
 };
 use crate::{
     config::{self, Config},
@@ -205,8 +205,10 @@ impl Running {
                 }
                 continue;
             };
-            if !active.is_attached_as(wanted) {
-                programs.push((active.source, captures::programs(wanted, config)?));
+            // Routes are part of them.
+            let rules = rules::compile(wanted, config)?;
+            if !active.is_attached_as(wanted, &rules) {
+                programs.push((active.source, captures::programs(wanted, config, rules)?));
             }
         }
 

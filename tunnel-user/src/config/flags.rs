@@ -1,7 +1,7 @@
 //! The configurations that need no file: `tunnel exec --gateway` and `tunnel gateway`.
 //!
 //! Enters: flags, already typed. Leaves: the same [`Config`] that a file gives. Invariant: what flags
-//! build, a file could have said. It never captures loopback or link-local unless told to.
+//! build, a file could have said. It never reads a file.
 
 use std::{net::SocketAddr, num::NonZeroUsize, time::Duration};
 
@@ -22,9 +22,9 @@ use crate::{
 /// Every address of both families.
 pub(super) const EVERYTHING: [IpNet; 2] = [v4([0, 0, 0, 0], 0), v6([0; 8], 0)];
 
-/// What `exec` leaves alone unless told otherwise: addresses that mean this host, this link, or no single
+/// What captures leave alone unless told otherwise: addresses that mean this host, this link, or no single
 /// host. A gateway could not reach the same thing by the same address.
-pub const EXEC_EXCLUDED: [IpNet; 9] = [
+pub const DEFAULT_EXCLUDE: [IpNet; 9] = [
     v4([0, 0, 0, 0], 8),
     v4([127, 0, 0, 0], 8),
     v4([169, 254, 0, 0], 16),
@@ -57,14 +57,30 @@ pub struct ExecOptions {
     pub verify: Vec<SanPattern>,
     /// The name to ask for.
     pub sni: Option<ServerName<'static>>,
-    /// What is captured. Empty: everything but [`EXEC_EXCLUDED`].
-    pub capture: Vec<AddrPattern>,
-    /// What is not.
-    pub exclude: Vec<AddrPattern>,
+    /// What is captured, and what is not.
+    pub wanted: Wanted,
     /// Added to every CONNECT request.
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// Worker threads.
     pub workers: Option<NonZeroUsize>,
+}
+
+/// What `tunnel exec` captures.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// What is captured. Empty: everything but [`DEFAULT_EXCLUDE`].
+    pub capture: Vec<AddrPattern>,
+    /// What fails.
+    pub refuse: Vec<AddrPattern>,
+    /// What is left alone.
+    pub exclude: Vec<AddrPattern>,
+}
+
+impl Wanted {
+    /// Whether nothing was said.
+    pub fn is_default(&self) -> bool {
+        self.capture.is_empty() && self.refuse.is_empty() && self.exclude.is_empty()
+    }
 }
 
 /// `tunnel gateway`.
@@ -85,20 +101,16 @@ pub struct GatewayOptions {
 }
 
 impl Capture {
-    /// What `exec` captures. The defaults (everything, but not [`EXEC_EXCLUDED`]) hold when `capture` is
-    /// empty. Otherwise exactly `capture` is included: an explicit 127.0.0.1/32:8080 is the longer prefix
-    /// than the excluded 127.0.0.0/8, so it wins; so would an explicit 127.0.0.0/8, because a default
-    /// exclusion that `capture` names itself is dropped. `exclude` wins over `capture` at the same prefix.
-    pub fn for_exec(capture: Vec<AddrPattern>, exclude: Vec<AddrPattern>) -> Self {
-        let named = |net: &IpNet| capture.iter().any(|c| c.net() == *net);
-        let defaults = EXEC_EXCLUDED.into_iter().filter(|n| !named(n)).map(AddrPattern::net_only);
-        let exclude = defaults.chain(exclude).collect();
+    /// What `exec` captures.
+    pub fn for_exec(wanted: Wanted) -> Self {
+        let Wanted { capture, refuse, exclude } = wanted;
         let include =
             if capture.is_empty() { EVERYTHING.map(AddrPattern::net_only).to_vec() } else { capture };
         Self {
             name: None,
             cgroup: CgroupRef::Fresh,
             include,
+            refuse,
             exclude,
             on_failure: OnFailure::Closed,
             proxy: None,
@@ -117,7 +129,7 @@ impl Config {
         Self {
             daemon: Daemon { workers: o.workers, drain_timeout: DRAIN_EXEC, ..Daemon::default() },
             identity: Some(o.identity),
-            captures: vec![Capture::for_exec(o.capture, o.exclude)],
+            captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
             listeners: Vec::new(),
             routes: vec![every(Source::Captured, Action::Upstreams(vec![(0, 1)]))],

@@ -28,7 +28,7 @@ mod value;
 mod via;
 
 pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
-pub use flags::{EXEC_EXCLUDED, ExecOptions, GatewayOptions};
+pub use flags::{DEFAULT_EXCLUDE, ExecOptions, GatewayOptions, Wanted};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
 pub use route::{
     Action, Authority, HeaderChanges, HeaderMatch, Match, ProxyProtocol, Regex, RegexError, Route, Terms,
@@ -204,9 +204,12 @@ pub struct Capture {
     pub name: Option<String>,
     /// Whose connections.
     pub cgroup: CgroupRef,
-    /// Which of them. The longest prefix over both lists decides; at the same prefix, exclude wins.
+    /// Which of them. The longest prefix over all lists decides; at the same prefix, exclude over refuse over include,
+    /// and all of them over [`DEFAULT_EXCLUDE`].
     pub include: Vec<AddrPattern>,
-    /// Which not.
+    /// Which fail in connect().
+    pub refuse: Vec<AddrPattern>,
+    /// Which are left alone.
     pub exclude: Vec<AddrPattern>,
     /// What captured applications get while no daemon runs.
     pub on_failure: OnFailure,
@@ -501,15 +504,11 @@ impl Config {
     }
 
     /// Reads a file for `tunnel exec`: its routes, upstreams and identity hold; it serves no listener, and
-    /// the one capture is that of the command. What is captured say `capture` and `exclude` (see
-    /// [`Capture::for_exec`]), or when both are empty the file's first `[[capture]]`, if it has one; rules of
-    /// the operator's know nothing of the command, so that one must not be left to them.
-    pub fn load_for_exec(
-        file: &Path,
-        capture: Vec<AddrPattern>,
-        exclude: Vec<AddrPattern>,
-    ) -> Result<Self, ConfigErrors> {
-        let by_file = capture.is_empty() && exclude.is_empty();
+    /// the one capture is that of the command. What is captured says `wanted`, or when that says nothing the file's
+    /// first `[[capture]]`, if it has one; rules of the operator's know nothing of the command, so that one must not be
+    /// left to them.
+    pub fn load_for_exec(file: &Path, wanted: Wanted) -> Result<Self, ConfigErrors> {
+        let by_file = wanted.is_default();
         let purpose = if by_file { Purpose::Exec } else { Purpose::ExecByFlags };
         let mut config = Self::read(&text_of(file)?, file, CheckFiles::Yes, purpose)?;
         config.listeners.clear();
@@ -517,7 +516,7 @@ impl Config {
         config.captures.truncate(1);
         match config.captures.first_mut() {
             Some(of_file) if by_file => of_file.cgroup = CgroupRef::Fresh,
-            _ => config.captures = vec![Capture::for_exec(capture, exclude)],
+            _ => config.captures = vec![Capture::for_exec(wanted)],
         }
         Ok(config)
     }

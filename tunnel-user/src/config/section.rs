@@ -237,10 +237,11 @@ impl Section for At<AnyCapture> {
 }
 
 /// Keys that say what only eBPF can be told, and who decides it in mode "redirect".
-const EBPF_ONLY: [(&str, &str); 7] = [
+const EBPF_ONLY: [(&str, &str); 8] = [
     ("cgroup", "the rules decide whose connections they redirect"),
     ("unit", "the rules decide whose connections they redirect"),
     ("include", "the rules decide what is captured"),
+    ("refuse", "the rules decide what is captured, and a route can deny it"),
     ("exclude", "the rules decide what is captured"),
     ("on_failure", "while no daemon runs, what the rules redirect is refused"),
     ("bypass", "whose connections they are is known only where eBPF captures"),
@@ -262,10 +263,15 @@ impl Section for AnyCapture {
         let unit =
             r.optional::<String>("unit", "Name of a systemd unit, such as legacy.service. This, or cgroup.");
         let everything = || super::flags::EVERYTHING.map(AddrPattern::net_only).to_vec();
-        let include = r.default("include", "What is captured: CIDR[:PORTS].", everything());
+        let include = r.default("include", "What is captured: CIDR[:PORTS]. Of it, what a \"deny\" route refuses by address and port alone, or no route takes, fails in connect() with ECONNREFUSED.", everything());
+        let refuse: Vec<AddrPattern> = r.default(
+            "refuse",
+            "What fails in connect() with ENETUNREACH, as without a route to such addresses: CIDR[:PORTS]. With \"::/0\" clients fall back to IPv4 at once.",
+            Vec::new(),
+        );
         let exclude: Vec<AddrPattern> = r.default(
             "exclude",
-            "What is not. The longest prefix over include and exclude decides; at the same prefix, exclude wins.",
+            "What is left alone. The longest prefix over include, refuse and exclude decides; at the same prefix, exclude over refuse over include. Loopback, link-local, multicast and unspecified addresses are left alone unless include or refuse names the same prefix or a longer one.",
             Vec::new(),
         );
         let on_failure = r.default(
@@ -312,7 +318,8 @@ impl Section for AnyCapture {
             r.wrong("", "has no [[route]] and no proxy: every captured connection would be refused");
         }
         let name = name.or(called);
-        Some(Self::Ebpf(Capture { name, cgroup: cgroup?, include, exclude, on_failure, proxy, bypass }))
+        let cgroup = cgroup?;
+        Some(Self::Ebpf(Capture { name, cgroup, include, refuse, exclude, on_failure, proxy, bypass }))
     }
 }
 

@@ -281,6 +281,7 @@ fn rules_take_an_address_and_nothing_else() {
         ("cgroup", "\"/x\"", "the rules decide whose connections they redirect"),
         ("unit", "\"a.service\"", "the rules decide whose connections they redirect"),
         ("include", "[\"10.0.0.0/8\"]", "the rules decide what is captured"),
+        ("refuse", "[]", "the rules decide what is captured, and a route can deny it"),
         ("exclude", "[]", "the rules decide what is captured"),
         ("on_failure", "\"open\"", "while no daemon runs, what the rules redirect is refused"),
         ("proxy", "\"127.0.0.1:1\"", "the rules can redirect to that proxy by themselves"),
@@ -328,7 +329,7 @@ fn exec_takes_no_capture_by_rules_from_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("agent.toml");
     std::fs::write(&file, REDIRECT).unwrap();
-    let said = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap_err().to_string();
+    let said = Config::load_for_exec(&file, Wanted::default()).unwrap_err().to_string();
     assert!(
         said.ends_with(
             ":2:8: capture.mode: is \"redirect\", and rules know nothing of the command: `tunnel exec` captures by \
@@ -336,10 +337,10 @@ fn exec_takes_no_capture_by_rules_from_a_file() {
         ),
         "{said}"
     );
-    let by_flags = Config::load_for_exec(&file, vec!["10.0.0.0/8".parse().unwrap()], Vec::new()).unwrap();
+    let by_flags = Config::load_for_exec(&file, only("10.0.0.0/8")).unwrap();
     assert_eq!((by_flags.captures.len(), by_flags.redirects.len()), (1, 0));
     std::fs::write(&file, format!("[[capture]]\ninclude = [\"10.0.0.0/8\"]\n{REDIRECT}")).unwrap();
-    let by_file = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap();
+    let by_file = Config::load_for_exec(&file, Wanted::default()).unwrap();
     assert_eq!((by_file.captures.len(), by_file.redirects.len()), (1, 0));
 }
 
@@ -391,7 +392,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
     let taken = "daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.inspect_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
-        capture capture.cgroup capture.exclude capture.include capture.listen capture.mode \
+        capture capture.cgroup capture.exclude capture.include capture.listen capture.mode capture.refuse \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.keepalive_interval listener.keepalive_timeout listener.max_streams listener.name listener.protocols \
@@ -418,25 +419,9 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     assert_eq!(all["properties"]["upstream"]["items"]["required"], serde_json::json!(["name"]));
 }
 
-#[test]
-fn exec_captures_the_world_but_not_this_host() {
-    let capture = Capture::for_exec(Vec::new(), Vec::new());
-    assert_eq!(capture.include.len(), 2);
-    for local in
-        ["127.0.0.1:80", "169.254.169.254:80", "[::1]:80", "[fe80::1]:80", "224.0.0.1:1", "0.0.0.0:1"]
-    {
-        let local = local.parse().unwrap();
-        assert!(capture.exclude.iter().any(|p| p.contains(local)), "{local}");
-    }
-    assert!(!capture.exclude.iter().any(|p| p.contains("10.0.0.1:80".parse().unwrap())));
-
-    let net = |s: &str| s.parse::<AddrPattern>().unwrap();
-    let named = Capture::for_exec(vec![net("127.0.0.0/8:8080")], vec![net("10.0.0.0/8")]);
-    assert_eq!(named.include, [net("127.0.0.0/8:8080")]);
-    assert!(!named.exclude.contains(&net("127.0.0.0/8")), "what is named is not excluded by default");
-    assert!(named.exclude.contains(&net("10.0.0.0/8")));
-    let longer = Capture::for_exec(vec![net("127.0.0.1/32:8080")], Vec::new());
-    assert!(longer.exclude.contains(&net("127.0.0.0/8")), "the longer prefix wins by itself");
+/// What `--capture` says.
+fn only(capture: &str) -> Wanted {
+    Wanted { capture: vec![capture.parse().unwrap()], ..Wanted::default() }
 }
 
 #[test]
@@ -448,15 +433,18 @@ fn exec_takes_the_file_of_a_daemon_but_its_own_cgroup() {
     }
     let text = GOOD.replace("/abs/", "").replace("unit = \"legacy.service\"", "include = [\"10.0.0.0/8\"]");
     std::fs::write(&file, &text).unwrap();
-    let of_file = Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap();
+    let of_file = Config::load_for_exec(&file, Wanted::default()).unwrap();
     assert_eq!(of_file.captures.len(), 1);
     assert_eq!(of_file.captures[0].cgroup, CgroupRef::Fresh);
     assert_eq!(of_file.captures[0].include, ["10.0.0.0/8".parse().unwrap()]);
-    let flags = Config::load_for_exec(&file, vec!["10.1.0.0/16".parse().unwrap()], Vec::new()).unwrap();
+    let flags = Config::load_for_exec(&file, only("10.1.0.0/16")).unwrap();
     assert_eq!(flags.captures[0].include, ["10.1.0.0/16".parse().unwrap()]);
+    let refuse = Wanted { refuse: vec!["::/0".parse().unwrap()], ..Wanted::default() };
+    let refusing = &Config::load_for_exec(&file, refuse).unwrap().captures[0];
+    assert_eq!((refusing.include.len(), refusing.refuse.len()), (2, 1), "flags are in place of the file's");
 
     std::fs::write(&file, text.replace("[[capture]]\ninclude = [\"10.0.0.0/8\"]", "")).unwrap();
-    assert_eq!(Config::load_for_exec(&file, Vec::new(), Vec::new()).unwrap().captures[0].include.len(), 2);
+    assert_eq!(Config::load_for_exec(&file, Wanted::default()).unwrap().captures[0].include.len(), 2);
     assert!(Config::load(&file).is_err(), "a daemon would have nothing to do");
 }
 

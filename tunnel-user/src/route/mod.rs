@@ -16,8 +16,11 @@ use crate::{
     transport::identity::SanPattern,
 };
 
+mod fixed;
 #[cfg(test)]
 mod tests;
+
+pub use self::fixed::{Fixed, fixed};
 
 /// Who handed us a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
