@@ -107,6 +107,14 @@ impl Daemon {
     pub fn log(&self) -> String {
         self.process.stderr()
     }
+
+    /// Stops it; what its counter of this name says, 0 if it counted nothing.
+    pub fn stop_and_count(&mut self, counter: &str) -> Result<u64> {
+        self.process.stop()?;
+        let log = self.log();
+        let count = log.split_once(&format!("(\"{counter}\", ")).and_then(|(_, rest)| rest.split_once(')'));
+        count.map_or(Ok(0), |(count, _)| count.parse().with_context(|| log.clone()))
+    }
 }
 
 /// The tables of a configuration that sends everything captured to one gateway.

@@ -3,6 +3,8 @@
 //! Enters: what a daemon is told. Leaves: applications, captured. Invariant: the group and what is pinned are the test's
 //! own, and gone with it.
 
+use std::net::SocketAddr;
+
 use anyhow::Result;
 
 use crate::{
@@ -70,7 +72,12 @@ impl<'w> Node<'w> {
 
     /// What connect(2) says to an application in the group.
     pub fn connect_error(&self, target: &Target) -> Result<String> {
-        let mut app = self.app(&["connect-error", &target.addr().to_string()])?;
+        self.connect_error_of(target.addr())
+    }
+
+    /// The same of any address; "ok" where it connects.
+    pub fn connect_error_of(&self, addr: SocketAddr) -> Result<String> {
+        let mut app = self.app(&["connect-error", &addr.to_string()])?;
         let line = app.wait_for_line("connect=")?;
         app.wait(PATIENCE)?;
         Ok(line.trim_start_matches("connect=").to_owned())

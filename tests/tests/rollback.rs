@@ -110,6 +110,29 @@ fn a_reload_that_fails_leaves_nothing_of_its_new_capture() -> Result<()> {
     Ok(())
 }
 
+/// A configuration whose new capture cannot be attached denies nothing in connect() either, and does once it can.
+#[test]
+fn a_reload_that_fails_takes_back_what_its_routes_deny() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let half = Half::new(&world, &gateway)?;
+    let mut daemon = half.node.daemon(&half.one(&gateway))?;
+    let deny = format!("[[route]]\nmatch = {{ destination = [\"{TARGET4}\"] }}\nto = \"deny\"\n");
+    let denying = half.both(&gateway).replacen("[[route]]", &format!("{deny}[[route]]"), 1);
+    fs::write(daemon.config(), denying)?;
+    daemon.hang_up()?;
+    assert!(daemon.log().contains("stays in force"), "{}", daemon.log());
+    half.node.hold(&target)?;
+
+    fs::remove_dir(&half.obstacle)?;
+    daemon.hang_up()?;
+    assert_eq!(half.node.connect_error(&target)?, "ECONNREFUSED");
+    assert_eq!(target.peers().len(), 1);
+    assert_eq!(daemon.stop_and_count("denied_by_route")?, 1);
+    Ok(())
+}
+
 /// A daemon that fails while it takes over leaves the old one's programs and listeners in their place.
 #[test]
 fn a_take_over_that_fails_leaves_the_old_daemon_capturing() -> Result<()> {
