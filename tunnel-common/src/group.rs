@@ -26,6 +26,7 @@ pub const WORDS: usize = CHUNK / 8;
 
 /// How systemd calls a slice, which holds other units and no process of its own.
 pub const SLICE: [u8; 6] = *b".slice";
+const SLICE_LEN: u32 = 6;
 
 /// Verdicts on groups that are remembered. The least recently used ones are forgotten and found again, at the cost of a walk.
 pub const GROUPS_MAX: usize = 4096;
@@ -131,7 +132,7 @@ pub const fn is_slice(first: u32, last: u16, len: u32) -> bool {
     const FIRST: u32 = u32::from_ne_bytes([SLICE[0], SLICE[1], SLICE[2], SLICE[3]]);
     const LAST: u16 = u16::from_ne_bytes([SLICE[4], SLICE[5]]);
     // One comparison: the verifier follows both sides of each.
-    (first ^ FIRST) | (last ^ LAST) as u32 == 0 && len > SLICE.len() as u32
+    (first ^ FIRST) | (last ^ LAST) as u32 == 0 && len > SLICE_LEN
 }
 
 #[cfg(test)]
