@@ -41,7 +41,11 @@ static GROUP_PLACE: Global<Place> = Global::new(Place { root: 0, depth: 0, reser
 static GROUP_OFFSETS: Global<Offsets> =
     Global::new(Offsets { cgroups: 0, dfl_cgrp: 0, level: 0, ancestors: 0, kn: 0, name: 0 });
 
+/// A chunk and the terminator.
+#[expect(clippy::cast_possible_truncation, reason = "129")]
+const READ: u32 = CHUNK as u32 + 1;
 /// [`CHUNKS`], which LLVM does not know: it would have all chunks on the stack at once.
+#[expect(clippy::cast_possible_truncation, reason = "two")]
 static GROUP_CHUNKS: Global<u32> = Global::new(CHUNKS as u32);
 
 /// Whether connections of the current task are captured.
@@ -122,7 +126,7 @@ fn compare(name: u64, wanted: &Name) -> Option<(bool, u32)> {
         // Of a name that has ended before, its terminator is the next chunk.
         let at = name.wrapping_add(u64::from(len)) as *const _;
         // SAFETY: the helper checks the address that it reads from, and writes no more than it is told.
-        let read = unsafe { bpf_probe_read_kernel_str(buffer.as_mut_ptr().cast(), CHUNK as u32 + 1, at) };
+        let read = unsafe { bpf_probe_read_kernel_str(buffer.as_mut_ptr().cast(), READ, at) };
         if read <= 0 {
             return None;
         }
