@@ -132,8 +132,10 @@ fn a_target_that_vanishes_with_bytes_on_their_way_is_found_within_the_bound() ->
     assert_eq!(ask(app.process(), "ping")?, "ok");
     // What the gateway sends there goes nowhere from now on, and nothing comes back.
     let port = target.addr().port().to_string();
-    let mut drop_all = world.net().command(programs::system("iptables")?);
-    process::output(drop_all.args(["-w", "-A", "INPUT", "-p", "tcp", "--dport", &port, "-j", "DROP"]))?;
+    for way in ["--dport", "--sport"] {
+        let mut drop_all = world.net().command(programs::system("iptables")?);
+        process::output(drop_all.args(["-w", "-A", "INPUT", "-p", "tcp", way, &port, "-j", "DROP"]))?;
+    }
     assert_ne!(ask(app.process(), "ping")?, "ok");
     gateway.process().wait_for_line("timed out")?;
     app.finish()?;
