@@ -26,6 +26,7 @@ pub const WORDS: usize = CHUNK / 8;
 
 /// How systemd calls a slice, which holds other units and no process of its own.
 pub const SLICE: [u8; 6] = *b".slice";
+const SLICE_LEN: u32 = 6;
 
 /// Verdicts on groups that are remembered. The least recently used ones are forgotten and found again, at the cost of a walk.
 pub const GROUPS_MAX: usize = 4096;
@@ -55,12 +56,11 @@ impl Name {
     /// Zero if one of its chunks is this one, which is padded with zeros too. Without branches: the verifier follows both
     /// sides of each.
     #[inline(always)]
-    pub fn differs(&self, chunk: usize, is: &[u64; WORDS]) -> u64 {
+    pub const fn differs(&self, chunk: usize, is: &[u64; WORDS]) -> u64 {
         if chunk >= CHUNKS {
             return 1;
         }
-        let mut differs = 0;
-        let mut i = 0;
+        let (mut differs, mut i) = (0, 0);
         while i < WORDS {
             differs |= self.words[chunk * WORDS + i] ^ is[i];
             i += 1;
@@ -116,14 +116,23 @@ pub enum Step {
 /// A unit's own groups, and those that it hands to others (`Delegate=`, a user's manager, a container), are not slices right
 /// below the root: who may make groups there cannot pass one off as the unit.
 #[inline(always)]
-pub const fn step(kind: u32, wanted_depth: u32, depth: u32, same: bool, slice: bool) -> Step {
+pub fn step(kind: u32, wanted_depth: u32, depth: u32, same: bool, slice: impl FnOnce() -> bool) -> Step {
     match (kind, same) {
         (BY_UNIT, true) => Step::Captured,
-        (BY_UNIT, false) if slice => Step::Deeper,
+        (BY_UNIT, false) if slice() => Step::Deeper,
         (BY_PATH, true) if depth >= wanted_depth => Step::Captured,
         (BY_PATH, true) => Step::Deeper,
         _ => Step::Outside,
     }
+}
+
+/// Whether the last bytes of a name, so many as [`SLICE`] has, are those of a slice's: the first four and the last two of them.
+#[inline(always)]
+pub const fn is_slice(first: u32, last: u16, len: u32) -> bool {
+    const FIRST: u32 = u32::from_ne_bytes([SLICE[0], SLICE[1], SLICE[2], SLICE[3]]);
+    const LAST: u16 = u16::from_ne_bytes([SLICE[4], SLICE[5]]);
+    // One comparison: the verifier follows both sides of each.
+    (first ^ FIRST) | (last ^ LAST) as u32 == 0 && len > SLICE_LEN
 }
 
 #[cfg(test)]
@@ -152,13 +161,20 @@ mod tests {
         chunks(name).iter().enumerate().all(|(i, chunk)| wanted.differs(i, chunk) == 0)
     }
 
+    fn slice(name: &str) -> bool {
+        let Some(at) = name.len().checked_sub(SLICE.len()) else { return false };
+        let end = &name.as_bytes()[at..];
+        let (first, last) = (end[..4].try_into().unwrap(), end[4..].try_into().unwrap());
+        is_slice(u32::from_ne_bytes(first), u16::from_ne_bytes(last), name.len().try_into().unwrap())
+    }
+
     /// Goes from the root down, as the program does.
     fn is_captured(kind: u32, wanted: &[&str], path: &str) -> bool {
         let depth = u32::try_from(wanted.len()).unwrap();
         for (i, name) in path.split('/').filter(|n| !n.is_empty()).enumerate() {
             let of = if kind == BY_UNIT { wanted[0] } else { wanted.get(i).copied().unwrap_or("?") };
             let at = u32::try_from(i).unwrap() + 1;
-            match step(kind, depth, at, same(of, name), name.ends_with(".slice")) {
+            match step(kind, depth, at, same(of, name), || slice(name)) {
                 Step::Captured => return true,
                 Step::Outside => return false,
                 Step::Deeper => {}
@@ -201,8 +217,17 @@ mod tests {
             "/system.slice/docker-1.scope/system.slice/legacy.service",
             "/legacy.service2",
             "/slice/legacy.service",
+            "/.slice/legacy.service",
         ] {
             assert!(!is_captured(BY_UNIT, &wanted, path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_slice_is_more_than_its_ending() {
+        assert!(slice("a.slice") && slice("user-1000.slice"));
+        for name in [".slice", "slice", "a.slicf", "b.tlice", "a.scope", "x", ""] {
+            assert!(!slice(name), "{name}");
         }
     }
 
@@ -217,7 +242,7 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_captures_nothing() {
-        assert_eq!(step(9, 1, 1, true, true), Step::Outside);
+        assert_eq!(step(9, 1, 1, true, || true), Step::Outside);
     }
 
     proptest! {

@@ -17,7 +17,7 @@ use aya_ebpf::{
 use tunnel_common::{
     group::{
         BY_UNIT, CHUNK, CHUNKS, DEPTH_MAX, EVERYTHING, GROUPS_MAX, Name, Offsets, Place, ROOT_DEPTH_MAX,
-        SLICE, Step, WORDS, step,
+        SLICE, Step, WORDS, is_slice, step,
     },
     names::Counter,
 };
@@ -40,6 +40,13 @@ static GROUP_PLACE: Global<Place> = Global::new(Place { root: 0, depth: 0, reser
 #[unsafe(no_mangle)]
 static GROUP_OFFSETS: Global<Offsets> =
     Global::new(Offsets { cgroups: 0, dfl_cgrp: 0, level: 0, ancestors: 0, kn: 0, name: 0 });
+
+/// A chunk and the terminator.
+#[expect(clippy::cast_possible_truncation, reason = "129")]
+const READ: u32 = CHUNK as u32 + 1;
+/// [`CHUNKS`], which LLVM does not know: it would have all chunks on the stack at once.
+#[expect(clippy::cast_possible_truncation, reason = "two")]
+static GROUP_CHUNKS: Global<u32> = Global::new(CHUNKS as u32);
 
 /// Whether connections of the current task are captured.
 #[inline(always)]
@@ -86,8 +93,7 @@ fn find(kind: u32) -> Option<bool> {
         let name: u64 = read(read(above, offsets.kn)?, offsets.name)?;
         let wanted = if kind == BY_UNIT { 0 } else { depth };
         let (same, len) = compare(name, GROUP_NAMES.get(wanted)?)?;
-        let slice = kind == BY_UNIT && is_slice(name, len)?;
-        match step(kind, place.depth, depth, same, slice) {
+        match step(kind, place.depth, depth, same, || ends_as_slice(name, len)) {
             Step::Captured => return Some(true),
             Step::Outside => return Some(false),
             Step::Deeper => {}
@@ -109,40 +115,37 @@ fn level_of(root: u64, group: u64, offsets: &Offsets) -> Option<u32> {
     None
 }
 
-/// Whether a name in the kernel's memory is the wanted one, and its length.
+/// Whether a name in the kernel's memory is the wanted one, and its length. Without branches but for what cannot be read: the
+/// verifier goes through the rest of the walk once for each way to get there.
 #[inline(always)]
 fn compare(name: u64, wanted: &Name) -> Option<(bool, u32)> {
-    let (mut differs, mut len) = (0, 0);
-    for chunk in 0..CHUNKS {
+    let (mut differs, mut len, mut chunk) = (0, 0, 0);
+    while chunk < GROUP_CHUNKS.load() {
         // A chunk and the terminator, which the helper always writes.
         let mut buffer = [0u64; WORDS + 1];
-        let at = name.wrapping_add((chunk * CHUNK) as u64) as *const _;
+        // Of a name that has ended before, its terminator is the next chunk.
+        let at = name.wrapping_add(u64::from(len)) as *const _;
         // SAFETY: the helper checks the address that it reads from, and writes no more than it is told.
-        let read = unsafe { bpf_probe_read_kernel_str(buffer.as_mut_ptr().cast(), CHUNK as u32 + 1, at) };
+        let read = unsafe { bpf_probe_read_kernel_str(buffer.as_mut_ptr().cast(), READ, at) };
         if read <= 0 {
             return None;
         }
         // SAFETY: all but the last of its words.
         let words = unsafe { &*buffer.as_ptr().cast::<[u64; WORDS]>() };
-        differs |= wanted.differs(chunk, words);
+        differs |= wanted.differs(chunk as usize, words);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to CHUNK + 1")]
-        let read = read as u32 - 1;
-        len += read;
-        if (read as usize) < CHUNK {
-            return Some((differs == 0, len));
-        }
+        let read = read as u32;
+        len += read - 1;
+        chunk += 1;
     }
-    // Longer than any name.
-    Some((false, len))
+    Some((differs == 0, len))
 }
 
 /// Whether a name of this length is a slice's.
 #[inline(always)]
-fn is_slice(name: u64, len: u32) -> Option<bool> {
-    let tail = SLICE.len() as u32;
-    if len <= tail {
-        return Some(false);
-    }
-    let end: [u8; SLICE.len()] = read(name, len - tail)?;
-    Some(end == SLICE)
+fn ends_as_slice(name: u64, len: u32) -> bool {
+    // Of a shorter name this is what lies before it, which says nothing.
+    let end = name.wrapping_add(u64::from(len)).wrapping_sub(SLICE.len() as u64);
+    // What was read a moment ago can be read.
+    is_slice(read(end, 0).unwrap_or(0), read(end, 4).unwrap_or(0), len)
 }

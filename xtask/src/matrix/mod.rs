@@ -41,6 +41,8 @@ const TESTS: &[&str] = &[
     "original_dst::so_original_dst",
     "connect::getpeername_shows",
     "connect::a_socket_that_connects_twice",
+    "group::a_unit_is_followed",
+    "group::links_of",
     "pipe::a_reset",
     "same_result::spliced::what_an_application",
     "same_result::past_tcp::what_an_application",
