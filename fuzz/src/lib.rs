@@ -9,11 +9,13 @@ use std::path::Path;
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
 use tunnel::{
     config::{CheckFiles, Config},
-    flow::Target,
-    inspect::{Look, look},
-    listener::{h1, request},
-    policy::Policies,
-    route::Router,
+    model::flow::Target,
+    routing::{
+        policy::Policies,
+        router::Router,
+        sniff::{Look, look},
+    },
+    sources::listener::{h1, request},
     transport::proxy,
 };
 

@@ -12,16 +12,18 @@ use criterion::{BenchmarkId, Criterion};
 use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
-    capture::rules::{self, Pattern, Patterns, Step},
     config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
-    flow::{ClientAddr, Flow, Identity, Target},
-    index::NOBODY,
-    policy::Policies,
-    route::{Router, Source},
-    tunnel::{
+    model::flow::{ClientAddr, Flow, Identity, Target},
+    routing::{
+        index::NOBODY,
+        policy::Policies,
+        router::{Router, Source},
+    },
+    sinks::upstream::{
         headers::{Ask, Trace, connect_request},
         pick,
     },
+    sources::capture::rules::{self, Pattern, Patterns, Step},
 };
 use tunnel_common::{
     addr::Endpoint,

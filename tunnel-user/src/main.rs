@@ -10,13 +10,15 @@ use std::{
 
 use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
-    app,
-    cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand},
+    cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, pki},
     config::{Config, schema},
-    doctor, exec,
-    exit::{Cause, EXIT_CONFIG, Failure},
-    panics, pki, telemetry,
-    transport::tls::TlsIdentity,
+    daemon,
+    identity::tls::TlsIdentity,
+    observe::telemetry,
+    process::{
+        exit::{Cause, EXIT_CONFIG, Failure},
+        panics,
+    },
 };
 
 fn main() -> ExitCode {
@@ -44,11 +46,11 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
                 exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
             exec::run(config, &options)
         }
-        Command::Run(args) => app::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
+        Command::Run(args) => daemon::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
             .map(|()| ExitCode::SUCCESS),
-        Command::Gateway(args) => app::run(args.to_config(), None, false).map(|()| ExitCode::SUCCESS),
+        Command::Gateway(args) => daemon::run(args.to_config(), None, false).map(|()| ExitCode::SUCCESS),
         Command::Detach(args) => {
-            app::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
+            daemon::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
         }
         Command::Doctor(args) => diagnose(args.json),
         Command::Config(command) => config(command),
@@ -77,7 +79,7 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
             if let Some(identity) = &config.identity {
                 TlsIdentity::load(identity)?;
             }
-            for warning in app::nested(&config) {
+            for warning in daemon::nested(&config) {
                 eprintln!("{}: warning: {warning}", file.display());
             }
             print(format!("{}: no mistakes\n", file.display()).as_bytes())

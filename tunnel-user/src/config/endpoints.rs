@@ -17,7 +17,7 @@ use super::{
     reader::{Cell, Reader, Section, Value},
     value::FilePath,
 };
-use crate::flow::Target;
+use crate::model::flow::Target;
 
 /// Endpoints of one upstream: consistent hashing looks at each of them for every flow, in less than the time of a
 /// system call or two.

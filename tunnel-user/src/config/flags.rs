@@ -14,9 +14,10 @@ use super::{
     OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::{
-    flow::Target,
-    route::Source,
-    transport::{identity::SanPattern, tcp::Mark, tls::IdentityFiles},
+    identity::{san::SanPattern, tls::IdentityFiles},
+    model::flow::Target,
+    routing::router::Source,
+    transport::tcp::Mark,
 };
 
 /// Every address of both families.

@@ -42,13 +42,13 @@ pub use value::{
 
 use self::reader::{Document, Purpose};
 use crate::{
-    flow::{Identity, Target},
-    transport::{
-        identity::{San, SanPattern},
-        tcp::Mark,
+    identity::{
+        san::{San, SanPattern},
         tls::IdentityFiles,
         verify::{ClientCheck, ServerCheck},
     },
+    model::flow::{Identity, Target},
+    transport::tcp::Mark,
 };
 
 /// The mark on our own sockets, for rules of the operator's: one bit, which is none of those that kube-proxy (0x4000, 0x8000),

@@ -22,7 +22,7 @@ use super::{
     value::{FilePath, FuturePath, Headers, Mode},
     via::{self, UpstreamByName},
 };
-use crate::transport::tls::IdentityFiles;
+use crate::identity::tls::IdentityFiles;
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {

@@ -23,11 +23,7 @@ use super::{
     reader::{Cell, Value},
     route::{ProxyProtocol, Regex},
 };
-use crate::{
-    flow::Target,
-    route::Source,
-    transport::{identity::SanPattern, tcp::Mark},
-};
+use crate::{identity::san::SanPattern, model::flow::Target, routing::router::Source, transport::tcp::Mark};
 
 /// Headers that are ours to set, or that HTTP/2 has no place for (RFC 9113 section 8.2.2), or that would
 /// change what the request is.

@@ -12,6 +12,7 @@ mod copy;
 mod early;
 mod ends;
 mod h2;
+pub mod nested;
 mod pipe;
 mod queue;
 mod sender;

@@ -14,9 +14,9 @@ use std::{
 use bytes::{Buf as _, Bytes};
 
 use super::{Broken, Cause, Leg, Queue, tcp::reset};
-use crate::transport::{
-    record::{Next, RecordError, Session},
-    verify::explain,
+use crate::{
+    identity::verify::explain,
+    transport::record::{Next, RecordError, Session},
 };
 
 /// See the module.
@@ -167,15 +167,15 @@ mod tests {
         *,
     };
     use crate::{
+        cli::pki::{Ca, IssueRequest, Validity},
         config::Protocol,
-        flow::Target,
-        pki::{Ca, IssueRequest, Validity},
-        transport::{
-            nested::Nested,
-            record,
+        identity::{
             tls::{IdentityFiles, TlsIdentity},
             verify::{ClientCheck, ServerCheck},
         },
+        model::flow::Target,
+        relay::nested::Nested,
+        transport::record,
     };
 
     /// Far longer than anything here takes.

@@ -13,7 +13,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 use super::io::peek_until;
-use crate::flow::{ClientAddr, Identity};
+use crate::model::flow::{ClientAddr, Identity};
 
 /// The longest header of version 1, its end included (section 2.1).
 pub const V1_MAX: usize = 107;

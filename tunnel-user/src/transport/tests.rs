@@ -17,16 +17,16 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tempfile::TempDir;
 
-use super::{
-    identity::peer_identity,
-    record,
+use super::record;
+use crate::identity::{
+    san::peer_identity,
     store::{TlsStore, watch},
     tls::{IdentityFiles, TlsError, TlsIdentity, Wanted, provider},
     verify::{Check, ClientCheck, ServerCheck, check_expiry, explain, failed_check},
 };
 use crate::{
+    cli::pki::{Ca, IssueRequest, Issued, Validity},
     config::Protocol,
-    pki::{Ca, IssueRequest, Issued, Validity},
 };
 
 const CLIENT: &str = "spiffe://example.org/ns/a/sa/client";

@@ -8,13 +8,15 @@ use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
 use super::{Going, Place, Worker, back_off, reach::Wish, setup::At};
 use crate::{
-    capture::accept::{Accept, Captured, Stray},
-    drain::Tasks,
-    flow::{Flow, Target},
-    index::NOBODY,
+    model::flow::{Flow, Target},
+    observe::stats::Record,
+    process::drain::Tasks,
     relay::{Ahead, Queue, TcpLeg},
-    route::{Decision, Source},
-    stats::Record,
+    routing::{
+        index::NOBODY,
+        router::{Decision, Source},
+    },
+    sources::capture::accept::{Accept, Captured, Stray},
 };
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications

@@ -11,16 +11,18 @@ use super::{
     reach::{Sink, Wish},
 };
 use crate::{
-    flow::{Flow, Head},
-    listener::request::Refusal,
-    policy,
+    model::flow::{Flow, Head},
+    observe::stats::Record,
     relay::Ahead,
-    route::{Decision, Source},
-    stats::Record,
-    tunnel::{
+    routing::{
+        policy,
+        router::{Decision, Source},
+    },
+    sinks::upstream::{
         Itself,
         headers::{Ask, handed_over},
     },
+    sources::listener::request::Refusal,
 };
 
 /// How often one flow is handed over: more listeners than one process passes a flow through on purpose. Beyond

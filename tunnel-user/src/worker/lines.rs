@@ -3,7 +3,7 @@
 //! Enters: each refusal. Leaves: whether its line is written, and later how many were not. Invariant: kinds are apart, so
 //! that many of one hide none of another.
 
-use crate::{listener::request::Refusal, repeats::Repeats, tunnel::TunnelError};
+use crate::{observe::repeats::Repeats, sinks::upstream::TunnelError, sources::listener::request::Refusal};
 
 /// One for each kind of line.
 pub(super) struct Lines {

@@ -8,10 +8,10 @@ use std::time::Instant;
 
 use super::{Going, Worker, reach::Wish};
 use crate::{
-    flow::Flow,
-    inspect::inspect,
+    model::flow::Flow,
+    observe::stats::Record,
     relay::{Ahead, Leg, Outcome, Queue},
-    stats::Record,
+    routing::sniff::inspect,
 };
 
 impl Worker {

@@ -35,17 +35,17 @@ use self::{
     setup::{Setup, Sources},
 };
 use crate::{
-    capture::accept::Origins,
-    drain::{self, Phase, Tasks, Watch},
-    flow::{ClientAddr, Identity},
-    listener::{accept, request::Refusal},
-    names::Lookups,
-    policy::Policies,
+    model::flow::{ClientAddr, Identity},
+    observe::stats::{Counters, Record, Records},
+    process::drain::{self, Phase, Tasks, Watch},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, give_up_silent_peers, relay},
-    route::Router,
-    stats::{Counters, Record, Records},
-    transport::tcp::Own,
-    tunnel::{self, TunnelError, Upstreams, Wanted, h1, headers::Trace},
+    routing::{policy::Policies, router::Router},
+    sinks::upstream::{self, TunnelError, Upstreams, Wanted, h1, headers::Trace},
+    sources::{
+        capture::accept::Origins,
+        listener::{accept, request::Refusal},
+    },
+    transport::{resolver::Lookups, tcp::Own},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -148,7 +148,7 @@ pub enum Planned {
     /// It is the one that was at this place, with its connections.
     Kept(usize),
     /// It is new, or is reached in another way.
-    New(Box<tunnel::Next<tunnel::Settings>>),
+    New(Box<upstream::Next<upstream::Settings>>),
 }
 
 /// What one worker starts with.
@@ -156,7 +156,7 @@ pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
     /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<tunnel::Next<tunnel::Settings>>,
+    pub upstreams: Vec<upstream::Next<upstream::Settings>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
     /// What changes later.
@@ -362,12 +362,14 @@ impl Worker {
                 Sink::Tunnel(stream) => {
                     early.received = std::mem::take(&mut stream.early);
                     match &mut stream.leg {
-                        tunnel::Leg::H2(leg) => relay(client, leg, early, &meter, &path).await,
-                        tunnel::Leg::H1(h1::Leg::Tcp(leg)) => relay(client, leg, early, &meter, &path).await,
-                        tunnel::Leg::H1(h1::Leg::Tls(leg)) => {
+                        upstream::Leg::H2(leg) => relay(client, leg, early, &meter, &path).await,
+                        upstream::Leg::H1(h1::Leg::Tcp(leg)) => {
+                            relay(client, leg, early, &meter, &path).await
+                        }
+                        upstream::Leg::H1(h1::Leg::Tls(leg)) => {
                             relay(client, &mut **leg, early, &meter, &path).await
                         }
-                        tunnel::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
+                        upstream::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
                             let outcome = relay(client, stream, early, &meter, &path).await;
                             if let Outcome::Closed = outcome {
                                 // Apart: it is of no other kind of flow.

@@ -11,20 +11,24 @@ use http::StatusCode;
 use super::{Account, Worker, setup::Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
-    dial::{self, DialError},
-    flow::{Flow, Inside, Target},
-    listener::request::Refusal,
-    policy::{self, Permit},
+    model::flow::{Flow, Inside, Target},
+    observe::stats::{Record, Via},
     relay::{Ahead, TcpLeg},
-    route::{Decision, another},
-    stats::{Record, Via},
+    routing::{
+        policy::{self, Permit},
+        router::{Decision, another},
+    },
+    sinks::{
+        dial::{self, DialError},
+        upstream::{
+            self, Itself, Next, TunnelError, Upstream,
+            headers::{Ask, is_loop},
+        },
+    },
+    sources::listener::request::Refusal,
     transport::{
         proxy::Header,
         tcp::{Connected, First},
-    },
-    tunnel::{
-        self, Itself, Next, TunnelError, Upstream,
-        headers::{Ask, is_loop},
     },
 };
 
@@ -37,11 +41,11 @@ const AGAIN: [StatusCode; 3] =
 pub(super) enum Sink {
     /// What the target was dialled by, and what it is told before anything else.
     Direct(TcpLeg, Bytes),
-    Tunnel(tunnel::Stream),
+    Tunnel(upstream::Stream),
 }
 
 /// An upstream and a stream through it, or one that is this process.
-type Chosen<'a> = Result<(&'a Upstream, tunnel::Stream), &'a Itself>;
+type Chosen<'a> = Result<(&'a Upstream, upstream::Stream), &'a Itself>;
 
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]

@@ -18,19 +18,21 @@ use super::{
     setup::{At, Setup},
 };
 use crate::{
-    drain::Tasks,
-    flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
-    index::PeerSet,
-    listener::{
+    model::flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
+    observe::stats::{Destination, Record},
+    process::drain::Tasks,
+    relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting, broken},
+    routing::{
+        index::PeerSet,
+        policy,
+        router::{Decision, Source},
+    },
+    sources::listener::{
         accept::{self, Accepted, Link, ServeError, Settings},
         h1, h2 as h2_listener,
         handshakes::{self, Handshakes},
         request::{self, Refusal},
     },
-    policy,
-    relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting, broken},
-    route::{Decision, Source},
-    stats::{Destination, Record},
     transport::io::Wire,
 };
 

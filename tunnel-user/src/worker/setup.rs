@@ -17,11 +17,13 @@ use super::{
     captured::accept_captured, requests::accept_tunnels,
 };
 use crate::{
-    capture::accept::Accept,
-    drain::{self, Phase, Tasks, Trigger, Watch},
-    limits,
+    process::{
+        drain::{self, Phase, Tasks, Trigger, Watch},
+        limits,
+    },
     relay::Path,
-    tunnel::{Upstream, Upstreams, Wanted},
+    sinks::upstream::{Upstream, Upstreams, Wanted},
+    sources::capture::accept::Accept,
 };
 
 /// How often an upstream that is no longer configured is looked at, once its connections are closed: a flow that

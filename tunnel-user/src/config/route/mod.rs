@@ -17,7 +17,7 @@ pub use self::{
     terms::{Authority, HeaderChanges, ProxyProtocol, Terms},
 };
 use super::reader::{At, Cell, Reader, Section, Value, nearest, schema_of};
-use crate::flow::Target;
+use crate::model::flow::Target;
 
 /// `[[route]]`
 #[derive(Clone, Debug)]

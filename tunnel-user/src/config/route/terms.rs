@@ -12,7 +12,7 @@ use super::super::{
     reader::{At, Cell, Reader, Section, Value},
     value::{Headers, parse_header_name},
 };
-use crate::flow::Target;
+use crate::model::flow::Target;
 
 /// How often a route may have a CONNECT request made again, at most. Each time waits for as long as the first, and the
 /// application waits for all of them.

@@ -28,10 +28,12 @@ use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, DIRECTIONS_MAX, 
 
 use super::{overlap::repeats, socket};
 use crate::{
-    btf::{self, OffsetsError},
-    capture::bpf::BpfError,
-    drain::Tasks,
-    privileges,
+    kernel::{
+        btf::{self, OffsetsError},
+        privileges,
+    },
+    process::drain::Tasks,
+    sources::capture::bpf::BpfError,
 };
 
 /// The program, as the build script made or found it.

@@ -14,13 +14,13 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
 use crate::{
+    cli::pki::{Ca, IssueRequest, Validity},
     config::Protocol,
-    pki::{Ca, IssueRequest, Validity},
-    transport::{
-        record::{CIPHERTEXT_MAX, TlsStream, accept, connect},
+    identity::{
         tls::{IdentityFiles, TlsIdentity, provider},
         verify::{ClientCheck, ServerCheck},
     },
+    transport::record::{CIPHERTEXT_MAX, TlsStream, accept, connect},
 };
 
 const NAME: &str = "gw.internal";

@@ -1,0 +1,95 @@
+//! Upstreams, as workers are told of them.
+//!
+//! Enters: upstreams of a configuration. Leaves: their settings, and what finds out their endpoints where the
+//! configuration does not list them. Invariant: that runs once for the whole process, and as long as a worker has the
+//! upstream. It never connects to an endpoint.
+
+use std::sync::Arc;
+
+use super::{no_identity, other};
+use crate::{
+    config::{self, Discovery},
+    identity::store::TlsStore,
+    process::exit::{Cause, Failure},
+    sinks::upstream::{
+        self, Next, connect,
+        discovery::{Source, dns, file},
+        limit::Limits,
+        pool,
+    },
+    transport::tcp,
+};
+
+/// Finds out endpoints.
+pub(super) struct Discover {
+    own: tcp::Own,
+    workers: usize,
+    /// One thread for all names, once there is one.
+    questions: Option<Arc<dns::Questions>>,
+}
+
+impl Discover {
+    pub(super) fn new(own: tcp::Own, workers: usize) -> Self {
+        Self { own, workers, questions: None }
+    }
+
+    /// The settings of an upstream.
+    pub(super) fn upstream(
+        &mut self,
+        u: &config::Upstream,
+        tls: Option<&Arc<TlsStore>>,
+    ) -> Result<Next<upstream::Settings>, Failure> {
+        let store = || tls.cloned().ok_or_else(no_identity);
+        if let Some(itself) = &u.itself {
+            let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
+            let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
+            let itself = upstream::Itself { name: u.name.clone(), listener, proof, dial_timeout };
+            return Ok(Next::Itself(Arc::new(itself)));
+        }
+        let proving = |check| Ok::<_, Failure>(upstream::Tls { store: store()?, check });
+        let limits = Limits::share(&u.limits, self.workers);
+        Ok(Next::Tunnel(upstream::Settings {
+            name: u.name.clone(),
+            endpoints: self.source(u)?,
+            via: u.via,
+            balance: u.balance,
+            protocol: u.protocol,
+            tls: u.check().map(proving).transpose()?,
+            headers: u.headers.clone(),
+            response_timeout: u.response_timeout,
+            optimistic_data: u.optimistic_data,
+            pool: pool::Settings {
+                max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
+                max_connections: limits.connections.unwrap_or(usize::MAX),
+                connect: connect::Settings { timeout: u.connect_timeout, own: self.own.clone() },
+                idle_timeout: u.idle_timeout,
+                keepalive_interval: u.keepalive_interval,
+                keepalive_timeout: u.keepalive_timeout,
+            },
+            outlier: u.outlier_detection.clone(),
+            check: u.health_check.clone(),
+            limits,
+        }))
+    }
+
+    fn source(&mut self, u: &config::Upstream) -> Result<Source, Failure> {
+        Ok(match &u.discovery {
+            Discovery::Static => Source::fixed(&u.endpoints),
+            Discovery::Dns => {
+                let questions = match self.questions.take() {
+                    Some(questions) => questions,
+                    None => dns::Questions::start(self.own.clone())
+                        .map_err(|e| other(&format!("names of endpoints could not be resolved: {e}")))?,
+                };
+                let feed = questions.follow(&u.name, &u.endpoints);
+                self.questions = Some(questions);
+                Source::Fed(feed)
+            }
+            Discovery::File(file) => {
+                let help = "One HOST:PORT on each line; # starts a comment.";
+                let wrong = |e: file::FileError| Failure::Config(Cause::new(e.to_string(), help));
+                Source::Fed(file::follow(&u.name, file).map_err(wrong)?)
+            }
+        })
+    }
+}

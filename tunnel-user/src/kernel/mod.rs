@@ -1,0 +1,13 @@
+//! What talks to the kernel beside sockets: bpf(2), cgroups, network namespaces, netlink, BTF, versions, privileges.
+
+pub mod blockers;
+pub mod btf;
+pub mod cgroup;
+pub mod firewall;
+pub mod group;
+pub mod netlink;
+pub mod netns;
+pub mod own;
+pub mod privileges;
+pub mod sys;
+pub mod version;

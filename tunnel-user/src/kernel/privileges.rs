@@ -1,0 +1,84 @@
+//! What this process may do.
+//!
+//! Enters: the kernel's word on our capabilities. Leaves: the names of those that are missing. Invariant:
+//! a missing privilege is found before anything is changed. It never gains one.
+
+use std::fs;
+
+use crate::process::exit::{Cause, Failure};
+
+/// A capability that capturing takes, by its number in `linux/capability.h`, and what for.
+const FOR_CAPTURE: [(u32, &str, &str); 3] = [
+    (12, "CAP_NET_ADMIN", "marking our own sockets, attaching to cgroups"),
+    (21, "CAP_SYS_ADMIN", "cgroups, network namespaces"),
+    (39, "CAP_BPF", "loading programs"),
+];
+
+/// What `relay = "splice"` takes: loading a program for sockets, which reads kernel memory, and trying it. Without the last
+/// two the kernel does not say EPERM, but finds fault with the program.
+const FOR_SPLICE: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+/// It stands for CAP_PERFMON and CAP_BPF (capabilities(7)).
+const SYS_ADMIN: u32 = 21;
+
+/// The capabilities that this process has, a bit for each.
+fn effective() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").ok();
+    let bits = status.and_then(|status| {
+        let bits = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+        u64::from_str_radix(bits.trim(), 16).ok()
+    });
+    bits.unwrap_or(0)
+}
+
+/// The capabilities that capturing takes and this process does not have.
+pub fn missing_for_capture() -> Vec<(&'static str, &'static str)> {
+    let effective = effective();
+    FOR_CAPTURE
+        .into_iter()
+        .filter(|(bit, ..)| effective & (1 << bit) == 0)
+        .map(|(_, name, what)| (name, what))
+        .collect()
+}
+
+/// The capabilities that `relay = "splice"` takes and this process does not have.
+pub fn missing_for_splice() -> Vec<&'static str> {
+    missing_of(effective())
+}
+
+fn missing_of(mut effective: u64) -> Vec<&'static str> {
+    if effective & (1 << SYS_ADMIN) != 0 {
+        effective |= 1 << 38 | 1 << 39;
+    }
+    FOR_SPLICE.into_iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| name).collect()
+}
+
+/// The capabilities that capturing takes.
+pub fn names_for_capture() -> [&'static str; 3] {
+    FOR_CAPTURE.map(|(_, name, _)| name)
+}
+
+/// Fails with the names of what is missing.
+pub fn require_for_capture() -> Result<(), Failure> {
+    let missing = missing_for_capture();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|(name, what)| format!("{name} ({what})")).collect();
+    Err(Failure::Privilege(Cause::new(
+        format!("capturing takes privileges that this process lacks: {}", names.join(", ")),
+        "Run it as root: sudo tunnel ...",
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sys_admin_stands_for_bpf_and_perfmon_and_not_for_net_admin() {
+        assert_eq!(missing_of(1 << SYS_ADMIN), ["CAP_NET_ADMIN"]);
+        assert_eq!(missing_of(1 << 12 | 1 << 39), ["CAP_PERFMON"]);
+        assert_eq!(missing_of(0), ["CAP_NET_ADMIN", "CAP_PERFMON", "CAP_BPF"]);
+        assert!(missing_of(1 << SYS_ADMIN | 1 << 12).is_empty() && missing_of(u64::MAX).is_empty());
+    }
+}

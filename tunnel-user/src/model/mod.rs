@@ -1,0 +1,3 @@
+//! Types that every room may use. They do nothing.
+
+pub mod flow;

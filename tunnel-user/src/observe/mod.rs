@@ -1,0 +1,5 @@
+//! What is told about flows: counters, records, log lines.
+
+pub mod repeats;
+pub mod stats;
+pub mod telemetry;

@@ -1,0 +1,380 @@
+//! What was carried.
+//!
+//! Enters: the end of each flow, and what was refused. Leaves: counters, and records for a table.
+//! Invariant: each worker writes its own counters only; nothing on the data path crosses a core. It
+//! never holds more than [`RECORDS_MAX`] records.
+
+use std::{
+    borrow::Cow,
+    cell::{Cell, RefCell},
+    fmt::{self, Write as _},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use serde::{Serialize, Serializer};
+
+use crate::model::flow::{ClientAddr, FarEnd, Identity, Target};
+
+/// Records that one worker keeps for `--stats`; later flows are counted only.
+pub const RECORDS_MAX: usize = 50_000;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Counters of one worker. Only that worker writes them; anybody may read.
+        #[derive(Debug, Default)]
+        #[repr(align(128))] // two cache lines: the prefetcher fetches pairs
+        pub struct Counters {
+            $($(#[$doc])* pub $name: Counter,)*
+        }
+
+        impl Counters {
+            /// Every counter with its name.
+            pub fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.get()),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Flows that reached their target.
+    flows,
+    /// Of those: ended by a reset.
+    flows_reset,
+    /// Bytes from clients to targets.
+    bytes_sent,
+    /// Bytes from targets to clients.
+    bytes_received,
+    /// Of both: moved in the kernel, through pipes.
+    bytes_piped,
+    /// Directions that were copied because there was no pipe for them.
+    pipes_missed,
+    /// Flows whose two sockets a kernel program has joined.
+    flows_spliced,
+    /// Bytes of both directions that it sent on.
+    bytes_spliced,
+    /// Times that a flow went from being copied to the program.
+    splice_promotions,
+    /// Times that the daemon had to look, because the program's credit for a direction was used up.
+    splice_credit_renewed,
+    /// Times that a flow went back to being copied: its messages had become large, or its receiver slow.
+    splice_demotions,
+    /// Flows that were copied because the program had no place for them.
+    splice_no_slot,
+    /// Flows that were copied because the kernel did not take their sockets.
+    splice_refused,
+    /// Refused by policy or by a route.
+    denied,
+    /// Targets that could not be reached.
+    dial_failed,
+    /// Upstreams that could not be reached, or that refused.
+    tunnel_failed,
+    /// CONNECT requests that were none.
+    bad_requests,
+    /// Peers that failed the handshake or were not let in.
+    handshakes_failed,
+    /// Accepted connections without an original destination.
+    no_origin,
+    /// Accepted connections whose original destination was our own capture listener.
+    to_ourselves,
+    /// Connections refused because the limit of flows was reached.
+    over_limit,
+    /// Tunnel connections accepted.
+    tunnels_accepted,
+}
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds.
+    pub fn add(&self, n: u64) {
+        // One writer: a load and a store are enough, and no lock prefix is needed.
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Reads.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// How a flow left this process.
+#[derive(Clone, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Via {
+    /// Dialled from here.
+    Direct,
+    /// In a stream of a connection to this peer.
+    Tunnel {
+        /// The upstream's name.
+        #[serde(serialize_with = "shown")]
+        upstream: Arc<str>,
+        /// Its endpoint.
+        #[serde(serialize_with = "shown")]
+        peer: FarEnd,
+        /// The stream's number on its connection; none where the connection is the flow's alone.
+        stream: Option<u32>,
+    },
+    /// It got nowhere.
+    Nowhere,
+}
+
+impl fmt::Debug for Via {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct => f.write_str("Direct"),
+            Self::Nowhere => f.write_str("Nowhere"),
+            Self::Tunnel { upstream, peer, stream } => {
+                let mut shown = f.debug_struct("Tunnel");
+                // As people write an address, and not as the type is made.
+                shown.field("upstream", upstream).field("peer", &peer.to_string());
+                shown.field("stream", stream).finish()
+            }
+        }
+    }
+}
+
+/// What a flow wanted to reach.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A target.
+    Target(Target),
+    /// What was asked for, and is none.
+    Asked(Box<str>),
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Target(target) => target.fmt(f),
+            Self::Asked(text) => f.write_str(text),
+        }
+    }
+}
+
+/// One flow, after its end. What is known of it is kept as it is, and written out only for who reads it: most flows
+/// are only counted.
+#[derive(Clone, Debug, Serialize)]
+pub struct Record {
+    /// Where it was to go.
+    #[serde(serialize_with = "shown")]
+    pub destination: Destination,
+    /// Who asked for it.
+    #[serde(serialize_with = "shown")]
+    pub client: ClientAddr,
+    /// How it left.
+    pub via: Via,
+    /// Upstreams before that which were this process itself.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub passed: Vec<String>,
+    /// Who the far end proved to be.
+    #[serde(serialize_with = "shown_if_known")]
+    pub identity: Option<Identity>,
+    /// Bytes from the client.
+    pub sent: u64,
+    /// Bytes to the client.
+    pub received: u64,
+    /// From connect to end, in milliseconds.
+    pub duration_ms: f64,
+    /// How it ended.
+    pub outcome: Cow<'static, str>,
+}
+
+fn shown<S: Serializer>(what: &impl fmt::Display, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(what)
+}
+
+fn shown_if_known<S: Serializer>(who: &Option<Identity>, to: S) -> Result<S::Ok, S::Error> {
+    match who {
+        Some(who) => to.collect_str(who),
+        None => to.serialize_none(),
+    }
+}
+
+impl Record {
+    /// A record of a flow that got nowhere, to be filled in.
+    pub fn new(target: &Target, client: ClientAddr) -> Self {
+        Self {
+            destination: Destination::Target(target.clone()),
+            client,
+            via: Via::Nowhere,
+            passed: Vec::new(),
+            identity: None,
+            sent: 0,
+            received: 0,
+            duration_ms: 0.0,
+            outcome: Cow::Borrowed(""),
+        }
+    }
+
+    /// It went through a tunnel.
+    pub fn through(
+        &mut self,
+        upstream: &Arc<str>,
+        peer: &FarEnd,
+        stream: Option<u32>,
+        identity: Option<&Identity>,
+    ) {
+        self.via = Via::Tunnel { upstream: Arc::clone(upstream), peer: peer.clone(), stream };
+        self.identity = identity.cloned();
+    }
+
+    /// For the log: the upstreams that were this process itself, if there were any.
+    pub fn passed(&self) -> Option<String> {
+        (!self.passed.is_empty()).then(|| self.passed.join(", "))
+    }
+
+    /// It took this long.
+    pub fn lasted(&mut self, duration: Duration) {
+        self.duration_ms = duration.as_secs_f64() * 1e3;
+    }
+}
+
+/// The records of one worker.
+#[derive(Debug, Default)]
+pub struct Records {
+    keep: bool,
+    records: RefCell<Vec<Record>>,
+    dropped: Cell<u64>,
+}
+
+impl Records {
+    /// Keeps records only if somebody will ask.
+    pub fn new(keep: bool) -> Self {
+        Self { keep, ..Self::default() }
+    }
+
+    /// Adds one.
+    pub fn push(&self, record: Record) {
+        if !self.keep {
+            return;
+        }
+        let mut records = self.records.borrow_mut();
+        if records.len() < RECORDS_MAX {
+            records.push(record);
+        } else {
+            self.dropped.set(self.dropped.get() + 1);
+        }
+    }
+
+    /// All of them, and how many there was no room for.
+    pub fn take(&self) -> (Vec<Record>, u64) {
+        (self.records.take(), self.dropped.take())
+    }
+}
+
+/// The table of `--stats`.
+pub fn table(records: &[Record], dropped: u64) -> String {
+    const HEAD: [&str; 8] =
+        ["DESTINATION", "GATEWAY", "STREAM", "IDENTITY", "SENT", "RECEIVED", "TIME", "OUTCOME"];
+    let rows: Vec<[String; 8]> = records
+        .iter()
+        .map(|r| {
+            let (gateway, stream) = match &r.via {
+                Via::Direct => ("direct".to_owned(), "-".to_owned()),
+                Via::Tunnel { peer, stream, .. } => {
+                    (peer.to_string(), stream.map_or_else(|| "-".to_owned(), |n| n.to_string()))
+                }
+                Via::Nowhere => ("-".to_owned(), "-".to_owned()),
+            };
+            let gateway = r.passed().map_or(gateway.clone(), |passed| format!("{passed}, {gateway}"));
+            [
+                r.destination.to_string(),
+                gateway,
+                stream,
+                r.identity.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string),
+                bytes(r.sent),
+                bytes(r.received),
+                time(r.duration_ms),
+                r.outcome.to_string(),
+            ]
+        })
+        .collect();
+    let mut widths = HEAD.map(str::len);
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut out = String::new();
+    for row in std::iter::once(HEAD.map(str::to_owned)).chain(rows) {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(widths)
+            .enumerate()
+            .map(|(i, (cell, width))| {
+                // Numbers to the right.
+                if matches!(i, 2 | 4..=6) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            })
+            .collect();
+        // Writing to a String does not fail.
+        let _written = writeln!(out, "{}", cells.join("  ").trim_end());
+    }
+    if dropped > 0 {
+        let _written = writeln!(out, "and {dropped} more");
+    }
+    out
+}
+
+/// Three digits and a unit, powers of 1024.
+fn bytes(n: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if n < 1024 {
+        return format!("{n} B");
+    }
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let mut value = n as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1000.0 && unit < UNITS.len() - 1 {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+fn time(ms: f64) -> String {
+    if ms < 1000.0 { format!("{ms:.1} ms") } else { format!("{:.2} s", ms / 1e3) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::flow::PeerAddr;
+
+    #[test]
+    fn the_table_lines_up_and_says_what_was_left_out() {
+        let mut record =
+            Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        let gateway = FarEnd::Socket(PeerAddr("10.77.0.2:15008".parse().unwrap()));
+        record.through(&"gateway".into(), &gateway, Some(3), None);
+        (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".into());
+        record.lasted(Duration::from_micros(1234));
+        let text = table(&[record], 2);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 3);
+        assert!(lines[1].starts_with("10.200.0.10:80  10.77.0.2:15008"), "{text}");
+        assert!(
+            lines[1].contains("76 B") && lines[1].contains("50.0 MiB") && lines[1].contains("1.2 ms"),
+            "{text}"
+        );
+        assert_eq!(lines[0].find("OUTCOME"), lines[1].find("closed"));
+        assert_eq!(lines[2], "and 2 more");
+    }
+
+    #[test]
+    fn records_are_bounded() {
+        let records = Records::new(true);
+        let one = Record::new(&"a:1".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        for _ in 0..RECORDS_MAX + 3 {
+            records.push(one.clone());
+        }
+        let (kept, dropped) = records.take();
+        assert_eq!((kept.len(), dropped), (RECORDS_MAX, 3));
+    }
+}

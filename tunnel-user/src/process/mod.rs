@@ -1,0 +1,9 @@
+//! What a process is made of: its start, its limits and its memory, its signals, its end.
+
+pub mod drain;
+pub mod exit;
+pub mod files;
+pub mod limits;
+pub mod memory;
+pub mod panics;
+pub mod signal;

@@ -1,0 +1,185 @@
+//! The router: from what is known about a flow to where it goes.
+//!
+//! Enters: a [`Flow`]. Leaves: an upstream, or the order to dial or to refuse, and the terms of the route.
+//! Invariant: the first route that matches decides, and no match is a refusal; targets and peers are looked
+//! up, the other conditions are asked of the routes that are left. It never resolves a name, and has no state:
+//! chance is an argument.
+//!
+//! What a route asks of the carried connection itself (`sni`, `http_host`, and an authority made of them) is not
+//! known before its first bytes. The first route that takes a flow but for that is a [`Decision`] of its own: look,
+//! and ask again. A flow that an earlier route takes is not looked at.
+
+use crate::{
+    config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
+    identity::san::SanPattern,
+    model::flow::{Flow, HostName, Identity, Inside, Target},
+    routing::index::{PeerIndex, PeerSet, TargetIndex},
+};
+
+mod fixed;
+#[cfg(test)]
+mod tests;
+
+pub use self::fixed::{Fixed, fixed};
+
+/// Who handed us a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// eBPF, or a rule, redirected an application's connect() to us.
+    Captured,
+    /// A peer sent a CONNECT request to one of our listeners.
+    Listener,
+}
+
+/// Where a flow goes.
+#[derive(Clone, Copy, Debug)]
+pub enum Decision<'a> {
+    /// Through an upstream.
+    Upstream {
+        /// Which: an index into the configuration's.
+        upstream: usize,
+        /// All that the route names, and their weights; see [`another`].
+        shares: &'a [(usize, u32)],
+        /// On which terms.
+        terms: &'a Terms,
+    },
+    /// We dial.
+    Dial {
+        /// What, in place of the target.
+        instead: Option<&'a Target>,
+        /// On which terms.
+        terms: &'a Terms,
+    },
+    /// It depends on what the client sends first: to be asked again with [`Flow::inside`].
+    Look,
+    /// A route refuses it.
+    Deny,
+    /// No route takes it; it is refused.
+    NoRoute,
+}
+
+/// The routes of a configuration.
+#[derive(Clone, Debug)]
+pub struct Router {
+    routes: Vec<Route>,
+    /// Whether one of them asks for what is inside: else no flow pays for the question.
+    asks_inside: bool,
+    targets: TargetIndex,
+    peers: PeerIndex,
+}
+
+impl Router {
+    /// From the configuration's routes, in their order.
+    pub fn new(routes: Vec<Route>) -> Self {
+        let targets = TargetIndex::new(routes.iter().map(|r| {
+            let addresses = r.matches.destination.iter().cloned().map(TargetPattern::Addr);
+            addresses.chain(r.matches.host.iter().cloned().map(TargetPattern::Name))
+        }));
+        let peers = PeerIndex::new(routes.iter().map(peers_of));
+        let asks_inside = routes.iter().any(Route::asks_inside);
+        Self { routes, asks_inside, targets, peers }
+    }
+
+    /// Which routes speak of a peer, for [`Flow::peer`]: found out once for a connection.
+    pub fn peer(&self, who: Option<&Identity>) -> PeerSet {
+        self.peers.set(who)
+    }
+
+    /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
+    pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
+        let route = match self.first(flow) {
+            Some(Taken::By(route)) => route,
+            Some(Taken::Perhaps) => return Decision::Look,
+            None => return Decision::NoRoute,
+        };
+        let terms = &route.terms;
+        match &route.to {
+            Action::Deny => Decision::Deny,
+            Action::Direct => Decision::Dial { instead: None, terms },
+            Action::Dial(target) => Decision::Dial { instead: Some(target), terms },
+            Action::Upstreams(shares) => pick(shares, random, &[])
+                .map_or(Decision::NoRoute, |upstream| Decision::Upstream { upstream, shares, terms }),
+        }
+    }
+
+    fn first(&self, flow: &Flow<'_>) -> Option<Taken<'_>> {
+        let takers = self.targets.takers(flow.target);
+        let mut from = 0;
+        loop {
+            let rule = takers.next(from)?;
+            if !self.peers.admits(flow.peer, rule) {
+                from = self.peers.next(flow.peer, rule)?;
+                continue;
+            }
+            let route = self.routes.get(rule)?;
+            if takes(&route.matches, flow) {
+                if !self.asks_inside || !route.asks_inside() {
+                    return Some(Taken::By(route));
+                }
+                match flow.inside {
+                    None => return Some(Taken::Perhaps),
+                    Some(inside) if takes_inside(&route.matches, inside) => return Some(Taken::By(route)),
+                    Some(_) => {}
+                }
+            }
+            from = rule + 1;
+        }
+    }
+}
+
+/// The first route that takes a flow, as far as is known.
+enum Taken<'a> {
+    By(&'a Route),
+    /// Nobody has looked at what it asks for.
+    Perhaps,
+}
+
+fn peers_of(route: &Route) -> Option<&[SanPattern]> {
+    Some(route.matches.identity.as_slice()).filter(|names| !names.is_empty())
+}
+
+/// Whether the conditions hold that no index answers.
+fn takes(wanted: &Match, flow: &Flow<'_>) -> bool {
+    let named = || {
+        let names = match flow.source {
+            Source::Captured => &wanted.capture,
+            Source::Listener => &wanted.listener,
+        };
+        flow.name.is_some_and(|name| names.iter().any(|n| n == name))
+    };
+    let asked_for = |name: &str| wanted.server_name.iter().any(|p| p.contains(name, 0));
+    let headers = flow.request.map(|r| r.headers);
+    (wanted.source.is_empty() || wanted.source.contains(&flow.source))
+        && ((wanted.listener.is_empty() && wanted.capture.is_empty()) || named())
+        && (wanted.server_name.is_empty() || flow.server_name.is_some_and(asked_for))
+        && wanted.headers.iter().all(|h| h.matches(headers))
+}
+
+/// Whether the conditions hold that are about the carried connection.
+fn takes_inside(wanted: &Match, inside: &Inside) -> bool {
+    let is = |names: &[NamePattern], found: Option<&HostName>| {
+        found.is_some_and(|found| names.iter().any(|name| name.contains(found.as_str(), 0)))
+    };
+    !wanted.asks_inside() || is(&wanted.sni, inside.sni()) || is(&wanted.http_host, inside.host())
+}
+
+/// One more upstream of a route, in the place of those that were tried; none when all were.
+pub fn another(shares: &[(usize, u32)], tried: &[usize], random: u32) -> Option<usize> {
+    pick(shares, random, tried)
+}
+
+/// The upstream into whose share `random` falls, without those that were tried. `None` only when all were, or all
+/// weights are 0, which the configuration does not admit.
+fn pick(shares: &[(usize, u32)], random: u32, tried: &[usize]) -> Option<usize> {
+    let left = || shares.iter().filter(|(upstream, _)| !tried.contains(upstream));
+    let sum: u64 = left().map(|(_, weight)| u64::from(*weight)).sum();
+    // Scaled rather than reduced modulo the sum: no share gains by the remainder.
+    let mut point = (u64::from(random) * sum) >> u32::BITS;
+    for (upstream, weight) in left() {
+        match point.checked_sub(u64::from(*weight)) {
+            None => return Some(*upstream),
+            Some(left) => point = left,
+        }
+    }
+    None
+}

@@ -1,0 +1,440 @@
+//! Which route takes a flow: by example, and for any routes as they stand, one after the other.
+//!
+//! Enters: routes, flows. Leaves: decisions. Invariant: the linear definition is the specification. It never
+//! needs a file.
+
+use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    config::{Authority, HeaderMatch, Terms, ValueMatch},
+    identity::san::San,
+    model::flow::{ClientAddr, Head},
+};
+
+/// A flow, owned.
+#[derive(Clone, Debug)]
+struct Told {
+    source: Source,
+    name: Option<&'static str>,
+    target: Target,
+    who: Option<Identity>,
+    server_name: Option<&'static str>,
+    headers: Option<HeaderMap>,
+    inside: Option<Inside>,
+}
+
+impl Told {
+    fn captured(target: &str) -> Self {
+        let target = target.parse().unwrap();
+        Self {
+            source: Source::Captured,
+            name: None,
+            target,
+            who: None,
+            server_name: None,
+            headers: None,
+            inside: None,
+        }
+    }
+
+    fn asked(target: &str) -> Self {
+        Self { source: Source::Listener, headers: Some(HeaderMap::new()), ..Self::captured(target) }
+    }
+
+    fn by(self, who: &str) -> Self {
+        Self { who: Some(Identity(who.into())), ..self }
+    }
+
+    fn named(self, name: &'static str) -> Self {
+        Self { name: Some(name), ..self }
+    }
+
+    fn calling(self, server_name: &'static str) -> Self {
+        Self { server_name: Some(server_name), ..self }
+    }
+
+    fn saying(mut self, name: &'static str, value: &str) -> Self {
+        let headers = self.headers.get_or_insert_default();
+        headers.append(HeaderName::from_static(name), HeaderValue::try_from(value).unwrap());
+        self
+    }
+
+    fn showing(self, inside: Inside) -> Self {
+        Self { inside: Some(inside), ..self }
+    }
+
+    fn with<T>(&self, router: &Router, look: impl FnOnce(&Flow<'_>) -> T) -> T {
+        let peer = router.peer(self.who.as_ref());
+        let client = ClientAddr("192.0.2.1:40000".parse().unwrap());
+        let request = self.headers.as_ref().map(|headers| Head { version: Version::HTTP_2, headers });
+        look(&Flow {
+            source: self.source,
+            name: self.name,
+            target: &self.target,
+            client,
+            identity: self.who.as_ref(),
+            peer: &peer,
+            server_name: self.server_name,
+            request,
+            inside: self.inside.as_ref(),
+        })
+    }
+}
+
+fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+fn route(matches: Match, to: Action) -> Route {
+    Route { matches, to, terms: Terms::default() }
+}
+
+/// Routes that each go through an upstream of their own.
+fn numbered(matches: Vec<Match>) -> Router {
+    let own = |(i, matches)| route(matches, Action::Upstreams(vec![(i, 1)]));
+    Router::new(matches.into_iter().enumerate().map(own).collect())
+}
+
+/// The number of the route that takes it.
+fn taken(router: &Router, told: &Told) -> Option<usize> {
+    told.with(router, |flow| match router.decide(flow, 0) {
+        Decision::Upstream { upstream, .. } => Some(upstream),
+        _ => None,
+    })
+}
+
+/// The same; nothing where the router wants to look first.
+fn decided(router: &Router, told: &Told) -> Option<Option<usize>> {
+    told.with(router, |flow| match router.decide(flow, 0) {
+        Decision::Look => None,
+        Decision::Upstream { upstream, .. } => Some(Some(upstream)),
+        _ => Some(None),
+    })
+}
+
+#[test]
+fn the_first_match_wins_and_no_match_is_refused() {
+    let to = |destination: &[&str]| Match { destination: all(destination), ..Match::default() };
+    let router = Router::new(vec![
+        route(to(&["10.1.0.0/16"]), Action::Deny),
+        route(
+            Match { source: vec![Source::Captured], ..to(&["10.0.0.0/8:80"]) },
+            Action::Upstreams(vec![(3, 1)]),
+        ),
+        route(
+            Match { source: vec![Source::Listener], host: all(&["*.internal"]), ..Match::default() },
+            Action::Direct,
+        ),
+        route(
+            Match { source: vec![Source::Listener], host: all(&["db.example:5432"]), ..Match::default() },
+            Action::Dial("10.3.0.1:5432".parse().unwrap()),
+        ),
+    ]);
+    let decide = |told: Told| {
+        told.with(&router, |flow| match router.decide(flow, 0) {
+            Decision::Upstream { upstream, .. } => upstream.to_string(),
+            Decision::Dial { instead: None, .. } => "direct".to_owned(),
+            Decision::Dial { instead: Some(target), .. } => target.to_string(),
+            Decision::Deny => "deny".to_owned(),
+            Decision::NoRoute => "none".to_owned(),
+            Decision::Look => "look".to_owned(),
+        })
+    };
+    assert_eq!(decide(Told::captured("10.1.0.1:80")), "deny");
+    assert_eq!(decide(Told::captured("10.2.0.1:80")), "3");
+    assert_eq!(decide(Told::captured("[::ffff:10.2.0.1]:80")), "3");
+    assert_eq!(decide(Told::captured("10.2.0.1:81")), "none");
+    assert_eq!(decide(Told::asked("10.2.0.1:80")), "none");
+    assert_eq!(decide(Told::asked("a.internal:80")), "direct");
+    assert_eq!(decide(Told::asked("a.example:80")), "none");
+    assert_eq!(decide(Told::asked("db.example:5432")), "10.3.0.1:5432");
+}
+
+#[test]
+fn an_address_and_a_name_may_stand_in_one_route() {
+    let either = Match {
+        destination: all(&["10.0.0.0/8:80"]),
+        host: all(&["*.internal", "web.example:443"]),
+        ..Match::default()
+    };
+    let router = numbered(vec![either]);
+    for (target, is) in [
+        ("10.0.0.1:80", true),
+        ("10.0.0.1:81", false),
+        ("a.internal:9", true),
+        ("internal:9", false),
+        ("web.example:443", true),
+        ("web.example:80", false),
+    ] {
+        assert_eq!(taken(&router, &Told::captured(target)).is_some(), is, "{target}");
+    }
+}
+
+#[test]
+fn listeners_and_captures_are_told_apart_by_their_names() {
+    let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+    let router = numbered(vec![
+        Match { listener: names(&["public", "other"]), ..Match::default() },
+        Match { capture: names(&["batch"]), ..Match::default() },
+        Match { listener: names(&["inner"]), capture: names(&["web.service"]), ..Match::default() },
+    ]);
+    let target = "10.0.0.1:80";
+    for (told, wanted) in [
+        (Told::asked(target).named("public"), Some(0)),
+        (Told::captured(target).named("public"), None),
+        (Told::captured(target).named("batch"), Some(1)),
+        (Told::asked(target).named("batch"), None),
+        (Told::asked(target).named("inner"), Some(2)),
+        (Told::captured(target).named("web.service"), Some(2)),
+        (Told::captured(target), None),
+    ] {
+        assert_eq!(taken(&router, &told), wanted, "{told:?}");
+    }
+}
+
+#[test]
+fn peers_are_told_apart_by_who_they_are_and_what_they_called_us() {
+    let router = numbered(vec![
+        Match { identity: all(&["spiffe://example.org/ns/*/sa/web", "web.example"]), ..Match::default() },
+        Match { server_name: all(&["gw.internal", "*.gw.internal"]), ..Match::default() },
+    ]);
+    let told = || Told::asked("10.0.0.1:80");
+    assert_eq!(taken(&router, &told().by("spiffe://example.org/ns/a/sa/web")), Some(0));
+    assert_eq!(taken(&router, &told().by("WEB.example")), Some(0));
+    assert_eq!(taken(&router, &told().by("spiffe://example.org/ns/a/sa/db")), None);
+    assert_eq!(taken(&router, &told().calling("GW.internal")), Some(1));
+    assert_eq!(taken(&router, &told().calling("a.gw.internal")), Some(1));
+    assert_eq!(taken(&router, &told().calling("gw.example")), None);
+    assert_eq!(taken(&router, &told()), None);
+}
+
+#[test]
+fn headers_are_matched_line_by_line_and_all_conditions_have_to_hold() {
+    let header = |value| HeaderMatch { name: HeaderName::from_static("x-route"), value };
+    let regex = |text: &str| ValueMatch::Regex(text.parse().unwrap());
+    let one = |value| Match { headers: vec![header(value)], ..Match::default() };
+    let told = |lines: &[&str]| lines.iter().fold(Told::asked("10.0.0.1:80"), |t, l| t.saying("x-route", l));
+    for (value, lines, is) in [
+        (ValueMatch::Exact("canary".into()), &["canary"][..], true),
+        (ValueMatch::Exact("canary".into()), &["stable", "canary"], true),
+        (ValueMatch::Exact("canary".into()), &["Canary"], false),
+        (ValueMatch::Exact("canary".into()), &["canary-2"], false),
+        (ValueMatch::Exact("canary".into()), &[], false),
+        (ValueMatch::Prefix("canary".into()), &["canary-2"], true),
+        (ValueMatch::Prefix("canary".into()), &["a canary"], false),
+        (ValueMatch::Present(true), &[""], true),
+        (ValueMatch::Present(true), &[], false),
+        (ValueMatch::Present(false), &[], true),
+        (ValueMatch::Present(false), &["x"], false),
+        (regex("v[0-9]+|latest"), &["v12"], true),
+        (regex("v[0-9]+|latest"), &["latest"], true),
+        (regex("v|v1"), &["v1"], true),
+        (regex("v[0-9]+|latest"), &["v12 "], false),
+        (regex("v[0-9]+|latest"), &["the latest"], false),
+        (regex("(?i)canary"), &["CANARY"], true),
+    ] {
+        let said = format!("{value:?} {lines:?}");
+        assert_eq!(taken(&numbered(vec![one(value)]), &told(lines)).is_some(), is, "{said}");
+    }
+    let both = Match {
+        headers: vec![
+            header(ValueMatch::Exact("canary".into())),
+            HeaderMatch { name: HeaderName::from_static("x-team"), value: ValueMatch::Present(true) },
+        ],
+        ..Match::default()
+    };
+    let router = numbered(vec![both]);
+    assert_eq!(taken(&router, &told(&["canary"])), None);
+    assert_eq!(taken(&router, &told(&["canary"]).saying("x-team", "a")), Some(0));
+    let captured = Told::captured("10.0.0.1:80");
+    assert_eq!(taken(&numbered(vec![one(ValueMatch::Present(true))]), &captured), None);
+    assert_eq!(taken(&numbered(vec![one(ValueMatch::Present(false))]), &captured), Some(0));
+}
+
+#[test]
+fn weights_divide_the_flows_exactly() {
+    let shares = Action::Upstreams(vec![(0, 90), (1, 0), (2, 10)]);
+    let router = Router::new(vec![route(Match::default(), shares)]);
+    let told = Told::captured("10.0.0.1:80");
+    let decide = |random| {
+        told.with(&router, |flow| match router.decide(flow, random) {
+            Decision::Upstream { upstream, .. } => upstream,
+            other => panic!("{other:?}"),
+        })
+    };
+    let mut count = [0; 3];
+    for i in 0..1000u32 {
+        count[decide(i * (u32::MAX / 1000))] += 1;
+    }
+    assert_eq!(count[1], 0);
+    assert!((899..=901).contains(&count[0]), "{count:?}");
+    assert_eq!(decide(u32::MAX), 2);
+}
+
+#[test]
+fn what_a_client_sends_is_looked_at_only_where_it_decides() {
+    let sni = |names: &[&str]| Match { sni: all(names), ..Match::default() };
+    let web = || Match { destination: all(&["10.0.0.0/8:443"]), ..Match::default() };
+    let router = numbered(vec![
+        Match { destination: all(&["10.1.0.0/16"]), ..Match::default() },
+        Match { sni: all(&["*.internal"]), ..web() },
+        Match { sni: all(&["both.example"]), http_host: all(&["both.example"]), ..web() },
+        web(),
+        sni(&["late.internal"]),
+    ]);
+    let told = || Told::captured("10.2.0.1:443");
+    assert_eq!(decided(&router, &Told::captured("10.1.0.1:443")), Some(Some(0)), "an earlier route takes it");
+    assert_eq!(decided(&router, &told()), None);
+    assert_eq!(decided(&router, &Told::captured("10.2.0.1:80")), None, "the last route might");
+    let name = |name| HostName::new(name).unwrap();
+    for (inside, wanted) in [
+        (Inside::Nothing, 3),
+        (Inside::Sni(name("A.internal.")), 1),
+        (Inside::Sni(name("internal")), 3),
+        (Inside::Host(name("a.internal")), 3),
+        (Inside::Sni(name("both.example")), 2),
+        (Inside::Host(name("both.example")), 2),
+        (Inside::Sni(name("late.internal")), 1),
+    ] {
+        assert_eq!(decided(&router, &told().showing(inside.clone())), Some(Some(wanted)), "{inside:?}");
+    }
+    let other = Told::captured("10.2.0.1:80").showing(Inside::Nothing);
+    assert_eq!(decided(&router, &other), Some(None));
+}
+
+#[test]
+fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
+    let terms = Terms { authority: Authority::Sni, ..Terms::default() };
+    let to = Action::Upstreams(vec![(0, 1)]);
+    let router = Router::new(vec![Route { matches: Match::default(), to, terms }]);
+    let told = Told::captured("10.2.0.1:443");
+    assert_eq!(decided(&router, &told), None);
+    assert_eq!(decided(&router, &told.showing(Inside::Nothing)), Some(Some(0)));
+}
+
+#[test]
+fn another_upstream_is_one_that_was_not_tried_and_is_in_use() {
+    let shares = [(4, 90), (5, 0), (6, 10)];
+    for random in [0, u32::MAX / 2, u32::MAX] {
+        assert_eq!(another(&shares, &[4], random), Some(6));
+        assert_eq!(another(&shares, &[6], random), Some(4));
+        assert_eq!(another(&shares, &[6, 4], random), None);
+    }
+}
+
+/// The definition: every condition of one route after the other. Nothing where one is met that asks what nobody
+/// has looked at.
+fn linear(routes: &[Match], told: &Told) -> Option<Option<usize>> {
+    let takes = |m: &Match| {
+        let from = m.source.is_empty() || m.source.contains(&told.source);
+        let names = if told.source == Source::Captured { &m.capture } else { &m.listener };
+        let named = (m.listener.is_empty() && m.capture.is_empty())
+            || told.name.is_some_and(|name| names.iter().any(|n| n == name));
+        let to = (m.destination.is_empty() && m.host.is_empty())
+            || match &told.target {
+                Target::Addr(addr) => m.destination.iter().any(|p| p.contains(*addr)),
+                Target::Name(name, port) => m.host.iter().any(|p| p.contains(name, *port)),
+            };
+        let by = m.identity.is_empty()
+            || told.who.as_ref().is_some_and(|who| m.identity.iter().any(|p| p.matches(&San::from(who))));
+        let calling = m.server_name.is_empty()
+            || told.server_name.is_some_and(|name| m.server_name.iter().any(|p| p.contains(name, 0)));
+        let saying = m.headers.iter().all(|h| h.matches(told.headers.as_ref()));
+        from && named && to && by && calling && saying
+    };
+    for (number, m) in routes.iter().enumerate().filter(|(_, m)| takes(m)) {
+        let (sni, host) = match &told.inside {
+            _ if m.sni.is_empty() && m.http_host.is_empty() => return Some(Some(number)),
+            None => return None,
+            Some(inside) => (inside.sni(), inside.host()),
+        };
+        let is = |names: &[NamePattern], found: Option<&HostName>| {
+            found.is_some_and(|found| names.iter().any(|p| p.contains(found.as_str(), 0)))
+        };
+        if is(&m.sni, sni) || is(&m.http_host, host) {
+            return Some(Some(number));
+        }
+    }
+    Some(None)
+}
+
+/// None, or one or two of these.
+fn some_of<T: Clone + std::fmt::Debug + 'static>(of: Vec<T>) -> impl Strategy<Value = Vec<T>> {
+    prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(prop::sample::select(of), 1..3)]
+}
+
+fn any_match() -> impl Strategy<Value = Match> {
+    let header = HeaderMatch {
+        name: HeaderName::from_static("x-route"),
+        value: ValueMatch::Exact("canary".to_owned()),
+    };
+    let destination = all(&["0.0.0.0/0", "10.0.0.0/8:80", "10.1.0.0/16", "10.1.0.1:81", "::/0", "fd00::/8"]);
+    (
+        some_of(vec![Source::Captured, Source::Listener]),
+        some_of(vec!["a".to_owned(), "b".to_owned()]),
+        some_of(vec!["a".to_owned(), "b".to_owned()]),
+        some_of(destination),
+        some_of(all(&["*.internal", "*.b.internal:80", "a.b.internal", "web.example:81"])),
+        some_of(all(&["s://t/a", "s://t/*", "*.example"])),
+        some_of(all(&["gw", "*.gw"])),
+        some_of(vec![header]),
+        (some_of(all(&["a.inside", "*.b.inside"])), some_of(all(&["*.inside", "c.inside"]))),
+    )
+        .prop_map(
+            |(source, listener, capture, destination, host, identity, server_name, headers, inside)| {
+                let (sni, http_host) = inside;
+                let to = Match { destination, host, ..Match::default() };
+                Match { source, listener, capture, identity, server_name, headers, sni, http_host, ..to }
+            },
+        )
+}
+
+fn any_told() -> impl Strategy<Value = Told> {
+    let host = prop::sample::select(vec![
+        "10.1.0.1",
+        "10.2.0.1",
+        "11.0.0.1",
+        "[::ffff:10.1.0.1]",
+        "[fd00::1]",
+        "[2001:db8::1]",
+        "a.internal",
+        "a.b.internal",
+        "x.b.internal",
+        "internal",
+        "web.example",
+    ]);
+    (
+        prop::bool::ANY,
+        prop::option::of(prop::sample::select(vec!["a", "b", "c"])),
+        (host, 80u16..83),
+        prop::option::of(prop::sample::select(vec!["s://t/a", "s://t/b", "s://u/a", "a.example"])),
+        prop::option::of(prop::sample::select(vec!["gw", "a.gw", "no"])),
+        prop::option::of(prop::sample::select(vec!["canary", "stable"])),
+        prop::option::of(any_inside()),
+    )
+        .prop_map(|(captured, name, (host, port), who, server_name, header, inside)| {
+            let target = format!("{host}:{port}");
+            let told = if captured { Told::captured(&target) } else { Told::asked(&target) };
+            let told = Told { name, who: who.map(|w| Identity(w.into())), server_name, inside, ..told };
+            header.into_iter().fold(told, |told, value| told.saying("x-route", value))
+        })
+}
+
+fn any_inside() -> impl Strategy<Value = Inside> {
+    let name = prop::sample::select(vec!["a.inside", "x.b.inside", "c.inside", "elsewhere"]);
+    let name = name.prop_map(|name| HostName::new(name).unwrap());
+    prop_oneof![Just(Inside::Nothing), name.clone().prop_map(Inside::Sni), name.prop_map(Inside::Host),]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4_000))]
+    #[test]
+    fn the_index_decides_as_one_route_after_the_other(
+        routes in prop::collection::vec(any_match(), 0..8), told in any_told(),
+    ) {
+        let wanted = linear(&routes, &told);
+        prop_assert_eq!(decided(&numbered(routes), &told), wanted);
+    }
+}

@@ -1,0 +1,74 @@
+//! Looks at what a client sends first, before the flow is routed.
+//!
+//! Enters: the client's leg, and bytes that it has sent already. Leaves: the name that its TLS, or its HTTP/1
+//! request, asks for, and every byte that was read, in order. Invariant: it ends within its limit of time and
+//! [`BYTES_MAX`]; what it does not understand is nothing found, and never an error. It never changes a byte.
+
+mod http;
+mod tls;
+
+use std::{future::poll_fn, time::Duration};
+
+use tokio::time::timeout;
+
+use crate::{
+    model::flow::Inside,
+    relay::{Broken, Leg, Queue},
+};
+
+/// The most bytes that are looked at: one whole TLS record (RFC 8446 section 5.1), which a ClientHello fits with
+/// post-quantum key shares (2 KiB) and a session ticket beside them; and as much as the head of any HTTP/1
+/// message of ours.
+pub const BYTES_MAX: usize = 16 * 1024;
+
+/// What the first bytes of a connection say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing yet: more bytes may change that.
+    More,
+    /// This, whatever follows.
+    Done(Inside),
+}
+
+/// Looks at the first bytes of a connection. TLS begins with a handshake record, HTTP/1 with a method in capital
+/// letters; what begins otherwise is neither, from its first byte.
+pub fn look(bytes: &[u8]) -> Look {
+    match bytes.first() {
+        None => Look::More,
+        Some(&tls::HANDSHAKE) => tls::look(bytes),
+        Some(b'A'..=b'Z') => http::look(bytes),
+        Some(_) => Look::Done(Inside::Nothing),
+    }
+}
+
+/// Reads from `leg` until its first bytes have said what they are, for `limit` at most. `early` holds what was
+/// read before, and then what was read here too. An end is left for the relay to pass on: a leg says it again.
+pub async fn inspect(leg: &mut impl Leg, early: &mut Queue, limit: Duration) -> Result<Inside, Broken> {
+    let mut seen = Vec::new();
+    early.with_slices(|slices| slices.iter().for_each(|slice| note(&mut seen, slice)));
+    let reading = async {
+        loop {
+            if let Look::Done(found) = look(&seen) {
+                return Ok(found);
+            }
+            if seen.len() >= BYTES_MAX {
+                return Ok(Inside::Nothing);
+            }
+            let Some(chunk) = poll_fn(|cx| leg.poll_recv(cx)).await? else {
+                return Ok(Inside::Nothing);
+            };
+            note(&mut seen, &chunk);
+            early.push(chunk);
+        }
+    };
+    // A client that waits for its server to speak is not kept waiting for longer.
+    timeout(limit, reading).await.unwrap_or(Ok(Inside::Nothing))
+}
+
+fn note(seen: &mut Vec<u8>, bytes: &[u8]) {
+    let room = BYTES_MAX - seen.len();
+    seen.extend_from_slice(&bytes[..bytes.len().min(room)]);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! Sink 1: a plain TCP connection to the target.
+//!
+//! Enters: a target that policy has allowed. Leaves: a connected socket, or which of the ways to fail it
+//! was. Invariant: every wait has a bound, and only addresses that the caller's filter passed are tried.
+//! It never falls back to another target.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, timeout_at},
+};
+
+use crate::{
+    model::flow::Target,
+    transport::{
+        resolver::{self as names, Unanswered},
+        tcp::{self, Connected, First, Own},
+    },
+};
+
+/// How long one address is tried before the next is tried beside it (RFC 8305 section 5, "Connection
+/// Attempt Delay").
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// The most addresses of one name that are tried: resolvers have been seen to return hundreds.
+const ADDRESSES_MAX: usize = 16;
+
+/// Why the target could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The name has no address, or the resolver failed.
+    #[error("{name} does not resolve: {source}")]
+    Resolve {
+        /// The name.
+        name: String,
+        /// What the resolver said.
+        #[source]
+        source: io::Error,
+    },
+    /// Its name servers have not answered in time.
+    #[error("{name} was not resolved within {after:?}")]
+    ResolveTimeout {
+        /// The name.
+        name: String,
+        /// The time allowed.
+        after: Duration,
+    },
+    /// Nothing listens there.
+    #[error("{addr} refused the connection")]
+    Refused {
+        /// The last address tried.
+        addr: SocketAddr,
+    },
+    /// No route, or the network says so.
+    #[error("{addr} is unreachable: {source}")]
+    Unreachable {
+        /// The last address tried.
+        addr: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No answer within the time allowed.
+    #[error("no answer from {target} within {after:?}")]
+    Timeout {
+        /// The target.
+        target: Target,
+        /// The time allowed.
+        after: Duration,
+    },
+    /// This process could not make the attempt: out of descriptors, ports or memory.
+    #[error("this node could not connect to {addr}: {source}")]
+    Local {
+        /// The last address tried.
+        addr: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).
+pub async fn resolve(target: &Target, own: &Own) -> Result<Vec<SocketAddr>, DialError> {
+    let (name, port) = match target {
+        Target::Addr(addr) => return Ok(vec![*addr]),
+        Target::Name(name, port) => (name, *port),
+    };
+    let found = names::addresses_of(name, own).await.map_err(|e| match e {
+        Unanswered::Late => DialError::ResolveTimeout { name: name.clone(), after: names::PATIENCE },
+        Unanswered::Failed(why) => DialError::Resolve { name: name.clone(), source: io::Error::other(why) },
+    })?;
+    in_turn(name, port, found)
+}
+
+/// The same where nobody has to be asked: the target is an address, or this host's own files know its name.
+pub fn resolved(target: &Target) -> Option<Result<Vec<SocketAddr>, DialError>> {
+    match target {
+        Target::Addr(addr) => Some(Ok(vec![*addr])),
+        Target::Name(name, port) => names::of_this_host(name).map(|found| in_turn(name, *port, found)),
+    }
+}
+
+fn in_turn(name: &str, port: u16, found: Vec<IpAddr>) -> Result<Vec<SocketAddr>, DialError> {
+    let found = found.into_iter().map(|ip| SocketAddr::new(ip, port));
+    let (mut v6, mut v4): (VecDeque<_>, VecDeque<_>) = found.partition(SocketAddr::is_ipv6);
+    let mut addrs = Vec::new();
+    while addrs.len() < ADDRESSES_MAX && !(v6.is_empty() && v4.is_empty()) {
+        addrs.extend(v6.pop_front());
+        addrs.extend(v4.pop_front());
+    }
+    if addrs.is_empty() {
+        let source = io::Error::new(io::ErrorKind::NotFound, "no address");
+        return Err(DialError::Resolve { name: name.to_owned(), source });
+    }
+    Ok(addrs)
+}
+
+/// Connects to the first address that answers: each gets a head start over the next (RFC 8305).
+pub async fn connect(
+    target: &Target,
+    addrs: &[SocketAddr],
+    own: &Own,
+    first: First,
+    deadline: Instant,
+    allowed: Duration,
+) -> Result<(Connected, SocketAddr), DialError> {
+    let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
+    if let [addr] = addrs {
+        let connected = timeout_at(deadline, tcp::connect(*addr, own, first)).await.map_err(|_| timeout())?;
+        return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
+    }
+    timeout_at(deadline, race(addrs, own, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
+}
+
+/// `None` for no addresses.
+async fn race(
+    addrs: &[SocketAddr],
+    own: &Own,
+    first: First,
+) -> Option<Result<(Connected, SocketAddr), DialError>> {
+    let mut attempts = JoinSet::new();
+    let mut last = None;
+    let mut rest = addrs.iter().copied();
+    loop {
+        let next = rest.next();
+        if let Some(addr) = next {
+            let own = own.clone();
+            attempts.spawn_local(async move { (addr, tcp::connect(addr, &own, first).await) });
+        }
+        let head_start = async {
+            match next {
+                Some(_) => sleep(ATTEMPT_DELAY).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            done = attempts.join_next() => match done {
+                Some(Ok((addr, Ok(stream)))) => return Some(Ok((stream, addr))),
+                Some(Ok((addr, Err(e)))) => last = Some(Err(classify(addr, e))),
+                // Only a panic or an abort ends an attempt without a result.
+                Some(Err(_)) => {}
+                None => return last,
+            },
+            () = head_start => {}
+        }
+    }
+}
+
+fn classify(addr: SocketAddr, source: io::Error) -> DialError {
+    use io::ErrorKind as K;
+    match source.kind() {
+        K::ConnectionRefused | K::ConnectionReset | K::ConnectionAborted => DialError::Refused { addr },
+        K::TimedOut | K::HostUnreachable | K::NetworkUnreachable | K::NetworkDown => {
+            DialError::Unreachable { addr, source }
+        }
+        _ => DialError::Local { addr, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::Future, net::TcpListener};
+
+    use socket2::{Domain, Socket, Type};
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    const ALLOWED: Duration = Duration::from_secs(20);
+
+    /// An address where nobody answers: Linux drops a SYN when the queue of a listener is full.
+    fn silent() -> (SocketAddr, Vec<Socket>) {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        listener.listen(0).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let mut held = vec![listener];
+        for _ in 0..4 {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            // In progress: the first fill the queue, the others are not answered.
+            assert!(socket.connect(&addr).is_err());
+            held.push(socket);
+        }
+        (addr.as_socket().unwrap(), held)
+    }
+
+    /// An address that was free a moment ago.
+    fn refusing() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    }
+
+    fn run<T>(test: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, test)
+    }
+
+    async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
+        let target = Target::Name("a.example".to_owned(), 1);
+        connect(&target, addrs, &Own::default(), First::Anybody, Instant::now() + allowed, allowed)
+            .await
+            .map(|(_, addr)| addr)
+    }
+
+    #[test]
+    fn an_address_that_is_silent_or_refuses_does_not_keep_the_next_from_being_tried() {
+        let well = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = well.local_addr().unwrap();
+        let (silent, _held) = silent();
+        assert_eq!(run(dial(&[silent, refusing(), addr], ALLOWED)).unwrap(), addr);
+    }
+
+    #[test]
+    fn when_all_addresses_refuse_it_says_so_and_when_one_is_silent_it_waits_for_the_deadline() {
+        let refused = run(dial(&[refusing(), refusing()], ALLOWED)).unwrap_err();
+        assert!(matches!(refused, DialError::Refused { .. }), "{refused}");
+        let (silent, _held) = silent();
+        for addrs in [&[silent][..], &[silent, refusing()][..]] {
+            let late = run(dial(addrs, Duration::from_millis(400))).unwrap_err();
+            assert!(matches!(late, DialError::Timeout { .. }), "{late}");
+        }
+    }
+}

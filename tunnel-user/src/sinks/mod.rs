@@ -1,0 +1,4 @@
+//! Where a flow goes: to its target, or through an upstream.
+
+pub mod dial;
+pub mod upstream;

@@ -1,0 +1,133 @@
+//! Where the endpoints of an upstream come from, and what is known of them now.
+//!
+//! Enters: what the configuration names: addresses, names, or a file. Leaves: a [`Source`], from which each worker
+//! hears of every set. Invariant: names are resolved and files read once for the whole process; what is known stays
+//! while nothing better is. It never connects to an endpoint.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::{config::ENDPOINTS_MAX, model::flow::Target};
+
+pub mod dns;
+pub mod file;
+
+/// One endpoint, wherever it is known from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Site {
+    /// What is connected to.
+    pub at: Target,
+    /// What it is called: its certificate speaks of that. The same, unless a name was resolved.
+    pub named: Target,
+}
+
+impl From<Target> for Site {
+    fn from(at: Target) -> Self {
+        Self { named: at.clone(), at }
+    }
+}
+
+/// What is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// The endpoints, each once, at most [`ENDPOINTS_MAX`].
+    pub sites: Vec<Site>,
+    /// Why there are none, if there are none.
+    pub lack: String,
+}
+
+impl Known {
+    /// These, or a reason. Of two at the same place the first is taken.
+    pub fn new(sites: impl IntoIterator<Item = Site>, lack: String) -> Self {
+        let mut once = Vec::<Site>::new();
+        let mut seen = std::collections::HashSet::new();
+        for site in sites {
+            if once.len() == ENDPOINTS_MAX {
+                break;
+            }
+            if seen.insert(site.at.clone()) {
+                once.push(site);
+            }
+        }
+        Self { sites: once, lack }
+    }
+
+    /// As a log line has it.
+    fn shown(&self) -> String {
+        if self.sites.is_empty() {
+            return format!("none ({})", self.lack);
+        }
+        self.sites.iter().map(|s| s.at.to_string()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Where a worker learns of an upstream's endpoints. Whatever finds them out lives as long as a copy of this.
+#[derive(Clone)]
+pub enum Source {
+    /// They are these.
+    Fixed(Arc<[Site]>),
+    /// They change.
+    Fed(Feed),
+}
+
+impl Source {
+    /// Endpoints that stay.
+    pub fn fixed(targets: &[Target]) -> Self {
+        Self::Fixed(targets.iter().cloned().map(Site::from).collect())
+    }
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Fixed(sites) => f.debug_tuple("Fixed").field(sites).finish(),
+            Self::Fed(feed) => f.debug_tuple("Fed").field(&*feed.told.borrow()).finish(),
+        }
+    }
+}
+
+/// News of a set of endpoints.
+#[derive(Clone)]
+pub struct Feed {
+    told: watch::Receiver<Option<Known>>,
+    /// What finds them out.
+    _keeper: Arc<dyn Send + Sync>,
+}
+
+impl Feed {
+    /// What comes through `told`; `keeper` is dropped with the last copy.
+    pub fn new(told: watch::Receiver<Option<Known>>, keeper: impl Send + Sync + 'static) -> Self {
+        Self { told, _keeper: Arc::new(keeper) }
+    }
+
+    /// The newest set that is known, once it is another than the last that this has returned. Pending for ever when
+    /// nobody will know any more.
+    pub async fn next(&mut self) -> Known {
+        loop {
+            if self.told.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            if let Some(known) = &*self.told.borrow_and_update() {
+                return known.clone();
+            }
+        }
+    }
+
+    /// What is known already; [`next`](Self::next) does not return it again.
+    pub fn now(&mut self) -> Option<Known> {
+        self.told.borrow_and_update().clone()
+    }
+}
+
+/// Says what is known, if it is news.
+fn tell(upstream: &str, feed: &watch::Sender<Option<Known>>, known: Known) {
+    feed.send_if_modified(|now| {
+        if now.as_ref() == Some(&known) {
+            return false;
+        }
+        tracing::info!(upstream, endpoints = known.shown(), "endpoints");
+        *now = Some(known);
+        true
+    });
+}

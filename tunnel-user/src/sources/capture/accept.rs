@@ -1,0 +1,253 @@
+//! Redirected connections: the listeners that the kernel programs, or the operator's rules, send them to.
+//!
+//! Enters: a network namespace, or listening sockets. Leaves: accepted sockets, each with the address its
+//! application asked for. Invariant: no original destination, no flow: such a socket is reset and counted. It
+//! never opens a listener that another process could join.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
+    os::fd::AsFd,
+    sync::Arc,
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tunnel_common::{
+    capture::lane_v4,
+    flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
+};
+
+use super::{
+    bpf::FlowTable,
+    bypass::{Candidate, Promoter},
+    redirect, routes,
+};
+use crate::kernel::sys;
+use crate::{
+    kernel::own::OwnListeners,
+    model::flow::{ClientAddr, OriginalDst},
+    transport::tcp::{self, Mark, OnClose},
+};
+
+/// Listeners in one network namespace, one of each family for every worker.
+#[derive(Debug)]
+pub struct Sockets {
+    /// The cookie of the namespace.
+    pub netns: u64,
+    /// The port that all of them have.
+    pub port: u16,
+    /// IPv4 in front, IPv6 behind where the kernel has it; one list per worker.
+    pub per_worker: Vec<Vec<Socket>>,
+    /// By which the namespace is asked about its routes.
+    pub routes: routes::Sockets,
+}
+
+/// How many ports are tried, of those that nobody is given by chance.
+const PORTS_TRIED: usize = 64;
+/// Ports above what Linux gives by default (`ip_local_port_range`, 32768 to 60999).
+const HIGH_PORTS: RangeInclusive<u16> = 61000..=u16::MAX;
+/// Below it, where the range has been made as large as it can be: what is assigned there is bound by name, and seldom.
+const LOW_PORTS: RangeInclusive<u16> = 400..=1023;
+
+/// Opens listeners in the namespace that the calling thread is in.
+///
+/// Nothing connects to their addresses: the steering program gives them their connections. So they take one port, at
+/// addresses that nobody binds, outside of what programs are given who do not ask for one. They share it with nobody: another
+/// process could otherwise join them (SO_REUSEPORT) and would be given captured connections.
+pub fn listen(workers: usize, mark: Option<Mark>) -> io::Result<Sockets> {
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for port in free_ports() {
+        match listen_on(port, workers, mark) {
+            Ok(per_worker) => {
+                let first =
+                    per_worker.first().and_then(|own| own.first()).ok_or(io::ErrorKind::InvalidInput)?;
+                let netns = sys::netns_cookie(first.as_fd())?;
+                let port = port_of(first).unwrap_or(port);
+                return Ok(Sockets { netns, port, per_worker, routes: routes::Sockets::open()? });
+            }
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => last = e,
+            Err(e) => return Err(e),
+        }
+    }
+    Err(last)
+}
+
+/// A port of 0 is one that the kernel picks.
+fn listen_on(port: u16, workers: usize, mark: Option<Mark>) -> io::Result<Vec<Vec<Socket>>> {
+    let lanes = u16::try_from(workers).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut port = port;
+    (0..lanes)
+        .map(|lane| {
+            let mut own = vec![listen_at((Ipv4Addr::from_bits(lane_v4(lane)), port).into(), mark)?];
+            port = own.first().and_then(port_of).unwrap_or(port);
+            match listen_at(SocketAddr::from((lane_v6(lane), port)), mark) {
+                // A kernel without IPv6: nothing comes by it.
+                Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+                v6 => own.push(v6?),
+            }
+            Ok(own)
+        })
+        .collect()
+}
+
+/// Where the IPv6 listener of a lane is bound: the first one to `::1`, which is all there is; the others to IPv4 addresses,
+/// for what matters is the family of the socket.
+fn lane_v6(lane: u16) -> Ipv6Addr {
+    const LANES_V6: u32 = 0x7f55_0000;
+    match lane {
+        0 => Ipv6Addr::LOCALHOST,
+        lane => Ipv4Addr::from_bits(LANES_V6 + u32::from(lane)).to_ipv6_mapped(),
+    }
+}
+
+fn port_of(socket: &Socket) -> Option<u16> {
+    socket.local_addr().ok()?.as_socket().map(|a| a.port())
+}
+
+fn listen_at(addr: SocketAddr, mark: Option<Mark>) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    // The interface may come up later, and IPv6 with it.
+    match addr {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(v6) => {
+            socket.set_freebind_v6(true)?;
+            socket.set_only_v6(v6.ip().to_ipv4_mapped().is_none())?;
+        }
+    }
+    if let Some(mark) = mark {
+        mark.set(&socket)?;
+    }
+    tcp::bequeath(&socket, OnClose::Abort)?;
+    // Its connections inherit it (tcp_ca_openreq_child).
+    socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
+    socket.bind(&addr.into())?;
+    socket.listen(tcp::BACKLOG)?;
+    Ok(socket)
+}
+
+/// Ports that no program of this namespace is given unless it asks for that one: outside of `ip_local_port_range`, and not
+/// reserved for anybody by name (`ip_local_reserved_ports`).
+fn free_ports() -> impl Iterator<Item = u16> {
+    // Of the namespace that the thread is in.
+    let setting = |name| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+    let range = setting("ip_local_port_range");
+    let mut ends = range.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
+    let given = ends.next().unwrap_or(1)..=ends.next().unwrap_or(u16::MAX);
+    let reserved = setting("ip_local_reserved_ports");
+    let reserved: Vec<RangeInclusive<u16>> = reserved
+        .trim()
+        .split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.parse().ok()?..=last.parse().ok()?)
+        })
+        .collect();
+    let may = move |port: &u16| !given.contains(port) && !reserved.iter().any(|r| r.contains(port));
+    let mut high: Vec<u16> = HIGH_PORTS.filter(&may).collect();
+    if high.is_empty() {
+        high = LOW_PORTS.filter(&may).collect();
+    }
+    fastrand::shuffle(&mut high);
+    high.truncate(PORTS_TRIED);
+    // What the kernel picks, when there is nothing else.
+    high.push(0);
+    high.into_iter()
+}
+
+/// Who knows where the connections of a listener wanted to go.
+#[derive(Clone)]
+pub enum Origins {
+    /// The kernel programs.
+    Recorded {
+        /// The cookie of the listener's network namespace.
+        netns: u64,
+        /// Where they write it.
+        flows: FlowTable,
+        /// Where its connections may ask to go past TCP.
+        bypass: Option<Promoter>,
+    },
+    /// conntrack, which followed a rule; a connection to one of these came by no rule of its own.
+    Redirected(Arc<OwnListeners>),
+}
+
+impl Origins {
+    /// The network namespace that the kernel programs know the listener by.
+    pub fn netns(&self) -> Option<u64> {
+        match self {
+            Self::Recorded { netns, .. } => Some(*netns),
+            Self::Redirected(_) => None,
+        }
+    }
+}
+
+/// One listener of one worker.
+pub struct Accept {
+    listener: TcpListener,
+    origins: Origins,
+}
+
+/// Why an accepted connection is no flow.
+#[derive(Debug, thiserror::Error)]
+pub enum Stray {
+    /// The kernel programs have not seen it.
+    #[error("was not captured")]
+    NotCaptured,
+    /// What they wrote cannot be read.
+    #[error("cannot be looked up among the captured ones: {0}")]
+    Unreadable(io::Error),
+    /// conntrack does not know it.
+    #[error("was not redirected by a rule (SO_ORIGINAL_DST: {0})")]
+    NotRedirected(io::Error),
+    /// It wanted to come here.
+    #[error("wanted to go to {0}, where we listen: carrying it would bring it back")]
+    ToUs(OriginalDst),
+}
+
+/// A redirected connection.
+pub struct Captured {
+    /// The socket, connected to the application's. Dropped, it resets that: [`OnClose::Abort`].
+    pub stream: TcpStream,
+    /// The application's address.
+    pub client: ClientAddr,
+    /// Where it wanted to go.
+    pub original_dst: OriginalDst,
+    /// By which it may ask to go past TCP.
+    pub bypass: Option<Candidate>,
+}
+
+impl Accept {
+    /// Takes over a listening socket, whose connections are born with [`OnClose::Abort`], in the runtime of its worker.
+    pub fn new(socket: Socket, origins: Origins) -> io::Result<Self> {
+        Ok(Self { listener: TcpListener::from_std(socket.into())?, origins })
+    }
+
+    /// The next connection, or why it is no flow: then it has been reset.
+    pub async fn next(&self) -> io::Result<Result<Captured, Stray>> {
+        let (stream, peer) = self.listener.accept().await?;
+        let origin = self.origin(&stream, peer);
+        Ok(origin.map(|(original_dst, bypass)| {
+            let client = ClientAddr(peer);
+            Captured { stream, client, original_dst, bypass }
+        }))
+    }
+
+    fn origin(
+        &self,
+        stream: &TcpStream,
+        peer: SocketAddr,
+    ) -> Result<(OriginalDst, Option<Candidate>), Stray> {
+        match &self.origins {
+            Origins::Recorded { netns, flows, bypass } => {
+                let local = stream.local_addr().map_err(Stray::Unreadable)?;
+                let key = FlowKey::new(*netns, peer.into(), local.into());
+                let origin = flows.take(&key).map_err(Stray::Unreadable)?.ok_or(Stray::NotCaptured)?;
+                let candidate = bypass.as_ref().map(|b| b.candidate(origin.cookie()));
+                Ok((OriginalDst(origin.dst().into()), candidate))
+            }
+            Origins::Redirected(own) => redirect::original_dst(stream, own).map(|dst| (dst, None)),
+        }
+    }
+}

@@ -1,0 +1,636 @@
+//! Loads, attaches and detaches the kernel programs of one capture.
+//!
+//! Enters: a cgroup and what is to be captured in it. Leaves: attached programs, and typed handles on
+//! their maps. Invariant: the maps hold the rules before anything is attached, and a capture whose links
+//! are pinned is taken over without a moment in which nothing is attached. It never decides anything:
+//! the programs do.
+
+mod attach;
+
+use std::{
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+    programs::{Program, ProgramError},
+};
+use ipnet::IpNet;
+use socket2::Domain;
+use tunnel_common::{
+    addr::Endpoint,
+    capture::{DAEMON, Listener, OnFailure, Rule, SocketKey},
+    flow::{FlowKey, Origin},
+    group,
+    names::{self, Counter},
+};
+
+pub use self::attach::Owner;
+use super::{
+    accept::Sockets,
+    before::Before,
+    links,
+    rules::Rules,
+    sources::Sources,
+    steer::{self, Steering},
+};
+use crate::kernel::{
+    blockers,
+    group::ByName,
+    sys::{self, AttachType},
+};
+use crate::{
+    kernel::btf::{self, OffsetsError},
+    transport::tcp::Register,
+};
+
+/// The programs, as the build script made or found them.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tunnel-ebpf.bpf.o"));
+
+/// Every program with the place it is attached to. `connect` comes last: until it is there nothing is
+/// captured, and what it captures needs the others.
+const PROGRAMS: [(&str, AttachType); 8] = [
+    (names::SOCKOPS, AttachType::SockOps),
+    (names::GETSOCKNAME4, AttachType::Getsockname4),
+    (names::GETSOCKNAME6, AttachType::Getsockname6),
+    (names::GETPEERNAME4, AttachType::Getpeername4),
+    (names::GETPEERNAME6, AttachType::Getpeername6),
+    (names::GETSOCKOPT, AttachType::Getsockopt),
+    (names::CONNECT4, AttachType::Connect4),
+    (names::CONNECT6, AttachType::Connect6),
+];
+
+/// Maps that are pinned with the links.
+const PINNED: [&str; 7] = [
+    names::FLOWS,
+    names::ORIGINS,
+    names::LISTENERS,
+    names::SOCKETS,
+    names::OWN,
+    names::SOURCES_V4,
+    names::SOURCES_V6,
+];
+
+/// What went wrong with the kernel side. None of it is the application's or a peer's fault.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    /// The object could not be parsed or its maps not be made.
+    #[error("loading the programs' maps failed: {0}")]
+    Load(#[source] Box<EbpfError>),
+    /// The verifier or the kernel refused a program.
+    #[error("the kernel refused program {name}: {source}")]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// The object has no such program or map: it was built from other sources than this daemon.
+    #[error("the BPF object has no {0}: it does not fit this daemon")]
+    Missing(&'static str),
+    /// A map refused an entry.
+    #[error("map {name}: {source}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: MapError,
+    },
+    /// A map could not be mapped or waited for.
+    #[error("map {name}: {source}")]
+    MapIo {
+        /// The map.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel does not say where it keeps the names of groups.
+    #[error("captured groups cannot be followed by their names: {0}")]
+    Offsets(#[from] OffsetsError),
+    /// A program of somebody else's keeps ours from being attached.
+    #[error(
+        "attaching {name} failed: {by} was attached without BPF_F_ALLOW_MULTI, which keeps every other program away"
+    )]
+    Blocked {
+        /// The program.
+        name: &'static str,
+        /// The other one.
+        by: blockers::Program,
+    },
+    /// As many programs are attached as can be.
+    #[error("attaching {name} failed: the cgroup has 64 programs there already (BPF_CGROUP_MAX_PROGS)")]
+    Full {
+        /// The program.
+        name: &'static str,
+    },
+    /// A program could not be attached.
+    #[error("attaching {name} to the cgroup failed: {source}")]
+    Attach {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A pin could not be made, read or removed.
+    #[error("pin {}: {source}", path.display())]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BpfError {
+    /// Whether the kernel lacks something, rather than this process a privilege.
+    pub fn is_privilege(&self) -> bool {
+        let denied = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES));
+        match self {
+            Self::Attach { source, .. } | Self::Pin { source, .. } => denied(source),
+            other => {
+                let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(other);
+                while let Some(e) = cause {
+                    if e.downcast_ref::<io::Error>().is_some_and(|e| e.raw_os_error() == Some(libc::EPERM)) {
+                        return true;
+                    }
+                    cause = e.source();
+                }
+                false
+            }
+        }
+    }
+}
+
+impl BpfError {
+    /// What went wrong with all its causes in one line, without the verifier's pages.
+    pub fn summary(&self) -> String {
+        let mut out = String::new();
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(e) = cause {
+            let text = e.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            let line = line.split(" Verifier output:").next().unwrap_or_default();
+            // Many errors repeat their source.
+            if !out.contains(line) {
+                if !out.is_empty() {
+                    out.push_str(": ");
+                }
+                out.push_str(line);
+            }
+            cause = e.source();
+        }
+        out
+    }
+}
+
+/// How long the programs stay attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// As long as the cgroup: they outlive a daemon that is killed (its connections are then refused,
+    /// since no listener answers), and leave nothing behind when the cgroup is removed.
+    Cgroup,
+    /// Until detached: links and maps are pinned in this folder of a bpffs, and a later daemon finds them.
+    Pinned(PathBuf),
+}
+
+/// What to load.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// What captured connections get while no listener is alive.
+    pub on_failure: OnFailure,
+    /// What tells the listening sockets of this daemon from those of the one before. Any number that that one has not.
+    pub generation: u32,
+    /// A proxy of the operator's takes the connections, and asks about them.
+    pub for_proxy: bool,
+    /// How the programs know the captured group. `None`: they are attached to it.
+    pub group: Option<ByName>,
+    /// How long the programs stay.
+    pub lifetime: Lifetime,
+}
+
+/// The programs and maps of one capture.
+pub struct Capture {
+    ebpf: Ebpf,
+    lifetime: Lifetime,
+    by_name: bool,
+    for_proxy: bool,
+    /// Programs of an earlier daemon were attached already.
+    adopted: bool,
+    /// What was there before, until it is sure that this stays.
+    before: Mutex<Option<Before>>,
+    listeners: Mutex<HashMap<MapData, u64, Listener>>,
+    flows: FlowTable,
+    sockets: OwnedFd,
+    own: Arc<OwnedFd>,
+    sources: Mutex<Sources>,
+    /// Under which the listening sockets of this daemon are.
+    generation: u32,
+    sweeper: Sweeper,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+/// Where accepted connections wanted to go. Cheap to clone; every worker has one.
+#[derive(Clone)]
+pub struct FlowTable(Arc<OwnedFd>);
+
+impl FlowTable {
+    /// Takes the origin of the connection that `key` names; `None` if it was not captured.
+    pub fn take(&self, key: &FlowKey) -> io::Result<Option<Origin>> {
+        sys::map_take(self.0.as_fd(), key)
+    }
+}
+
+/// Forgets flows that nobody will accept any more: of connections that were dropped by a full backlog, or
+/// that died with a daemon.
+struct Sweeper(HashMap<MapData, FlowKey, Origin>);
+
+impl Sweeper {
+    /// Goes through the table once; how many were forgotten.
+    fn sweep(&mut self) -> usize {
+        // Never fails: the clock is always there.
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
+            let since_boot = Duration::from(t);
+            u64::try_from(since_boot.as_nanos()).unwrap_or(u64::MAX)
+        });
+        let stale: Vec<_> = self.0.iter().filter_map(Result::ok).filter(|(_, o)| o.is_stale(now)).collect();
+        stale.iter().filter(|(key, _)| self.0.remove(key).is_ok()).count()
+    }
+}
+
+impl Capture {
+    /// Loads every program and fills the rules. Nothing is attached yet.
+    pub fn load(spec: &Spec, rules: &Rules) -> Result<Self, BpfError> {
+        let Lifetime::Pinned(dir) = &spec.lifetime else { return Self::load_here(spec, rules, false) };
+        // Maps alone capture nothing: they are what a start left that failed.
+        let adopted = PROGRAMS.iter().any(|(name, _)| sys::obj_get(&link_path(dir, name)).is_ok());
+        let loaded = Self::load_here(spec, rules, adopted);
+        if loaded.is_err() && !adopted {
+            let _best_effort = unpin(dir);
+        }
+        loaded
+    }
+
+    fn load_here(spec: &Spec, rules: &Rules, adopted: bool) -> Result<Self, BpfError> {
+        let mut loader = EbpfLoader::new();
+        let has_mptcp = u32::from(Path::new("/proc/sys/net/mptcp").exists());
+        loader.override_global(names::HAS_MPTCP, &has_mptcp, true).override_global(
+            names::ON_FAILURE,
+            &spec.on_failure,
+            true,
+        );
+        let offsets = spec.group.as_ref().map(|_| btf::of_groups()).transpose()?;
+        if let (Some(by_name), Some(offsets)) = (&spec.group, &offsets) {
+            loader
+                .override_global(names::GROUP_KIND, &by_name.kind, true)
+                .override_global(names::GROUP_PLACE, &by_name.place, true)
+                .override_global(names::GROUP_OFFSETS, offsets, true);
+        }
+        if let Lifetime::Pinned(dir) = &spec.lifetime {
+            fs::create_dir_all(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
+            // What the next one has to find: the flows of connections that live on, the sockets' origins, where their
+            // listeners are, and whose sockets a daemon made that still drains. The rules are the programs' own, so that
+            // both are replaced as one.
+            for name in PINNED {
+                loader.map_pin_path(name, dir.join(format!("{name}_{}", names::ABI)));
+            }
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+        for (name, _) in PROGRAMS {
+            load_program(&mut ebpf, name)?;
+        }
+        fill(
+            take(&mut ebpf, names::RULES_V4)?,
+            names::RULES_V4,
+            rules.v4.iter().map(|(net, rule)| {
+                (Key::new(u32::from(net.prefix_len()), net.network().to_bits().to_be()), *rule)
+            }),
+        )?;
+        fill(
+            take(&mut ebpf, names::RULES_V6)?,
+            names::RULES_V6,
+            rules.v6.iter().map(|(net, rule)| {
+                (
+                    Key::new(
+                        u32::from(net.prefix_len()),
+                        Endpoint::from(SocketAddr::from((net.network(), 0))).v6_be(),
+                    ),
+                    *rule,
+                )
+            }),
+        )?;
+        let mut on_the_way: Array<MapData, group::Name> =
+            Array::try_from(take(&mut ebpf, names::GROUP_NAMES)?).map_err(map(names::GROUP_NAMES))?;
+        for (level, name) in spec.group.iter().flat_map(|by_name| &by_name.names) {
+            on_the_way.set(*level, name, 0).map_err(map(names::GROUP_NAMES))?;
+        }
+        let listeners =
+            HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
+        let flows_fd = fd_of(&ebpf, names::FLOWS)?;
+        let flows = take(&mut ebpf, names::FLOWS)?;
+        let (sockets, own) = (fd_of(&ebpf, names::SOCKETS)?, fd_of(&ebpf, names::OWN)?);
+        let sources = Sources::new(take(&mut ebpf, names::SOURCES_V4)?, take(&mut ebpf, names::SOURCES_V6)?)?;
+        let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
+        let counters =
+            PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?).map_err(map(names::COUNTERS))?;
+        Ok(Self {
+            ebpf,
+            lifetime: spec.lifetime.clone(),
+            by_name: spec.group.is_some(),
+            for_proxy: spec.for_proxy,
+            adopted,
+            before: Mutex::new(adopted.then(Before::default)),
+            listeners: Mutex::new(listeners),
+            flows: FlowTable(Arc::new(flows_fd)),
+            sockets,
+            own: Arc::new(own),
+            sources: Mutex::new(sources),
+            generation: spec.generation,
+            sweeper,
+            counters,
+        })
+    }
+
+    /// Forgets every listener but those of these namespaces: what an earlier daemon left in an adopted map.
+    /// Until then they harm nobody, since a listener that is not alive is not used.
+    pub fn keep_listeners(&self, netns_cookies: &[u64]) -> Result<(), BpfError> {
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: Vec<u64> = map_.keys().filter_map(Result::ok).collect();
+        for netns in all.into_iter().filter(|netns| *netns != DAEMON && !netns_cookies.contains(netns)) {
+            self.note_listener(&map_, netns);
+            map_.remove(&netns).map_err(map(names::LISTENERS))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the listener of a namespace: its connections are refused from now on.
+    pub fn remove_listener(&self, netns_cookie: u64) -> Result<(), BpfError> {
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        map_.remove(&netns_cookie).map_err(map(names::LISTENERS))
+    }
+
+    /// Says where connections of one network namespace go. May be called while attached.
+    pub fn set_listener(&self, netns_cookie: u64, listener: Listener) -> Result<(), BpfError> {
+        let mut map_ = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        self.note_listener(&map_, netns_cookie);
+        map_.insert(netns_cookie, listener, 0).map_err(map(names::LISTENERS))
+    }
+
+    /// Has connections of a network namespace go to listening sockets of ours there. May be called while attached. What is
+    /// returned is to be kept as long as they are used; where it is none, all destinations share one address.
+    pub fn add_listeners(&self, sockets: &Sockets) -> Result<Option<Steering>, BpfError> {
+        let lanes = u16::try_from(sockets.per_worker.len()).unwrap_or(u16::MAX);
+        for (lane, own) in (0..lanes).zip(&sockets.per_worker) {
+            for socket in own {
+                let v4 = socket.domain().is_ok_and(|domain| domain == Domain::IPV4);
+                let key = SocketKey::new(sockets.netns, self.generation, lane, v4);
+                let fd = socket.as_raw_fd().cast_unsigned();
+                sys::map_update(self.sockets.as_fd(), &key, &fd)
+                    .map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
+            }
+        }
+        let first = sockets.per_worker.first().and_then(|own| own.first());
+        let netns =
+            first.ok_or_else(|| io::ErrorKind::InvalidInput.into()).and_then(|s| sys::netns_of(s.as_fd()));
+        let netns = netns.map_err(|source| BpfError::Attach { name: names::STEER, source })?;
+        let maps = steer::Maps { flows: self.flows.0.as_fd(), sockets: self.sockets.as_fd() };
+        let steering = match Steering::attach(netns.as_fd(), sockets.netns, self.generation, lanes, &maps) {
+            Ok(steering) => Some(steering),
+            Err(e) => {
+                tracing::warn!(
+                    netns = sockets.netns,
+                    "captured destinations share one local address in this network namespace, so that one local port serves \
+                     one connection at a time: {e}"
+                );
+                None
+            }
+        };
+        let listener = Listener::own(sockets.port, lanes, self.generation, steering.is_some());
+        self.set_listener(sockets.netns, listener)?;
+        Ok(steering)
+    }
+
+    /// From now on, and as long as these sockets of ours listen, connections from namespaces where we do not listen yet wait.
+    pub fn add_daemon(&self, sockets: &Sockets) -> Result<(), BpfError> {
+        let Some(first) = sockets.per_worker.first().and_then(|own| own.first()) else { return Ok(()) };
+        let listener = Listener::own(sockets.port, 1, self.generation, true);
+        let fd = first.as_raw_fd().cast_unsigned();
+        sys::map_update(self.sockets.as_fd(), &listener.first(DAEMON, true), &fd)
+            .map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
+        self.set_listener(DAEMON, listener)
+    }
+
+    /// Registers sockets of ours, which are never captured.
+    pub fn register(&self) -> Register {
+        let own = Arc::clone(&self.own);
+        Arc::new(move |socket| sys::map_update(own.as_fd(), &socket.as_raw_fd(), &1u32))
+    }
+
+    /// Says what source addresses the routes of a network namespace give.
+    pub fn set_sources(&self, netns_cookie: u64, sources: &[(IpNet, IpAddr)]) -> Result<(), BpfError> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).set(netns_cookie, sources)
+    }
+
+    fn note_listener(&self, map_: &HashMap<MapData, u64, Listener>, netns_cookie: u64) {
+        if let Some(before) = &mut *self.before.lock().unwrap_or_else(PoisonError::into_inner) {
+            before.listener(netns_cookie, map_.get(&netns_cookie, 0).ok());
+        }
+    }
+
+    /// From now on it is not rolled back any more.
+    pub fn settle(&self) {
+        *self.before.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Puts back what was there before this was loaded: nothing, or what an earlier daemon had attached, with its
+    /// listeners. The caller keeps other daemons away.
+    pub fn roll_back(&self) -> Result<(), BpfError> {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
+        if !self.adopted {
+            return unpin(dir);
+        }
+        let Some(before) = self.before.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Ok(());
+        };
+        before.put_back(&mut self.listeners.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The flows, for the workers.
+    pub fn flows(&self) -> FlowTable {
+        self.flows.clone()
+    }
+
+    /// Forgets flows that nobody will accept any more; how many. To be called now and then.
+    pub fn sweep(&mut self) -> usize {
+        self.sweeper.sweep()
+    }
+
+    /// Every counter, summed over the CPUs.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        Counter::ALL
+            .into_iter()
+            .map(|(counter, name)| {
+                (name, self.counters.get(&(counter as u32), 0).map_or(0, |cpus| cpus.iter().sum()))
+            })
+            .collect()
+    }
+
+    /// The ring that tells of namespaces without a listener, once.
+    pub fn take_events(&mut self) -> Result<RingBuf<MapData>, BpfError> {
+        RingBuf::try_from(take(&mut self.ebpf, names::EVENTS)?).map_err(map(names::EVENTS))
+    }
+
+    /// What the programs log, through the `log` crate, once.
+    pub fn take_log(&mut self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
+        aya_log::EbpfLogger::init(&mut self.ebpf).ok()
+    }
+}
+
+/// A program by its name, and whether this kernel takes it.
+pub type Probed = (&'static str, Result<(), BpfError>);
+
+/// Loads every program and throws it away: whether this kernel has what capture needs. The error is that
+/// of the maps, without which no program can be tried. `by_name`: as they are where they follow a group by its name.
+pub fn probe(by_name: bool) -> Result<Vec<Probed>, BpfError> {
+    let mut loader = EbpfLoader::new();
+    let offsets = by_name.then(btf::of_groups).transpose()?;
+    if let Some(offsets) = &offsets {
+        loader.override_global(names::GROUP_KIND, &group::BY_UNIT, true).override_global(
+            names::GROUP_OFFSETS,
+            offsets,
+            true,
+        );
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+    Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
+}
+
+fn link_path(dir: &Path, program: &str) -> PathBuf {
+    dir.join(format!("link_{program}"))
+}
+
+/// Keeps other daemons from changing what is pinned in this bpffs, as long as the descriptor is open.
+pub fn lock(bpffs: &Path) -> Result<OwnedFd, BpfError> {
+    let pin_error = |source| BpfError::Pin { path: bpffs.to_owned(), source };
+    let dir = fs::File::open(bpffs).map_err(pin_error)?;
+    rustix::fs::flock(&dir, rustix::fs::FlockOperation::LockExclusive).map_err(|e| pin_error(e.into()))?;
+    Ok(dir.into())
+}
+
+/// Detaches a pinned capture: removes its links first, then its maps and the folder. What is not there is
+/// no error.
+pub fn unpin(dir: &Path) -> Result<(), BpfError> {
+    let pin_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| BpfError::Pin { path, source }
+    };
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(pin_error(dir)(e)),
+    };
+    let mut paths: Vec<_> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    let is_link = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link_"));
+    // connect first: what is captured a moment longer would find no origin.
+    paths.sort_by_key(|p| (!is_link(p), !p.to_string_lossy().contains("connect")));
+    let mut done = Ok(());
+    for path in paths {
+        // What cannot be removed keeps nothing else.
+        let removed = if is_link(&path) { links::remove(&path) } else { fs::remove_file(&path) };
+        done = done.and(removed.map_err(pin_error(&path)));
+    }
+    done?;
+    fs::remove_dir(dir).map_err(pin_error(dir))?;
+    if let Some(ours) = dir.parent() {
+        // Fails while another capture has its folder there.
+        let _in_use = fs::remove_dir(ours);
+    }
+    Ok(())
+}
+
+pub(super) fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
+    move |source| BpfError::Map { name, source }
+}
+
+fn fd_of(ebpf: &Ebpf, name: &'static str) -> Result<OwnedFd, BpfError> {
+    let data = match ebpf.map(name) {
+        Some(Map::HashMap(data) | Map::SockHash(data) | Map::SkStorage(data)) => data,
+        _ => return Err(BpfError::Missing(name)),
+    };
+    data.fd().as_fd().try_clone_to_owned().map_err(|e| map(name)(MapError::IoError(e)))
+}
+
+fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
+    ebpf.take_map(name).ok_or(BpfError::Missing(name))
+}
+
+/// Fills a trie that was made with its programs.
+fn fill<K: aya::Pod>(
+    trie: Map,
+    name: &'static str,
+    rules: impl Iterator<Item = (Key<K>, Rule)>,
+) -> Result<(), BpfError> {
+    let mut trie: LpmTrie<MapData, K, Rule> = LpmTrie::try_from(trie).map_err(map(name))?;
+    for (key, rule) in rules {
+        trie.insert(&key, rule, 0).map_err(map(name))?;
+    }
+    Ok(())
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), BpfError> {
+    let program = ebpf.program_mut(name).ok_or(BpfError::Missing(name))?;
+    match program {
+        Program::CgroupSockAddr(p) => p.load(),
+        Program::CgroupSockopt(p) => p.load(),
+        Program::SockOps(p) => p.load(),
+        _ => return Err(BpfError::Missing(name)),
+    }
+    .map_err(|e| BpfError::Program { name, source: Box::new(e) })
+}
+
+fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a aya::programs::ProgramFd, BpfError> {
+    let fd = match ebpf.program(name) {
+        Some(Program::CgroupSockAddr(p)) => p.fd(),
+        Some(Program::CgroupSockopt(p)) => p.fd(),
+        Some(Program::SockOps(p)) => p.fd(),
+        _ => return Err(BpfError::Missing(name)),
+    };
+    fd.map_err(|e| BpfError::Program { name, source: Box::new(e) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_in_the_object_and_every_program_passes_the_verifier() {
+        assert!(nix::unistd::geteuid().is_root(), "loading programs takes root: run the tests as root");
+        for by_name in [false, true] {
+            for (name, loaded) in probe(by_name).expect("this kernel has the maps that capture needs") {
+                loaded.unwrap_or_else(|e| panic!("{name}: {e}"));
+            }
+        }
+        let spec =
+            Spec { on_failure: 0, generation: 1, for_proxy: false, group: None, lifetime: Lifetime::Cgroup };
+        Capture::load(&spec, &Rules::default()).expect("maps and globals have the types of this daemon");
+        let ebpf = aya_obj_names();
+        for name in names::MAPS {
+            assert!(ebpf.contains(&name.to_owned()), "no map {name}");
+        }
+    }
+
+    fn aya_obj_names() -> Vec<String> {
+        let ebpf = EbpfLoader::new().load(OBJECT).expect("maps can be made");
+        ebpf.maps().map(|(name, _)| name.to_owned()).collect()
+    }
+}
