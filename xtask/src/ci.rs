@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::{
     bpf_build::Toolchain,
-    build,
+    build, rooms,
     run::{Checkout, bold, catch_interrupts, foreground, green, took},
     setup::{self, Group},
     test,
@@ -33,6 +33,9 @@ pub(crate) fn run(checkout: &Checkout) -> Result<()> {
     let mut clippy =
         checkout.cargo(["clippy", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--all-targets"]);
     foreground("clippy", clippy.args(["--", "-D", "warnings"]).env("TUNNEL_BPF", "source"))?;
+
+    heading("rooms");
+    rooms::run(checkout, &rooms::Args::default())?;
 
     heading("documentation");
     let mut doc = checkout.cargo(["doc", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--no-deps"]);

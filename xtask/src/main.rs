@@ -16,6 +16,7 @@ mod dmesg;
 mod fuzz;
 mod leftovers;
 mod matrix;
+mod rooms;
 mod run;
 mod setup;
 mod test;
@@ -54,6 +55,9 @@ enum Task {
     /// Looks for inputs that break what is promised of every input; with an address sanitizer.
     #[command(after_help = fuzz::EXAMPLES)]
     Fuzz(fuzz::Args),
+    /// Shows which room imports which, and fails where an arrow runs back.
+    #[command(after_help = rooms::EXAMPLES)]
+    Rooms(rooms::Args),
     /// Runs tests on Debian's kernels 6.1 and 6.12, under QEMU without KVM; takes minutes.
     ///
     /// Downloads the kernels' packages, unpacks them in target/matrix (nothing is installed), boots each on top of this
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&checkout, &args),
         Task::Bench(args) => bench::run(&checkout, &args),
         Task::Fuzz(args) => fuzz::run(&checkout, &args),
+        Task::Rooms(args) => rooms::run(&checkout, &args),
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),
         Task::Ci => ci::run(&checkout),
