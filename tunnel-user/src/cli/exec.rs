@@ -27,10 +27,7 @@ use crate::{
     cli::inherited::{self, Inherited},
     config::Config,
     daemon as app,
-    kernel::{
-        cgroup::{CgroupError, Fresh, Hierarchy},
-        privileges,
-    },
+    kernel::cgroup::{CgroupError, Fresh, Hierarchy},
     observe::stats::{self, Record},
     process::exit::{Cause, Failure},
 };
@@ -54,7 +51,7 @@ pub struct Options {
 
 /// Runs the command to its end.
 pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
-    privileges::require_for_capture()?;
+    crate::daemon::require_for_capture()?;
     let records = options.stats || options.stats_json.is_some();
     // Before any thread starts, and before the limit of descriptors is raised (select(2) breaks beyond 1024).
     let (inherited, blocked) = Inherited::take().map_err(|e| os("signals and limits", e))?;

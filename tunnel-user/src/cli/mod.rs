@@ -20,13 +20,13 @@ use crate::{
         AddrPattern, Config, ConfigErrors, ExecOptions, GatewayOptions, TargetPattern, Wanted,
         parse_duration, parse_header_flag, parse_server_name, parse_socket_addr,
     },
-    identity::{
+    model::{
+        flow::Target,
+        mark::Mark,
         san::{SanPattern, SpiffeId},
-        tls::IdentityFiles,
+        trust::IdentityFiles,
     },
-    model::flow::Target,
     observe::telemetry::{LogFilter, LogFormat},
-    transport::tcp::Mark,
 };
 
 const EXIT_CODES: &str = "\

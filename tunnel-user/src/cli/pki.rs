@@ -18,7 +18,8 @@ use rcgen::{
     KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
 };
 
-use crate::identity::san::SpiffeId;
+use crate::model::san::SpiffeId;
+use crate::process::exit::{Cause, Failure};
 
 /// How long a CA is valid. As long as a trial of this program may last; nobody runs production on it.
 pub const CA_DAYS: u32 = 3650;
@@ -33,6 +34,18 @@ const CA_CERT: &str = "ca.pem";
 const CA_KEY: &str = "ca-key.pem";
 const CERT_MODE: u32 = 0o644;
 const KEY_MODE: u32 = 0o600;
+
+impl From<PkiError> for Failure {
+    fn from(e: PkiError) -> Self {
+        let cause = Cause::new(&e, "");
+        match e {
+            PkiError::BadName(_) | PkiError::BadDns(_) | PkiError::Exists(_) | PkiError::NoCa(_) => {
+                Self::Config(cause)
+            }
+            PkiError::Io { .. } | PkiError::BadCa { .. } | PkiError::Make(_) => Self::Other(cause),
+        }
+    }
+}
 
 /// Why no certificate came out.
 #[derive(Debug, thiserror::Error)]
@@ -284,8 +297,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::san::{San, names_of, peer_identity},
-        model::flow::Identity,
+        identity::peer::{names_of, peer_identity},
+        model::{flow::Identity, san::San},
     };
 
     fn der(pem: &str) -> rustls_pki_types::CertificateDer<'static> {

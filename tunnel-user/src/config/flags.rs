@@ -13,11 +13,11 @@ use super::{
     Action, AddrPattern, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK, Match,
     OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
-use crate::{
-    identity::{san::SanPattern, tls::IdentityFiles},
-    model::flow::Target,
-    routing::router::Source,
-    transport::tcp::Mark,
+use crate::model::{
+    flow::{Source, Target},
+    mark::Mark,
+    san::SanPattern,
+    trust::IdentityFiles,
 };
 
 /// Every address of both families.

@@ -41,14 +41,11 @@ pub use value::{
 };
 
 use self::reader::{Document, Purpose};
-use crate::{
-    identity::{
-        san::{San, SanPattern},
-        tls::IdentityFiles,
-        verify::{ClientCheck, ServerCheck},
-    },
-    model::flow::{Identity, Target},
-    transport::tcp::Mark,
+use crate::model::{
+    flow::{Identity, Target},
+    mark::Mark,
+    san::{San, SanPattern},
+    trust::{ClientCheck, IdentityFiles, ServerCheck},
 };
 
 /// The mark on our own sockets, for rules of the operator's: one bit, which is none of those that kube-proxy (0x4000, 0x8000),

@@ -22,7 +22,7 @@ use super::{
     value::{FilePath, FuturePath, Headers, Mode},
     via::{self, UpstreamByName},
 };
-use crate::identity::tls::IdentityFiles;
+use crate::model::trust::IdentityFiles;
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {

@@ -23,7 +23,11 @@ use super::{
     reader::{Cell, Value},
     route::{ProxyProtocol, Regex},
 };
-use crate::{identity::san::SanPattern, model::flow::Target, routing::router::Source, transport::tcp::Mark};
+use crate::model::{
+    flow::{Source, Target},
+    mark::Mark,
+    san::SanPattern,
+};
 
 /// Headers that are ours to set, or that HTTP/2 has no place for (RFC 9113 section 8.2.2), or that would
 /// change what the request is.

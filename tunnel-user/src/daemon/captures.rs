@@ -30,6 +30,7 @@ use crate::{
         netns, sys,
         version::{Feature, Kernel},
     },
+    model::mark::Mark,
     process::exit::{Cause, Failure},
     sources::capture::{
         accept::{self, Origins, Sockets},
@@ -39,7 +40,6 @@ use crate::{
         routes::Routes,
         rules::Rules,
     },
-    transport::tcp::Mark,
     worker::{CaptureSocket, More, SourceId},
 };
 

@@ -9,6 +9,7 @@ use std::{io, net::SocketAddr, sync::Arc};
 use socket2::{Domain, Socket, Type};
 
 use super::no_identity;
+use crate::model::mark::Mark;
 use crate::{
     config::{self, Redirect},
     daemon::takeover::Listeners,
@@ -51,7 +52,7 @@ impl SourceIds {
 /// Opens what listens for the workers of one daemon.
 pub(super) struct Opener {
     pub(super) workers: usize,
-    pub(super) mark: Option<tcp::Mark>,
+    pub(super) mark: Option<Mark>,
     /// Sockets of the daemon that this one replaces.
     pub(super) taken: Listeners,
     /// Copies, by the address that is configured, for the daemon that replaces this one.
@@ -158,12 +159,12 @@ impl Opener {
 }
 
 /// Whether this process may set the mark.
-pub(super) fn may_mark(mark: tcp::Mark) -> io::Result<()> {
-    mark.set(&Socket::new(Domain::IPV4, Type::STREAM, None)?)
+pub(super) fn may_mark(mark: Mark) -> io::Result<()> {
+    tcp::set_mark(&Socket::new(Domain::IPV4, Type::STREAM, None)?, mark)
 }
 
 /// Fails where our own connections would look like an application's to the operator's rules.
-pub(super) fn require_mark(mark: tcp::Mark) -> Result<(), Failure> {
+pub(super) fn require_mark(mark: Mark) -> Result<(), Failure> {
     may_mark(mark).map_err(|e| {
         let what = format!(
             "marking our own sockets failed (SO_MARK): {e}; without a mark the rules that redirect connections \

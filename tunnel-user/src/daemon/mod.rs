@@ -45,15 +45,13 @@ pub use self::{following::nested, run::run};
 use crate::{
     config::{self, Config, OnFailure, Relay},
     daemon::takeover::{Listeners, TakeoverError},
-    identity::{
-        store::{self, TlsStore},
-        tls::IdentityFiles,
-    },
+    identity::store::{self, TlsStore},
     kernel::{
         cgroup::Fresh,
         privileges,
         version::{Feature, Kernel},
     },
+    model::trust::IdentityFiles,
     observe::stats::Counters,
     process::{
         drain::{self, Phase, Trigger},
@@ -226,10 +224,23 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     Ok(running)
 }
 
+/// Fails with the names of what is missing.
+pub fn require_for_capture() -> Result<(), Failure> {
+    let missing = privileges::missing_for_capture();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|(name, what)| format!("{name} ({what})")).collect();
+    Err(Failure::Privilege(Cause::new(
+        format!("capturing takes privileges that this process lacks: {}", names.join(", ")),
+        "Run it as root: sudo tunnel ...",
+    )))
+}
+
 /// Fails where this process may not do what a configuration asks for.
 fn require_privileges(config: &Config) -> Result<(), Failure> {
     if !config.captures.is_empty() {
-        privileges::require_for_capture()?;
+        require_for_capture()?;
     }
     if !config.redirects.is_empty() {
         require_mark(config.daemon.mark)?;

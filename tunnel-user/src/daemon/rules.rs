@@ -43,10 +43,11 @@ mod tests {
     use super::*;
     use crate::{
         config::{Action, Authority, Capture, HeaderMatch, Match, Route, Terms, ValueMatch, Wanted},
-        model::flow::{ClientAddr, Flow, Target},
+        model::flow::{ClientAddr, Source, Target},
         routing::{
+            flow::Flow,
             index::NOBODY,
-            router::{Decision, Router, Source},
+            router::{Decision, Router},
         },
     };
 

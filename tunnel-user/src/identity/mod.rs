@@ -1,8 +1,8 @@
 //! Who we are and whom we trust.
 
 mod constraints;
+pub mod peer;
 mod pem;
-pub mod san;
 pub mod store;
 pub mod tls;
 pub mod verify;

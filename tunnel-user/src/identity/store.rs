@@ -12,10 +12,13 @@ use rustls::{ClientConfig, ServerConfig};
 use crate::{
     config::Protocol,
     identity::{
-        tls::{IdentityFiles, TlsError, TlsIdentity, Wanted},
-        verify::{ClientCheck, PeerRejected, ServerCheck},
+        tls::{TlsError, TlsIdentity, Wanted},
+        verify::PeerRejected,
     },
-    model::flow::Identity,
+    model::{
+        flow::Identity,
+        trust::{ClientCheck, IdentityFiles, ServerCheck},
+    },
     process::files::{self, Watch},
 };
 

@@ -31,13 +31,19 @@ use crate::{
     config::Protocol,
     identity::{
         constraints::{Constrained, constrained, unsupported},
+        peer::peer_identity,
         pem,
-        san::{SanPattern, peer_identity},
-        verify::{
-            ClientCheck, ClientVerifier, PeerRejected, ServerCheck, ServerVerifier, check_expiry, names_pass,
-        },
+        verify::{ClientVerifier, PeerRejected, ServerVerifier, check_expiry, names_pass},
     },
-    model::flow::Identity,
+    model::{
+        flow::Identity,
+        san::SanPattern,
+        trust::{ClientCheck, ServerCheck},
+    },
+};
+use crate::{
+    model::trust::IdentityFiles,
+    process::exit::{Cause, Failure},
 };
 
 /// Sessions a client keeps for resumption, per set of checks. An upstream has a handful of endpoints and
@@ -61,15 +67,10 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
-/// Where a certificate, its key and the CA stand.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct IdentityFiles {
-    /// The certificate, PEM; the leaf first, intermediates after it.
-    pub cert: PathBuf,
-    /// Its private key, PEM.
-    pub key: PathBuf,
-    /// The CA certificates that peers are verified against, PEM.
-    pub ca: PathBuf,
+impl From<TlsError> for Failure {
+    fn from(e: TlsError) -> Self {
+        Self::Config(Cause::new(e, "For trying, \"tunnel pki issue\" makes a certificate and its key."))
+    }
 }
 
 /// Why the files do not make an identity. Each names the file.

@@ -26,47 +26,13 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use crate::{
     identity::{
         constraints::{self, Constrained},
-        san::{San, SanPattern, names_of},
+        peer::names_of,
     },
-    model::flow::Target,
+    model::san::{San, SanPattern},
 };
 
 /// How webpki calls it, which is no dependency of ours by itself.
 const VIOLATION: &str = "NameConstraintViolation";
-
-/// What the certificate of a server that we connect to must say.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ServerCheck {
-    /// The name to send as SNI, and to verify when `san` is empty. `None`: the dialled name or address.
-    pub name: Option<ServerName<'static>>,
-    /// One of the certificate's names must match one of these. Empty: the certificate must be valid for
-    /// [`ServerCheck::server_name`].
-    pub san: Vec<SanPattern>,
-}
-
-impl ServerCheck {
-    /// The name to give to rustls when connecting to `endpoint`.
-    pub fn server_name(&self, endpoint: &Target) -> ServerName<'static> {
-        if let Some(name) = &self.name {
-            return name.clone();
-        }
-        match endpoint {
-            Target::Addr(a) => ServerName::IpAddress(a.ip().into()),
-            // What `Target` takes for a name, rustls takes for one. If it ever did not: this address is
-            // reserved for documentation (RFC 6666), no certificate is valid for it, the check fails.
-            Target::Name(name, _) => ServerName::try_from(name.clone())
-                .unwrap_or(ServerName::IpAddress(std::net::Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0).into())),
-        }
-    }
-}
-
-/// What the certificate of a client that connects to us must say.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ClientCheck {
-    /// One of the certificate's names must match one of these. Empty: any name that our CA vouches for,
-    /// but there must be one.
-    pub san: Vec<SanPattern>,
-}
 
 /// One check on a peer's certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -339,19 +305,6 @@ pub(crate) fn explain_hinted(error: &(dyn Error + 'static), hint: Option<&str>) 
     }
 }
 
-/// An alert of the peer's, and why it may refuse our certificate.
-#[derive(Debug, thiserror::Error)]
-#[error("{alert}{HINT}{hint}")]
-pub(crate) struct HintedAlert {
-    /// What came.
-    pub alert: rustls::Error,
-    /// See [`explain_hinted`].
-    pub hint: Arc<str>,
-}
-
-/// Between an alert and the hint: of an error that has passed h2 the text is left.
-const HINT: &str = "; of our certificate is known: ";
-
 /// The check of ours that the peer failed, if that is why the handshake failed.
 pub fn failed_check(error: &(dyn Error + 'static)) -> Option<Check> {
     match find(error)? {
@@ -374,7 +327,10 @@ fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<Found<'a>> {
         // h2 keeps only the text of an error of its transport.
         let text = e.to_string();
         if let Some(alert) = alert_in(&text) {
-            return Some(Found::Alert(alert, text.split_once(HINT).map(|(_, hint)| hint.to_owned())));
+            return Some(Found::Alert(
+                alert,
+                text.split_once(crate::transport::alert::HINT).map(|(_, hint)| hint.to_owned()),
+            ));
         }
         next = if let Some(io) = e.downcast_ref::<io::Error>() {
             // `source()` would skip the error inside.

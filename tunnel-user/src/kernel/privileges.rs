@@ -5,8 +5,6 @@
 
 use std::fs;
 
-use crate::process::exit::{Cause, Failure};
-
 /// A capability that capturing takes, by its number in `linux/capability.h`, and what for.
 const FOR_CAPTURE: [(u32, &str, &str); 3] = [
     (12, "CAP_NET_ADMIN", "marking our own sockets, attaching to cgroups"),
@@ -55,19 +53,6 @@ fn missing_of(mut effective: u64) -> Vec<&'static str> {
 /// The capabilities that capturing takes.
 pub fn names_for_capture() -> [&'static str; 3] {
     FOR_CAPTURE.map(|(_, name, _)| name)
-}
-
-/// Fails with the names of what is missing.
-pub fn require_for_capture() -> Result<(), Failure> {
-    let missing = missing_for_capture();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<_> = missing.iter().map(|(name, what)| format!("{name} ({what})")).collect();
-    Err(Failure::Privilege(Cause::new(
-        format!("capturing takes privileges that this process lacks: {}", names.join(", ")),
-        "Run it as root: sudo tunnel ...",
-    )))
 }
 
 #[cfg(test)]

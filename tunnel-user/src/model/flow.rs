@@ -8,29 +8,13 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use http::{HeaderMap, Version};
 
-use crate::routing::{index::PeerSet, router::Source};
-
-/// One connection, as the router sees it.
-#[derive(Clone, Copy, Debug)]
-pub struct Flow<'a> {
-    /// Who handed it to us.
-    pub source: Source,
-    /// What the configuration calls the listener, or the capture, that it came by.
-    pub name: Option<&'a str>,
-    /// Where it is to end.
-    pub target: &'a Target,
-    /// Who opened it.
-    pub client: ClientAddr,
-    /// Who the peer behind a listener has proved to be.
-    pub identity: Option<&'a Identity>,
-    /// What the routes know of the peer behind a listener ([`crate::routing::router::Router::peer`]).
-    pub peer: &'a PeerSet,
-    /// The name by which that peer asked for us (SNI of the tunnel's own TLS).
-    pub server_name: Option<&'a str>,
-    /// The CONNECT request that it sent.
-    pub request: Option<Head<'a>>,
-    /// What the connection that it carries says of itself; `None` until somebody has looked.
-    pub inside: Option<&'a Inside>,
+/// Who handed us a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// eBPF, or a rule, redirected an application's connect() to us.
+    Captured,
+    /// A peer sent a CONNECT request to one of our listeners.
+    Listener,
 }
 
 /// What the first bytes of a carried connection say of where it wants to go.

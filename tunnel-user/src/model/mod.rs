@@ -1,3 +1,6 @@
 //! Types that every room may use. They do nothing.
 
 pub mod flow;
+pub mod mark;
+pub mod san;
+pub mod trust;

@@ -6,7 +6,7 @@
 
 use std::{fmt, process::ExitCode};
 
-use crate::{cli::pki::PkiError, config::ConfigErrors, identity::tls::TlsError};
+use crate::config::ConfigErrors;
 
 /// `EX_USAGE` of sysexits.h: what was typed is wrong.
 pub const EXIT_CONFIG: u8 = 64;
@@ -92,23 +92,5 @@ impl From<ConfigErrors> for Failure {
             what,
             "\"tunnel config schema\" lists every key with its meaning and default.",
         ))
-    }
-}
-
-impl From<TlsError> for Failure {
-    fn from(e: TlsError) -> Self {
-        Self::Config(Cause::new(e, "For trying, \"tunnel pki issue\" makes a certificate and its key."))
-    }
-}
-
-impl From<PkiError> for Failure {
-    fn from(e: PkiError) -> Self {
-        let cause = Cause::new(&e, "");
-        match e {
-            PkiError::BadName(_) | PkiError::BadDns(_) | PkiError::Exists(_) | PkiError::NoCa(_) => {
-                Self::Config(cause)
-            }
-            PkiError::Io { .. } | PkiError::BadCa { .. } | PkiError::Make(_) => Self::Other(cause),
-        }
     }
 }

@@ -169,11 +169,11 @@ mod tests {
     use crate::{
         cli::pki::{Ca, IssueRequest, Validity},
         config::Protocol,
-        identity::{
-            tls::{IdentityFiles, TlsIdentity},
-            verify::{ClientCheck, ServerCheck},
+        identity::tls::TlsIdentity,
+        model::{
+            flow::Target,
+            trust::{ClientCheck, IdentityFiles, ServerCheck},
         },
-        model::flow::Target,
         relay::nested::Nested,
         transport::record,
     };

@@ -4,7 +4,9 @@
 //! Invariant: there is no way to a peer's bytes around the checks that the configuration asks for. It
 //! never decides what a peer may reach; that is the policy's.
 
+pub mod alert;
 pub mod h1;
+pub mod http2;
 pub mod io;
 pub mod proxy;
 pub mod pulse;

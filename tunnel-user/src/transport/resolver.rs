@@ -300,7 +300,7 @@ impl RuntimeProvider for Claimed {
         Box::pin(async move {
             let socket = UdpSocket::bind(from).await?;
             if let Some(mark) = mark {
-                mark.set(&SockRef::from(&socket))?;
+                tcp::set_mark(&SockRef::from(&socket), mark)?;
             }
             Ok(socket)
         })

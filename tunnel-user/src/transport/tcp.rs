@@ -8,7 +8,6 @@ use std::{
     fmt, io,
     net::SocketAddr,
     os::fd::{AsFd as _, BorrowedFd},
-    str::FromStr,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -19,7 +18,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
-use crate::config::Keepalive;
+use crate::{config::Keepalive, model::mark::Mark};
 
 /// When a silent peer is taken for gone. It is the same for every socket of a process, and set before the first one.
 static KEEPALIVE: OnceLock<Keepalive> = OnceLock::new();
@@ -30,52 +29,10 @@ pub const BACKLOG: i32 = 4096;
 /// only stand in front of the next stream's bytes; what is on its way does not count.
 const UNSENT_MAX: u32 = 128 * 1024;
 
-/// Bits of a socket's mark (`SO_MARK`, socket(7)): those of the mask are set to the value, the others stay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark {
-    value: u32,
-    mask: u32,
-}
-
-impl Mark {
-    /// `None` where no bit would be set, or one outside of the mask.
-    pub const fn new(value: u32, mask: u32) -> Option<Self> {
-        if value == 0 || value & !mask != 0 { None } else { Some(Self { value, mask }) }
-    }
-
-    /// The bits that are set.
-    pub const fn value(self) -> u32 {
-        self.value
-    }
-
-    /// Sets it.
-    pub fn set(self, socket: &Socket) -> io::Result<()> {
-        let others = if self.mask == u32::MAX { 0 } else { socket.mark()? & !self.mask };
-        socket.set_mark(others | self.value)
-    }
-}
-
-impl fmt::Display for Mark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}/{:#x}", self.value, self.mask)
-    }
-}
-
-impl FromStr for Mark {
-    type Err = &'static str;
-
-    /// `VALUE[/MASK]`, each decimal or hexadecimal with 0x, as iptables and ip-rule(8) take it.
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let number = |text: &str| match text.strip_prefix("0x") {
-            Some(hex) => u32::from_str_radix(hex, 16),
-            None => text.parse(),
-        };
-        let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
-        let (Ok(value), Ok(mask)) = (number(value), number(mask)) else {
-            return Err("a mark is VALUE or VALUE/MASK, each of 32 bits, like 0x1000/0x1000");
-        };
-        Self::new(value, mask).ok_or("the value of a mark has at least one bit, and none outside of its mask")
-    }
+/// Sets a socket's mark.
+pub fn set_mark(socket: &Socket, mark: Mark) -> io::Result<()> {
+    let others = if mark.mask() == u32::MAX { 0 } else { socket.mark()? & !mark.mask() };
+    socket.set_mark(others | mark.value())
 }
 
 /// What registers a socket with one capture.
@@ -109,7 +66,7 @@ impl Own {
     /// Makes a socket one of ours, before it connects. On an error it must not: it would be captured.
     pub fn claim(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
         if let Some(mark) = self.mark {
-            mark.set(&SockRef::from(&socket))?;
+            set_mark(&SockRef::from(&socket), mark)?;
         }
         self.captures.load().iter().try_for_each(|register| register(socket))
     }
@@ -259,7 +216,7 @@ pub fn listen_beside(
             socket.set_reuse_address(true)?;
             socket.set_reuse_port(true)?;
             if let Some(mark) = mark {
-                mark.set(&socket)?;
+                set_mark(&socket, mark)?;
             }
             // Before it listens: no connection comes in between.
             bequeath(&socket, on_close)?;
@@ -275,16 +232,6 @@ pub fn listen_beside(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_mark_is_a_value_and_the_bits_that_it_may_touch() {
-        let mark = |text: &str| text.parse::<Mark>();
-        assert_eq!(mark("0x1000/0x1000").unwrap().to_string(), "0x1000/0x1000");
-        assert_eq!(mark("7").unwrap().to_string(), "0x7/0xffffffff");
-        for wrong in ["", "0", "x", "0x1000/0xf", "1/0", "0x1ffffffff", "-1", "1/2/3"] {
-            assert!(mark(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[tokio::test]
     async fn a_connection_is_born_with_what_its_listener_was_given() {

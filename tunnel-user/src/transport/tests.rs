@@ -18,15 +18,18 @@ use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tempfile::TempDir;
 
 use super::record;
-use crate::identity::{
-    san::peer_identity,
-    store::{TlsStore, watch},
-    tls::{IdentityFiles, TlsError, TlsIdentity, Wanted, provider},
-    verify::{Check, ClientCheck, ServerCheck, check_expiry, explain, failed_check},
-};
 use crate::{
     cli::pki::{Ca, IssueRequest, Issued, Validity},
     config::Protocol,
+};
+use crate::{
+    identity::{
+        peer::peer_identity,
+        store::{TlsStore, watch},
+        tls::{TlsError, TlsIdentity, Wanted, provider},
+        verify::{Check, check_expiry, explain, failed_check},
+    },
+    model::trust::{ClientCheck, IdentityFiles, ServerCheck},
 };
 
 const CLIENT: &str = "spiffe://example.org/ns/a/sa/client";

@@ -8,14 +8,11 @@ use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
 use super::{Going, Place, Worker, back_off, reach::Wish, setup::At};
 use crate::{
-    model::flow::{Flow, Target},
+    model::flow::{Source, Target},
     observe::stats::Record,
     process::drain::Tasks,
     relay::{Ahead, Queue, TcpLeg},
-    routing::{
-        index::NOBODY,
-        router::{Decision, Source},
-    },
+    routing::{flow::Flow, index::NOBODY, router::Decision},
     sources::capture::accept::{Accept, Captured, Stray},
 };
 

@@ -11,13 +11,10 @@ use super::{
     reach::{Sink, Wish},
 };
 use crate::{
-    model::flow::{Flow, Head},
+    model::flow::{Head, Source},
     observe::stats::Record,
     relay::Ahead,
-    routing::{
-        policy,
-        router::{Decision, Source},
-    },
+    routing::{flow::Flow, policy, router::Decision},
     sinks::upstream::{
         Itself,
         headers::{Ask, handed_over},

@@ -8,10 +8,9 @@ use std::time::Instant;
 
 use super::{Going, Worker, reach::Wish};
 use crate::{
-    model::flow::Flow,
     observe::stats::Record,
     relay::{Ahead, Leg, Outcome, Queue},
-    routing::sniff::inspect,
+    routing::{flow::Flow, sniff::inspect},
 };
 
 impl Worker {

@@ -11,10 +11,11 @@ use http::StatusCode;
 use super::{Account, Worker, setup::Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
-    model::flow::{Flow, Inside, Target},
+    model::flow::{Inside, Target},
     observe::stats::{Record, Via},
     relay::{Ahead, TcpLeg},
     routing::{
+        flow::Flow,
         policy::{self, Permit},
         router::{Decision, another},
     },

@@ -18,15 +18,11 @@ use super::{
     setup::{At, Setup},
 };
 use crate::{
-    model::flow::{ClientAddr, Flow, Head, Identity, PeerAddr, Target},
+    model::flow::{ClientAddr, Head, Identity, PeerAddr, Source, Target},
     observe::stats::{Destination, Record},
     process::drain::Tasks,
     relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting, broken},
-    routing::{
-        index::PeerSet,
-        policy,
-        router::{Decision, Source},
-    },
+    routing::{flow::Flow, index::PeerSet, policy, router::Decision},
     sources::listener::{
         accept::{self, Accepted, Link, ServeError, Settings},
         h1, h2 as h2_listener,

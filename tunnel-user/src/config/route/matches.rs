@@ -12,7 +12,7 @@ use super::super::{
     pattern::{AddrPattern, NamePattern},
     reader::{At, Cell, Reader, Section, Value, schema_of},
 };
-use crate::{identity::san::SanPattern, routing::router::Source};
+use crate::model::{flow::Source, san::SanPattern};
 
 /// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
 const REGEX_SIZE: usize = 1 << 20;

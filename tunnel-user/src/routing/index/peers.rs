@@ -8,9 +8,9 @@
 use std::{collections::HashMap, net::IpAddr};
 
 use super::RuleId;
-use crate::{
-    identity::san::{San, SanPattern},
-    model::flow::Identity,
+use crate::model::{
+    flow::Identity,
+    san::{San, SanPattern},
 };
 
 /// The rules that one pattern, or the absence of any, stands in.

@@ -7,11 +7,12 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
-use super::{Source, takes};
+use super::takes;
+use crate::model::flow::Source;
 use crate::{
     config::{Action, AddrPattern, Route},
-    model::flow::{ClientAddr, Flow, Target},
-    routing::index::NOBODY,
+    model::flow::{ClientAddr, Target},
+    routing::{flow::Flow, index::NOBODY},
 };
 
 /// What one route says.

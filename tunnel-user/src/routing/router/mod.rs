@@ -9,27 +9,24 @@
 //! known before its first bytes. The first route that takes a flow but for that is a [`Decision`] of its own: look,
 //! and ask again. A flow that an earlier route takes is not looked at.
 
+use crate::model::flow::Source;
 use crate::{
     config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
-    identity::san::SanPattern,
-    model::flow::{Flow, HostName, Identity, Inside, Target},
-    routing::index::{PeerIndex, PeerSet, TargetIndex},
+    model::{
+        flow::{HostName, Identity, Inside, Target},
+        san::SanPattern,
+    },
+    routing::{
+        flow::Flow,
+        index::{PeerIndex, PeerSet, TargetIndex},
+    },
 };
 
-mod fixed;
+pub mod fixed;
 #[cfg(test)]
 mod tests;
 
 pub use self::fixed::{Fixed, fixed};
-
-/// Who handed us a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
-    /// eBPF, or a rule, redirected an application's connect() to us.
-    Captured,
-    /// A peer sent a CONNECT request to one of our listeners.
-    Listener,
-}
 
 /// Where a flow goes.
 #[derive(Clone, Copy, Debug)]

@@ -9,8 +9,10 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     config::{Authority, HeaderMatch, Terms, ValueMatch},
-    identity::san::San,
-    model::flow::{ClientAddr, Head},
+    model::{
+        flow::{ClientAddr, Head},
+        san::San,
+    },
 };
 
 /// A flow, owned.

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     config::Protocol,
     identity::{
-        san::peer_identity,
+        peer::peer_identity,
         verify::{check_expiry, explain_hinted},
     },
     model::flow::{FarEnd, Identity, PeerAddr, Target},

@@ -30,6 +30,7 @@ use super::{
     nested::Outer,
     pool::Settings,
 };
+use crate::transport::http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES};
 use crate::{
     config::Protocol,
     identity::verify::explain,
@@ -44,20 +45,6 @@ use crate::{
     },
 };
 
-/// The largest DATA frame we take: with its header (RFC 9113 section 4.1) it fills four TLS records, and one read of the
-/// other leg fills it.
-pub const FRAME: u32 = 64 * 1024 - 9;
-/// What small DATA frames may weigh that nobody has taken yet, by the measure of h2: 256 bytes each, less what is in them;
-/// beyond it, it ends the connection. Flows take what has come after each turn of its connection, so it is what comes in
-/// one: over TLS 256 KiB (`record::TURN`), in plaintext 128 reads (tokio) of 8 KiB; frames of one byte take ten.
-pub const SMALL_FRAMES: usize = 32 << 20;
-/// What one stream may have waiting for the socket.
-pub const SEND_BUFFER: usize = 256 * 1024;
-/// The most bytes of headers in one request or response.
-pub const HEADERS: u32 = 16 * 1024;
-/// Streams of our own whose reset the peer may not have seen yet, and so may still send on: with more, h2 takes what
-/// comes for streams that it has forgotten for an attack. A burst of as many resets within a round trip.
-pub const RESET_STREAMS_MAX: usize = 1000;
 /// How long a peer that we have said goodbye to may take to close its side.
 pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// A peer that was heard of within this time is not asked whether it is there when a stream is opened.

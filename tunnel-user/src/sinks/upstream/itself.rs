@@ -6,11 +6,8 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    identity::{
-        store::TlsStore,
-        verify::{ClientCheck, PeerRejected},
-    },
-    model::flow::Identity,
+    identity::{store::TlsStore, verify::PeerRejected},
+    model::{flow::Identity, trust::ClientCheck},
 };
 
 /// See the module.

@@ -33,11 +33,11 @@ use super::{
 };
 use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
-    identity::{
-        store::TlsStore,
-        verify::{ServerCheck, explain},
+    identity::{store::TlsStore, verify::explain},
+    model::{
+        flow::{FarEnd, Identity, Target},
+        trust::ServerCheck,
     },
-    model::flow::{FarEnd, Identity, Target},
     relay::{Ahead, H2Leg, Queue, Sender},
     transport::h1::ReadError,
 };

@@ -30,12 +30,11 @@ use super::{
 use crate::{
     cli::pki::{Ca, IssueRequest, Validity},
     config::Protocol,
-    identity::{
-        store::TlsStore,
-        tls::IdentityFiles,
-        verify::{ClientCheck, ServerCheck},
+    identity::store::TlsStore,
+    model::{
+        flow::Target,
+        trust::{ClientCheck, IdentityFiles, ServerCheck},
     },
-    model::flow::Target,
     process::drain,
     sources::listener::{
         accept::{self, Link, ServeError},

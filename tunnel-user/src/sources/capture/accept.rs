@@ -27,8 +27,11 @@ use super::{
 use crate::kernel::sys;
 use crate::{
     kernel::own::OwnListeners,
-    model::flow::{ClientAddr, OriginalDst},
-    transport::tcp::{self, Mark, OnClose},
+    model::{
+        flow::{ClientAddr, OriginalDst},
+        mark::Mark,
+    },
+    transport::tcp::{self, OnClose},
 };
 
 /// Listeners in one network namespace, one of each family for every worker.
@@ -118,7 +121,7 @@ fn listen_at(addr: SocketAddr, mark: Option<Mark>) -> io::Result<Socket> {
         }
     }
     if let Some(mark) = mark {
-        mark.set(&socket)?;
+        tcp::set_mark(&socket, mark)?;
     }
     tcp::bequeath(&socket, OnClose::Abort)?;
     // Its connections inherit it (tcp_ca_openreq_child).

@@ -18,11 +18,14 @@ use super::{h1, h2};
 use crate::{
     config::Protocol,
     identity::{
-        san::peer_identity,
+        peer::peer_identity,
         store::TlsStore,
-        verify::{ClientCheck, check_expiry, explain, explain_hinted},
+        verify::{check_expiry, explain, explain_hinted},
     },
-    model::flow::{ClientAddr, Identity},
+    model::{
+        flow::{ClientAddr, Identity},
+        trust::ClientCheck,
+    },
     transport::{
         h1::ReadError,
         io::{Wire, peek_until},

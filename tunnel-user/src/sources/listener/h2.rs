@@ -21,8 +21,8 @@ use crate::{
     identity::verify::explain,
     process::drain::{Tasks, Watch},
     relay::Payload,
-    sinks::upstream::h2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
     transport::{
+        http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
         io::{LastReader, Wire},
         pulse::{Event, Pulse},
         tcp,

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{Next, RecordError, Session};
-use crate::identity::verify::HintedAlert;
+use crate::transport::alert::HintedAlert;
 
 /// What is received before the others on this thread have a turn: about 50 µs' worth. tokio's own measure is the number of
 /// reads, whatever their size.

@@ -16,10 +16,8 @@ use super::*;
 use crate::{
     cli::pki::{Ca, IssueRequest, Validity},
     config::Protocol,
-    identity::{
-        tls::{IdentityFiles, TlsIdentity, provider},
-        verify::{ClientCheck, ServerCheck},
-    },
+    identity::tls::{TlsIdentity, provider},
+    model::trust::{ClientCheck, IdentityFiles, ServerCheck},
     transport::record::{CIPHERTEXT_MAX, TlsStream, accept, connect},
 };
 
