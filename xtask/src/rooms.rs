@@ -327,7 +327,7 @@ fn flatten(tree: &UseTree, prefix: &mut Vec<String>, leaves: &mut Vec<(Vec<Strin
         }
         UseTree::Name(name) => {
             let name = name.ident.to_string();
-            leaves.push(([&prefix[..], &[name.clone()]].concat(), name));
+            leaves.push(([&prefix[..], std::slice::from_ref(&name)].concat(), name));
         }
         UseTree::Rename(renamed) => {
             let path = [&prefix[..], &[renamed.ident.to_string()]].concat();

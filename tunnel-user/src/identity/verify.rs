@@ -123,7 +123,7 @@ pub(crate) fn names_pass(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Resul
     Err(PeerRejected::san(&wanted, &names))
 }
 
-/// Verifies servers: chain and expiry always, then [`ServerCheck`].
+/// Verifies servers: chain and expiry always, then [`ServerCheck`](crate::model::trust::ServerCheck).
 #[derive(Debug)]
 pub(crate) struct ServerVerifier {
     webpki: Arc<WebPkiServerVerifier>,
@@ -196,7 +196,7 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
-/// Verifies clients: a certificate, its chain and expiry always, then [`ClientCheck`].
+/// Verifies clients: a certificate, its chain and expiry always, then [`ClientCheck`](crate::model::trust::ClientCheck).
 #[derive(Debug)]
 pub(crate) struct ClientVerifier {
     webpki: Arc<dyn ClientCertVerifier>,
