@@ -10,11 +10,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    Gateway, NET4, NET6, NetNs, PATIENCE, TARGET4, TARGET6, Target, World,
-    daemon::Daemon,
-    dialogue::ask,
-    node::Node,
-    target, wait_for,
+    Gateway, NET4, NET6, NetNs, PATIENCE, TARGET4, TARGET6, Target, World, daemon::Daemon, dialogue::ask,
+    node::Node, target, wait_for,
 };
 
 /// A connection that waits in vain ends in this time: six doublings of 5 jiffies at 100 Hz, and the machine is busy.
@@ -218,8 +215,10 @@ fn a_namespace_that_goes_leaves_nothing() -> Result<()> {
     }
     assert!(descriptors(id)? > before, "its listeners there");
     // 30 s after the last process, and a look each second.
-    wait_for("the namespaces to be given up", 3 * PATIENCE, || (descriptors(id).ok()? <= before).then_some(()))
-        .with_context(|| format!("{before} descriptors before, {:?} now", descriptors(id)))?;
+    wait_for("the namespaces to be given up", 3 * PATIENCE, || {
+        (descriptors(id).ok()? <= before).then_some(())
+    })
+    .with_context(|| format!("{before} descriptors before, {:?} now", descriptors(id)))?;
     let left = std::process::Command::new("lsns").args(["-n", "-t", "net", "-o", "NS"]).output()?;
     let left = String::from_utf8_lossy(&left.stdout).into_owned();
     for inode in inodes {
