@@ -160,13 +160,15 @@ fn with_on_failure_open_and_a_daemon_the_first_connection_of_a_new_namespace_is_
 }
 
 /// A daemon that does not run any more, and is not gone, carries nothing: what waits for it fails in the end, and nothing is
-/// in plaintext.
+/// in plaintext, also where another capture's programs see the same connections.
 #[test]
 fn while_the_daemon_stands_still_a_connection_of_a_new_namespace_times_out() -> Result<()> {
     for on_failure in ["closed", "open"] {
         let world = World::new()?;
         let scene = Scene::new(&world)?;
         let mut daemon = scene.daemon(&format!("on_failure = \"{on_failure}\""))?;
+        let other = Node::new(&world)?;
+        let mut beside = other.daemon(&other.config(&scene.gateway, "", ""))?;
         for target in &scene.targets {
             let host = host(&world)?;
             daemon.process().signal(Signal::SIGSTOP)?;
@@ -183,6 +185,7 @@ fn while_the_daemon_stands_still_a_connection_of_a_new_namespace_times_out() -> 
         }
         scene.all_by_the_gateway(2);
         daemon.process().stop()?;
+        beside.process().stop()?;
     }
     Ok(())
 }

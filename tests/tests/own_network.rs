@@ -5,11 +5,13 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use tunnel_tests::{
     Gateway, NET4, NET6, NODE4, NODE6, PATIENCE, Process, TARGET4, TARGET6, Target, World,
+    crowd::Crowd,
     daemon::through,
     dialogue::ask,
     node::Node,
@@ -28,6 +30,17 @@ const EXCLUDED6: &str = "fd79::1";
 
 /// A port that nobody listens on.
 const CLOSED: u16 = 9;
+
+/// What one process holds in the suite; `TUNNEL_HELD_CONNECTIONS` says otherwise.
+const HELD: usize = 4_000;
+/// What all of them may take, one after the other, on a busy machine.
+const LONG: Duration = Duration::from_secs(220);
+
+fn connections() -> Result<usize> {
+    #[expect(clippy::disallowed_methods, reason = "a test has no command line of its own")]
+    let said = std::env::var("TUNNEL_HELD_CONNECTIONS").ok();
+    said.map_or(Ok(HELD), |said| said.parse().context("TUNNEL_HELD_CONNECTIONS"))
+}
 
 /// The node with two ways to `net`, and routes to the targets.
 struct Scene<'w> {
@@ -348,5 +361,35 @@ fn as_many_short_connections_as_without_us_come_from_a_range_of_local_ports() ->
         let done = world.exec(&scene.gateway).run_app(&words)?;
         assert_eq!(done.value("ok")?, CONNECTIONS, "{done}");
     }
+    Ok(())
+}
+
+/// One daemon holds as many connections as descriptors allow, from few local ports to some targets.
+#[test]
+fn heavy_one_daemon_holds_18_000_connections_from_1_000_local_ports_to_20_targets() -> Result<()> {
+    const TARGETS: u8 = 20;
+    let connections = connections()?;
+    let each = connections / usize::from(TARGETS);
+    let world = World::new()?;
+    // What the flows of one connection may hold together is another test's.
+    world.node().settings(&[("ipv4/ip_local_port_range", "40000 40999")])?;
+    let addresses: Vec<SocketAddr> =
+        (0..TARGETS).map(|n| SocketAddr::new(Ipv4Addr::new(10, 200, 0, 100 + n).into(), 7000)).collect();
+    for address in &addresses {
+        world.net().add_address(&format!("{}/32", address.ip()), "lo")?;
+    }
+    let targets = Crowd::start(world.net(), &addresses)?;
+    let gateway = world.gateway().start()?;
+    let words = ["hold-many".to_owned(), each.to_string()];
+    let words: Vec<String> = words.into_iter().chain(addresses.iter().map(SocketAddr::to_string)).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let began = Instant::now();
+    let mut app = world.exec(&gateway).limit(LONG).spawn_app(&words)?;
+    let said = app.value_in_the_end("held")?;
+    println!("{connections} connections after {:?}", began.elapsed());
+    assert_eq!(said, format!("{connections} of {connections}"));
+    assert_eq!(targets.held(), connections);
+    let done = app.finish()?;
+    assert_eq!(done.value("alive")?, connections.to_string());
     Ok(())
 }

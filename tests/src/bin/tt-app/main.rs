@@ -5,11 +5,13 @@
 
 mod beside;
 mod elsewhere;
+mod escape;
 mod groups;
 mod marks;
 mod numbers;
 mod options;
 mod stuck;
+mod uring;
 mod ways;
 
 use std::{
@@ -27,6 +29,7 @@ use self::beside::{burst, now_and_then};
 use self::elsewhere::{
     by_a_socket_of_nobodys, from_a_new_namespace, from_a_thread, many_namespaces, new_namespaces,
 };
+use self::escape::{escape, escape_once};
 use self::groups::{incarnations, socket_from_outside};
 use self::marks::{impostor, marked};
 use self::numbers::{hold_many, many_short, short_by_turns};
@@ -110,6 +113,8 @@ fn run(words: &[&str]) -> Result<()> {
         ["from-a-thread", addr] => from_a_thread(addr.parse()?),
         ["by-a-socket-of-nobodys", addr] => by_a_socket_of_nobodys(addr.parse()?),
         ["many-namespaces", addr, times] => many_namespaces(addr.parse()?, times.parse()?),
+        ["escape", rest @ ..] => escape(rest),
+        ["escape-once", rest @ ..] => escape_once(rest),
         ["sock-names", addr] => sock_names(addr.parse()?),
         ["bind-range", ip] => bind_range(ip.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),

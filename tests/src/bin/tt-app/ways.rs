@@ -6,7 +6,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpStream},
-    os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd as _, IntoRawFd as _, OwnedFd},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -66,7 +66,7 @@ pub(super) fn nonblocking(addr: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-pub(super) fn wait_writable(fd: &OwnedFd) -> Result<()> {
+pub(super) fn wait_writable(fd: &impl AsRawFd) -> Result<()> {
     let mut asked = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     let patience = i32::try_from(PATIENCE.as_millis())?;
     // SAFETY: one valid pollfd.
