@@ -196,9 +196,9 @@ fn nothing_of_a_capture_listens_for_another_host() -> Result<()> {
     for host in [world.node(), world.net()] {
         host.settings(&[("ipv4/conf/all/route_localnet", "1"), ("ipv4/conf/all/accept_local", "1")])?;
     }
-    world.net().ip(&format!("rule add pref 0 to 127.84.0.0/16 lookup 100"))?;
+    world.net().ip("rule add pref 0 to 127.84.0.0/16 lookup 100")?;
     world.net().ip(&format!("route add 127.84.0.0/16 via {NODE4} table 100"))?;
-    world.net().ip(&format!("rule add pref 1 to 127.128.0.0/10 lookup 100"))?;
+    world.net().ip("rule add pref 1 to 127.128.0.0/10 lookup 100")?;
     world.net().ip(&format!("route add 127.128.0.0/10 via {NODE4} table 100"))?;
     let spread = IpAddr::V4(Ipv4Addr::new(127, 130, 1, 1));
     for at in &listeners {
@@ -299,9 +299,10 @@ struct Family<'w> {
     targets: [Target; 2],
 }
 
-/// What is included beside everything else.
+/// What is included beside everything else. With `::1/128` here, what the inner capture has taken would be taken once more over
+/// IPv6, by the outer one: nothing tells it from a connection to the application's own loopback.
 const NOTHING_MORE: &str = "";
-const LOOPBACK_TOO: &str = "include = [\"0.0.0.0/0\", \"::/0\", \"127.0.0.0/8\", \"::1/128\"]\n";
+const LOOPBACK_TOO: &str = "include = [\"0.0.0.0/0\", \"::/0\", \"127.0.0.0/8\"]\n";
 
 impl<'w> Family<'w> {
     fn new(world: &'w World) -> Result<Self> {
@@ -409,7 +410,7 @@ fn detach(config: &Path) -> Result<()> {
 }
 
 /// A group in a captured group, captured by another daemon: each connection is carried once, by the daemon that attached
-/// first, over both families, also where loopback is captured.
+/// first, over both families, also where the loopback of IPv4 is captured.
 #[test]
 fn of_two_daemons_that_capture_a_group_and_one_in_it_one_carries_each_connection_once() -> Result<()> {
     for more in [NOTHING_MORE, LOOPBACK_TOO] {

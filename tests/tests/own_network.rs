@@ -12,8 +12,9 @@ use anyhow::{Context as _, Result, ensure};
 use tunnel_tests::{
     Gateway, NET4, NET6, NODE4, NODE6, PATIENCE, Process, TARGET4, TARGET6, Target, World,
     crowd::Crowd,
-    daemon::through,
+    daemon::{Daemon, through},
     dialogue::ask,
+    gateway::PORT,
     node::Node,
     pki::GATEWAY_ID,
     process, programs,
@@ -371,7 +372,6 @@ fn heavy_one_daemon_holds_18_000_connections_from_1_000_local_ports_to_20_target
     let connections = connections()?;
     let each = connections / usize::from(TARGETS);
     let world = World::new()?;
-    // What the flows of one connection may hold together is another test's.
     world.node().settings(&[("ipv4/ip_local_port_range", "40000 40999")])?;
     let addresses: Vec<SocketAddr> =
         (0..TARGETS).map(|n| SocketAddr::new(Ipv4Addr::new(10, 200, 0, 100 + n).into(), 7000)).collect();
@@ -379,12 +379,30 @@ fn heavy_one_daemon_holds_18_000_connections_from_1_000_local_ports_to_20_target
         world.net().add_address(&format!("{}/32", address.ip()), "lo")?;
     }
     let targets = Crowd::start(world.net(), &addresses)?;
-    let gateway = world.gateway().start()?;
+    // One peer gets three quarters of the flows that a gateway's descriptors allow.
+    const LIMITS: &str = "[daemon]\nmax_flows = 40000\n";
+    let at = [PORT, PORT + 1].map(|port| SocketAddr::new(NET4, port));
+    let gateway = |at: &SocketAddr| {
+        let identity = world.pki().named("gateway").toml();
+        let config = format!(
+            "{LIMITS}{identity}[[listener]]\naddress = \"{at}\"\n[[route]]\nto = \"direct\"\n\
+             [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n"
+        );
+        Daemon::start(&world, world.net(), &config)
+    };
+    let _gateways = at.iter().map(gateway).collect::<Result<Vec<_>>>()?;
+    let config = format!(
+        "{LIMITS}{}[[route]]\nto = [{{ upstream = \"both\" }}]\n\
+         [[upstream]]\nname = \"both\"\nendpoints = {:?}\nbalance = \"round_robin\"\nverify = [\"{GATEWAY_ID}\"]\n",
+        world.pki().named("node").toml(),
+        at.map(|at| at.to_string())
+    );
+    let config = world.file("agent.toml", config)?;
     let words = ["hold-many".to_owned(), each.to_string()];
     let words: Vec<String> = words.into_iter().chain(addresses.iter().map(SocketAddr::to_string)).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let began = Instant::now();
-    let mut app = world.exec(&gateway).limit(LONG).spawn_app(&words)?;
+    let mut app = world.exec_with(&config).limit(LONG).spawn_app(&words)?;
     let said = app.value_in_the_end("held")?;
     println!("{connections} connections after {:?}", began.elapsed());
     assert_eq!(said, format!("{connections} of {connections}"));

@@ -1,7 +1,7 @@
 //! `cargo xtask verify`: what has to hold before an issue is closed, and takes too long for every merge.
 //!
 //! Enters: the machine as it is. Leaves: the suite passed under each congestion control that hosts commonly have, the
-//! default tests on other kernels, long soaks. Invariant: the host's own congestion control is put back, whatever ends
+//! default tests on other kernels, long soaks, a long try to escape. Invariant: the host's own congestion control is put back, whatever ends
 //! this process, SIGKILL included. Never: it goes on after a part that failed.
 
 use std::{
@@ -29,6 +29,13 @@ const CURRENT: &str = "tcp_congestion_control";
 const ALLOWED: &str = "tcp_allowed_congestion_control";
 const AVAILABLE: &str = "tcp_available_congestion_control";
 
+/// Tests that take longer here than in the suite, by what says how long: a name, the variable, its value.
+const LONGER: [(&str, &str, &str); 2] = [
+    ("escape::", "TUNNEL_ESCAPE_SECONDS", "600"),
+    // What 20,000 descriptors of a process allow.
+    ("own_network::heavy_one_daemon_holds", "TUNNEL_HELD_CONNECTIONS", "18000"),
+];
+
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
 
@@ -51,11 +58,13 @@ enum Part {
     Matrix,
     /// All bytes compared for ten minutes, through tunnels and through a kernel program.
     Soak,
+    /// A captured program that tries to escape for ten minutes, and as many connections as descriptors allow.
+    Escape,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks
+  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -86,8 +95,23 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
             soak(arm, args.soak)?;
         }
     }
+    if wanted(Part::Escape) {
+        for (name, variable, value) in LONGER {
+            heading(&format!("{name} with {variable}={value}"));
+            longer(name, variable, value)?;
+        }
+    }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
+}
+
+/// Runs tests with more to do than in the suite.
+fn longer(name: &str, variable: &str, value: &str) -> Result<()> {
+    let (file, part) = name.split_once("::").unwrap_or((name, ""));
+    let filter = format!("binary(={file}) & test({part})");
+    let mut test = Command::new(std::env::current_exe()?);
+    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", &filter]).env(variable, value);
+    foreground("the test", &mut test)
 }
 
 /// Keeps an arm busy with the soak of the load generator, which compares every byte; the kernel has nothing to complain of.
