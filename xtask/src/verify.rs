@@ -29,12 +29,8 @@ const CURRENT: &str = "tcp_congestion_control";
 const ALLOWED: &str = "tcp_allowed_congestion_control";
 const AVAILABLE: &str = "tcp_available_congestion_control";
 
-/// Tests that take longer here than in the suite, by what says how long: a name, the variable, its value.
-const LONGER: [(&str, &str, &str); 2] = [
-    ("escape::", "TUNNEL_ESCAPE_SECONDS", "600"),
-    // What 20,000 descriptors of a process allow.
-    ("own_network::heavy_one_daemon_holds", "TUNNEL_HELD_CONNECTIONS", "18000"),
-];
+/// How long a captured program tries to escape.
+const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
@@ -58,7 +54,7 @@ enum Part {
     Matrix,
     /// All bytes compared for ten minutes, through tunnels and through a kernel program.
     Soak,
-    /// A captured program that tries to escape for ten minutes, and as many connections as descriptors allow.
+    /// A captured program that tries to escape for ten minutes, while every frame is read.
     Escape,
 }
 
@@ -96,22 +92,18 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         }
     }
     if wanted(Part::Escape) {
-        for (name, variable, value) in LONGER {
-            heading(&format!("{name} with {variable}={value}"));
-            longer(name, variable, value)?;
-        }
+        heading(&format!("{} s of trying to escape", ESCAPE[1]));
+        escape()?;
     }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
 }
 
-/// Runs tests with more to do than in the suite.
-fn longer(name: &str, variable: &str, value: &str) -> Result<()> {
-    let (file, part) = name.split_once("::").unwrap_or((name, ""));
-    let filter = format!("binary(={file}) & test({part})");
+/// Runs the test whose program tries to escape for longer than in the suite.
+fn escape() -> Result<()> {
     let mut test = Command::new(std::env::current_exe()?);
-    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", &filter]).env(variable, value);
-    foreground("the test", &mut test)
+    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "binary(=escape)"]);
+    foreground("the test", test.env(ESCAPE[0], ESCAPE[1]))
 }
 
 /// Keeps an arm busy with the soak of the load generator, which compares every byte; the kernel has nothing to complain of.

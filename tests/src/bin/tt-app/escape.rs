@@ -34,8 +34,11 @@ const THREADS: usize = 3;
 /// `TCP_REPAIR` of linux/tcp.h.
 const TCP_REPAIR: libc::c_int = 19;
 
+/// How a connection is made, and the secret sent.
+type Way = fn(&Plan, SocketAddr) -> io::Result<()>;
+
 /// The ways, by their names. A way that ends with an error has connected to nobody.
-const WAYS: &[(&str, fn(&Plan, SocketAddr) -> io::Result<()>)] = &[
+const WAYS: &[(&str, Way)] = &[
     ("plain", |plan, to| plan.send(plain(to)?, to)),
     ("non-blocking", non_blocking),
     ("v4-mapped", |plan, to| plan.send(plain(mapped(to))?, mapped(to))),
@@ -64,7 +67,7 @@ const WAYS: &[(&str, fn(&Plan, SocketAddr) -> io::Result<()>)] = &[
     ("af-unspec-between", Plan::unspec_between),
     ("two-at-once", Plan::two_at_once),
     ("bind-to-device", Plan::by_device),
-    ("bound-to-an-address", Plan::from_an_address),
+    ("bound-to-an-address", Plan::bound_to_an_address),
     ("repair", repair),
 ];
 
@@ -241,7 +244,7 @@ impl Plan {
         self.send(fd, to)
     }
 
-    fn from_an_address(&self, to: SocketAddr) -> io::Result<()> {
+    fn bound_to_an_address(&self, to: SocketAddr) -> io::Result<()> {
         let own = std::net::UdpSocket::bind((unspecified(to), 0)).and_then(|asked| {
             asked.connect(to)?;
             asked.local_addr()

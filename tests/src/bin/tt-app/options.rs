@@ -31,6 +31,9 @@ const BIND_ADDRESS_NO_PORT: libc::c_int = 24;
 /// `SO_BINDTOIFINDEX` of asm-generic/socket.h.
 const BIND_TO_IFINDEX: libc::c_int = 62;
 
+/// One behaviour; what there was to see of it.
+type Row = fn(&Scene) -> Result<String>;
+
 /// What the rows are tried with.
 struct Scene {
     /// IPv6 sockets, and IPv4 addresses.
@@ -65,7 +68,7 @@ pub(super) fn options(words: &[&str]) -> Result<()> {
         outgoing: (*outgoing).to_owned(),
         device: (*device).to_owned(),
     };
-    let rows: &[(&str, fn(&Scene) -> Result<String>)] = &[
+    let rows: &[(&str, Row)] = &[
         ("two-destinations-reuseaddr", Scene::two_destinations),
         ("two-destinations-both-bound-before", Scene::both_bound_before),
         ("two-destinations-reuseport-with-a-listener", Scene::beside_a_listener),
