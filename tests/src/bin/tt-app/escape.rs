@@ -67,6 +67,7 @@ const WAYS: &[(&str, Way)] = &[
     ("af-unspec-between", Plan::unspec_between),
     ("two-at-once", Plan::two_at_once),
     ("bind-to-device", Plan::by_device),
+    ("bind-to-device-after", Plan::by_device_after),
     ("bound-to-an-address", Plan::bound_to_an_address),
     ("repair", repair),
 ];
@@ -242,6 +243,18 @@ impl Plan {
         let fd = plain(to)?;
         setsockopt(&fd, sockopt::BindToDevice, &self.device.clone().into())?;
         self.send(fd, to)
+    }
+
+    /// While it connects.
+    fn by_device_after(&self, to: SocketAddr) -> io::Result<()> {
+        let fd =
+            socket(family(to), SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+        let _in_progress = connect(fd.as_raw_fd(), &SockaddrStorage::from(to));
+        setsockopt(&fd, sockopt::BindToDevice, &self.device.clone().into())?;
+        let _again = connect(fd.as_raw_fd(), &SockaddrStorage::from(to));
+        // Of what is not connected this says why.
+        let sent = nix::sys::socket::send(fd.as_raw_fd(), self.secret.as_bytes(), MsgFlags::MSG_NOSIGNAL);
+        sent.map(drop).map_err(io::Error::from)
     }
 
     fn bound_to_an_address(&self, to: SocketAddr) -> io::Result<()> {

@@ -82,6 +82,7 @@ pub(super) fn options(words: &[&str]) -> Result<()> {
         ("getpeername", Scene::peer_name),
         ("so-bindtodevice", |scene| scene.by_device(scene.bind_by_name(&scene.outgoing))),
         ("so-bindtoifindex", |scene| scene.by_device(scene.bind_by_index(&scene.outgoing))),
+        ("so-bindtodevice-of-a-connection", Scene::device_afterwards),
         // Whence it comes then, the device says; behind a capture it is the route that says it.
         ("so-bindtodevice-beside-the-route", |scene| scene.connects(scene.bind_by_name(&scene.device))),
         ("so-bindtoifindex-beside-the-route", |scene| scene.connects(scene.bind_by_index(&scene.device))),
@@ -296,6 +297,17 @@ impl Scene {
         Ok(format!("from {} to {}", stream.local_addr()?.ip(), stream.peer_addr()?.ip()))
     }
 
+    /// Once it is connected: what is said on it goes on.
+    fn device_afterwards(&self) -> Result<String> {
+        let stream = self.connected(self.first())?;
+        setsockopt(&stream, sockopt::BindToDevice, &self.outgoing.clone().into())?;
+        (0..3).try_for_each(|_| ping(&stream))?;
+        let index = libc::c_int::try_from(if_nametoindex(self.outgoing.as_str())?)?;
+        set(&stream, libc::SOL_SOCKET, BIND_TO_IFINDEX, index)?;
+        ping(&stream)?;
+        Ok(stream.peer_addr()?.ip().to_string())
+    }
+
     fn connects(&self, bound: Result<OwnedFd>) -> Result<String> {
         Ok(format!("to {}", talk(bound?, self.first())?.peer_addr()?.ip()))
     }
@@ -437,10 +449,11 @@ fn disconnect(stream: &TcpStream) -> Result<()> {
     }
 }
 
-fn set(fd: &OwnedFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> Result<()> {
+fn set(fd: &impl AsFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> Result<()> {
     const LENGTH: libc::socklen_t = 4;
     // SAFETY: the option's value is one int, of four bytes.
-    let done = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), LENGTH) };
+    let done =
+        unsafe { libc::setsockopt(fd.as_fd().as_raw_fd(), level, name, (&raw const value).cast(), LENGTH) };
     ensure!(done == 0, "option {level} {name}: {}", io::Error::last_os_error());
     Ok(())
 }
