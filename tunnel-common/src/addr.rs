@@ -54,7 +54,6 @@ impl Endpoint {
 
     /// A number that depends on every bit of the address and the port, evenly spread (the finaliser of MurmurHash3).
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "the upper half is the better one")]
     pub const fn mix(&self) -> u32 {
         const A: u64 = 0xff51_afd7_ed55_8ccd;
         const B: u64 = 0xc4ce_b9fe_1a85_ec53;

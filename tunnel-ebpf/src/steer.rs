@@ -43,7 +43,7 @@ fn steer(ctx: SkLookupContext) -> u32 {
     let Some((client, key)) = captured(&ctx) else { return SK_PASS };
     // SAFETY: the key is of the map's type. An entry is written before the SYN goes out; one that is removed meanwhile keeps
     // its bytes as long as the program runs, or holds those of another flow, which are as good.
-    let Some(origin) = (unsafe { FLOWS.get(&key) }) else { return SK_PASS };
+    let Some(origin) = (unsafe { FLOWS.get(key) }) else { return SK_PASS };
     let lanes = lanes();
     #[expect(clippy::cast_possible_truncation, reason = "two halves")]
     let (generation, lanes) = ((lanes >> 32) as u32, lanes as u16);
@@ -78,6 +78,7 @@ fn captured(ctx: &SkLookupContext) -> Option<(Endpoint, FlowKey)> {
         if (*lookup).protocol != TCP {
             return None;
         }
+        #[expect(clippy::cast_possible_truncation, reason = "a port, in host order")]
         let local_port = (*lookup).local_port as u16;
         let remote_port = u16::from_be((*lookup).remote_port);
         let (client, via) = if (*lookup).family == AF_INET {

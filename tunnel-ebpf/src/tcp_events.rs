@@ -151,7 +151,9 @@ fn on_option(ctx: &SockOpsContext) {
     }
     let mut option = [0u8; MD5_OPTION_LEN as usize];
     option[0] = TCPOPT_MD5SIG;
-    option[1] = MD5_OPTION_LEN as u8;
+    #[expect(clippy::cast_possible_truncation, reason = "18")]
+    let length = MD5_OPTION_LEN as u8;
+    option[1] = length;
     // SAFETY: the context as it is, and an option with its length; the helper copies it.
     let _not_reserved = unsafe { bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), MD5_OPTION_LEN, 0) };
 }
