@@ -297,26 +297,6 @@ fn a_process_of_another_network_namespace_in_the_group_is_captured_too() -> Resu
 }
 
 #[test]
-fn a_namespace_that_appears_later_is_refused_for_a_moment_and_never_left_in_plaintext() -> Result<()> {
-    let world = World::new()?;
-    let gateway = world.gateway().start()?;
-    let target = world.serve(TARGET4, target::echo())?;
-    let node = Node::new(&world)?;
-    let _daemon = node.daemon(&node.config(&gateway, "", ""))?;
-    let pod = NetNs::new("pod")?;
-    let mut app = node.app_on(&pod, &["reconnect", &target.addr().to_string()])?;
-    let mut said = Vec::new();
-    wait_for("a connection", Duration::from_secs(5), || {
-        let outcome = ask(&mut app, "once").context("the application").ok()?;
-        said.push(outcome.clone());
-        (outcome == "ok").then_some(())
-    })?;
-    said.pop();
-    assert!(said.iter().all(|s| s == "ECONNREFUSED"), "{said:?}");
-    Ok(())
-}
-
-#[test]
 fn a_daemon_without_privilege_ends_with_77_and_one_with_five_mistakes_with_64() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;

@@ -75,6 +75,8 @@ pub const GETSOCKNAME6: &str = "sock_name6";
 /// See [`CONNECT4`].
 pub const GETSOCKOPT: &str = "original_dst";
 /// See [`CONNECT4`].
+pub const SETSOCKOPT: &str = "stay_off_device";
+/// See [`CONNECT4`].
 pub const SOCKOPS: &str = "tcp_events";
 /// See [`CONNECT4`]; in an object of its own, loaded for each network namespace.
 pub const STEER: &str = "steer";

@@ -6,6 +6,7 @@
 #![no_main]
 
 mod connect;
+mod device;
 mod field;
 mod group;
 mod maps;
@@ -61,6 +62,13 @@ fn sock_name6(ctx: SockAddrContext) -> i32 {
 #[cgroup_sockopt(getsockopt)]
 fn original_dst(ctx: SockoptContext) -> i32 {
     original_dst::getsockopt(&ctx);
+    1
+}
+
+/// `setsockopt(2)`: `SO_BINDTODEVICE` and `SO_BINDTOIFINDEX`.
+#[cgroup_sockopt(setsockopt)]
+fn stay_off_device(ctx: SockoptContext) -> i32 {
+    device::setsockopt(&ctx);
     1
 }
 

@@ -10,9 +10,10 @@ use core::ptr;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT, BPF_SOCK_OPS_WRITE_HDR_OPT_CB,
-        BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock,
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TIMEOUT_INIT,
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT,
+        bpf_sock,
     },
     helpers::{
         bpf_get_netns_cookie,
@@ -36,6 +37,9 @@ const MD5_OPTION_LEN: u32 = 18;
 /// In jiffies: 5 to 50 ms, by how the kernel was built. The daemon opens its listeners in a few milliseconds. Six doublings
 /// (`tcp_syn_retries`) make that half a second to three, after which connect() fails with ETIMEDOUT.
 const WAITING_RTO: u32 = 5;
+/// What the programs have to be asked for while a SYN is held back: for the option in it, and before it goes out again, because
+/// somebody else's program may have switched the former off.
+const HOLD_BACK: u32 = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
 const SOL_TCP: i32 = 6;
 const TCP_CONGESTION: i32 = 13;
 #[expect(clippy::cast_possible_truncation, reason = "four bytes")]
@@ -46,6 +50,7 @@ pub(crate) fn on_event(ctx: &SockOpsContext) {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => on_connect(ctx),
         BPF_SOCK_OPS_TIMEOUT_INIT => on_timeout_init(ctx),
+        BPF_SOCK_OPS_RTO_CB => on_timeout(ctx),
         BPF_SOCK_OPS_HDR_OPT_LEN_CB => on_option_length(ctx),
         BPF_SOCK_OPS_WRITE_HDR_OPT_CB => on_option(ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => on_close(ctx),
@@ -66,7 +71,7 @@ fn on_connect(ctx: &SockOpsContext) {
         // Fail closed. Over IPv4 nobody listens where the SYN goes to; over IPv6 another program may, so it is held back.
         if !origin.dst().is_v4() {
             maps::give_up(sk);
-            let flags = ctx.cb_flags() | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+            let flags = ctx.cb_flags() | HOLD_BACK;
             let _always = ctx.set_cb_flags(flags.cast_signed());
         }
         maps::count(Counter::FlowsFull);
@@ -78,7 +83,7 @@ fn on_connect(ctx: &SockOpsContext) {
     // Without it an entry that nobody takes would stay until its 4-tuple is used again.
     let mut flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     if origin.is_waiting() {
-        flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+        flags |= HOLD_BACK;
     }
     let _always = ctx.set_cb_flags(flags.cast_signed());
     spare_local(ctx);
@@ -93,6 +98,14 @@ fn on_timeout_init(ctx: &SockOpsContext) {
     if waiting(ctx) || given_up(ctx) {
         // SAFETY: a field of the context, for writing.
         unsafe { (*ctx.ops).__bindgen_anon_1.reply = WAITING_RTO };
+    }
+}
+
+/// Before a segment goes out again.
+#[inline(always)]
+fn on_timeout(ctx: &SockOpsContext) {
+    if waiting(ctx) || given_up(ctx) {
+        let _always = ctx.set_cb_flags((ctx.cb_flags() | HOLD_BACK).cast_signed());
     }
 }
 
@@ -120,20 +133,27 @@ fn given_up(ctx: &SockOpsContext) -> bool {
 fn on_option_length(ctx: &SockOpsContext) {
     // SAFETY: the helper takes the context as it is.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    if given_up(ctx) || (waiting(ctx) && maps::listener(netns).is_none()) {
+    let waits = waiting(ctx);
+    if given_up(ctx) || (waits && maps::listener(netns).is_none()) {
         // SAFETY: as above.
         let _no_room = unsafe { bpf_reserve_hdr_opt(ctx.ops, MD5_OPTION_LEN, 0) };
-    } else {
-        let flags = ctx.cb_flags() & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+    } else if waits {
+        // Of a socket that waits for another capture, whose programs are attached here as well, the flag is not ours.
+        let flags = ctx.cb_flags() & !HOLD_BACK;
         let _always = ctx.set_cb_flags(flags.cast_signed());
     }
 }
 
 #[inline(always)]
 fn on_option(ctx: &SockOpsContext) {
+    if !waiting(ctx) && !given_up(ctx) {
+        return;
+    }
     let mut option = [0u8; MD5_OPTION_LEN as usize];
     option[0] = TCPOPT_MD5SIG;
-    option[1] = MD5_OPTION_LEN as u8;
+    #[expect(clippy::cast_possible_truncation, reason = "18")]
+    let length = MD5_OPTION_LEN as u8;
+    option[1] = length;
     // SAFETY: the context as it is, and an option with its length; the helper copies it.
     let _not_reserved = unsafe { bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), MD5_OPTION_LEN, 0) };
 }

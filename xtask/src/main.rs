@@ -70,7 +70,7 @@ enum Task {
     MatrixGuest(matrix::guest::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
-    /// What has to hold before an issue is closed: the suite under BBR and CUBIC, other kernels, long soaks.
+    /// What has to hold before an issue is closed: the suite under BBR and CUBIC, other kernels, long soaks, a long try to escape.
     #[command(after_help = verify::EXAMPLES)]
     Verify(verify::Args),
 }

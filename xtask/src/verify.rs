@@ -1,7 +1,7 @@
 //! `cargo xtask verify`: what has to hold before an issue is closed, and takes too long for every merge.
 //!
 //! Enters: the machine as it is. Leaves: the suite passed under each congestion control that hosts commonly have, the
-//! default tests on other kernels, long soaks. Invariant: the host's own congestion control is put back, whatever ends
+//! default tests on other kernels, long soaks, a long try to escape. Invariant: the host's own congestion control is put back, whatever ends
 //! this process, SIGKILL included. Never: it goes on after a part that failed.
 
 use std::{
@@ -29,6 +29,9 @@ const CURRENT: &str = "tcp_congestion_control";
 const ALLOWED: &str = "tcp_allowed_congestion_control";
 const AVAILABLE: &str = "tcp_available_congestion_control";
 
+/// How long a captured program tries to escape.
+const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
+
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
 
@@ -51,11 +54,13 @@ enum Part {
     Matrix,
     /// All bytes compared for ten minutes, through tunnels and through a kernel program.
     Soak,
+    /// A captured program that tries to escape for ten minutes, while every frame is read.
+    Escape,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks
+  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -86,8 +91,19 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
             soak(arm, args.soak)?;
         }
     }
+    if wanted(Part::Escape) {
+        heading(&format!("{} s of trying to escape", ESCAPE[1]));
+        escape()?;
+    }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
+}
+
+/// Runs the test whose program tries to escape for longer than in the suite.
+fn escape() -> Result<()> {
+    let mut test = Command::new(std::env::current_exe()?);
+    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "binary(=escape)"]);
+    foreground("the test", test.env(ESCAPE[0], ESCAPE[1]))
 }
 
 /// Keeps an arm busy with the soak of the load generator, which compares every byte; the kernel has nothing to complain of.

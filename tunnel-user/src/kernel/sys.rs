@@ -45,6 +45,8 @@ pub enum AttachType {
     Connect6 = 11,
     /// `BPF_CGROUP_GETSOCKOPT`
     Getsockopt = 21,
+    /// `BPF_CGROUP_SETSOCKOPT`
+    Setsockopt = 22,
     /// `BPF_CGROUP_INET4_GETPEERNAME`
     Getpeername4 = 29,
     /// `BPF_CGROUP_INET6_GETPEERNAME`

@@ -43,6 +43,17 @@ const TESTS: &[&str] = &[
     "connect::a_socket_that_connects_twice",
     "group::a_unit_is_followed",
     "group::links_of",
+    "own_network::a_captured_program_sees",
+    "own_network::as_many_connections",
+    "own_network::as_many_short_connections",
+    "own_network::getsockname_follows",
+    "ours::whoever_takes",
+    "ours::cap_net_raw_alone",
+    "ours::carries_each_connection_once",
+    "namespaces::the_first_connection",
+    "namespaces::of_a_new_namespace",
+    "namespaces::a_socket_of",
+    "escape::whatever",
     "pipe::a_reset",
     "same_result::spliced::what_an_application",
     "same_result::past_tcp::what_an_application",
@@ -59,7 +70,7 @@ const HEARTBEAT: Duration = Duration::from_secs(20);
 const BOOT: Duration = Duration::from_secs(180);
 
 /// Minutes that a kernel may take with the default tests.
-const TIMEOUT: u64 = 15;
+const TIMEOUT: u64 = 30;
 /// Seconds: what nextest gives a test (.config/nextest.toml).
 const TEST_TIMEOUT: u64 = 240;
 

@@ -4,8 +4,14 @@
 //! everything went as the subcommand says. Invariant: it uses ordinary system calls, as any program would.
 
 mod beside;
+mod elsewhere;
+mod escape;
 mod groups;
+mod marks;
+mod numbers;
+mod options;
 mod stuck;
+mod uring;
 mod ways;
 
 use std::{
@@ -20,7 +26,14 @@ use std::{
 };
 
 use self::beside::{burst, now_and_then};
+use self::elsewhere::{
+    by_a_socket_of_nobodys, from_a_new_namespace, from_a_thread, many_namespaces, new_namespaces,
+};
+use self::escape::{escape, escape_once};
 use self::groups::{incarnations, socket_from_outside};
+use self::marks::{impostor, marked};
+use self::numbers::{hold_many, many_short, short_by_turns};
+use self::options::{bind_range, options, sock_names};
 use self::stuck::{offer, read_late, stick};
 use self::ways::{again, bound, fastopen, fastopen_sendto, mptcp, nonblocking, v4mapped};
 use anyhow::{Context as _, Result, bail, ensure};
@@ -89,6 +102,21 @@ fn run(words: &[&str]) -> Result<()> {
             incarnations(parent.as_ref(), name, inside.parse()?, beside.parse()?, times.parse()?)
         }
         ["socket-from-outside", group, addr] => socket_from_outside(group.as_ref(), addr.parse()?),
+        ["options", rest @ ..] => options(rest),
+        ["many-short", addr, connections, how] => many_short(addr.parse()?, connections.parse()?, how),
+        ["short-by-turns", connections, targets @ ..] => short_by_turns(connections.parse()?, targets),
+        ["hold-many", each, targets @ ..] => hold_many(each.parse()?, targets),
+        ["marked", addr, mark] => marked(addr.parse()?, mark.parse()?),
+        ["impostor", mark, addresses @ ..] => impostor(mark.parse()?, addresses),
+        ["from-a-new-namespace", addr] => from_a_new_namespace(addr.parse()?),
+        ["new-namespaces", addr, times] => new_namespaces(addr, times.parse()?),
+        ["from-a-thread", addr] => from_a_thread(addr.parse()?),
+        ["by-a-socket-of-nobodys", addr] => by_a_socket_of_nobodys(addr.parse()?),
+        ["many-namespaces", addr, times] => many_namespaces(addr.parse()?, times.parse()?),
+        ["escape", rest @ ..] => escape(rest),
+        ["escape-once", rest @ ..] => escape_once(rest),
+        ["sock-names", addr] => sock_names(addr.parse()?),
+        ["bind-range", ip] => bind_range(ip.parse()?),
         ["original-dst", listen] => original_dst(listen.parse()?),
         _ => bail!("unknown: {words:?}"),
     }

@@ -6,7 +6,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpStream},
-    os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd as _, IntoRawFd as _, OwnedFd},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -66,7 +66,7 @@ pub(super) fn nonblocking(addr: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn wait_writable(fd: &OwnedFd) -> Result<()> {
+pub(super) fn wait_writable(fd: &impl AsRawFd) -> Result<()> {
     let mut asked = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     let patience = i32::try_from(PATIENCE.as_millis())?;
     // SAFETY: one valid pollfd.
@@ -101,13 +101,18 @@ pub(super) fn fastopen(addr: SocketAddr) -> Result<TcpStream> {
 
 /// MSG_FASTOPEN: sendto() connects. Of a pattern that has not begun it sends nothing yet.
 pub(super) fn fastopen_sendto(addr: SocketAddr) -> Result<TcpStream> {
-    let fd = tcp(family(addr), SockFlag::empty())?;
-    let to = SockaddrStorage::from(addr);
-    nix::sys::socket::sendto(fd.as_raw_fd(), &[], &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
-        .context("sendto")?;
-    let stream = stream(fd)?;
+    let stream = fastopen_with(addr, &[])?;
     println!("peer={}", stream.peer_addr()?);
     Ok(stream)
+}
+
+/// The same with the first bytes.
+pub(super) fn fastopen_with(addr: SocketAddr, first: &[u8]) -> Result<TcpStream> {
+    let fd = tcp(family(addr), SockFlag::empty())?;
+    let to = SockaddrStorage::from(addr);
+    nix::sys::socket::sendto(fd.as_raw_fd(), first, &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
+        .context("sendto")?;
+    stream(fd)
 }
 
 /// A Multipath TCP socket; says what the kernel makes of it.

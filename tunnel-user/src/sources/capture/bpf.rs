@@ -55,13 +55,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tu
 
 /// Every program with the place it is attached to. `connect` comes last: until it is there nothing is
 /// captured, and what it captures needs the others.
-const PROGRAMS: [(&str, AttachType); 8] = [
+const PROGRAMS: [(&str, AttachType); 9] = [
     (names::SOCKOPS, AttachType::SockOps),
     (names::GETSOCKNAME4, AttachType::Getsockname4),
     (names::GETSOCKNAME6, AttachType::Getsockname6),
     (names::GETPEERNAME4, AttachType::Getpeername4),
     (names::GETPEERNAME6, AttachType::Getpeername6),
     (names::GETSOCKOPT, AttachType::Getsockopt),
+    (names::SETSOCKOPT, AttachType::Setsockopt),
     (names::CONNECT4, AttachType::Connect4),
     (names::CONNECT6, AttachType::Connect6),
 ];

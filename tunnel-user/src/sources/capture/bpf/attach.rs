@@ -95,9 +95,10 @@ impl Capture {
     }
 
     /// Whether a program stays with the captured group where the others are attached above it. At the root, `getsockopt` would
-    /// cost every call of every program on this node 0.17 µs, for an answer that only proxies ask for.
+    /// cost every call of every program on this node 0.17 µs, for an answer that only proxies ask for; and so would
+    /// `setsockopt`.
     fn is_groups_own(&self, name: &str) -> bool {
-        self.by_name && !self.for_proxy && name == names::GETSOCKOPT
+        self.by_name && (name == names::SETSOCKOPT || !self.for_proxy && name == names::GETSOCKOPT)
     }
 
     /// Attaches the programs behind all others that are attached to `cgroup`.
