@@ -102,7 +102,6 @@ fn instructions(maps: &Maps<'_>) -> Result<Vec<bpf_insn>, Box<dyn std::error::Er
 }
 
 /// Puts a value in place of a constant; how often it was there.
-#[expect(clippy::cast_possible_truncation, reason = "halves of a number")]
 fn replace(code: &mut [bpf_insn], placeholder: u64, value: u64) -> usize {
     #[expect(clippy::cast_possible_truncation, reason = "two halves")]
     let halves = |n: u64| [n & 0xffff_ffff, n >> 32].map(|half| (half as u32).cast_signed());
