@@ -156,6 +156,12 @@ impl Origin {
         self.closed = Self::seconds(now);
     }
 
+    /// Whether the socket has closed.
+    #[inline(always)]
+    pub const fn is_closed(&self) -> bool {
+        self.closed != 0
+    }
+
     /// Whether the socket closed so long before `now` (nanoseconds since boot) that nobody will accept
     /// the connection any more.
     pub const fn is_stale(&self, now: u64) -> bool {

@@ -44,6 +44,11 @@ fn steer(ctx: SkLookupContext) -> u32 {
     // SAFETY: the key is of the map's type. An entry is written before the SYN goes out; one that is removed meanwhile keeps
     // its bytes as long as the program runs, or holds those of another flow, which are as good.
     let Some(origin) = (unsafe { FLOWS.get(key) }) else { return SK_PASS };
+    if origin.is_closed() {
+        // A SYN with the addresses and ports of a connection that has ended, and that nobody has accepted: somebody else's,
+        // which was not captured, or it would have an entry of its own here.
+        return SK_PASS;
+    }
     let lanes = lanes();
     #[expect(clippy::cast_possible_truncation, reason = "two halves")]
     let (generation, lanes) = ((lanes >> 32) as u32, lanes as u16);

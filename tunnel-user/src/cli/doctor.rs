@@ -21,6 +21,7 @@ use socket2::{Domain, Socket, Type};
 use crate::{
     config,
     kernel::{
+        bpf::BpfError,
         cgroup::{self, CgroupError, Hierarchy},
         privileges, sys,
         version::{Feature, Kernel},
@@ -31,7 +32,7 @@ use crate::{
     },
     relay,
     sources::capture::{
-        bpf::{self, BpfError},
+        bpf,
         bypass::{Bypass, BypassError},
         redirect,
     },

@@ -25,6 +25,7 @@ use super::{
 use crate::{
     config::{self, CgroupRef, Config, OnFailure},
     kernel::{
+        bpf::BpfError,
         cgroup::{CgroupError, Fresh},
         group::Group,
         netns, sys,
@@ -34,7 +35,7 @@ use crate::{
     process::exit::{Cause, Failure},
     sources::capture::{
         accept::{self, Origins, Sockets},
-        bpf::{self, BpfError, Capture, Lifetime, Spec},
+        bpf::{self, Capture, Lifetime, Spec},
         bypass::{Bypass, BypassError, Promotions},
         ring::Rings,
         routes::Routes,

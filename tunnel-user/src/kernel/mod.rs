@@ -1,6 +1,7 @@
 //! What talks to the kernel beside sockets: bpf(2), cgroups, network namespaces, netlink, BTF, versions, privileges.
 
 pub mod blockers;
+pub mod bpf;
 pub mod btf;
 pub mod cgroup;
 pub mod firewall;

@@ -29,11 +29,11 @@ use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, DIRECTIONS_MAX, 
 use super::{overlap::repeats, socket};
 use crate::{
     kernel::{
+        bpf::BpfError,
         btf::{self, OffsetsError},
         privileges,
     },
     process::drain::Tasks,
-    sources::capture::bpf::BpfError,
 };
 
 /// The program, as the build script made or found it.

@@ -11,10 +11,8 @@ use std::{
 use aya::maps::{HashMap, MapData};
 use tunnel_common::{capture::Listener, names};
 
-use super::{
-    bpf::BpfError,
-    links::{self, LinkError, Spot},
-};
+use super::links::{self, LinkError, Spot};
+use crate::kernel::bpf::BpfError;
 use crate::kernel::sys::{self, AttachType};
 
 /// See the module.

@@ -17,9 +17,9 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
-    programs::{Program, ProgramError},
+    programs::Program,
 };
 use ipnet::IpNet;
 use socket2::Domain;
@@ -40,15 +40,12 @@ use super::{
     sources::Sources,
     steer::{self, Steering},
 };
+use crate::kernel::bpf::BpfError;
 use crate::kernel::{
-    blockers,
     group::ByName,
     sys::{self, AttachType},
 };
-use crate::{
-    kernel::btf::{self, OffsetsError},
-    transport::tcp::Register,
-};
+use crate::{kernel::btf, transport::tcp::Register};
 
 /// The programs, as the build script made or found them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tunnel-ebpf.bpf.o"));
@@ -77,123 +74,6 @@ const PINNED: [&str; 7] = [
     names::SOURCES_V4,
     names::SOURCES_V6,
 ];
-
-/// What went wrong with the kernel side. None of it is the application's or a peer's fault.
-#[derive(Debug, thiserror::Error)]
-pub enum BpfError {
-    /// The object could not be parsed or its maps not be made.
-    #[error("loading the programs' maps failed: {0}")]
-    Load(#[source] Box<EbpfError>),
-    /// The verifier or the kernel refused a program.
-    #[error("the kernel refused program {name}: {source}")]
-    Program {
-        /// The program.
-        name: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: Box<ProgramError>,
-    },
-    /// The object has no such program or map: it was built from other sources than this daemon.
-    #[error("the BPF object has no {0}: it does not fit this daemon")]
-    Missing(&'static str),
-    /// A map refused an entry.
-    #[error("map {name}: {source}")]
-    Map {
-        /// The map.
-        name: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: MapError,
-    },
-    /// A map could not be mapped or waited for.
-    #[error("map {name}: {source}")]
-    MapIo {
-        /// The map.
-        name: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The kernel does not say where it keeps the names of groups.
-    #[error("captured groups cannot be followed by their names: {0}")]
-    Offsets(#[from] OffsetsError),
-    /// A program of somebody else's keeps ours from being attached.
-    #[error(
-        "attaching {name} failed: {by} was attached without BPF_F_ALLOW_MULTI, which keeps every other program away"
-    )]
-    Blocked {
-        /// The program.
-        name: &'static str,
-        /// The other one.
-        by: blockers::Program,
-    },
-    /// As many programs are attached as can be.
-    #[error("attaching {name} failed: the cgroup has 64 programs there already (BPF_CGROUP_MAX_PROGS)")]
-    Full {
-        /// The program.
-        name: &'static str,
-    },
-    /// A program could not be attached.
-    #[error("attaching {name} to the cgroup failed: {source}")]
-    Attach {
-        /// The program.
-        name: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// A pin could not be made, read or removed.
-    #[error("pin {}: {source}", path.display())]
-    Pin {
-        /// Where.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl BpfError {
-    /// Whether the kernel lacks something, rather than this process a privilege.
-    pub fn is_privilege(&self) -> bool {
-        let denied = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES));
-        match self {
-            Self::Attach { source, .. } | Self::Pin { source, .. } => denied(source),
-            other => {
-                let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(other);
-                while let Some(e) = cause {
-                    if e.downcast_ref::<io::Error>().is_some_and(|e| e.raw_os_error() == Some(libc::EPERM)) {
-                        return true;
-                    }
-                    cause = e.source();
-                }
-                false
-            }
-        }
-    }
-}
-
-impl BpfError {
-    /// What went wrong with all its causes in one line, without the verifier's pages.
-    pub fn summary(&self) -> String {
-        let mut out = String::new();
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
-        while let Some(e) = cause {
-            let text = e.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            let line = line.split(" Verifier output:").next().unwrap_or_default();
-            // Many errors repeat their source.
-            if !out.contains(line) {
-                if !out.is_empty() {
-                    out.push_str(": ");
-                }
-                out.push_str(line);
-            }
-            cause = e.source();
-        }
-        out
-    }
-}
 
 /// How long the programs stay attached.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,8 @@ use tunnel_common::{
     names,
 };
 
-use super::bpf::{BpfError, map};
+use super::bpf::map;
+use crate::kernel::bpf::BpfError;
 
 /// The programs' tries.
 pub(super) struct Sources {

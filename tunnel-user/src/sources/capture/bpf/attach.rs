@@ -13,7 +13,8 @@ use std::{
 use aya::programs::Program;
 use tunnel_common::names;
 
-use super::{BpfError, Capture, Lifetime, PROGRAMS, link_path, program_fd, unpin};
+use super::{Capture, Lifetime, PROGRAMS, link_path, program_fd, unpin};
+use crate::kernel::bpf::BpfError;
 use crate::{
     kernel::{
         blockers,
