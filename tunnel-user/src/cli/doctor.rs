@@ -22,6 +22,7 @@ use crate::{
     config,
     kernel::{
         bpf::BpfError,
+        bypass::{Bypass, BypassError},
         cgroup::{self, CgroupError, Hierarchy},
         privileges, sys,
         version::{Feature, Kernel},
@@ -31,11 +32,7 @@ use crate::{
         limits,
     },
     relay,
-    sources::capture::{
-        bpf,
-        bypass::{Bypass, BypassError},
-        redirect,
-    },
+    sources::capture::{bpf, redirect},
     transport::tcp,
 };
 

@@ -26,6 +26,7 @@ use crate::{
     config::{self, CgroupRef, Config, OnFailure},
     kernel::{
         bpf::BpfError,
+        bypass::{Bypass, BypassError, Promotions},
         cgroup::{CgroupError, Fresh},
         group::Group,
         netns, sys,
@@ -36,7 +37,6 @@ use crate::{
     sources::capture::{
         accept::{self, Origins, Sockets},
         bpf::{self, Capture, Lifetime, Spec},
-        bypass::{Bypass, BypassError, Promotions},
         ring::Rings,
         routes::Routes,
         rules::Rules,

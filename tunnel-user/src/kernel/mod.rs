@@ -3,6 +3,7 @@
 pub mod blockers;
 pub mod bpf;
 pub mod btf;
+pub mod bypass;
 pub mod cgroup;
 pub mod firewall;
 pub mod group;

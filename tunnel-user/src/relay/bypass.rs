@@ -18,7 +18,7 @@ use tokio::{
 };
 use tunnel_common::fastpath::bypass::{APPLICATION, Budget, DAEMON};
 
-use crate::sources::capture::bypass::{Asked, Candidate, Pair};
+use crate::kernel::bypass::{Asked, Candidate, Pair};
 
 /// Exchanges after which a connection asks. To look for who has its socket, judge a known program and join the sockets
 /// takes 0.3 ms of another thread, which some 50 exchanges save (5 to 10 µs each): five times as many, so that a

@@ -28,7 +28,7 @@ use super::{
     silence::{Socket, timed_out},
     splice::socket::{at_mark, progress, unacknowledged, unread},
 };
-use crate::{sources::capture::bypass::Candidate, transport::tcp};
+use crate::{kernel::bypass::Candidate, transport::tcp};
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;

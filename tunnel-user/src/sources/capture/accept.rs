@@ -19,11 +19,8 @@ use tunnel_common::{
     flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
 };
 
-use super::{
-    bpf::FlowTable,
-    bypass::{Candidate, Promoter},
-    redirect, routes,
-};
+use super::{bpf::FlowTable, redirect, routes};
+use crate::kernel::bypass::{Candidate, Promoter};
 use crate::kernel::sys;
 use crate::{
     kernel::own::OwnListeners,

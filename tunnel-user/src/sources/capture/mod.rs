@@ -7,7 +7,6 @@
 pub mod accept;
 mod before;
 pub mod bpf;
-pub mod bypass;
 mod links;
 pub mod redirect;
 pub mod ring;
