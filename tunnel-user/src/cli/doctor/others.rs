@@ -56,6 +56,9 @@ pub(super) fn exclusive() -> Finding {
         AttachType::Connect6,
         AttachType::SockOps,
         AttachType::Getsockopt,
+        AttachType::Setsockopt,
+        AttachType::Getsockname4,
+        AttachType::Getsockname6,
         AttachType::Getpeername4,
         AttachType::Getpeername6,
     ];
