@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Warnings, as Envoy is told to log too; and when it captures, which is waited for.
-pub(super) const LOG: &str = "warn,tunnel::app=info";
+pub(super) const LOG: &str = "warn,tunnel::daemon=info";
 
 impl Bed {
     /// Starts it, if this arm has one, or only our hooks.
