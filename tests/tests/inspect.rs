@@ -183,7 +183,7 @@ fn the_names_that_applications_ask_for_send_them_through_different_gateways() ->
     }
     for gateway in [&mut east, &mut west] {
         wait_for("the flows to be booked", PATIENCE, || {
-            (gateway.log().matches(" tunnel::model::flow: ").count() == 2).then_some(())
+            (gateway.log().matches(" tunnel::flow: ").count() == 2).then_some(())
         })?;
     }
     Ok(())

@@ -74,9 +74,8 @@ fn flows_of_a_connection_that_is_given_up_are_recorded() -> Result<()> {
     gateway.process().wait_for_line("no answer to PING")?;
     let recorded = wait_for("a record of each flow", tunnel_tests::PATIENCE, || {
         let log = gateway.log();
-        let lines = log
-            .lines()
-            .filter(|line| line.contains("tunnel::model::flow") && line.contains("no answer to PING"));
+        let lines =
+            log.lines().filter(|line| line.contains("tunnel::flow") && line.contains("no answer to PING"));
         (lines.count() >= FLOWS).then_some(())
     });
     app.process().signal(Signal::SIGCONT)?;
