@@ -201,7 +201,8 @@ fn descriptors(pid: u32) -> Result<usize> {
 fn a_namespace_that_goes_leaves_nothing() -> Result<()> {
     let world = World::new()?;
     let scene = Scene::new(&world)?;
-    let mut daemon = scene.daemon("")?;
+    // One worker, so that all flows share what the first of them leave open.
+    let mut daemon = scene.node.daemon(&scene.node.config(&scene.gateway, "workers = 1\n", ""))?;
     let id = daemon.process().id();
     // What it takes for the first flow it keeps.
     for target in &scene.targets {
