@@ -20,7 +20,7 @@ const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 /// Sizes of `FlowKey` and `Origin`.
 const KEY: usize = 48;
-const VALUE: usize = 32;
+const VALUE: usize = 48;
 
 /// A map that is pinned, filled and emptied as bpf(2) does it.
 struct Map(RawFd);
