@@ -237,6 +237,30 @@ pub fn prog_query(cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<Attached
     Ok(Attached { programs: ids[..n].to_vec(), multi: attr.attach_flags & BPF_F_ALLOW_MULTI != 0 })
 }
 
+/// What the kernel tells of a program or a link, as far as `T` takes it; what it does not tell is zero.
+///
+/// # Safety
+/// `T` is `repr(C)`, a beginning of the kernel's structure, and made of integers only.
+unsafe fn object_info<T>(object: BorrowedFd<'_>) -> io::Result<T> {
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    // SAFETY: as the caller says.
+    let mut info: T = unsafe { mem::zeroed() };
+    bpf(
+        BPF_OBJ_GET_INFO_BY_FD,
+        &mut Attr {
+            bpf_fd: object.as_raw_fd().cast_unsigned(),
+            info_len: u32::try_from(size_of::<T>()).map_err(io::Error::other)?,
+            info: (&raw mut info) as u64,
+        },
+    )?;
+    Ok(info)
+}
+
 /// The name of a program, as its loader called it.
 pub fn prog_name(program: BorrowedFd<'_>) -> io::Result<String> {
     /// The beginning of `struct bpf_prog_info`, up to the name.
@@ -245,22 +269,8 @@ pub fn prog_name(program: BorrowedFd<'_>) -> io::Result<String> {
         _before: [u64; 8],
         name: [u8; 16],
     }
-    #[repr(C)]
-    struct Attr {
-        bpf_fd: u32,
-        info_len: u32,
-        info: u64,
-    }
     // SAFETY: made of integers only.
-    let mut info: Info = unsafe { mem::zeroed() };
-    bpf(
-        BPF_OBJ_GET_INFO_BY_FD,
-        &mut Attr {
-            bpf_fd: program.as_raw_fd().cast_unsigned(),
-            info_len: u32::try_from(size_of::<Info>()).map_err(io::Error::other)?,
-            info: (&raw mut info) as u64,
-        },
-    )?;
+    let info: Info = unsafe { object_info(program) }?;
     let end = info.name.iter().position(|b| *b == 0).unwrap_or(info.name.len());
     Ok(String::from_utf8_lossy(&info.name[..end]).into_owned())
 }
@@ -312,22 +322,8 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         attach_type: u32,
         _rest: [u32; 5],
     }
-    #[repr(C)]
-    struct Attr {
-        bpf_fd: u32,
-        info_len: u32,
-        info: u64,
-    }
     // SAFETY: made of integers only.
-    let mut info: Info = unsafe { mem::zeroed() };
-    bpf(
-        BPF_OBJ_GET_INFO_BY_FD,
-        &mut Attr {
-            bpf_fd: link.as_raw_fd().cast_unsigned(),
-            info_len: u32::try_from(size_of::<Info>()).map_err(io::Error::other)?,
-            info: (&raw mut info) as u64,
-        },
-    )?;
+    let info: Info = unsafe { object_info(link) }?;
     Ok(LinkInfo { program: info.prog_id, cgroup: info.cgroup_id })
 }
 
