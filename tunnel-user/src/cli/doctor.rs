@@ -124,6 +124,8 @@ pub fn examine() -> Vec<Finding> {
     let mut findings = vec![kernel(), capabilities(), cgroups(), bpffs()];
     findings.extend(programs());
     findings.extend([
+        steering(),
+        new_namespaces(),
         socket_mark(),
         conntrack(),
         netns_cookie(),
@@ -328,6 +330,37 @@ fn programs() -> Vec<Finding> {
                 }
             })
             .collect(),
+    }
+}
+
+/// What gives each destination an address of its own; a capture works without, as far as one address goes.
+fn steering() -> Finding {
+    const CHECK: &str = "program steer";
+    let why = match bpf::probe_steering() {
+        Ok(Ok(())) => {
+            return Finding::ok(CHECK, "the kernel takes it: a local port serves several destinations");
+        }
+        Ok(Err(e)) => e.to_string(),
+        Err(e) => e.summary(),
+    };
+    Finding::warn(
+        CHECK,
+        why,
+        "Captured connections share one local address: a local port serves one destination at a time. It takes \
+         CONFIG_INET, CAP_BPF and CAP_NET_ADMIN.",
+    )
+}
+
+/// By what the first connection from a new network namespace waits for our listeners there.
+fn new_namespaces() -> Finding {
+    const CHECK: &str = "new network namespaces";
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None);
+    if socket.is_ok_and(|socket| sys::has_tcp_md5(socket.as_fd())) {
+        Finding::ok(CHECK, "a container's first connection waits until the daemon listens there")
+    } else {
+        let remedy = "A container's first connection fails with ECONNREFUSED and has to be made again, on a kernel without \
+                      TCP MD5 signatures (CONFIG_TCP_MD5SIG).";
+        Finding::warn(CHECK, "the kernel has no TCP MD5 signatures", remedy)
     }
 }
 

@@ -437,6 +437,34 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     u64_option(socket, libc::SO_NETNS_COOKIE)
 }
 
+/// Whether the kernel knows TCP MD5 signatures (RFC 2385; CONFIG_TCP_MD5SIG): it then finds no key to be removed.
+pub fn has_tcp_md5(socket: BorrowedFd<'_>) -> bool {
+    /// `struct tcp_md5sig` of `linux/tcp.h`: an address, and a key, here without length.
+    #[repr(C)]
+    struct Signature {
+        family: u16,
+        address: [u8; 126],
+        flags_prefix_and_length: [u8; 4],
+        device: i32,
+        key: [u8; 80],
+    }
+    let family = u16::try_from(libc::AF_INET).unwrap_or_default();
+    let signature =
+        Signature { family, address: [0; 126], flags_prefix_and_length: [0; 4], device: 0, key: [0; 80] };
+    let length = libc::socklen_t::try_from(size_of::<Signature>()).unwrap_or_default();
+    // SAFETY: `signature` is valid for reads of its length.
+    let ret = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_MD5SIG,
+            (&raw const signature).cast(),
+            length,
+        )
+    };
+    ret == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENOPROTOOPT)
+}
+
 /// An option of a socket's own level, of which the value is a number.
 pub fn int_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
     socket_option(socket, option)

@@ -396,6 +396,13 @@ pub fn probe(by_name: bool) -> Result<Vec<Probed>, BpfError> {
     Ok(PROGRAMS.map(|(name, _)| (name, load_program(&mut ebpf, name))).into())
 }
 
+/// The same for the program that gives captured connections to our listeners. Without it all of them go to one address.
+pub fn probe_steering() -> Result<Result<(), steer::SteerError>, BpfError> {
+    let ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
+    let (flows, sockets) = (fd_of(&ebpf, names::FLOWS)?, fd_of(&ebpf, names::SOCKETS)?);
+    Ok(steer::probe(&steer::Maps { flows: flows.as_fd(), sockets: sockets.as_fd() }))
+}
+
 fn link_path(dir: &Path, program: &str) -> PathBuf {
     dir.join(format!("link_{program}"))
 }
@@ -503,6 +510,7 @@ mod tests {
         }
         let spec =
             Spec { on_failure: 0, generation: 1, for_proxy: false, group: None, lifetime: Lifetime::Cgroup };
+        probe_steering().expect("maps can be made").expect("the kernel takes the steering program");
         Capture::load(&spec, &Rules::default()).expect("maps and globals have the types of this daemon");
         let ebpf = aya_obj_names();
         for name in names::MAPS {

@@ -75,11 +75,21 @@ impl Steering {
                 return Err(SteerError::Object("a constant is missing".to_owned()));
             }
         }
-        let code: Vec<[u8; 8]> = code.iter().map(bytes).collect();
-        let program = sys::load_sk_lookup(STEER, &code).map_err(SteerError::Load)?;
+        let program = load(&code)?;
         let link = sys::link_create(program.as_fd(), netns, AttachType::SkLookup);
         link.map(|link| Self { _link: link }).map_err(SteerError::Attach)
     }
+}
+
+/// Whether the kernel takes the program. It is loaded and thrown away.
+pub(super) fn probe(maps: &Maps<'_>) -> Result<(), SteerError> {
+    let code = instructions(maps).map_err(|e| SteerError::Object(e.to_string()))?;
+    load(&code).map(drop)
+}
+
+fn load(code: &[bpf_insn]) -> Result<OwnedFd, SteerError> {
+    let code: Vec<[u8; 8]> = code.iter().map(bytes).collect();
+    sys::load_sk_lookup(STEER, &code).map_err(SteerError::Load)
 }
 
 /// The program's instructions, with these maps.
