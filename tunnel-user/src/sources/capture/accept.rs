@@ -67,7 +67,10 @@ pub fn listen(workers: usize, mark: Option<Mark>) -> io::Result<Sockets> {
                 let port = port_of(first).unwrap_or(port);
                 return Ok(Sockets { netns, port, per_worker, routes: routes::Sockets::open()? });
             }
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => last = e,
+            // Taken, or one that takes CAP_NET_BIND_SERVICE, which a daemon need not have.
+            Err(e) if matches!(e.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) => {
+                last = e;
+            }
             Err(e) => return Err(e),
         }
     }
@@ -128,15 +131,21 @@ fn listen_at(addr: SocketAddr, mark: Option<Mark>) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Ports that no program of this namespace is given unless it asks for that one: outside of `ip_local_port_range`, and not
-/// reserved for anybody by name (`ip_local_reserved_ports`).
+/// Ports to try, in an order of chance, and at last 0, which is what the kernel picks.
 fn free_ports() -> impl Iterator<Item = u16> {
     // Of the namespace that the thread is in.
     let setting = |name| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
-    let range = setting("ip_local_port_range");
-    let mut ends = range.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
+    let mut ports = ports_of_nobody(&setting("ip_local_port_range"), &setting("ip_local_reserved_ports"));
+    fastrand::shuffle(&mut ports);
+    ports.truncate(PORTS_TRIED);
+    ports.into_iter().chain([0])
+}
+
+/// Ports that no program is given unless it asks for that one: outside of `ip_local_port_range`, and not reserved for anybody
+/// by name (`ip_local_reserved_ports`); both as the kernel writes them.
+fn ports_of_nobody(given: &str, reserved: &str) -> Vec<u16> {
+    let mut ends = given.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
     let given = ends.next().unwrap_or(1)..=ends.next().unwrap_or(u16::MAX);
-    let reserved = setting("ip_local_reserved_ports");
     let reserved: Vec<RangeInclusive<u16>> = reserved
         .trim()
         .split(',')
@@ -145,16 +154,9 @@ fn free_ports() -> impl Iterator<Item = u16> {
             Some(first.parse().ok()?..=last.parse().ok()?)
         })
         .collect();
-    let may = move |port: &u16| !given.contains(port) && !reserved.iter().any(|r| r.contains(port));
-    let mut high: Vec<u16> = HIGH_PORTS.filter(&may).collect();
-    if high.is_empty() {
-        high = LOW_PORTS.filter(&may).collect();
-    }
-    fastrand::shuffle(&mut high);
-    high.truncate(PORTS_TRIED);
-    // What the kernel picks, when there is nothing else.
-    high.push(0);
-    high.into_iter()
+    let is_nobodys = |port: &u16| !given.contains(port) && !reserved.iter().any(|r| r.contains(port));
+    let high: Vec<u16> = HIGH_PORTS.filter(is_nobodys).collect();
+    if high.is_empty() { LOW_PORTS.filter(is_nobodys).collect() } else { high }
 }
 
 /// Who knows where the connections of a listener wanted to go.
@@ -249,5 +251,36 @@ impl Accept {
             }
             Origins::Redirected(own) => redirect::original_dst(stream, own).map(|dst| (dst, None)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_port_is_one_that_nobody_is_given_or_has_reserved() {
+        let of = ports_of_nobody;
+        assert_eq!(of("32768\t60999\n", "\n").len(), HIGH_PORTS.len());
+        assert_eq!(of("32768\t60999\n", "61000,61005-65534\n"), [61001, 61002, 61003, 61004, 65535]);
+        assert_eq!(of("61001 65535", ""), [61000]);
+        // As large as it can be made.
+        assert_eq!(of("1024 65535", "400-1000"), (1001..=1023).collect::<Vec<_>>());
+        assert!(of("1 65535", "").is_empty() && of("", "").is_empty());
+    }
+
+    #[test]
+    fn all_listeners_have_one_port_and_share_it_with_nobody() {
+        let sockets = listen(3, None).expect("a loopback interface");
+        assert_eq!(sockets.per_worker.len(), 3);
+        for socket in sockets.per_worker.iter().flatten() {
+            assert_eq!(port_of(socket), Some(sockets.port));
+            assert!(!socket.reuse_port().unwrap() && !socket.reuse_address().unwrap());
+        }
+        assert!(listen_on(sockets.port, 3, None).is_err());
+        // One that the kernel picks is the same for all.
+        let picked = listen_on(0, 2, None).expect("a port");
+        let ports: Vec<_> = picked.iter().flatten().filter_map(port_of).collect();
+        assert!(ports.len() >= 2 && ports.iter().all(|port| *port == ports[0]), "{ports:?}");
     }
 }
