@@ -26,6 +26,8 @@ const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const PROG_QUERY: libc::c_int = 16;
 const LINK_CREATE: libc::c_int = 28;
 
+/// `BPF_CGROUP_SOCK_OPS`.
+pub const SOCK_OPS: u32 = 3;
 /// `BPF_CGROUP_INET4_CONNECT`
 pub const CONNECT4: u32 = 10;
 /// `BPF_CGROUP_GETSOCKOPT`

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use tunnel_tests::{
     Gateway, NET4, NODE4, PATIENCE, Process, TARGET4, Target, World,
-    bpf::{self, CONNECT4, GETSOCKOPT},
+    bpf::{self, CONNECT4, GETSOCKOPT, SOCK_OPS},
     bpffs::BpfFs,
     cgroup::{self, Cgroup},
     daemon::{Daemon, through},
@@ -350,12 +350,20 @@ fn links_of_an_earlier_version_are_replaced() -> Result<()> {
     {
         bpf::move_link(link, &group)?;
     }
+    // It called a program by another name, and its maps meant something else.
+    let named =
+        |end: &str| pinned.iter().find(|p| p.to_string_lossy().ends_with(end)).context("it is pinned");
+    let events = named("link_tcp_events")?;
+    fs::rename(events, events.with_file_name("link_established"))?;
+    let flows = pinned.iter().find(|p| p.to_string_lossy().contains("/FLOWS_")).context("it is pinned")?;
+    fs::hard_link(flows, flows.with_file_name("FLOWS_1"))?;
     assert_eq!(bpf::attached(&group, CONNECT4)?, 1);
     assert_eq!(scene.once(&group)?, "ECONNREFUSED");
 
     let mut daemon = scene.daemon(&config, "capturing")?;
     assert_eq!(bpf::attached(&group, CONNECT4)?, 0, "theirs is detached");
-    assert_eq!(scene.pins(), pinned);
+    wait_for("what it pinned to go", PATIENCE, || (scene.pins() == pinned).then_some(()))?;
+    assert_eq!(bpf::attached(&group, SOCK_OPS)?, 0, "that of another name too");
     assert_eq!(scene.seen_from(&group)?, NET4);
     remove(&group)?;
     fs::create_dir(&group)?;

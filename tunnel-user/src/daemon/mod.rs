@@ -371,7 +371,10 @@ impl Running {
 
     /// It is sure that this daemon stays: nothing of an earlier one is put back any more.
     fn settle(&mut self) {
-        self.captures.iter().for_each(|active| active.programs.capture.settle());
+        for active in &self.captures {
+            active.programs.capture.settle();
+            active.tidy(|active| active.programs.capture.forget_other_versions());
+        }
         listen::retune(&self.kept, &std::mem::take(&mut self.retuned));
     }
 

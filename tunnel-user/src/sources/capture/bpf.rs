@@ -183,7 +183,7 @@ impl Capture {
             // listeners are, and whose sockets a daemon made that still drains. The rules are the programs' own, so that
             // both are replaced as one.
             for name in PINNED {
-                loader.map_pin_path(name, dir.join(format!("{name}_{}", names::ABI)));
+                loader.map_pin_path(name, map_path(dir, name));
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
@@ -333,6 +333,21 @@ impl Capture {
         *self.before.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Removes what another version has pinned here and this one does not use: programs that have another name now, which it
+    /// detaches, and maps that mean something else. The caller keeps other daemons away.
+    pub fn forget_other_versions(&self) -> Result<(), BpfError> {
+        let Lifetime::Pinned(dir) = &self.lifetime else { return Ok(()) };
+        let ours = PROGRAMS.into_iter().map(|(name, _)| link_path(dir, name));
+        let ours: Vec<_> = ours.chain(PINNED.into_iter().map(|name| map_path(dir, name))).collect();
+        let entries = fs::read_dir(dir).map_err(|source| BpfError::Pin { path: dir.clone(), source })?;
+        let mut done = Ok(());
+        for path in entries.flatten().map(|entry| entry.path()).filter(|path| !ours.contains(path)) {
+            let removed = remove_pin(&path);
+            done = done.and(removed.map_err(|source| BpfError::Pin { path, source }));
+        }
+        done
+    }
+
     /// Puts back what was there before this was loaded: nothing, or what an earlier daemon had attached, with its
     /// listeners. The caller keeps other daemons away.
     pub fn roll_back(&self) -> Result<(), BpfError> {
@@ -403,6 +418,19 @@ pub fn probe_steering() -> Result<Result<(), steer::SteerError>, BpfError> {
     Ok(steer::probe(&steer::Maps { flows: flows.as_fd(), sockets: sockets.as_fd() }))
 }
 
+fn map_path(dir: &Path, map: &str) -> PathBuf {
+    dir.join(format!("{map}_{}", names::ABI))
+}
+
+fn is_link(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("link_"))
+}
+
+/// Removes a pin; what is behind a link is detached.
+fn remove_pin(path: &Path) -> io::Result<()> {
+    if is_link(path) { links::remove(path) } else { fs::remove_file(path) }
+}
+
 fn link_path(dir: &Path, program: &str) -> PathBuf {
     dir.join(format!("link_{program}"))
 }
@@ -428,14 +456,12 @@ pub fn unpin(dir: &Path) -> Result<(), BpfError> {
         Err(e) => return Err(pin_error(dir)(e)),
     };
     let mut paths: Vec<_> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
-    let is_link = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link_"));
     // connect first: what is captured a moment longer would find no origin.
     paths.sort_by_key(|p| (!is_link(p), !p.to_string_lossy().contains("connect")));
     let mut done = Ok(());
     for path in paths {
         // What cannot be removed keeps nothing else.
-        let removed = if is_link(&path) { links::remove(&path) } else { fs::remove_file(&path) };
-        done = done.and(removed.map_err(pin_error(&path)));
+        done = done.and(remove_pin(&path).map_err(pin_error(&path)));
     }
     done?;
     fs::remove_dir(dir).map_err(pin_error(dir))?;
