@@ -14,7 +14,7 @@ use super::{
     OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::model::{
-    flow::{Source, Target},
+    flow::{SourceKind, Target},
     mark::Mark,
     san::SanPattern,
     trust::IdentityFiles,
@@ -140,7 +140,7 @@ impl Config {
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
             listeners: Vec::new(),
-            routes: vec![every(Source::Captured, Action::Upstreams(vec![(0, 1)]))],
+            routes: vec![every(SourceKind::Capture, Action::Upstreams(vec![(0, 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
         }
@@ -159,13 +159,13 @@ impl Config {
             captures: Vec::new(),
             redirects: Vec::new(),
             listeners: o.listen.iter().copied().map(listener).collect(),
-            routes: vec![every(Source::Listener, Action::Direct)],
+            routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
             policies: vec![Policy { identity: Peers::Any, target: o.allow }],
         }
     }
 }
 
-fn every(source: Source, to: Action) -> Route {
+fn every(source: SourceKind, to: Action) -> Route {
     Route { matches: Match { source: vec![source], ..Match::default() }, to, terms: Terms::default() }
 }

@@ -10,9 +10,9 @@ use http::{HeaderMap, Version};
 
 /// Who handed us a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum SourceKind {
     /// eBPF, or a rule, redirected an application's connect() to us.
-    Captured,
+    Capture,
     /// A peer sent a CONNECT request to one of our listeners.
     Listener,
 }

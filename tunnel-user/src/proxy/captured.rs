@@ -6,9 +6,9 @@
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
-use super::{At, Going, Place, Proxy, back_off, reach::Wish};
+use super::{EstablishedFlow, Place, Proxy, SourceHandle, back_off, reach::FlowRequest};
 use crate::{
-    model::flow::{Source, Target},
+    model::flow::{SourceKind, Target},
     observe::stats::Record,
     process::drain::Tasks,
     relay::{Ahead, Queue, TcpLeg},
@@ -18,7 +18,12 @@ use crate::{
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-pub(super) async fn accept_captured(proxy: Rc<Proxy>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+pub(super) async fn accept_captured(
+    proxy: Rc<Proxy>,
+    accept: Accept,
+    at: Rc<SourceHandle>,
+    flows: Rc<Tasks>,
+) {
     let mut watch = at.watch.clone();
     let mut draining = false;
     loop {
@@ -70,8 +75,8 @@ fn carry_captured(
     // Apart: what it takes to reach a target is not held as long as the flow.
     let reached = Box::pin(reach_captured(Rc::clone(&proxy), captured, name));
     async move {
-        if let Some((mut leg, going)) = reached.await {
-            proxy.relay(&mut leg, going).await;
+        if let Some((mut leg, flow)) = reached.await {
+            proxy.relay(&mut leg, flow).await;
         }
         drop(place);
     }
@@ -83,7 +88,7 @@ async fn reach_captured(
     proxy: Rc<Proxy>,
     captured: Captured,
     name: Option<Arc<str>>,
-) -> Option<(TcpLeg, Box<Going>)> {
+) -> Option<(TcpLeg, Box<EstablishedFlow>)> {
     let started = Instant::now();
     let Captured { stream, client, original_dst, bypass } = captured;
     let target = Target::from(original_dst);
@@ -91,10 +96,10 @@ async fn reach_captured(
     let mut leg = TcpLeg::captured(stream, bypass);
     let reached = {
         let setup = proxy.setup();
-        let wish = Wish {
+        let request = FlowRequest {
             setup: &setup,
             flow: Flow {
-                source: Source::Captured,
+                source: SourceKind::Capture,
                 name: name.as_deref(),
                 target: &target,
                 client,
@@ -107,24 +112,26 @@ async fn reach_captured(
             permit: None,
             dial_timeout: setup.shared.dial_timeout,
         };
-        let decision = proxy.route(&wish);
-        if let Decision::Look = decision {
+        let decision = proxy.route(&request);
+        if let Decision::NeedsSniff = decision {
             // Apart, so that other flows take no more room for it.
-            let looked = proxy.look_and_reach(&mut leg, Queue::default(), wish, record, started);
-            let going = Box::pin(looked).await?;
-            return Some((leg, going));
+            let looked = proxy.look_and_reach(&mut leg, Queue::default(), request, record, started);
+            let flow = Box::pin(looked).await?;
+            return Some((leg, flow));
         }
         let ahead = Ahead::new(&mut leg, Queue::default());
         tokio::select! {
             biased;
-            reached = proxy.reach(&wish, decision, &mut record, Some(&ahead)) => {
+            reached = proxy.reach(&request, decision, &mut record, Some(&ahead)) => {
                 Some(reached.map(|sink| (sink, ahead.into_early())))
             }
             _ = ahead.left() => None,
         }
     };
     match reached {
-        Some(Ok((sink, early))) => return Some((leg, Box::new(Going { sink, early, record, started }))),
+        Some(Ok((sink, early))) => {
+            return Some((leg, Box::new(EstablishedFlow { sink, early, record, started })));
+        }
         Some(Err(refusal)) => proxy.refused(&refusal, record, None, started),
         None => proxy.left(record, started),
     }

@@ -8,10 +8,10 @@ use http::Version;
 
 use super::{
     Proxy,
-    reach::{Sink, Wish},
+    reach::{FlowRequest, Sink},
 };
 use crate::{
-    model::flow::{Head, Source},
+    model::flow::{Head, SourceKind},
     observe::stats::Record,
     relay::Ahead,
     routing::{flow::Flow, policy, router::Decision},
@@ -31,7 +31,7 @@ impl Proxy {
     pub(super) async fn hand_over(
         &self,
         to: &Itself,
-        wish: &Wish<'_>,
+        request: &FlowRequest<'_>,
         ask: &Ask<'_>,
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
@@ -50,32 +50,32 @@ impl Proxy {
         if record.identity.is_none() {
             record.identity.clone_from(&identity);
         }
-        let (shared, refused) = (&wish.setup.shared, |e: policy::Denied| Refusal::Denied(e.to_string()));
+        let (shared, refused) = (&request.setup.shared, |e: policy::Denied| Refusal::Denied(e.to_string()));
         let peer = shared.router.peer(identity.as_ref());
         let policies = shared.policies.peer(identity.clone());
         let permit = shared.policies.check_target(&policies, target).map_err(refused)?;
         let headers = handed_over(ask);
         let version = ask.received.map_or(Version::HTTP_2, |received| received.version);
         let flow = Flow {
-            source: Source::Listener,
+            source: SourceKind::Listener,
             name: Some(&to.listener),
             target,
             identity: identity.as_ref(),
             peer: &peer,
             server_name: None,
             request: Some(Head { version, headers: &headers }),
-            ..wish.flow
+            ..request.flow
         };
         let dial_timeout = ask.terms.timeout.unwrap_or(to.dial_timeout);
-        let wish = Wish { setup: wish.setup, flow, permit: Some(permit), dial_timeout };
-        match self.route(&wish) {
+        let request = FlowRequest { setup: request.setup, flow, permit: Some(permit), dial_timeout };
+        match self.route(&request) {
             // Its client would have to be answered first, and that is for the route before.
-            Decision::Look => Err(Refusal::Denied(format!(
+            Decision::NeedsSniff => Err(Refusal::Denied(format!(
                 "{target} is refused: the route at listener \"{}\" depends on what the connection carries, and the \
                  one that led there has not looked at it",
                 to.listener
             ))),
-            decision => self.reach(&wish, decision, record, ahead).await,
+            decision => self.reach(&request, decision, record, ahead).await,
         }
     }
 }

@@ -88,7 +88,7 @@ impl Setup {
 }
 
 /// Where flows come from: one capture, or one listener.
-pub struct At {
+pub struct SourceHandle {
     /// What routes call it.
     name: RefCell<Option<Arc<str>>>,
     /// How long a dial for one of its flows may take.
@@ -97,7 +97,7 @@ pub struct At {
     watch: Watch,
 }
 
-impl At {
+impl SourceHandle {
     /// Of a source that is accepted from until `watch` says otherwise.
     pub fn new(name: Option<Arc<str>>, dial_timeout: Duration, watch: Watch) -> Self {
         Self { name: RefCell::new(name), dial_timeout, watch }
@@ -141,7 +141,7 @@ async fn back_off(e: &io::Error) {
 
 /// What a flow goes on with once its target is reached. A task holds no more of it than a pointer, and nothing of what
 /// it took to come so far.
-struct Going {
+struct EstablishedFlow {
     sink: Sink,
     /// What has moved already.
     early: Early,
@@ -153,15 +153,15 @@ struct Going {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Account {
     /// Those of an identity.
-    Known(Identity),
+    Identity(Identity),
     /// Those from an address where nobody has proved who he is.
-    At(IpAddr),
+    Address(IpAddr),
 }
 
 impl Account {
     /// An identity's, or where there is none, an address's.
     fn of(identity: Option<&Identity>, client: ClientAddr) -> Self {
-        identity.cloned().map_or(Self::At(client.0.ip().to_canonical()), Self::Known)
+        identity.cloned().map_or(Self::Address(client.0.ip().to_canonical()), Self::Identity)
     }
 }
 
@@ -218,7 +218,7 @@ impl Proxy {
     }
 
     /// Accepts what was captured until `at` says to stop; see [`captured::accept_captured`].
-    pub async fn accept_captured(self: Rc<Self>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+    pub async fn accept_captured(self: Rc<Self>, accept: Accept, at: Rc<SourceHandle>, flows: Rc<Tasks>) {
         captured::accept_captured(self, accept, at, flows).await;
     }
 
@@ -227,7 +227,7 @@ impl Proxy {
         self: Rc<Self>,
         socket: TcpListener,
         settings: Arc<accept::Settings>,
-        at: Rc<At>,
+        at: Rc<SourceHandle>,
         flows: Rc<Tasks>,
     ) {
         requests::accept_tunnels(self, socket, settings, at, flows).await;
@@ -243,7 +243,7 @@ impl Proxy {
         self.records.take()
     }
 
-    /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
+    /// A place for a flow of the operator's own applications, or of a peer. At the limit there is none.
     fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
         let most = self.setup.borrow().shared.flows_max;
         let share = most - most / PEER_LEAVES;
@@ -260,10 +260,10 @@ impl Proxy {
     }
 
     /// Relays to the end, and books it.
-    async fn relay(&self, client: &mut impl Leg, mut going: Box<Going>) {
+    async fn relay(&self, client: &mut impl Leg, mut flow: Box<EstablishedFlow>) {
         let meter = Meter::default();
         let path = self.setup.borrow().path.clone();
-        let Going { sink, early, .. } = &mut *going;
+        let EstablishedFlow { sink, early, .. } = &mut *flow;
         let relayed = async {
             match sink {
                 Sink::Direct(leg, first) => {
@@ -301,7 +301,7 @@ impl Proxy {
             () = stop.stopping() => Outcome::Stopped,
         };
         // Their resets, or their ends, go out before anything is written about them.
-        let Going { sink, mut record, started, .. } = *going;
+        let EstablishedFlow { sink, mut record, started, .. } = *flow;
         drop(sink);
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
         record.outcome = match &outcome {

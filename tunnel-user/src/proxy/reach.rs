@@ -50,7 +50,7 @@ type Chosen<'a> = Result<(&'a Upstream, upstream::Stream), &'a Itself>;
 
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]
-pub(super) struct Wish<'a> {
+pub(super) struct FlowRequest<'a> {
     /// What it is carried by.
     pub(super) setup: &'a Setup,
     pub(super) flow: Flow<'a>,
@@ -62,21 +62,21 @@ pub(super) struct Wish<'a> {
 
 impl Proxy {
     /// Asks the router.
-    pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
+    pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
         let random = (self.trace.random() >> 32) as u32;
-        wish.setup.shared.router.decide(&wish.flow, random)
+        request.setup.shared.router.decide(&request.flow, random)
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
     /// meanwhile may go `ahead` through an upstream.
     pub(super) async fn reach(
         &self,
-        wish: &Wish<'_>,
+        request: &FlowRequest<'_>,
         decision: Decision<'_>,
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
-        let Wish { setup, flow, permit, dial_timeout } = *wish;
+        let FlowRequest { setup, flow, permit, dial_timeout } = *request;
         let target = flow.target;
         match decision {
             Decision::Upstream { upstream, shares, terms } => {
@@ -105,7 +105,7 @@ impl Proxy {
                         Ok(Sink::Tunnel(stream))
                     }
                     // Boxed, because it comes here again.
-                    Err(itself) => Box::pin(self.hand_over(itself, wish, &ask, record, ahead)).await,
+                    Err(itself) => Box::pin(self.hand_over(itself, request, &ask, record, ahead)).await,
                 }
             }
             Decision::Dial { instead, terms } => {
@@ -129,7 +129,7 @@ impl Proxy {
             }
             Decision::Deny => Err(denied(target, "a route denies it")),
             // Nothing depends on what has been looked at already.
-            Decision::NoRoute | Decision::Look => Err(denied(target, "no route takes it")),
+            Decision::NoRoute | Decision::NeedsSniff => Err(denied(target, "no route takes it")),
         }
     }
 

@@ -12,9 +12,9 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use super::{Account, At, Going, Place, Proxy, Setup, back_off, reach::Wish};
+use super::{Account, EstablishedFlow, Place, Proxy, Setup, SourceHandle, back_off, reach::FlowRequest};
 use crate::{
-    model::flow::{ClientAddr, Head, Identity, PeerAddr, Source, Target},
+    model::flow::{ClientAddr, Head, Identity, PeerAddr, SourceKind, Target},
     observe::stats::{Destination, Record},
     process::drain::Tasks,
     relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting, broken},
@@ -37,7 +37,7 @@ pub(super) async fn accept_tunnels(
     proxy: Rc<Proxy>,
     socket: TcpListener,
     settings: Arc<Settings>,
-    at: Rc<At>,
+    at: Rc<SourceHandle>,
     flows: Rc<Tasks>,
 ) {
     let mut watch = at.watch.clone();
@@ -70,21 +70,21 @@ pub(super) async fn accept_tunnels(
 
 /// What is known of every request on one connection.
 struct Requester {
-    at: Rc<At>,
+    at: Rc<SourceHandle>,
     client: ClientAddr,
     identity: Option<Identity>,
     server_name: Option<Box<str>>,
-    known: RefCell<Rc<Known>>,
+    known: RefCell<Rc<PeerContext>>,
 }
 
 /// What one configuration says of a peer: found out once, for all its requests.
-struct Known {
+struct PeerContext {
     setup: Rc<Setup>,
     routes: PeerSet,
     policies: policy::Peer,
 }
 
-impl Known {
+impl PeerContext {
     fn new(setup: Rc<Setup>, identity: Option<&Identity>) -> Rc<Self> {
         let routes = setup.shared.router.peer(identity);
         let policies = setup.shared.policies.peer(identity.cloned());
@@ -99,7 +99,7 @@ impl Proxy {
         settings: &Settings,
         stream: TcpStream,
         peer: SocketAddr,
-        at: Rc<At>,
+        at: Rc<SourceHandle>,
         mut place: handshakes::Place,
         tunnel: OwnedSemaphorePermit,
     ) {
@@ -123,7 +123,7 @@ impl Proxy {
             at,
             client,
             server_name,
-            known: RefCell::new(Known::new(self.setup(), identity.as_ref())),
+            known: RefCell::new(PeerContext::new(self.setup(), identity.as_ref())),
             identity,
         });
         match link {
@@ -169,21 +169,21 @@ impl Proxy {
         let reached = {
             let (known, name) = (from.known(self), from.at.name());
             match self.allow(from, &known, name.as_deref(), &target, head) {
-                Ok((wish, Decision::Look)) => {
+                Ok((request, Decision::NeedsSniff)) => {
                     match pending.accept().await {
                         Some((mut leg, early)) => {
                             drop(tunnel);
-                            let looked = self.look_and_reach(&mut leg, early, wish, record, started);
-                            if let Some(going) = Box::pin(looked).await {
-                                self.relay(&mut leg, going).await;
+                            let looked = self.look_and_reach(&mut leg, early, request, record, started);
+                            if let Some(flow) = Box::pin(looked).await {
+                                self.relay(&mut leg, flow).await;
                             }
                         }
                         None => self.left(record, started),
                     }
                     return drop(place);
                 }
-                Ok((wish, decision)) => {
-                    let reached = Box::pin(self.reach(&wish, decision, &mut record, None));
+                Ok((request, decision)) => {
+                    let reached = Box::pin(self.reach(&request, decision, &mut record, None));
                     tokio::select! {
                         reached = reached => Some(reached),
                         _ = broken(pending.wire().tcp()) => None,
@@ -197,7 +197,7 @@ impl Proxy {
                 Some((mut leg, early)) => {
                     drop(tunnel);
                     let early = Early { sent: early, ..Early::default() };
-                    self.relay(&mut leg, Box::new(Going { sink, early, record, started })).await;
+                    self.relay(&mut leg, Box::new(EstablishedFlow { sink, early, record, started })).await;
                 }
                 None => self.left(record, started),
             },
@@ -215,16 +215,16 @@ impl Proxy {
     fn allow<'a>(
         &self,
         from: &'a Requester,
-        known: &'a Known,
+        known: &'a PeerContext,
         name: Option<&'a str>,
         target: &'a Target,
         head: Head<'a>,
-    ) -> Result<(Wish<'a>, Decision<'a>), Refusal> {
-        let Known { setup, routes, policies } = known;
+    ) -> Result<(FlowRequest<'a>, Decision<'a>), Refusal> {
+        let PeerContext { setup, routes, policies } = known;
         let permit = setup.shared.policies.check_target(policies, target);
         let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
         let flow = Flow {
-            source: Source::Listener,
+            source: SourceKind::Listener,
             name,
             target,
             client: from.client,
@@ -234,16 +234,16 @@ impl Proxy {
             request: Some(head),
             inside: None,
         };
-        let wish = Wish { setup, flow, permit: Some(permit), dial_timeout: from.at.dial_timeout };
-        Ok((wish, self.route(&wish)))
+        let request = FlowRequest { setup, flow, permit: Some(permit), dial_timeout: from.at.dial_timeout };
+        Ok((request, self.route(&request)))
     }
 }
 
 impl Requester {
     /// What the configuration that is in force now says of it.
-    fn known(&self, proxy: &Proxy) -> Rc<Known> {
+    fn known(&self, proxy: &Proxy) -> Rc<PeerContext> {
         if !Rc::ptr_eq(&self.known.borrow().setup, &*proxy.setup.borrow()) {
-            self.known.replace(Known::new(proxy.setup(), self.identity.as_ref()));
+            self.known.replace(PeerContext::new(proxy.setup(), self.identity.as_ref()));
         }
         Rc::clone(&self.known.borrow())
     }
@@ -254,7 +254,7 @@ impl Requester {
 
     /// Whose flows are counted together: an identity's, or where there is none, an address's.
     fn account(&self) -> Account {
-        self.identity.clone().map_or(Account::At(self.client.0.ip().to_canonical()), Account::Known)
+        self.identity.clone().map_or(Account::Address(self.client.0.ip().to_canonical()), Account::Identity)
     }
 
     fn record(&self, target: &Target) -> Record {
@@ -280,8 +280,8 @@ fn carry_stream(
     // Apart: the request, and what it takes to reach its target, are not held as long as the flow.
     let reached = Box::pin(reach_requested(Rc::clone(&proxy), incoming, from));
     async move {
-        if let Some((mut leg, going, place)) = reached.await {
-            proxy.relay(&mut leg, going).await;
+        if let Some((mut leg, flow, place)) = reached.await {
+            proxy.relay(&mut leg, flow).await;
             drop(place);
         }
     }
@@ -292,7 +292,7 @@ async fn reach_requested(
     proxy: Rc<Proxy>,
     incoming: h2_listener::Incoming,
     from: Rc<Requester>,
-) -> Option<(H2Leg, Box<Going>, Place)> {
+) -> Option<(H2Leg, Box<EstablishedFlow>, Place)> {
     let started = Instant::now();
     let h2_listener::Incoming { request, respond, share } = incoming;
     let (request, body) = request.into_parts();
@@ -322,20 +322,20 @@ async fn reach_requested(
         let (known, name) = (from.known(&proxy), from.at.name());
         match proxy.allow(&from, &known, name.as_deref(), &target, head) {
             // The one 200 that comes before the target has answered: a client sends nothing before it.
-            Ok((wish, Decision::Look)) => {
+            Ok((request, Decision::NeedsSniff)) => {
                 let Ok(mut leg) = waiting.accept() else {
                     proxy.left(record, started);
                     return None;
                 };
-                let looked = proxy.look_and_reach(&mut leg, Queue::default(), wish, record, started);
-                let going = Box::pin(looked).await?;
-                return Some((leg, going, place));
+                let looked = proxy.look_and_reach(&mut leg, Queue::default(), request, record, started);
+                let flow = Box::pin(looked).await?;
+                return Some((leg, flow, place));
             }
-            Ok((wish, decision)) => {
+            Ok((request, decision)) => {
                 let ahead = Ahead::new(&mut waiting, Queue::default());
                 tokio::select! {
                     biased;
-                    reached = proxy.reach(&wish, decision, &mut record, Some(&ahead)) => {
+                    reached = proxy.reach(&request, decision, &mut record, Some(&ahead)) => {
                         Some(reached.map(|sink| (sink, ahead.into_early())))
                     }
                     _ = ahead.left() => None,
@@ -346,7 +346,7 @@ async fn reach_requested(
     };
     match reached {
         Some(Ok((sink, early))) => match waiting.accept() {
-            Ok(leg) => return Some((leg, Box::new(Going { sink, early, record, started }), place)),
+            Ok(leg) => return Some((leg, Box::new(EstablishedFlow { sink, early, record, started }), place)),
             Err(e) => {
                 record.outcome = format!("the client left before the target answered: {e}").into();
                 proxy.book(record, started);

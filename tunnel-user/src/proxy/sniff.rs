@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use super::{Going, Proxy, reach::Wish};
+use super::{EstablishedFlow, Proxy, reach::FlowRequest};
 use crate::{
     observe::stats::Record,
     relay::{Ahead, Leg, Outcome, Queue},
@@ -20,14 +20,14 @@ impl Proxy {
         &self,
         leg: &mut impl Leg,
         mut early: Queue,
-        wish: Wish<'_>,
+        request: FlowRequest<'_>,
         mut record: Record,
         started: Instant,
-    ) -> Option<Box<Going>> {
+    ) -> Option<Box<EstablishedFlow>> {
         let mut stop = self.stop.clone();
         let looked = tokio::select! {
             biased;
-            looked = inspect(leg, &mut early, wish.setup.shared.inspect_timeout) => Some(looked),
+            looked = inspect(leg, &mut early, request.setup.shared.inspect_timeout) => Some(looked),
             () = stop.stopping() => None,
         };
         let inside = match looked {
@@ -43,22 +43,24 @@ impl Proxy {
                 return None;
             }
         };
-        tracing::debug!(target = %wish.flow.target, ?inside, "looked at");
-        let wish = Wish { flow: Flow { inside: Some(&inside), ..wish.flow }, ..wish };
-        let decision = self.route(&wish);
+        tracing::debug!(target = %request.flow.target, ?inside, "looked at");
+        let request = FlowRequest { flow: Flow { inside: Some(&inside), ..request.flow }, ..request };
+        let decision = self.route(&request);
         let ahead = Ahead::new(leg, early);
         let reached = tokio::select! {
             biased;
-            reached = self.reach(&wish, decision, &mut record, Some(&ahead)) => {
+            reached = self.reach(&request, decision, &mut record, Some(&ahead)) => {
                 Some(reached.map(|sink| (sink, ahead.into_early())))
             }
             _ = ahead.left() => None,
         };
         match reached {
-            Some(Ok((sink, early))) => return Some(Box::new(Going { sink, early, record, started })),
+            Some(Ok((sink, early))) => {
+                return Some(Box::new(EstablishedFlow { sink, early, record, started }));
+            }
             Some(Err(refusal)) => {
                 leg.abort();
-                self.refused(&refusal, record, wish.flow.identity, started);
+                self.refused(&refusal, record, request.flow.identity, started);
             }
             None => self.left(record, started),
         }

@@ -15,7 +15,7 @@ use tokio::{
 use super::{CaptureSocket, Change, ConnectSocket, Planned, STOP_PATIENCE, SourceId};
 use crate::{
     process::drain::{self, Phase, Tasks, Trigger},
-    proxy::{At, Proxy, Setup},
+    proxy::{Proxy, Setup, SourceHandle},
     sinks::upstream::{Upstream, Upstreams, Wanted},
     sources::capture::accept::Accept,
 };
@@ -36,14 +36,14 @@ pub(super) struct Sources {
 struct Source {
     /// Dropped, it tells the source that nothing more is taken.
     trigger: Trigger,
-    at: Rc<At>,
+    at: Rc<SourceHandle>,
     accepting: Tasks,
 }
 
 impl Source {
     fn new(name: Option<Arc<str>>, dial_timeout: Duration) -> Self {
         let (trigger, watch) = drain::channel();
-        let at = Rc::new(At::new(name, dial_timeout, watch));
+        let at = Rc::new(SourceHandle::new(name, dial_timeout, watch));
         Self { trigger, at, accepting: Tasks::default() }
     }
 

@@ -12,7 +12,7 @@ use super::super::{
     pattern::{AddrPattern, NamePattern},
     reader::{At, Cell, Reader, Section, Value, schema_of},
 };
-use crate::model::{flow::Source, san::SanPattern};
+use crate::model::{flow::SourceKind, san::SanPattern};
 
 /// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
 const REGEX_SIZE: usize = 1 << 20;
@@ -21,7 +21,7 @@ const REGEX_SIZE: usize = 1 << 20;
 #[derive(Clone, Debug, Default)]
 pub struct Match {
     /// Flows from where. Empty: from everywhere.
-    pub source: Vec<Source>,
+    pub source: Vec<SourceKind>,
     /// Flows from the listeners of these names. With `capture`: from one of either.
     pub listener: Vec<String>,
     /// Flows from the captures of these names, those of a `cgroup` among them. With `listener`: from one of either.
@@ -141,7 +141,7 @@ impl fmt::Display for Regex {
 
 impl Section for Match {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let source: Vec<Source> =
+        let source: Vec<SourceKind> =
             r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
         let listener = r.default(
             "listener",
@@ -205,9 +205,11 @@ impl Section for Match {
         if r.has("capture") && r.has("cgroup") {
             r.wrong("cgroup", "stands beside capture: only one of them can be meant");
         }
-        for (key, source_of) in
-            [("listener", Source::Listener), ("capture", Source::Captured), ("cgroup", Source::Captured)]
-        {
+        for (key, source_of) in [
+            ("listener", SourceKind::Listener),
+            ("capture", SourceKind::Capture),
+            ("cgroup", SourceKind::Capture),
+        ] {
             if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
                 r.wrong(key, "names flows that source leaves out: nothing would match");
             }

@@ -8,7 +8,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use super::takes;
-use crate::model::flow::Source;
+use crate::model::flow::SourceKind;
 use crate::{
     config::{Action, AddrPattern, Route},
     model::flow::{ClientAddr, Target},
@@ -33,7 +33,7 @@ pub fn fixed<'a>(routes: &'a [Route], capture: Option<&str>) -> impl Iterator<It
     routes.iter().filter_map(move |route| {
         let matches = &route.matches;
         let flow = Flow {
-            source: Source::Captured,
+            source: SourceKind::Capture,
             name: capture.as_deref(),
             target: &target,
             client: ClientAddr(nowhere),

@@ -18,7 +18,7 @@ use crate::{
 /// A flow, owned.
 #[derive(Clone, Debug)]
 struct Told {
-    source: Source,
+    source: SourceKind,
     name: Option<&'static str>,
     target: Target,
     who: Option<Identity>,
@@ -31,7 +31,7 @@ impl Told {
     fn captured(target: &str) -> Self {
         let target = target.parse().unwrap();
         Self {
-            source: Source::Captured,
+            source: SourceKind::Capture,
             name: None,
             target,
             who: None,
@@ -42,7 +42,7 @@ impl Told {
     }
 
     fn asked(target: &str) -> Self {
-        Self { source: Source::Listener, headers: Some(HeaderMap::new()), ..Self::captured(target) }
+        Self { source: SourceKind::Listener, headers: Some(HeaderMap::new()), ..Self::captured(target) }
     }
 
     fn by(self, who: &str) -> Self {
@@ -110,7 +110,7 @@ fn taken(router: &Router, told: &Told) -> Option<usize> {
 /// The same; nothing where the router wants to look first.
 fn decided(router: &Router, told: &Told) -> Option<Option<usize>> {
     told.with(router, |flow| match router.decide(flow, 0) {
-        Decision::Look => None,
+        Decision::NeedsSniff => None,
         Decision::Upstream { upstream, .. } => Some(Some(upstream)),
         _ => Some(None),
     })
@@ -122,15 +122,15 @@ fn the_first_match_wins_and_no_match_is_refused() {
     let router = Router::new(vec![
         route(to(&["10.1.0.0/16"]), Action::Deny),
         route(
-            Match { source: vec![Source::Captured], ..to(&["10.0.0.0/8:80"]) },
+            Match { source: vec![SourceKind::Capture], ..to(&["10.0.0.0/8:80"]) },
             Action::Upstreams(vec![(3, 1)]),
         ),
         route(
-            Match { source: vec![Source::Listener], host: all(&["*.internal"]), ..Match::default() },
+            Match { source: vec![SourceKind::Listener], host: all(&["*.internal"]), ..Match::default() },
             Action::Direct,
         ),
         route(
-            Match { source: vec![Source::Listener], host: all(&["db.example:5432"]), ..Match::default() },
+            Match { source: vec![SourceKind::Listener], host: all(&["db.example:5432"]), ..Match::default() },
             Action::Dial("10.3.0.1:5432".parse().unwrap()),
         ),
     ]);
@@ -141,7 +141,7 @@ fn the_first_match_wins_and_no_match_is_refused() {
             Decision::Dial { instead: Some(target), .. } => target.to_string(),
             Decision::Deny => "deny".to_owned(),
             Decision::NoRoute => "none".to_owned(),
-            Decision::Look => "look".to_owned(),
+            Decision::NeedsSniff => "look".to_owned(),
         })
     };
     assert_eq!(decide(Told::captured("10.1.0.1:80")), "deny");
@@ -331,7 +331,7 @@ fn another_upstream_is_one_that_was_not_tried_and_is_in_use() {
 fn linear(routes: &[Match], told: &Told) -> Option<Option<usize>> {
     let takes = |m: &Match| {
         let from = m.source.is_empty() || m.source.contains(&told.source);
-        let names = if told.source == Source::Captured { &m.capture } else { &m.listener };
+        let names = if told.source == SourceKind::Capture { &m.capture } else { &m.listener };
         let named = (m.listener.is_empty() && m.capture.is_empty())
             || told.name.is_some_and(|name| names.iter().any(|n| n == name));
         let to = (m.destination.is_empty() && m.host.is_empty())
@@ -374,7 +374,7 @@ fn any_match() -> impl Strategy<Value = Match> {
     };
     let destination = all(&["0.0.0.0/0", "10.0.0.0/8:80", "10.1.0.0/16", "10.1.0.1:81", "::/0", "fd00::/8"]);
     (
-        some_of(vec![Source::Captured, Source::Listener]),
+        some_of(vec![SourceKind::Capture, SourceKind::Listener]),
         some_of(vec!["a".to_owned(), "b".to_owned()]),
         some_of(vec!["a".to_owned(), "b".to_owned()]),
         some_of(destination),
