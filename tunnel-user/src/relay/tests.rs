@@ -37,7 +37,7 @@ const WAYS: [By; 7] = [
     By::Pipes(PIPES_MAX),
     By::Pipes(0),
     By::Pipes(1),
-    By::Splice(BACKLOG_MAX, CHATTY_STREAK),
+    By::Splice(BACKLOG_MAX, INTERACTIVE_STREAK),
     By::Splice(BACKLOG_MAX, 1),
     By::Splice(6_000, 1),
 ];

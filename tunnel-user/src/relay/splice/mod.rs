@@ -6,10 +6,10 @@
 //! copies where anything is in the way. It never takes a socket out of the kernel's map.
 //!
 //! While the program moves the bytes this task sleeps: its sockets are out of the runtime's epoll, and a second one says
-//! only ends, resets, and what the program passes (`room.rs`).
+//! only ends, resets, and what the program passes (`map.rs`).
 
 mod overlap;
-mod room;
+mod map;
 pub(super) mod socket;
 
 use std::{
@@ -30,8 +30,8 @@ use tokio::{
 };
 use tunnel_common::fastpath::splice::{HOLE, Ledger, OVERHEAD, SHUT, STUCK, grant};
 
-use self::room::{Room, Seat, Unseated};
-pub use self::room::{Spliced, Splices, Unfit, probe};
+use self::map::{SpliceMap, SlotPair, NoSlotPair};
+pub use self::map::{Spliced, Splices, Unfit, probe};
 use super::{
     Broken, Direction, Meter, Outcome, Queue, RESET_LINGER, Side, TcpLeg,
     ends::{Ended, Linger, State, conclude, step},
@@ -40,10 +40,10 @@ use super::{
 };
 
 /// Bytes that one wake-up moves, in either direction, in a flow that chats; more is bulk, which is copied for less.
-pub const CHATTY_BYTES: u64 = 8 * 1024;
+pub const INTERACTIVE_BYTES: u64 = 8 * 1024;
 /// Wake-ups in a row that move no more than that, before a flow goes to the program: connect, an exchange and a close
 /// have 2 to 4.
-pub const CHATTY_STREAK: u32 = 16;
+pub const INTERACTIVE_STREAK: u32 = 16;
 /// A flow whose messages have become larger than that on average goes back to being copied,
 const BULK_MEAN: u64 = 8 * 1024;
 /// once so many bytes have shown it.
@@ -69,15 +69,15 @@ pub(super) async fn relay(
     meter: &Meter,
     splices: &Splices,
 ) -> Outcome {
-    let room = splices.room();
-    // In this order, because they are dropped in the other one: what a socket receives once it has no seat is dropped,
+    let map = splices.map();
+    // In this order, because they are dropped in the other one: what a socket receives once it has no slots is dropped,
     // and then it is emptied and closed.
     let mut taken: Option<[Taken; 2]>;
     let mut joined = Joined::Not;
     loop {
-        let chats = !matches!(joined, Joined::Never { .. });
-        let streak = chats.then_some(room.streak);
-        let ended = copy(client, target, meter, &mut up, &mut down, streak, joined.seat()).await;
+        let is_interactive = !matches!(joined, Joined::Never { .. });
+        let streak = is_interactive.then_some(map.streak);
+        let ended = copy(client, target, meter, &mut up, &mut down, streak, joined.slots()).await;
         if let Some(ended) = ended {
             return conclude(client, target, ended);
         }
@@ -89,11 +89,11 @@ pub(super) async fn relay(
         };
         let Some([own, theirs]) = &taken else { continue };
         joined = match joined {
-            Joined::Not => join(room, own, theirs, meter),
+            Joined::Not => join(map, own, theirs, meter),
             other => other,
         };
         if let Joined::Yes(pair) = &mut joined {
-            room.count(|done| done.promotions += 1);
+            map.count(|done| done.promotions += 1);
             let moved = [&meter.sent, &meter.received];
             match pair.run([own, theirs], moved, [&mut up, &mut down]).await {
                 Ok(true) => {
@@ -101,7 +101,7 @@ pub(super) async fn relay(
                     let_arrive(&**theirs);
                     return Outcome::Closed;
                 }
-                Ok(false) => room.count(|done| done.demotions += 1),
+                Ok(false) => map.count(|done| done.demotions += 1),
                 // Dropping the sockets resets both.
                 Err((side, why)) => return Outcome::Reset(side, why),
             }
@@ -128,13 +128,13 @@ async fn copy(
     up: &mut Direction<&mut Queue>,
     down: &mut Direction<&mut Queue>,
     streak: Option<u32>,
-    seat: Option<&Seat>,
+    slots: Option<&SlotPair>,
 ) -> Option<Ended> {
     let moved = || meter.sent.get() + meter.received.get();
-    let (mut chatted, mut before) = (0, moved());
+    let (mut interactive, mut before) = (0, moved());
     let mut linger = Linger::default();
     poll_fn(|cx| {
-        if let Some(why) = seat.and_then(|seat| seat.broken(cx)) {
+        if let Some(why) = slots.and_then(|slots| slots.broken(cx)) {
             return Poll::Ready(Some(Ended::Reset(Side::Client, broken(why))));
         }
         if let Poll::Ready(ended) = step(cx, client, target, meter, up, down, &mut linger) {
@@ -143,12 +143,12 @@ async fn copy(
         let Some(streak) = streak else { return Poll::Pending };
         match moved() - before {
             0 => return Poll::Pending,
-            1..=CHATTY_BYTES => chatted += 1,
-            _ => chatted = 0,
+            1..=INTERACTIVE_BYTES => interactive += 1,
+            _ => interactive = 0,
         }
         before = moved();
         // Sockets are taken only while both directions are open (sock_map_sk_state_allowed).
-        if chatted >= streak && up.is_idle() && down.is_idle() {
+        if interactive >= streak && up.is_idle() && down.is_idle() {
             return Poll::Ready(None);
         }
         Poll::Pending
@@ -162,16 +162,16 @@ enum Joined {
     Yes(Pair),
     /// They are copied for good.
     Never {
-        seat: Option<Seat>,
+        slots: Option<SlotPair>,
     },
 }
 
 impl Joined {
-    fn seat(&self) -> Option<&Seat> {
+    fn slots(&self) -> Option<&SlotPair> {
         match self {
             Self::Not => None,
-            Self::Yes(pair) => Some(&pair.seat),
-            Self::Never { seat } => seat.as_ref(),
+            Self::Yes(pair) => Some(&pair.slots),
+            Self::Never { slots } => slots.as_ref(),
         }
     }
 }
@@ -189,17 +189,17 @@ fn broken(why: u64) -> Broken {
 }
 
 /// Gives both sockets to the program.
-fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) -> Joined {
-    let seat = match Seat::take(room, client, target) {
-        Ok(seat) => seat,
-        Err(Unseated::Full) => {
-            room.count(|done| done.no_slot += 1);
-            return Joined::Never { seat: None };
+fn join(map: &Rc<SpliceMap>, client: &TcpStream, target: &TcpStream, meter: &Meter) -> Joined {
+    let slots = match SlotPair::take(map, client, target) {
+        Ok(slots) => slots,
+        Err(NoSlotPair::Full) => {
+            map.count(|done| done.no_slot += 1);
+            return Joined::Never { slots: None };
         }
-        Err(Unseated::Refused(why, seat)) => {
+        Err(NoSlotPair::Refused(why, slots)) => {
             tracing::debug!("a flow's sockets cannot be joined: {why}");
-            room.count(|done| done.refused += 1);
-            return Joined::Never { seat };
+            map.count(|done| done.refused += 1);
+            return Joined::Never { slots };
         }
     };
     let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
@@ -207,23 +207,23 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
     };
     match (half(target, &meter.sent), half(client, &meter.received)) {
         (Ok(up), Ok(down)) => {
-            room.count(|done| done.flows += 1);
+            map.count(|done| done.flows += 1);
             Joined::Yes(Pair {
-                room: Rc::clone(room),
-                seat,
+                map: Rc::clone(map),
+                slots,
                 halves: [up, down],
                 failed: [None; 2],
                 leaving: false,
             })
         }
-        _ => Joined::Never { seat: Some(seat) },
+        _ => Joined::Never { slots: Some(slots) },
     }
 }
 
 /// Both directions of a flow whose sockets the program has.
 struct Pair {
-    room: Rc<Room>,
-    seat: Seat,
+    map: Rc<SpliceMap>,
+    slots: SlotPair,
     /// By the side at which each begins: 0 is the client's.
     halves: [Half; 2],
     /// The first error of each socket that was told other than by a read.
@@ -280,7 +280,7 @@ impl Pair {
         for (half, moved) in self.halves.iter_mut().zip(moved) {
             half.ledger.copied(moved.get() - half.mark);
         }
-        self.seat.watch(sockets).map_err(|e| (Side::Client, reset(e)))?;
+        self.slots.watch(sockets).map_err(|e| (Side::Client, reset(e)))?;
         let mut pause = PAUSE_MIN;
         let mut suspects = [false; 2];
         // Bytes that were taken in front of a reset, and since when none was.
@@ -326,11 +326,11 @@ impl Pair {
                     }
                 }
                 tokio::select! {
-                    () = self.seat.happened() => {}
+                    () = self.slots.happened() => {}
                     () = sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
                 }
             } else if self.leaving {
-                self.seat.unwatch(sockets);
+                self.slots.unwatch(sockets);
                 for (half, moved) in self.halves.iter_mut().zip(moved) {
                     half.mark = moved.get();
                 }
@@ -338,7 +338,7 @@ impl Pair {
             } else {
                 pause = PAUSE_MIN;
                 tokio::select! {
-                    () = self.seat.happened() => {}
+                    () = self.slots.happened() => {}
                     () = sleep(silence::period()) => self.give_up_silent(sockets, &mut ways, &mut suspects),
                 }
             }
@@ -390,8 +390,8 @@ impl Pair {
         moved: &Cell<u64>,
         way: &mut Direction<&mut Queue>,
     ) -> Ends<Look> {
-        let Self { room, seat, halves, failed, leaving } = self;
-        let (half, words) = (&mut halves[side], seat.words(side));
+        let Self { map, slots, halves, failed, leaving } = self;
+        let (half, words) = (&mut halves[side], slots.words(side));
         let left = *leaving;
         if left {
             words.gate.store(SHUT, Ordering::SeqCst);
@@ -404,7 +404,7 @@ impl Pair {
         words.told.store(0, Ordering::SeqCst);
         let mut more = false;
         match way.state {
-            State::Open => match half.read(room, src, way) {
+            State::Open => match half.read(map, src, way) {
                 Read::Broken(why) => {
                     way.state = State::Failing(why);
                     (more, *leaving) = (true, true);
@@ -438,7 +438,7 @@ impl Pair {
         let new = redirected - half.metered;
         half.metered = redirected;
         moved.set(moved.get() + new);
-        room.count(|done| done.bytes += new);
+        map.count(|done| done.bytes += new);
         let level = way.queue.is_empty();
         let open = words.gate.load(Ordering::Relaxed) == half.ledger.gate().unwrap_or(SHUT);
         let settled = match way.state {
@@ -505,10 +505,10 @@ impl Pair {
         }
         if let Some(gate) = half.ledger.gate() {
             if used > 0 {
-                room.count(|done| done.credit += 1);
+                map.count(|done| done.credit += 1);
             }
             half.granted = (redirected, spent);
-            words.limit.store(grant(spent, free, room.credit), Ordering::Release);
+            words.limit.store(grant(spent, free, map.credit), Ordering::Release);
             words.gate.store(gate, Ordering::SeqCst);
             // What came since the read, and saw the gate shut for good, was told to nobody. Whoever has seen it so is through
             // once the lock has been had, and what it has passed shows.
@@ -532,11 +532,11 @@ enum Read {
 
 impl Half {
     /// Reads what the program has passed, once what was read before is written.
-    fn read(&mut self, room: &Room, src: &TcpStream, way: &mut Direction<&mut Queue>) -> Read {
+    fn read(&mut self, map: &SpliceMap, src: &TcpStream, way: &mut Direction<&mut Queue>) -> Read {
         if !way.queue.is_empty() {
             return Read::Some;
         }
-        let mut scratch = room.scratch.borrow_mut();
+        let mut scratch = map.scratch.borrow_mut();
         loop {
             match (&mut &*src).read(&mut scratch) {
                 Ok(0) => return Read::End,
