@@ -285,7 +285,8 @@ impl RuntimeProvider for Claimed {
     ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
         let own = self.own.clone();
         Box::pin(async move {
-            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, &own, FirstSpeaker::Local)).await;
+            let connected =
+                timeout(within.unwrap_or(PATIENCE), tcp::connect(server, &own, FirstSpeaker::Local)).await;
             let connected = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
             Ok(AsyncIoTokioAsStd(connected.up()?))
         })

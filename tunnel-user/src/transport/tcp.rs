@@ -255,8 +255,9 @@ mod tests {
     async fn a_connection_on_this_machine_is_spared_what_congestion_control_costs() {
         for addr in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(addr).unwrap();
-            let connected =
-                connect(listener.local_addr().unwrap(), &Own::default(), FirstSpeaker::Unknown).await.unwrap();
+            let connected = connect(listener.local_addr().unwrap(), &Own::default(), FirstSpeaker::Unknown)
+                .await
+                .unwrap();
             let stream = connected.up().unwrap();
             let control = || SockRef::from(&stream).tcp_congestion().unwrap();
             let available =
@@ -275,7 +276,8 @@ mod tests {
     async fn what_we_connect_has_the_same_options() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let own = Own::default();
-        let stream = connect(listener.local_addr().unwrap(), &own, FirstSpeaker::Local).await.unwrap().up().unwrap();
+        let stream =
+            connect(listener.local_addr().unwrap(), &own, FirstSpeaker::Local).await.unwrap().up().unwrap();
         let socket = SockRef::from(&stream);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert!(socket.out_of_band_inline().unwrap());

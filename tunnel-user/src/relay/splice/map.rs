@@ -1,8 +1,8 @@
-//! A worker's instance of the kernel program: its maps, the places in them, and who is waiting for what it tells.
+//! A worker's instance of the kernel program: its maps, the slots in them, and which flow waits for which event.
 //!
-//! Enters: pairs of sockets. Leaves: a [`SlotPair`] for each, with the words that its flow shares with the program.
-//! Invariant: a place is given away again only when the map has let go of its sockets, which closing them does; nothing
-//! is ever taken out of the map (that drops what is queued in front of a socket). It never reads or writes a socket.
+//! # Invariants
+//! - A slot is given away again only when the map has let go of its socket, which closing it does; nothing is ever taken
+//!   out of the map (that drops what is queued in front of a socket).
 
 use std::{
     cell::{Cell, RefCell},
@@ -41,7 +41,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sp
 
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
-/// What stands for the program's ring among the events; others are numbers of seats.
+/// What stands for the program's ring among the events; others are numbers of slot pairs.
 const RING: u64 = u64::MAX;
 /// Places that are tried for a flow: one whose last sockets are not closed yet is passed over.
 const TRIES: usize = 4;
@@ -121,8 +121,8 @@ impl Splices {
         self.map.done.take()
     }
 
-    /// Flows that have a place.
-    pub fn seated(&self) -> usize {
+    /// Flows that have a pair of slots.
+    pub fn slots_in_use(&self) -> usize {
         FLOWS_MAX - self.map.free.borrow().len()
     }
 
@@ -222,7 +222,7 @@ impl SpliceMap {
             credit,
             streak,
             done: Cell::default(),
-            scratch: RefCell::new(vec![0; super::READ_MAX]),
+            scratch: RefCell::new(vec![0; super::pair::READ_MAX]),
             words,
             slots: RefCell::new(slots),
             sockets: RefCell::new(sockets),
@@ -312,7 +312,11 @@ pub(super) struct SlotPair {
 
 impl SlotPair {
     /// Gives both sockets to the program, which passes everything to the daemon for now.
-    pub(super) fn take(map: &Rc<SpliceMap>, client: &TcpStream, target: &TcpStream) -> Result<Self, NoSlotPair> {
+    pub(super) fn take(
+        map: &Rc<SpliceMap>,
+        client: &TcpStream,
+        target: &TcpStream,
+    ) -> Result<Self, NoSlotPair> {
         let cookies = [client, target].map(socket::cookie);
         let [Ok(own), Ok(theirs)] = cookies else {
             return Err(NoSlotPair::Refused("SO_COOKIE".to_owned(), None));

@@ -21,7 +21,7 @@ use std::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    map::{SpliceMap, SlotPair, NoSlotPair},
+    map::{NoSlotPair, SlotPair, SpliceMap},
     socket::{option, set},
 };
 

@@ -122,7 +122,8 @@ impl Lines {
         let addrs = dial::resolve(&site.at, &self.connect.own).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
         let connected =
-            dial::connect(&site.at, &addrs, &self.connect.own, FirstSpeaker::Unknown, deadline, allowed).await;
+            dial::connect(&site.at, &addrs, &self.connect.own, FirstSpeaker::Unknown, deadline, allowed)
+                .await;
         connected.map(drop).map_err(failed)
     }
 
