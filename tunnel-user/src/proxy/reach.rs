@@ -8,7 +8,7 @@ use std::{net::SocketAddr, time::Duration};
 use bytes::Bytes;
 use http::StatusCode;
 
-use super::{Account, Worker, setup::Setup};
+use super::{Account, Proxy, Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
     model::flow::{Inside, Target},
@@ -60,7 +60,7 @@ pub(super) struct Wish<'a> {
     pub(super) dial_timeout: Duration,
 }
 
-impl Worker {
+impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
         let random = (self.trace.random() >> 32) as u32;
