@@ -7,7 +7,7 @@
 use std::{rc::Rc, sync::Arc};
 
 use super::{
-    itself::Itself,
+    in_process::InProcessUpstream,
     nested::Via,
     open::{Settings, Upstream},
 };
@@ -18,7 +18,7 @@ pub enum Next<U> {
     /// A gateway or proxy.
     Tunnel(U),
     /// This process.
-    Itself(Arc<Itself>),
+    InProcess(Arc<InProcessUpstream>),
 }
 
 /// One that is to be there.
@@ -54,7 +54,7 @@ impl Upstreams {
             Wanted::New(new) => &**new,
         };
         let settings = match new {
-            Next::Itself(itself) => return Some(Next::Itself(Arc::clone(itself))),
+            Next::InProcess(own) => return Some(Next::InProcess(Arc::clone(own))),
             Next::Tunnel(settings) => settings,
         };
         let via = match settings.via {
