@@ -41,7 +41,7 @@ fn dials(who: &str) -> String {
 fn refused(done: &Finished) -> Result<String> {
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
     assert_eq!(done.value("received")?, "0", "{done}");
-    Ok(done.flows()?[0]["outcome"].as_str().unwrap_or_default().to_owned())
+    Ok(done.flows()?[0]["detail"].as_str().unwrap_or_default().to_owned())
 }
 
 #[test]

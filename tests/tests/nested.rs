@@ -223,7 +223,7 @@ fn refusal(world: &World, agent: &Path) -> Result<String> {
     let done = world.exec_with(agent).run_app(&["expect-reset", &target.addr().to_string(), "10"])?;
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
     assert_eq!(target.peers(), []);
-    Ok(done.flows()?[0]["outcome"].as_str().unwrap_or_default().to_owned())
+    Ok(done.flows()?[0]["detail"].as_str().unwrap_or_default().to_owned())
 }
 
 #[test]
@@ -233,18 +233,18 @@ fn whoever_fails_on_the_way_is_named() -> Result<()> {
     let said = refusal(&world, &agent)?;
     assert_eq!(
         said,
-        format!("refused: upstream inner via outer: upstream outer: {OUTER} refused the connection")
+        format!("upstream inner via outer: upstream outer: {OUTER} refused the connection")
     );
     let mut first = outer(&world, H2, INNER)?;
     let said = refusal(&world, &agent)?;
-    let wanted = format!("refused: upstream inner via outer: {OUTER} refused {INNER}: 502 Bad Gateway (");
+    let wanted = format!("upstream inner via outer: {OUTER} refused {INNER}: 502 Bad Gateway (");
     assert!(said.starts_with(&wanted), "{said}");
     // Its certificate is good, but another's.
     let other = world.pki().issue("other", "spiffe://test.tunnel/other", &[])?;
     let mut impostor = gateway_as(&world, &other, INNER, H2, "10.200.0.0/24")?;
     let said = refusal(&world, &agent)?;
     let wanted = format!(
-        "refused: upstream inner via outer: TLS with {INNER} failed: the peer's certificate failed the SAN check"
+        "upstream inner via outer: TLS with {INNER} failed: the peer's certificate failed the SAN check"
     );
     assert!(said.starts_with(&wanted), "{said}");
     impostor.process().stop()?;
@@ -259,7 +259,7 @@ fn whoever_fails_on_the_way_is_named() -> Result<()> {
     first.process().stop()?;
     let _outer = outer(&world, H2, INNERMOST)?;
     let said = refusal(&world, &agent)?;
-    let wanted = format!("refused: upstream inner via outer: {OUTER} refused {INNER}: 403 Forbidden (");
+    let wanted = format!("upstream inner via outer: {OUTER} refused {INNER}: 403 Forbidden (");
     assert!(said.starts_with(&wanted), "{said}");
     Ok(())
 }

@@ -59,7 +59,7 @@ struct Flow {
     app: TcpStream,
     target: TcpStream,
     path: Path,
-    relayed: JoinHandle<(String, u64, u64)>,
+    relayed: JoinHandle<(EndReason, u64, u64)>,
 }
 
 async fn pair() -> (TcpStream, TcpLeg) {
@@ -88,7 +88,7 @@ impl Flow {
         let relayed = tokio::task::spawn_local(async move {
             let meter = Meter::default();
             let outcome = relay(&mut client, &mut onward, &mut early, &meter, &through).await;
-            (outcome.to_string(), meter.sent.get(), meter.received.get())
+            (outcome.reason(), meter.sent.get(), meter.received.get())
         });
         Self { app, target, path, relayed }
     }
@@ -99,7 +99,7 @@ impl Flow {
 }
 
 /// How a flow ended, and how much it moved each way.
-async fn end_of_flow(relayed: JoinHandle<(String, u64, u64)>) -> (String, u64, u64) {
+async fn end_of_flow(relayed: JoinHandle<(EndReason, u64, u64)>) -> (EndReason, u64, u64) {
     timeout(PATIENCE, relayed).await.expect("it ends").unwrap()
 }
 
@@ -177,7 +177,7 @@ fn bytes_arrive_once_in_order_unchanged_both_ways_at_once() {
         let total = 2 * BYTES as u64;
         assert_eq!(
             end_of_flow(flow.relayed).await,
-            ("closed".to_owned(), BYTES as u64, BYTES as u64),
+            (EndReason::Closed, BYTES as u64, BYTES as u64),
             "{way:?}"
         );
         match (way, path) {
@@ -233,7 +233,7 @@ fn what_was_read_before_goes_first_each_way_and_counts() {
         let total = (BEFORE + AFTER) as u64;
         // But not as the client's, where it was our own.
         let sent = total - OURS as u64;
-        assert_eq!(end_of_flow(flow.relayed).await, ("closed".to_owned(), sent, total), "{way:?}");
+        assert_eq!(end_of_flow(flow.relayed).await, (EndReason::Closed, sent, total), "{way:?}");
     });
 }
 
@@ -291,7 +291,7 @@ fn each_side_may_end_first_and_the_other_goes_on() {
             assert_eq!((sent, heard), ((), BYTES));
             assert_eq!(
                 end_of_flow(flow.relayed).await,
-                ("closed".to_owned(), BYTES as u64, BYTES as u64),
+                (EndReason::Closed, BYTES as u64, BYTES as u64),
                 "{way:?}"
             );
         }
@@ -301,7 +301,7 @@ fn each_side_may_end_first_and_the_other_goes_on() {
         assert_eq!(receive(&mut flow.target, 1).await, 0);
         flow.target.shutdown().await.unwrap();
         assert_eq!(receive(&mut flow.app, 1).await, 0);
-        assert_eq!(end_of_flow(flow.relayed).await, ("closed".to_owned(), 0, 0), "{way:?}");
+        assert_eq!(end_of_flow(flow.relayed).await, (EndReason::Closed, 0, 0), "{way:?}");
     });
 }
 
@@ -338,8 +338,8 @@ fn a_reset_of_either_side_resets_the_other_and_says_whose_it_was() {
                 assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
                 assert_eq!(in_use(&path), 0);
                 let said = end_of_flow(relayed).await.0;
-                let whose = if by_app { "reset by client: " } else { "reset by target: " };
-                assert!(said.starts_with(whose), "{way:?}: {said}");
+                let whose = if by_app { EndReason::ClientReset } else { EndReason::TargetReset };
+                assert_eq!(said, whose, "{way:?}");
             }
         }
     });
@@ -358,7 +358,7 @@ fn a_reset_behind_a_stuck_direction_is_heard() {
             let Flow { app, mut target, path, relayed } = flow;
             reset_of(app);
             assert_eq!(end_of(&mut target).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
-            assert!(end_of_flow(relayed).await.0.starts_with("reset by client: "), "{way:?}");
+            assert_eq!(end_of_flow(relayed).await.0, EndReason::ClientReset, "{way:?}");
             assert_eq!(in_use(&path), 0, "a pipe with bytes in it is closed");
         }
     });
@@ -481,8 +481,8 @@ fn what_was_acknowledged_before_a_reset_arrives_in_front_of_it() {
                     "{way:?}, by the application: {by_app}"
                 );
                 let said = end_of_flow(relayed).await.0;
-                let whose = if by_app { "reset by client: " } else { "reset by target: " };
-                assert!(said.starts_with(whose), "{way:?}: {said}");
+                let whose = if by_app { EndReason::ClientReset } else { EndReason::TargetReset };
+                assert_eq!(said, whose, "{way:?}");
                 assert_eq!(in_use(&path), 0);
             }
         }
@@ -568,8 +568,8 @@ fn a_side_that_writes_before_it_reads_hears_of_a_reset() {
             // More than there is room for.
             left.write_all(&pattern(2, 0, 1_000_000)).await.unwrap();
             assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
-            let whose = if by_app { "reset by client: " } else { "reset by target: " };
-            assert!(end_of_flow(relayed).await.0.starts_with(whose), "{way:?}");
+            let whose = if by_app { EndReason::ClientReset } else { EndReason::TargetReset };
+            assert_eq!(end_of_flow(relayed).await.0, whose, "{way:?}");
         }
     });
 }
@@ -589,7 +589,7 @@ fn a_reset_goes_ahead_of_bytes_that_do_not_move_after_a_while() {
             let (said, ..) = relayed.await.unwrap();
             let waited = began.elapsed();
             tokio::time::resume();
-            assert!(said.starts_with("reset by client: "), "{way:?}: {said}");
+            assert_eq!(said, EndReason::ClientReset, "{way:?}");
             assert!((RESET_LINGER..RESET_LINGER * 2).contains(&waited), "{way:?}: {waited:?}");
             let (got, end) = read_all(&mut target).await;
             assert!(

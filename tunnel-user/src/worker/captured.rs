@@ -8,7 +8,10 @@ use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
 use super::{Going, Place, Worker, back_off, reach::Wish, setup::At};
 use crate::{
-    model::flow::{Source, Target},
+    model::{
+        end::EndReason,
+        flow::{Source, Target},
+    },
     observe::stats::Record,
     process::drain::Tasks,
     relay::{Ahead, Queue, TcpLeg},
@@ -38,21 +41,25 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                 }
                 Err(refusal) => {
                     worker.counters.over_limit.add(1);
+                    worker.counters.ended.of(refusal.reason()).add(1);
                     if worker.lines.crowded.admit() {
-                        tracing::warn!("reset a captured connection: {refusal} (daemon.max_flows)");
+                        let reason = refusal.reason().word();
+                        tracing::warn!(reason, "reset a captured connection: {refusal} (daemon.max_flows)");
                     }
                 }
             },
             Ok(Err(stray)) => {
-                let counter = match &stray {
-                    Stray::ToUs(_) => &worker.counters.to_ourselves,
+                let (reason, counter) = match &stray {
+                    Stray::ToUs(_) => (EndReason::ToOurselves, &worker.counters.to_ourselves),
                     Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
-                        &worker.counters.no_origin
+                        (EndReason::NoOriginalDst, &worker.counters.no_origin)
                     }
                 };
                 counter.add(1);
+                worker.counters.ended.of(reason).add(1);
                 if worker.lines.strays.admit() {
-                    tracing::warn!("reset a connection to the capture listener that {stray}");
+                    let reason = reason.word();
+                    tracing::warn!(reason, "reset a connection to the capture listener that {stray}");
                 }
             }
             Err(e) => back_off(&e).await,

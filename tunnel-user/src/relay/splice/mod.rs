@@ -33,7 +33,7 @@ use tunnel_common::fastpath::splice::{HOLE, Ledger, OVERHEAD, SHUT, STUCK, grant
 use self::room::{Room, Seat, Unseated};
 pub use self::room::{Spliced, Splices, Unfit, probe};
 use super::{
-    Broken, Direction, Meter, Outcome, Queue, RESET_LINGER, Side, TcpLeg,
+    Broken, Cause, Direction, Meter, Outcome, Queue, RESET_LINGER, Side, TcpLeg,
     ends::{Ended, Linger, State, conclude, step},
     silence,
     tcp::{Taken, let_arrive, reset, shut_down},
@@ -179,7 +179,7 @@ impl Joined {
 /// Bytes are gone: the program could not leave out what had come before.
 fn broken(why: u64) -> Broken {
     let (why, bytes) = (why >> 32 << 32, why & u64::from(u32::MAX));
-    reset(io::Error::other(match why {
+    Broken::Reset(Cause::Ours(match why {
         HOLE => format!("{bytes} bytes are missing in front of a buffer that was to be spliced"),
         STUCK => {
             format!("{bytes} bytes that came before could not be taken off a buffer that was to be spliced")
