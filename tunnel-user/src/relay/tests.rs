@@ -16,6 +16,7 @@ use tokio::{
 use tunnel_common::fastpath::splice::BACKLOG_MAX;
 
 use super::*;
+use crate::transport::sockopt;
 
 /// Far longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -438,7 +439,7 @@ fn flows_of_one_worker_share_few_pipes() {
 
 /// Bytes that the peer's kernel has not acknowledged.
 fn in_flight(stream: &TcpStream) -> u64 {
-    splice::socket::unacknowledged(stream).unwrap()
+    sockopt::unacknowledged(stream).unwrap()
 }
 
 /// Resets the connection once the kernel of its peer has acknowledged everything.

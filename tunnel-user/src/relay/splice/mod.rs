@@ -10,7 +10,6 @@
 
 mod overlap;
 mod room;
-pub(super) mod socket;
 
 use std::{
     cell::Cell,
@@ -38,6 +37,7 @@ use super::{
     silence,
     tcp::{Taken, let_arrive, reset, shut_down},
 };
+use crate::transport::sockopt;
 
 /// Bytes that one wake-up moves, in either direction, in a flow that chats; more is bulk, which is copied for less.
 pub const CHATTY_BYTES: u64 = 8 * 1024;
@@ -203,7 +203,7 @@ fn join(room: &Rc<Room>, client: &TcpStream, target: &TcpStream, meter: &Meter) 
         }
     };
     let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
-        Ok(Half { ledger: Ledger::new(socket::accepted(dst)?), mark: moved.get(), ..Half::default() })
+        Ok(Half { ledger: Ledger::new(sockopt::accepted(dst)?), mark: moved.get(), ..Half::default() })
     };
     match (half(target, &meter.sent), half(client, &meter.received)) {
         (Ok(up), Ok(down)) => {
@@ -316,7 +316,7 @@ impl Pair {
                 yield_now().await;
             } else if looks.contains(&Look::Wait) {
                 if let Some(side) = (0..2).find(|side| matches!(ways[*side].state, State::Failing(_))) {
-                    let taken = socket::accepted(sockets[1 - side]).unwrap_or(0);
+                    let taken = sockopt::accepted(sockets[1 - side]).unwrap_or(0);
                     if taken != stuck.0 || stuck.1.elapsed() > RESET_LINGER * 2 {
                         stuck = (taken, Instant::now());
                     } else if stuck.1.elapsed() >= RESET_LINGER {
@@ -417,7 +417,7 @@ impl Pair {
                 Read::Nothing => return Ok(Look::Wait),
                 Read::End => {
                     let passed = words.passed.load(Ordering::Acquire);
-                    if !half.ledger.has_read(passed) || socket::unread(src).map_err(at_source)? > 0 {
+                    if !half.ledger.has_read(passed) || sockopt::unread(src).map_err(at_source)? > 0 {
                         half.ends += 1;
                         if half.ends > ENDS_MAX {
                             return Err(at_source(io::ErrorKind::ConnectionAborted.into()));
@@ -449,7 +449,7 @@ impl Pair {
         if settled {
             return Ok(if more { Look::More } else { Look::Settled });
         }
-        if !half.ledger.is_drained(redirected, socket::accepted(dst).map_err(at_sink)?) {
+        if !half.ledger.is_drained(redirected, sockopt::accepted(dst).map_err(at_sink)?) {
             return Ok(Look::Wait);
         }
         while !way.queue.is_empty() {
@@ -493,14 +493,14 @@ impl Pair {
         }
         let (bytes, used) = (redirected - half.granted.0, spent - half.granted.1);
         let messages = (used - bytes) / OVERHEAD;
-        let free = socket::room(dst).map_err(at_sink)?;
+        let free = sockopt::room(dst).map_err(at_sink)?;
         if free < ROOM_MIN || (bytes >= BULK_SEEN && bytes > messages * BULK_MEAN) {
             *leaving = true;
             half.granted = (redirected, spent);
             return Ok(Look::More);
         }
         // What came before the program had the socket, and a read has not had handed to it, would wait for what comes next.
-        if socket::unread(src).map_err(at_source)? > 0 {
+        if sockopt::unread(src).map_err(at_source)? > 0 {
             return Ok(Look::Wait);
         }
         if let Some(gate) = half.ledger.gate() {
@@ -512,7 +512,7 @@ impl Pair {
             words.gate.store(gate, Ordering::SeqCst);
             // What came since the read, and saw the gate shut for good, was told to nobody. Whoever has seen it so is through
             // once the lock has been had, and what it has passed shows.
-            socket::settle(src).map_err(at_source)?;
+            sockopt::settle(src).map_err(at_source)?;
             if words.passed.load(Ordering::Acquire) != gate {
                 return Ok(Look::More);
             }
