@@ -231,10 +231,7 @@ fn whoever_fails_on_the_way_is_named() -> Result<()> {
     let world = World::new()?;
     let agent = double(&world, H2, H2)?;
     let said = refusal(&world, &agent)?;
-    assert_eq!(
-        said,
-        format!("upstream inner via outer: upstream outer: {OUTER} refused the connection")
-    );
+    assert_eq!(said, format!("upstream inner via outer: upstream outer: {OUTER} refused the connection"));
     let mut first = outer(&world, H2, INNER)?;
     let said = refusal(&world, &agent)?;
     let wanted = format!("upstream inner via outer: {OUTER} refused {INNER}: 502 Bad Gateway (");
