@@ -104,7 +104,7 @@ fn curl_tunnels_through_a_listener_with_tls_and_a_certificate_and_not_without() 
     let page =
         curl(&world, &[&anonymous[..], &["--proxy-cert", &*files[1], "--proxy-key", &*files[2]]].concat())?;
     assert_eq!(page, "hello\n");
-    let line = daemon.process().wait_for_line(" closed destination=")?;
+    let line = daemon.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(NODE_ID), "{line}");
     assert!(curl(&world, &anonymous).is_err());
     daemon.process().wait_for_line("not let in")?;
@@ -391,7 +391,7 @@ fn without_identities_the_flows_of_one_address_leave_some_to_the_others() -> Res
     let (_other, head) = connect(world.net())?;
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
     held.pop();
-    gateway.process().wait_for_line(" closed destination=")?;
+    gateway.process().wait_for_line("reason=closed destination=")?;
     held.push(wait_for("a place", PATIENCE, || {
         connect(world.node())
             .ok()

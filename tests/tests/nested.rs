@@ -98,10 +98,10 @@ fn the_outer_gateway_carries_one_stream_to_the_inner_one_which_alone_sees_the_ta
     assert_eq!((via["upstream"].as_str(), via["peer"].as_str()), (Some("inner"), Some(&*INNER.to_string())));
     assert_eq!(flow["identity"], GATEWAY_ID, "{flow}");
 
-    let line = inner.process().wait_for_line(" closed destination=")?;
+    let line = inner.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(&addr) && line.contains(NODE_ID), "{line}");
     // What the outer one carried was the connection, which ended by itself: it was closed before the outer one was.
-    let line = outer.process().wait_for_line(" closed destination=")?;
+    let line = outer.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(&format!("destination={INNER} ")) && line.contains(NODE_ID), "{line}");
     assert!(!outer.log().contains(&addr), "{}", outer.log());
     Ok(())
@@ -188,7 +188,7 @@ fn three_deep_is_a_byte_stream_and_each_gateway_sees_the_next_one_only() -> Resu
             &agent(&world, &upstreams)?,
             &format!("{inside:?} in {middle:?} in {outside:?}"),
         )?;
-        let line = last.process().wait_for_line(" closed destination=")?;
+        let line = last.process().wait_for_line("reason=closed destination=")?;
         assert!(line.contains(NODE_ID), "{line}");
         for (of, next) in [(&outer, INNER), (&between, INNERMOST)] {
             let log = of.log();
@@ -331,7 +331,7 @@ fn when_the_configuration_changes_only_what_goes_through_something_else_is_conne
         (!sockets.iter().any(|s| s.established() && s.local == OUTER)).then_some(())
     })?;
     let line = first.log().lines().find(|l| l.contains(" destination=")).unwrap_or_default().to_owned();
-    assert!(line.contains(": closed destination="), "{line}");
+    assert!(line.contains(" reason=closed destination="), "{line}");
     assert_eq!(ask(&mut new, "ping")?, "ok");
     inner.process().stop()?;
     Ok(())

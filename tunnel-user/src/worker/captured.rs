@@ -43,8 +43,8 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                     worker.counters.over_limit.add(1);
                     worker.counters.ended.of(refusal.reason()).add(1);
                     if worker.lines.crowded.admit() {
-                        let reason = refusal.reason().word();
-                        tracing::warn!(reason, "reset a captured connection: {refusal} (daemon.max_flows)");
+                        let reason = refusal.reason();
+                        tracing::warn!(%reason, "reset a captured connection: {refusal} (daemon.max_flows)");
                     }
                 }
             },
@@ -58,8 +58,7 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
                 counter.add(1);
                 worker.counters.ended.of(reason).add(1);
                 if worker.lines.strays.admit() {
-                    let reason = reason.word();
-                    tracing::warn!(reason, "reset a connection to the capture listener that {stray}");
+                    tracing::warn!(%reason, "reset a connection to the capture listener that {stray}");
                 }
             }
             Err(e) => back_off(&e).await,

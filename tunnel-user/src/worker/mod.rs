@@ -434,7 +434,7 @@ impl Worker {
         self.counters.ended.of(record.reason).add(1);
         tracing::info!(
             target: "tunnel::flow",
-            reason = record.reason.word(),
+            reason = %record.reason,
             detail = record.detail.as_deref(),
             destination = %record.destination,
             client = %record.client,
@@ -471,7 +471,7 @@ impl Worker {
         if self.lines.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",
-                reason = record.reason.word(),
+                reason = %record.reason,
                 detail = record.detail.as_deref(),
                 destination = %record.destination,
                 client = %record.client,
