@@ -6,7 +6,7 @@
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
-use super::{Going, Place, Worker, back_off, reach::Wish, setup::At};
+use super::{At, Going, Place, Proxy, back_off, reach::Wish};
 use crate::{
     model::{
         end::EndReason,
@@ -21,7 +21,7 @@ use crate::{
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+pub(super) async fn accept_captured(proxy: Rc<Proxy>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
     let mut watch = at.watch.clone();
     let mut draining = false;
     loop {
@@ -35,14 +35,14 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
             () = std::future::ready(()), if draining => return,
         };
         match accepted {
-            Ok(Ok(captured)) => match worker.admit(None) {
+            Ok(Ok(captured)) => match proxy.admit(None) {
                 Ok(place) => {
-                    flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
+                    flows.spawn(carry_captured(Rc::clone(&proxy), captured, at.name(), place));
                 }
                 Err(refusal) => {
-                    worker.counters.over_limit.add(1);
-                    worker.counters.ended.of(refusal.reason()).add(1);
-                    if worker.lines.crowded.admit() {
+                    proxy.counters.over_limit.add(1);
+                    proxy.counters.ended.of(refusal.reason()).add(1);
+                    if proxy.lines.crowded.admit() {
                         let reason = refusal.reason();
                         tracing::warn!(%reason, "reset a captured connection: {refusal} (daemon.max_flows)");
                     }
@@ -50,14 +50,14 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
             },
             Ok(Err(stray)) => {
                 let (reason, counter) = match &stray {
-                    Stray::ToUs(_) => (EndReason::ToOurselves, &worker.counters.to_ourselves),
+                    Stray::ToUs(_) => (EndReason::ToOurselves, &proxy.counters.to_ourselves),
                     Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
-                        (EndReason::NoOriginalDst, &worker.counters.no_origin)
+                        (EndReason::NoOriginalDst, &proxy.counters.no_origin)
                     }
                 };
                 counter.add(1);
-                worker.counters.ended.of(reason).add(1);
-                if worker.lines.strays.admit() {
+                proxy.counters.ended.of(reason).add(1);
+                if proxy.lines.strays.admit() {
                     tracing::warn!(%reason, "reset a connection to the capture listener that {stray}");
                 }
             }
@@ -68,16 +68,16 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
 
 /// captured → tunnel or dial.
 fn carry_captured(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     captured: Captured,
     name: Option<Arc<str>>,
     place: Place,
 ) -> impl Future<Output = ()> {
     // Apart: what it takes to reach a target is not held as long as the flow.
-    let reached = Box::pin(reach_captured(Rc::clone(&worker), captured, name));
+    let reached = Box::pin(reach_captured(Rc::clone(&proxy), captured, name));
     async move {
         if let Some((mut leg, going)) = reached.await {
-            worker.relay(&mut leg, going).await;
+            proxy.relay(&mut leg, going).await;
         }
         drop(place);
     }
@@ -86,7 +86,7 @@ fn carry_captured(
 /// The application's socket, and what the flow goes on with. One that does not go on is booked, and its socket dropped,
 /// which resets the application's connection.
 async fn reach_captured(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     captured: Captured,
     name: Option<Arc<str>>,
 ) -> Option<(TcpLeg, Box<Going>)> {
@@ -96,7 +96,7 @@ async fn reach_captured(
     let mut record = Record::new(&target, client);
     let mut leg = TcpLeg::captured(stream, bypass);
     let reached = {
-        let setup = worker.setup();
+        let setup = proxy.setup();
         let wish = Wish {
             setup: &setup,
             flow: Flow {
@@ -113,17 +113,17 @@ async fn reach_captured(
             permit: None,
             dial_timeout: setup.shared.dial_timeout,
         };
-        let decision = worker.route(&wish);
+        let decision = proxy.route(&wish);
         if let Decision::Look = decision {
             // Apart, so that other flows take no more room for it.
-            let looked = worker.look_and_reach(&mut leg, Queue::default(), wish, record, started);
+            let looked = proxy.look_and_reach(&mut leg, Queue::default(), wish, record, started);
             let going = Box::pin(looked).await?;
             return Some((leg, going));
         }
         let ahead = Ahead::new(&mut leg, Queue::default());
         tokio::select! {
             biased;
-            reached = worker.reach(&wish, decision, &mut record, Some(&ahead)) => {
+            reached = proxy.reach(&wish, decision, &mut record, Some(&ahead)) => {
                 Some(reached.map(|sink| (sink, ahead.into_early())))
             }
             _ = ahead.left() => None,
@@ -131,8 +131,8 @@ async fn reach_captured(
     };
     match reached {
         Some(Ok((sink, early))) => return Some((leg, Box::new(Going { sink, early, record, started }))),
-        Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
-        None => worker.left(record, started),
+        Some(Err(refusal)) => proxy.refused(&refusal, record, None, started),
+        None => proxy.left(record, started),
     }
     None
 }

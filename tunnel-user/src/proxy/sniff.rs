@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use super::{Going, Worker, reach::Wish};
+use super::{Going, Proxy, reach::Wish};
 use crate::{
     model::end::EndReason,
     observe::stats::Record,
@@ -14,7 +14,7 @@ use crate::{
     routing::{flow::Flow, sniff::inspect},
 };
 
-impl Worker {
+impl Proxy {
     /// Looks at what the client sends, asks the router again, and reaches the target. `early`: what it has sent. A flow
     /// that does not go on is booked.
     pub(super) async fn look_and_reach(
