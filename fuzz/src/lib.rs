@@ -10,6 +10,7 @@ use http::{HeaderName, HeaderValue, Method, Request, Uri};
 use tunnel::{
     config::{CheckFiles, Config},
     model::flow::Target,
+    proxy::Refusal,
     routing::{
         policy::Policies,
         router::Router,
@@ -17,7 +18,10 @@ use tunnel::{
     },
     sources::{
         Answer as _,
-        listener::{h1, request},
+        listener::{
+            h1,
+            request::{self, Malformed},
+        },
     },
     transport::proxy,
 };
@@ -96,7 +100,7 @@ pub fn h1_head(input: &[u8]) {
         }
         Err(Malformed { authority, error }) => {
             assert!(authority.chars().all(|c| c.is_ascii_graphic()), "it is logged");
-            assert!(error.status().is_client_error(), "{error}");
+            assert!(error.reason().status().is_some_and(|s| s.is_client_error()), "{error}");
         }
     }
 }

@@ -13,7 +13,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
     config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
-    model::flow::{ClientAddr, Identity, SourceKind, Target},
+    model::flow::{ClientAddr, Direction, Identity, SourceKind, Target, Transport},
     routing::{flow::Flow, index::NOBODY, policy::Policies, router::Router},
     sinks::upstream::{
         headers::{Ask, Trace, connect_request},
@@ -72,6 +72,8 @@ fn to(destination: Vec<AddrPattern>) -> Route {
 /// What an application that wants to go to `target` is to the router.
 fn captured(target: &Target) -> Flow<'_> {
     Flow {
+        transport: Transport::Tcp,
+        direction: Direction::Outbound,
         source: SourceKind::Capture,
         name: None,
         target,

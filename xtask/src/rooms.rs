@@ -37,8 +37,6 @@ const ORDER: [&[&str]; 10] = [
 const KNOWN: &[(&str, &str)] = &[
     // `exec` starts a daemon.
     ("cli", "daemon"),
-    // A listener answers with what became of a dial or of an upstream.
-    ("sources", "sinks"),
 ];
 
 pub(crate) const EXAMPLES: &str = "\

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{Action, Authority, Capture, HeaderMatch, Match, Route, Terms, ValueMatch, Wanted},
-        model::flow::{ClientAddr, SourceKind, Target},
+        model::flow::{ClientAddr, Direction, SourceKind, Target, Transport},
         routing::{
             flow::Flow,
             index::NOBODY,
@@ -212,6 +212,8 @@ mod tests {
             let router = Router::new(config.routes);
             let target = Target::Addr(to);
             let flow = Flow {
+                transport: Transport::Tcp,
+                direction: Direction::Outbound,
                 source: SourceKind::Capture,
                 name,
                 target: &target,

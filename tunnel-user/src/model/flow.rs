@@ -17,6 +17,22 @@ pub enum SourceKind {
     Listener,
 }
 
+/// What a flow is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// The bytes of a TCP connection.
+    Tcp,
+}
+
+/// Which way a flow goes, seen from this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// An application on this node opened it.
+    Outbound,
+    /// It came from the network.
+    Inbound,
+}
+
 /// What the first bytes of a carried connection say of where it wants to go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Inside {

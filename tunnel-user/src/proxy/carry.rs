@@ -7,11 +7,19 @@
 
 use std::{future::Future, rc::Rc, time::Instant};
 
-use super::{EstablishedFlow, Permit, Proxy, client::Client, reach::{FlowRequest, Sink}, refusal::Refusal};
+use super::{
+    EstablishedFlow, Permit, Proxy,
+    client::Client,
+    reach::{FlowRequest, Sink},
+    refusal::Refusal,
+};
 use crate::{
-    model::flow::{ClientAddr, Head, Target},
+    model::{
+        end::EndReason,
+        flow::{ClientAddr, Head, Identity, Target},
+    },
     observe::stats::{Destination, Record},
-    relay::{Ahead, Early, Leg, Outcome, Queue, Source},
+    relay::{Ahead, Early, Leg, Queue, Source},
     routing::{flow::Flow, router::Decision, sniff::inspect},
     sources::{Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle},
 };
@@ -43,7 +51,7 @@ impl FlowHandler for Proxy {
     }
 
     fn record(&self, event: Event<'_>) {
-        self.event(event);
+        self.event(&event);
     }
 }
 
@@ -72,7 +80,7 @@ async fn establish<P: PendingRequest>(
             return None;
         }
     };
-    let mut progress = Progress { record: client.record(&target), started, permit };
+    let progress = Progress { record: client.record(&target), started, permit };
     let (context, name) = (client.context(&proxy), client.source().name());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
     let wanted = match client.request(&context, name.as_deref(), &target, head) {
@@ -114,7 +122,7 @@ impl Proxy {
             Some(Err(_)) => return self.left(progress),
             None => {
                 leg.abort();
-                progress.record.outcome = Outcome::Stopped.to_string().into();
+                progress.record.ended(EndReason::DrainTimeout, None);
                 self.book(progress.record, progress.started);
                 return None;
             }
@@ -198,7 +206,7 @@ impl Proxy {
     /// Records a flow whose client did not wait for its answer.
     fn left<T>(&self, progress: Progress) -> Option<T> {
         let Progress { mut record, started, .. } = progress;
-        record.outcome = "the client left before the target answered".into();
+        record.ended(EndReason::ClientLeft, None);
         self.book(record, started);
         None
     }

@@ -3,47 +3,36 @@
 //! A [`Proxy`] is what one worker carries flows by: the configuration in force, its upstreams, and its books. A flow keeps
 //! the [`Setup`] that it began with, and what that has connected to.
 
-mod captured;
+mod carry;
+mod client;
 mod in_process;
 mod log;
 mod reach;
-mod requests;
-mod sniff;
+mod refusal;
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
-    io,
-    net::IpAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::{net::TcpListener, time::sleep};
-
-use self::{log::Lines, reach::Sink};
+use self::{client::Account, log::Lines, reach::Sink};
+pub use self::{client::Client, refusal::Refusal};
 use crate::{
-    model::flow::{ClientAddr, Identity},
+    model::{end::EndReason, flow::Identity},
     observe::stats::{Counters, Record, Records},
-    process::{
-        drain::{Tasks, Watch},
-        limits,
-    },
+    process::{drain::Watch, limits},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
     sinks::upstream::{self, TunnelError, Upstreams, h1, headers::Trace},
-    sources::{
-        capture::accept::Accept,
-        listener::{accept, request::Refusal},
-    },
+    sources::{Event, capture::accept::Stray},
     transport::{resolver::Lookups, tcp::Own},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
 const PEER_LEAVES: usize = 4;
-/// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
-const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 
 /// What all workers share of one configuration.
 pub struct Shared {
@@ -87,33 +76,6 @@ impl Setup {
     }
 }
 
-/// Where flows come from: one capture, or one listener.
-pub struct SourceHandle {
-    /// What routes call it.
-    name: RefCell<Option<Arc<str>>>,
-    /// How long a dial for one of its flows may take.
-    dial_timeout: Duration,
-    /// Told when nothing more is taken from it.
-    watch: Watch,
-}
-
-impl SourceHandle {
-    /// Of a source that is accepted from until `watch` says otherwise.
-    pub fn new(name: Option<Arc<str>>, dial_timeout: Duration, watch: Watch) -> Self {
-        Self { name: RefCell::new(name), dial_timeout, watch }
-    }
-
-    /// What routes call it now.
-    fn name(&self) -> Option<Arc<str>> {
-        self.name.borrow().clone()
-    }
-
-    /// From now on routes call it so.
-    pub fn rename(&self, name: Option<Arc<str>>) {
-        self.name.replace(name);
-    }
-}
-
 /// See the module.
 pub struct Proxy {
     /// What new flows are carried by.
@@ -131,14 +93,6 @@ pub struct Proxy {
     stop: Watch,
 }
 
-async fn back_off(e: &io::Error) {
-    // The connection was gone before it was accepted: nothing is wrong here.
-    if e.kind() != io::ErrorKind::ConnectionAborted {
-        tracing::warn!("accepting failed: {e}");
-        sleep(ACCEPT_BACK_OFF).await;
-    }
-}
-
 /// What a flow goes on with once its target is reached. A task holds no more of it than a pointer, and nothing of what
 /// it took to come so far.
 struct EstablishedFlow {
@@ -147,31 +101,16 @@ struct EstablishedFlow {
     early: Early,
     record: Record,
     started: Instant,
-}
-
-/// Whose flows are counted together.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Account {
-    /// Those of an identity.
-    Identity(Identity),
-    /// Those from an address where nobody has proved who he is.
-    Address(IpAddr),
-}
-
-impl Account {
-    /// An identity's, or where there is none, an address's.
-    fn of(identity: Option<&Identity>, client: ClientAddr) -> Self {
-        identity.cloned().map_or(Self::Address(client.0.ip().to_canonical()), Self::Identity)
-    }
+    permit: Permit,
 }
 
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.
-struct Place {
+struct Permit {
     proxy: Rc<Proxy>,
     account: Option<Account>,
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.proxy.active.set(self.proxy.active.get() - 1);
         let Some(account) = &self.account else { return };
@@ -217,22 +156,6 @@ impl Proxy {
         self.active.get()
     }
 
-    /// Accepts what was captured until `at` says to stop; see [`captured::accept_captured`].
-    pub async fn accept_captured(self: Rc<Self>, accept: Accept, at: Rc<SourceHandle>, flows: Rc<Tasks>) {
-        captured::accept_captured(self, accept, at, flows).await;
-    }
-
-    /// Accepts peers until `at` says to stop; see [`requests::accept_tunnels`].
-    pub async fn accept_tunnels(
-        self: Rc<Self>,
-        socket: TcpListener,
-        settings: Arc<accept::Settings>,
-        at: Rc<SourceHandle>,
-        flows: Rc<Tasks>,
-    ) {
-        requests::accept_tunnels(self, socket, settings, at, flows).await;
-    }
-
     /// Writes what was left out of the log since the last time.
     pub fn log_suppressed(&self) {
         self.lines.tell();
@@ -244,19 +167,19 @@ impl Proxy {
     }
 
     /// A place for a flow of the operator's own applications, or of a peer. At the limit there is none.
-    fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
+    fn admit(self: &Rc<Self>, account: Option<Account>) -> Result<Permit, Refusal> {
         let most = self.setup.borrow().shared.flows_max;
         let share = most - most / PEER_LEAVES;
         let mut peers = self.peers.borrow_mut();
-        let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
+        let active = account.as_ref().and_then(|a| peers.get(a).copied()).unwrap_or(0);
         if self.active.get() >= most || active >= share {
             return Err(if active >= share { Refusal::PeerLimit(share) } else { Refusal::Limit(most) });
         }
         self.active.set(self.active.get() + 1);
-        if let Some(account) = account {
+        if let Some(account) = &account {
             peers.insert(account.clone(), active + 1);
         }
-        Ok(Place { proxy: Rc::clone(self), account: account.cloned() })
+        Ok(Permit { proxy: Rc::clone(self), account })
     }
 
     /// Relays to the end, and books it.
@@ -298,16 +221,13 @@ impl Proxy {
             biased;
             outcome = relayed => outcome,
             // Both legs are dropped before their ends: both are reset.
-            () = stop.stopping() => Outcome::Stopped,
+            () = stop.stopping() => Outcome::Ended(EndReason::DrainTimeout),
         };
         // Their resets, or their ends, go out before anything is written about them.
-        let EstablishedFlow { sink, mut record, started, .. } = *flow;
+        let EstablishedFlow { sink, mut record, started, permit, .. } = *flow;
         drop(sink);
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
-        record.outcome = match &outcome {
-            Outcome::Closed => "closed".into(),
-            other => other.to_string().into(),
-        };
+        record.ended(outcome.reason(), outcome.detail());
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
@@ -316,6 +236,7 @@ impl Proxy {
             self.counters.flows_reset.add(1);
         }
         self.book(record, started);
+        drop(permit);
     }
 
     /// Books what was done in the kernel since it was last asked.
@@ -343,8 +264,11 @@ impl Proxy {
 
     fn book(&self, mut record: Record, started: Instant) {
         record.lasted(started.elapsed());
+        self.counters.ended.of(record.reason).add(1);
         tracing::info!(
             target: "tunnel::flow",
+            reason = %record.reason,
+            detail = record.detail.as_deref(),
             destination = %record.destination,
             client = %record.client,
             identity = record.identity.as_ref().map(tracing::field::display),
@@ -353,44 +277,69 @@ impl Proxy {
             sent = record.sent,
             received = record.received,
             ms = record.duration_ms,
-            "{}", record.outcome
+            "flow ended"
         );
         self.records.push(record);
     }
 
     fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
         let counter = match refusal {
-            Refusal::Method(_)
-            | Refusal::Authority(_)
-            | Refusal::Head(_)
-            | Refusal::Content(_)
-            | Refusal::Host(_) => &self.counters.bad_requests,
-            Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
+            Refusal::Request(_) => &self.counters.bad_requests,
+            Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => {
+                &self.counters.denied
+            }
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) | Refusal::PeerLimit(_) => &self.counters.over_limit,
         };
         counter.add(1);
-        record.outcome = format!("refused: {refusal}").into();
+        record.ended(refusal.reason(), Some(refusal.to_string()));
         record.lasted(started.elapsed());
+        self.counters.ended.of(record.reason).add(1);
         if self.lines.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",
+                reason = %record.reason,
+                detail = record.detail.as_deref(),
                 destination = %record.destination,
                 client = %record.client,
                 identity = identity.map(tracing::field::display),
                 passed = record.passed(),
                 ms = record.duration_ms,
-                "{}", record.outcome
+                "flow refused"
             );
         }
         self.records.push(record);
     }
 
-    /// Books a flow whose client did not wait for it.
-    fn left(&self, mut record: Record, started: Instant) {
-        record.outcome = "the client left before the target answered".into();
-        self.book(record, started);
+    /// Books what happened at a source and is no flow.
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::PeerRejected { peer, error } => {
+                self.counters.handshakes_failed.add(1);
+                if self.lines.handshakes.admit() {
+                    tracing::warn!(%peer, %error, "rejected peer connection");
+                }
+            }
+            Event::Stray(stray) => {
+                let (reason, counter) = match stray {
+                    Stray::ToUs(_) => (EndReason::ToOurselves, &self.counters.to_ourselves),
+                    Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
+                        (EndReason::NoOriginalDst, &self.counters.no_origin)
+                    }
+                };
+                counter.add(1);
+                self.counters.ended.of(reason).add(1);
+                if self.lines.strays.admit() {
+                    tracing::warn!(%reason, "reset a connection to the capture listener that {stray}");
+                }
+            }
+            Event::ConnectionLimit(limit) => {
+                if self.lines.full.admit() {
+                    tracing::warn!(limit, "connection limit of a listener reached: more wait in the backlog");
+                }
+            }
+        }
     }
 }

@@ -1,14 +1,13 @@
-//! Reaches the target of a flow: the router, and what it says.
+//! Reaches the target of a flow, as the router decides: through an upstream, or by dialling.
 //!
-//! Enters: a flow that policy has let through as far as its target. Leaves: a sink, or why there is none.
-//! Invariant: what a listener's peer reaches is within its permit, whatever a route does. It never moves a byte.
+//! # Invariants
+//! - What a listener's peer reaches is within its permit, whatever a route does.
 
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
-use http::StatusCode;
 
-use super::{Account, Proxy, Setup};
+use super::{Proxy, Refusal, Setup, client::Account, in_process::Hop};
 use crate::{
     config::{Authority, ProxyProtocol},
     model::flow::{Inside, Target},
@@ -22,21 +21,16 @@ use crate::{
     sinks::{
         dial::{self, DialError},
         upstream::{
-            self, Itself, Next, TunnelError, Upstream,
-            headers::{Ask, is_loop},
+            self,
+            failover::{self, Opened},
+            headers::Ask,
         },
     },
-    sources::listener::request::Refusal,
     transport::{
         proxy::Header,
         tcp::{Connected, FirstSpeaker},
     },
 };
-
-/// Answers after which another upstream may be asked, where a route says so: its target, or its next hop, was not
-/// reached.
-const AGAIN: [StatusCode; 3] =
-    [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
 
 /// Where a flow goes on.
 pub(super) enum Sink {
@@ -44,9 +38,6 @@ pub(super) enum Sink {
     Direct(TcpLeg, Bytes),
     Tunnel(upstream::Stream),
 }
-
-/// An upstream and a stream through it, or one that is this process.
-type Chosen<'a> = Result<(&'a Upstream, upstream::Stream), &'a Itself>;
 
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]
@@ -63,8 +54,11 @@ pub(super) struct FlowRequest<'a> {
 impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
-        let random = (self.trace.random() >> 32) as u32;
-        request.setup.shared.router.decide(&request.flow, random)
+        request.setup.shared.router.decide(&request.flow, self.random())
+    }
+
+    fn random(&self) -> u32 {
+        (self.trace.random() >> 32) as u32
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
@@ -98,14 +92,15 @@ impl Proxy {
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
-                match self.connect(setup, upstream, shares, &ask, ahead).await? {
-                    Ok((upstream, stream)) => {
+                let hop = Hop { proxy: self, request, record: &mut *record, ahead };
+                let another = |tried: &[usize]| another(shares, tried, self.random());
+                match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
+                    Opened::Stream(upstream, stream) => {
                         let (number, identity) = (stream.number(), stream.identity.as_ref());
                         record.through(upstream.name(), &stream.peer, number, identity);
                         Ok(Sink::Tunnel(stream))
                     }
-                    // Boxed, because it comes here again.
-                    Err(itself) => Box::pin(self.hand_over(itself, request, &ask, record, ahead)).await,
+                    Opened::InProcess(sink) => Ok(sink),
                 }
             }
             Decision::Dial { instead, terms } => {
@@ -127,9 +122,9 @@ impl Proxy {
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }
-            Decision::Deny => Err(denied(target, "a route denies it")),
-            // Nothing depends on what has been looked at already.
-            Decision::NoRoute | Decision::NeedsSniff => Err(denied(target, "no route takes it")),
+            Decision::Deny => Err(Refusal::Route(format!("{target} is refused: a route denies it"))),
+            // It has been sniffed already.
+            Decision::NoRoute | Decision::NeedsSniff => Err(Refusal::NoRoute(target.clone())),
         }
     }
 
@@ -149,68 +144,6 @@ impl Proxy {
         let asked = self.lookups.in_turn(&who, dial::resolve(dialled, &setup.shared.own));
         let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
         tokio::time::timeout_at(deadline, asked).await.map_err(late)?
-    }
-
-    /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
-    /// `shares`, or another endpoint.
-    async fn connect<'a>(
-        &self,
-        setup: &'a Setup,
-        mut upstream: usize,
-        shares: &[(usize, u32)],
-        ask: &Ask<'_>,
-        ahead: Option<&Ahead<'_>>,
-    ) -> Result<Chosen<'a>, Refusal> {
-        let mut left = ask.terms.retries;
-        let mut tried = Vec::new();
-        loop {
-            let chosen = match setup
-                .upstreams
-                .get(upstream)
-                .ok_or_else(|| denied(ask.target, "its upstream is gone"))?
-            {
-                Next::Tunnel(chosen) => chosen,
-                Next::Itself(itself) => return Ok(Err(itself)),
-            };
-            // What is dialled here goes around no further.
-            if ask.received.is_some_and(|r| is_loop(r.headers, ask.pseudonym)) {
-                return Err(Refusal::Loop);
-            }
-            let failed = match chosen.connect(ask, ahead).await {
-                Ok(stream) => return Ok(Ok((chosen, stream))),
-                Err(e) => e,
-            };
-            tried.push(upstream);
-            let random = || (self.trace.random() >> 32) as u32;
-            let next = match &failed {
-                _ if left == 0 => None,
-                // All of its endpoints were tried, or none may be.
-                TunnelError::Connect { .. }
-                | TunnelError::NoEndpoint { .. }
-                | TunnelError::Empty { .. }
-                | TunnelError::Limit { .. } => another(shares, &tried, random()),
-                TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
-                    // Its next endpoint, when it is the only one.
-                    another(shares, &tried, random()).or_else(|| {
-                        tried.clear();
-                        another(shares, &tried, random())
-                    })
-                }
-                // The connection was lost, or seems to be, and nothing was carried on it.
-                TunnelError::Dropped { .. } if ahead.is_none_or(|ahead| !ahead.has_carried()) => {
-                    another(shares, &tried, random()).or_else(|| {
-                        tried.clear();
-                        another(shares, &tried, random())
-                    })
-                }
-                // Somebody has, or may have, acted on it; or will say the same again.
-                _ => None,
-            };
-            let Some(next) = next else { return Err(failed.into()) };
-            tracing::debug!(target = %ask.target, upstream = %chosen.name(), "trying again: {failed}");
-            left -= 1;
-            upstream = next;
-        }
     }
 }
 
@@ -259,8 +192,4 @@ fn header<'a>(flow: &Flow<'a>, addr: SocketAddr) -> Header<'a> {
         Target::Name(name, _) => (addr, Some(name.as_str())),
     };
     Header { client: flow.client, destination, name, identity: flow.identity }
-}
-
-fn denied(target: &Target, why: &str) -> Refusal {
-    Refusal::Denied(format!("{target} is refused: {why}"))
 }

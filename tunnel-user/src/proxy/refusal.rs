@@ -1,16 +1,13 @@
-//! Why a flow was not carried, and the status that says so.
-//!
-//! # Invariants
-//! - One table maps every reason to its status and its error in `proxy-status` (RFC 9209).
-
-use std::fmt;
+//! Why a flow was not carried, and how that is answered: with the status of its [`EndReason`], and with what went wrong in
+//! `proxy-status` (RFC 9209).
 
 use http::{HeaderValue, Response, StatusCode, header::ALLOW};
 
 use crate::{
+    model::{end::EndReason, flow::Target},
     sinks::{
         dial::DialError,
-        upstream::{TunnelError, in_process::OpenError},
+        upstream::{TunnelError, failover::OpenError},
     },
     sources::{Answer, listener::request::RequestError},
 };
@@ -24,9 +21,15 @@ pub enum Refusal {
     /// The request asks for nothing that is a target. The client's fault.
     #[error("{0}")]
     Request(#[from] RequestError),
-    /// Policy or a route says no.
+    /// No policy allows it.
     #[error("{0}")]
     Denied(String),
+    /// A route denies it.
+    #[error("{0}")]
+    Route(String),
+    /// No route matches it.
+    #[error("{0} is refused: no route takes it")]
+    NoRoute(Target),
     /// The request has passed here before. The operator's fault, somewhere along the chain.
     #[error("the request has passed this tunnel before: it goes around in a loop")]
     Loop,
@@ -49,69 +52,49 @@ impl From<OpenError> for Refusal {
         match e {
             OpenError::Loop => Self::Loop,
             OpenError::Upstream(e) => Self::Tunnel(e),
-            OpenError::Unknown(target) => Self::Denied(format!("{target} is refused: its upstream is gone")),
-        }
-    }
-}
-
-/// Where a status comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// From here: the proxy error type (RFC 9209 section 2.3).
-    Error(&'static str),
-    /// From the next hop: what it answered (RFC 9209 section 2.1.5).
-    Received(StatusCode),
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Error(error) => write!(f, "error={error}"),
-            Self::Received(status) => write!(f, "received-status={}", status.as_u16()),
+            OpenError::Unknown(target) => Self::NoRoute(target),
         }
     }
 }
 
 impl Refusal {
-    /// The status, and what `proxy-status` says of where it comes from.
-    pub fn status(&self) -> (StatusCode, Origin) {
-        let (status, error) = match self {
-            Self::Request(error) => (error.status(), "http_request_error"),
-            Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied"),
-            // RFC 5842 section 7.2.
-            Self::Loop => (StatusCode::LOOP_DETECTED, "proxy_loop_detected"),
-            Self::Dial(DialError::Resolve { .. }) => (StatusCode::BAD_GATEWAY, "dns_error"),
-            Self::Dial(DialError::ResolveTimeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "dns_timeout"),
-            Self::Dial(DialError::Refused { .. }) => (StatusCode::BAD_GATEWAY, "connection_refused"),
-            Self::Dial(DialError::Unreachable { .. }) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "destination_ip_unroutable")
-            }
-            Self::Dial(DialError::Timeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "connection_timeout"),
-            Self::Dial(DialError::Local { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "proxy_internal_error"),
-            Self::Tunnel(
-                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } | TunnelError::Empty { .. },
-            ) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable"),
-            // The next hop's word is passed on.
-            Self::Tunnel(TunnelError::Refused { status, .. }) => return (*status, Origin::Received(*status)),
-            Self::Tunnel(TunnelError::Timeout { .. }) => {
-                (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout")
-            }
-            Self::Tunnel(TunnelError::Dropped { .. }) => (StatusCode::BAD_GATEWAY, "connection_terminated"),
-            Self::Tunnel(TunnelError::Request { .. }) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) | Self::PeerLimit(_) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached")
-            }
-        };
-        (status, Origin::Error(error))
+    /// Which of the ends it is.
+    pub fn reason(&self) -> EndReason {
+        match self {
+            Self::Request(e) => e.reason(),
+            Self::Denied(_) => EndReason::PolicyDenied,
+            Self::Route(_) => EndReason::RouteDenied,
+            Self::NoRoute(_) => EndReason::NoRoute,
+            Self::Loop => EndReason::Loop,
+            Self::Dial(e) => e.reason(),
+            Self::Tunnel(e) => e.reason(),
+            Self::Limit(_) => EndReason::FlowLimit,
+            Self::PeerLimit(_) => EndReason::PeerLimit,
+        }
+    }
+
+    /// What is answered: the status of the reason, or the next hop's own, which is passed on.
+    pub fn status(&self) -> StatusCode {
+        self.received().or(self.reason().status()).unwrap_or(StatusCode::BAD_GATEWAY)
+    }
+
+    /// What the next hop answered.
+    fn received(&self) -> Option<StatusCode> {
+        if let Self::Tunnel(TunnelError::Refused { status, .. }) = self { Some(*status) } else { None }
     }
 }
 
 impl Answer for Refusal {
     fn response(&self) -> Response<()> {
-        let (status, origin) = self.status();
+        let status = self.status();
         let mut response = Response::new(());
         *response.status_mut() = status;
-        let text = format!("{SELF}; {origin}; details=\"{}\"", sf_string(&self.to_string()));
+        let cause = match (self.received(), self.reason().proxy_error()) {
+            // RFC 9209 section 2.1.5.
+            (Some(received), _) => format!("received-status={}", received.as_u16()),
+            (None, error) => format!("error={}", error.unwrap_or("proxy_internal_error")),
+        };
+        let text = format!("{SELF}; {cause}; details=\"{}\"", sf_string(&self.to_string()));
         // sf_string leaves only what a header may hold.
         if let Ok(value) = HeaderValue::try_from(text) {
             response.headers_mut().insert("proxy-status", value);
@@ -141,10 +124,7 @@ mod tests {
     use std::{io, time::Duration};
 
     use super::*;
-    use crate::{
-        model::flow::{FarEnd, Target},
-        sinks::upstream::limit::Limited,
-    };
+    use crate::{model::flow::FarEnd, sinks::upstream::limit::Limited};
 
     #[test]
     fn every_failure_has_its_status_and_says_why() {

@@ -1,8 +1,7 @@
-//! What a worker does by its configuration, and how another takes its place.
+//! The sources that a worker accepts from, and how a change of the configuration is put in force.
 //!
-//! Enters: a [`Change`]. Leaves: the setup that new flows are carried by, and listeners that are accepted from.
-//! Invariant: a flow keeps the setup that it began with, and what that has connected to; a change is seen whole or
-//! not at all. It never reads a configuration.
+//! # Invariants
+//! - A change is seen whole or not at all.
 
 use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
@@ -15,9 +14,13 @@ use tokio::{
 use super::{CaptureSocket, Change, ConnectSocket, Planned, STOP_PATIENCE, SourceId};
 use crate::{
     process::drain::{self, Phase, Tasks, Trigger},
-    proxy::{Proxy, Setup, SourceHandle},
+    proxy::{Proxy, Setup},
     sinks::upstream::{Upstream, Upstreams, Wanted},
-    sources::capture::accept::Accept,
+    sources::{
+        SourceHandle,
+        capture::accept::{self, Accept},
+        listener,
+    },
 };
 
 /// How often an upstream that is no longer configured is looked at, once its connections are closed: a flow that
@@ -28,23 +31,23 @@ const RETIRED_LOOK: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(super) struct Sources {
     /// Those that the kernel programs send connections to have one entry for each network namespace.
-    open: HashMap<(SourceId, Option<u64>), Source>,
+    open: HashMap<(SourceId, Option<u64>), OpenSource>,
     /// What was retired, until it has ended.
     retired: Tasks,
 }
 
-struct Source {
+struct OpenSource {
     /// Dropped, it tells the source that nothing more is taken.
     trigger: Trigger,
-    at: Rc<SourceHandle>,
+    handle: Rc<SourceHandle>,
     accepting: Tasks,
 }
 
-impl Source {
-    fn new(name: Option<Arc<str>>, dial_timeout: Duration) -> Self {
+impl OpenSource {
+    fn new(name: Option<Arc<str>>, dial_timeout: Option<Duration>) -> Self {
         let (trigger, watch) = drain::channel();
-        let at = Rc::new(SourceHandle::new(name, dial_timeout, watch));
-        Self { trigger, at, accepting: Tasks::default() }
+        let handle = Rc::new(SourceHandle::new(name, dial_timeout, watch));
+        Self { trigger, handle, accepting: Tasks::default() }
     }
 
     /// Stops accepting, once what is waiting has been taken.
@@ -58,13 +61,12 @@ impl Sources {
     /// Accepts what was captured.
     pub(super) fn capture(&mut self, proxy: &Rc<Proxy>, socket: CaptureSocket, flows: &Rc<Tasks>) {
         let CaptureSocket { source, name, socket, origins } = socket;
-        let dial_timeout = proxy.setup().shared.dial_timeout;
         let entry = self.open.entry((source, origins.netns()));
-        let entry = entry.or_insert_with(|| Source::new(name, dial_timeout));
-        let at = Rc::clone(&entry.at);
+        let entry = entry.or_insert_with(|| OpenSource::new(name, None));
+        let handle = Rc::clone(&entry.handle);
         match Accept::new(socket, origins) {
             Ok(accept) => {
-                entry.accepting.spawn(Rc::clone(proxy).accept_captured(accept, at, Rc::clone(flows)));
+                entry.accepting.spawn(accept::serve(Rc::clone(proxy), accept, handle, Rc::clone(flows)));
             }
             Err(e) => tracing::error!("a capture listener could not be used: {e}"),
         }
@@ -73,16 +75,13 @@ impl Sources {
     /// Accepts peers.
     pub(super) fn listen(&mut self, proxy: &Rc<Proxy>, socket: ConnectSocket, flows: &Rc<Tasks>) {
         let ConnectSocket { source, name, socket, settings, dial_timeout } = socket;
-        let entry = self.open.entry((source, None)).or_insert_with(|| Source::new(name, dial_timeout));
-        let at = Rc::clone(&entry.at);
+        let entry =
+            self.open.entry((source, None)).or_insert_with(|| OpenSource::new(name, Some(dial_timeout)));
+        let handle = Rc::clone(&entry.handle);
         match TcpListener::from_std(socket.into()) {
             Ok(socket) => {
-                entry.accepting.spawn(Rc::clone(proxy).accept_tunnels(
-                    socket,
-                    settings,
-                    at,
-                    Rc::clone(flows),
-                ));
+                let serving = listener::serve(Rc::clone(proxy), socket, settings, handle, Rc::clone(flows));
+                entry.accepting.spawn(serving);
             }
             Err(e) => tracing::error!("a listener could not be used: {e}"),
         }
@@ -95,7 +94,7 @@ impl Sources {
 
     fn rename(&self, source: SourceId, name: &Option<Arc<str>>) {
         for (_, source) in self.open.iter().filter(|((id, _), _)| *id == source) {
-            source.at.rename(name.clone());
+            source.handle.rename(name.clone());
         }
     }
 

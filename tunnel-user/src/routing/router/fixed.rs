@@ -8,10 +8,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use super::takes;
-use crate::model::flow::SourceKind;
 use crate::{
     config::{Action, AddrPattern, Route},
-    model::flow::{ClientAddr, Target},
+    model::flow::{ClientAddr, Direction, SourceKind, Target, Transport},
     routing::{flow::Flow, index::NOBODY},
 };
 
@@ -33,6 +32,8 @@ pub fn fixed<'a>(routes: &'a [Route], capture: Option<&str>) -> impl Iterator<It
     routes.iter().filter_map(move |route| {
         let matches = &route.matches;
         let flow = Flow {
+            transport: Transport::Tcp,
+            direction: Direction::Outbound,
             source: SourceKind::Capture,
             name: capture.as_deref(),
             target: &target,

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     config::{Authority, HeaderMatch, Terms, ValueMatch},
     model::{
-        flow::{ClientAddr, Head},
+        flow::{ClientAddr, Direction, Head, Transport},
         san::San,
     },
 };
@@ -72,6 +72,8 @@ impl Told {
         let client = ClientAddr("192.0.2.1:40000".parse().unwrap());
         let request = self.headers.as_ref().map(|headers| Head { version: Version::HTTP_2, headers });
         look(&Flow {
+            transport: Transport::Tcp,
+            direction: Direction::Outbound,
             source: self.source,
             name: self.name,
             target: &self.target,

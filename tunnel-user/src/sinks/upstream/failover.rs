@@ -61,7 +61,9 @@ where
         let unknown = || OpenError::Unknown(ask.target.clone());
         let chosen = match upstreams.get(upstream).ok_or_else(unknown)? {
             Next::Tunnel(chosen) => chosen,
-            Next::InProcess(own) => return in_process.dispatch_in_process(own, ask).await.map(Opened::InProcess),
+            Next::InProcess(own) => {
+                return in_process.dispatch_in_process(own, ask).await.map(Opened::InProcess);
+            }
         };
         // What is dialled here goes around no further.
         if ask.received.is_some_and(|r| is_loop(r.headers, ask.pseudonym)) {

@@ -186,15 +186,19 @@ mod tests {
     use super::*;
     use crate::transport::h1::FIELDS_MAX;
 
+    fn status(error: &RequestError) -> u16 {
+        error.reason().status().unwrap().as_u16()
+    }
+
     /// The target, or the status of the refusal.
     fn answer(text: &str) -> Result<String, u16> {
         match parse(text.as_bytes()) {
             Ok(Some((head, length))) => {
                 assert_eq!(length, text.len());
-                head.target.map(|t| t.to_string()).map_err(|e| e.error.status().as_u16())
+                head.target.map(|t| t.to_string()).map_err(|e| status(&e.error))
             }
             Ok(None) => panic!("{text:?} is not whole"),
-            Err(e) => Err(RequestError::from(e).status().as_u16()),
+            Err(e) => Err(status(&e.into())),
         }
     }
 
@@ -265,7 +269,8 @@ mod tests {
 
     #[test]
     fn an_answer_ends_its_connection_and_says_why() {
-        let answer = Response::builder().status(405).header("allow", "CONNECT").header("proxy-status", "tunnel");
+        let answer =
+            Response::builder().status(405).header("allow", "CONNECT").header("proxy-status", "tunnel");
         let text = String::from_utf8(encode(&answer.body(()).unwrap())).unwrap();
         assert_eq!(
             text,

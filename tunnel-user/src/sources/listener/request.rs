@@ -1,12 +1,12 @@
 //! What a CONNECT request asks for, and what is wrong with one that asks for nothing.
 
-use http::{
-    Method, Request, StatusCode,
-    header::CONTENT_LENGTH,
-};
+use http::{Method, Request, header::CONTENT_LENGTH};
 
 use crate::{
-    model::flow::{Target, TargetError},
+    model::{
+        end::EndReason,
+        flow::{Target, TargetError},
+    },
     transport::h1::HeadError,
 };
 
@@ -31,19 +31,14 @@ pub enum RequestError {
 }
 
 impl RequestError {
-    /// The status of its answer.
-    pub fn status(&self) -> StatusCode {
+    /// Which of the ends it is.
+    pub fn reason(&self) -> EndReason {
         match self {
-            Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Authority(_) | Self::Content(_) | Self::Host(_) | Self::Head(HeadError::Syntax(_)) => {
-                StatusCode::BAD_REQUEST
-            }
-            // RFC 9112 section 3.
-            Self::Head(HeadError::LineTooLong) => StatusCode::URI_TOO_LONG,
-            // RFC 6585 section 5.
-            Self::Head(HeadError::TooLong | HeadError::TooManyFields) => {
-                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
-            }
+            Self::Method(_) => EndReason::BadMethod,
+            Self::Authority(_) | Self::Content(_) | Self::Host(_) => EndReason::BadRequest,
+            Self::Head(HeadError::Syntax(_)) => EndReason::BadRequest,
+            Self::Head(HeadError::LineTooLong) => EndReason::UriTooLong,
+            Self::Head(HeadError::TooLong | HeadError::TooManyFields) => EndReason::HeadersTooLarge,
         }
     }
 }
@@ -84,7 +79,7 @@ mod tests {
     #[test]
     fn only_connect_with_a_good_authority_has_a_target() {
         assert_eq!(target(&request("CONNECT", "10.0.0.1:80")).unwrap().to_string(), "10.0.0.1:80");
-        let status = |r: &Request<()>| target(r).unwrap_err().error.status().as_u16();
+        let status = |r: &Request<()>| target(r).unwrap_err().error.reason().status().unwrap().as_u16();
         assert_eq!(status(&request("GET", "http://10.0.0.1:80/")), 405);
         assert_eq!(status(&request("CONNECT", "example.org")), 400);
         assert_eq!(status(&request("CONNECT", "user@example.org:80")), 400);
