@@ -17,6 +17,7 @@ const RETRIABLE: [StatusCode; 3] =
     [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
 
 /// What a flow goes on with.
+#[expect(clippy::large_enum_variant, reason = "the sink in process holds a stream too; it is moved once")]
 pub enum Opened<'u, S> {
     /// A stream through this upstream.
     Stream(&'u Upstream, Stream),
