@@ -2,5 +2,6 @@
 
 pub mod flow;
 pub mod mark;
+pub mod names;
 pub mod san;
 pub mod trust;

@@ -40,7 +40,7 @@ use crate::{
     process::drain::{self, Phase, Tasks, Watch},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, give_up_silent_peers, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, TunnelError, Upstreams, Wanted, h1, headers::Trace},
+    sinks::upstream::{self, TunnelError, Upstreams, h1, headers::Trace},
     sources::{
         capture::accept::Origins,
         listener::{accept, request::Refusal},
@@ -128,8 +128,8 @@ pub enum More {
 pub struct Change {
     /// What all share.
     pub shared: Arc<Shared>,
-    /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<Planned>,
+    /// The upstreams. One that is there already by the same `Arc` is kept, with its connections.
+    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
     /// What routes call these now.
     pub renamed: Vec<(SourceId, Option<Arc<str>>)>,
     /// Nothing more is taken from these. What they have brought goes on.
@@ -142,21 +142,12 @@ pub struct Change {
     pub done: mpsc::Sender<()>,
 }
 
-/// An upstream of another configuration.
-#[derive(Clone, Debug)]
-pub enum Planned {
-    /// It is the one that was at this place, with its connections.
-    Kept(usize),
-    /// It is new, or is reached in another way.
-    New(Box<upstream::Next<upstream::Settings>>),
-}
-
 /// What one worker starts with.
 pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
-    /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<upstream::Next<upstream::Settings>>,
+    /// The upstreams.
+    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
     /// What changes later.
@@ -207,7 +198,7 @@ struct Worker {
 
 async fn work(start: Start) -> io::Result<Report> {
     let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = Upstreams::new(upstreams.into_iter().map(|new| Wanted::New(Box::new(new))).collect());
+    let upstreams = Upstreams::new(&upstreams, None);
     let (stop, stopped) = drain::channel();
     let flows_max = shared.flows_max;
     let worker = Rc::new(Worker {
