@@ -100,7 +100,10 @@ fn an_upstream_that_stays_follows_its_endpoints_and_one_that_is_new_does_too() -
     file("west", SECOND)?;
     flows_reach(&second)?;
     let answers = daemon.answers();
-    assert!(answers.len() == 2 && answers.iter().all(|a| a.contains("reloaded configuration")), "{answers:?}");
+    assert!(
+        answers.len() == 2 && answers.iter().all(|a| a.contains("reloaded configuration")),
+        "{answers:?}"
+    );
     Ok(())
 }
 
@@ -138,10 +141,7 @@ fn what_a_running_daemon_cannot_change_is_named_with_its_remedy() -> Result<()> 
     let mut daemon = Daemon::start(&world, world.net(), &config)?;
     daemon.tell(&config.replace("workers = 2", "workers = 1"))?;
     let log = daemon.log();
-    assert!(
-        log.contains(": daemon.workers cannot change") && log.contains("--takeover"),
-        "{log}"
-    );
+    assert!(log.contains(": daemon.workers cannot change") && log.contains("--takeover"), "{log}");
     Ok(())
 }
 
@@ -173,7 +173,11 @@ fn how_bytes_are_moved_changes_for_new_flows_and_old_ones_go_on() -> Result<()> 
         chat(&mut app)?;
         apps.push(app);
         daemon.tell(&moved_by(relay))?;
-        assert!(daemon.answers().iter().all(|answer| answer.contains("reloaded configuration")), "{}", daemon.log());
+        assert!(
+            daemon.answers().iter().all(|answer| answer.contains("reloaded configuration")),
+            "{}",
+            daemon.log()
+        );
         // Whatever moves them.
         apps.iter_mut().try_for_each(chat)?;
     }
@@ -376,7 +380,10 @@ fn no_connection_is_refused_while_the_configuration_changes_again_and_again() ->
     busy.hang_up();
     assert!(busy.wait(PATIENCE)?.success(), "{busy}");
     let answers = daemon.answers();
-    assert!(answers.len() == TIMES && answers.iter().all(|a| a.contains("reloaded configuration")), "{answers:?}");
+    assert!(
+        answers.len() == TIMES && answers.iter().all(|a| a.contains("reloaded configuration")),
+        "{answers:?}"
+    );
     Ok(())
 }
 

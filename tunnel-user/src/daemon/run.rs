@@ -184,7 +184,9 @@ impl Source {
             Ok(text) => text,
             // A file that is being replaced is there again in a moment, and then there is another word.
             Err(e) if !asked => return tracing::debug!("{file}: {e}"),
-            Err(e) => return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration"),
+            Err(e) => {
+                return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            }
         };
         if text == self.text && !asked {
             return;
@@ -192,7 +194,9 @@ impl Source {
         self.text = text;
         let config = match Config::parse(&self.text, &self.file, CheckFiles::Yes) {
             Ok(config) => config,
-            Err(e) => return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration"),
+            Err(e) => {
+                return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            }
         };
         let watch = config.daemon.watch;
         match running.reload(config).await {
@@ -203,7 +207,9 @@ impl Source {
                 upstreams = changed.upstreams,
                 "reloaded configuration"
             ),
-            Err(e) => return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration"),
+            Err(e) => {
+                return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            }
         }
         self.watch(watch);
     }
