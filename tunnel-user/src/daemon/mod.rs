@@ -51,7 +51,7 @@ use crate::{
     },
     kernel::{
         cgroup::Fresh,
-        privileges,
+        memory, privileges,
         version::{Feature, Kernel},
     },
     model::{names::IdentityName, trust::IdentityFiles},
@@ -59,7 +59,7 @@ use crate::{
     process::{
         drain::{self, Phase, Trigger},
         exit::{Cause, Failure},
-        limits, memory, panics,
+        limits, panics,
     },
     relay::{self, PathKind},
     routing::{policy::Policies, router::Router},
