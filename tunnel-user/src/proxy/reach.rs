@@ -93,7 +93,7 @@ impl Proxy {
                 let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
                 let hop = Hop { proxy: self, request, record: &mut *record, ahead };
-                let another = |tried: &[usize]| another(shares, tried, self.random());
+                let another = |tried: &[_]| another(shares, tried, self.random());
                 match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
                     Opened::Stream(upstream, stream) => {
                         let (number, identity) = (stream.number(), stream.identity.as_ref());

@@ -10,7 +10,10 @@ use super::{
     headers::{Ask, is_loop},
     in_process::DispatchInProcess,
 };
-use crate::{model::flow::Target, relay::Ahead};
+use crate::{
+    model::{flow::Target, names::UpstreamName},
+    relay::Ahead,
+};
 
 /// Answers after which another upstream is tried: the target, or the next hop, was not reached.
 const RETRIABLE: [StatusCode; 3] =
@@ -38,10 +41,10 @@ pub enum OpenError {
 
 /// Opens a stream through the upstream `first`; where that fails, and the route has it retried, through another one, or
 /// another endpoint. `another`: one more of the route's, without those that were tried.
-pub async fn open<'u, D>(
+pub async fn open<'u, 's, D>(
     upstreams: &'u Upstreams,
-    first: usize,
-    another: impl Fn(&[usize]) -> Option<usize>,
+    first: &'s UpstreamName,
+    another: impl Fn(&[&'s UpstreamName]) -> Option<&'s UpstreamName>,
     ask: &Ask<'_>,
     ahead: Option<&Ahead<'_>>,
     in_process: D,
@@ -54,7 +57,7 @@ where
     let mut left = ask.terms.retries;
     let mut tried = Vec::new();
     // All were tried: the next endpoint of one, when it is the only one.
-    let next_endpoint = |tried: &mut Vec<usize>| {
+    let next_endpoint = |tried: &mut Vec<&'s UpstreamName>| {
         tried.clear();
         another(tried)
     };

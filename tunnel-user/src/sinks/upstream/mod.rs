@@ -28,4 +28,4 @@ mod tests;
 pub use error::TunnelError;
 pub use in_process::InProcessUpstream;
 pub use open::{Leg, Settings, Stream, Tls, Upstream};
-pub use upstreams::{Next, Upstreams, Wanted};
+pub use upstreams::{Next, Upstreams};
