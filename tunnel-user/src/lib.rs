@@ -11,6 +11,7 @@ pub mod kernel;
 pub mod model;
 pub mod observe;
 pub mod process;
+pub mod proxy;
 pub mod relay;
 pub mod routing;
 pub mod sinks;

@@ -86,7 +86,7 @@ pub(super) trait Way<S: Leg, D: Leg> {
     fn refuse(&mut self, why: Option<Broken>);
 
     /// Whether the source is not being polled for bytes.
-    fn is_deaf(&self) -> bool {
+    fn reads_paused(&self) -> bool {
         !matches!(self.state(), State::Open) || !self.is_empty()
     }
 }
@@ -180,14 +180,14 @@ pub(super) fn step<C: Leg, T: Leg>(
             continue;
         }
         // A leg that is not being read would not be heard.
-        if up.is_deaf()
+        if up.reads_paused()
             && !refused(down.state())
             && let Poll::Ready(why) = client.poll_broken(cx)
         {
             down.refuse(Some(why));
             continue;
         }
-        if down.is_deaf()
+        if down.reads_paused()
             && !refused(up.state())
             && let Poll::Ready(why) = target.poll_broken(cx)
         {

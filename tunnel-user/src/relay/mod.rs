@@ -45,7 +45,7 @@ pub use self::{
     queue::Queue,
     sender::{Payload, Sender},
     silence::give_up_silent_peers,
-    splice::{CHATTY_BYTES, CHATTY_STREAK, Spliced, Splices, Unfit, probe},
+    splice::{INTERACTIVE_BYTES, INTERACTIVE_STREAK, Spliced, Splices, Unfit, probe},
     tcp::{TcpLeg, broken},
     tls::TlsLeg,
 };

@@ -424,7 +424,7 @@ mod tests {
         full.read_to_end(&mut all).await.unwrap();
         assert_eq!((all.len(), full.0.borrow().leg.accepted), (1000, 1000));
         // The other way to be stuck: a relay whose other side takes nothing.
-        let mut deaf = nested([chunk(b"a"), reset()], 0);
-        assert!(matches!(deaf.poll_broken(&mut cx()), Poll::Ready(Broken::Reset(_))));
+        let mut paused = nested([chunk(b"a"), reset()], 0);
+        assert!(matches!(paused.poll_broken(&mut cx()), Poll::Ready(Broken::Reset(_))));
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     model::flow::Target,
     transport::{
         resolver::{self as names, Unanswered},
-        tcp::{self, Connected, First, Own},
+        tcp::{self, Connected, FirstSpeaker, Own},
     },
 };
 
@@ -125,7 +125,7 @@ pub async fn connect(
     target: &Target,
     addrs: &[SocketAddr],
     own: &Own,
-    first: First,
+    first: FirstSpeaker,
     deadline: Instant,
     allowed: Duration,
 ) -> Result<(Connected, SocketAddr), DialError> {
@@ -141,7 +141,7 @@ pub async fn connect(
 async fn race(
     addrs: &[SocketAddr],
     own: &Own,
-    first: First,
+    first: FirstSpeaker,
 ) -> Option<Result<(Connected, SocketAddr), DialError>> {
     let mut attempts = JoinSet::new();
     let mut last = None;
@@ -222,7 +222,7 @@ mod tests {
 
     async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
         let target = Target::Name("a.example".to_owned(), 1);
-        connect(&target, addrs, &Own::default(), First::Anybody, Instant::now() + allowed, allowed)
+        connect(&target, addrs, &Own::default(), FirstSpeaker::Unknown, Instant::now() + allowed, allowed)
             .await
             .map(|(_, addr)| addr)
     }

@@ -45,7 +45,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::transport::tcp::{self, First, Own};
+use crate::transport::tcp::{self, FirstSpeaker, Own};
 
 /// How long one name may take, with every server and search domain: twice resolv.conf's timeout for one server.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -285,7 +285,8 @@ impl RuntimeProvider for Claimed {
     ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
         let own = self.own.clone();
         Box::pin(async move {
-            let connected = timeout(within.unwrap_or(PATIENCE), tcp::connect(server, &own, First::Us)).await;
+            let connected =
+                timeout(within.unwrap_or(PATIENCE), tcp::connect(server, &own, FirstSpeaker::Local)).await;
             let connected = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
             Ok(AsyncIoTokioAsStd(connected.up()?))
         })

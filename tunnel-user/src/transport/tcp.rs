@@ -97,15 +97,15 @@ pub enum OnClose {
     Abort,
 }
 
-/// Who says something first on a connection that is made.
+/// Which side sends the first bytes on a connection that is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum First {
-    /// We do, as soon as it is there. So the ACK of the handshake waits for our bytes, and goes with them: a segment less,
+pub enum FirstSpeaker {
+    /// This one, as soon as it is connected. So the ACK of the handshake waits for our bytes, and goes with them: a segment less,
     /// and a server that accepts finds them there (`tcp_rcv_synsent_state_process`, "Save one ACK").
-    Us,
-    /// Nobody knows. The ACK goes at once: a server that speaks first would otherwise wait for it (200 ms,
+    Local,
+    /// Unknown. The ACK goes at once: a server that speaks first would otherwise wait for it (200 ms,
     /// TCP_DELACK_MAX).
-    Anybody,
+    Unknown,
 }
 
 /// A connection that was made.
@@ -126,12 +126,12 @@ impl Connected {
 }
 
 /// Connects. The caller bounds the time.
-pub async fn connect(addr: SocketAddr, own: &Own, first: First) -> io::Result<Connected> {
+pub async fn connect(addr: SocketAddr, own: &Own, first: FirstSpeaker) -> io::Result<Connected> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))?;
     own.claim(socket.as_fd())?;
     tune(&socket)?;
-    if first == First::Us {
+    if first == FirstSpeaker::Local {
         socket.set_tcp_quickack(false)?;
     }
     match socket.connect(&addr.into()) {
@@ -239,7 +239,7 @@ mod tests {
             for addr in ["127.0.0.1:0", "[::1]:0"] {
                 let listener = listen(addr.parse().unwrap(), 1, None, on_close).unwrap().remove(0);
                 let at = listener.local_addr().unwrap().as_socket().unwrap();
-                let _client = connect(at, &Own::default(), First::Anybody).await.unwrap();
+                let _client = connect(at, &Own::default(), FirstSpeaker::Unknown).await.unwrap();
                 let (accepted, _) = listener.accept().unwrap();
                 assert_eq!(accepted.linger().unwrap(), linger);
                 assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
@@ -255,8 +255,9 @@ mod tests {
     async fn a_connection_on_this_machine_is_spared_what_congestion_control_costs() {
         for addr in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(addr).unwrap();
-            let connected =
-                connect(listener.local_addr().unwrap(), &Own::default(), First::Anybody).await.unwrap();
+            let connected = connect(listener.local_addr().unwrap(), &Own::default(), FirstSpeaker::Unknown)
+                .await
+                .unwrap();
             let stream = connected.up().unwrap();
             let control = || SockRef::from(&stream).tcp_congestion().unwrap();
             let available =
@@ -275,7 +276,8 @@ mod tests {
     async fn what_we_connect_has_the_same_options() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let own = Own::default();
-        let stream = connect(listener.local_addr().unwrap(), &own, First::Us).await.unwrap().up().unwrap();
+        let stream =
+            connect(listener.local_addr().unwrap(), &own, FirstSpeaker::Local).await.unwrap().up().unwrap();
         let socket = SockRef::from(&stream);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert!(socket.out_of_band_inline().unwrap());

@@ -4,7 +4,7 @@
 //! Invariant: a flow keeps the setup that it began with, and what that has connected to; a change is seen whole or
 //! not at all. It never reads a configuration.
 
-use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
+use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
@@ -12,16 +12,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{
-    CaptureSocket, Change, ConnectSocket, Planned, STOP_PATIENCE, Shared, SourceId, Worker,
-    captured::accept_captured, requests::accept_tunnels,
-};
+use super::{CaptureSocket, Change, ConnectSocket, Planned, STOP_PATIENCE, SourceId};
 use crate::{
-    process::{
-        drain::{self, Phase, Tasks, Trigger, Watch},
-        limits,
-    },
-    relay::Path,
+    process::drain::{self, Phase, Tasks, Trigger},
+    proxy::{At, Proxy, Setup},
     sinks::upstream::{Upstream, Upstreams, Wanted},
     sources::capture::accept::Accept,
 };
@@ -29,38 +23,6 @@ use crate::{
 /// How often an upstream that is no longer configured is looked at, once its connections are closed: a flow that
 /// began before may still open one.
 const RETIRED_LOOK: Duration = Duration::from_secs(1);
-
-/// What flows are carried by.
-pub(super) struct Setup {
-    pub(super) shared: Arc<Shared>,
-    pub(super) upstreams: Upstreams,
-    /// How bytes are moved between two sockets of ours.
-    pub(super) path: Path,
-}
-
-impl Setup {
-    pub(super) fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
-        let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
-        Self { shared, upstreams, path }
-    }
-}
-
-/// Where flows come from: one capture, or one listener.
-pub(super) struct At {
-    /// What routes call it.
-    name: RefCell<Option<Arc<str>>>,
-    /// How long a dial for one of its flows may take.
-    pub(super) dial_timeout: Duration,
-    /// Told when nothing more is taken from it.
-    pub(super) watch: Watch,
-}
-
-impl At {
-    /// What routes call it now.
-    pub(super) fn name(&self) -> Option<Arc<str>> {
-        self.name.borrow().clone()
-    }
-}
 
 /// Everything that is accepted from.
 #[derive(Default)]
@@ -81,7 +43,7 @@ struct Source {
 impl Source {
     fn new(name: Option<Arc<str>>, dial_timeout: Duration) -> Self {
         let (trigger, watch) = drain::channel();
-        let at = Rc::new(At { name: RefCell::new(name), dial_timeout, watch });
+        let at = Rc::new(At::new(name, dial_timeout, watch));
         Self { trigger, at, accepting: Tasks::default() }
     }
 
@@ -94,29 +56,33 @@ impl Source {
 
 impl Sources {
     /// Accepts what was captured.
-    pub(super) fn capture(&mut self, worker: &Rc<Worker>, socket: CaptureSocket, flows: &Rc<Tasks>) {
+    pub(super) fn capture(&mut self, proxy: &Rc<Proxy>, socket: CaptureSocket, flows: &Rc<Tasks>) {
         let CaptureSocket { source, name, socket, origins } = socket;
-        let dial_timeout = worker.setup().shared.dial_timeout;
+        let dial_timeout = proxy.setup().shared.dial_timeout;
         let entry = self.open.entry((source, origins.netns()));
         let entry = entry.or_insert_with(|| Source::new(name, dial_timeout));
         let at = Rc::clone(&entry.at);
         match Accept::new(socket, origins) {
             Ok(accept) => {
-                entry.accepting.spawn(accept_captured(Rc::clone(worker), accept, at, Rc::clone(flows)));
+                entry.accepting.spawn(Rc::clone(proxy).accept_captured(accept, at, Rc::clone(flows)));
             }
             Err(e) => tracing::error!("a capture listener could not be used: {e}"),
         }
     }
 
     /// Accepts peers.
-    pub(super) fn listen(&mut self, worker: &Rc<Worker>, socket: ConnectSocket, flows: &Rc<Tasks>) {
+    pub(super) fn listen(&mut self, proxy: &Rc<Proxy>, socket: ConnectSocket, flows: &Rc<Tasks>) {
         let ConnectSocket { source, name, socket, settings, dial_timeout } = socket;
         let entry = self.open.entry((source, None)).or_insert_with(|| Source::new(name, dial_timeout));
         let at = Rc::clone(&entry.at);
         match TcpListener::from_std(socket.into()) {
             Ok(socket) => {
-                let accept = accept_tunnels(Rc::clone(worker), socket, settings, at, Rc::clone(flows));
-                entry.accepting.spawn(accept);
+                entry.accepting.spawn(Rc::clone(proxy).accept_tunnels(
+                    socket,
+                    settings,
+                    at,
+                    Rc::clone(flows),
+                ));
             }
             Err(e) => tracing::error!("a listener could not be used: {e}"),
         }
@@ -129,7 +95,7 @@ impl Sources {
 
     fn rename(&self, source: SourceId, name: &Option<Arc<str>>) {
         for (_, source) in self.open.iter().filter(|((id, _), _)| *id == source) {
-            source.at.name.replace(name.clone());
+            source.at.rename(name.clone());
         }
     }
 
@@ -150,16 +116,18 @@ impl Sources {
     }
 }
 
-impl Worker {
-    /// What a flow that begins now is carried by.
-    pub(super) fn setup(&self) -> Rc<Setup> {
-        Rc::clone(&self.setup.borrow())
-    }
+/// What flows are carried by here, and were.
+pub(super) struct Worker {
+    pub(super) proxy: Rc<Proxy>,
+    /// Upstreams of earlier configurations, until their flows have ended.
+    pub(super) retired: Tasks,
+}
 
+impl Worker {
     /// Puts a change in force.
-    pub(super) fn change(self: &Rc<Self>, change: Change, sources: &mut Sources, flows: &Rc<Tasks>) {
+    pub(super) fn change(&self, change: Change, sources: &mut Sources, flows: &Rc<Tasks>) {
         let Change { shared, upstreams, renamed, retire, captures, listeners, done } = change;
-        let before = self.setup();
+        let before = self.proxy.setup();
         let planned = |planned| match planned {
             Planned::New(settings) => Some(Wanted::New(settings)),
             Planned::Kept(i) => before.upstreams.get(i).cloned().map(Wanted::Made),
@@ -175,11 +143,11 @@ impl Worker {
                 self.retired.spawn(retired(Rc::clone(old)));
             }
         }
-        self.setup.replace(next);
+        self.proxy.replace_setup(next);
         renamed.into_iter().for_each(|(source, name)| sources.rename(source, &name));
         // Those that take the place of others have their sockets: these are accepted from all the time.
-        captures.into_iter().for_each(|socket| sources.capture(self, socket, flows));
-        listeners.into_iter().for_each(|socket| sources.listen(self, socket, flows));
+        captures.into_iter().for_each(|socket| sources.capture(&self.proxy, socket, flows));
+        listeners.into_iter().for_each(|socket| sources.listen(&self.proxy, socket, flows));
         retire.into_iter().for_each(|source| sources.retire(source));
         drop::<mpsc::Sender<()>>(done);
     }

@@ -1,6 +1,6 @@
 //! Whether this kernel repeats bytes to a socket whose bytes a program moves.
 //!
-//! Enters: a room. Leaves: yes or no, found out with a connection of our own over loopback. Invariant: nothing of it is
+//! Enters: a map. Leaves: yes or no, found out with a connection of our own over loopback. Invariant: nothing of it is
 //! left behind, and it takes no longer than [`PATIENCE`] for each step.
 //!
 //! A sender that has not heard that some bytes came may send them again together with new ones. TCP hands such a segment
@@ -21,7 +21,7 @@ use std::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    room::{Room, Seat, Unseated},
+    map::{NoSlotPair, SlotPair, SpliceMap},
     socket::{option, set},
 };
 
@@ -41,12 +41,12 @@ const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
 type RepairWindow = [u32; 5];
 
 /// Whether a segment that overlaps what has come makes the kernel repeat those bytes, with the program in between.
-pub(super) fn repeats(room: &Rc<Room>) -> io::Result<bool> {
+pub(super) fn repeats(map: &Rc<SpliceMap>) -> io::Result<bool> {
     repeats_between(|receiver, beside| {
-        Seat::take(room, receiver, beside).map_err(|e| {
+        SlotPair::take(map, receiver, beside).map_err(|e| {
             io::Error::other(match e {
-                Unseated::Full => "no place is free".to_owned(),
-                Unseated::Refused(why, _) => why,
+                NoSlotPair::Full => "no place is free".to_owned(),
+                NoSlotPair::Refused(why, _) => why,
             })
         })
     })
@@ -112,16 +112,16 @@ mod tests {
 
     #[test]
     fn what_is_sent_again_with_new_bytes_comes_once_with_the_program_and_without() {
-        let room = Rc::new(Room::load(0, 0).unwrap());
+        let map = Rc::new(SpliceMap::load(0, 0).unwrap());
         for _ in 0..20 {
             assert!(!repeats_between(|_, _| Ok(())).unwrap(), "TCP itself");
-            assert!(!repeats(&room).unwrap(), "the program");
+            assert!(!repeats(&map).unwrap(), "the program");
         }
     }
 
     #[test]
     fn of_what_was_read_in_part_the_rest_comes_once() {
-        let room = Rc::new(Room::load(0, 0).unwrap());
+        let map = Rc::new(SpliceMap::load(0, 0).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let connect = || {
             let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -134,7 +134,7 @@ mod tests {
         sender.write_all(first).unwrap();
         let mut got = vec![0; text.len()];
         receiver.read_exact(&mut got[..20_001]).unwrap();
-        let _seat = Seat::take(&room, &receiver, &beside).ok().expect("a place");
+        let _slots = SlotPair::take(&map, &receiver, &beside).ok().expect("a place");
         sender.write_all(second).unwrap();
         receiver.read_exact(&mut got[20_001..]).unwrap();
         assert!(got == text);

@@ -36,7 +36,7 @@ use crate::{
     sinks::dial::{self, DialError},
     transport::{
         record::{self, Agreed, TlsStream},
-        tcp::{First, Own},
+        tcp::{FirstSpeaker, Own},
     },
 };
 
@@ -224,7 +224,7 @@ async fn over_socket(
     let addrs = dial::resolve(&key.endpoint, &settings.own).await.map_err(dial)?;
     // A ClientHello, a preface, or a request.
     let (tcp, addr) =
-        dial::connect(&key.endpoint, &addrs, &settings.own, First::Us, deadline, settings.timeout)
+        dial::connect(&key.endpoint, &addrs, &settings.own, FirstSpeaker::Local, deadline, settings.timeout)
             .await
             .map_err(dial)?;
     // What has become of it since, the handshake finds out; an alert may be there to be read.

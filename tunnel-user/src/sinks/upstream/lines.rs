@@ -16,7 +16,7 @@ use super::{
     open::{Settings, Tls},
     pool::{Lease, Pool},
 };
-use crate::{config::Protocol, sinks::dial, transport::tcp::First};
+use crate::{config::Protocol, sinks::dial, transport::tcp::FirstSpeaker};
 
 /// How an upstream's connections are had.
 pub struct Lines {
@@ -122,7 +122,8 @@ impl Lines {
         let addrs = dial::resolve(&site.at, &self.connect.own).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
         let connected =
-            dial::connect(&site.at, &addrs, &self.connect.own, First::Anybody, deadline, allowed).await;
+            dial::connect(&site.at, &addrs, &self.connect.own, FirstSpeaker::Unknown, deadline, allowed)
+                .await;
         connected.map(drop).map_err(failed)
     }
 

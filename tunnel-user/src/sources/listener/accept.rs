@@ -37,7 +37,7 @@ use crate::{
 /// How long a peer that has ended its tunnel, or was refused, may take to close its side, or to take our answer.
 pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// How much a refused peer may still send: the frames that clients open a connection with.
-const LAST_WORDS: u64 = 64 * 1024;
+const MAX_DRAIN_BYTES: u64 = 64 * 1024;
 /// What an HTTP/2 client sends first (RFC 9113 section 3.4). Nobody else does: the method is reserved for it.
 const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -165,7 +165,7 @@ async fn secure(
     let (tls, agreed) = match record::accept(&config, stream).await {
         Ok(shaken) => shaken,
         Err((e, stream)) => {
-            hear_out(stream).await;
+            drain_and_close(stream).await;
             return Err(ServeError::Tls(explain_hinted(&e, store.hint().as_deref())));
         }
     };
@@ -220,11 +220,11 @@ async fn request<W: Wire>(wire: W) -> Result<h1::Incoming<W>, ServeError> {
 /// Closes the connection of a peer that was refused so that it hears why. A client of TLS 1.3 may have sent
 /// its first request already; bytes that nobody has read turn a close into a reset, which takes the alert, or
 /// the answer, out of the peer's hands.
-pub(super) async fn hear_out(mut wire: impl Wire) {
+pub(super) async fn drain_and_close(mut wire: impl Wire) {
     let heard = async {
         // Fails only on a socket that is gone.
         let _gone = wire.shutdown().await;
-        let mut rest = wire.take(LAST_WORDS);
+        let mut rest = wire.take(MAX_DRAIN_BYTES);
         tokio::io::copy(&mut rest, &mut tokio::io::sink()).await
     };
     let _late = timeout(LINGER, heard).await;

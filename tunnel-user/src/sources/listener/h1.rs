@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    accept::{LINGER, hear_out},
+    accept::{LINGER, drain_and_close},
     request::Refusal,
 };
 use crate::{
@@ -91,7 +91,7 @@ impl<W: IntoLeg> Pending<W> {
     pub async fn refuse(mut self, refusal: &Refusal) {
         let answer = encode(&refusal.response());
         if let Ok(Ok(())) = timeout(LINGER, write(&mut self.wire, &answer)).await {
-            hear_out(self.wire).await;
+            drain_and_close(self.wire).await;
         }
     }
 }

@@ -1,9 +1,11 @@
 //! One connection's records, without the connection: what was received goes in, what is to be sent comes out.
 //!
-//! Enters: bytes from the peer, and plaintext. Leaves: plaintext, in order and whole records at a time, and records.
-//! Invariant: nothing that was not opened with the peer's key leaves as plaintext; close_notify is the only end; after an
-//! error nothing is opened any more, and the peer is told by an alert. Of each direction it holds one buffer at most, and
-//! none while nothing is on its way.
+//! # Invariants
+//! - Nothing that was not opened with the peer's key leaves as plaintext; close_notify is the only end.
+//! - After an error nothing is opened any more, and the peer is told by an alert.
+//! - Each direction holds one buffer at most, and none while nothing is on its way.
+
+mod parts;
 
 use std::{io::IoSlice, ops::Range};
 
@@ -12,6 +14,7 @@ use rustls::{
     kernel::KernelConnection, server::ServerConnectionData,
 };
 
+use self::parts::Parts;
 use super::{
     ASIDE, Content, HEADER, PLAIN_MAX, SEALED_MAX, TAG,
     buffer::Buffer,
@@ -396,7 +399,7 @@ impl Session {
         if self.ending {
             return Err(RecordError::Ended);
         }
-        let mut parts = Parts { parts, at: 0 };
+        let mut parts = Parts::new(parts);
         let mut written = 0;
         loop {
             let left = parts.left();
@@ -456,55 +459,6 @@ impl Session {
         if buffer.is_empty() {
             self.outgoing = None;
             self.updating = false;
-        }
-    }
-}
-
-/// Plaintext in several places.
-struct Parts<'p, 's> {
-    parts: &'p [IoSlice<'s>],
-    /// Bytes of the first one that are done.
-    at: usize,
-}
-
-impl Parts<'_, '_> {
-    fn left(&self) -> usize {
-        self.parts.iter().map(|part| part.len()).sum::<usize>() - self.at
-    }
-
-    /// The next `len` bytes, where they lie in one piece.
-    fn whole(&mut self, len: usize) -> Option<&[u8]> {
-        self.skip_empty();
-        let (first, rest) = self.parts.split_first()?;
-        let plain = first.get(self.at..self.at + len)?;
-        self.at += len;
-        if self.at == first.len() {
-            (self.parts, self.at) = (rest, 0);
-        }
-        Some(plain)
-    }
-
-    /// Copies the next bytes, of which there are enough.
-    fn gather(&mut self, mut to: &mut [u8]) {
-        while let Some((first, rest)) = self.parts.split_first()
-            && !to.is_empty()
-        {
-            let part = &first[self.at..];
-            let n = part.len().min(to.len());
-            to[..n].copy_from_slice(&part[..n]);
-            to = &mut to[n..];
-            self.at += n;
-            if self.at == first.len() {
-                (self.parts, self.at) = (rest, 0);
-            }
-        }
-    }
-
-    fn skip_empty(&mut self) {
-        while let Some((first, rest)) = self.parts.split_first()
-            && first.len() == self.at
-        {
-            (self.parts, self.at) = (rest, 0);
         }
     }
 }

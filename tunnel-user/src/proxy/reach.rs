@@ -8,7 +8,7 @@ use std::{net::SocketAddr, time::Duration};
 use bytes::Bytes;
 use http::StatusCode;
 
-use super::{Account, Worker, setup::Setup};
+use super::{Account, Proxy, Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
     model::flow::{Inside, Target},
@@ -29,7 +29,7 @@ use crate::{
     sources::listener::request::Refusal,
     transport::{
         proxy::Header,
-        tcp::{Connected, First},
+        tcp::{Connected, FirstSpeaker},
     },
 };
 
@@ -60,7 +60,7 @@ pub(super) struct Wish<'a> {
     pub(super) dial_timeout: Duration,
 }
 
-impl Worker {
+impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
         let random = (self.trace.random() >> 32) as u32;
@@ -111,9 +111,9 @@ impl Worker {
             Decision::Dial { instead, terms } => {
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
                 let first = match ahead {
-                    _ if terms.proxy_protocol.is_some() => First::Us,
-                    Some(ahead) if ahead.has_bytes().await => First::Us,
-                    _ => First::Anybody,
+                    _ if terms.proxy_protocol.is_some() => FirstSpeaker::Local,
+                    Some(ahead) if ahead.has_bytes().await => FirstSpeaker::Local,
+                    _ => FirstSpeaker::Unknown,
                 };
                 if let (Some(_), Some(permit)) = (instead, &permit) {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
@@ -218,7 +218,7 @@ impl Worker {
 struct Way<'a> {
     dialled: &'a Target,
     addrs: Vec<SocketAddr>,
-    first: First,
+    first: FirstSpeaker,
     deadline: tokio::time::Instant,
     /// The time allowed for all of it.
     allowed: Duration,

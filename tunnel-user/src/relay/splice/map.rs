@@ -1,8 +1,8 @@
-//! A worker's instance of the kernel program: its maps, the places in them, and who is waiting for what it tells.
+//! A worker's instance of the kernel program: its maps, the slots in them, and which flow waits for which event.
 //!
-//! Enters: pairs of sockets. Leaves: a [`Seat`] for each, with the words that its flow shares with the program.
-//! Invariant: a place is given away again only when the map has let go of its sockets, which closing them does; nothing
-//! is ever taken out of the map (that drops what is queued in front of a socket). It never reads or writes a socket.
+//! # Invariants
+//! - A slot is given away again only when the map has let go of its socket, which closing it does; nothing is ever taken
+//!   out of the map (that drops what is queued in front of a socket).
 
 use std::{
     cell::{Cell, RefCell},
@@ -41,7 +41,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sp
 
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
-/// What stands for the program's ring among the events; others are numbers of seats.
+/// What stands for the program's ring among the events; others are numbers of slot pairs.
 const RING: u64 = u64::MAX;
 /// Places that are tried for a flow: one whose last sockets are not closed yet is passed over.
 const TRIES: usize = 4;
@@ -50,7 +50,7 @@ const NOEXIST: u64 = 1;
 
 /// What a worker's flows are spliced with. See the module.
 pub struct Splices {
-    room: Rc<Room>,
+    map: Rc<SpliceMap>,
     /// Tells flows what the program has told; ends with this.
     _watch: Tasks,
 }
@@ -74,7 +74,7 @@ pub struct Spliced {
     pub refused: u64,
 }
 
-pub(super) struct Room {
+pub(super) struct SpliceMap {
     /// What was granted at most: [`BACKLOG_MAX`], but in tests.
     pub(super) credit: u64,
     /// Wake-ups before a flow is promoted.
@@ -93,7 +93,7 @@ pub(super) struct Room {
     _ebpf: Ebpf,
 }
 
-/// Whether something has happened to a seat's sockets, and who wants to know.
+/// Whether something has happened to a pair of slots, and who wants to know.
 #[derive(Default)]
 struct Waiting {
     happened: bool,
@@ -103,31 +103,31 @@ struct Waiting {
 impl Splices {
     /// Loads the program. In a worker's runtime.
     pub fn load() -> Result<Self, Unfit> {
-        Self::with(BACKLOG_MAX, super::CHATTY_STREAK)
+        Self::with(BACKLOG_MAX, super::INTERACTIVE_STREAK)
     }
 
     /// With less credit, or fewer wake-ups before a flow is promoted: to see many changes in little time.
     pub(crate) fn with(credit: u64, streak: u32) -> Result<Self, Unfit> {
-        let room = Rc::new(Room::load(credit, streak)?);
+        let map = Rc::new(SpliceMap::load(credit, streak)?);
         let watch = Tasks::default();
         // Without it the flows would sleep for ever: then nothing is spliced.
-        let ready = room.notifier().map_err(Unfit::Unheard)?;
-        watch.spawn(tell(Rc::downgrade(&room), ready));
-        Ok(Self { room, _watch: watch })
+        let ready = map.notifier().map_err(Unfit::Unheard)?;
+        watch.spawn(tell(Rc::downgrade(&map), ready));
+        Ok(Self { map, _watch: watch })
     }
 
     /// What was done since this was last called.
     pub fn report(&self) -> Spliced {
-        self.room.done.take()
+        self.map.done.take()
     }
 
-    /// Flows that have a place.
-    pub fn seated(&self) -> usize {
-        FLOWS_MAX - self.room.free.borrow().len()
+    /// Flows that have a pair of slots.
+    pub fn slots_in_use(&self) -> usize {
+        FLOWS_MAX - self.map.free.borrow().len()
     }
 
-    pub(super) fn room(&self) -> &Rc<Room> {
-        &self.room
+    pub(super) fn map(&self) -> &Rc<SpliceMap> {
+        &self.map
     }
 }
 
@@ -137,8 +137,8 @@ pub fn probe() -> Result<(), Unfit> {
     if !missing.is_empty() {
         return Err(Unfit::Privileges(missing));
     }
-    let room = Rc::new(Room::load(BACKLOG_MAX, 0)?);
-    match repeats(&room) {
+    let map = Rc::new(SpliceMap::load(BACKLOG_MAX, 0)?);
+    match repeats(&map) {
         Ok(false) => Ok(()),
         Ok(true) => Err(Unfit::Repeats),
         Err(e) => Err(Unfit::Untried(e)),
@@ -190,7 +190,7 @@ impl Unfit {
     }
 }
 
-impl Room {
+impl SpliceMap {
     pub(super) fn load(credit: u64, streak: u32) -> Result<Self, Unfit> {
         let offsets = btf::of_buffers()?;
         let mut ebpf = EbpfLoader::new()
@@ -202,9 +202,9 @@ impl Room {
         };
         let io = |name| move |source| BpfError::MapIo { name, source };
         let words = Mapped::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
-        let slots = HashMap::try_from(take(&mut ebpf, abi::SLOTS)?).map_err(map(abi::SLOTS))?;
-        let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map(abi::SOCKETS))?;
-        let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map(abi::TOLD))?;
+        let slots = HashMap::try_from(take(&mut ebpf, abi::SLOTS)?).map_err(map_error(abi::SLOTS))?;
+        let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map_error(abi::SOCKETS))?;
+        let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map_error(abi::TOLD))?;
         let refused = |source| BpfError::Program { name: abi::PROGRAM, source: Box::new(source) };
         let Some(Program::SkSkb(program)) = ebpf.program_mut(abi::PROGRAM) else {
             return Err(BpfError::Missing(abi::PROGRAM).into());
@@ -222,7 +222,7 @@ impl Room {
             credit,
             streak,
             done: Cell::default(),
-            scratch: RefCell::new(vec![0; super::READ_MAX]),
+            scratch: RefCell::new(vec![0; super::pair::READ_MAX]),
             words,
             slots: RefCell::new(slots),
             sockets: RefCell::new(sockets),
@@ -256,8 +256,8 @@ impl Room {
             for event in &events[..n] {
                 if event.data() == RING {
                     self.take_told();
-                } else if let Ok(seat) = usize::try_from(event.data()) {
-                    self.wake(seat);
+                } else if let Ok(pair) = usize::try_from(event.data()) {
+                    self.wake(pair);
                 }
             }
             if n < EVENTS {
@@ -274,8 +274,8 @@ impl Room {
         }
     }
 
-    fn wake(&self, seat: usize) {
-        if let Some(waiting) = self.waiting.borrow_mut().get_mut(seat) {
+    fn wake(&self, pair: usize) {
+        if let Some(waiting) = self.waiting.borrow_mut().get_mut(pair) {
             waiting.happened = true;
             if let Some(waker) = waiting.waker.take() {
                 waker.wake();
@@ -285,61 +285,65 @@ impl Room {
 }
 
 /// Waits for what the program and the sockets of joined flows say.
-async fn tell(room: Weak<Room>, ready: AsyncFd<OwnedFd>) {
+async fn tell(map: Weak<SpliceMap>, ready: AsyncFd<OwnedFd>) {
     while let Ok(mut readable) = ready.readable().await {
-        let Some(room) = room.upgrade() else { return };
+        let Some(map) = map.upgrade() else { return };
         // First: what comes while it looks is another edge.
         readable.clear_ready();
-        room.take_events();
+        map.take_events();
     }
 }
 
-/// Why a flow has no seat.
-pub(super) enum Unseated {
+/// Why a flow has no pair of slots.
+pub(super) enum NoSlotPair {
     /// None is free.
     Full,
-    /// The kernel did not take its sockets. It may have taken one of them: as long as there is the seat, everything
+    /// The kernel did not take its sockets. It may have taken one of them: as long as it has the slots, everything
     /// that this one receives is passed.
-    Refused(String, Option<Seat>),
+    Refused(String, Option<SlotPair>),
 }
 
 /// A flow's place in the maps, until it is dropped. Its sockets stay in the map until they are closed.
-pub(super) struct Seat {
-    room: Rc<Room>,
+pub(super) struct SlotPair {
+    map: Rc<SpliceMap>,
     number: u32,
     cookies: [u64; 2],
 }
 
-impl Seat {
+impl SlotPair {
     /// Gives both sockets to the program, which passes everything to the daemon for now.
-    pub(super) fn take(room: &Rc<Room>, client: &TcpStream, target: &TcpStream) -> Result<Self, Unseated> {
+    pub(super) fn take(
+        map: &Rc<SpliceMap>,
+        client: &TcpStream,
+        target: &TcpStream,
+    ) -> Result<Self, NoSlotPair> {
         let cookies = [client, target].map(socket::cookie);
         let [Ok(own), Ok(theirs)] = cookies else {
-            return Err(Unseated::Refused("SO_COOKIE".to_owned(), None));
+            return Err(NoSlotPair::Refused("SO_COOKIE".to_owned(), None));
         };
         for _ in 0..TRIES {
-            let Some(number) = room.free.borrow_mut().pop_front() else { break };
-            let seat = Self { room: Rc::clone(room), number, cookies: [own, theirs] };
+            let Some(number) = map.free.borrow_mut().pop_front() else { break };
+            let slots = Self { map: Rc::clone(map), number, cookies: [own, theirs] };
             for side in 0..2 {
-                seat.words(side).reset();
+                slots.words(side).reset();
             }
-            match seat.insert([client, target]) {
+            match slots.insert([client, target]) {
                 // Those who had it are not closed yet.
                 Err((0, MapError::SyscallError(e))) if e.io_error.raw_os_error() == Some(libc::EEXIST) => {}
-                Err((_, e)) => return Err(Unseated::Refused(e.to_string(), Some(seat))),
-                Ok(()) => return Ok(seat),
+                Err((_, e)) => return Err(NoSlotPair::Refused(e.to_string(), Some(slots))),
+                Ok(()) => return Ok(slots),
             }
         }
-        Err(Unseated::Full)
+        Err(NoSlotPair::Full)
     }
 
     /// The error says how many sockets the program has got before it.
     fn insert(&self, sockets: [&TcpStream; 2]) -> Result<(), (usize, MapError)> {
-        let mut slots = self.room.slots.borrow_mut();
+        let mut slots = self.map.slots.borrow_mut();
         for (slot, cookie) in self.slots().into_iter().zip(self.cookies) {
             slots.insert(cookie, slot, 0).map_err(|e| (0, e))?;
         }
-        let mut map = self.room.sockets.borrow_mut();
+        let mut map = self.map.sockets.borrow_mut();
         for (given, (slot, socket)) in self.slots().into_iter().zip(sockets).enumerate() {
             map.set(slot, socket, NOEXIST).map_err(|e| (given, e))?;
         }
@@ -352,15 +356,15 @@ impl Seat {
 
     /// The words of the direction that begins at one side: 0 is the client's.
     pub(super) fn words(&self, side: usize) -> Shared<'_> {
-        self.room.words.at(self.slots()[side & 1])
+        self.map.words.at(self.slots()[side & 1])
     }
 
-    /// Whether everything of this seat is told from now on: ends, resets, and what the program passes.
+    /// Whether everything of this pair is told from now on: ends, resets, and what the program passes.
     pub(super) fn watch(&self, sockets: [&TcpStream; 2]) -> io::Result<()> {
         // Not what arrives: since Linux 6.4 the kernel says that of bytes too which the program has sent on.
         let ends = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
         for socket in sockets {
-            self.room.events.add(socket, EpollEvent::new(ends, u64::from(self.number)))?;
+            self.map.events.add(socket, EpollEvent::new(ends, u64::from(self.number)))?;
         }
         Ok(())
     }
@@ -369,13 +373,13 @@ impl Seat {
     pub(super) fn unwatch(&self, sockets: [&TcpStream; 2]) {
         for socket in sockets {
             // Fails where it was not watched.
-            let _not_there = self.room.events.delete(socket);
+            let _not_there = self.map.events.delete(socket);
         }
     }
 
     /// Why bytes of either direction are gone, if they are; wakes who asks when that becomes so.
     pub(super) fn broken(&self, cx: &Context<'_>) -> Option<u64> {
-        if let Some(waiting) = self.room.waiting.borrow_mut().get_mut(self.number as usize) {
+        if let Some(waiting) = self.map.waiting.borrow_mut().get_mut(self.number as usize) {
             waiting.waker = Some(cx.waker().clone());
         }
         (0..2).map(|side| self.words(side).broken.load(Ordering::Acquire)).find(|why| *why != 0)
@@ -384,7 +388,7 @@ impl Seat {
     /// Ready when something has happened since this was last ready.
     pub(super) async fn happened(&self) {
         poll_fn(|cx| {
-            let mut waiting = self.room.waiting.borrow_mut();
+            let mut waiting = self.map.waiting.borrow_mut();
             let Some(waiting) = waiting.get_mut(self.number as usize) else { return Poll::Ready(()) };
             if std::mem::take(&mut waiting.happened) {
                 return Poll::Ready(());
@@ -396,21 +400,21 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for SlotPair {
     fn drop(&mut self) {
         for side in 0..2 {
             self.words(side).gate.store(SHUT, Ordering::Release);
         }
-        let mut slots = self.room.slots.borrow_mut();
+        let mut slots = self.map.slots.borrow_mut();
         for cookie in self.cookies {
             // What arrives from here on is dropped: the flow is over.
             let _not_there = slots.remove(&cookie);
         }
-        if let Some(waiting) = self.room.waiting.borrow_mut().get_mut(self.number as usize) {
+        if let Some(waiting) = self.map.waiting.borrow_mut().get_mut(self.number as usize) {
             *waiting = Waiting::default();
         }
         // To the end: the sockets are not closed yet.
-        self.room.free.borrow_mut().push_back(self.number);
+        self.map.free.borrow_mut().push_back(self.number);
     }
 }
 
@@ -488,6 +492,6 @@ fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
     ebpf.take_map(name).ok_or(BpfError::Missing(name))
 }
 
-fn map(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
+fn map_error(name: &'static str) -> impl FnOnce(MapError) -> BpfError {
     move |source| BpfError::Map { name, source }
 }

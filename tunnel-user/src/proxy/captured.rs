@@ -6,7 +6,7 @@
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
-use super::{Going, Place, Worker, back_off, reach::Wish, setup::At};
+use super::{At, Going, Place, Proxy, back_off, reach::Wish};
 use crate::{
     model::flow::{Source, Target},
     observe::stats::Record,
@@ -18,7 +18,7 @@ use crate::{
 
 /// Accepts until it is told to stop. Then it takes what is waiting: the kernel has told those applications
 /// that they are connected.
-pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+pub(super) async fn accept_captured(proxy: Rc<Proxy>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
     let mut watch = at.watch.clone();
     let mut draining = false;
     loop {
@@ -32,26 +32,26 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
             () = std::future::ready(()), if draining => return,
         };
         match accepted {
-            Ok(Ok(captured)) => match worker.admit(None) {
+            Ok(Ok(captured)) => match proxy.admit(None) {
                 Ok(place) => {
-                    flows.spawn(carry_captured(Rc::clone(&worker), captured, at.name(), place));
+                    flows.spawn(carry_captured(Rc::clone(&proxy), captured, at.name(), place));
                 }
                 Err(refusal) => {
-                    worker.counters.over_limit.add(1);
-                    if worker.lines.crowded.admit() {
+                    proxy.counters.over_limit.add(1);
+                    if proxy.lines.crowded.admit() {
                         tracing::warn!("reset a captured connection: {refusal} (daemon.max_flows)");
                     }
                 }
             },
             Ok(Err(stray)) => {
                 let counter = match &stray {
-                    Stray::ToUs(_) => &worker.counters.to_ourselves,
+                    Stray::ToUs(_) => &proxy.counters.to_ourselves,
                     Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
-                        &worker.counters.no_origin
+                        &proxy.counters.no_origin
                     }
                 };
                 counter.add(1);
-                if worker.lines.strays.admit() {
+                if proxy.lines.strays.admit() {
                     tracing::warn!("reset a connection to the capture listener that {stray}");
                 }
             }
@@ -62,16 +62,16 @@ pub(super) async fn accept_captured(worker: Rc<Worker>, accept: Accept, at: Rc<A
 
 /// captured → tunnel or dial.
 fn carry_captured(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     captured: Captured,
     name: Option<Arc<str>>,
     place: Place,
 ) -> impl Future<Output = ()> {
     // Apart: what it takes to reach a target is not held as long as the flow.
-    let reached = Box::pin(reach_captured(Rc::clone(&worker), captured, name));
+    let reached = Box::pin(reach_captured(Rc::clone(&proxy), captured, name));
     async move {
         if let Some((mut leg, going)) = reached.await {
-            worker.relay(&mut leg, going).await;
+            proxy.relay(&mut leg, going).await;
         }
         drop(place);
     }
@@ -80,7 +80,7 @@ fn carry_captured(
 /// The application's socket, and what the flow goes on with. One that does not go on is booked, and its socket dropped,
 /// which resets the application's connection.
 async fn reach_captured(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     captured: Captured,
     name: Option<Arc<str>>,
 ) -> Option<(TcpLeg, Box<Going>)> {
@@ -90,7 +90,7 @@ async fn reach_captured(
     let mut record = Record::new(&target, client);
     let mut leg = TcpLeg::captured(stream, bypass);
     let reached = {
-        let setup = worker.setup();
+        let setup = proxy.setup();
         let wish = Wish {
             setup: &setup,
             flow: Flow {
@@ -107,17 +107,17 @@ async fn reach_captured(
             permit: None,
             dial_timeout: setup.shared.dial_timeout,
         };
-        let decision = worker.route(&wish);
+        let decision = proxy.route(&wish);
         if let Decision::Look = decision {
             // Apart, so that other flows take no more room for it.
-            let looked = worker.look_and_reach(&mut leg, Queue::default(), wish, record, started);
+            let looked = proxy.look_and_reach(&mut leg, Queue::default(), wish, record, started);
             let going = Box::pin(looked).await?;
             return Some((leg, going));
         }
         let ahead = Ahead::new(&mut leg, Queue::default());
         tokio::select! {
             biased;
-            reached = worker.reach(&wish, decision, &mut record, Some(&ahead)) => {
+            reached = proxy.reach(&wish, decision, &mut record, Some(&ahead)) => {
                 Some(reached.map(|sink| (sink, ahead.into_early())))
             }
             _ = ahead.left() => None,
@@ -125,8 +125,8 @@ async fn reach_captured(
     };
     match reached {
         Some(Ok((sink, early))) => return Some((leg, Box::new(Going { sink, early, record, started }))),
-        Some(Err(refusal)) => worker.refused(&refusal, record, None, started),
-        None => worker.left(record, started),
+        Some(Err(refusal)) => proxy.refused(&refusal, record, None, started),
+        None => proxy.left(record, started),
     }
     None
 }

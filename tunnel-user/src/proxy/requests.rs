@@ -12,11 +12,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use super::{
-    Account, Going, Place, Worker, back_off,
-    reach::Wish,
-    setup::{At, Setup},
-};
+use super::{Account, At, Going, Place, Proxy, Setup, back_off, reach::Wish};
 use crate::{
     model::flow::{ClientAddr, Head, Identity, PeerAddr, Source, Target},
     observe::stats::{Destination, Record},
@@ -38,7 +34,7 @@ const TUNNELS_MAX: usize = 4096;
 
 /// Accepts until it is told to stop. What waits then is the next daemon's, or its client tries again.
 pub(super) async fn accept_tunnels(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     socket: TcpListener,
     settings: Arc<Settings>,
     at: Rc<At>,
@@ -48,7 +44,7 @@ pub(super) async fn accept_tunnels(
     let handshakes = Handshakes::default();
     let tunnels = Arc::new(Semaphore::new(TUNNELS_MAX));
     loop {
-        if tunnels.available_permits() == 0 && worker.lines.full.admit() {
+        if tunnels.available_permits() == 0 && proxy.lines.full.admit() {
             tracing::warn!(
                 "the limit of {TUNNELS_MAX} tunnel connections is reached: more wait in the backlog"
             );
@@ -61,10 +57,10 @@ pub(super) async fn accept_tunnels(
         };
         match accepted {
             Ok((stream, peer)) => {
-                let (worker, settings, at) = (Rc::clone(&worker), Arc::clone(&settings), Rc::clone(&at));
+                let (proxy, settings, at) = (Rc::clone(&proxy), Arc::clone(&settings), Rc::clone(&at));
                 let place = handshakes.place();
                 flows.spawn(async move {
-                    worker.serve(&settings, stream, peer, at, place, tunnel).await;
+                    proxy.serve(&settings, stream, peer, at, place, tunnel).await;
                 });
             }
             Err(e) => back_off(&e).await,
@@ -96,7 +92,7 @@ impl Known {
     }
 }
 
-impl Worker {
+impl Proxy {
     /// Serves one connection of a peer. `tunnel` is its place among them.
     pub(super) async fn serve(
         self: &Rc<Self>,
@@ -245,9 +241,9 @@ impl Worker {
 
 impl Requester {
     /// What the configuration that is in force now says of it.
-    fn known(&self, worker: &Worker) -> Rc<Known> {
-        if !Rc::ptr_eq(&self.known.borrow().setup, &*worker.setup.borrow()) {
-            self.known.replace(Known::new(worker.setup(), self.identity.as_ref()));
+    fn known(&self, proxy: &Proxy) -> Rc<Known> {
+        if !Rc::ptr_eq(&self.known.borrow().setup, &*proxy.setup.borrow()) {
+            self.known.replace(Known::new(proxy.setup(), self.identity.as_ref()));
         }
         Rc::clone(&self.known.borrow())
     }
@@ -277,15 +273,15 @@ impl Requester {
 
 /// listener → dial or tunnel, over HTTP/2.
 fn carry_stream(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     incoming: h2_listener::Incoming,
     from: Rc<Requester>,
 ) -> impl Future<Output = ()> {
     // Apart: the request, and what it takes to reach its target, are not held as long as the flow.
-    let reached = Box::pin(reach_requested(Rc::clone(&worker), incoming, from));
+    let reached = Box::pin(reach_requested(Rc::clone(&proxy), incoming, from));
     async move {
         if let Some((mut leg, going, place)) = reached.await {
-            worker.relay(&mut leg, going).await;
+            proxy.relay(&mut leg, going).await;
             drop(place);
         }
     }
@@ -293,7 +289,7 @@ fn carry_stream(
 
 /// The stream after its 200, and what the flow goes on with. One that does not go on is answered and booked.
 async fn reach_requested(
-    worker: Rc<Worker>,
+    proxy: Rc<Proxy>,
     incoming: h2_listener::Incoming,
     from: Rc<Requester>,
 ) -> Option<(H2Leg, Box<Going>, Place)> {
@@ -303,10 +299,10 @@ async fn reach_requested(
     let request = Request::from_parts(request, ());
     let mut waiting = Waiting::new(body, respond, share);
     let asked = || request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
-    let place = match worker.admit(Some(&from.account())) {
+    let place = match proxy.admit(Some(&from.account())) {
         Ok(place) => place,
         Err(refusal) => {
-            worker.refused(&refusal, from.unknown(asked()), from.who(), started);
+            proxy.refused(&refusal, from.unknown(asked()), from.who(), started);
             waiting.refuse(refusal.response()).await;
             return None;
         }
@@ -315,7 +311,7 @@ async fn reach_requested(
         Ok(target) => target,
         Err(refusal) => {
             drop(place);
-            worker.refused(&refusal, from.unknown(asked()), from.who(), started);
+            proxy.refused(&refusal, from.unknown(asked()), from.who(), started);
             waiting.refuse(refusal.response()).await;
             return None;
         }
@@ -323,15 +319,15 @@ async fn reach_requested(
     let mut record = from.record(&target);
     let head = Head { version: request.version(), headers: request.headers() };
     let reached = {
-        let (known, name) = (from.known(&worker), from.at.name());
-        match worker.allow(&from, &known, name.as_deref(), &target, head) {
+        let (known, name) = (from.known(&proxy), from.at.name());
+        match proxy.allow(&from, &known, name.as_deref(), &target, head) {
             // The one 200 that comes before the target has answered: a client sends nothing before it.
             Ok((wish, Decision::Look)) => {
                 let Ok(mut leg) = waiting.accept() else {
-                    worker.left(record, started);
+                    proxy.left(record, started);
                     return None;
                 };
-                let looked = worker.look_and_reach(&mut leg, Queue::default(), wish, record, started);
+                let looked = proxy.look_and_reach(&mut leg, Queue::default(), wish, record, started);
                 let going = Box::pin(looked).await?;
                 return Some((leg, going, place));
             }
@@ -339,7 +335,7 @@ async fn reach_requested(
                 let ahead = Ahead::new(&mut waiting, Queue::default());
                 tokio::select! {
                     biased;
-                    reached = worker.reach(&wish, decision, &mut record, Some(&ahead)) => {
+                    reached = proxy.reach(&wish, decision, &mut record, Some(&ahead)) => {
                         Some(reached.map(|sink| (sink, ahead.into_early())))
                     }
                     _ = ahead.left() => None,
@@ -353,15 +349,15 @@ async fn reach_requested(
             Ok(leg) => return Some((leg, Box::new(Going { sink, early, record, started }), place)),
             Err(e) => {
                 record.outcome = format!("the client left before the target answered: {e}").into();
-                worker.book(record, started);
+                proxy.book(record, started);
             }
         },
         Some(Err(refusal)) => {
             drop(place);
-            worker.refused(&refusal, record, from.who(), started);
+            proxy.refused(&refusal, record, from.who(), started);
             waiting.refuse(refusal.response()).await;
         }
-        None => worker.left(record, started),
+        None => proxy.left(record, started),
     }
     None
 }

@@ -7,7 +7,7 @@
 use http::Version;
 
 use super::{
-    Worker,
+    Proxy,
     reach::{Sink, Wish},
 };
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
 /// it, it goes around in a loop.
 const HANDED_MAX: usize = 8;
 
-impl Worker {
+impl Proxy {
     /// Goes on as though a peer had asked the listener.
     pub(super) async fn hand_over(
         &self,

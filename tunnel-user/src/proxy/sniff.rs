@@ -6,14 +6,14 @@
 
 use std::time::Instant;
 
-use super::{Going, Worker, reach::Wish};
+use super::{Going, Proxy, reach::Wish};
 use crate::{
     observe::stats::Record,
     relay::{Ahead, Leg, Outcome, Queue},
     routing::{flow::Flow, sniff::inspect},
 };
 
-impl Worker {
+impl Proxy {
     /// Looks at what the client sends, asks the router again, and reaches the target. `early`: what it has sent. A flow
     /// that does not go on is booked.
     pub(super) async fn look_and_reach(

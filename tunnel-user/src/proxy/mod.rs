@@ -1,0 +1,396 @@
+//! The life of a flow, written once for every source: admit, route, reach, relay, record.
+//!
+//! A [`Proxy`] is what one worker carries flows by: the configuration in force, its upstreams, and its books. A flow keeps
+//! the [`Setup`] that it began with, and what that has connected to.
+
+mod captured;
+mod in_process;
+mod log;
+mod reach;
+mod requests;
+mod sniff;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{net::TcpListener, time::sleep};
+
+use self::{log::Lines, reach::Sink};
+use crate::{
+    model::flow::{ClientAddr, Identity},
+    observe::stats::{Counters, Record, Records},
+    process::{
+        drain::{Tasks, Watch},
+        limits,
+    },
+    relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
+    routing::{policy::Policies, router::Router},
+    sinks::upstream::{self, TunnelError, Upstreams, h1, headers::Trace},
+    sources::{
+        capture::accept::Accept,
+        listener::{accept, request::Refusal},
+    },
+    transport::{resolver::Lookups, tcp::Own},
+};
+
+/// One peer leaves at least one in this many of a worker's flows to the others.
+const PEER_LEAVES: usize = 4;
+/// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
+const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
+
+/// What all workers share of one configuration.
+pub struct Shared {
+    /// Where flows go.
+    pub router: Router,
+    /// Who may reach what through our listeners.
+    pub policies: Policies,
+    /// What our own sockets are told by.
+    pub own: Own,
+    /// What this process calls itself in `via`, as no other does.
+    pub pseudonym: String,
+    /// How many flows one worker takes at once.
+    pub flows_max: usize,
+    /// How bytes are moved between two sockets of ours.
+    pub path: PathKind,
+    /// How long what a client sends first is waited for, where its route depends on it.
+    pub inspect_timeout: Duration,
+    /// How long a dial for a captured flow may take.
+    pub dial_timeout: Duration,
+    /// How long flows may go on after the order to stop.
+    pub drain_timeout: Duration,
+    /// Whether records of flows are kept.
+    pub keep_records: bool,
+}
+
+/// What flows are carried by.
+pub struct Setup {
+    /// What all workers share.
+    pub shared: Arc<Shared>,
+    /// This worker's upstreams.
+    pub upstreams: Upstreams,
+    /// How bytes are moved between two sockets of ours.
+    path: Path,
+}
+
+impl Setup {
+    /// `before` is the one that it replaces.
+    pub fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
+        let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
+        Self { shared, upstreams, path }
+    }
+}
+
+/// Where flows come from: one capture, or one listener.
+pub struct At {
+    /// What routes call it.
+    name: RefCell<Option<Arc<str>>>,
+    /// How long a dial for one of its flows may take.
+    dial_timeout: Duration,
+    /// Told when nothing more is taken from it.
+    watch: Watch,
+}
+
+impl At {
+    /// Of a source that is accepted from until `watch` says otherwise.
+    pub fn new(name: Option<Arc<str>>, dial_timeout: Duration, watch: Watch) -> Self {
+        Self { name: RefCell::new(name), dial_timeout, watch }
+    }
+
+    /// What routes call it now.
+    fn name(&self) -> Option<Arc<str>> {
+        self.name.borrow().clone()
+    }
+
+    /// From now on routes call it so.
+    pub fn rename(&self, name: Option<Arc<str>>) {
+        self.name.replace(name);
+    }
+}
+
+/// See the module.
+pub struct Proxy {
+    /// What new flows are carried by.
+    setup: RefCell<Rc<Setup>>,
+    counters: Arc<Counters>,
+    records: Records,
+    lines: Lines,
+    trace: Trace,
+    active: Cell<usize>,
+    /// Whose turn it is to look a name up.
+    lookups: Lookups<Account>,
+    /// Flows of each peer of our listeners.
+    peers: RefCell<HashMap<Account, usize>>,
+    /// Told when the flows that are left are to end.
+    stop: Watch,
+}
+
+async fn back_off(e: &io::Error) {
+    // The connection was gone before it was accepted: nothing is wrong here.
+    if e.kind() != io::ErrorKind::ConnectionAborted {
+        tracing::warn!("accepting failed: {e}");
+        sleep(ACCEPT_BACK_OFF).await;
+    }
+}
+
+/// What a flow goes on with once its target is reached. A task holds no more of it than a pointer, and nothing of what
+/// it took to come so far.
+struct Going {
+    sink: Sink,
+    /// What has moved already.
+    early: Early,
+    record: Record,
+    started: Instant,
+}
+
+/// Whose flows are counted together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Account {
+    /// Those of an identity.
+    Known(Identity),
+    /// Those from an address where nobody has proved who he is.
+    At(IpAddr),
+}
+
+impl Account {
+    /// An identity's, or where there is none, an address's.
+    fn of(identity: Option<&Identity>, client: ClientAddr) -> Self {
+        identity.cloned().map_or(Self::At(client.0.ip().to_canonical()), Self::Known)
+    }
+}
+
+/// A place among the flows of a worker, and among those of its peer; given back when dropped.
+struct Place {
+    proxy: Rc<Proxy>,
+    account: Option<Account>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.proxy.active.set(self.proxy.active.get() - 1);
+        let Some(account) = &self.account else { return };
+        let mut peers = self.proxy.peers.borrow_mut();
+        if let Some(active) = peers.get_mut(account) {
+            *active -= 1;
+            if *active == 0 {
+                peers.remove(account);
+            }
+        }
+    }
+}
+
+impl Proxy {
+    /// `stop` says when the flows that are left are to end.
+    pub fn new(setup: Setup, counters: Arc<Counters>, stop: Watch) -> Rc<Self> {
+        let shared = &setup.shared;
+        Rc::new(Self {
+            records: Records::new(shared.keep_records),
+            lookups: Lookups::new(shared.flows_max),
+            setup: RefCell::new(Rc::new(setup)),
+            counters,
+            lines: Lines::default(),
+            trace: Trace::default(),
+            active: Cell::default(),
+            peers: RefCell::default(),
+            stop,
+        })
+    }
+
+    /// What a flow that begins now is carried by.
+    pub fn setup(&self) -> Rc<Setup> {
+        Rc::clone(&self.setup.borrow())
+    }
+
+    /// From now on new flows are carried by this.
+    pub fn replace_setup(&self, setup: Rc<Setup>) {
+        self.setup.replace(setup);
+    }
+
+    /// How many flows there are.
+    pub fn active(&self) -> usize {
+        self.active.get()
+    }
+
+    /// Accepts what was captured until `at` says to stop; see [`captured::accept_captured`].
+    pub async fn accept_captured(self: Rc<Self>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
+        captured::accept_captured(self, accept, at, flows).await;
+    }
+
+    /// Accepts peers until `at` says to stop; see [`requests::accept_tunnels`].
+    pub async fn accept_tunnels(
+        self: Rc<Self>,
+        socket: TcpListener,
+        settings: Arc<accept::Settings>,
+        at: Rc<At>,
+        flows: Rc<Tasks>,
+    ) {
+        requests::accept_tunnels(self, socket, settings, at, flows).await;
+    }
+
+    /// Writes what was left out of the log since the last time.
+    pub fn log_suppressed(&self) {
+        self.lines.tell();
+    }
+
+    /// Takes the records, and how many there was no room for.
+    pub fn take_records(&self) -> (Vec<Record>, u64) {
+        self.records.take()
+    }
+
+    /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
+    fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
+        let most = self.setup.borrow().shared.flows_max;
+        let share = most - most / PEER_LEAVES;
+        let mut peers = self.peers.borrow_mut();
+        let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
+        if self.active.get() >= most || active >= share {
+            return Err(if active >= share { Refusal::PeerLimit(share) } else { Refusal::Limit(most) });
+        }
+        self.active.set(self.active.get() + 1);
+        if let Some(account) = account {
+            peers.insert(account.clone(), active + 1);
+        }
+        Ok(Place { proxy: Rc::clone(self), account: account.cloned() })
+    }
+
+    /// Relays to the end, and books it.
+    async fn relay(&self, client: &mut impl Leg, mut going: Box<Going>) {
+        let meter = Meter::default();
+        let path = self.setup.borrow().path.clone();
+        let Going { sink, early, .. } = &mut *going;
+        let relayed = async {
+            match sink {
+                Sink::Direct(leg, first) => {
+                    early.ours = first.len();
+                    early.sent.put_first(std::mem::take(first));
+                    relay(client, leg, early, &meter, &path).await
+                }
+                Sink::Tunnel(stream) => {
+                    early.received = std::mem::take(&mut stream.early);
+                    match &mut stream.leg {
+                        upstream::Leg::H2(leg) => relay(client, leg, early, &meter, &path).await,
+                        upstream::Leg::H1(h1::Leg::Tcp(leg)) => {
+                            relay(client, leg, early, &meter, &path).await
+                        }
+                        upstream::Leg::H1(h1::Leg::Tls(leg)) => {
+                            relay(client, &mut **leg, early, &meter, &path).await
+                        }
+                        upstream::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
+                            let outcome = relay(client, stream, early, &meter, &path).await;
+                            if let Outcome::Closed = outcome {
+                                // Apart: it is of no other kind of flow.
+                                Box::pin(stream.linger()).await;
+                            }
+                            outcome
+                        }
+                    }
+                }
+            }
+        };
+        let mut stop = self.stop.clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = relayed => outcome,
+            // Both legs are dropped before their ends: both are reset.
+            () = stop.stopping() => Outcome::Stopped,
+        };
+        // Their resets, or their ends, go out before anything is written about them.
+        let Going { sink, mut record, started, .. } = *going;
+        drop(sink);
+        (record.sent, record.received) = (meter.sent.get(), meter.received.get());
+        record.outcome = match &outcome {
+            Outcome::Closed => "closed".into(),
+            other => other.to_string().into(),
+        };
+        self.counters.flows.add(1);
+        self.counters.bytes_sent.add(record.sent);
+        self.counters.bytes_received.add(record.received);
+        self.count(&path);
+        if !matches!(outcome, Outcome::Closed) {
+            self.counters.flows_reset.add(1);
+        }
+        self.book(record, started);
+    }
+
+    /// Books what was done in the kernel since it was last asked.
+    fn count(&self, path: &Path) {
+        match path {
+            Path::Copy => {}
+            Path::Pipe(pipes) => {
+                let Piped { moved, missed } = pipes.report();
+                self.counters.bytes_piped.add(moved);
+                self.counters.pipes_missed.add(missed);
+            }
+            Path::Splice(splices) => {
+                let Spliced { flows, bytes, promotions, credit, demotions, no_slot, refused } =
+                    splices.report();
+                self.counters.flows_spliced.add(flows);
+                self.counters.bytes_spliced.add(bytes);
+                self.counters.splice_promotions.add(promotions);
+                self.counters.splice_credit_renewed.add(credit);
+                self.counters.splice_demotions.add(demotions);
+                self.counters.splice_no_slot.add(no_slot);
+                self.counters.splice_refused.add(refused);
+            }
+        }
+    }
+
+    fn book(&self, mut record: Record, started: Instant) {
+        record.lasted(started.elapsed());
+        tracing::info!(
+            target: "tunnel::flow",
+            destination = %record.destination,
+            client = %record.client,
+            identity = record.identity.as_ref().map(tracing::field::display),
+            via = ?record.via,
+            passed = record.passed(),
+            sent = record.sent,
+            received = record.received,
+            ms = record.duration_ms,
+            "{}", record.outcome
+        );
+        self.records.push(record);
+    }
+
+    fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
+        let counter = match refusal {
+            Refusal::Method(_)
+            | Refusal::Authority(_)
+            | Refusal::Head(_)
+            | Refusal::Content(_)
+            | Refusal::Host(_) => &self.counters.bad_requests,
+            Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
+            Refusal::Dial(_) => &self.counters.dial_failed,
+            Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
+            Refusal::Tunnel(_) => &self.counters.tunnel_failed,
+            Refusal::Limit(_) | Refusal::PeerLimit(_) => &self.counters.over_limit,
+        };
+        counter.add(1);
+        record.outcome = format!("refused: {refusal}").into();
+        record.lasted(started.elapsed());
+        if self.lines.of(refusal).admit() {
+            tracing::warn!(
+                target: "tunnel::flow",
+                destination = %record.destination,
+                client = %record.client,
+                identity = identity.map(tracing::field::display),
+                passed = record.passed(),
+                ms = record.duration_ms,
+                "{}", record.outcome
+            );
+        }
+        self.records.push(record);
+    }
+
+    /// Books a flow whose client did not wait for it.
+    fn left(&self, mut record: Record, started: Instant) {
+        record.outcome = "the client left before the target answered".into();
+        self.book(record, started);
+    }
+}

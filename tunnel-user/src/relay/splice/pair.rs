@@ -1,0 +1,412 @@
+//! A flow whose two sockets the program has: hears what it passes, writes what has to go ahead of it, and lets it go on.
+//!
+//! # Invariants
+//! - What the program passes is written before the program goes on, and nothing is written or ended ahead of what it has
+//!   sent on.
+//! - What it may have under way is what the other socket has room for.
+
+use std::{
+    cell::Cell,
+    io::{self, Read as _, Write as _},
+    net::TcpStream,
+    rc::Rc,
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{
+    task::yield_now,
+    time::{Instant, sleep},
+};
+use tunnel_common::fastpath::splice::{Ledger, OVERHEAD, SHUT, grant};
+
+use super::{
+    broken,
+    map::{SlotPair, SpliceMap},
+    socket,
+};
+use crate::relay::{
+    Broken, Direction, Meter, Queue, RESET_LINGER, Side,
+    ends::State,
+    silence,
+    tcp::{reset, shut_down},
+};
+
+/// A flow whose messages have become larger than that on average goes back to being copied,
+const BULK_MEAN: u64 = 8 * 1024;
+/// once so many bytes have shown it.
+const BULK_SEEN: u64 = 64 * 1024;
+/// The least room of a socket for which the program is let go on; with less the flow is copied, and waits for its
+/// socket like any other. A small message takes 2 KiB.
+const ROOM_MIN: u64 = 16 * 1024;
+/// One read of what the program has passed, and all that is held of it at a time.
+pub(super) const READ_MAX: usize = 64 * 1024;
+/// What the kernel's worker has to do is looked at again after this time, and then after twice as much each time,
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+/// up to this.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// How often an end that does not fit what has arrived is looked at again before the flow is reset.
+const ENDS_MAX: u32 = 64;
+
+/// Both directions of a flow whose sockets the program has.
+pub(super) struct Pair {
+    map: Rc<SpliceMap>,
+    slots: SlotPair,
+    /// By the side at which each begins: 0 is the client's.
+    halves: [Half; 2],
+    /// The first error of each socket that was told other than by a read.
+    failed: [Option<i32>; 2],
+    /// Both are shut, to go back to being copied.
+    leaving: bool,
+}
+
+/// What is known of one direction.
+#[derive(Default)]
+struct Half {
+    ledger: Ledger,
+    /// What the meter said when copying began, or went on.
+    mark: u64,
+    /// Bytes of the program that the meter has.
+    metered: u64,
+    /// At the last grant: bytes sent on, and credit used.
+    granted: (u64, u64),
+    /// Ends that did not fit.
+    ends: u32,
+}
+
+/// What one look at a direction has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// It is the program's, or has ended.
+    Settled,
+    /// There is more to do at once.
+    More,
+    /// The kernel has something to do first.
+    Wait,
+}
+
+type Ends<T> = Result<T, (bool, Broken)>;
+
+fn at_source(e: io::Error) -> (bool, Broken) {
+    (true, reset(e))
+}
+
+fn at_sink(e: io::Error) -> (bool, Broken) {
+    (false, reset(e))
+}
+
+impl Pair {
+    /// Of two sockets that the program has, the client's first, which have copied what the meter says. Fails where one of
+    /// them cannot be asked.
+    pub(super) fn new(
+        map: &Rc<SpliceMap>,
+        slots: SlotPair,
+        [client, target]: [&TcpStream; 2],
+        meter: &Meter,
+    ) -> Result<Self, SlotPair> {
+        let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
+            Ok(Half { ledger: Ledger::new(socket::accepted(dst)?), mark: moved.get(), ..Half::default() })
+        };
+        match (half(target, &meter.sent), half(client, &meter.received)) {
+            (Ok(up), Ok(down)) => {
+                Ok(Self { map: Rc::clone(map), slots, halves: [up, down], failed: [None; 2], leaving: false })
+            }
+            _ => Err(slots),
+        }
+    }
+
+    /// Its slots.
+    pub(super) fn slots(&self) -> &SlotPair {
+        &self.slots
+    }
+
+    /// The first error of each socket that was told other than by a read.
+    pub(super) fn failed(&self) -> [Option<i32>; 2] {
+        self.failed
+    }
+
+    /// Lets the program move the bytes, until the flow has ended cleanly (true) or is to be copied (false): then `ways`
+    /// hold what was read and not written.
+    pub(super) async fn run(
+        &mut self,
+        sockets: [&TcpStream; 2],
+        moved: [&Cell<u64>; 2],
+        mut ways: [&mut Direction<&mut Queue>; 2],
+    ) -> Result<bool, (Side, Broken)> {
+        self.leaving = false;
+        for (half, moved) in self.halves.iter_mut().zip(moved) {
+            half.ledger.copied(moved.get() - half.mark);
+        }
+        self.slots.watch(sockets).map_err(|e| (Side::Client, reset(e)))?;
+        let mut pause = PAUSE_MIN;
+        let mut suspects = [false; 2];
+        // Bytes that were taken in front of a reset, and since when none was.
+        let mut stuck = (0, Instant::now());
+        loop {
+            for side in 0..2 {
+                self.hear(side, sockets[side], &ways)?;
+                if self.failed[side].is_some() && !matches!(ways[1 - side].state, State::Refused { .. }) {
+                    ways[1 - side]
+                        .stop(self.failed[side].map(|errno| reset(io::Error::from_raw_os_error(errno))));
+                    self.leaving = true;
+                }
+                // A reset is one of both directions.
+                if matches!(ways[side].state, State::Failing(_))
+                    && !matches!(ways[1 - side].state, State::Refused { .. })
+                {
+                    ways[1 - side].stop(None);
+                }
+            }
+            let mut looks = [Look::Settled; 2];
+            for side in 0..2 {
+                let look = self.look(side, sockets[side], sockets[1 - side], moved[side], &mut *ways[side]);
+                looks[side] = look.map_err(|(at_source, why)| {
+                    let client = at_source == (side == 0);
+                    (if client { Side::Client } else { Side::Target }, why)
+                })?;
+            }
+            if ways.iter().all(|way| matches!(way.state, State::Done)) {
+                return Ok(true);
+            }
+            if looks.contains(&Look::More) {
+                pause = PAUSE_MIN;
+                yield_now().await;
+            } else if looks.contains(&Look::Wait) {
+                if let Some(side) = (0..2).find(|side| matches!(ways[*side].state, State::Failing(_))) {
+                    let taken = socket::accepted(sockets[1 - side]).unwrap_or(0);
+                    if taken != stuck.0 || stuck.1.elapsed() > RESET_LINGER * 2 {
+                        stuck = (taken, Instant::now());
+                    } else if stuck.1.elapsed() >= RESET_LINGER {
+                        // What is in front of it does not move: it goes ahead.
+                        let by = if side == 0 { Side::Client } else { Side::Target };
+                        return Err((by, reset(io::ErrorKind::ConnectionReset.into())));
+                    }
+                }
+                tokio::select! {
+                    () = self.slots.happened() => {}
+                    () = sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
+                }
+            } else if self.leaving {
+                self.slots.unwatch(sockets);
+                for (half, moved) in self.halves.iter_mut().zip(moved) {
+                    half.mark = moved.get();
+                }
+                return Ok(false);
+            } else {
+                pause = PAUSE_MIN;
+                tokio::select! {
+                    () = self.slots.happened() => {}
+                    () = sleep(silence::period()) => self.give_up_silent(sockets, &mut ways, &mut suspects),
+                }
+            }
+        }
+    }
+
+    /// Gives up a peer that does not answer, as is done where flows are copied.
+    fn give_up_silent(
+        &mut self,
+        sockets: [&TcpStream; 2],
+        ways: &mut [&mut Direction<&mut Queue>; 2],
+        suspects: &mut [bool; 2],
+    ) {
+        for side in 0..2 {
+            let silent = silence::seems_silent(sockets[side]);
+            if silent && suspects[side] {
+                self.failed[side].get_or_insert(libc::ETIMEDOUT);
+                if matches!(ways[side].state, State::Open) {
+                    ways[side].state = State::Failing(reset(silence::timed_out()));
+                }
+            }
+            suspects[side] = silent;
+        }
+    }
+
+    /// Notes an error of a socket that is not being read, which nobody would hear of otherwise.
+    fn hear(
+        &mut self,
+        side: usize,
+        socket: &TcpStream,
+        ways: &[&mut Direction<&mut Queue>; 2],
+    ) -> Result<(), (Side, Broken)> {
+        if matches!(ways[side].state, State::Open) && ways[side].queue.is_empty() {
+            return Ok(());
+        }
+        let by = if side == 0 { Side::Client } else { Side::Target };
+        if let Some(e) = socket2::SockRef::from(socket).take_error().map_err(|e| (by, reset(e)))? {
+            self.failed[side].get_or_insert(e.raw_os_error().unwrap_or(libc::ECONNRESET));
+        }
+        Ok(())
+    }
+
+    /// Does for one direction what there is to do.
+    fn look(
+        &mut self,
+        side: usize,
+        src: &TcpStream,
+        dst: &TcpStream,
+        moved: &Cell<u64>,
+        way: &mut Direction<&mut Queue>,
+    ) -> Ends<Look> {
+        let Self { map, slots, halves, failed, leaving } = self;
+        let (half, words) = (&mut halves[side], slots.words(side));
+        let left = *leaving;
+        if left {
+            words.gate.store(SHUT, Ordering::SeqCst);
+        }
+        let why = words.broken.load(Ordering::Acquire);
+        if why != 0 {
+            return Err((true, broken(why)));
+        }
+        // Before it is read: what is passed from here on is told again.
+        words.told.store(0, Ordering::SeqCst);
+        let mut more = false;
+        match way.state {
+            State::Open => match half.read(map, src, way) {
+                Read::Broken(why) => {
+                    way.state = State::Failing(why);
+                    (more, *leaving) = (true, true);
+                }
+                Read::Some => more = true,
+                // Much has come at once.
+                Read::Full => (more, *leaving) = (true, true),
+                Read::Nothing if half.ledger.has_read(words.passed.load(Ordering::Acquire)) => {}
+                // It waits in the kernel behind what is to be sent.
+                Read::Nothing => return Ok(Look::Wait),
+                Read::End => {
+                    let passed = words.passed.load(Ordering::Acquire);
+                    if !half.ledger.has_read(passed) || socket::unread(src).map_err(at_source)? > 0 {
+                        half.ends += 1;
+                        if half.ends > ENDS_MAX {
+                            return Err(at_source(io::ErrorKind::ConnectionAborted.into()));
+                        }
+                        return Ok(Look::Wait);
+                    }
+                    way.state = match failed[side] {
+                        None | Some(libc::EPIPE) => State::Draining,
+                        Some(errno) => State::Failing(reset(io::Error::from_raw_os_error(errno))),
+                    };
+                }
+            },
+            State::Draining | State::Done | State::Failing(_) | State::Refused { .. } => {}
+        }
+        // In this order, and after a read, which has taken the lock under which the program runs.
+        let spent = words.spent.load(Ordering::Acquire);
+        let redirected = words.redirected.load(Ordering::Acquire);
+        let new = redirected - half.metered;
+        half.metered = redirected;
+        moved.set(moved.get() + new);
+        map.count(|done| done.bytes += new);
+        let level = way.queue.is_empty();
+        let open = words.gate.load(Ordering::Relaxed) == half.ledger.gate().unwrap_or(SHUT);
+        let settled = match way.state {
+            State::Done | State::Refused { .. } => true,
+            State::Open => level && open,
+            State::Draining | State::Failing(_) => false,
+        };
+        if settled {
+            return Ok(if more { Look::More } else { Look::Settled });
+        }
+        if !half.ledger.is_drained(redirected, socket::accepted(dst).map_err(at_sink)?) {
+            return Ok(Look::Wait);
+        }
+        while !way.queue.is_empty() {
+            match way.queue.with_slices(|slices| (&mut &*dst).write_vectored(slices)) {
+                Ok(n) => {
+                    way.queue.advance(n);
+                    half.ledger.gave(n as u64);
+                    moved.set(moved.get() + n as u64);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    // Its room is waited for by copying, once the other direction is shut too.
+                    let was = std::mem::replace(leaving, true);
+                    return Ok(if was { Look::Settled } else { Look::More });
+                }
+                Err(e) => {
+                    failed[1 - side].get_or_insert(e.raw_os_error().unwrap_or(libc::ECONNRESET));
+                    return Ok(Look::More);
+                }
+            }
+        }
+        match way.state {
+            State::Draining => {
+                if let Err(why) = shut_down(dst) {
+                    way.stop(Some(why));
+                    *leaving = true;
+                } else {
+                    way.state = State::Done;
+                }
+                return Ok(Look::Settled);
+            }
+            // What comes after it is the same whoever moves the bytes.
+            State::Failing(_) => return Ok(Look::Settled),
+            State::Open | State::Done | State::Refused { .. } => {}
+        }
+        if left {
+            return Ok(Look::Settled);
+        }
+        if more {
+            return Ok(Look::More);
+        }
+        let (bytes, used) = (redirected - half.granted.0, spent - half.granted.1);
+        let messages = (used - bytes) / OVERHEAD;
+        let free = socket::room(dst).map_err(at_sink)?;
+        if free < ROOM_MIN || (bytes >= BULK_SEEN && bytes > messages * BULK_MEAN) {
+            *leaving = true;
+            half.granted = (redirected, spent);
+            return Ok(Look::More);
+        }
+        // What came before the program had the socket, and a read has not had handed to it, would wait for what comes next.
+        if socket::unread(src).map_err(at_source)? > 0 {
+            return Ok(Look::Wait);
+        }
+        if let Some(gate) = half.ledger.gate() {
+            if used > 0 {
+                map.count(|done| done.credit += 1);
+            }
+            half.granted = (redirected, spent);
+            words.limit.store(grant(spent, free, map.credit), Ordering::Release);
+            words.gate.store(gate, Ordering::SeqCst);
+            // What came since the read, and saw the gate shut for good, was told to nobody. Whoever has seen it so is through
+            // once the lock has been had, and what it has passed shows.
+            socket::settle(src).map_err(at_source)?;
+            if words.passed.load(Ordering::Acquire) != gate {
+                return Ok(Look::More);
+            }
+        }
+        Ok(Look::Settled)
+    }
+}
+
+/// What a read has found.
+enum Read {
+    Some,
+    Full,
+    Nothing,
+    End,
+    Broken(Broken),
+}
+
+impl Half {
+    /// Reads what the program has passed, once what was read before is written.
+    fn read(&mut self, map: &SpliceMap, src: &TcpStream, way: &mut Direction<&mut Queue>) -> Read {
+        if !way.queue.is_empty() {
+            return Read::Some;
+        }
+        let mut scratch = map.scratch.borrow_mut();
+        loop {
+            match (&mut &*src).read(&mut scratch) {
+                Ok(0) => return Read::End,
+                Ok(n) => {
+                    self.ledger.took(n as u64);
+                    way.queue.push(Bytes::copy_from_slice(&scratch[..n]));
+                    return if n < READ_MAX { Read::Some } else { Read::Full };
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Read::Nothing,
+                Err(e) => return Read::Broken(reset(e)),
+            }
+        }
+    }
+}
