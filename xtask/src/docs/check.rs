@@ -25,7 +25,8 @@ pub(super) fn mistakes(root: &Path) -> Result<Vec<String>> {
     for (&name, page) in &pages {
         let of_book = name.starts_with("docs/");
         if of_book && page.titles != 1 {
-            mistakes.push(format!("{name}: {} headings of the first level: a page has one title", page.titles));
+            mistakes
+                .push(format!("{name}: {} headings of the first level: a page has one title", page.titles));
         }
         for (line, link) in &page.links {
             let mut wrong = |what: &str| mistakes.push(format!("{name}:{line}: {link}: {what}"));
@@ -48,9 +49,9 @@ pub(super) fn mistakes(root: &Path) -> Result<Vec<String>> {
             }
         }
     }
-    let unlisted = pages.keys().filter(|name| {
-        name.starts_with("docs/") && **name != SUMMARY && !listed.contains(**name)
-    });
+    let unlisted = pages
+        .keys()
+        .filter(|name| name.starts_with("docs/") && **name != SUMMARY && !listed.contains(**name));
     mistakes.extend(unlisted.map(|name| format!("{name}: is not in {SUMMARY}")));
     Ok(mistakes)
 }

@@ -10,7 +10,41 @@ const ROOTS: [(&str, &str); 2] = [("tunnel-user/src", ""), ("tunnel-common/src",
 
 /// Parts of a name that say that a constant bounds something.
 const BOUNDS: [&str; 35] = [
-    "AGAIN", "BACKLOG", "BUDGET", "BURST", "CREDIT", "DELAY", "DEPTH", "FLOWS", "FRAME", "FRAMES", "GROUPS", "HEADERS", "INTERVAL", "LIMIT", "LINGER", "LOOKUPS", "MAX", "MIN", "PATIENCE", "PAUSE", "POLL", "QUIET", "RECORDS", "RESERVED", "RETRIES", "SESSIONS", "SHARE", "SLICES", "SPARE", "STEPS", "STREAK", "STREAMS", "THRESHOLD", "TIMEOUT", "TURN",
+    "AGAIN",
+    "BACKLOG",
+    "BUDGET",
+    "BURST",
+    "CREDIT",
+    "DELAY",
+    "DEPTH",
+    "FLOWS",
+    "FRAME",
+    "FRAMES",
+    "GROUPS",
+    "HEADERS",
+    "INTERVAL",
+    "LIMIT",
+    "LINGER",
+    "LOOKUPS",
+    "MAX",
+    "MIN",
+    "PATIENCE",
+    "PAUSE",
+    "POLL",
+    "QUIET",
+    "RECORDS",
+    "RESERVED",
+    "RETRIES",
+    "SESSIONS",
+    "SHARE",
+    "SLICES",
+    "SPARE",
+    "STEPS",
+    "STREAK",
+    "STREAMS",
+    "THRESHOLD",
+    "TIMEOUT",
+    "TURN",
 ];
 
 struct Limit {
@@ -79,7 +113,9 @@ fn collect(items: &[Item], limits: &mut Vec<Limit>) {
                 let name = constant.ident.to_string();
                 let duration = type_name(&constant.ty) == "Duration";
                 let bounds = name.split('_').any(|part| BOUNDS.contains(&part));
-                let (Some(meaning), Some(value)) = (meaning(&constant.attrs), value(&constant.expr)) else { continue };
+                let (Some(meaning), Some(value)) = (meaning(&constant.attrs), value(&constant.expr)) else {
+                    continue;
+                };
                 if duration || bounds && is_number(&constant.ty) {
                     limits.push(Limit { name, value, meaning });
                 }
@@ -152,7 +188,9 @@ fn number(expr: &Expr) -> Option<i128> {
         },
         Expr::Paren(inner) => number(&inner.expr),
         Expr::Cast(cast) => number(&cast.expr),
-        Expr::Unary(unary) => matches!(unary.op, UnOp::Neg(_)).then(|| number(&unary.expr).map(|n| -n)).flatten(),
+        Expr::Unary(unary) => {
+            matches!(unary.op, UnOp::Neg(_)).then(|| number(&unary.expr).map(|n| -n)).flatten()
+        }
         Expr::Binary(binary) => {
             let (left, right) = (number(&binary.left)?, number(&binary.right)?);
             match binary.op {
@@ -211,6 +249,9 @@ mod tests {
 
     #[test]
     fn numbers_are_grouped() {
-        assert_eq!([shown(50_000), shown(4096), shown(-4), shown(16 << 20)], ["50,000", "4,096", "-4", "16 Mi"]);
+        assert_eq!(
+            [shown(50_000), shown(4096), shown(-4), shown(16 << 20)],
+            ["50,000", "4,096", "-4", "16 Mi"]
+        );
     }
 }

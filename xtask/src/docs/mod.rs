@@ -12,7 +12,10 @@ mod limits;
 mod reference;
 mod words;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -36,16 +39,22 @@ pub(crate) struct Args {
     /// Do not build the book.
     #[arg(long)]
     no_build: bool,
+    /// Ask this `tunnel` for its help and its schema, and build none.
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
 }
 
 impl Args {
     pub(crate) fn check() -> Self {
-        Self { check: true, no_build: true }
+        Self { check: true, no_build: true, program: None }
     }
 }
 
 pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
-    let program = checkout.build_tunnel(false)?;
+    let program = match &args.program {
+        Some(program) => program.clone(),
+        None => checkout.build_tunnel(false)?,
+    };
     let mut stale = Vec::new();
     for (name, text) in reference::pages(&checkout.root, &program)? {
         let file = checkout.root.join("docs").join(&name);
@@ -61,7 +70,8 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         println!("{} docs/{name}", bold("written:"));
     }
 
-    let mistakes = [stale, check::mistakes(&checkout.root)?, words::mistakes(&checkout.root, &program)?].concat();
+    let mistakes =
+        [stale, check::mistakes(&checkout.root)?, words::mistakes(&checkout.root, &program)?].concat();
     mistakes.iter().for_each(|mistake| println!("{mistake}"));
     match mistakes.len() {
         0 => println!("{} documents: pages, links, names", green("ok ")),

@@ -39,7 +39,10 @@ pub(super) fn help_pages(program: &Path) -> Result<Vec<(String, String)>> {
         command.args(&path).arg("--help").env_remove("TUNNEL_LOG").env("NO_COLOR", "1");
         let text = output(&mut command)?;
         let listed = text.split("\nCommands:\n").nth(1).and_then(|rest| rest.split("\n\n").next());
-        let names = listed.unwrap_or_default().lines().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+        let names = listed
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| line.starts_with("  ") && !line.starts_with("   "));
         let mut children: Vec<_> = names
             .filter_map(|line| line.split_whitespace().next())
             .filter(|name| *name != "help")
@@ -68,13 +71,16 @@ fn command_line(help: &[(String, String)]) -> String {
 fn exit_codes(help: &[(String, String)]) -> Result<String> {
     let (_, text) = &help[0];
     let codes = text.split("\nExit codes:\n").nth(1).context("`tunnel --help` lists no exit codes")?;
-    let mut page = "# Exit codes\n\nThose of sysexits.h where it has one.\n\n| code | meaning |\n|--:|---|\n".to_owned();
+    let mut page =
+        "# Exit codes\n\nThose of sysexits.h where it has one.\n\n| code | meaning |\n|--:|---|\n".to_owned();
     for line in codes.lines().take_while(|line| !line.is_empty()) {
         let (code, meaning) = line.trim().split_once(' ').with_context(|| format!("no exit code: {line}"))?;
         ensure!(code.parse::<u8>().is_ok(), "no exit code: {line}");
         let _ = writeln!(page, "| {code} | {} |", cell(meaning.trim()));
     }
-    page.push_str("\nA failure is printed once, on standard error, with what to do about it on the line below.\n");
+    page.push_str(
+        "\nA failure is printed once, on standard error, with what to do about it on the line below.\n",
+    );
     Ok(page)
 }
 
@@ -85,8 +91,11 @@ fn configuration(schema: &Json) -> String {
                     Relative paths are relative to the folder of the file.\n"
         .to_owned();
     for (name, section) in object(&schema["properties"]) {
-        let (title, shape) =
-            if section["items"].is_object() { (format!("[[{name}]]"), &section["items"]) } else { (format!("[{name}]"), section) };
+        let (title, shape) = if section["items"].is_object() {
+            (format!("[[{name}]]"), &section["items"])
+        } else {
+            (format!("[{name}]"), section)
+        };
         let _ = write!(page, "\n## {title}\n\n{}\n", text(section));
         table(&mut page, shape);
         nested(&mut page, name, shape);
@@ -111,14 +120,21 @@ fn nested(page: &mut String, path: &str, shape: &Json) {
 
 fn table(page: &mut String, shape: &Json) {
     page.push_str("\n| key | value | default | meaning |\n|---|---|---|---|\n");
-    let required: Vec<_> = shape["required"].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
+    let required: Vec<_> =
+        shape["required"].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
     for (key, value) in object(&shape["properties"]) {
         let default = match &value["default"] {
             Json::Null if required.contains(&key.as_str()) => "required".to_owned(),
             Json::Null => String::new(),
             default => format!("`{}`", default.to_string().replace("\",\"", "\", \"")),
         };
-        let _ = writeln!(page, "| `{key}` | {} | {} | {} |", cell(&kind(value)), cell(&default), cell(text(value)));
+        let _ = writeln!(
+            page,
+            "| `{key}` | {} | {} | {} |",
+            cell(&kind(value)),
+            cell(&default),
+            cell(text(value))
+        );
     }
 }
 
@@ -178,7 +194,9 @@ fn cell(text: &str) -> String {
 }
 
 fn examples(root: &Path) -> Result<String> {
-    let mut page = "# Examples\n\nThe files of `examples/`. The tests check each of them; those for Envoy are run.\n".to_owned();
+    let mut page =
+        "# Examples\n\nThe files of `examples/`. The tests check each of them; those for Envoy are run.\n"
+            .to_owned();
     for (folder, language, title) in [("examples", "toml", ""), ("examples/envoy", "yaml", "envoy/")] {
         let mut files = BTreeMap::new();
         for entry in fs::read_dir(root.join(folder))? {
@@ -208,7 +226,10 @@ fn summary(root: &Path) -> Result<String> {
         if name.ends_with(".md") && name != "index.md" {
             let text = fs::read_to_string(entry.path())?;
             let title = text.lines().find_map(|line| line.strip_prefix("# "));
-            records.insert(name.clone(), title.with_context(|| format!("docs/adr/{name} has no title"))?.to_owned());
+            records.insert(
+                name.clone(),
+                title.with_context(|| format!("docs/adr/{name} has no title"))?.to_owned(),
+            );
         }
     }
     for (name, title) in records {

@@ -25,7 +25,9 @@ pub(super) fn mistakes(root: &Path, program: &Path) -> Result<Vec<String>> {
             let line = text[..range.start].matches('\n').count() + 1;
             let mut wrong = |what: String| mistakes.push(format!("{name}:{line}: {what}"));
             match (event, language.as_deref()) {
-                (Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(info))), _) => language = Some(info.to_string()),
+                (Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(info))), _) => {
+                    language = Some(info.to_string());
+                }
                 (Event::End(TagEnd::CodeBlock), _) => language = None,
                 (Event::Text(code), Some("toml")) => match code.parse::<toml::Table>() {
                     Ok(table) => {
@@ -40,8 +42,12 @@ pub(super) fn mistakes(root: &Path, program: &Path) -> Result<Vec<String>> {
                     }
                 }
                 (Event::Code(code), _) => {
-                    let file = code.strip_suffix(".rs").filter(|f| f.chars().all(|c| c.is_alphanumeric() || "/_-.".contains(c)));
-                    if file.is_some() && !sources.iter().any(|s| *s == *code || s.ends_with(&format!("/{code}"))) {
+                    let file = code
+                        .strip_suffix(".rs")
+                        .filter(|f| f.chars().all(|c| c.is_alphanumeric() || "/_-.".contains(c)));
+                    if file.is_some()
+                        && !sources.iter().any(|s| *s == *code || s.ends_with(&format!("/{code}")))
+                    {
                         wrong(format!("there is no source file {code}"));
                     }
                 }
@@ -151,7 +157,10 @@ mod tests {
             commands(text).iter().for_each(|c| unknown_options(c, &help, &mut |what| said.push(what)));
             said.join(" ")
         };
-        assert_eq!(said("sudo tunnel exec --gateway g \\\n  --verbose -- curl --silent x\nip link # tunnel x"), "");
+        assert_eq!(
+            said("sudo tunnel exec --gateway g \\\n  --verbose -- curl --silent x\nip link # tunnel x"),
+            ""
+        );
         assert_eq!(said("tunnel exec --gate g"), "`tunnel exec` has no option --gate");
         assert_eq!(said("tunnel exce"), "`tunnel` needs a command");
     }
