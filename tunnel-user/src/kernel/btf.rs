@@ -24,10 +24,10 @@ const DEPTH_MAX: u32 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum OffsetsError {
     /// The kernel does not describe itself.
-    #[error("{VMLINUX} cannot be read: {0}")]
+    #[error("cannot read {VMLINUX}: {0}")]
     Unreadable(#[source] io::Error),
     /// It does, in a way that is not known.
-    #[error("{VMLINUX} is not understood")]
+    #[error("cannot parse {VMLINUX}")]
     Format,
     /// It has no such field.
     #[error("this kernel has no {0}")]

@@ -29,7 +29,7 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// No mount is visible and none can be made.
-    #[error("no cgroup2 hierarchy is mounted and mounting one privately failed: {0}")]
+    #[error("no cgroup2 hierarchy is mounted, and a private mount failed: {0}")]
     Mount(#[source] io::Error),
     /// A directory of the hierarchy could not be opened, made or removed.
     #[error("cgroup {name}: {source}")]

@@ -23,7 +23,7 @@ pub fn keep_freed() {
         // SAFETY: mallopt(3) takes a parameter and a number, and locks what it changes.
         let understood = unsafe { libc::mallopt(parameter, value) };
         if understood == 0 {
-            tracing::debug!(parameter, value, "the allocator does not take it");
+            tracing::debug!(parameter, value, "mallopt rejected the parameter");
         }
     }
 }

@@ -7,9 +7,9 @@ use std::fs;
 
 /// A capability that capturing takes, by its number in `linux/capability.h`, and what for.
 const FOR_CAPTURE: [(u32, &str, &str); 3] = [
-    (12, "CAP_NET_ADMIN", "marking our own sockets, attaching to cgroups"),
+    (12, "CAP_NET_ADMIN", "SO_MARK, attaching programs to cgroups"),
     (21, "CAP_SYS_ADMIN", "cgroups, network namespaces"),
-    (39, "CAP_BPF", "loading programs"),
+    (39, "CAP_BPF", "loading BPF programs"),
 ];
 
 /// What `relay = "splice"` takes: loading a program for sockets, which reads kernel memory, and trying it. Without the last

@@ -46,7 +46,7 @@ const SPLICE: [Fix; 2] = [
 
 /// What no kernel has: `sk_psock_backlog` takes what a program passes, behind something that waits to be sent, into the
 /// socket's account of memory without the socket's lock. The account can be off by less than a page for it, and
-/// `inet_sock_destruct` warns of that, once after each boot. Nothing else is known to come of it (ARCHITECTURE.md).
+/// `inet_sock_destruct` warns of that, once after each boot. Nothing else is known to come of it (decision 28).
 const SPLICE_WARNS: &str = "kernel.panic_on_warn is set, and a kernel may warn of a socket's account of memory where flows \
                             are spliced (\"inet_sock_destruct\"): harmless by itself, but it would stop this node";
 /// sysctl
@@ -100,11 +100,11 @@ impl Kernel {
             Feature::Bypass => &BYPASS[..],
         };
         let Some(version) = self.version else {
-            return Err(format!("{self} does not say which release it is"));
+            return Err(format!("the release of {self} is unknown"));
         };
         match fixes.iter().find(|fix| !fix.is_in(version)) {
             Some(fix) => {
-                Err(format!("{self} is not known to have what it takes, {}: {}", fix.where_in(), fix.what))
+                Err(format!("{self} is not known to have a required fix, {}: {}", fix.where_in(), fix.what))
             }
             None if feature == Feature::Splice && self.panics_on_warn => Err(SPLICE_WARNS.to_owned()),
             None => Ok(()),

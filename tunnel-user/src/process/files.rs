@@ -73,7 +73,7 @@ impl Drop for Watch {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("a thread that watched files had panicked");
+            tracing::error!("file watcher thread panicked");
         }
     }
 }
@@ -203,7 +203,7 @@ impl Places {
     fn new(files: Vec<PathBuf>) -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(|e| match e {
             rustix::io::Errno::MFILE => io::Error::other(
-                "this user's inotify instances are used up (sysctl fs.inotify.max_user_instances)",
+                "limit of inotify instances of this user reached (sysctl fs.inotify.max_user_instances)",
             ),
             e => e.into(),
         })?;
@@ -213,7 +213,7 @@ impl Places {
             let directory = file.parent().unwrap_or(file);
             inotify::add_watch(&places.inotify, directory, NAMES).map_err(|e| match e {
                 rustix::io::Errno::NOSPC => io::Error::other(
-                    "this user's inotify watches are used up (sysctl fs.inotify.max_user_watches)",
+                    "limit of inotify watches of this user reached (sysctl fs.inotify.max_user_watches)",
                 ),
                 e => io::Error::new(
                     io::Error::from(e).kind(),

@@ -47,13 +47,13 @@ pub const TLV_IDENTITY: u8 = 0xE5;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// It begins with something else.
-    #[error("no PROXY header in front of it")]
+    #[error("no PROXY header")]
     Missing,
     /// It begins like one.
-    #[error("its PROXY header cannot be read: {0}")]
+    #[error("malformed PROXY header: {0}")]
     Syntax(&'static str),
     /// It has not ended where it had to.
-    #[error("its PROXY header is longer than {0} bytes")]
+    #[error("PROXY header longer than {0} bytes")]
     TooLong(usize),
 }
 
@@ -64,7 +64,7 @@ pub enum ReadError {
     #[error("{0}")]
     Header(#[from] HeaderError),
     /// The connection ended, or broke, before it was whole.
-    #[error("{0} before its PROXY header was complete")]
+    #[error("{0} before the PROXY header was complete")]
     Io(#[from] io::Error),
 }
 

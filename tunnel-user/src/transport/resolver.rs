@@ -192,7 +192,7 @@ impl System {
     fn read(stamps: [Option<Stamp>; 2]) -> Self {
         let read = fs::read(RESOLV_CONF).unwrap_or_default();
         let (config, mut options) = system_conf::parse_resolv_conf(&read).unwrap_or_else(|e| {
-            tracing::debug!(file = RESOLV_CONF, "no name server in it, so this host's own is asked: {e}");
+            tracing::debug!(file = RESOLV_CONF, "no usable name server; using the one on this host: {e}");
             // resolv.conf(5).
             let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
             (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())

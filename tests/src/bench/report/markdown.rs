@@ -101,7 +101,8 @@ fn results(report: &Report, folder: &str) -> String {
 /// The plots that a document shows: ratios to the first arm, what rules cost, and memory. The page of a report has all.
 fn drawn(report: &Report) -> Vec<Plot> {
     let first = |scenario: &Scenario| scenario.arms.first().map_or_else(String::new, |arm| arm.name.clone());
-    let bases: Vec<_> = report.scenarios.iter().map(|s| format!("{}-ratios-to-{}", s.name, first(s))).collect();
+    let bases: Vec<_> =
+        report.scenarios.iter().map(|s| format!("{}-ratios-to-{}", s.name, first(s))).collect();
     let mut drawn = plots(report);
     drawn.retain(|plot| {
         bases.contains(&plot.name) || plot.name.contains("-rules-") || plot.name.ends_with("-memory")

@@ -32,12 +32,12 @@ pub(super) fn by_name() -> Finding {
     match refused {
         None => Finding::ok(
             CHECK,
-            "a group that is removed and created again is captured from its first connection",
+            "a cgroup that is removed and created again is captured from its first connection",
         ),
         Some(e) => Finding::warn(
             CHECK,
             e.summary(),
-            "`tunnel run` captures a group that is created again up to a second late, its first connections in plaintext.\nIt \
+            "`tunnel run` captures a cgroup that is created again up to a second late; its first connections are in plaintext.\nIt \
              takes kernel BTF (CONFIG_DEBUG_INFO_BTF), CAP_PERFMON, and a kernel that is not locked down to \
              \"confidentiality\".",
         ),
@@ -67,14 +67,14 @@ pub(super) fn exclusive() -> Finding {
             CHECK,
             Lacks::Kernel,
             format!(
-                "{program} was attached without BPF_F_ALLOW_MULTI: none can be attached beside or below it"
+                "{program} was attached without BPF_F_ALLOW_MULTI: no other program can be attached beside or below it"
             ),
             format!(
                 "Have its owner attach it with BPF_F_ALLOW_MULTI, or detach it: bpftool prog show id {}",
                 program.id
             ),
         ),
-        None => Finding::ok(CHECK, "none keeps ours away from this group"),
+        None => Finding::ok(CHECK, "none prevents attaching to this cgroup"),
     }
 }
 
@@ -94,12 +94,12 @@ pub(super) fn packet_filters() -> Finding {
         rest.extend(below(&dir));
     }
     if found.is_empty() {
-        return Finding::ok(CHECK, format!("no program filters packets of a cgroup ({looked} looked at)"));
+        return Finding::ok(CHECK, format!("no program filters packets of a cgroup ({looked} inspected)"));
     }
     Finding::info(
         CHECK,
         format!(
-            "{}; rules by destination (IPAddressDeny=) do not see where captured connections go",
+            "{}; rules by destination (IPAddressDeny=) do not see the destinations of captured connections",
             named(found.iter().map(ToString::to_string))
         ),
     )
@@ -110,12 +110,12 @@ pub(super) fn rules() -> Finding {
     const CHECK: &str = "firewall";
     let found = firewall::examine(config::MARK.value());
     if found.is_empty() {
-        return Finding::ok(CHECK, "no rule is known that is in the way");
+        return Finding::ok(CHECK, "no rule found that interferes");
     }
     Finding::warn(
         CHECK,
         named(found.iter().map(ToString::to_string)),
-        "Accept what goes over lo, and filter captured applications where their connections leave: at the gateway, or by \
+        "Accept packets on lo, and filter captured applications at the gateway, or with \
          routes and `exclude`.",
     )
 }

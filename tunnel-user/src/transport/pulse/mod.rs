@@ -115,7 +115,7 @@ impl Pulse {
         if let Some(window) = self.windows.change(self.traffic.held())
             && connection.resize(window)
         {
-            tracing::debug!(window, received, held = self.traffic.held(), "streams have another window");
+            tracing::debug!(window, received, held = self.traffic.held(), "stream window changed");
             self.windows.told(window);
             new = true;
         }
