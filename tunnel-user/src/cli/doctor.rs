@@ -1,8 +1,8 @@
-//! `tunnel doctor`: what this kernel, cgroup set-up and privilege allow.
+//! `tunnel doctor`: what this kernel, cgroup set-up and privilege allow, each with its remedy.
 //!
-//! Enters: nothing but the system that it runs on. Leaves: one [`Finding`] per question, each with its
-//! remedy. Invariant: a question is answered by trying what a capture would do, not by reading version
-//! numbers. It never leaves anything behind, and never changes what is there.
+//! # Invariants
+//! - A requirement is checked by trying what a capture would do, not by comparing version numbers.
+//! - Nothing is changed, and nothing is left behind.
 
 mod others;
 

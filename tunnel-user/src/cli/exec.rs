@@ -1,9 +1,9 @@
-//! `tunnel exec`: one command in a group of its own, captured.
+//! `tunnel exec`: one command in a cgroup of its own, captured.
 //!
-//! Enters: a command and a configuration. Leaves: its exit status. Invariant: the command has the caller's
-//! terminal, environment and signals, as if we were not there; it runs only once its connections are
-//! captured; when we die, its connections are refused. While it is stopped, so are we, for whoever controls the job.
-//! Nothing of the group is left afterwards.
+//! # Invariants
+//! - The command has the caller's terminal, environment and signals, and runs only once its connections are captured.
+//! - When this process dies, the command's connections are refused; while the command is stopped, so is this process.
+//! - The cgroup is removed at the end.
 
 use std::{
     ffi::OsString,

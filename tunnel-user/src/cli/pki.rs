@@ -1,8 +1,8 @@
-//! A throwaway certificate authority, for trying and for testing.
+//! A throwaway certificate authority, for trials and tests: `ca.pem`, `ca-key.pem`, `NAME.pem`, `NAME-key.pem`.
 //!
-//! Enters: a directory, and the names a certificate is to carry. Leaves: PEM files: `ca.pem`,
-//! `ca-key.pem`, `NAME.pem`, `NAME-key.pem`. Invariant: a private key is in a file that only its owner
-//! can read from the moment the file exists. It never overwrites a file unless asked to.
+//! # Invariants
+//! - A private key is in a file that only its owner can read, from the moment that the file exists.
+//! - No file is overwritten unless the caller asks for it.
 
 use std::{
     fs,

@@ -1,8 +1,8 @@
-//! Control groups: finding them, making one, leaving none behind.
+//! Cgroups: find, create and remove them.
 //!
-//! Enters: what the kernel mounted, and names. Leaves: directories, as descriptors. Invariant: works the
-//! same where no cgroup2 mount is visible (`ip netns exec` gives its command a fresh /sys): a mount of
-//! our own, attached nowhere, takes its place. It never moves a process that it was not asked to move.
+//! # Invariants
+//! - It works where no cgroup2 mount is visible (`ip netns exec` gives its command a fresh /sys): a detached mount is used.
+//! - A process is moved only where the caller asks for it.
 
 use std::{
     fs, io,

@@ -1,6 +1,4 @@
-//! What the allocator does with memory that was given back.
-//!
-//! Enters: nothing. Leaves: the process's allocator, told once. Invariant: what it keeps is bounded, and it never fails.
+//! Configures the allocator once: how much freed memory it keeps.
 
 /// Freed memory at the top of a heap that is kept for the next: each worker has a heap, and a bulk flow takes and gives
 /// back 64 KiB many times a millisecond. With glibc's 128 KiB the kernel gets it back each time, and clears it again: 15 %

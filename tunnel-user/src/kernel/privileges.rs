@@ -1,7 +1,6 @@
-//! What this process may do.
+//! Capabilities of this process, and which of the required ones are missing.
 //!
-//! Enters: the kernel's word on our capabilities. Leaves: the names of those that are missing. Invariant:
-//! a missing privilege is found before anything is changed. It never gains one.
+//! They are checked before anything is changed.
 
 use std::fs;
 

@@ -1,7 +1,8 @@
-//! Which kernels are known to be good for a fast path, and what the others lack.
+//! Which kernels have the fixes that a fast path needs, and what the others lack.
 //!
-//! Enters: what uname(2) says, and whether a warning stops the kernel. Leaves: yes, or the reason why not. Invariant: a kernel of which nothing is known is not
-//! good: a fast path whose kernel has a mistake loses bytes or takes the machine down. It never tries anything.
+//! # Invariants
+//! - A kernel of which nothing is known is not trusted: a fast path on a kernel with a bug loses bytes or crashes the machine.
+//! - Nothing is tried here.
 
 use std::{fmt, fs};
 

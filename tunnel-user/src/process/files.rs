@@ -1,12 +1,11 @@
-//! Files that are read again when they change.
+//! Watches files, and calls back once they have changed and been quiet for a moment.
 //!
-//! Enters: names of files, and the kernel's word that something happened to them. Leaves: a call, once they have been
-//! quiet for a moment. It never reads the files, and never logs what happens to others.
+//! It does not read the files, and does not log events of others.
 //!
 //! # Invariants
-//! - No change is missed for longer than a minute: what the kernel tells nothing of (network file systems, a link further
-//!   up) is found by comparing what the files are.
-//! - Where nothing has changed, nobody is called; but once, for what changed between the first reading and the first watch.
+//! - No change is missed for longer than a minute: what the kernel does not report (network file systems, a link further up) is
+//!   found by comparing the files' metadata.
+//! - Without a change there is no call; except one, for what changed between the first reading and the first watch.
 //! - Whatever others do beside the files, and however often, this thread wakes five times a second at most.
 
 use std::{

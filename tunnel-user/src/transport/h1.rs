@@ -1,8 +1,8 @@
-//! Heads of HTTP/1 messages: read as far as they go, and no further than a bound.
+//! Heads of HTTP/1 messages.
 //!
-//! Enters: a byte stream. Leaves: one head at a time, and what has come behind it. Invariant: a head is whole
-//! before anything is made of it, and never longer than [`HEAD_MAX`]. It never reads a body, and knows no
-//! method and no status.
+//! # Invariants
+//! - A head is complete before it is parsed, and no longer than [`HEAD_MAX`].
+//! - What follows the head is returned unparsed.
 
 use std::io;
 

@@ -1,8 +1,9 @@
-//! The PROXY protocol: who a connection is from, said in front of it (haproxy's doc/proxy-protocol.txt).
+//! The PROXY protocol, versions 1 and 2 (haproxy's doc/proxy-protocol.txt): reads the client's address from the start of a
+//! connection, and writes a header of version 2.
 //!
-//! Enters: the first bytes of a connection, in version 1 or 2; or what is to be said in front of one. Leaves: a
-//! client's address; or a header of version 2. Invariant: a header is whole before it is believed, and no longer
-//! than [`V1_MAX`] or [`V2_MAX`]; nothing behind it is touched. It never believes an identity that it is told.
+//! # Invariants
+//! - A header is complete before it is used, and no longer than [`V1_MAX`] or [`V2_MAX`]; what follows it is not consumed.
+//! - An identity in a header is ignored.
 
 use std::{
     io,

@@ -1,7 +1,6 @@
-//! What others have set up that breaks a capture, or that a capture makes void.
+//! Programs on cgroups and firewall rules of others that break a capture, or that a capture makes ineffective.
 //!
-//! Enters: programs on control groups, rules of firewalls. Leaves: findings that name them. Invariant: it looks and changes
-//! nothing. What it finds in other network namespaces than its own, is nothing.
+//! Only the network namespace of this process is inspected, and nothing is changed.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 

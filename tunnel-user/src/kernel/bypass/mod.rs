@@ -1,8 +1,8 @@
-//! Bypass: an application's socket and ours, joined past TCP.
+//! Bypass: an application's socket and ours are joined past TCP, by a kernel program on a map of sockets.
 //!
-//! Enters: two sockets that are connected to each other over loopback. Leaves: the same, in the kernel's map of sockets,
-//! where a program moves what they write to each other. Invariant: a pair is in use before its gates open, and its place
-//! is never another's while a program may act on it. It never takes a socket out again: that would drop what is queued.
+//! # Invariants
+//! - A pair is in the map before its gates open, and its slot is not reused while a program may act on it.
+//! - A socket is never removed from the map: that would drop what is queued.
 
 mod holder;
 mod judge;

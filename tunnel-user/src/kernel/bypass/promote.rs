@@ -1,7 +1,8 @@
-//! Who asks for a bypass, and who makes it: a thread for each capture, beside the path of the bytes.
+//! Promotes connections to bypass, on a thread per capture beside the data path.
 //!
-//! Enters: connections that have proved to be worth it. Leaves: pairs, or why not. Invariant: an application's socket is
-//! touched only once nothing speaks against it, and our duplicate of it is closed at once. It never waits for anybody.
+//! # Invariants
+//! - An application's socket is touched only once every check has passed, and our duplicate of it is closed at once.
+//! - Callers never wait.
 
 use std::{
     fmt, io,

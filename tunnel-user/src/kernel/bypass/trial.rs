@@ -1,8 +1,7 @@
-//! Bypass, tried on a connection of our own before any application's is touched.
+//! Self-test of bypass on a connection of our own, before any application's is touched.
 //!
-//! Enters: the program. Leaves: that it redirects on this kernel, and that what it redirects is charged to its reader, by
-//! which its queue is bounded (Linux 6.13, "tcp_bpf: Add sk_rmem_alloc related logic for tcp_bpf ingress redirection").
-//! Invariant: nothing is taken for granted by a version. It leaves nothing behind.
+//! It shows that the program redirects on this kernel, and that what it redirects is charged to its reader, which bounds the queue
+//! (Linux 6.13, "tcp_bpf: Add sk_rmem_alloc related logic for tcp_bpf ingress redirection"). No version number is trusted.
 
 use std::{
     io::{self, Read as _, Write as _},
