@@ -9,6 +9,7 @@
 
 mod check;
 mod limits;
+mod lists;
 mod reference;
 mod words;
 

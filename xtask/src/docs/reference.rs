@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path, process::Comma
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value as Json;
 
-use super::limits;
+use super::{limits, lists};
 use crate::run::output;
 
 const GENERATED: &str = "<!-- Written by `cargo xtask docs`; do not edit. -->\n\n";
@@ -18,6 +18,8 @@ pub(super) fn pages(root: &Path, program: &Path) -> Result<Vec<(String, String)>
         page("configuration", configuration(&schema(program)?)),
         page("command-line", command_line(&help)),
         page("exit-codes", exit_codes(&help)?),
+        page("end-reasons", lists::end_reasons(root)?),
+        page("counters", lists::counters(root)?),
         page("limits", limits::page(root)?),
         page("examples", examples(root)?),
         ("SUMMARY.md".to_owned(), summary(root)?),
