@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use syn::{Attribute, BinOp, Expr, Item, Lit, Type, UnOp};
 
 /// The folders whose constants are listed, with how each is called.
-const ROOTS: [(&str, &str); 2] = [("tunnel-user/src", ""), ("tunnel-common/src", "tunnel-common/")];
+const ROOTS: [(&str, &str); 2] = [("tunnel-user/src", ""), ("tunnel-common/src", "tunnel-common/src/")];
 
 /// Parts of a name that say that a constant bounds something.
 const BOUNDS: [&str; 35] = [
