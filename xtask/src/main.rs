@@ -13,9 +13,11 @@ mod demo;
 #[path = "../../tests/src/dmesg.rs"]
 #[expect(unreachable_pub, dead_code, reason = "another package's file, of which tests use more")]
 mod dmesg;
+mod docs;
 mod fuzz;
 mod leftovers;
 mod matrix;
+mod promises;
 mod rooms;
 mod run;
 mod setup;
@@ -55,9 +57,15 @@ enum Task {
     /// Looks for inputs that break what is promised of every input; with an address sanitizer.
     #[command(after_help = fuzz::EXAMPLES)]
     Fuzz(fuzz::Args),
+    /// Writes the generated pages of the book, checks all documents, and builds the book.
+    #[command(after_help = docs::EXAMPLES)]
+    Docs(docs::Args),
     /// Shows which room imports which, and fails where an arrow runs back.
     #[command(after_help = rooms::EXAMPLES)]
     Rooms(rooms::Args),
+    /// Shows what is promised and the test that keeps it, and fails where an end-to-end test states no promise.
+    #[command(after_help = promises::EXAMPLES)]
+    Promises(promises::Args),
     /// Runs tests on Debian's kernels 6.1 and 6.12, under QEMU without KVM; takes minutes.
     ///
     /// Downloads the kernels' packages, unpacks them in target/matrix (nothing is installed), boots each on top of this
@@ -84,7 +92,9 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&checkout, &args),
         Task::Bench(args) => bench::run(&checkout, &args),
         Task::Fuzz(args) => fuzz::run(&checkout, &args),
+        Task::Docs(args) => docs::run(&checkout, &args),
         Task::Rooms(args) => rooms::run(&checkout, &args),
+        Task::Promises(args) => promises::run(&checkout, &args),
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),
         Task::Ci => ci::run(&checkout),

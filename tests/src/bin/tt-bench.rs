@@ -47,9 +47,16 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<ExitCode> {
     if let Some(path) = &cli.flags.publish {
-        let document = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("BENCHMARKS.md");
-        report::publish(&report::load(path)?, &document, "docs/benchmarks")?;
+        let document =
+            Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("docs").join("testing/results.md");
+        report::publish(&report::load(path)?, &document, "../benchmarks")?;
         println!("{}", document.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(path) = &cli.flags.redraw {
+        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+        report::save(&report::load(path)?, folder)?;
+        println!("{}", folder.join("report.html").display());
         return Ok(ExitCode::SUCCESS);
     }
     let colour = std::io::stdout().is_terminal() && !no_colour();

@@ -26,7 +26,7 @@ use crate::{
     process::{drain::Watch, limits},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, TunnelError, Upstreams, h1, headers::Trace},
+    sinks::upstream::{self, TunnelError, Upstreams, h1},
     sources::{Event, capture::accept::Stray},
     transport::{resolver::Lookups, tcp::Own},
 };
@@ -83,7 +83,6 @@ pub struct Proxy {
     counters: Arc<Counters>,
     records: Records,
     lines: Lines,
-    trace: Trace,
     active: Cell<usize>,
     /// Whose turn it is to look a name up.
     lookups: Lookups<Account>,
@@ -134,7 +133,6 @@ impl Proxy {
             setup: RefCell::new(Rc::new(setup)),
             counters,
             lines: Lines::default(),
-            trace: Trace::default(),
             active: Cell::default(),
             peers: RefCell::default(),
             stop,

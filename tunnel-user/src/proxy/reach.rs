@@ -54,11 +54,7 @@ pub(super) struct FlowRequest<'a> {
 impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
-        request.setup.shared.router.decide(&request.flow, self.random())
-    }
-
-    fn random(&self) -> u32 {
-        (self.trace.random() >> 32) as u32
+        request.setup.shared.router.decide(&request.flow, fastrand::u32(..))
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
@@ -93,7 +89,7 @@ impl Proxy {
                 let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
                 let hop = Hop { proxy: self, request, record: &mut *record, ahead };
-                let another = |tried: &[_]| another(shares, tried, self.random());
+                let another = |tried: &[_]| another(shares, tried, fastrand::u32(..));
                 match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
                     Opened::Stream(upstream, stream) => {
                         let (number, identity) = (stream.number(), stream.identity.as_ref());
