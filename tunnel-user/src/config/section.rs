@@ -1,7 +1,8 @@
 //! The sections of the file: the one definition of each, from which the parser and the schema both come.
 //!
-//! Enters: tables. Leaves: the types of the configuration. Invariant: every key is asked for before the
-//! first `?`. It never has a default of its own: those are constants of the configuration.
+//! # Invariants
+//! - Every key is asked for before the first `?`.
+//! - Defaults are constants of the configuration's module.
 
 use std::{
     collections::{BTreeMap, HashSet},

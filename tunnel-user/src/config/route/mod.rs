@@ -1,8 +1,8 @@
 //! `[[route]]`: which flows, where to, and on which terms.
 //!
-//! Enters: tables. Leaves: [`Route`]s. Invariant: the upstreams, listeners and captures that they name are
-//! there, and no header that is the tunnel's own to set is copied, added, or taken out where it is needed. It
-//! never looks at a flow.
+//! # Invariants
+//! - The upstreams, listeners and captures that routes name are there.
+//! - No header that is the tunnel's own to set is copied, added, or taken out where it is needed.
 
 mod matches;
 mod terms;
