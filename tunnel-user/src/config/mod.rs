@@ -1,8 +1,10 @@
 //! The configuration: what was typed, as types that are valid because they exist.
 //!
-//! Enters: a TOML file, or flags. Leaves: one [`Config`], or every mistake with its line and key.
-//! Invariant: what a `Config` names is there (a route's upstream, a listener's identity), and unknown keys
-//! are mistakes. It never reads the environment, and nothing is read again later.
+//! # Invariants
+//! - What a [`Config`] names is there (a route's upstream, a listener's identity); unknown keys are mistakes, and all mistakes
+//!   are reported together, each with its line and key.
+//! - Sections refer to each other by name.
+//! - The environment is not read, and nothing is read again later.
 
 use std::{
     collections::BTreeMap,
@@ -553,6 +555,20 @@ pub enum CheckFiles {
 }
 
 impl Config {
+    /// One that wants nothing of the process.
+    pub fn empty(daemon: Daemon) -> Self {
+        Self {
+            daemon,
+            identities: BTreeMap::new(),
+            captures: Vec::new(),
+            redirects: Vec::new(),
+            listeners: Vec::new(),
+            routes: Vec::new(),
+            upstreams: Vec::new(),
+            policies: Vec::new(),
+        }
+    }
+
     /// Reads a file; paths in it are relative to it.
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
         Self::read(&text_of(file)?, file, CheckFiles::Yes, Purpose::Daemon)
