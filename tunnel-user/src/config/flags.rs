@@ -1,7 +1,6 @@
 //! The configurations that need no file: `tunnel exec --gateway` and `tunnel gateway`.
 //!
-//! # Invariants
-//! - What flags build, a file could have said.
+//! What flags build, a file could have said.
 
 use std::{net::SocketAddr, num::NonZeroUsize, time::Duration};
 

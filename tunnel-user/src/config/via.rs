@@ -1,8 +1,7 @@
 //! `[[upstream]]` that names another section: the upstream that it goes through (`via`), or the listener that it
 //! stands for (`self`).
 //!
-//! # Invariants
-//! - What they name is there, and who goes through whom ends at an upstream that has a socket.
+//! What they name is there, and who goes through whom ends at an upstream that has a socket.
 
 use super::{
     Itself, Listener, Upstream,

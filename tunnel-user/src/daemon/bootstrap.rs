@@ -8,9 +8,8 @@ use crate::{
     kernel::{memory, privileges},
     process::{
         exit::{Cause, Failure},
-        limits,
+        limits, random,
     },
-    sinks::upstream::headers::Trace,
     transport::tcp,
 };
 
@@ -100,5 +99,6 @@ fn cores() -> usize {
 
 /// A token (RFC 9110 section 5.6.2) that no other process has.
 fn pseudonym() -> String {
-    format!("tunnel-{:016x}", Trace::default().random())
+    random::seed();
+    format!("tunnel-{:016x}", fastrand::u64(..))
 }
