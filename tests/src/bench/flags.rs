@@ -37,7 +37,7 @@ pub struct Flags {
     #[arg(long, value_name = "TUNNEL", conflicts_with_all = ["with", "compare"])]
     pub beside: Option<PathBuf>,
 
-    /// Puts this report.json into BENCHMARKS.md, with its plots, and runs nothing.
+    /// Writes this report.json into docs/testing/results.md, with its plots, and runs nothing.
     #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare"])]
     pub publish: Option<PathBuf>,
 
