@@ -51,6 +51,11 @@ impl Host {
     /// The configuration before, or the one that differs in everything.
     fn config(&self, differs: bool) -> Config {
         let [plain, tls, more, redirect] = self.addresses;
+        // The groups do not exist: programs are attached where the hierarchy is mounted, and capture nobody.
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("the kernel says");
+        let mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let cgroup2 =
+            mounts.into_iter().find(|m| m[2] == "cgroup2").expect("cgroup2 is mounted")[1].to_owned();
         let (dir, pid) = (self.dir.path().display(), std::process::id());
         let name = if differs { "other" } else { "one" };
         let mut text = format!(
@@ -58,7 +63,7 @@ impl Host {
              [identity]\ncert = \"{dir}/{name}.pem\"\nkey = \"{dir}/{name}-key.pem\"\nca = \"{dir}/ca.pem\"\n\
              [[listener]]\naddress = \"{plain}\"\ntls = false\ndial_timeout = \"{timeout}\"\n\
              [[listener]]\naddress = \"{tls}\"\n\
-             [[capture]]\ncgroup = \"/sys/fs/cgroup/tunnel-{pid}-one\"\ninclude = [\"{net}\"]\n\
+             [[capture]]\ncgroup = \"{cgroup2}/tunnel-{pid}-one\"\ninclude = [\"{net}\"]\n\
              [[route]]\nto = \"direct\"\n\
              [[upstream]]\nname = \"one\"\nendpoints = [\"192.0.2.1:1\"]\n",
             timeout = if differs { "3s" } else { "4s" },
@@ -68,7 +73,7 @@ impl Host {
             text += &format!(
                 "[[listener]]\naddress = \"{more}\"\ntls = false\n\
                  [[capture]]\nmode = \"redirect\"\nlisten = [\"{redirect}\"]\n\
-                 [[capture]]\ncgroup = \"/sys/fs/cgroup/tunnel-{pid}-other\"\ninclude = [\"192.0.2.0/24\"]\n\
+                 [[capture]]\ncgroup = \"{cgroup2}/tunnel-{pid}-other\"\ninclude = [\"192.0.2.0/24\"]\n\
                  [[upstream]]\nname = \"other\"\nendpoints = [\"192.0.2.2:1\"]\ntls = false\n"
             );
         }
