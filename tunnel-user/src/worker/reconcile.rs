@@ -118,7 +118,8 @@ impl Open {
         });
         let (trigger, watch) = drain::channel();
         let handle = Rc::new(SourceHandle::new(source.called.clone(), dial_timeout, watch));
-        let open = Self { sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
+        let open =
+            Self { sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
         for listening in listening {
             if let Err(error) = open.accept(listening, &worker.proxy, flows) {
                 tracing::error!(source = %source.name, %error, "failed to accept from a listener");
