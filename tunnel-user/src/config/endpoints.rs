@@ -59,10 +59,10 @@ pub(crate) enum Method {
 /// Reads `endpoints`, `endpoints_file` and `discovery`.
 pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
     let endpoints: Option<Vec<Target>> =
-        r.optional("endpoints", "Where it is: HOST:PORT. This, or endpoints_file.");
+        r.optional("endpoints", "Addresses: HOST:PORT. Either this or endpoints_file.");
     let file = r.optional::<FilePath>(
         "endpoints_file",
-        "A file that says where it is, HOST:PORT on each line, # for comments; read again when it changes. This, or endpoints.",
+        "A file with one HOST:PORT on each line, # for comments; reloaded when it changes. Either this or endpoints.",
     );
     let method = r.default(
         "discovery",
@@ -156,23 +156,23 @@ impl Section for OutlierDetection {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let consecutive_failures = r.default(
             "consecutive_failures",
-            "Connections in a row that fail, until the endpoint gets no new flows.",
+            "Consecutive failed connections after which the endpoint is ejected.",
             CONSECUTIVE_FAILURES,
         );
         let consecutive_gateway_failures = r.optional(
             "consecutive_gateway_failures",
-            "Answers to CONNECT in a row that are 502, 503 or 504, or do not come, until the endpoint gets no new flows. Default: they do not count, because a gateway is not at fault when a target behind it is down.",
+            "Consecutive answers to CONNECT of 502, 503 or 504, or missing answers, after which the endpoint is ejected. Default: they do not count, because a gateway gives them for targets behind it.",
         );
         let base_ejection_time = r.default(
             "base_ejection_time",
-            "How long an endpoint gets no flows before a connection tries whether it is well again; doubled each time.",
+            "How long an endpoint is ejected before it is probed; doubled each time.",
             BASE_EJECTION_TIME,
         );
         let max_ejection_time =
-            r.default("max_ejection_time", "The longest of these waits.", MAX_EJECTION_TIME);
+            r.default("max_ejection_time", "Upper bound of the ejection time.", MAX_EJECTION_TIME);
         let max_ejection_percent = r.default(
             "max_ejection_percent",
-            "How many of a hundred endpoints may be ejected at a time, rounded down.",
+            "Percentage of endpoints that may be ejected at a time, rounded down.",
             Percent::ALL,
         );
         if base_ejection_time > max_ejection_time {
@@ -221,18 +221,18 @@ impl Section for HealthCheck {
         );
         let interval = r.default(
             "interval",
-            "How often each worker checks each endpoint; up to a tenth more or less, by chance.",
+            "Interval at which each worker checks each endpoint, plus or minus up to a tenth.",
             CHECK_INTERVAL,
         );
-        let timeout = r.default("timeout", "How long one check may take.", CHECK_TIMEOUT);
+        let timeout = r.default("timeout", "Timeout of a check.", CHECK_TIMEOUT);
         let unhealthy_threshold = r.default(
             "unhealthy_threshold",
-            "Checks in a row that fail, until the endpoint gets no new flows.",
+            "Consecutive failed checks after which the endpoint gets no new flows.",
             UNHEALTHY_THRESHOLD,
         );
         let healthy_threshold = r.default(
             "healthy_threshold",
-            "Checks in a row that succeed, until it gets flows again.",
+            "Consecutive successful checks after which it gets flows again.",
             HEALTHY_THRESHOLD,
         );
         Some(Self { kind: kind?, interval, timeout, unhealthy_threshold, healthy_threshold })
@@ -241,12 +241,9 @@ impl Section for HealthCheck {
 
 /// Reads the sections of an upstream that are about its health.
 pub(super) fn read_health(r: &mut Reader<'_>, protocol: Protocol) -> (OutlierDetection, Option<HealthCheck>) {
-    let outlier = r.section(
-        "outlier_detection",
-        "Which endpoints get no new flows for a while, for what flows have met there.",
-    );
+    let outlier = r.section("outlier_detection", "When an endpoint is ejected because flows failed there.");
     let check: Option<HealthCheck> =
-        r.section("health_check", "Checks of every endpoint, before a flow finds out. Default: none.");
+        r.section("health_check", "Active health checks of every endpoint. Default: none.");
     if protocol == Protocol::H1 && check.as_ref().is_some_and(|c| c.kind == CheckKind::Ping) {
         r.wrong(
             "health_check",
@@ -269,9 +266,10 @@ pub struct Limits {
 
 impl Section for Limits {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let connections = r.optional("connections", "Connections at a time, those being made too.");
-        let streams = r.optional("streams", "Flows at a time, those being opened too.");
-        let pending = r.optional("pending", "Flows at a time that wait for a connection.");
+        let connections =
+            r.optional("connections", "Maximum of concurrent connections, including those being opened.");
+        let streams = r.optional("streams", "Maximum of concurrent flows, including those being opened.");
+        let pending = r.optional("pending", "Maximum of flows that wait for a connection.");
         Some(Self { connections, streams, pending })
     }
 }

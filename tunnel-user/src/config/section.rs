@@ -27,23 +27,23 @@ use crate::model::{names::IdentityName, trust::IdentityFiles};
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let daemon = r.section("daemon", "The process itself.").unwrap_or_default();
-        let identity: Option<IdentityFiles> = r.section(
-            "identity",
-            "Who we are to our peers, and whom we believe. Read again when the files change.",
-        );
+        let daemon = r.section("daemon", "The process.").unwrap_or_default();
+        let identity: Option<IdentityFiles> =
+            r.section("identity", "Certificate, key and CA certificates. Reloaded when the files change.");
         let captures: Vec<At<AnyCapture>> = r.sections(
             "capture",
-            "Whose TCP connections are captured: those of a cgroup, or those that rules redirect.",
+            "TCP connections to capture: those of a cgroup, or those that firewall rules redirect.",
         );
-        let listeners: Vec<At<Listener>> = r.sections("listener", "Where CONNECT requests arrive.");
-        let routes: Vec<RouteByName> =
-            r.sections("route", "Where flows go. The first match wins; no match is refused.");
+        let listeners: Vec<At<Listener>> = r.sections("listener", "Sockets that accept CONNECT requests.");
+        let routes: Vec<RouteByName> = r.sections(
+            "route",
+            "Where flows go. The first route that matches decides; a flow that matches no route is rejected.",
+        );
         let upstreams: Vec<UpstreamByName> =
-            r.sections("upstream", "A gateway or proxy that flows are tunnelled through.");
+            r.sections("upstream", "A gateway or proxy that flows are sent through.");
         let policies: Vec<At<Policy>> = r.sections(
             "policy",
-            "Who may reach what through our listeners. Nothing is allowed until a rule says so.",
+            "Which peers may reach which targets through the listeners. By default nothing is allowed.",
         );
 
         check_together(r, &listeners, &captures);
@@ -143,15 +143,18 @@ impl Section for Daemon {
         let workers = r.optional::<NonZeroUsize>("workers", "Worker threads. Default: one per core.");
         let mark = r.default(
             "mark",
-            "The SO_MARK of our own sockets, for rules of yours that are to leave them alone: VALUE or VALUE/MASK. Bits that nothing else on the node uses (`tunnel doctor` names rules that match them). Captures do not go by it: they know the sockets that this daemon made.",
+            "SO_MARK of the daemon's own sockets, for firewall rules to match: VALUE or VALUE/MASK. Choose bits that nothing else on the node uses (`tunnel doctor` names rules that match them). Captures do not depend on it.",
             MARK,
         );
         let bpffs = r.default("bpffs", "The bpffs mount.", FilePath(PathBuf::from(BPFFS))).0;
-        let drain_timeout =
-            r.default("drain_timeout", "How long flows may go on after we were told to stop.", DRAIN_RUN);
+        let drain_timeout = r.default(
+            "drain_timeout",
+            "How long established flows may continue after the daemon was told to stop.",
+            DRAIN_RUN,
+        );
         let max_flows = r.default(
             "max_flows",
-            "Flows at a time, shared out to the workers; more are refused. One peer of the listeners gets three quarters of them (7,500 of the default), and the limit of file descriptors may allow fewer, which the log says.",
+            "Maximum of concurrent flows, divided among the workers; more are rejected. One peer of the listeners gets at most three quarters of them (7,500 of the default). The limit of file descriptors may allow fewer, which is logged.",
             MAX_FLOWS,
         );
         let relay = r.default(
@@ -161,16 +164,16 @@ impl Section for Daemon {
         );
         let inspect_timeout = r.default(
             "inspect_timeout",
-            "How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its server to speak first is held up for as long.",
+            "How long to wait for a client's first bytes, where a route has sni or http_host. A client that waits for its server to speak first is delayed for as long.",
             INSPECT_TIMEOUT,
         );
         let tcp_keepalive = r.section(
             "tcp_keepalive",
-            "When a silent TCP peer is taken for gone: after time + probes * interval (135 s), whether the connection is idle or bytes are on their way to it. A peer that answers, with its window closed for however long, is not silent.",
+            "When a silent TCP peer is given up: after time + probes * interval (135 s), whether the connection is idle or has unacknowledged bytes. A peer that answers with a closed window is not silent.",
         );
         let watch = r.default(
             "watch",
-            "Whether this file is read again when it changes. SIGHUP has it read again anyway.",
+            "Whether to reload this file when it changes. SIGHUP always reloads it.",
             true,
         );
         Some(Self {
@@ -188,13 +191,15 @@ impl Section for Keepalive {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let time = r.default(
             "time",
-            "Silence until the peer is asked whether it is there, in whole seconds.",
+            "Idle time before the first probe (TCP_KEEPIDLE), in whole seconds.",
             TCP_KEEPALIVE_TIME,
         );
-        let interval =
-            r.default("interval", "Between two questions, in whole seconds.", TCP_KEEPALIVE_INTERVAL);
-        let probes =
-            r.default("probes", "Questions in a row that may stay unanswered.", TCP_KEEPALIVE_PROBES);
+        let interval = r.default(
+            "interval",
+            "Time between probes (TCP_KEEPINTVL), in whole seconds.",
+            TCP_KEEPALIVE_INTERVAL,
+        );
+        let probes = r.default("probes", "Number of unanswered probes (TCP_KEEPCNT).", TCP_KEEPALIVE_PROBES);
         for (key, value) in [("time", time), ("interval", interval)] {
             if value.as_secs() == 0 || value.subsec_nanos() != 0 || value > TCP_KEEPALIVE_MAX {
                 r.wrong(
@@ -213,9 +218,9 @@ impl Section for Keepalive {
 impl Section for IdentityFiles {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let cert =
-            r.required::<FilePath>("cert", "Our certificate, PEM; the leaf first, intermediates after it.");
-        let key = r.required::<FilePath>("key", "Its private key, PEM.");
-        let ca = r.required::<FilePath>("ca", "The CA certificates that peers are verified against, PEM.");
+            r.required::<FilePath>("cert", "Certificate, PEM; the leaf first, intermediates after it.");
+        let key = r.required::<FilePath>("key", "Private key of the certificate, PEM.");
+        let ca = r.required::<FilePath>("ca", "CA certificates that peers are verified with, PEM.");
         Some(Self { cert: cert?.0, key: key?.0, ca: ca?.0 })
     }
 }
@@ -248,45 +253,45 @@ const EBPF_ONLY: [(&str, &str); 8] = [
 
 impl Section for AnyCapture {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name = r.optional::<String>("name", "What routes call it. Default: its cgroup or unit.");
+        let name = r.optional::<String>("name", "Name, for routes. Default: its cgroup or unit.");
         let mode = r.optional::<Mode>(
             "mode",
-            "Who captures: \"ebpf\", this daemon, by kernel programs on a cgroup; \"redirect\", iptables or nftables rules, which the operator writes. Default: \"ebpf\".",
+            "\"ebpf\": kernel programs on a cgroup, which this daemon attaches; \"redirect\": iptables or nftables rules, which the operator writes. Default: \"ebpf\".",
         );
         let listen: Option<Vec<At<SocketAddr>>> = r.optional(
             "listen",
-            "Where the rules redirect connections to: ADDRESS:PORT. Needed in mode \"redirect\", and only there.",
+            "Addresses that the rules redirect connections to: ADDRESS:PORT. Required in mode \"redirect\", and only there.",
         );
         let path = r.optional::<FuturePath>(
             "cgroup",
-            "Path of a cgroup (version 2), which need not exist yet and may be removed and created again. This, or unit.",
+            "Path of a cgroup (version 2), which need not exist yet and may be removed and created again. Either this or unit.",
         );
         let unit =
-            r.optional::<String>("unit", "Name of a systemd unit below slices, such as legacy.service, which need not run yet. This, or cgroup.");
+            r.optional::<String>("unit", "Name of a systemd unit below slices, such as legacy.service, which need not run yet. Either this or cgroup.");
         let everything = || super::flags::EVERYTHING.map(AddrPattern::net_only).to_vec();
-        let include = r.default("include", "What is captured: CIDR[:PORTS]. Of it, what a \"deny\" route refuses by address and port alone, or no route takes, fails in connect() with ECONNREFUSED.", everything());
+        let include = r.default("include", "Destinations that are captured: CIDR[:PORTS]. Those that a \"deny\" route matches by address and port alone, or that match no route, fail in connect() with ECONNREFUSED.", everything());
         let refuse: Vec<AddrPattern> = r.default(
             "refuse",
-            "What fails in connect() with ENETUNREACH, as without a route to such addresses: CIDR[:PORTS]. With \"::/0\" clients fall back to IPv4 at once.",
+            "Destinations that fail in connect() with ENETUNREACH, as without a route: CIDR[:PORTS]. With \"::/0\" clients fall back to IPv4 at once.",
             Vec::new(),
         );
         let exclude: Vec<AddrPattern> = r.default(
             "exclude",
-            "What is left alone. The longest prefix over include, refuse and exclude decides; at the same prefix, exclude over refuse over include. Loopback, link-local, multicast and unspecified addresses are left alone unless include or refuse names the same prefix or a longer one.",
+            "Destinations that are not captured. The longest prefix of include, refuse and exclude decides; at the same prefix, exclude takes precedence over refuse, and refuse over include. Loopback, link-local, multicast and unspecified addresses are excluded unless include or refuse names the same prefix or a longer one.",
             Vec::new(),
         );
         let on_failure = r.default(
             "on_failure",
-            "What captured applications get while no daemon runs: \"closed\", their connections are refused; \"open\", they go out in plaintext.",
+            "What happens to captured connections while no daemon runs: \"closed\", they are refused; \"open\", they connect directly, in plaintext.",
             OnFailure::Closed,
         );
         let proxy = r.optional(
             "proxy",
-            "Hand captured connections to this proxy, which asks SO_ORIGINAL_DST, and not to this daemon.",
+            "Address of another proxy that receives the captured connections instead of this daemon, and queries SO_ORIGINAL_DST.",
         );
         let bypass = r.default(
             "bypass",
-            "Whether busy connections go past the loopback's TCP: \"off\"; \"auto\", those of programs that nothing speaks against, where the kernel can; \"on\", the same, and a kernel that cannot is an error.",
+            "Whether busy connections bypass the loopback's TCP: \"off\"; \"auto\", those of suitable programs, if the kernel supports it; \"on\", the same, and a kernel without support is an error.",
             Bypass::Off,
         );
 
@@ -349,8 +354,8 @@ fn redirect(r: &Reader<'_>, name: Option<String>, listen: Option<Vec<At<SocketAd
 
 impl Section for Listener {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name = r.optional::<String>("name", "What routes call it.");
-        let address = r.required("address", "Where to listen: ADDRESS:PORT.");
+        let name = r.optional::<String>("name", "Name, for routes.");
+        let address = r.required("address", "Address to listen on: ADDRESS:PORT.");
         let protocols = r.default(
             "protocols",
             "The HTTP versions to take: with TLS the first that the client offers too (ALPN; \"h1\" when it offers none), in plaintext what its first bytes say.",
@@ -363,31 +368,34 @@ impl Section for Listener {
         );
         let proxy_protocol = r.default(
             "proxy_protocol",
-            "Whether every connection begins with a PROXY header (version 1 or 2), whose client address is believed: for listeners that a balancer alone can reach. Connections without one are closed.",
+            "Whether every connection begins with a PROXY header (version 1 or 2), whose client address is used. Only for listeners that nothing but a load balancer can reach. Connections without a header are closed.",
             false,
         );
         let client_auth =
             r.default("client_auth", "Whether clients must present a certificate.", ClientAuth::Required);
         let verify = r.default(
             "verify",
-            "Names of which a client's certificate must carry one, to be let in at all. Empty: every name that the CA vouches for.",
+            "Names (SAN); a client's certificate must have one of them to be accepted. Empty: any certificate of the CA.",
             Vec::new(),
         );
-        let dial_timeout = r.default("dial_timeout", "How long a dial to a target may take.", DIAL_TIMEOUT);
+        let dial_timeout = r.default("dial_timeout", "Timeout for dialling a target.", DIAL_TIMEOUT);
         let handshake_timeout = r.default(
             "handshake_timeout",
-            "How long a peer may take for its TLS handshake and the start of HTTP; over HTTP/1 that is the whole head of its request.",
+            "Timeout for the TLS handshake and the start of HTTP; over HTTP/1, the whole head of the request.",
             HANDSHAKE_TIMEOUT,
         );
-        let max_streams =
-            r.default("max_streams", "CONNECT streams at a time on one connection.", LISTENER_STREAMS);
+        let max_streams = r.default(
+            "max_streams",
+            "Maximum of concurrent CONNECT streams on one connection.",
+            LISTENER_STREAMS,
+        );
         let keepalive_interval = r.default(
             "keepalive_interval",
-            "How often a quiet HTTP/2 connection is asked whether its peer is alive. With keepalive_timeout it is how long a peer may be suspended before its flows are reset.",
+            "Interval of PINGs on an idle HTTP/2 connection. With keepalive_timeout it bounds how long a peer may be suspended before its flows are reset.",
             KEEPALIVE_INTERVAL,
         );
         let keepalive_timeout =
-            r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
+            r.default("keepalive_timeout", "Timeout for the answer to a PING.", KEEPALIVE_TIMEOUT);
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
@@ -439,43 +447,50 @@ const H2_ONLY: [&str; 4] = ["max_streams", "idle_timeout", "keepalive_interval",
 
 impl Section for Upstream {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name = r.required::<String>("name", "What routes call it.");
+        let name = r.required::<String>("name", "Name, for routes.");
         let protocol = r.default(
             "protocol",
             "The HTTP version to speak: \"h2\", many flows on one connection; \"h1\", a connection for each flow.",
             Protocol::H2,
         );
-        let tls = r.default("tls", "Whether to speak TLS to it. Without it nobody proves anything.", true);
+        let tls = r.default("tls", "Whether to use TLS. Without TLS there are no identities.", true);
         let endpoints = endpoints::read(r);
         let balance = r.default(
             "balance",
             "How an endpoint is picked: \"least_request\", the one with fewer flows of two picked by chance; \"round_robin\", each in turn; \"random\", by chance; \"consistent_hash\", the same for the same target.",
             Balance::LeastRequest,
         );
-        let sni =
-            r.optional("sni", "The name to ask for and, without verify, to verify. Default: the endpoint's.");
+        let sni = r.optional(
+            "sni",
+            "Server name to send (SNI) and, without verify, to verify. Default: the host of the endpoint.",
+        );
         let verify = r.default(
             "verify",
-            "Names of which its certificate must carry one. Empty: the certificate must be valid for sni or the endpoint.",
+            "Names (SAN); its certificate must have one of them. Empty: the certificate must be valid for sni or the endpoint.",
             Vec::new(),
         );
-        let headers =
-            r.default("headers", "Added to every CONNECT request, such as baggage.", Headers::default()).0;
-        let max_streams: NonZeroU32 =
-            r.default("max_streams", "CONNECT streams at a time on one connection.", UPSTREAM_STREAMS);
-        let connect_timeout =
-            r.default("connect_timeout", "How long a connection may take, TLS included.", CONNECT_TIMEOUT);
-        let idle_timeout =
-            r.default("idle_timeout", "How long a connection without streams is kept.", IDLE_TIMEOUT);
-        let keepalive_interval = r.default(
-            "keepalive_interval",
-            "How often a quiet connection is asked whether it is alive.",
-            KEEPALIVE_INTERVAL,
+        let headers = r
+            .default(
+                "headers",
+                "Headers to add to every CONNECT request, such as baggage.",
+                Headers::default(),
+            )
+            .0;
+        let max_streams: NonZeroU32 = r.default(
+            "max_streams",
+            "Maximum of concurrent CONNECT streams on one connection.",
+            UPSTREAM_STREAMS,
         );
+        let connect_timeout =
+            r.default("connect_timeout", "Timeout for connecting, including TLS.", CONNECT_TIMEOUT);
+        let idle_timeout =
+            r.default("idle_timeout", "How long to keep a connection without streams.", IDLE_TIMEOUT);
+        let keepalive_interval =
+            r.default("keepalive_interval", "Interval of PINGs on an idle connection.", KEEPALIVE_INTERVAL);
         let keepalive_timeout =
-            r.default("keepalive_timeout", "How long the answer to that may take.", KEEPALIVE_TIMEOUT);
+            r.default("keepalive_timeout", "Timeout for the answer to a PING.", KEEPALIVE_TIMEOUT);
         let response_timeout =
-            r.default("response_timeout", "How long the answer to CONNECT may take.", RESPONSE_TIMEOUT);
+            r.default("response_timeout", "Timeout for the answer to a CONNECT request.", RESPONSE_TIMEOUT);
         let optimistic_data = r.default(
             "optimistic_data",
             "Whether what a client sends goes with the CONNECT request, before its answer, which spares a round trip: false for a peer that takes no DATA before its 200, or passes it on over HTTP/1 without waiting for one. Over HTTP/1 nothing is sent before the answer.",
@@ -484,7 +499,7 @@ impl Section for Upstream {
         let (outlier_detection, health_check) = endpoints::read_health(r, protocol);
         let limits = r.section(
             "limits",
-            "How much it gets, in the whole process; each worker has its share, rounded up. Beyond it flows are refused at once. Default: no limit.",
+            "Limits for the whole process; each worker has its share, rounded up. Flows that exceed them are rejected at once. Default: no limit.",
         );
 
         if !tls {
@@ -546,7 +561,7 @@ impl Section for Policy {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let identity: Option<Peers> = r.required("identity", "Who: a list of names, or \"any\".");
         let target: Option<Vec<TargetPattern>> =
-            r.required("target", "What: CIDR[:PORTS] or NAME[:PORTS], NAME may be *.suffix.");
+            r.required("target", "Targets: CIDR[:PORTS] or NAME[:PORTS], NAME may be *.suffix.");
         if target.as_ref().is_some_and(Vec::is_empty) {
             r.wrong("target", "is empty: it would allow nothing");
         }

@@ -141,54 +141,49 @@ impl fmt::Display for Regex {
 
 impl Section for Match {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let source: Vec<Source> =
-            r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
-        let listener = r.default(
-            "listener",
-            "Flows from listeners of these names. Beside capture: from one of either.",
-            Vec::new(),
-        );
+        let source: Vec<Source> = r.default("source", "Kinds of source. Empty: any.", Vec::new());
+        let listener =
+            r.default("listener", "Names of listeners. Together with capture: one of either.", Vec::new());
         let capture = r.default(
             "capture",
-            "Flows from captures of these names; one without a name is called by its cgroup or unit. Beside listener: from one of either.",
+            "Names of captures; the default name is the cgroup or unit. Together with listener: one of either.",
             Vec::new(),
         );
         let destination = r.default(
             "destination",
-            "Flows to which addresses: CIDR[:PORTS]. Beside host: to one of either.",
+            "Target addresses: CIDR[:PORTS]. Together with host: one of either.",
             Vec::new(),
         );
         let host = r.default(
             "host",
-            "Flows to which names: NAME[:PORTS], NAME may be *.suffix. Beside destination: to one of either.",
+            "Target names: NAME[:PORTS], NAME may be *.suffix. Together with destination: one of either.",
             Vec::new(),
         );
         let identity = r.default(
             "identity",
-            "Flows of peers whose certificate carries one of these names; * stands for a whole segment.",
+            "Identities of the peer: names in its certificate; * matches one segment.",
             Vec::new(),
         );
         let server_name: Vec<At<NamePattern>> = r.default(
             "server_name",
-            "Flows of peers that asked for one of these names when they connected to us (SNI); it may be *.suffix.",
+            "Server names that the peer requested when it connected (SNI); *.suffix is allowed.",
             Vec::new(),
         );
-        let headers =
-            r.default("headers", "What the CONNECT request has to say: every one of these.", Vec::new());
+        let headers = r.default("headers", "Headers of the CONNECT request; all have to match.", Vec::new());
         let sni: Vec<At<NamePattern>> = r.default(
             "sni",
-            "Flows whose own TLS asks for one of these names; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside http_host: one of either.",
+            "Server names in the TLS that the flow carries; *.suffix is allowed. The client's first bytes are sniffed, for inspect_timeout at most. Together with http_host: one of either.",
             Vec::new(),
         );
         let http_host: Vec<At<NamePattern>> = r.default(
             "http_host",
-            "Flows whose own first HTTP/1 request is for one of these hosts; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside sni: one of either.",
+            "Hosts of the first HTTP/1 request that the flow carries; *.suffix is allowed. The client's first bytes are sniffed, for inspect_timeout at most. Together with sni: one of either.",
             Vec::new(),
         );
         // Read again when the captures are known.
         let _names: Vec<String> = r.default(
             "cgroup",
-            "Flows from captures of these cgroups or units, whatever their names; PATH/* is every cgroup below PATH that is captured. Beside listener: from one of either.",
+            "Cgroups or units of captures, whatever the captures' names; PATH/* matches every captured cgroup below PATH. Together with listener: one of either.",
             Vec::new(),
         );
         r.never(
@@ -230,12 +225,14 @@ impl Section for Match {
 
 impl Section for HeaderMatch {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name: Option<At<String>> = r.required("name", "Which header of the CONNECT request.");
-        let exact = r.optional("exact", "What one of its lines has to be.").map(ValueMatch::Exact);
-        let prefix = r.optional("prefix", "What one of its lines has to begin with.").map(ValueMatch::Prefix);
-        let present = r.optional("present", "Whether it has to be there.").map(ValueMatch::Present);
+        let name: Option<At<String>> = r.required("name", "Name of the header.");
+        let exact = r.optional("exact", "Value that one of its lines must have.").map(ValueMatch::Exact);
+        let prefix = r.optional("prefix", "Prefix that one of its lines must have.").map(ValueMatch::Prefix);
+        let present = r
+            .optional("present", "Whether it must be present (true) or absent (false).")
+            .map(ValueMatch::Present);
         let regex = r
-            .optional("regex", "A regular expression that describes the whole of one of its lines.")
+            .optional("regex", "Regular expression that must match one of its lines entirely.")
             .map(ValueMatch::Regex);
 
         let mut said = ["exact", "prefix", "present", "regex"].into_iter().filter(|key| r.has(key));

@@ -62,18 +62,18 @@ pub(super) struct RouteByName {
 
 impl Section for RouteByName {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let matches = r.section("match", "Which flows. Without it: every flow.");
+        let matches = r.section("match", "Conditions. Without it: every flow.");
         let to = r.required(
             "to",
             "Where they go: \"direct\" (dialled by this process), { dial = \"HOST:PORT\" } (that is dialled in their place), \"deny\", or upstreams by weight.",
         );
         let timeout = r.optional(
             "timeout",
-            "How long the dial, or the answer to CONNECT, may take, in place of the dial_timeout of the listener or the response_timeout of the upstream.",
+            "Timeout for the dial, or for the answer to CONNECT, instead of the listener's dial_timeout or the upstream's response_timeout.",
         );
         let Retries(retries) = r.default(
             "retries",
-            "How often the CONNECT request to the upstream is made again when no endpoint of it can be connected to or none has room, or when it was answered with 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
+            "How often the CONNECT request to the upstream is retried if no endpoint of it can be connected to or has capacity, or if the answer was 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
             Retries(0),
         );
         let authority = r.default(
@@ -86,7 +86,7 @@ impl Section for RouteByName {
             "What a target that is dialled from here is told before anything else: \"v2\", a PROXY header with the address and the proven name of the client.",
         );
         let headers: Option<HeaderChanges> =
-            r.section("request_headers", "How the headers of the CONNECT request to the upstream differ.");
+            r.section("request_headers", "Changes to the headers of the CONNECT request to the upstream.");
 
         let [listeners, captures, cgroups] =
             ["listener", "capture", "cgroup"].map(|key| r.texts_below("match", key));
@@ -162,7 +162,7 @@ impl Section for Share {
         let upstream = r.required("upstream", "Name of an upstream.");
         let Weight(weight) = r.default(
             "weight",
-            "Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.",
+            "Share of the route's flows, relative to the sum of the weights. 0 disables it.",
             Weight(1),
         );
         Some(Self { upstream: upstream?, weight })
@@ -175,7 +175,7 @@ struct Rewrite {
 
 impl Section for Rewrite {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let dial = r.required("dial", "What is dialled in place of the target: HOST:PORT.");
+        let dial = r.required("dial", "Address that is dialled instead of the target: HOST:PORT.");
         Some(Self { dial: dial? })
     }
 }

@@ -84,12 +84,12 @@ impl Section for HeaderChanges {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let copy: Vec<At<String>> = r.default(
             "copy",
-            "Headers to take over from the CONNECT request that the flow came with. baggage is taken over anyway.",
+            "Headers to copy from the received CONNECT request. baggage is always copied.",
             Vec::new(),
         );
         let remove: Vec<At<String>> =
-            r.default("remove", "Headers to leave out, whoever has put them there.", Vec::new());
-        let add = r.default("add", "Headers to add, once others are left out.", Headers::default()).0;
+            r.default("remove", "Headers to remove, wherever they come from.", Vec::new());
+        let add = r.default("add", "Headers to add, after others were removed.", Headers::default()).0;
 
         let copied =
             |at: &At<String>| parse_header_name(&at.value).map_err(|e| r.wrong_at(at, e.to_string())).ok();
