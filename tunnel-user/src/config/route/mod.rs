@@ -78,7 +78,7 @@ impl Section for RouteByName {
         );
         let authority = r.default(
             "authority",
-            "What the CONNECT request to the upstream asks for: \"{destination}\"; \"{sni}\" or \"{host}\", the name that the connection's own TLS or HTTP/1 request asks for, at the destination's port (the destination where it asks for none); or another HOST:PORT.",
+            "Target of the CONNECT request to the upstream: \"{destination}\"; \"{sni}\" or \"{host}\", the name in the TLS or HTTP/1 request that the flow carries, with the port of the destination (without a name, the destination); or another HOST:PORT.",
             Authority::Destination,
         );
         let proxy_protocol = r.optional(
