@@ -63,7 +63,9 @@ impl<L: Leg> TlsLeg<L> {
 }
 
 impl<L: Leg> Leg for TlsLeg<L> {
-    const PREFETCH: bool = false;
+    fn prefetches(&self) -> bool {
+        false
+    }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {

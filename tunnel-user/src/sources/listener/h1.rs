@@ -84,7 +84,7 @@ impl<W: IntoLeg> Pending<W> {
         timeout(LINGER, write(&mut self.wire, b"HTTP/1.1 200 OK\r\n\r\n")).await.ok()?.ok()?;
         let mut early = Queue::default();
         early.push(self.early);
-        Some((self.wire.into_leg(), early))
+        Some((self.wire.into_leg(0), early))
     }
 
     /// Answers with a refusal, and closes the connection so that the peer can read it.

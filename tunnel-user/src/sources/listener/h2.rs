@@ -23,9 +23,8 @@ use crate::{
     relay::Payload,
     transport::{
         http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
-        io::{LastReader, Wire},
+        io::{Linger as _, Wire},
         pulse::{Event, Pulse},
-        tcp,
         window::{Share, Traffic, WINDOW_START, connection_window},
     },
 };
@@ -49,15 +48,14 @@ pub struct Incoming {
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
-pub struct Tunnel<W> {
+pub struct Tunnel<W: Wire> {
     connection: Connection<W, Payload>,
-    last: LastReader,
+    last: W::Last,
 }
 
 /// Shakes hands on HTTP/2. The caller bounds the time.
 pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
-    let last = LastReader::new(wire.tcp())?;
-    tcp::share(wire.tcp());
+    let last = wire.share()?;
     let connection = h2::server::Builder::new()
         .initial_window_size(WINDOW_START)
         .initial_connection_window_size(connection_window(settings.max_streams))
