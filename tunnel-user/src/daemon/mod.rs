@@ -331,7 +331,7 @@ impl Running {
         &mut self,
         sockets: Vec<Sockets>,
         shared: &Arc<Shared>,
-        upstreams: &[upstream::Next<upstream::Settings>],
+        upstreams: &[upstream::Next<upstream::UpstreamSettings>],
         phase: &drain::Watch,
     ) -> Result<(), Failure> {
         for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {

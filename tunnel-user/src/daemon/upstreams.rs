@@ -12,10 +12,10 @@ use crate::{
     identity::store::TlsStore,
     process::exit::{Cause, Failure},
     sinks::upstream::{
-        self, Next, connect,
-        discovery::{Source, dns, file},
+        self, Next, PoolSettings,
+        discovery::{EndpointSource, dns, file},
         limit::Limits,
-        pool,
+        settings::ConnectSettings,
     },
     transport::tcp,
 };
@@ -38,7 +38,7 @@ impl Discover {
         &mut self,
         u: &config::Upstream,
         tls: Option<&Arc<TlsStore>>,
-    ) -> Result<Next<upstream::Settings>, Failure> {
+    ) -> Result<Next<upstream::UpstreamSettings>, Failure> {
         let store = || tls.cloned().ok_or_else(no_identity);
         if let Some(itself) = &u.itself {
             let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
@@ -46,9 +46,9 @@ impl Discover {
             let itself = upstream::Itself { name: u.name.clone(), listener, proof, dial_timeout };
             return Ok(Next::Itself(Arc::new(itself)));
         }
-        let proving = |check| Ok::<_, Failure>(upstream::Tls { store: store()?, check });
+        let proving = |check| Ok::<_, Failure>(upstream::UpstreamTls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);
-        Ok(Next::Tunnel(upstream::Settings {
+        Ok(Next::Tunnel(upstream::UpstreamSettings {
             name: u.name.clone(),
             endpoints: self.source(u)?,
             via: u.via,
@@ -58,10 +58,10 @@ impl Discover {
             headers: u.headers.clone(),
             response_timeout: u.response_timeout,
             optimistic_data: u.optimistic_data,
-            pool: pool::Settings {
+            pool: PoolSettings {
                 max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
                 max_connections: limits.connections.unwrap_or(usize::MAX),
-                connect: connect::Settings { timeout: u.connect_timeout, own: self.own.clone() },
+                connect: ConnectSettings { timeout: u.connect_timeout, own: self.own.clone() },
                 idle_timeout: u.idle_timeout,
                 keepalive_interval: u.keepalive_interval,
                 keepalive_timeout: u.keepalive_timeout,
@@ -72,9 +72,9 @@ impl Discover {
         }))
     }
 
-    fn source(&mut self, u: &config::Upstream) -> Result<Source, Failure> {
+    fn source(&mut self, u: &config::Upstream) -> Result<EndpointSource, Failure> {
         Ok(match &u.discovery {
-            Discovery::Static => Source::fixed(&u.endpoints),
+            Discovery::Static => EndpointSource::fixed(&u.endpoints),
             Discovery::Dns => {
                 let questions = match self.questions.take() {
                     Some(questions) => questions,
@@ -83,12 +83,12 @@ impl Discover {
                 };
                 let feed = questions.follow(&u.name, &u.endpoints);
                 self.questions = Some(questions);
-                Source::Fed(feed)
+                EndpointSource::Fed(feed)
             }
             Discovery::File(file) => {
                 let help = "One HOST:PORT on each line; # starts a comment.";
                 let wrong = |e: file::FileError| Failure::Config(Cause::new(e.to_string(), help));
-                Source::Fed(file::follow(&u.name, file).map_err(wrong)?)
+                EndpointSource::Fed(file::follow(&u.name, file).map_err(wrong)?)
             }
         })
     }

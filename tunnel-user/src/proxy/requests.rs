@@ -17,7 +17,7 @@ use crate::{
     model::flow::{ClientAddr, Head, Identity, PeerAddr, Source, Target},
     observe::stats::{Destination, Record},
     process::drain::Tasks,
-    relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting, broken},
+    relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting},
     routing::{flow::Flow, index::PeerSet, policy, router::Decision},
     sources::listener::{
         accept::{self, Accepted, Link, ServeError, Settings},
@@ -186,7 +186,7 @@ impl Proxy {
                     let reached = Box::pin(self.reach(&wish, decision, &mut record, None));
                     tokio::select! {
                         reached = reached => Some(reached),
-                        _ = broken(pending.wire().tcp()) => None,
+                        _ = pending.wire().failed() => None,
                     }
                 }
                 Err(refusal) => Some(Err(refusal)),

@@ -98,7 +98,7 @@ pub enum Planned {
     /// It is the one that was at this place, with its connections.
     Kept(usize),
     /// It is new, or is reached in another way.
-    New(Box<upstream::Next<upstream::Settings>>),
+    New(Box<upstream::Next<upstream::UpstreamSettings>>),
 }
 
 /// What one worker starts with.
@@ -106,7 +106,7 @@ pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
     /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<upstream::Next<upstream::Settings>>,
+    pub upstreams: Vec<upstream::Next<upstream::UpstreamSettings>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
     /// What changes later.

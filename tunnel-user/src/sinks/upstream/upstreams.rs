@@ -1,15 +1,16 @@
-//! The upstreams of one worker.
+//! The upstreams of one worker: each in its place of the configuration, with the one that it goes through.
 //!
-//! Enters: what the configuration calls upstreams. Leaves: each, in its place, with the one that it goes through.
-//! Invariant: one that goes through another shares that other's connections with everybody; the connections of
-//! the innermost are closed first, because they are streams of the others'. It never picks one.
+//! # Invariants
+//! - One that goes through another shares that other's connections with everybody; the connections of the innermost are
+//!   closed first, because they are streams of the others'.
 
 use std::{rc::Rc, sync::Arc};
 
 use super::{
     itself::Itself,
-    nested::Via,
-    open::{Settings, Upstream},
+    open::Upstream,
+    settings::UpstreamSettings,
+    underlay::{Underlay as _, Via},
 };
 
 /// What an upstream of the configuration is: another process, or this one.
@@ -26,7 +27,7 @@ pub enum Wanted {
     /// It is there already, with its connections and those that it goes through.
     Made(Next<Rc<Upstream>>),
     /// It is new.
-    New(Box<Next<Settings>>),
+    New(Box<Next<UpstreamSettings>>),
 }
 
 /// See the module.
@@ -60,7 +61,7 @@ impl Upstreams {
         let via = match settings.via {
             None => None,
             Some(place) => match made.get(place) {
-                Some(Some(Next::Tunnel(outer))) => Some(Via(Rc::clone(outer))),
+                Some(Some(Next::Tunnel(outer))) => Some(Via::new(Rc::<Upstream>::clone(outer))),
                 _ => return None,
             },
         };

@@ -1,75 +1,68 @@
-//! One HTTP/2 connection to an upstream, from its handshake to its end.
+//! One HTTP/2 connection to an upstream (RFC 9113): its streams, and what is known of its peer.
 //!
-//! Enters: a key. Leaves: a connection on which the peer has answered, and why it was lost, once it was.
-//! Invariant: it is asked whether it is alive, and one that ended cleanly is given up only once the peer has ended
-//! it too. It never opens a stream.
+//! # Invariants
+//! - A connection is there only once its peer has answered a PING.
+//! - A request whose client has left is reset only once the peer has answered it.
+
+mod abandoned;
+mod drive;
+mod handshake;
+#[cfg(test)]
+mod tests;
 
 use std::{
     cell::{Cell, RefCell},
-    future::{Future as _, poll_fn},
-    pin::Pin,
+    future::pending,
     rc::Rc,
-    task::{Context, Poll},
     time::Duration,
 };
 
-use h2::{
-    PingPong,
-    client::{Connection, SendRequest},
+use ::h2::{
+    Reason,
+    client::{ResponseFuture, SendRequest},
 };
-use rustls::CipherSuite;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-    sync::{Notify, oneshot},
-    time::{Instant, sleep_until, timeout},
+    sync::{Notify, mpsc, oneshot},
+    time::{Instant, timeout},
 };
 
+use self::{abandoned::Unanswered, drive::Drive};
+pub(super) use self::{
+    abandoned::{Abandoned, outlive},
+    handshake::H2Handshake,
+};
 use super::{
-    connect::{ConnectError, Connected, Key, Link, connect},
-    nested::Outer,
-    pool::Settings,
+    connect::Far,
+    connection::{Connection, OpenError, OpenRequest},
+    permit::StreamPermits,
+    signal::Signal,
+    stream::Stream,
 };
-use crate::transport::http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES};
 use crate::{
-    config::Protocol,
-    identity::verify::explain,
     model::flow::{FarEnd, Identity},
-    relay::Payload,
-    transport::{
-        io::{AlertFirst, LastReader},
-        pulse::{Event, Pulse},
-        record::TlsStream,
-        tcp,
-        window::{Traffic, WINDOW_START, connection_window},
-    },
+    relay::{H2Leg, Payload, Queue, Sender},
+    transport::window::Traffic,
 };
 
-/// How long a peer that we have said goodbye to may take to close its side.
-pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// A peer that was heard of within this time is not asked whether it is there when a stream is opened.
 const HEARD: Duration = Duration::from_secs(1);
 /// A PING that is not answered within this time is overdue: new streams go to another endpoint, if one is available. A
 /// second is more than any round trip, and less than whoever connects takes for a failure.
 const OVERDUE: Duration = Duration::from_secs(1);
 
-/// What is known of one connection.
-pub(super) struct Conn {
-    /// `None` once retired for idleness.
-    pub(super) send: RefCell<Option<SendRequest<Payload>>>,
-    pub(super) peer: FarEnd,
-    pub(super) identity: Option<Identity>,
+/// See the module.
+pub struct H2Connection {
+    /// `None` once it is to end.
+    send: RefCell<Option<SendRequest<Payload>>>,
+    far: Far,
+    /// Our limit; the peer's counts too.
     max_streams: usize,
-    pub(super) active: Cell<usize>,
-    pub(super) idle_since: Cell<Instant>,
-    /// The last stream has ended, or it is to be looked whether the peer is alive, or it is no longer wanted.
-    pub(super) idle: Notify,
-    /// Got GOAWAY, failed, or is being closed for idleness.
-    pub(super) retired: Cell<bool>,
-    /// Its endpoint is gone: it is closed as soon as it is idle.
-    pub(super) unwanted: Cell<bool>,
-    /// Those who want to know whether the peer is alive.
-    pub(super) askers: RefCell<Vec<oneshot::Sender<()>>>,
+    /// Got GOAWAY, failed, or is being closed.
+    draining: Cell<bool>,
+    /// Those who want to know whether the peer is alive,
+    askers: RefCell<Vec<oneshot::Sender<()>>>,
+    /// and that there is a new one.
+    asking: Signal,
     /// When the peer was last heard of, and how much it had sent by then.
     heard: Cell<(Instant, u64)>,
     /// It is to be asked whether it is there.
@@ -80,49 +73,34 @@ pub(super) struct Conn {
     /// It has become overdue, or the connection has ended.
     overdue: Notify,
     /// Why the connection was lost, once it was.
-    pub(super) lost: RefCell<Option<String>>,
+    lost: RefCell<Option<String>>,
     /// What its streams report to, and what sizes their windows.
-    pub(super) traffic: Rc<Traffic>,
+    traffic: Rc<Traffic>,
+    /// Streams whose clients have left before they were answered.
+    abandoned: mpsc::UnboundedSender<Abandoned>,
+    /// Until it is run.
+    driver: RefCell<Option<Box<dyn Drive>>>,
 }
 
-impl Conn {
-    /// Streams that it may carry: our limit and the peer's. None once it is retired.
-    pub(super) fn limit(&self) -> usize {
-        let send = self.send.borrow();
-        let Some(send) = send.as_ref().filter(|_| !self.retired.get()) else { return 0 };
-        self.max_streams.min(send.current_max_send_streams())
-    }
-
-    pub(super) fn free(&self) -> usize {
-        self.limit().saturating_sub(self.active.get())
-    }
-
-    /// Whether the peer allows no streams.
-    pub(super) fn is_barred(&self) -> bool {
-        !self.retired.get() && self.limit() == 0
-    }
-
-    /// Whether a PING has not been answered for a while.
-    pub(super) fn is_overdue(&self) -> bool {
-        self.is_overdue.get()
-    }
-
-    pub(super) fn heard(&self) {
+impl H2Connection {
+    fn heard(&self) {
         self.heard.set((Instant::now(), self.traffic.received()));
     }
 
-    pub(super) fn expect_answer(&self) {
+    /// A request is about to be sent: has the peer asked whether it is there, if it was not heard of just now.
+    fn expect_answer(&self) {
         if self.heard.get().1 != self.traffic.received() {
             return self.heard();
         }
         if self.asked.get().is_none() && self.heard.get().0.elapsed() >= HEARD {
             self.poked.set(true);
-            self.idle.notify_one();
+            self.asking.set();
         }
     }
 
-    pub(super) async fn overdue(&self) {
-        while !self.is_overdue.get() && !self.retired.get() {
+    /// Ready when the peer is overdue with its answer to a PING, or the connection has ended.
+    async fn overdue(&self) {
+        while !self.is_overdue.get() && !self.draining.get() {
             self.overdue.notified().await;
         }
     }
@@ -133,237 +111,141 @@ impl Conn {
         self.is_overdue.set(false);
         self.heard();
     }
-}
 
-/// A connection that a peer has let us in on.
-pub(super) struct Opened {
-    conn: Rc<Conn>,
-    suite: Option<CipherSuite>,
-    wire: Opening,
-}
-
-/// With TLS or without, and what is left of the byte stream once the connection on it has gone. Through another
-/// upstream it is one kind, whatever lies below: the bytes have been through TLS and HTTP/2 once already.
-enum Opening {
-    Tls(Driven<AlertFirst<TlsStream<TcpStream>>, LastReader>),
-    Plain(Driven<TcpStream, LastReader>),
-    Nested(Driven<Box<dyn Wire>, Outer>),
-}
-
-trait Wire: AsyncRead + AsyncWrite + Unpin {}
-
-impl<W: AsyncRead + AsyncWrite + Unpin> Wire for W {}
-
-struct Driven<W, L> {
-    connection: Box<Connection<W, Payload>>,
-    ping: PingPong,
-    last: L,
-}
-
-impl Opened {
-    /// What is known of it.
-    pub(super) fn conn(&self) -> &Rc<Conn> {
-        &self.conn
+    /// Nothing was sent, nor will be.
+    fn not_sent(&self, why: String) -> OpenError {
+        self.drain();
+        OpenError::NotProcessed(why)
     }
 
-    /// What both sides agreed on, for the log.
-    pub(super) fn suite(&self) -> Option<CipherSuite> {
-        self.suite
+    /// Sends a request.
+    async fn send(&self, request: http::Request<()>) -> Result<(ResponseFuture, Sender), OpenError> {
+        let sender = self.send.borrow().clone();
+        let sender = sender.ok_or_else(|| self.not_sent("the connection was idle".to_owned()))?;
+        let mut sender = sender.ready().await.map_err(|e| self.not_sent(e.to_string()))?;
+        self.expect_answer();
+        let sent = sender.send_request(request, false).map_err(|e| self.not_sent(e.to_string()))?;
+        Ok((sent.0, Sender::new(sent.1)))
     }
 
-    /// Runs it to its end; `grew` is called when the peer allows more streams than before.
-    pub(super) async fn drive(self, settings: &Settings, grew: &dyn Fn()) {
-        let Self { conn, wire, .. } = self;
-        match wire {
-            Opening::Tls(Driven { connection, ping, last }) => {
-                if drive(*connection, ping, &conn, settings, grew).await {
-                    last.linger(LINGER).await;
-                }
-            }
-            Opening::Plain(Driven { connection, ping, last }) => {
-                if drive(*connection, ping, &conn, settings, grew).await {
-                    last.linger(LINGER).await;
-                }
-            }
-            Opening::Nested(Driven { connection, ping, last }) => {
-                if drive(*connection, ping, &conn, settings, grew).await {
-                    last.linger(LINGER).await;
-                }
-            }
+    /// Why a request was not answered.
+    fn unanswered(&self, e: &::h2::Error) -> OpenError {
+        let refused = e.reason() == Some(Reason::REFUSED_STREAM);
+        if e.is_go_away() && e.is_remote() {
+            self.drain();
+            return OpenError::NotProcessed(e.to_string());
         }
+        if refused {
+            return OpenError::NotProcessed(e.to_string());
+        }
+        // The connection knows better why it was lost than one of its streams.
+        OpenError::Dropped(self.lost().unwrap_or_else(|| e.to_string()))
     }
 }
 
-/// Connects, and waits until the peer has answered a PING: in TLS 1.3 a server judges the client's certificate
-/// after the client has finished (RFC 8446 section 4.4.2), so only an answer says that we were let in; and its
-/// SETTINGS have come by then.
-pub(super) async fn open(key: &Key, settings: &Settings) -> Result<Opened, ConnectError> {
-    connect(key, Protocol::H2, &settings.connect, async |connected| {
-        let Connected { link, peer, identity, suite } = connected;
-        let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: key.endpoint.clone(), why };
-        let last_of = |tcp: &TcpStream| {
-            tcp::share(tcp);
-            LastReader::new(tcp).map_err(|e| failed(format!("this node cannot wait for its end: {e}")))
+impl Connection for H2Connection {
+    fn peer(&self) -> &FarEnd {
+        &self.far.peer
+    }
+
+    fn identity(&self) -> Option<&Identity> {
+        self.far.identity.as_ref()
+    }
+
+    fn max_streams(&self) -> usize {
+        let send = self.send.borrow();
+        let Some(send) = send.as_ref().filter(|_| !self.draining.get()) else { return 0 };
+        self.max_streams.min(send.current_max_send_streams())
+    }
+
+    fn is_barred(&self) -> bool {
+        !self.draining.get() && self.max_streams() == 0
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.is_overdue.get()
+    }
+
+    async fn open(&self, request: OpenRequest<'_, '_>, permits: StreamPermits) -> Result<Stream, OpenError> {
+        let OpenRequest { head, timeout: after, ahead, may_retry } = request;
+        let (response, send) = self.send(head).await?;
+        let abandoned = Abandoned { response, send, permits, after };
+        let mut unanswered = Unanswered::new(abandoned, &self.abandoned);
+        let Some(Abandoned { response, send, .. }) = unanswered.get() else {
+            return Err(OpenError::Dropped("the stream is gone".to_owned()));
         };
-        let (send, wire) = match link {
-            Link::Plain(tcp) => {
-                let last = last_of(&tcp)?;
-                let (send, driven) = handshake(tcp, last, settings).await.map_err(failed)?;
-                (send, Opening::Plain(driven))
-            }
-            Link::Tls(tls) => {
-                let last = last_of(tls.below())?;
-                let shaken = handshake(AlertFirst::new(*tls), last, settings).await;
-                let (send, driven) = shaken.map_err(failed)?;
-                (send, Opening::Tls(driven))
-            }
-            Link::Nested(outer) => {
-                let last = outer.held();
-                let shaken = handshake(Box::new(outer) as Box<dyn Wire>, last, settings).await;
-                let (send, driven) = shaken.map_err(failed)?;
-                (send, Opening::Nested(driven))
-            }
-            Link::NestedTls(tls) => {
-                let last = tls.below().held();
-                let wire: Box<dyn Wire> = Box::new(AlertFirst::new(*tls));
-                let (send, driven) = handshake(wire, last, settings).await.map_err(failed)?;
-                (send, Opening::Nested(driven))
+        let answer = async {
+            match ahead {
+                Some(ahead) => ahead.until(send, response).await,
+                None => response.await,
             }
         };
-        let conn = Rc::new(Conn {
-            send: RefCell::new(Some(send)),
-            peer,
-            identity,
-            max_streams: settings.max_streams,
-            active: Cell::new(0),
-            idle_since: Cell::new(Instant::now()),
-            idle: Notify::new(),
-            retired: Cell::new(false),
-            unwanted: Cell::new(false),
-            askers: RefCell::default(),
-            heard: Cell::new((Instant::now(), 0)),
-            poked: Cell::default(),
-            asked: Cell::default(),
-            is_overdue: Cell::default(),
-            overdue: Notify::new(),
-            lost: RefCell::default(),
-            traffic: Rc::default(),
-        });
-        Ok(Opened { conn, suite, wire })
-    })
-    .await
-}
-
-/// The error is one sentence: the peer's alert about our certificate comes as the first thing it sends.
-async fn handshake<W: Wire, L>(
-    wire: W,
-    last: L,
-    settings: &Settings,
-) -> Result<(SendRequest<Payload>, Driven<W, L>), String> {
-    let streams = u32::try_from(settings.max_streams).unwrap_or(u32::MAX);
-    let (send, mut connection) = h2::client::Builder::new()
-        .initial_window_size(WINDOW_START)
-        .initial_connection_window_size(connection_window(streams))
-        .max_frame_size(FRAME)
-        .max_header_list_size(HEADERS)
-        .max_send_buffer_size(SEND_BUFFER)
-        .data_frame_budget(SMALL_FRAMES)
-        .max_concurrent_reset_streams(RESET_STREAMS_MAX)
-        .enable_push(false)
-        .handshake::<_, Payload>(wire)
-        .await
-        .map_err(|e| explain(&e))?;
-    let Some(mut ping) = connection.ping_pong() else { return Err("no PING handle".to_owned()) };
-    tokio::select! {
-        biased;
-        ended = &mut connection => match ended {
-            Err(e) => return Err(explain(&e)),
-            Ok(()) => return Err("the peer closed the connection".to_owned()),
-        },
-        pong = ping.ping(h2::Ping::opaque()) => { pong.map_err(|e| explain(&e))?; }
-    }
-    Ok((send, Driven { connection: Box::new(connection), ping, last }))
-}
-
-fn go_on<W: Wire>(
-    connection: &mut Connection<W, Payload>,
-    cx: &mut Context<'_>,
-) -> Poll<Result<(), h2::Error>> {
-    Pin::new(connection).poll(cx)
-}
-
-/// Runs a connection to its end: PINGs it, sizes its windows, and closes it when it is idle. Whether that end was
-/// clean: then GOAWAY and close_notify are on their way.
-async fn drive<W: Wire>(
-    mut connection: Connection<W, Payload>,
-    ping: PingPong,
-    conn: &Conn,
-    settings: &Settings,
-    grew: &dyn Fn(),
-) -> bool {
-    let mut pulse = Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &conn.traffic);
-    let limit = Cell::new(conn.limit());
-    let lost = loop {
-        if !conn.askers.borrow().is_empty() | conn.poked.take() {
-            pulse.make_due();
-        }
-        let keep_for = if conn.unwanted.get() { Duration::ZERO } else { settings.idle_timeout };
-        let idle_at = conn.idle_since.get() + keep_for;
-        let overdue_at = conn.asked.get().filter(|_| !conn.is_overdue()).map(|asked| asked + OVERDUE);
-        let beat_at = overdue_at.map_or(pulse.wake_at(), |at| at.min(pulse.wake_at()));
-        let wake_at = if conn.active.get() == 0 { beat_at.min(idle_at) } else { beat_at };
-        tokio::select! {
+        // Where the request may be made again elsewhere, and nothing was carried.
+        let given_up = async {
+            self.overdue().await;
+            if !may_retry || ahead.is_some_and(|ahead| ahead.has_carried()) {
+                pending::<()>().await;
+            }
+        };
+        let answer = tokio::select! {
             biased;
-            event = poll_fn(|cx| {
-                let event = pulse.poll(cx, &mut connection, go_on);
-                if limit.replace(conn.limit()) < conn.limit() {
-                    grew();
-                }
-                event
-            }) => match event {
-                Event::Of(ended) => break ended.err().map(|e| explain(&e)),
-                Event::Answered => {
-                    conn.answered();
-                    for asker in conn.askers.take() {
-                        // It may have given up.
-                        let _gone = asker.send(());
-                    }
-                    continue;
-                }
-                Event::Gone(e) => break Some(explain(&e)),
-            },
-            () = sleep_until(wake_at) => {}
-            () = conn.idle.notified() => continue,
+            answer = timeout(after, answer) => Some(answer),
+            () = given_up => None,
+        };
+        let Some(Abandoned { send, permits, .. }) = unanswered.answered() else {
+            return Err(OpenError::Dropped("the stream is gone".to_owned()));
+        };
+        let response = match answer {
+            Some(Ok(Ok(response))) => response,
+            Some(Ok(Err(e))) => return Err(self.unanswered(&e)),
+            Some(Err(_)) => return Err(OpenError::Timeout),
+            None => return Err(OpenError::Dropped("its answer to PING is overdue".to_owned())),
+        };
+        self.heard();
+        // Any 2xx (RFC 9110 section 9.3.6).
+        if !response.status().is_success() {
+            let detail = response.headers().get("proxy-status").and_then(|v| v.to_str().ok());
+            let detail = detail.map(str::to_owned);
+            return Err(OpenError::Refused { status: response.status(), detail });
         }
-        if conn.active.get() == 0 && conn.idle_since.get().elapsed() >= keep_for {
-            conn.retired.set(true);
-            // Without a handle that could open a stream, the connection says GOAWAY and ends.
-            conn.send.borrow_mut().take();
-            let _ended = timeout(settings.keepalive_timeout, &mut connection).await;
-            break None;
+        if let Some(ahead) = ahead {
+            ahead.answered();
         }
-        if overdue_at.is_some_and(|at| at <= Instant::now()) {
-            tracing::debug!(peer = %conn.peer, "PING overdue");
-            conn.is_overdue.set(true);
-            conn.overdue.notify_waiters();
-        }
-        match pulse.beat() {
-            Ok(true) => {
-                if pulse.is_waiting() && conn.asked.get().is_none() {
-                    conn.asked.set(Some(Instant::now()));
-                }
-            }
-            Ok(false) => break Some(format!("no answer to PING within {:?}", settings.keepalive_timeout)),
-            Err(e) => break Some(explain(&e)),
-        }
-    };
-    conn.retired.set(true);
-    if let Some(why) = &lost {
-        conn.traffic.lost(why);
+        let leg = H2Leg::client(send, response.into_body(), self.traffic.share()).into();
+        let Far { peer, identity } = self.far.clone();
+        Ok(Stream { leg, early: Queue::default(), peer, identity, permits })
     }
-    conn.overdue.notify_waiters();
-    let clean = lost.is_none();
-    *conn.lost.borrow_mut() = lost;
-    conn.askers.borrow_mut().clear();
-    clean
+
+    async fn ping(&self) -> Result<(), String> {
+        let (tell, told) = oneshot::channel();
+        {
+            let mut askers = self.askers.borrow_mut();
+            // Those who no longer wait.
+            askers.retain(|asker| !asker.is_closed());
+            askers.push(tell);
+        }
+        self.asking.set();
+        told.await.map_err(|_| self.lost().unwrap_or_else(|| "the connection has ended".to_owned()))
+    }
+
+    fn drain(&self) {
+        self.draining.set(true);
+    }
+
+    fn close(&self) {
+        self.draining.set(true);
+        // Without a handle that could open a stream, the connection says GOAWAY behind its last stream, and ends.
+        drop(self.send.take());
+    }
+
+    async fn run(&self, grew: &dyn Fn()) {
+        let driver = self.driver.take();
+        if let Some(driver) = driver {
+            driver.drive(self, grew).await;
+        }
+    }
+
+    fn lost(&self) -> Option<String> {
+        self.lost.borrow().clone()
+    }
 }
