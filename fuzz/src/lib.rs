@@ -91,7 +91,7 @@ pub fn h1_head(input: &[u8]) {
             }
             assert!(asked.headers.get_all("host").iter().count() <= 1);
         }
-        Err(refusal) => assert!(refusal.status().0.is_client_error(), "{refusal}"),
+        Err(refusal) => assert!(refusal.status().is_client_error(), "{refusal}"),
     }
 }
 

@@ -203,7 +203,7 @@ fn is_taken_out_and_comes_back(
 
 /// Flows that have ended at a gateway.
 fn closed(gateway: &gateway::Gateway<'_>) -> usize {
-    gateway.log().matches(" closed destination=").count()
+    gateway.log().matches("reason=closed destination=").count()
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn of_many_refusals_the_first_are_logged_and_the_rest_is_counted() -> Result<()>
     gateway.process().stop()?;
     let log = gateway.log();
     let peers = written(&log, "not let in: ", "more connections of peers that were not let in")?;
-    let denied = written(&log, "refused: no policy lets", "more flows that policy or a route refused")?;
+    let denied = written(&log, "reason=policy_denied", "more flows that policy or a route refused")?;
     for (lines, left_out) in [peers, denied] {
         assert_eq!(lines + left_out, MANY, "{lines} lines, {left_out} left out");
         assert!(lines >= 100 && left_out > 0, "{lines} lines, {left_out} left out");

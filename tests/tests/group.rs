@@ -434,7 +434,7 @@ fn of_groups_in_one_another_the_inner_one_carries_and_what_it_leaves_alone_the_o
         app.wait_for_line("ready=1")?;
         assert_eq!(ask(&mut app, "once")?, "ok");
         assert_eq!(scene.beside.peers().last().map(SocketAddr::ip), Some(NODE4), "the inner one carries it");
-        daemon.process().wait_for_line("closed destination=")?;
+        daemon.process().wait_for_line("reason=closed destination=")?;
         assert_eq!(scene.seen_from(&group)?, NET4, "what the inner one leaves alone");
         assert_eq!(scene.seen_from(scene.outer.path())?, NET4);
         app.hang_up();

@@ -104,7 +104,7 @@ fn curl_tunnels_through_a_listener_with_tls_and_a_certificate_and_not_without() 
     let page =
         curl(&world, &[&anonymous[..], &["--proxy-cert", &*files[1], "--proxy-key", &*files[2]]].concat())?;
     assert_eq!(page, "hello\n");
-    let line = daemon.process().wait_for_line(" closed destination=")?;
+    let line = daemon.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(NODE_ID), "{line}");
     assert!(curl(&world, &anonymous).is_err());
     daemon.process().wait_for_line("not let in")?;
@@ -164,7 +164,7 @@ fn is_a_byte_stream(world: &World, exec: &Exec<'_>, bulk: u64) -> Result<()> {
         assert_eq!(target.outcomes(1)?, [Ok(())]);
         let flow = &done.flows()?[0];
         assert_eq!((flow["sent"].as_u64(), flow["received"].as_u64()), (Some(bulk), Some(bulk)), "{flow}");
-        assert_eq!(flow["outcome"], "closed", "{flow}");
+        assert_eq!(flow["reason"], "closed", "{flow}");
     }
     ends::is_a_byte_stream(Way::Captured(world, exec))
 }
@@ -179,8 +179,8 @@ fn refusals_reset(world: &World, exec: &Exec<'_>) -> Result<()> {
         let done = exec.run_app(&["expect-reset", target, "1000"])?;
         assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
         assert_eq!(done.value("received")?, "0", "{done}");
-        let outcome = &done.flows()?[0]["outcome"];
-        assert!(outcome.as_str().is_some_and(|o| o.contains(said)), "{outcome}");
+        let detail = &done.flows()?[0]["detail"];
+        assert!(detail.as_str().is_some_and(|d| d.contains(said)), "{detail}");
     }
     Ok(())
 }
@@ -240,8 +240,8 @@ fn tinyproxy_carries_what_we_capture_and_what_it_refuses_resets_the_application(
     let nobody = world.serve(TARGET4, target::echo())?.addr().to_string();
     let done = exec.run_app(&["expect-reset", &nobody, "1000"])?;
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
-    let outcome = &done.flows()?[0]["outcome"];
-    assert!(outcome.as_str().is_some_and(|o| o.contains("refused")), "{outcome}");
+    let detail = &done.flows()?[0]["detail"];
+    assert!(detail.as_str().is_some_and(|d| d.contains("refused")), "{detail}");
     Ok(())
 }
 
@@ -256,8 +256,9 @@ fn a_proxy_that_is_not_there_or_says_nothing_resets_the_application() -> Result<
     })?;
     let done = exec.run_app(&["expect-reset", "10.200.0.10:80", "0"])?;
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
-    let outcome = &done.flows()?[0]["outcome"];
-    assert!(outcome.as_str().is_some_and(|o| o.contains("did not answer CONNECT")), "{outcome}");
+    let detail = &done.flows()?[0]["detail"];
+    assert!(detail.as_str().is_some_and(|d| d.contains("did not answer CONNECT")), "{detail}");
+    assert_eq!(done.flows()?[0]["reason"], "upstream_timeout");
     Ok(())
 }
 
@@ -390,7 +391,7 @@ fn without_identities_the_flows_of_one_address_leave_some_to_the_others() -> Res
     let (_other, head) = connect(world.net())?;
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
     held.pop();
-    gateway.process().wait_for_line(" closed destination=")?;
+    gateway.process().wait_for_line("reason=closed destination=")?;
     held.push(wait_for("a place", PATIENCE, || {
         connect(world.node())
             .ok()
@@ -453,7 +454,7 @@ fn over_tls_close_notify_is_an_end_and_an_end_without_it_is_a_reset() -> Result<
         anyhow::Ok(())
     })?;
     assert_eq!(target.outcomes(1)?, [Ok(())]);
-    daemon.process().wait_for_line("reset by client")?;
+    daemon.process().wait_for_line("client_reset")?;
     Ok(())
 }
 

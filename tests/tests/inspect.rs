@@ -272,7 +272,7 @@ fn a_client_that_leaves_while_it_is_looked_at_costs_nobody_anything_and_a_stop_d
         timeout(PATIENCE, std::future::poll_fn(|cx| send.poll_reset(cx))).await.ok();
         Ok(())
     })?;
-    gateway.process().wait_for_line("the client left")?;
+    gateway.process().wait_for_line("client_left")?;
     let stopped = tunnel(&world, authority, async |_send, body| {
         gateway.process().signal(Signal::SIGTERM)?;
         gateway.process().wait_for_line("draining")?;
@@ -353,7 +353,7 @@ fn what_a_client_sends_between_its_look_and_its_target_is_taken_and_its_reset_is
         send.send_data(Bytes::from_static(b"ping"), false)?;
         ensure!(echoed(&mut body, 4).await? == b"ping");
         stuck.send_reset(Reason::CANCEL);
-        logged(gateway, "the client left before the target answered").await?;
+        logged(gateway, "client_left").await?;
         driving.abort();
         Ok(())
     })

@@ -114,7 +114,7 @@ fn envoy_begins(port: u16, check: impl FnOnce(Way<'_>) -> Result<()>) -> Result<
     let mut ours = Daemon::start(&world, world.net(), &config)?;
     let _envoy = Envoy::start(&world, world.node(), "client.yaml", &[10443, 10080, 10081], &[])?;
     check(Way::Port(&world, SocketAddr::new([127, 0, 0, 1].into(), port), FIXED))?;
-    let line = ours.process().wait_for_line(" closed destination=")?;
+    let line = ours.process().wait_for_line("reason=closed destination=")?;
     assert_eq!(line.contains(ENVOY_ID), port == 10443, "{line}");
     Ok(())
 }
@@ -168,7 +168,7 @@ fn an_envoy_between_two_of_ours_passes_every_byte_end_and_reset_on() -> Result<(
     ends::bytes_arrive(way, BULK)?;
     ends::is_a_byte_stream(way)?;
     ends::nobody_there_is_a_reset(way)?;
-    let line = last.logs(" closed destination=")?;
+    let line = last.logs("reason=closed destination=")?;
     assert!(line.contains(ENVOY_ID), "{line}");
     Ok(())
 }
@@ -228,7 +228,7 @@ fn one_of_ours_between_two_envoys_passes_on_what_they_tell_each_other() -> Resul
     ends::its_end_is_heard_and_answered(way)?;
     ends::the_targets_end_is_heard(way)?;
     ends::without_a_target_it_ends(way)?;
-    let line = ours.process().wait_for_line(" closed destination=")?;
+    let line = ours.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(ENVOY_ID), "{line}");
     Ok(())
 }
@@ -292,7 +292,7 @@ fn an_unmodified_envoy_asks_our_capture_where_a_connection_wanted_to_go() -> Res
     let said = process::output(&mut app)?;
     assert!(said.contains(&format!("duplex={BYTES}")), "{said}");
     assert_eq!(target.outcomes(1)?, [Ok(())]);
-    let line = gateway.logs(" closed destination=")?;
+    let line = gateway.logs("reason=closed destination=")?;
     assert!(line.contains(ENVOY_ID) && line.contains(&target.addr().to_string()), "{line}");
     Ok(())
 }

@@ -177,5 +177,5 @@ fn nghttpx_gets_pages_through_a_listener_over_http_2_in_plaintext() -> Result<()
 /// Whoever speaks HTTP/1.1 CONNECT in plaintext gets its pages through a listener.
 #[test]
 fn a_program_in_go_gets_its_pages_through_a_listener_over_http_1() -> Result<()> {
-    pages_come_through("\"h1\"", |_| Ok(None), &[" closed destination=10.200.0.10:443"])
+    pages_come_through("\"h1\"", |_| Ok(None), &["reason=closed destination=10.200.0.10:443"])
 }

@@ -41,7 +41,7 @@ fn dials(who: &str) -> String {
 fn refused(done: &Finished) -> Result<String> {
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
     assert_eq!(done.value("received")?, "0", "{done}");
-    Ok(done.flows()?[0]["outcome"].as_str().unwrap_or_default().to_owned())
+    Ok(done.flows()?[0]["detail"].as_str().unwrap_or_default().to_owned())
 }
 
 #[test]
@@ -57,7 +57,8 @@ fn what_is_captured_reaches_its_target_as_if_a_gateway_had_been_asked_by_us() ->
     let flow = &done.flows()?[0];
     assert_eq!((&flow["via"], &flow["identity"]), (&"direct".into(), &NODE_ID.into()), "{flow}");
     assert_eq!(flow["passed"], serde_json::json!(["here"]), "{flow}");
-    let line = done.stderr.lines().find(|line| line.contains(" closed destination=")).unwrap_or_default();
+    let line =
+        done.stderr.lines().find(|line| line.contains("reason=closed destination=")).unwrap_or_default();
     assert!(line.contains("passed=\"here\"") && line.contains(NODE_ID), "{done}");
     // Between two sockets, all of it in the kernel: there is nothing of TLS or HTTP on the way.
     assert!(done.stderr.contains(&format!("(\"bytes_piped\", {})", 2 * BYTES)), "{done}");

@@ -98,10 +98,10 @@ fn the_outer_gateway_carries_one_stream_to_the_inner_one_which_alone_sees_the_ta
     assert_eq!((via["upstream"].as_str(), via["peer"].as_str()), (Some("inner"), Some(&*INNER.to_string())));
     assert_eq!(flow["identity"], GATEWAY_ID, "{flow}");
 
-    let line = inner.process().wait_for_line(" closed destination=")?;
+    let line = inner.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(&addr) && line.contains(NODE_ID), "{line}");
     // What the outer one carried was the connection, which ended by itself: it was closed before the outer one was.
-    let line = outer.process().wait_for_line(" closed destination=")?;
+    let line = outer.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(&format!("destination={INNER} ")) && line.contains(NODE_ID), "{line}");
     assert!(!outer.log().contains(&addr), "{}", outer.log());
     Ok(())
@@ -188,7 +188,7 @@ fn three_deep_is_a_byte_stream_and_each_gateway_sees_the_next_one_only() -> Resu
             &agent(&world, &upstreams)?,
             &format!("{inside:?} in {middle:?} in {outside:?}"),
         )?;
-        let line = last.process().wait_for_line(" closed destination=")?;
+        let line = last.process().wait_for_line("reason=closed destination=")?;
         assert!(line.contains(NODE_ID), "{line}");
         for (of, next) in [(&outer, INNER), (&between, INNERMOST)] {
             let log = of.log();
@@ -223,7 +223,7 @@ fn refusal(world: &World, agent: &Path) -> Result<String> {
     let done = world.exec_with(agent).run_app(&["expect-reset", &target.addr().to_string(), "10"])?;
     assert_eq!(done.value("ended")?, "ECONNRESET", "{done}");
     assert_eq!(target.peers(), []);
-    Ok(done.flows()?[0]["outcome"].as_str().unwrap_or_default().to_owned())
+    Ok(done.flows()?[0]["detail"].as_str().unwrap_or_default().to_owned())
 }
 
 #[test]
@@ -231,20 +231,17 @@ fn whoever_fails_on_the_way_is_named() -> Result<()> {
     let world = World::new()?;
     let agent = double(&world, H2, H2)?;
     let said = refusal(&world, &agent)?;
-    assert_eq!(
-        said,
-        format!("refused: upstream inner via outer: upstream outer: {OUTER} refused the connection")
-    );
+    assert_eq!(said, format!("upstream inner via outer: upstream outer: {OUTER} refused the connection"));
     let mut first = outer(&world, H2, INNER)?;
     let said = refusal(&world, &agent)?;
-    let wanted = format!("refused: upstream inner via outer: {OUTER} refused {INNER}: 502 Bad Gateway (");
+    let wanted = format!("upstream inner via outer: {OUTER} refused {INNER}: 502 Bad Gateway (");
     assert!(said.starts_with(&wanted), "{said}");
     // Its certificate is good, but another's.
     let other = world.pki().issue("other", "spiffe://test.tunnel/other", &[])?;
     let mut impostor = gateway_as(&world, &other, INNER, H2, "10.200.0.0/24")?;
     let said = refusal(&world, &agent)?;
     let wanted = format!(
-        "refused: upstream inner via outer: TLS with {INNER} failed: the peer's certificate failed the SAN check"
+        "upstream inner via outer: TLS with {INNER} failed: the peer's certificate failed the SAN check"
     );
     assert!(said.starts_with(&wanted), "{said}");
     impostor.process().stop()?;
@@ -259,7 +256,7 @@ fn whoever_fails_on_the_way_is_named() -> Result<()> {
     first.process().stop()?;
     let _outer = outer(&world, H2, INNERMOST)?;
     let said = refusal(&world, &agent)?;
-    let wanted = format!("refused: upstream inner via outer: {OUTER} refused {INNER}: 403 Forbidden (");
+    let wanted = format!("upstream inner via outer: {OUTER} refused {INNER}: 403 Forbidden (");
     assert!(said.starts_with(&wanted), "{said}");
     Ok(())
 }
@@ -334,7 +331,7 @@ fn when_the_configuration_changes_only_what_goes_through_something_else_is_conne
         (!sockets.iter().any(|s| s.established() && s.local == OUTER)).then_some(())
     })?;
     let line = first.log().lines().find(|l| l.contains(" destination=")).unwrap_or_default().to_owned();
-    assert!(line.contains(": closed destination="), "{line}");
+    assert!(line.contains(" reason=closed destination="), "{line}");
     assert_eq!(ask(&mut new, "ping")?, "ok");
     inner.process().stop()?;
     Ok(())

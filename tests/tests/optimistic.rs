@@ -172,7 +172,7 @@ fn an_end_before_the_answer_goes_behind_the_bytes() -> Result<()> {
         let words = ["half-close", ASKED, &bytes.to_string()];
         let done = world.exec_with(&agent(&world, "")?).run_app(&words)?;
         assert!(done.success(), "{bytes} bytes: {done}");
-        assert!(done.flows()?[0]["outcome"].as_str() == Some("closed"), "{:?}", done.flows()?);
+        assert!(done.flows()?[0]["reason"].as_str() == Some("closed"), "{:?}", done.flows()?);
         gateway.played()?;
     }
     Ok(())
@@ -284,7 +284,7 @@ fn what_went_ahead_of_a_refusal_reaches_nobody_and_resets_the_application() -> R
         assert_eq!((done.value("connect")?, done.value("ended")?), ("ok", "ECONNRESET"), "{done}");
         assert_eq!(done.value("received")?, "0", "{done}");
         let flow = &done.flows()?[0];
-        assert!(flow["outcome"].as_str().is_some_and(|o| o.contains(status)), "{flow}");
+        assert!(flow["detail"].as_str().is_some_and(|d| d.contains(status)), "{flow}");
         assert_eq!(flow["sent"].as_u64(), Some(0), "{flow}");
         assert!(done.stderr.contains(status), "it is in the log: {done}");
         anyhow::Ok(())
@@ -344,11 +344,7 @@ fn what_an_application_sent_before_it_reset_reaches_a_target_that_answers_later(
         let done = app.finish()?;
         assert!(done.success(), "{done}");
         gateway.played()?;
-        let outcome = done.flows()?[0]["outcome"].as_str().map(str::to_owned);
-        assert!(
-            outcome.as_ref().is_some_and(|o| o.contains("reset by client")),
-            "{bytes} bytes: {outcome:?}"
-        );
+        assert_eq!(done.flows()?[0]["reason"], "client_reset", "{bytes} bytes");
     }
     Ok(())
 }
@@ -366,7 +362,7 @@ fn a_gateway_that_resets_before_its_answer_resets_the_application_and_is_not_ask
     assert_eq!((done.value("ended")?, done.value("received")?), ("ECONNRESET", "0"), "{done}");
     gateway.played()?;
     let flow = &done.flows()?[0];
-    assert!(flow["outcome"].as_str().is_some_and(|o| o.contains("dropped CONNECT")), "{flow}");
+    assert!(flow["reason"] == "upstream_lost", "{flow}");
     Ok(())
 }
 
@@ -418,7 +414,7 @@ fn envoy_takes_what_goes_ahead_and_says_503_where_nobody_is() -> Result<()> {
         let done = exec.run_app(&["expect-reset", &gone, bytes])?;
         assert_eq!((done.value("ended")?, done.value("received")?), ("ECONNRESET", "0"), "{done}");
         let flow = &done.flows()?[0];
-        assert!(flow["outcome"].as_str().is_some_and(|o| o.contains("503")), "{flow}");
+        assert!(flow["detail"].as_str().is_some_and(|d| d.contains("503")), "{flow}");
     }
     Ok(())
 }

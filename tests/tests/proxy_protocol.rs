@@ -248,7 +248,7 @@ fn a_target_is_told_who_comes_and_by_what_name_and_then_gets_every_byte() -> Res
             driving.abort();
             Ok(())
         })?;
-        let line = gateway.process().wait_for_line(" closed destination=")?;
+        let line = gateway.process().wait_for_line("reason=closed destination=")?;
         assert!(
             line.contains(&format!("sent={BYTES} received={BYTES}")),
             "the header is not the client's: {line}"

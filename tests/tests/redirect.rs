@@ -111,7 +111,7 @@ fn what_rules_redirect_is_carried_through_the_tunnel_over_ipv4_and_ipv6() -> Res
         assert_eq!(target.outcomes(1)?, [Ok(())]);
         assert_eq!(came_from(&target), [gateways], "it came through the gateway");
         let line = daemon.process().wait_for_line(&format!("destination={addr} "))?;
-        assert!(line.contains(" closed ") && line.contains("Tunnel"), "{line}");
+        assert!(line.contains("reason=closed ") && line.contains("Tunnel"), "{line}");
 
         let echo = world.serve(ip, target::echo())?;
         let mut app = node.hold(&echo)?;

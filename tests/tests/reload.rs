@@ -77,7 +77,8 @@ fn an_upstream_that_stays_follows_its_endpoints_and_one_that_is_new_does_too() -
         let fixed = format!("endpoints = [\"{}\"]", first.addr());
         node.config(&first, "", "").replace(&fixed, &format!("endpoints_file = \"{name}.endpoints\""))
     };
-    let carried = |gateway: &tunnel_tests::Gateway<'_>| gateway.log().matches(" closed destination=").count();
+    let carried =
+        |gateway: &tunnel_tests::Gateway<'_>| gateway.log().matches("reason=closed destination=").count();
     let flows_reach = |gateway: &tunnel_tests::Gateway<'_>| {
         let before = carried(gateway);
         wait_for("a flow through the other gateway", PATIENCE, || {

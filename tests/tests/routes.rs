@@ -93,7 +93,7 @@ fn what_an_application_sends_arrives_unchanged_through_two_gateways() -> Result<
     assert!(done.success(), "{done}");
     assert_eq!(target.outcomes(1)?, [Ok(())]);
     // Its client is the first gateway, which has proved to be one.
-    let line = last.logs(" closed destination=")?;
+    let line = last.logs("reason=closed destination=")?;
     assert!(line.contains(GATEWAY_ID), "{line}");
     Ok(())
 }
@@ -395,7 +395,7 @@ fn a_route_takes_the_connections_of_a_cgroup_whatever_its_capture_is_called() ->
     let mut app = world.node().command(programs::app()?);
     group.adopt(app.args(["names", &near.addr().to_string()]))?;
     process::output(&mut app)?;
-    daemon.process().wait_for_line(" closed destination=")?;
+    daemon.process().wait_for_line("reason=closed destination=")?;
     Ok(())
 }
 

@@ -136,7 +136,7 @@ fn on_sigterm_established_flows_finish_and_new_connections_are_refused() -> Resu
     app.wait(PATIENCE)?;
     // Long before drain_timeout.
     assert!(daemon.process().wait(PATIENCE)?.success());
-    assert!(daemon.log().contains(" closed destination="), "{}", daemon.log());
+    assert!(daemon.log().contains("reason=closed destination="), "{}", daemon.log());
     Ok(())
 }
 
@@ -186,7 +186,7 @@ fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kin
         assert!(old.process().wait(PATIENCE)?.success());
         // The end of the old one took nothing from the new one.
         assert_eq!(ask(&mut after, "again")?, "ok", "{on_failure}");
-        new.process().wait_for_line(" closed destination=")?;
+        new.process().wait_for_line("reason=closed destination=")?;
     }
     Ok(())
 }

@@ -148,7 +148,7 @@ fn a_target_that_refuses_resets_the_application() -> Result<()> {
         assert_reset(&done)?;
         let flows = done.flows()?;
         assert_eq!(flows.len(), 1, "{flows:?}");
-        assert!(flows[0]["outcome"].as_str().is_some_and(|o| o.contains("502")), "{flows:?}");
+        assert!(flows[0]["detail"].as_str().is_some_and(|d| d.contains("502")), "{flows:?}");
     }
     gateway.logs("refused")?;
     Ok(())
@@ -160,7 +160,7 @@ fn a_target_without_a_route_resets_the_application() -> Result<()> {
     let gateway = world.gateway().start()?;
     let done = world.exec(&gateway).run_app(&["expect-reset", &format!("{NOWHERE}:80"), "0"])?;
     assert_reset(&done)?;
-    assert!(done.flows()?[0]["outcome"].as_str().is_some_and(|o| o.contains("503")), "{:?}", done.flows()?);
+    assert!(done.flows()?[0]["detail"].as_str().is_some_and(|d| d.contains("503")), "{:?}", done.flows()?);
     Ok(())
 }
 
@@ -172,7 +172,7 @@ fn a_target_that_never_answers_resets_the_application_after_the_dial_timeout() -
     assert_reset(&done)?;
     let after: u64 = done.value("after_ms")?.parse()?;
     assert!((1000..5000).contains(&after), "the dial timeout is 1 s; it took {after} ms");
-    assert!(done.flows()?[0]["outcome"].as_str().is_some_and(|o| o.contains("504")), "{:?}", done.flows()?);
+    assert!(done.flows()?[0]["detail"].as_str().is_some_and(|d| d.contains("504")), "{:?}", done.flows()?);
     Ok(())
 }
 
@@ -183,7 +183,7 @@ fn a_target_that_policy_forbids_resets_the_application_and_is_never_dialled() ->
     let target = world.serve(TARGET4, target::echo())?;
     let done = world.exec(&gateway).run_app(&["expect-reset", &target.addr().to_string(), "1000"])?;
     assert_reset(&done)?;
-    assert!(done.flows()?[0]["outcome"].as_str().is_some_and(|o| o.contains("403")), "{:?}", done.flows()?);
+    assert!(done.flows()?[0]["detail"].as_str().is_some_and(|d| d.contains("403")), "{:?}", done.flows()?);
     assert_eq!(target.peers(), []);
     // Who wanted what.
     let line = gateway.logs(&target.addr().to_string())?;

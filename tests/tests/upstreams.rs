@@ -58,7 +58,7 @@ fn a_dead_endpoint_is_passed_over_ejected_and_found_again_when_it_is_back() -> R
     for _ in 0..10 {
         assert_eq!(ask(app.process(), "once")?, "ok");
     }
-    second.logs(" closed destination=")?;
+    second.logs("reason=closed destination=")?;
     alive.kill()?;
     for _ in 0..10 {
         assert_eq!(ask(app.process(), "once")?, "ok");

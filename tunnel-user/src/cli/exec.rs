@@ -24,10 +24,12 @@ use nix::sys::{
 use tokio::io::unix::AsyncFd;
 
 use crate::{
-    cli::inherited::{self, Inherited},
     config::Config,
     daemon as app,
-    kernel::cgroup::{CgroupError, Fresh, Hierarchy},
+    kernel::{
+        cgroup::{CgroupError, Fresh, Hierarchy},
+        inherited::{self, Inherited},
+    },
     observe::stats::{self, Record},
     process::exit::{Cause, Failure},
 };

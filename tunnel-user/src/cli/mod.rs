@@ -5,7 +5,6 @@
 
 pub mod doctor;
 pub mod exec;
-pub mod inherited;
 pub mod pki;
 
 use std::{ffi::OsString, net::IpAddr, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};

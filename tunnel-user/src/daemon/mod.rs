@@ -48,7 +48,7 @@ use crate::{
     identity::store::{self, TlsStore},
     kernel::{
         cgroup::Fresh,
-        privileges,
+        memory, privileges,
         version::{Feature, Kernel},
     },
     model::trust::IdentityFiles,
@@ -56,7 +56,7 @@ use crate::{
     process::{
         drain::{self, Phase, Trigger},
         exit::{Cause, Failure},
-        files, limits, memory, panics,
+        files, limits, panics,
     },
     relay::{self, PathKind},
     routing::{policy::Policies, router::Router},

@@ -7,6 +7,8 @@ pub mod bypass;
 pub mod cgroup;
 pub mod firewall;
 pub mod group;
+pub mod inherited;
+pub mod memory;
 pub mod netlink;
 pub mod netns;
 pub mod own;

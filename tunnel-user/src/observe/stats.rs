@@ -1,11 +1,10 @@
-//! What was carried.
+//! Counters of a worker, and the records of flows that have ended, which `--stats` prints.
 //!
-//! Enters: the end of each flow, and what was refused. Leaves: counters, and records for a table.
-//! Invariant: each worker writes its own counters only; nothing on the data path crosses a core. It
-//! never holds more than [`RECORDS_MAX`] records.
+//! # Invariants
+//! - Each worker writes its own counters only; nothing on the data path crosses a core.
+//! - No more than [`RECORDS_MAX`] records are kept.
 
 use std::{
-    borrow::Cow,
     cell::{Cell, RefCell},
     fmt::{self, Write as _},
     sync::{
@@ -17,7 +16,10 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
-use crate::model::flow::{ClientAddr, FarEnd, Identity, Target};
+use crate::model::{
+    end::EndReason,
+    flow::{ClientAddr, FarEnd, Identity, Target},
+};
 
 /// Records that one worker keeps for `--stats`; later flows are counted only.
 pub const RECORDS_MAX: usize = 50_000;
@@ -29,12 +31,16 @@ macro_rules! counters {
         #[repr(align(128))] // two cache lines: the prefetcher fetches pairs
         pub struct Counters {
             $($(#[$doc])* pub $name: Counter,)*
+            /// Flows by how they ended.
+            pub ended: Ended,
         }
 
         impl Counters {
             /// Every counter with its name.
             pub fn all(&self) -> Vec<(&'static str, u64)> {
-                vec![$((stringify!($name), self.$name.get()),)*]
+                let mut all = vec![$((stringify!($name), self.$name.get()),)*];
+                all.extend(EndReason::ALL.map(|reason| (reason.counter(), self.ended.of(reason).get())));
+                all
             }
         }
     };
@@ -101,6 +107,24 @@ impl Counter {
     /// Reads.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A counter for each [`EndReason`].
+#[derive(Debug)]
+pub struct Ended([Counter; EndReason::ALL.len()]);
+
+impl Default for Ended {
+    fn default() -> Self {
+        Self(EndReason::ALL.map(|_| Counter::default()))
+    }
+}
+
+impl Ended {
+    /// That of one reason.
+    pub fn of(&self, reason: EndReason) -> &Counter {
+        // It has one for each.
+        &self.0[reason as usize]
     }
 }
 
@@ -183,7 +207,10 @@ pub struct Record {
     /// From connect to end, in milliseconds.
     pub duration_ms: f64,
     /// How it ended.
-    pub outcome: Cow<'static, str>,
+    pub reason: EndReason,
+    /// What else there is to say of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<Box<str>>,
 }
 
 fn shown<S: Serializer>(what: &impl fmt::Display, to: S) -> Result<S::Ok, S::Error> {
@@ -209,7 +236,8 @@ impl Record {
             sent: 0,
             received: 0,
             duration_ms: 0.0,
-            outcome: Cow::Borrowed(""),
+            reason: EndReason::InternalError,
+            detail: None,
         }
     }
 
@@ -228,6 +256,11 @@ impl Record {
     /// For the log: the upstreams that were this process itself, if there were any.
     pub fn passed(&self) -> Option<String> {
         (!self.passed.is_empty()).then(|| self.passed.join(", "))
+    }
+
+    /// It ended so.
+    pub fn ended(&mut self, reason: EndReason, detail: Option<String>) {
+        (self.reason, self.detail) = (reason, detail.map(String::into_boxed_str));
     }
 
     /// It took this long.
@@ -271,9 +304,9 @@ impl Records {
 
 /// The table of `--stats`.
 pub fn table(records: &[Record], dropped: u64) -> String {
-    const HEAD: [&str; 8] =
-        ["DESTINATION", "GATEWAY", "STREAM", "IDENTITY", "SENT", "RECEIVED", "TIME", "OUTCOME"];
-    let rows: Vec<[String; 8]> = records
+    const HEAD: [&str; 9] =
+        ["DESTINATION", "GATEWAY", "STREAM", "IDENTITY", "SENT", "RECEIVED", "TIME", "REASON", "DETAIL"];
+    let rows: Vec<[String; 9]> = records
         .iter()
         .map(|r| {
             let (gateway, stream) = match &r.via {
@@ -292,7 +325,8 @@ pub fn table(records: &[Record], dropped: u64) -> String {
                 bytes(r.sent),
                 bytes(r.received),
                 time(r.duration_ms),
-                r.outcome.to_string(),
+                r.reason.to_string(),
+                r.detail.as_deref().unwrap_or_default().to_owned(),
             ]
         })
         .collect();
@@ -353,7 +387,8 @@ mod tests {
             Record::new(&"10.200.0.10:80".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
         let gateway = FarEnd::Socket(PeerAddr("10.77.0.2:15008".parse().unwrap()));
         record.through(&"gateway".into(), &gateway, Some(3), None);
-        (record.sent, record.received, record.outcome) = (76, 52_428_800, "closed".into());
+        (record.sent, record.received) = (76, 52_428_800);
+        record.ended(EndReason::TargetReset, Some("Connection reset by peer".to_owned()));
         record.lasted(Duration::from_micros(1234));
         let text = table(&[record], 2);
         let lines: Vec<_> = text.lines().collect();
@@ -363,7 +398,8 @@ mod tests {
             lines[1].contains("76 B") && lines[1].contains("50.0 MiB") && lines[1].contains("1.2 ms"),
             "{text}"
         );
-        assert_eq!(lines[0].find("OUTCOME"), lines[1].find("closed"));
+        assert_eq!(lines[0].find("REASON"), lines[1].find("target_reset"));
+        assert_eq!(lines[0].find("DETAIL"), lines[1].find("Connection reset"));
         assert_eq!(lines[2], "and 2 more");
     }
 

@@ -4,6 +4,5 @@ pub mod drain;
 pub mod exit;
 pub mod files;
 pub mod limits;
-pub mod memory;
 pub mod panics;
 pub mod signal;

@@ -8,7 +8,10 @@ use std::{future::Future, rc::Rc, sync::Arc, time::Instant};
 
 use super::{At, Going, Place, Proxy, back_off, reach::Wish};
 use crate::{
-    model::flow::{Source, Target},
+    model::{
+        end::EndReason,
+        flow::{Source, Target},
+    },
     observe::stats::Record,
     process::drain::Tasks,
     relay::{Ahead, Queue, TcpLeg},
@@ -38,21 +41,24 @@ pub(super) async fn accept_captured(proxy: Rc<Proxy>, accept: Accept, at: Rc<At>
                 }
                 Err(refusal) => {
                     proxy.counters.over_limit.add(1);
+                    proxy.counters.ended.of(refusal.reason()).add(1);
                     if proxy.lines.crowded.admit() {
-                        tracing::warn!("reset a captured connection: {refusal} (daemon.max_flows)");
+                        let reason = refusal.reason();
+                        tracing::warn!(%reason, "reset a captured connection: {refusal} (daemon.max_flows)");
                     }
                 }
             },
             Ok(Err(stray)) => {
-                let counter = match &stray {
-                    Stray::ToUs(_) => &proxy.counters.to_ourselves,
+                let (reason, counter) = match &stray {
+                    Stray::ToUs(_) => (EndReason::ToOurselves, &proxy.counters.to_ourselves),
                     Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
-                        &proxy.counters.no_origin
+                        (EndReason::NoOriginalDst, &proxy.counters.no_origin)
                     }
                 };
                 counter.add(1);
+                proxy.counters.ended.of(reason).add(1);
                 if proxy.lines.strays.admit() {
-                    tracing::warn!("reset a connection to the capture listener that {stray}");
+                    tracing::warn!(%reason, "reset a connection to the capture listener that {stray}");
                 }
             }
             Err(e) => back_off(&e).await,

@@ -70,7 +70,7 @@ impl Proxy {
         let wish = Wish { setup: wish.setup, flow, permit: Some(permit), dial_timeout };
         match self.route(&wish) {
             // Its client would have to be answered first, and that is for the route before.
-            Decision::Look => Err(Refusal::Denied(format!(
+            Decision::Look => Err(Refusal::Route(format!(
                 "{target} is refused: the route at listener \"{}\" depends on what the connection carries, and the \
                  one that led there has not looked at it",
                 to.listener

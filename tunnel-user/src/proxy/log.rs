@@ -48,7 +48,7 @@ impl Lines {
             | Refusal::Head(_)
             | Refusal::Content(_)
             | Refusal::Host(_) => &self.bad_requests,
-            Refusal::Denied(_) | Refusal::Loop => &self.denied,
+            Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => &self.denied,
             Refusal::Dial(_) => &self.dials,
             Refusal::Tunnel(TunnelError::Limit { .. }) | Refusal::Limit(_) | Refusal::PeerLimit(_) => {
                 &self.limits

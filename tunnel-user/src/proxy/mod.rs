@@ -24,7 +24,10 @@ use tokio::{net::TcpListener, time::sleep};
 
 use self::{log::Lines, reach::Sink};
 use crate::{
-    model::flow::{ClientAddr, Identity},
+    model::{
+        end::EndReason,
+        flow::{ClientAddr, Identity},
+    },
     observe::stats::{Counters, Record, Records},
     process::{
         drain::{Tasks, Watch},
@@ -279,16 +282,13 @@ impl Proxy {
             biased;
             outcome = relayed => outcome,
             // Both legs are dropped before their ends: both are reset.
-            () = stop.stopping() => Outcome::Stopped,
+            () = stop.stopping() => Outcome::Ended(EndReason::DrainTimeout),
         };
         // Their resets, or their ends, go out before anything is written about them.
         let Going { sink, mut record, started, .. } = *going;
         drop(sink);
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
-        record.outcome = match &outcome {
-            Outcome::Closed => "closed".into(),
-            other => other.to_string().into(),
-        };
+        record.ended(outcome.reason(), outcome.detail());
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
@@ -324,8 +324,11 @@ impl Proxy {
 
     fn book(&self, mut record: Record, started: Instant) {
         record.lasted(started.elapsed());
+        self.counters.ended.of(record.reason).add(1);
         tracing::info!(
             target: "tunnel::flow",
+            reason = %record.reason,
+            detail = record.detail.as_deref(),
             destination = %record.destination,
             client = %record.client,
             identity = record.identity.as_ref().map(tracing::field::display),
@@ -334,7 +337,7 @@ impl Proxy {
             sent = record.sent,
             received = record.received,
             ms = record.duration_ms,
-            "{}", record.outcome
+            "flow ended"
         );
         self.records.push(record);
     }
@@ -346,24 +349,29 @@ impl Proxy {
             | Refusal::Head(_)
             | Refusal::Content(_)
             | Refusal::Host(_) => &self.counters.bad_requests,
-            Refusal::Denied(_) | Refusal::Loop => &self.counters.denied,
+            Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => {
+                &self.counters.denied
+            }
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
             Refusal::Limit(_) | Refusal::PeerLimit(_) => &self.counters.over_limit,
         };
         counter.add(1);
-        record.outcome = format!("refused: {refusal}").into();
+        record.ended(refusal.reason(), Some(refusal.to_string()));
         record.lasted(started.elapsed());
+        self.counters.ended.of(record.reason).add(1);
         if self.lines.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",
+                reason = %record.reason,
+                detail = record.detail.as_deref(),
                 destination = %record.destination,
                 client = %record.client,
                 identity = identity.map(tracing::field::display),
                 passed = record.passed(),
                 ms = record.duration_ms,
-                "{}", record.outcome
+                "flow refused"
             );
         }
         self.records.push(record);
@@ -371,7 +379,7 @@ impl Proxy {
 
     /// Books a flow whose client did not wait for it.
     fn left(&self, mut record: Record, started: Instant) {
-        record.outcome = "the client left before the target answered".into();
+        record.ended(EndReason::ClientLeft, None);
         self.book(record, started);
     }
 }

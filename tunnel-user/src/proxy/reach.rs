@@ -127,9 +127,9 @@ impl Proxy {
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }
-            Decision::Deny => Err(denied(target, "a route denies it")),
+            Decision::Deny => Err(Refusal::Route(format!("{target} is refused: a route denies it"))),
             // Nothing depends on what has been looked at already.
-            Decision::NoRoute | Decision::Look => Err(denied(target, "no route takes it")),
+            Decision::NoRoute | Decision::Look => Err(Refusal::NoRoute(target.clone())),
         }
     }
 
@@ -164,14 +164,11 @@ impl Proxy {
         let mut left = ask.terms.retries;
         let mut tried = Vec::new();
         loop {
-            let chosen = match setup
-                .upstreams
-                .get(upstream)
-                .ok_or_else(|| denied(ask.target, "its upstream is gone"))?
-            {
-                Next::Tunnel(chosen) => chosen,
-                Next::Itself(itself) => return Ok(Err(itself)),
-            };
+            let chosen =
+                match setup.upstreams.get(upstream).ok_or_else(|| Refusal::NoRoute(ask.target.clone()))? {
+                    Next::Tunnel(chosen) => chosen,
+                    Next::Itself(itself) => return Ok(Err(itself)),
+                };
             // What is dialled here goes around no further.
             if ask.received.is_some_and(|r| is_loop(r.headers, ask.pseudonym)) {
                 return Err(Refusal::Loop);
@@ -259,8 +256,4 @@ fn header<'a>(flow: &Flow<'a>, addr: SocketAddr) -> Header<'a> {
         Target::Name(name, _) => (addr, Some(name.as_str())),
     };
     Header { client: flow.client, destination, name, identity: flow.identity }
-}
-
-fn denied(target: &Target, why: &str) -> Refusal {
-    Refusal::Denied(format!("{target} is refused: {why}"))
 }

@@ -14,7 +14,10 @@ use tokio::{
 
 use super::{Account, At, Going, Place, Proxy, Setup, back_off, reach::Wish};
 use crate::{
-    model::flow::{ClientAddr, Head, Identity, PeerAddr, Source, Target},
+    model::{
+        end::EndReason,
+        flow::{ClientAddr, Head, Identity, PeerAddr, Source, Target},
+    },
     observe::stats::{Destination, Record},
     process::drain::Tasks,
     relay::{Ahead, Early, H2Leg, IntoLeg, Queue, Waiting},
@@ -348,7 +351,7 @@ async fn reach_requested(
         Some(Ok((sink, early))) => match waiting.accept() {
             Ok(leg) => return Some((leg, Box::new(Going { sink, early, record, started }), place)),
             Err(e) => {
-                record.outcome = format!("the client left before the target answered: {e}").into();
+                record.ended(EndReason::ClientLeft, Some(e.to_string()));
                 proxy.book(record, started);
             }
         },

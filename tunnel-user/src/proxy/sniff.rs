@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use super::{Going, Proxy, reach::Wish};
 use crate::{
+    model::end::EndReason,
     observe::stats::Record,
-    relay::{Ahead, Leg, Outcome, Queue},
+    relay::{Ahead, Leg, Queue},
     routing::{flow::Flow, sniff::inspect},
 };
 
@@ -38,7 +39,7 @@ impl Proxy {
             }
             None => {
                 leg.abort();
-                record.outcome = Outcome::Stopped.to_string().into();
+                record.ended(EndReason::DrainTimeout, None);
                 self.book(record, started);
                 return None;
             }

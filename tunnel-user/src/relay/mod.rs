@@ -51,7 +51,10 @@ pub use self::{
     tcp::TcpLeg,
     tls::TlsLeg,
 };
-use crate::transport::{io::Wire, record::TlsStream};
+use crate::{
+    model::end::EndReason,
+    transport::{io::Wire, record::TlsStream},
+};
 
 /// One side of a flow, to be polled from one task.
 pub trait Leg: 'static {
@@ -216,6 +219,8 @@ pub enum Cause {
     Stream(::h2::Reason),
     /// The HTTP/2 connection failed, or TLS did.
     Connection(String),
+    /// This process, or its kernel program, has lost bytes.
+    Ours(String),
 }
 
 impl fmt::Display for Broken {
@@ -225,6 +230,7 @@ impl fmt::Display for Broken {
             Self::Reset(Cause::Tcp(e)) => write!(f, "{e}"),
             Self::Reset(Cause::Stream(reason)) => write!(f, "stream reset: {reason}"),
             Self::Reset(Cause::Connection(e)) => write!(f, "tunnel connection lost: {e}"),
+            Self::Reset(Cause::Ours(e)) => f.write_str(e),
         }
     }
 }
@@ -245,17 +251,34 @@ pub enum Outcome {
     Closed,
     /// One leg was reset, so the other was too.
     Reset(Side, Broken),
-    /// This process stopped, so both were reset.
-    Stopped,
+    /// This process ended it, so both were reset.
+    Ended(EndReason),
 }
 
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Outcome {
+    /// Which of the ends it is.
+    pub fn reason(&self) -> EndReason {
+        let (side, cause) = match self {
+            Self::Closed | Self::Reset(_, Broken::Done) => return EndReason::Closed,
+            Self::Ended(reason) => return *reason,
+            Self::Reset(side, Broken::Reset(cause)) => (side, cause),
+        };
+        match (side, cause) {
+            (_, Cause::Ours(_)) => EndReason::InternalError,
+            (Side::Client, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::ClientTimeout,
+            (Side::Target, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::TargetTimeout,
+            (Side::Client, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::ClientReset,
+            (Side::Target, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::TargetReset,
+            (Side::Client, Cause::Connection(_)) => EndReason::ClientLost,
+            (Side::Target, Cause::Connection(_)) => EndReason::UpstreamLost,
+        }
+    }
+
+    /// What was on the wire, in words.
+    pub fn detail(&self) -> Option<String> {
         match self {
-            Self::Closed => f.write_str("closed"),
-            Self::Stopped => f.write_str("reset: stopped at the drain deadline"),
-            Self::Reset(Side::Client, why) => write!(f, "reset by client: {why}"),
-            Self::Reset(Side::Target, why) => write!(f, "reset by target: {why}"),
+            Self::Closed | Self::Ended(_) => None,
+            Self::Reset(_, why) => Some(why.to_string()),
         }
     }
 }

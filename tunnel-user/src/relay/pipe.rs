@@ -18,9 +18,9 @@ use tokio::io::Interest;
 use super::{
     Broken, Direction, Leg as _, Queue, TcpLeg,
     ends::{State, Way, discard, finish, theirs},
-    splice::socket::at_mark,
     tcp::reset,
 };
+use crate::transport::sockopt::at_mark;
 
 /// What one direction of a flow holds at most: four times a pipe's usual size, because a segment takes a
 /// place of its own, of which there is one per page. Over loopback a GB costs 0.15 s of CPU with 64 KiB, 0.14

@@ -22,8 +22,10 @@ use std::{
 use socket2::SockRef;
 use tokio::{net::TcpStream, time::Instant};
 
-use super::splice::socket::{Progress, progress};
-use crate::transport::tcp::keepalive;
+use crate::transport::{
+    sockopt::{Progress, progress},
+    tcp::keepalive,
+};
 
 /// Of the time that a peer may be silent, a look comes after each such part.
 const PARTS: u32 = 8;

@@ -26,9 +26,14 @@ use super::{
     Broken, Cause, Leg, Queue,
     bypass::Hot,
     silence::{Socket, timed_out},
-    splice::socket::{at_mark, progress, unacknowledged, unread},
 };
-use crate::{kernel::bypass::Candidate, transport::tcp};
+use crate::{
+    kernel::bypass::Candidate,
+    transport::{
+        sockopt::{at_mark, progress, unacknowledged, unread},
+        tcp,
+    },
+};
 
 /// The first read of a flow, and the least later ones: a request fits.
 const READ_MIN: usize = 4 * 1024;

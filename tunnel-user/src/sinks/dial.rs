@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    model::flow::Target,
+    model::{end::EndReason, flow::Target},
     transport::{
         resolver::{self as names, Unanswered},
         tcp::{self, Connected, FirstSpeaker, Own},
@@ -82,6 +82,20 @@ pub enum DialError {
         #[source]
         source: io::Error,
     },
+}
+
+impl DialError {
+    /// Which of the ends it is.
+    pub fn reason(&self) -> EndReason {
+        match self {
+            Self::Resolve { .. } => EndReason::DnsError,
+            Self::ResolveTimeout { .. } => EndReason::DnsTimeout,
+            Self::Refused { .. } => EndReason::TargetRefused,
+            Self::Unreachable { .. } => EndReason::TargetUnreachable,
+            Self::Timeout { .. } => EndReason::ConnectTimeout,
+            Self::Local { .. } => EndReason::ConnectFailed,
+        }
+    }
 }
 
 /// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).

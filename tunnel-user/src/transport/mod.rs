@@ -12,6 +12,7 @@ pub mod proxy;
 pub mod pulse;
 pub mod record;
 pub mod resolver;
+pub mod sockopt;
 pub mod tcp;
 pub mod window;
 

@@ -26,7 +26,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::{Interest, unix::AsyncFd};
 use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, DIRECTIONS_MAX, FLOWS_MAX, SHUT, Words};
 
-use super::{overlap::repeats, socket};
+use super::overlap::repeats;
 use crate::{
     kernel::{
         bpf::BpfError,
@@ -34,6 +34,7 @@ use crate::{
         privileges,
     },
     process::drain::Tasks,
+    transport::sockopt,
 };
 
 /// The program, as the build script made or found it.
@@ -317,7 +318,7 @@ impl SlotPair {
         client: &TcpStream,
         target: &TcpStream,
     ) -> Result<Self, NoSlotPair> {
-        let cookies = [client, target].map(socket::cookie);
+        let cookies = [client, target].map(sockopt::cookie);
         let [Ok(own), Ok(theirs)] = cookies else {
             return Err(NoSlotPair::Refused("SO_COOKIE".to_owned(), None));
         };

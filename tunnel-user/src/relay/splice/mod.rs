@@ -10,9 +10,8 @@
 mod map;
 mod overlap;
 mod pair;
-pub(super) mod socket;
 
-use std::{future::poll_fn, io, net::TcpStream, rc::Rc, task::Poll};
+use std::{future::poll_fn, net::TcpStream, rc::Rc, task::Poll};
 
 use tunnel_common::fastpath::splice::{HOLE, STUCK};
 
@@ -22,7 +21,7 @@ use self::{
     pair::Pair,
 };
 use super::{
-    Broken, Direction, Meter, Outcome, Queue, Side, TcpLeg,
+    Broken, Cause, Direction, Meter, Outcome, Queue, Side, TcpLeg,
     ends::{Ended, Linger, conclude, step},
     tcp::{Taken, let_arrive, reset},
 };
@@ -153,7 +152,7 @@ impl Joined {
 /// Bytes are gone: the program could not leave out what had come before.
 fn broken(why: u64) -> Broken {
     let (why, bytes) = (why >> 32 << 32, why & u64::from(u32::MAX));
-    reset(io::Error::other(match why {
+    Broken::Reset(Cause::Ours(match why {
         HOLE => format!("{bytes} bytes are missing in front of a buffer that was to be spliced"),
         STUCK => {
             format!("{bytes} bytes that came before could not be taken off a buffer that was to be spliced")

@@ -20,10 +20,8 @@ use std::{
 
 use socket2::{Domain, Socket, Type};
 
-use super::{
-    map::{NoSlotPair, SlotPair, SpliceMap},
-    socket::{option, set},
-};
+use super::map::{NoSlotPair, SlotPair, SpliceMap};
+use crate::transport::sockopt::{option, set};
 
 /// How long a step may take.
 const PATIENCE: Duration = Duration::from_secs(2);

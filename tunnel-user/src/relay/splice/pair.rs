@@ -24,13 +24,15 @@ use tunnel_common::fastpath::splice::{Ledger, OVERHEAD, SHUT, grant};
 use super::{
     broken,
     map::{SlotPair, SpliceMap},
-    socket,
 };
-use crate::relay::{
-    Broken, Direction, Meter, Queue, RESET_LINGER, Side,
-    ends::State,
-    silence,
-    tcp::{reset, shut_down},
+use crate::{
+    relay::{
+        Broken, Direction, Meter, Queue, RESET_LINGER, Side,
+        ends::State,
+        silence,
+        tcp::{reset, shut_down},
+    },
+    transport::sockopt,
 };
 
 /// A flow whose messages have become larger than that on average goes back to being copied,
@@ -106,7 +108,7 @@ impl Pair {
         meter: &Meter,
     ) -> Result<Self, SlotPair> {
         let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
-            Ok(Half { ledger: Ledger::new(socket::accepted(dst)?), mark: moved.get(), ..Half::default() })
+            Ok(Half { ledger: Ledger::new(sockopt::accepted(dst)?), mark: moved.get(), ..Half::default() })
         };
         match (half(target, &meter.sent), half(client, &meter.received)) {
             (Ok(up), Ok(down)) => {
@@ -174,7 +176,7 @@ impl Pair {
                 yield_now().await;
             } else if looks.contains(&Look::Wait) {
                 if let Some(side) = (0..2).find(|side| matches!(ways[*side].state, State::Failing(_))) {
-                    let taken = socket::accepted(sockets[1 - side]).unwrap_or(0);
+                    let taken = sockopt::accepted(sockets[1 - side]).unwrap_or(0);
                     if taken != stuck.0 || stuck.1.elapsed() > RESET_LINGER * 2 {
                         stuck = (taken, Instant::now());
                     } else if stuck.1.elapsed() >= RESET_LINGER {
@@ -275,7 +277,7 @@ impl Pair {
                 Read::Nothing => return Ok(Look::Wait),
                 Read::End => {
                     let passed = words.passed.load(Ordering::Acquire);
-                    if !half.ledger.has_read(passed) || socket::unread(src).map_err(at_source)? > 0 {
+                    if !half.ledger.has_read(passed) || sockopt::unread(src).map_err(at_source)? > 0 {
                         half.ends += 1;
                         if half.ends > ENDS_MAX {
                             return Err(at_source(io::ErrorKind::ConnectionAborted.into()));
@@ -307,7 +309,7 @@ impl Pair {
         if settled {
             return Ok(if more { Look::More } else { Look::Settled });
         }
-        if !half.ledger.is_drained(redirected, socket::accepted(dst).map_err(at_sink)?) {
+        if !half.ledger.is_drained(redirected, sockopt::accepted(dst).map_err(at_sink)?) {
             return Ok(Look::Wait);
         }
         while !way.queue.is_empty() {
@@ -351,14 +353,14 @@ impl Pair {
         }
         let (bytes, used) = (redirected - half.granted.0, spent - half.granted.1);
         let messages = (used - bytes) / OVERHEAD;
-        let free = socket::room(dst).map_err(at_sink)?;
+        let free = sockopt::room(dst).map_err(at_sink)?;
         if free < ROOM_MIN || (bytes >= BULK_SEEN && bytes > messages * BULK_MEAN) {
             *leaving = true;
             half.granted = (redirected, spent);
             return Ok(Look::More);
         }
         // What came before the program had the socket, and a read has not had handed to it, would wait for what comes next.
-        if socket::unread(src).map_err(at_source)? > 0 {
+        if sockopt::unread(src).map_err(at_source)? > 0 {
             return Ok(Look::Wait);
         }
         if let Some(gate) = half.ledger.gate() {
@@ -370,7 +372,7 @@ impl Pair {
             words.gate.store(gate, Ordering::SeqCst);
             // What came since the read, and saw the gate shut for good, was told to nobody. Whoever has seen it so is through
             // once the lock has been had, and what it has passed shows.
-            socket::settle(src).map_err(at_source)?;
+            sockopt::settle(src).map_err(at_source)?;
             if words.passed.load(Ordering::Acquire) != gate {
                 return Ok(Look::More);
             }

@@ -35,8 +35,8 @@ fn a_reset_of_either_side_resets_the_other_and_says_whose_it_was() {
                 assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
                 assert_eq!(in_use(&path), 0);
                 let said = end_of_flow(relayed).await.0;
-                let whose = if by_app { "reset by client: " } else { "reset by target: " };
-                assert!(said.starts_with(whose), "{way:?}: {said}");
+                let whose = if by_app { EndReason::ClientReset } else { EndReason::TargetReset };
+                assert_eq!(said, whose, "{way:?}");
             }
         }
     });
@@ -55,7 +55,7 @@ fn a_reset_behind_a_stuck_direction_is_heard() {
             let Flow { app, mut target, path, relayed } = flow;
             reset_of(app);
             assert_eq!(end_of(&mut target).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
-            assert!(end_of_flow(relayed).await.0.starts_with("reset by client: "), "{way:?}");
+            assert_eq!(end_of_flow(relayed).await.0, EndReason::ClientReset, "{way:?}");
             assert_eq!(in_use(&path), 0, "a pipe with bytes in it is closed");
         }
     });
@@ -135,7 +135,7 @@ fn flows_of_one_worker_share_few_pipes() {
 
 /// Bytes that the peer's kernel has not acknowledged.
 fn in_flight(stream: &TcpStream) -> u64 {
-    splice::socket::unacknowledged(stream).unwrap()
+    crate::transport::sockopt::unacknowledged(stream).unwrap()
 }
 
 /// Resets the connection once the kernel of its peer has acknowledged everything.
@@ -178,8 +178,8 @@ fn what_was_acknowledged_before_a_reset_arrives_in_front_of_it() {
                     "{way:?}, by the application: {by_app}"
                 );
                 let said = end_of_flow(relayed).await.0;
-                let whose = if by_app { "reset by client: " } else { "reset by target: " };
-                assert!(said.starts_with(whose), "{way:?}: {said}");
+                let whose = if by_app { EndReason::ClientReset } else { EndReason::TargetReset };
+                assert_eq!(said, whose, "{way:?}");
                 assert_eq!(in_use(&path), 0);
             }
         }
@@ -265,8 +265,8 @@ fn a_side_that_writes_before_it_reads_hears_of_a_reset() {
             // More than there is room for.
             left.write_all(&pattern(2, 0, 1_000_000)).await.unwrap();
             assert_eq!(end_of(&mut left).await, Err(io::ErrorKind::ConnectionReset), "{way:?}");
-            let whose = if by_app { "reset by client: " } else { "reset by target: " };
-            assert!(end_of_flow(relayed).await.0.starts_with(whose), "{way:?}");
+            let whose = if by_app { EndReason::ClientReset } else { EndReason::TargetReset };
+            assert_eq!(end_of_flow(relayed).await.0, whose, "{way:?}");
         }
     });
 }
@@ -286,7 +286,7 @@ fn a_reset_goes_ahead_of_bytes_that_do_not_move_after_a_while() {
             let (said, ..) = relayed.await.unwrap();
             let waited = began.elapsed();
             tokio::time::resume();
-            assert!(said.starts_with("reset by client: "), "{way:?}: {said}");
+            assert_eq!(said, EndReason::ClientReset, "{way:?}");
             assert!((RESET_LINGER..RESET_LINGER * 2).contains(&waited), "{way:?}: {waited:?}");
             let (got, end) = read_all(&mut target).await;
             assert!(

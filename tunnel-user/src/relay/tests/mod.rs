@@ -59,7 +59,7 @@ struct Flow {
     app: TcpStream,
     target: TcpStream,
     path: Path,
-    relayed: JoinHandle<(String, u64, u64)>,
+    relayed: JoinHandle<(EndReason, u64, u64)>,
 }
 
 async fn pair() -> (TcpStream, TcpLeg) {
@@ -88,7 +88,7 @@ impl Flow {
         let relayed = tokio::task::spawn_local(async move {
             let meter = Meter::default();
             let outcome = relay(&mut client, &mut onward, &mut early, &meter, &through).await;
-            (outcome.to_string(), meter.sent.get(), meter.received.get())
+            (outcome.reason(), meter.sent.get(), meter.received.get())
         });
         Self { app, target, path, relayed }
     }
@@ -99,7 +99,7 @@ impl Flow {
 }
 
 /// How a flow ended, and how much it moved each way.
-async fn end_of_flow(relayed: JoinHandle<(String, u64, u64)>) -> (String, u64, u64) {
+async fn end_of_flow(relayed: JoinHandle<(EndReason, u64, u64)>) -> (EndReason, u64, u64) {
     timeout(PATIENCE, relayed).await.expect("it ends").unwrap()
 }
 
@@ -177,7 +177,7 @@ fn bytes_arrive_once_in_order_unchanged_both_ways_at_once() {
         let total = 2 * BYTES as u64;
         assert_eq!(
             end_of_flow(flow.relayed).await,
-            ("closed".to_owned(), BYTES as u64, BYTES as u64),
+            (EndReason::Closed, BYTES as u64, BYTES as u64),
             "{way:?}"
         );
         match (way, path) {
@@ -233,7 +233,7 @@ fn what_was_read_before_goes_first_each_way_and_counts() {
         let total = (BEFORE + AFTER) as u64;
         // But not as the client's, where it was our own.
         let sent = total - OURS as u64;
-        assert_eq!(end_of_flow(flow.relayed).await, ("closed".to_owned(), sent, total), "{way:?}");
+        assert_eq!(end_of_flow(flow.relayed).await, (EndReason::Closed, sent, total), "{way:?}");
     });
 }
 
@@ -291,7 +291,7 @@ fn each_side_may_end_first_and_the_other_goes_on() {
             assert_eq!((sent, heard), ((), BYTES));
             assert_eq!(
                 end_of_flow(flow.relayed).await,
-                ("closed".to_owned(), BYTES as u64, BYTES as u64),
+                (EndReason::Closed, BYTES as u64, BYTES as u64),
                 "{way:?}"
             );
         }
@@ -301,6 +301,6 @@ fn each_side_may_end_first_and_the_other_goes_on() {
         assert_eq!(receive(&mut flow.target, 1).await, 0);
         flow.target.shutdown().await.unwrap();
         assert_eq!(receive(&mut flow.app, 1).await, 0);
-        assert_eq!(end_of_flow(flow.relayed).await, ("closed".to_owned(), 0, 0), "{way:?}");
+        assert_eq!(end_of_flow(flow.relayed).await, (EndReason::Closed, 0, 0), "{way:?}");
     });
 }

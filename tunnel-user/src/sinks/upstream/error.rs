@@ -8,7 +8,10 @@ use http::StatusCode;
 use super::limit::Limited;
 use crate::{
     config::Protocol,
-    model::flow::{FarEnd, Target},
+    model::{
+        end::EndReason,
+        flow::{FarEnd, Target},
+    },
     sinks::dial::DialError,
 };
 
@@ -175,6 +178,21 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
+    /// Which of the ends it is.
+    pub fn reason(&self) -> EndReason {
+        match self {
+            Self::Connect { source: ConnectError::Tls { .. }, .. } => EndReason::UpstreamTls,
+            Self::Connect { .. } => EndReason::UpstreamUnreachable,
+            Self::NoEndpoint { .. } => EndReason::NoHealthyEndpoint,
+            Self::Empty { .. } => EndReason::NoEndpoint,
+            Self::Limit { .. } => EndReason::UpstreamLimit,
+            Self::Refused { .. } => EndReason::UpstreamRefused,
+            Self::Timeout { .. } => EndReason::UpstreamTimeout,
+            Self::Dropped { .. } => EndReason::UpstreamLost,
+            Self::Request { .. } => EndReason::BadRequest,
+        }
+    }
+
     /// Whether the gateway is to blame, or may be: it says that it is, or says nothing (Envoy's "gateway failure").
     pub(super) fn is_the_gateways(&self) -> bool {
         use StatusCode as S;

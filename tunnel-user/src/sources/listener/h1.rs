@@ -187,10 +187,10 @@ mod tests {
         match parse(text.as_bytes()) {
             Ok(Some((asked, length))) => {
                 assert_eq!(length, text.len());
-                asked.target.map(|t| t.to_string()).map_err(|e| e.status().0.as_u16())
+                asked.target.map(|t| t.to_string()).map_err(|e| e.status().as_u16())
             }
             Ok(None) => panic!("{text:?} is not whole"),
-            Err(e) => Err(Refusal::from(e).status().0.as_u16()),
+            Err(e) => Err(Refusal::from(e).status().as_u16()),
         }
     }
 

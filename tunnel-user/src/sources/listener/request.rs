@@ -1,9 +1,5 @@
-//! What a CONNECT request asks for, and how it is answered.
-//!
-//! Enters: a request's head. Leaves: a target, or a status with the reason in `proxy-status` (RFC 9209).
-//! Invariant: one table maps every reason to its status. It never reads a body.
-
-use std::fmt;
+//! What a CONNECT request asks for, and how it is answered: with the status of its [`EndReason`], and with what went wrong
+//! in `proxy-status` (RFC 9209).
 
 use http::{
     HeaderValue, Method, Request, Response, StatusCode,
@@ -11,7 +7,10 @@ use http::{
 };
 
 use crate::{
-    model::flow::{Target, TargetError},
+    model::{
+        end::EndReason,
+        flow::{Target, TargetError},
+    },
     sinks::{dial::DialError, upstream::TunnelError},
     transport::h1::HeadError,
 };
@@ -37,9 +36,15 @@ pub enum Refusal {
     /// A Host field that says something else than the request target, or several. The client's fault.
     #[error("its Host field does not say {0}")]
     Host(Target),
-    /// Policy or a route says no.
+    /// No policy allows it.
     #[error("{0}")]
     Denied(String),
+    /// A route denies it.
+    #[error("{0}")]
+    Route(String),
+    /// No route matches it.
+    #[error("{0} is refused: no route takes it")]
+    NoRoute(Target),
     /// The request has passed here before. The operator's fault, somewhere along the chain.
     #[error("the request has passed this tunnel before: it goes around in a loop")]
     Loop,
@@ -57,73 +62,47 @@ pub enum Refusal {
     PeerLimit(usize),
 }
 
-/// Where a status comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// From here: the proxy error type (RFC 9209 section 2.3).
-    Error(&'static str),
-    /// From the next hop: what it answered (RFC 9209 section 2.1.5).
-    Received(StatusCode),
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Refusal {
+    /// Which of the ends it is.
+    pub fn reason(&self) -> EndReason {
         match self {
-            Self::Error(error) => write!(f, "error={error}"),
-            Self::Received(status) => write!(f, "received-status={}", status.as_u16()),
+            Self::Method(_) => EndReason::BadMethod,
+            Self::Authority(_) | Self::Content(_) | Self::Host(_) => EndReason::BadRequest,
+            Self::Head(HeadError::Syntax(_)) => EndReason::BadRequest,
+            Self::Head(HeadError::LineTooLong) => EndReason::UriTooLong,
+            Self::Head(HeadError::TooLong | HeadError::TooManyFields) => EndReason::HeadersTooLarge,
+            Self::Denied(_) => EndReason::PolicyDenied,
+            Self::Route(_) => EndReason::RouteDenied,
+            Self::NoRoute(_) => EndReason::NoRoute,
+            Self::Loop => EndReason::Loop,
+            Self::Dial(e) => e.reason(),
+            Self::Tunnel(e) => e.reason(),
+            Self::Limit(_) => EndReason::FlowLimit,
+            Self::PeerLimit(_) => EndReason::PeerLimit,
         }
     }
-}
 
-impl Refusal {
-    /// The status, and what `proxy-status` says of where it comes from.
-    pub fn status(&self) -> (StatusCode, Origin) {
-        let (status, error) = match self {
-            Self::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "http_request_error"),
-            Self::Authority(_) | Self::Content(_) | Self::Host(_) => {
-                (StatusCode::BAD_REQUEST, "http_request_error")
-            }
-            Self::Head(HeadError::Syntax(_)) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            // RFC 9112 section 3.
-            Self::Head(HeadError::LineTooLong) => (StatusCode::URI_TOO_LONG, "http_request_error"),
-            // RFC 6585 section 5.
-            Self::Head(HeadError::TooLong | HeadError::TooManyFields) => {
-                (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http_request_error")
-            }
-            Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied"),
-            // RFC 5842 section 7.2.
-            Self::Loop => (StatusCode::LOOP_DETECTED, "proxy_loop_detected"),
-            Self::Dial(DialError::Resolve { .. }) => (StatusCode::BAD_GATEWAY, "dns_error"),
-            Self::Dial(DialError::ResolveTimeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "dns_timeout"),
-            Self::Dial(DialError::Refused { .. }) => (StatusCode::BAD_GATEWAY, "connection_refused"),
-            Self::Dial(DialError::Unreachable { .. }) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "destination_ip_unroutable")
-            }
-            Self::Dial(DialError::Timeout { .. }) => (StatusCode::GATEWAY_TIMEOUT, "connection_timeout"),
-            Self::Dial(DialError::Local { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "proxy_internal_error"),
-            Self::Tunnel(
-                TunnelError::Connect { .. } | TunnelError::NoEndpoint { .. } | TunnelError::Empty { .. },
-            ) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable"),
-            // The next hop's word is passed on.
-            Self::Tunnel(TunnelError::Refused { status, .. }) => return (*status, Origin::Received(*status)),
-            Self::Tunnel(TunnelError::Timeout { .. }) => {
-                (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout")
-            }
-            Self::Tunnel(TunnelError::Dropped { .. }) => (StatusCode::BAD_GATEWAY, "connection_terminated"),
-            Self::Tunnel(TunnelError::Request { .. }) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            Self::Tunnel(TunnelError::Limit { .. }) | Self::Limit(_) | Self::PeerLimit(_) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached")
-            }
-        };
-        (status, Origin::Error(error))
+    /// What is answered: the status of the reason, or the next hop's own, which is passed on.
+    pub fn status(&self) -> StatusCode {
+        self.received().or(self.reason().status()).unwrap_or(StatusCode::BAD_GATEWAY)
+    }
+
+    /// What the next hop answered.
+    fn received(&self) -> Option<StatusCode> {
+        if let Self::Tunnel(TunnelError::Refused { status, .. }) = self { Some(*status) } else { None }
     }
 
     /// The answer.
     pub fn response(&self) -> Response<()> {
-        let (status, origin) = self.status();
+        let status = self.status();
         let mut response = Response::new(());
         *response.status_mut() = status;
-        let text = format!("{SELF}; {origin}; details=\"{}\"", sf_string(&self.to_string()));
+        let cause = match (self.received(), self.reason().proxy_error()) {
+            // RFC 9209 section 2.1.5.
+            (Some(received), _) => format!("received-status={}", received.as_u16()),
+            (None, error) => format!("error={}", error.unwrap_or("proxy_internal_error")),
+        };
+        let text = format!("{SELF}; {cause}; details=\"{}\"", sf_string(&self.to_string()));
         // sf_string leaves only what a header may hold.
         if let Ok(value) = HeaderValue::try_from(text) {
             response.headers_mut().insert("proxy-status", value);
@@ -175,7 +154,7 @@ mod tests {
     #[test]
     fn only_connect_with_a_good_authority_has_a_target() {
         assert_eq!(target(&request("CONNECT", "10.0.0.1:80")).unwrap().to_string(), "10.0.0.1:80");
-        let status = |r: &Request<()>| target(r).unwrap_err().status().0.as_u16();
+        let status = |r: &Request<()>| target(r).unwrap_err().status().as_u16();
         assert_eq!(status(&request("GET", "http://10.0.0.1:80/")), 405);
         assert_eq!(status(&request("CONNECT", "example.org")), 400);
         assert_eq!(status(&request("CONNECT", "user@example.org:80")), 400);

@@ -16,13 +16,13 @@ const SK_MEMINFO_WMEM_QUEUED: usize = 5;
 const SK_MEMINFO_VARS: usize = 9;
 
 /// `SO_COOKIE`: never another socket's while the node is up.
-pub(super) fn cookie(socket: &impl AsFd) -> io::Result<u64> {
+pub fn cookie(socket: &impl AsFd) -> io::Result<u64> {
     option(socket, libc::SOL_SOCKET, libc::SO_COOKIE)
 }
 
 /// Bytes that this socket's TCP has ever taken to send. What is not acknowledged is asked for last: what is
 /// acknowledged in between counts nowhere, so this is never too much.
-pub(super) fn accepted(socket: &impl AsFd) -> io::Result<u64> {
+pub fn accepted(socket: &impl AsFd) -> io::Result<u64> {
     /// `struct tcp_info` up to `tcpi_bytes_acked`, which is exact where `tcpi_bytes_sent` counts what was sent again.
     #[repr(C)]
     #[derive(Clone, Copy)]
@@ -38,23 +38,23 @@ pub(super) fn accepted(socket: &impl AsFd) -> io::Result<u64> {
 }
 
 /// Bytes that were written and that the peer has not acknowledged, the end among them.
-pub(in crate::relay) fn unacknowledged(socket: &impl AsFd) -> io::Result<u64> {
+pub fn unacknowledged(socket: &impl AsFd) -> io::Result<u64> {
     ioctl(socket, libc::TIOCOUTQ)
 }
 
 /// How a connection gets on with what is on its way to the peer.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::relay) struct Progress {
+pub struct Progress {
     /// Something is on its way, or waits for the peer's window.
-    pub(in crate::relay) waiting: bool,
+    pub waiting: bool,
     /// The peer was asked since it last answered: something was sent again, or its window was probed.
-    pub(in crate::relay) asked: bool,
+    pub asked: bool,
     /// Since the last acknowledgement.
-    pub(in crate::relay) quiet: Duration,
+    pub quiet: Duration,
 }
 
 /// See [`Progress`].
-pub(in crate::relay) fn progress(socket: &impl AsFd) -> io::Result<Progress> {
+pub fn progress(socket: &impl AsFd) -> io::Result<Progress> {
     /// `struct tcp_info` (linux/tcp.h) up to `tcpi_last_ack_recv`.
     #[repr(C)]
     #[derive(Clone, Copy)]
@@ -80,24 +80,24 @@ pub(in crate::relay) fn progress(socket: &impl AsFd) -> io::Result<Progress> {
 }
 
 /// Takes the lock under which the program runs (`tcp_get_info`), so that what ran before shows.
-pub(super) fn settle(socket: &impl AsFd) -> io::Result<()> {
+pub fn settle(socket: &impl AsFd) -> io::Result<()> {
     option::<u64>(socket, libc::IPPROTO_TCP, libc::TCP_INFO).map(drop)
 }
 
 /// Bytes that were received and neither read nor sent on.
-pub(in crate::relay) fn unread(socket: &impl AsFd) -> io::Result<u64> {
+pub fn unread(socket: &impl AsFd) -> io::Result<u64> {
     ioctl(socket, libc::FIONREAD)
 }
 
 /// How much of `sk_sndbuf` is free, half of it left out: beyond two thirds epoll calls a socket full
 /// (`sk_stream_is_writeable`).
-pub(super) fn room(socket: &impl AsFd) -> io::Result<u64> {
+pub fn room(socket: &impl AsFd) -> io::Result<u64> {
     let memory: [u32; SK_MEMINFO_VARS] = option(socket, libc::SOL_SOCKET, SO_MEMINFO)?;
     Ok(u64::from((memory[SK_MEMINFO_SNDBUF] / 2).saturating_sub(memory[SK_MEMINFO_WMEM_QUEUED])))
 }
 
 /// A socket option whose value is made of integers; what the kernel does not fill is zero.
-pub(super) fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+pub fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
     // SAFETY: every T here is made of integers only, of which all bits zero is a value.
     let mut value: T = unsafe { mem::zeroed() };
     let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
@@ -108,7 +108,7 @@ pub(super) fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc
 }
 
 /// Sets an option of TCP; the value is made of integers.
-pub(super) fn set<T: Copy>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Result<()> {
+pub fn set<T: Copy>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Result<()> {
     let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     let fd = socket.as_fd().as_raw_fd();
     // SAFETY: `value` is valid for reads of `len` bytes.
@@ -117,7 +117,7 @@ pub(super) fn set<T: Copy>(socket: &impl AsFd, name: libc::c_int, value: T) -> i
 }
 
 /// Whether the next byte to be read is urgent (`SIOCATMARK`): a read stops in front of it, whatever is behind.
-pub(in crate::relay) fn at_mark(socket: &impl AsFd) -> bool {
+pub fn at_mark(socket: &impl AsFd) -> bool {
     /// `asm-generic/sockios.h`
     const SIOCATMARK: libc::c_ulong = 0x8905;
     ioctl(socket, SIOCATMARK).is_ok_and(|at| at != 0)
