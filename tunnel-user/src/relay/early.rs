@@ -22,7 +22,7 @@ use super::{Broken, Early, Leg, Queue};
 pub const EARLY_MAX: usize = 64 * 1024;
 
 /// A client whose target has not answered.
-pub trait Source {
+pub trait EarlySource {
     /// Whether bytes may be taken while nobody has room for them: see [`Leg::prefetches`].
     fn prefetches(&self) -> bool;
 
@@ -60,7 +60,7 @@ pub trait EarlyStream {
     fn end(&mut self);
 }
 
-impl<L: Leg> Source for L {
+impl<L: Leg> EarlySource for L {
     fn prefetches(&self) -> bool {
         Leg::prefetches(self)
     }
@@ -88,10 +88,10 @@ impl<L: Leg> Source for L {
 
 /// See the module. Whoever asks for a stream sends from it, and whoever waits for that one hears the client leave: two
 /// futures of one task, so none of them holds it beyond a poll.
-pub struct Ahead<'c>(RefCell<Waiting<'c>>);
+pub struct Ahead<'c>(RefCell<State<'c>>);
 
-struct Waiting<'c> {
-    client: &'c mut (dyn Source + 'c),
+struct State<'c> {
+    client: &'c mut (dyn EarlySource + 'c),
     /// Taken from the client, and on no stream.
     queue: Queue,
     /// On the stream that is being asked for, and how many bytes that are.
@@ -115,8 +115,8 @@ struct Waiting<'c> {
 
 impl<'c> Ahead<'c> {
     /// Of a client, from which `queue` has come already.
-    pub fn new(client: &'c mut (dyn Source + 'c), queue: Queue) -> Self {
-        Self(RefCell::new(Waiting {
+    pub fn new(client: &'c mut (dyn EarlySource + 'c), queue: Queue) -> Self {
+        Self(RefCell::new(State {
             client,
             queue,
             kept: Queue::default(),
@@ -181,7 +181,7 @@ impl<'c> Ahead<'c> {
         if !waiting.answered {
             waiting.begin_anew();
         }
-        let Waiting { queue, sent, ended, broken, finished, .. } = waiting;
+        let State { queue, sent, ended, broken, finished, .. } = waiting;
         Early { sent: queue, passed: sent, ended, broken, finished, ..Early::default() }
     }
 }
@@ -206,7 +206,7 @@ impl Drop for Asking<'_, '_> {
     }
 }
 
-impl Waiting<'_> {
+impl State<'_> {
     /// Nothing is on any stream.
     fn begin_anew(&mut self) {
         if self.sent > 0 {

@@ -1,8 +1,8 @@
 //! One HTTP/2 CONNECT stream as a leg (RFC 9113 section 8.5).
 //!
-//! Enters: a stream after its 200. Leaves: DATA frames within the peer's windows. Invariant: the window is
-//! given back only as the other side accepts; capacity of the connection is reserved only for bytes that
-//! are in hand, so an idle stream takes none from the others.
+//! # Invariants
+//! - The window is given back only as the other side accepts.
+//! - Capacity of the connection is reserved only for bytes that are in hand, so an idle stream takes none from the others.
 
 use std::{
     task::{Context, Poll, ready},
@@ -14,7 +14,7 @@ use h2::{Reason, RecvStream, server::SendResponse};
 use http::Response;
 use tokio::time::timeout;
 
-use super::{Broken, Cause, Leg, Payload, Queue, Sender, Source};
+use super::{Broken, Cause, EarlySource, Leg, Payload, Queue, Sender};
 use crate::transport::window::Share;
 
 /// How long a peer may take to notice that it was refused: longer than any round trip, and as long as h2 remembers
@@ -89,7 +89,7 @@ impl Waiting {
     }
 }
 
-impl Source for Waiting {
+impl EarlySource for Waiting {
     fn prefetches(&self) -> bool {
         true
     }

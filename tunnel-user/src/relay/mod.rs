@@ -40,7 +40,7 @@ use self::{
     ends::{State, run},
 };
 pub use self::{
-    early::{Ahead, EARLY_MAX, EarlyStream, Source},
+    early::{Ahead, EARLY_MAX, EarlySource, EarlyStream},
     ends::RESET_LINGER,
     h2::{H2Leg, Waiting},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},

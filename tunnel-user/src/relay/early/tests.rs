@@ -22,7 +22,7 @@ use crate::relay::{Payload, Sender};
 /// A client that has said this, and says no more.
 struct Said(VecDeque<Option<Bytes>>);
 
-impl Source for Said {
+impl EarlySource for Said {
     fn prefetches(&self) -> bool {
         false
     }

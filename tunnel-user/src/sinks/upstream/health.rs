@@ -151,7 +151,7 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
             // At a limit of ours there is nothing to try it with: a flow will.
             Ok(_) | Err(ConnectError::Limit { .. } | ConnectError::Overflow { .. }) => {
                 health.endpoints.readmit(&endpoint);
-                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "well again");
+                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "readmitted");
                 return;
             }
             Err(e) => endpoint.note(&e.to_string()),

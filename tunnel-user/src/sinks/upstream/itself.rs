@@ -1,7 +1,5 @@
-//! An upstream that is this process: a flow goes to a listener of ours without a connection.
-//!
-//! Enters: nothing but what the configuration says. Leaves: who we would be to that listener, or why it would
-//! not let us in. Invariant: the listener's own check on its clients holds. It never opens a socket.
+//! An upstream that is this process: a flow goes to a listener of ours without a connection. The listener's own check on its
+//! clients holds.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,10 +1,10 @@
-//! Endpoints from DNS.
-//!
-//! Enters: names. Leaves: a set of endpoints, one for each address, as long as the answers are good for and then the
-//! next. Invariant: what is known stays when a question is not answered; an answer that there is nothing is an
-//! answer. It never asks more often than every `AGAIN_MIN`, whatever the answers say.
+//! Endpoints from DNS: one for each address of a name, as long as the answers are good for.
 //!
 //! getaddrinfo(3) does not say how long an answer is good for; the look-ups of [`names`](crate::transport::resolver) do.
+//!
+//! # Invariants
+//! - What is known stays when a question is not answered; an answer that there is nothing is an answer.
+//! - No name is asked for more often than every `AGAIN_MIN`, whatever the answers say.
 
 use std::{
     collections::BTreeSet,

@@ -1,8 +1,7 @@
-//! Endpoints from a file.
+//! Endpoints from a file of lines, HOST:PORT, read again whenever it changes. What replaces it should do so by renaming.
 //!
-//! Enters: a file of lines, HOST:PORT. Leaves: a set of endpoints, whenever it changes. Invariant: a file with a
-//! mistake changes nothing, and the mistake is said with its line. It never takes half a file: what replaces a file
-//! should do it by renaming.
+//! # Invariants
+//! - A file with a mistake changes nothing, and the mistake is logged with its line.
 
 use std::{
     fmt,

@@ -22,6 +22,18 @@ struct Fake {
     closed: Signal,
 }
 
+impl Fake {
+    fn new(key: &Key, max_streams: &Rc<Cell<usize>>) -> Self {
+        let Target::Addr(addr) = key.endpoint else { panic!("an address") };
+        Self {
+            peer: FarEnd::Socket(PeerAddr(addr)),
+            max_streams: Rc::clone(max_streams),
+            draining: Cell::default(),
+            closed: Signal::default(),
+        }
+    }
+}
+
 impl Connection for Fake {
     fn peer(&self) -> &FarEnd {
         &self.peer
@@ -104,13 +116,7 @@ impl Connect for Dialer {
         }
         yield_now().await;
         self.now.set((self.now.get().0 - 1, self.now.get().1));
-        let Target::Addr(addr) = key.endpoint else { panic!("an address") };
-        Ok(Fake {
-            peer: FarEnd::Socket(PeerAddr(addr)),
-            max_streams: Rc::clone(&self.max_streams),
-            draining: Cell::default(),
-            closed: Signal::default(),
-        })
+        Ok(Fake::new(key, &self.max_streams))
     }
 }
 
@@ -133,8 +139,8 @@ fn key(port: u16) -> Key {
 }
 
 fn run(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true);
-    let runtime = { runtime }.build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     LocalSet::new().block_on(&runtime, async { timeout(PATIENCE * 5, test).await.expect("in time") });
 }
 
@@ -253,11 +259,8 @@ fn a_slow_dial_of_one_key_holds_up_no_other() {
 fn flows_that_wait_are_served_in_the_order_in_which_they_came() {
     run(async {
         let dialer = Dialer::new(1);
-        let pool = pool(&dialer, 1, 1);
-        let mut permit = Some(pool.checkout(&key(1)).await.unwrap());
-        // Nothing may be dialled any more, so nobody waits but for a dial: a second one that is stuck.
         dialer.stuck.borrow_mut().push(key(1).endpoint);
-        let pool = self::pool(&dialer, 1, 100);
+        let pool = pool(&dialer, 1, 100);
         let served = Rc::new(RefCell::new(Vec::new()));
         for n in 0..3 {
             let (pool, served) = (Rc::clone(&pool), Rc::clone(&served));
@@ -269,16 +272,10 @@ fn flows_that_wait_are_served_in_the_order_in_which_they_came() {
             yield_now().await;
         }
         assert!(served.borrow().is_empty());
-        // A connection comes by another way, with room for one at a time.
+        // A connection that takes one stream at a time.
         let slot = pool.0.slot(&key(1));
-        let given = permit.take().unwrap().entry;
-        let connection = Fake {
-            peer: given.connection.peer.clone(),
-            max_streams: Rc::clone(&dialer.max_streams),
-            draining: Cell::default(),
-            closed: Signal::default(),
-        };
-        slot.connections.borrow_mut().push(Entry::new(connection, Rc::downgrade(&slot), None));
+        let entry = Entry::new(Fake::new(&key(1), &dialer.max_streams), Rc::downgrade(&slot), None);
+        slot.connections.borrow_mut().push(entry);
         slot.serve();
         while served.borrow().len() < 3 {
             yield_now().await;
@@ -293,17 +290,18 @@ fn a_flow_that_no_longer_waits_takes_nobodys_permit() {
         let dialer = Dialer::new(1);
         dialer.stuck.borrow_mut().push(key(1).endpoint);
         let pool = pool(&dialer, 1, 100);
+        let key = key(1);
         for _ in 0..3 {
-            let mut all: Vec<_> = (0..WAITING_MAX).map(|_| Box::pin(pool.checkout(&key(1)))).collect();
+            let mut all: Vec<_> = (0..WAITING_MAX).map(|_| Box::pin(pool.checkout(&key))).collect();
             poll_fn(|cx| {
                 assert!(all.iter_mut().all(|flow| flow.as_mut().poll(cx).is_pending()));
                 std::task::Poll::Ready(())
             })
             .await;
-            let over = pool.checkout(&key(1)).await.map(drop).unwrap_err();
+            let over = pool.checkout(&key).await.map(drop).unwrap_err();
             assert!(matches!(over, ConnectError::Overflow { .. }), "{over}");
         }
-        assert!(pool.0.slot(&key(1)).waiting.borrow().is_empty());
+        assert!(pool.0.slot(&key).waiting.borrow().is_empty());
     });
 }
 
