@@ -1,7 +1,6 @@
-//! The `tunnel` program: what was typed becomes a call into the library.
+//! The `tunnel` program: turns what was typed into a call into the library, and its result into an exit code.
 //!
-//! Enters: arguments. Leaves: an exit code. Invariant: a failure is printed once, with its remedy, and the
-//! code says of which kind it was. It never holds logic of its own.
+//! A failure is printed once, with its remedy. The rooms that must not know each other are wired together here.
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -12,9 +11,10 @@ use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
     cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, pki},
     config::{Config, schema},
-    daemon,
+    daemon::{self, Running},
     identity::tls::TlsIdentity,
-    observe::telemetry,
+    kernel::cgroup::Fresh,
+    observe::{stats::Record, telemetry},
     process::{
         exit::{Cause, EXIT_CONFIG, Failure},
         panics,
@@ -44,7 +44,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
             let config = args.to_config()?;
             let options =
                 exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
-            exec::run(config, &options)
+            exec::run::<Daemon>(config, &options)
         }
         Command::Run(args) => daemon::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
             .map(|()| ExitCode::SUCCESS),
@@ -64,6 +64,33 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     }
 }
 
+/// The daemon of `tunnel exec`.
+struct Daemon(Running);
+
+impl exec::Carrier for Daemon {
+    fn require_privileges() -> Result<(), Failure> {
+        daemon::require_for_capture()
+    }
+
+    fn start(config: Config, group: &Fresh, keep_records: bool) -> Result<Self, Failure> {
+        let options = daemon::Options { group: Some(group), keep_records, ..daemon::Options::default() };
+        daemon::start(config, options).map(Self)
+    }
+
+    async fn run(&mut self) {
+        self.0.watch_captures().await;
+    }
+
+    fn look_for_leavers(&mut self) {
+        self.0.look_for_leavers();
+    }
+
+    fn stop(self) -> (Vec<Record>, u64) {
+        let report = self.0.stop();
+        (report.records, report.dropped)
+    }
+}
+
 fn diagnose(as_json: bool) -> Result<ExitCode, Failure> {
     let findings = doctor::examine();
     let text =
@@ -76,7 +103,7 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
     match command {
         ConfigCommand::Check { file } => {
             let config = Config::load(&file)?;
-            if let Some(identity) = &config.identity {
+            for identity in config.identities.values() {
                 TlsIdentity::load(identity)?;
             }
             for warning in daemon::nested(&config) {

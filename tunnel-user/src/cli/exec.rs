@@ -1,9 +1,9 @@
-//! `tunnel exec`: one command in a group of its own, captured.
+//! `tunnel exec`: runs one command in a cgroup of its own, captured by a daemon in this process.
 //!
-//! Enters: a command and a configuration. Leaves: its exit status. Invariant: the command has the caller's
-//! terminal, environment and signals, as if we were not there; it runs only once its connections are
-//! captured; when we die, its connections are refused. While it is stopped, so are we, for whoever controls the job.
-//! Nothing of the group is left afterwards.
+//! # Invariants
+//! - The command has the caller's terminal, environment and signals; while it is stopped, so are we, for job control.
+//! - It runs only once its connections are captured. When we die, its connections are refused.
+//! - Nothing of the cgroup is left afterwards.
 
 use std::{
     ffi::OsString,
@@ -25,7 +25,6 @@ use tokio::io::unix::AsyncFd;
 
 use crate::{
     config::Config,
-    daemon as app,
     kernel::{
         cgroup::{CgroupError, Fresh, Hierarchy},
         inherited::{self, Inherited},
@@ -51,25 +50,45 @@ pub struct Options {
     pub stats_json: Option<PathBuf>,
 }
 
-/// Runs the command to its end.
-pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
-    crate::daemon::require_for_capture()?;
+/// The daemon that carries the command's connections, in this process.
+pub trait Carrier: Sized {
+    /// Fails where this process may not capture, before anything is created.
+    fn require_privileges() -> Result<(), Failure>;
+
+    /// Captures `group`, in a runtime. With `keep_records`, [`stop`](Self::stop) returns a record of each flow.
+    fn start(config: Config, group: &Fresh, keep_records: bool) -> Result<Self, Failure>;
+
+    /// Does what a capture needs while the command runs. Never ends.
+    fn run(&mut self) -> impl Future<Output = ()>;
+
+    /// Warns of processes that have left the group.
+    fn look_for_leavers(&mut self);
+
+    /// Ends the flows; their records, and how many flows there was no record for.
+    fn stop(self) -> (Vec<Record>, u64);
+}
+
+/// Runs the command to its end, its connections carried by `C`.
+pub fn run<C: Carrier>(config: Config, options: &Options) -> Result<ExitCode, Failure> {
+    C::require_privileges()?;
     let records = options.stats || options.stats_json.is_some();
     // Before any thread starts, and before the limit of descriptors is raised (select(2) breaks beyond 1024).
     let (inherited, blocked) = Inherited::take().map_err(|e| os("signals and limits", e))?;
     let mut group = Hierarchy::open().and_then(|h| h.create_fresh()).map_err(cgroup_failure)?;
-    let runtime = app::control_runtime()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| os("the runtime", e))?;
     let (status, report) = runtime.block_on(async {
         let signals = SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(|e| os("signals", e.into()))?;
         // SAFETY: the descriptor is the signalfd's own, and stays open and the same as long as it lives.
         let signals = unsafe { AsyncFd::register(signals) }.map_err(|e| os("signals", e.into()))?;
-        let start = app::Options { group: Some(&group), keep_records: records, ..Default::default() };
-        let mut running = app::start(config, start)?;
+        let mut running = C::start(config, &group, records)?;
         let status = match spawn(&options.command, &group, inherited) {
             Ok(mut child) => tokio::select! {
                 status = child.ended(&signals) => status.map_err(|e| os("waiting for the command", e))?,
-                () = running.watch_captures() => {
+                () = running.run() => {
                     return Err(Failure::Other(Cause::new("the capture ended", "")));
                 }
             },
@@ -80,8 +99,7 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
         };
         running.look_for_leavers();
         end_leftovers(&mut group, &options.command);
-        let report = running.stop();
-        Ok((Ok(status), (report.records, report.dropped)))
+        Ok((Ok(status), running.stop()))
     })?;
     let (records, dropped) = report;
     if options.stats {

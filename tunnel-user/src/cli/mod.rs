@@ -399,7 +399,10 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
-    use crate::config::{Action, CgroupRef};
+    use crate::{
+        config::{Action, CgroupRef},
+        model::names::IdentityName,
+    };
 
     fn parse(args: &str) -> Result<Cli, clap::Error> {
         Cli::try_parse_from(["tunnel"].into_iter().chain(args.split_whitespace()))
@@ -436,10 +439,10 @@ mod tests {
         assert_eq!(args.command, ["curl", "-s", "x"]);
         let config = args.to_config().unwrap();
         assert_eq!(config.captures[0].cgroup, CgroupRef::Fresh);
-        assert_eq!(config.routes[0].to, Action::Upstreams(vec![(0, 1)]));
+        assert_eq!(config.routes[0].to, Action::Upstreams(vec![("gateway".into(), 1)]));
         assert_eq!(config.upstreams[0].headers[0].1, "a=b");
         assert_eq!(config.upstreams[0].check().unwrap().server_name(&args.gateway.unwrap()).to_str(), "gw");
-        assert_eq!(config.identity.unwrap().key, PathBuf::from("k.pem"));
+        assert_eq!(config.identities[&IdentityName::default()].key, PathBuf::from("k.pem"));
 
         let exec = parse(&format!("exec --gateway gw:1 {id} --refuse ::/0 --exclude 10.0.0.0/8:22 -- curl"));
         let Command::Exec(args) = exec.unwrap().command else { panic!("not exec") };

@@ -34,4 +34,4 @@ pub use itself::Itself;
 pub use open::Upstream;
 pub use settings::{PoolSettings, UpstreamSettings, UpstreamTls};
 pub use stream::Stream;
-pub use upstreams::{Next, Upstreams, Wanted};
+pub use upstreams::{Next, Upstreams};

@@ -8,7 +8,7 @@ use super::{discovery::EndpointSource, limit::Limits};
 use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
     identity::store::TlsStore,
-    model::trust::ServerCheck,
+    model::{names::UpstreamName, trust::ServerCheck},
     transport::tcp::Own,
 };
 
@@ -19,8 +19,8 @@ pub struct UpstreamSettings {
     pub name: String,
     /// Where it is.
     pub endpoints: EndpointSource,
-    /// Through which other upstream it is reached: its place among the configuration's.
-    pub via: Option<usize>,
+    /// Through which other upstream it is reached.
+    pub via: Option<UpstreamName>,
     /// Which endpoint is next.
     pub balance: Balance,
     /// What it speaks.
