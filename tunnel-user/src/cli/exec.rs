@@ -73,7 +73,8 @@ pub fn run<C: Carrier>(config: Config, options: &Options) -> Result<ExitCode, Fa
     C::require_privileges()?;
     let records = options.stats || options.stats_json.is_some();
     // Before any thread starts, and before the limit of descriptors is raised (select(2) breaks beyond 1024).
-    let (inherited, blocked) = Inherited::take().map_err(|e| os("signals and limits", e))?;
+    let (inherited, blocked) =
+        Inherited::take().map_err(|e| os("cannot read signal dispositions and limits", e))?;
     let mut group = Hierarchy::open().and_then(|h| h.create_fresh()).map_err(cgroup_failure)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -87,7 +88,7 @@ pub fn run<C: Carrier>(config: Config, options: &Options) -> Result<ExitCode, Fa
         let mut running = C::start(config, &group, records)?;
         let status = match spawn(&options.command, &group, inherited) {
             Ok(mut child) => tokio::select! {
-                status = child.ended(&signals) => status.map_err(|e| os("waiting for the command", e))?,
+                status = child.ended(&signals) => status.map_err(|e| os("cannot wait for the command", e))?,
                 () = running.run() => {
                     return Err(Failure::Other(Cause::new("the capture ended", "")));
                 }
@@ -123,7 +124,7 @@ fn spawn(
     let Some((program, args)) = command.split_first() else {
         return Err(Err(Failure::Config(Cause::new("no command was given", "tunnel exec ... -- CMD ARGS"))));
     };
-    let procs = group.open_procs().map_err(|e| Err(os("the command's cgroup", e)))?;
+    let procs = group.open_procs().map_err(|e| Err(os("cannot open the cgroup of the command", e)))?;
     let mut child = Command::new(program);
     child.args(args);
     let fd = procs.as_raw_fd();
@@ -151,7 +152,7 @@ fn spawn(
                 eprintln!("tunnel: {program}: cannot be executed: {e}");
                 Ok(NOT_EXECUTABLE)
             }
-            _ => Err(os(&format!("starting {program}"), e)),
+            _ => Err(os(&format!("cannot start {program}"), e)),
         }
     })
 }
@@ -250,7 +251,11 @@ fn end_leftovers(group: &mut Fresh, command: &[OsString]) {
     if !left.is_empty() {
         let program = command.first().map(|c| c.to_string_lossy()).unwrap_or_default();
         let pids: Vec<_> = left.iter().map(ToString::to_string).collect();
-        eprintln!("tunnel: ended {} that {program} left running: {}", processes(left.len()), pids.join(" "));
+        eprintln!(
+            "tunnel: terminated {} that {program} left running: {}",
+            processes(left.len()),
+            pids.join(" ")
+        );
     }
     if let Err(e) = group.remove() {
         tracing::warn!("{e}");
@@ -283,9 +288,9 @@ fn cgroup_failure(e: CgroupError) -> Failure {
     match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => Failure::Privilege(Cause::new(
             e,
-            "Making a cgroup takes root, and in a container a writable cgroup2 hierarchy.",
+            "Creating a cgroup requires root, and in a container a writable cgroup2 hierarchy.",
         )),
-        Some(libc::ENODEV) => Failure::Kernel(Cause::new(e, "This kernel has no cgroup2.")),
+        Some(libc::ENODEV) => Failure::Kernel(Cause::new(e, "This kernel does not support cgroup2.")),
         _ => Failure::Other(Cause::new(e, "")),
     }
 }

@@ -1,6 +1,4 @@
-//! What the allocator does with memory that was given back.
-//!
-//! Enters: nothing. Leaves: the process's allocator, told once. Invariant: what it keeps is bounded, and it never fails.
+//! Configures the allocator once: how much freed memory it keeps.
 
 /// Freed memory at the top of a heap that is kept for the next: each worker has a heap, and a bulk flow takes and gives
 /// back 64 KiB many times a millisecond. With glibc's 128 KiB the kernel gets it back each time, and clears it again: 15 %
@@ -23,7 +21,7 @@ pub fn keep_freed() {
         // SAFETY: mallopt(3) takes a parameter and a number, and locks what it changes.
         let understood = unsafe { libc::mallopt(parameter, value) };
         if understood == 0 {
-            tracing::debug!(parameter, value, "the allocator does not take it");
+            tracing::debug!(parameter, value, "mallopt rejected the parameter");
         }
     }
 }

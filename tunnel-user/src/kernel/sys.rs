@@ -1,7 +1,6 @@
-//! The bpf(2) commands that aya keeps to itself.
+//! The bpf(2) commands that aya does not export.
 //!
-//! Enters: descriptors of programs, links and cgroups. Leaves: attachments. Invariant: every block of
-//! memory handed to the kernel lives for the call and is exactly as long as it says. It keeps no state.
+//! Every block of memory that is passed to the kernel lives for the call and has exactly the length that is stated.
 
 use std::{
     ffi::CString,

@@ -1,5 +1,8 @@
-//! The byte stream under HTTP, and its end. A peer's alert is not hidden by the broken pipe that comes with it; a connection
-//! that ended cleanly is closed only once the peer has closed it too.
+//! The byte stream under HTTP, over TCP, another tunnel, or TLS, and its orderly close.
+//!
+//! # Invariants
+//! - A peer's alert is not hidden by the broken pipe that comes with it.
+//! - A connection that ended cleanly is closed only once the peer has closed it too.
 
 use std::{
     io,

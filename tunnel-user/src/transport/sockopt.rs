@@ -1,7 +1,6 @@
-//! What the kernel knows of a socket.
+//! Socket options and TCP_INFO, read from the kernel.
 //!
-//! Enters: a TCP socket. Leaves: numbers. Invariant: every block of memory handed to the kernel lives for the call and
-//! is exactly as long as it says. It changes nothing.
+//! Every block of memory that is passed to the kernel lives for the call and has exactly the length that is stated.
 
 use std::{
     io, mem,

@@ -1,7 +1,6 @@
-//! TCP sockets of ours, connected or listening, with the options that every socket of the daemon has.
+//! TCP sockets: connected or listening, with the options that every socket of the daemon has.
 //!
-//! # Invariants
-//! - Each that connects is registered with the daemon's captures before it does ([`Own`]), so that it is never captured.
+//! A socket that connects is registered with the daemon's captures before it does ([`Own`]), so that it is never captured.
 
 use std::{
     fmt, io,
