@@ -95,7 +95,7 @@ pub struct Running {
     /// Those of them that get other options once it is sure that this daemon stays.
     retuned: Vec<(SocketAddr, tcp::OnClose)>,
     sources: SourceIds,
-    upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    upstreams: Vec<Arc<upstream::Next<upstream::UpstreamSettings>>>,
     discover: Discover,
     duties: Duties,
     /// Looks at other people's rules, and ends.

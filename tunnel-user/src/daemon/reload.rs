@@ -45,7 +45,7 @@ struct Ready {
     captures: Vec<ActiveCapture>,
     /// Programs for captures that stay, by their source.
     programs: Vec<(SourceId, Programs)>,
-    upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    upstreams: Vec<Arc<upstream::Next<upstream::UpstreamSettings>>>,
     kept: Vec<(std::net::SocketAddr, Vec<Socket>)>,
     /// See [`listen::retune`].
     retuned: Vec<(std::net::SocketAddr, OnClose)>,

@@ -79,7 +79,7 @@ pub struct Change {
     /// What all share.
     pub shared: Arc<Shared>,
     /// The upstreams. One that is there already by the same `Arc` is kept, with its connections.
-    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    pub upstreams: Vec<Arc<upstream::Next<upstream::UpstreamSettings>>>,
     /// What routes call these now.
     pub renamed: Vec<(SourceId, Option<Arc<str>>)>,
     /// Nothing more is taken from these. What they have brought goes on.
@@ -97,7 +97,7 @@ pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
     /// The upstreams.
-    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    pub upstreams: Vec<Arc<upstream::Next<upstream::UpstreamSettings>>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
     /// What changes later.
