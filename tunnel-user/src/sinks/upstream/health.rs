@@ -20,7 +20,6 @@ use super::{
     CheckError, ConnectError,
     connector::Connector,
     endpoints::{Endpoint, Endpoints},
-    headers::Trace,
 };
 use crate::config::{CheckKind, HealthCheck, OutlierDetection};
 
@@ -37,7 +36,6 @@ struct Inner {
     check: Option<HealthCheck>,
     connector: Rc<Connector>,
     endpoints: Rc<Endpoints>,
-    chance: Trace,
     /// They hold the rest weakly.
     tasks: RefCell<JoinSet<()>>,
 }
@@ -51,16 +49,8 @@ impl Health {
         connector: Rc<Connector>,
         endpoints: Rc<Endpoints>,
     ) -> Self {
-        let (chance, tasks) = (Trace::default(), RefCell::default());
-        Self(Rc::new(Inner {
-            upstream: upstream.to_owned(),
-            outlier,
-            check,
-            connector,
-            endpoints,
-            chance,
-            tasks,
-        }))
+        let tasks = RefCell::default();
+        Self(Rc::new(Inner { upstream: upstream.to_owned(), outlier, check, connector, endpoints, tasks }))
     }
 
     /// Checks these from now on, if endpoints are checked.
@@ -131,8 +121,7 @@ impl Inner {
 
     /// An interval, more or less.
     fn jittered(&self, interval: Duration) -> Duration {
-        let part = u32::try_from(self.chance.random() >> 48).unwrap_or(0);
-        interval - interval / JITTER + (interval / JITTER) * 2 * part / u32::from(u16::MAX)
+        interval - interval / JITTER + (interval / JITTER).mul_f64(2.0 * fastrand::f64())
     }
 }
 
@@ -163,11 +152,7 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
 /// Checks an endpoint again and again. The first time after a part of the interval: workers start together.
 async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>) {
     let (mut good, mut bad) = (0_u32, 0_u32);
-    let mut wait = {
-        let Some(health) = health.upgrade() else { return };
-        let part = u32::try_from(health.chance.random() >> 48).unwrap_or(0);
-        check.interval * part / u32::from(u16::MAX)
-    };
+    let mut wait = check.interval.mul_f64(fastrand::f64());
     loop {
         sleep(wait).await;
         let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };

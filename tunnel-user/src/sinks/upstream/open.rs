@@ -21,7 +21,7 @@ use super::{
     connector::{Checkout, Connector},
     discovery::{EndpointSet, EndpointSource, Feed},
     endpoints::{Endpoint, Endpoints, Unavailable},
-    headers::{Ask, Trace, connect_request},
+    headers::{Ask, connect_request},
     health::Health,
     limit::Limited,
     permit::{Count, Permit},
@@ -51,7 +51,6 @@ pub struct Upstream {
     endpoints: Rc<Endpoints>,
     health: Rc<Health>,
     next: Cell<usize>,
-    trace: Trace,
     streams: Count,
     pending: Count,
     /// What hears of endpoints that come and go.
@@ -94,7 +93,6 @@ impl Upstream {
             health,
             settings,
             next: Cell::default(),
-            trace: Trace::default(),
             streams: Count::default(),
             pending: Count::default(),
             tasks: RefCell::new(tasks),
@@ -154,7 +152,7 @@ impl Upstream {
     ) -> Result<Stream, Attempt> {
         let permit = endpoint.permit();
         let target = || ask.authority().clone();
-        let head = connect_request(ask, &self.trace, &self.settings.headers)
+        let head = connect_request(ask, &self.settings.headers)
             .map_err(|e| Attempt::Failed(TunnelError::Request { target: target(), why: e.to_string() }))?;
         let after = ask.terms.timeout.unwrap_or(self.settings.response_timeout);
         let request = OpenRequest { head, timeout: after, ahead, may_retry: ask.terms.retries > 0 };
@@ -248,7 +246,7 @@ impl Upstream {
         let turn = self.next.get();
         self.next.set(turn.wrapping_add(1));
         let hash = || pick::hash(target);
-        pick::order(self.settings.balance, turn, self.trace.random(), hash, endpoints, |e| e.active())
+        pick::order(self.settings.balance, turn, fastrand::u64(..), hash, endpoints, |e| e.active())
     }
 
     /// A permit among the flows that wait for a connection, where they are limited and this one has to wait.
