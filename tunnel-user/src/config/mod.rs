@@ -6,6 +6,7 @@
 //! # Invariants
 //! - What a `Config` names is there: a route's upstream, a listener's identity.
 //! - A key that is not known is a mistake.
+//! - Sections refer to each other by name.
 //! - Nothing reads the environment, and nothing is read again later.
 
 use std::{
@@ -116,6 +117,20 @@ pub enum CheckFiles {
 }
 
 impl Config {
+    /// One that wants nothing of the process.
+    pub fn empty(daemon: Daemon) -> Self {
+        Self {
+            daemon,
+            identities: BTreeMap::new(),
+            captures: Vec::new(),
+            redirects: Vec::new(),
+            listeners: Vec::new(),
+            routes: Vec::new(),
+            upstreams: Vec::new(),
+            policies: Vec::new(),
+        }
+    }
+
     /// Reads a file; paths in it are relative to it.
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
         Self::read(&text_of(file)?, file, CheckFiles::Yes, Purpose::Daemon)
