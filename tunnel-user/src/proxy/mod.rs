@@ -26,7 +26,7 @@ use crate::{
     process::{drain::Watch, limits},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, TunnelError, Upstreams, h1},
+    sinks::upstream::{TunnelError, Upstreams},
     sources::{Event, capture::accept::Stray},
     transport::{resolver::Lookups, tcp::Own},
 };
@@ -192,26 +192,7 @@ impl Proxy {
                     early.sent.put_first(std::mem::take(first));
                     relay(client, leg, early, &meter, &path).await
                 }
-                Sink::Tunnel(stream) => {
-                    early.received = std::mem::take(&mut stream.early);
-                    match &mut stream.leg {
-                        upstream::Leg::H2(leg) => relay(client, leg, early, &meter, &path).await,
-                        upstream::Leg::H1(h1::Leg::Tcp(leg)) => {
-                            relay(client, leg, early, &meter, &path).await
-                        }
-                        upstream::Leg::H1(h1::Leg::Tls(leg)) => {
-                            relay(client, &mut **leg, early, &meter, &path).await
-                        }
-                        upstream::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            let outcome = relay(client, stream, early, &meter, &path).await;
-                            if let Outcome::Closed = outcome {
-                                // Apart: it is of no other kind of flow.
-                                Box::pin(stream.linger()).await;
-                            }
-                            outcome
-                        }
-                    }
-                }
+                Sink::Tunnel(stream) => stream.relay(client, early, &meter, &path).await,
             }
         };
         let mut stop = self.stop.clone();

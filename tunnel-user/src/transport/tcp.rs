@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::TcpStream;
+use tokio::{io::Interest, net::TcpStream};
 use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
 use crate::{config::Keepalive, model::mark::Mark};
@@ -168,6 +168,14 @@ pub fn spare_local(stream: &TcpStream) {
     if local.is_some() && local == peer {
         // Fails only on a socket that is gone.
         let _gone = SockRef::from(stream).set_tcp_congestion(&LOCAL_CONGESTION_CONTROL);
+    }
+}
+
+/// Ready when the peer resets a connection, or it fails: why.
+pub async fn error_of(stream: &TcpStream) -> io::Error {
+    match stream.ready(Interest::ERROR).await {
+        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(e) => e,
     }
 }
 
