@@ -10,11 +10,14 @@ use crate::{
     config::{self, Discovery},
     model::names::IdentityName,
     process::exit::{Cause, Failure},
-    sinks::upstream::{
-        self, Next, PoolSettings,
-        discovery::{EndpointSource, dns, file},
-        limit::Limits,
-        settings::ConnectSettings,
+    sinks::{
+        dial::Dialer,
+        upstream::{
+            self, Next, PoolSettings,
+            discovery::{EndpointSource, dns, file},
+            limit::Limits,
+            settings::ConnectSettings,
+        },
     },
     transport::tcp,
 };
@@ -90,7 +93,10 @@ impl Discover {
             pool: PoolSettings {
                 max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
                 max_connections: limits.connections.unwrap_or(usize::MAX),
-                connect: ConnectSettings { timeout: u.connect_timeout, own: self.own.clone() },
+                connect: ConnectSettings {
+                    timeout: u.connect_timeout,
+                    dialer: Dialer::new(self.own.clone()),
+                },
                 idle_timeout: u.idle_timeout,
                 keepalive_interval: u.keepalive_interval,
                 keepalive_timeout: u.keepalive_timeout,

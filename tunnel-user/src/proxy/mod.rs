@@ -26,9 +26,12 @@ use crate::{
     process::{drain::Watch, limits},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{TunnelError, Upstreams},
+    sinks::{
+        dial::Dialer,
+        upstream::{TunnelError, Upstreams},
+    },
     sources::{Event, capture::accept::Stray},
-    transport::{resolver::Lookups, tcp::Own},
+    transport::resolver::Lookups,
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -40,8 +43,8 @@ pub struct Shared {
     pub router: Router,
     /// Who may reach what through our listeners.
     pub policies: Policies,
-    /// What our own sockets are told by.
-    pub own: Own,
+    /// By which targets are dialled.
+    pub dialer: Dialer,
     /// What this process calls itself in `via`, as no other does.
     pub pseudonym: String,
     /// How many flows one worker takes at once.

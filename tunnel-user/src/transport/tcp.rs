@@ -123,10 +123,24 @@ impl Connected {
     }
 }
 
+/// A socket that is to be connected to an address.
+pub fn socket_for(addr: SocketAddr) -> io::Result<Socket> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))
+}
+
 /// Connects. The caller bounds the time.
 pub async fn connect(addr: SocketAddr, own: &Own, first: FirstSpeaker) -> io::Result<Connected> {
-    let kind = Type::STREAM.nonblocking().cloexec();
-    let socket = Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))?;
+    connect_from(socket_for(addr)?, addr, own, first).await
+}
+
+/// The same, from a socket that the caller has made with [`socket_for`]: in another network namespace, or bound.
+pub async fn connect_from(
+    socket: Socket,
+    addr: SocketAddr,
+    own: &Own,
+    first: FirstSpeaker,
+) -> io::Result<Connected> {
     own.claim(socket.as_fd())?;
     tune(&socket)?;
     if first == FirstSpeaker::Local {

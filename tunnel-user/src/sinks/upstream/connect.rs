@@ -26,7 +26,6 @@ use crate::{
     },
     model::flow::{FarEnd, Identity, PeerAddr, Target},
     relay::{IntoLeg, TlsLeg},
-    sinks::dial,
     transport::{
         record::{self, Agreed, TlsStream},
         tcp::FirstSpeaker,
@@ -123,10 +122,10 @@ async fn dial(
     deadline: Instant,
 ) -> Result<(TcpStream, PeerAddr), ConnectError> {
     let failed = |e| ConnectError::Dial(Rc::new(e));
-    let addrs = dial::resolve(&key.endpoint, &settings.own).await.map_err(failed)?;
+    let addrs = settings.dialer.resolve(&key.endpoint).await.map_err(failed)?;
     // A ClientHello, a preface, or a request.
     let first = FirstSpeaker::Local;
-    let dialled = dial::connect(&key.endpoint, &addrs, &settings.own, first, deadline, settings.timeout);
+    let dialled = settings.dialer.connect(&key.endpoint, &addrs, first, deadline, settings.timeout);
     // What has become of it since, the handshake finds out; an alert may be there to be read.
     let (tcp, addr) = dialled.await.map_err(failed)?;
     Ok((tcp.stream, PeerAddr(addr)))

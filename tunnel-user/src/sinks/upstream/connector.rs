@@ -24,7 +24,7 @@ use super::{
 use crate::{
     config::Protocol,
     model::flow::{FarEnd, Identity},
-    sinks::dial,
+    sinks::dial::DialError,
     transport::tcp::FirstSpeaker,
 };
 
@@ -215,11 +215,11 @@ impl Connector {
             let opened = via.open(&site.at).await;
             return Ok(opened.map(drop).map_err(|e| ConnectError::Outer(Rc::new(e)))?);
         }
-        let failed = |e: dial::DialError| CheckError::Failed(e.to_string());
-        let (own, first) = (&self.settings.connect.own, FirstSpeaker::Unknown);
-        let addrs = dial::resolve(&site.at, own).await.map_err(failed)?;
+        let failed = |e: DialError| CheckError::Failed(e.to_string());
+        let (dialer, first) = (&self.settings.connect.dialer, FirstSpeaker::Unknown);
+        let addrs = dialer.resolve(&site.at).await.map_err(failed)?;
         let deadline = Instant::now() + allowed;
-        let connected = dial::connect(&site.at, &addrs, own, first, deadline, allowed).await;
+        let connected = dialer.connect(&site.at, &addrs, first, deadline, allowed).await;
         connected.map(drop).map_err(failed)
     }
 

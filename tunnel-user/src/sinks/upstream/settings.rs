@@ -9,7 +9,7 @@ use crate::{
     config::{Balance, HealthCheck, OutlierDetection, Protocol},
     identity::store::TlsStore,
     model::{names::UpstreamName, trust::ServerCheck},
-    transport::tcp::Own,
+    sinks::dial::Dialer,
 };
 
 /// One upstream, as configured.
@@ -80,6 +80,6 @@ pub struct PoolSettings {
 pub struct ConnectSettings {
     /// From the first SYN until the peer has answered: to TLS, and where HTTP/2 is spoken, on that.
     pub timeout: Duration,
-    /// What our own sockets are told by.
-    pub own: Own,
+    /// By which TCP connects.
+    pub dialer: Dialer,
 }

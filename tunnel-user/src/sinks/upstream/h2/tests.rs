@@ -27,6 +27,7 @@ use crate::{
     },
     process::drain,
     relay::{Broken, Leg as _},
+    sinks::dial::Dialer,
     sinks::upstream::{
         ConnectError,
         connect::{Key, TlsKey},
@@ -39,7 +40,6 @@ use crate::{
         accept::{self, Link, ServeError},
         h2 as listener,
     },
-    transport::tcp::Own,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -51,7 +51,7 @@ fn settings(max_streams: usize) -> PoolSettings {
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
-        connect: ConnectSettings { timeout: PATIENCE, own: Own::default() },
+        connect: ConnectSettings { timeout: PATIENCE, dialer: Dialer::default() },
     }
 }
 

@@ -7,8 +7,8 @@ use tokio::task::{LocalSet, spawn_local, yield_now};
 use super::*;
 use crate::{
     model::flow::{FarEnd, Identity, PeerAddr},
+    sinks::dial::Dialer,
     sinks::upstream::settings::ConnectSettings,
-    transport::tcp::Own,
 };
 
 /// Longer than anything here takes, in the time of a paused clock.
@@ -126,7 +126,7 @@ fn pool(dialer: &Dialer, max_streams: usize, max_connections: usize) -> Rc<Pool<
         PoolSettings {
             max_streams,
             max_connections,
-            connect: ConnectSettings { timeout: PATIENCE, own: Own::default() },
+            connect: ConnectSettings { timeout: PATIENCE, dialer: Dialer::default() },
             idle_timeout: PATIENCE,
             keepalive_interval: PATIENCE,
             keepalive_timeout: PATIENCE,
