@@ -255,8 +255,9 @@ fn clean(words: &str) -> String {
 
 /// The document for a page: in our pixels, with a title for those who do not see it.
 fn document(svg: &str, height: u32, title: &str) -> String {
-    // Said once for all words, and not by each.
-    let svg = svg.replace(" font-family=\"sans-serif\"", "");
+    // Said once for all words, or by default; plotters says them of each element.
+    let said = [" font-family=\"sans-serif\"", " opacity=\"1\"", " stroke=\"none\""];
+    let svg = said.iter().fold(svg.to_owned(), |svg, words| svg.replace(words, ""));
     let body = svg.split_once('>').map_or("", |(_, body)| body);
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" role=\"img\" width=\"{WIDTH}\" height=\"{height}\" \
