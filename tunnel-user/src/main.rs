@@ -3,6 +3,8 @@
 //! Enters: arguments. Leaves: an exit code. Invariant: a failure is printed once, with its remedy, and the
 //! code says of which kind it was. It never holds logic of its own.
 
+#![forbid(unsafe_code)]
+
 use std::{
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
