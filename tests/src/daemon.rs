@@ -82,7 +82,8 @@ impl Daemon {
     /// What it has said so far to other configurations: in force, or not.
     pub fn answers(&self) -> Vec<String> {
         let log = self.log();
-        let answers = log.lines().filter(|l| l.contains("was read again") || l.contains("stays in force"));
+        let failed = |l: &str| l.contains("failed to reload") && !l.contains("failed to reload identity");
+        let answers = log.lines().filter(|l| l.contains("reloaded configuration") || failed(l));
         answers.map(str::to_owned).collect()
     }
 

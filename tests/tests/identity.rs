@@ -291,7 +291,7 @@ fn half_written_certificates_do_not_replace_good_ones() -> Result<()> {
     let gw = world.pki().named("gateway");
     let whole = fs::read(&gw.cert)?;
     fs::write(&gw.cert, &whole[..whole.len() / 2])?;
-    gateway.logs("the old one stays in use")?;
+    gateway.logs("failed to reload identity")?;
     let done = world.exec(&gateway).run_app(&["many", &target.addr().to_string(), "1", "64"])?;
     assert!(done.success(), "{done}");
     Ok(())

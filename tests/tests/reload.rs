@@ -101,7 +101,10 @@ fn an_upstream_that_stays_follows_its_endpoints_and_one_that_is_new_does_too() -
     file("west", SECOND)?;
     flows_reach(&second)?;
     let answers = daemon.answers();
-    assert!(answers.len() == 2 && answers.iter().all(|a| a.contains("is in force")), "{answers:?}");
+    assert!(
+        answers.len() == 2 && answers.iter().all(|a| a.contains("reloaded configuration")),
+        "{answers:?}"
+    );
     Ok(())
 }
 
@@ -116,7 +119,7 @@ fn a_file_with_mistakes_changes_nothing_and_every_mistake_is_named() -> Result<(
     let mut app = node.hold(&target)?;
     daemon.tell(&good.replace("[[route]]", "[[rout]]").replace("endpoints", "endpoint"))?;
     let log = daemon.log();
-    assert!(log.contains("stays in force"), "{log}");
+    assert!(log.contains("keeping the previous configuration"), "{log}");
     for mistake in ["rout", "did you mean `route`", "upstream.endpoints: is missing"] {
         assert!(log.contains(mistake), "no {mistake} in {log}");
     }
@@ -127,7 +130,7 @@ fn a_file_with_mistakes_changes_nothing_and_every_mistake_is_named() -> Result<(
     assert_eq!(daemon.answers().len(), 2, "{:?}", daemon.answers());
     node.hold(&target)?;
     daemon.tell(&good)?;
-    assert!(daemon.answers()[2].contains("is in force"), "{:?}", daemon.answers());
+    assert!(daemon.answers()[2].contains("reloaded configuration"), "{:?}", daemon.answers());
     node.hold(&target)?;
     Ok(())
 }
@@ -139,10 +142,7 @@ fn what_a_running_daemon_cannot_change_is_named_with_its_remedy() -> Result<()> 
     let mut daemon = Daemon::start(&world, world.net(), &config)?;
     daemon.tell(&config.replace("workers = 2", "workers = 1"))?;
     let log = daemon.log();
-    assert!(
-        log.contains("stays in force: daemon.workers cannot change") && log.contains("--takeover"),
-        "{log}"
-    );
+    assert!(log.contains(": daemon.workers cannot change") && log.contains("--takeover"), "{log}");
     Ok(())
 }
 
@@ -174,7 +174,11 @@ fn how_bytes_are_moved_changes_for_new_flows_and_old_ones_go_on() -> Result<()> 
         chat(&mut app)?;
         apps.push(app);
         daemon.tell(&moved_by(relay))?;
-        assert!(daemon.answers().iter().all(|answer| answer.contains("was read again")), "{}", daemon.log());
+        assert!(
+            daemon.answers().iter().all(|answer| answer.contains("reloaded configuration")),
+            "{}",
+            daemon.log()
+        );
         // Whatever moves them.
         apps.iter_mut().try_for_each(chat)?;
     }
@@ -342,7 +346,7 @@ fn what_cannot_be_opened_leaves_everything_as_it_was() -> Result<()> {
     let none = "[[policy]]\nidentity = \"any\"\ntarget = [\"192.0.2.0/24\"]\n";
     daemon.tell(&gateway(&world, &[FIRST, SECOND, busy.addr()], none))?;
     let said = daemon.answers().remove(0);
-    assert!(said.contains("stays in force") && said.contains(&busy.addr().to_string()), "{said}");
+    assert!(said.contains("failed to reload") && said.contains(&busy.addr().to_string()), "{said}");
     let ask = |gateway| {
         let request = connect_request(&target.addr().to_string())?;
         peer::ask(world.node(), gateway, &world.pki().named("node"), request)
@@ -377,7 +381,10 @@ fn no_connection_is_refused_while_the_configuration_changes_again_and_again() ->
     busy.hang_up();
     assert!(busy.wait(PATIENCE)?.success(), "{busy}");
     let answers = daemon.answers();
-    assert!(answers.len() == TIMES && answers.iter().all(|a| a.contains("is in force")), "{answers:?}");
+    assert!(
+        answers.len() == TIMES && answers.iter().all(|a| a.contains("reloaded configuration")),
+        "{answers:?}"
+    );
     Ok(())
 }
 

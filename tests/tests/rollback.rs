@@ -94,7 +94,7 @@ fn a_reload_that_fails_leaves_nothing_of_its_new_capture() -> Result<()> {
     let mut old = half.node.hold(&target)?;
     fs::write(daemon.config(), half.both(&gateway))?;
     daemon.hang_up()?;
-    assert!(daemon.log().contains("stays in force"), "{}", daemon.log());
+    assert!(daemon.log().contains("keeping the previous configuration"), "{}", daemon.log());
     half.assert_only_the_first_is_pinned();
     let mut app = half.second_says(&["connect-error", &target.addr().to_string()])?;
     assert!(!app.wait_for_line("connect=")?.contains("ECONNREFUSED"));
@@ -122,7 +122,7 @@ fn a_reload_that_fails_takes_back_what_its_routes_deny() -> Result<()> {
     let denying = half.both(&gateway).replacen("[[route]]", &format!("{deny}[[route]]"), 1);
     fs::write(daemon.config(), denying)?;
     daemon.hang_up()?;
-    assert!(daemon.log().contains("stays in force"), "{}", daemon.log());
+    assert!(daemon.log().contains("keeping the previous configuration"), "{}", daemon.log());
     half.node.hold(&target)?;
 
     fs::remove_dir(&half.obstacle)?;

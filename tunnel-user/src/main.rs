@@ -1,7 +1,6 @@
-//! The `tunnel` program: what was typed becomes a call into the library.
+//! The `tunnel` program: parses the command line, calls the library, and turns the result into an exit code.
 //!
-//! Enters: arguments. Leaves: an exit code. Invariant: a failure is printed once, with its remedy, and the
-//! code says of which kind it was. It never holds logic of its own.
+//! A failure is printed once, with its remedy. The rooms that must not know each other are wired together here.
 
 #![forbid(unsafe_code)]
 
@@ -14,9 +13,10 @@ use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
     cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, pki},
     config::{Config, schema},
-    daemon,
+    daemon::{self, Running},
     identity::tls::TlsIdentity,
-    observe::telemetry,
+    kernel::cgroup::Fresh,
+    observe::{stats::Record, telemetry},
     process::{
         exit::{Cause, EXIT_CONFIG, Failure},
         panics,
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
-            // Nowhere is left to say that this could not be said.
+            // A failure to print the failure cannot be reported anywhere.
             let _ = e.print();
             return if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS };
         }
@@ -46,7 +46,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
             let config = args.to_config()?;
             let options =
                 exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
-            exec::run(config, &options)
+            exec::run::<Daemon>(config, &options)
         }
         Command::Run(args) => daemon::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
             .map(|()| ExitCode::SUCCESS),
@@ -66,6 +66,33 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     }
 }
 
+/// The daemon of `tunnel exec`.
+struct Daemon(Running);
+
+impl exec::Carrier for Daemon {
+    fn require_privileges() -> Result<(), Failure> {
+        daemon::require_for_capture()
+    }
+
+    fn start(config: Config, group: &Fresh, keep_records: bool) -> Result<Self, Failure> {
+        let options = daemon::Options { group: Some(group), keep_records, ..daemon::Options::default() };
+        daemon::start(config, options).map(Self)
+    }
+
+    async fn run(&mut self) {
+        self.0.watch_captures().await;
+    }
+
+    fn look_for_leavers(&mut self) {
+        self.0.look_for_leavers();
+    }
+
+    fn stop(self) -> (Vec<Record>, u64) {
+        let report = self.0.stop();
+        (report.records, report.dropped)
+    }
+}
+
 fn diagnose(as_json: bool) -> Result<ExitCode, Failure> {
     let findings = doctor::examine();
     let text =
@@ -78,7 +105,7 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
     match command {
         ConfigCommand::Check { file } => {
             let config = Config::load(&file)?;
-            if let Some(identity) = &config.identity {
+            for identity in config.identities.values() {
                 TlsIdentity::load(identity)?;
             }
             for warning in daemon::nested(&config) {
@@ -99,7 +126,7 @@ fn issue(command: PkiCommand) -> Result<ExitCode, Failure> {
 }
 
 fn man(args: ManArgs) -> Result<ExitCode, Failure> {
-    let failed = |e: io::Error| Failure::Other(Cause::new(format!("writing the manual page: {e}"), ""));
+    let failed = |e: io::Error| Failure::Other(Cause::new(format!("cannot write the manual page: {e}"), ""));
     if let Some(dir) = args.dir {
         std::fs::create_dir_all(&dir).map_err(failed)?;
         clap_mangen::generate_to(Cli::command(), dir).map_err(failed)?;
@@ -110,7 +137,7 @@ fn man(args: ManArgs) -> Result<ExitCode, Failure> {
     print(&page)
 }
 
-/// A reader that has gone (`tunnel config schema | head`) is no failure.
+/// A reader that has closed the pipe (`tunnel config schema | head`) is not an error.
 fn print(bytes: &[u8]) -> Result<ExitCode, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {

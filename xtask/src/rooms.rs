@@ -35,8 +35,6 @@ const ORDER: [&[&str]; 10] = [
 
 /// Arrows that run back and have not been removed yet. One that is gone is taken off this list; none is added.
 const KNOWN: &[(&str, &str)] = &[
-    // `exec` starts a daemon.
-    ("cli", "daemon"),
     // A listener answers with what became of a dial or of an upstream.
     ("sources", "sinks"),
 ];

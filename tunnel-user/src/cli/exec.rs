@@ -1,9 +1,9 @@
-//! `tunnel exec`: one command in a group of its own, captured.
+//! `tunnel exec`: runs one command in a cgroup of its own, captured by a daemon in this process.
 //!
-//! Enters: a command and a configuration. Leaves: its exit status. Invariant: the command has the caller's
-//! terminal, environment and signals, as if we were not there; it runs only once its connections are
-//! captured; when we die, its connections are refused. While it is stopped, so are we, for whoever controls the job.
-//! Nothing of the group is left afterwards.
+//! # Invariants
+//! - The command has the caller's terminal, environment and signals; while it is stopped, so are we, for job control.
+//! - It runs only once its connections are captured. When we die, its connections are refused.
+//! - Nothing of the cgroup is left afterwards.
 
 use std::{
     ffi::OsString,
@@ -26,7 +26,6 @@ use tokio::io::unix::AsyncFd;
 
 use crate::{
     config::Config,
-    daemon as app,
     kernel::{
         cgroup::{CgroupError, Fresh, Hierarchy},
         inherited::{self, Inherited},
@@ -53,25 +52,46 @@ pub struct Options {
     pub stats_json: Option<PathBuf>,
 }
 
-/// Runs the command to its end.
-pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
-    crate::daemon::require_for_capture()?;
+/// The daemon that carries the command's connections, in this process.
+pub trait Carrier: Sized {
+    /// Fails where this process may not capture, before anything is created.
+    fn require_privileges() -> Result<(), Failure>;
+
+    /// Captures `group`, in a runtime. With `keep_records`, [`stop`](Self::stop) returns a record of each flow.
+    fn start(config: Config, group: &Fresh, keep_records: bool) -> Result<Self, Failure>;
+
+    /// Does what a capture needs while the command runs. Never ends.
+    fn run(&mut self) -> impl Future<Output = ()>;
+
+    /// Warns of processes that have left the group.
+    fn look_for_leavers(&mut self);
+
+    /// Ends the flows; their records, and how many flows there was no record for.
+    fn stop(self) -> (Vec<Record>, u64);
+}
+
+/// Runs the command to its end, its connections carried by `C`.
+pub fn run<C: Carrier>(config: Config, options: &Options) -> Result<ExitCode, Failure> {
+    C::require_privileges()?;
     let records = options.stats || options.stats_json.is_some();
     // Before any thread starts, and before the limit of descriptors is raised (select(2) breaks beyond 1024).
-    let (inherited, blocked) = Inherited::take().map_err(|e| os("signals and limits", e))?;
+    let (inherited, blocked) =
+        Inherited::take().map_err(|e| os("cannot read signal dispositions and limits", e))?;
     let mut group = Hierarchy::open().and_then(|h| h.create_fresh()).map_err(cgroup_failure)?;
-    let runtime = app::control_runtime()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| os("the runtime", e))?;
     let (status, report) = runtime.block_on(async {
         let signals = SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(|e| os("signals", e.into()))?;
         let pending = signals.as_fd().try_clone_to_owned().and_then(ready::readable);
         let signals = Signals { signals, pending: pending.map_err(|e| os("signals", e))? };
-        let start = app::Options { group: Some(&group), keep_records: records, ..Default::default() };
-        let mut running = app::start(config, start)?;
+        let mut running = C::start(config, &group, records)?;
         let status = match spawn(&options.command, &group, inherited) {
             Ok(mut child) => tokio::select! {
-                status = child.ended(&signals) => status.map_err(|e| os("waiting for the command", e))?,
-                () = running.watch_captures() => {
+                status = child.ended(&signals) => status.map_err(|e| os("cannot wait for the command", e))?,
+                () = running.run() => {
                     return Err(Failure::Other(Cause::new("the capture ended", "")));
                 }
             },
@@ -82,8 +102,7 @@ pub fn run(config: Config, options: &Options) -> Result<ExitCode, Failure> {
         };
         running.look_for_leavers();
         end_leftovers(&mut group, &options.command);
-        let report = running.stop();
-        Ok((Ok(status), (report.records, report.dropped)))
+        Ok((Ok(status), running.stop()))
     })?;
     let (records, dropped) = report;
     if options.stats {
@@ -103,7 +122,7 @@ fn spawn(command: &[OsString], group: &Fresh, inherited: Inherited) -> Result<Ch
     let Some((program, args)) = command.split_first() else {
         return Err(Err(Failure::Config(Cause::new("no command was given", "tunnel exec ... -- CMD ARGS"))));
     };
-    let procs = group.open_procs().map_err(|e| Err(os("the command's cgroup", e)))?;
+    let procs = group.open_procs().map_err(|e| Err(os("cannot open the cgroup of the command", e)))?;
     let mut child = Command::new(program);
     child.args(args);
     let spawned = inherited.spawn(child, &procs);
@@ -118,7 +137,7 @@ fn spawn(command: &[OsString], group: &Fresh, inherited: Inherited) -> Result<Ch
                 eprintln!("tunnel: {program}: cannot be executed: {e}");
                 Ok(NOT_EXECUTABLE)
             }
-            _ => Err(os(&format!("starting {program}"), e)),
+            _ => Err(os(&format!("cannot start {program}"), e)),
         }
     })
 }
@@ -219,7 +238,11 @@ fn end_leftovers(group: &mut Fresh, command: &[OsString]) {
     if !left.is_empty() {
         let program = command.first().map(|c| c.to_string_lossy()).unwrap_or_default();
         let pids: Vec<_> = left.iter().map(ToString::to_string).collect();
-        eprintln!("tunnel: ended {} that {program} left running: {}", processes(left.len()), pids.join(" "));
+        eprintln!(
+            "tunnel: terminated {} that {program} left running: {}",
+            processes(left.len()),
+            pids.join(" ")
+        );
     }
     if let Err(e) = group.remove() {
         tracing::warn!("{e}");
@@ -252,9 +275,9 @@ fn cgroup_failure(e: CgroupError) -> Failure {
     match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => Failure::Privilege(Cause::new(
             e,
-            "Making a cgroup takes root, and in a container a writable cgroup2 hierarchy.",
+            "Creating a cgroup requires root, and in a container a writable cgroup2 hierarchy.",
         )),
-        Some(libc::ENODEV) => Failure::Kernel(Cause::new(e, "This kernel has no cgroup2.")),
+        Some(libc::ENODEV) => Failure::Kernel(Cause::new(e, "This kernel does not support cgroup2.")),
         _ => Failure::Other(Cause::new(e, "")),
     }
 }

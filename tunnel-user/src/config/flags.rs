@@ -10,12 +10,13 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Action, AddrPattern, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK, Match,
-    OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
+    Action, AddrPattern, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK,
+    Match, OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::model::{
     flow::{Source, Target},
     mark::Mark,
+    names::IdentityName,
     san::SanPattern,
     trust::IdentityFiles,
 };
@@ -125,22 +126,25 @@ impl Capture {
 impl Config {
     /// What `tunnel exec --gateway ..` means.
     pub fn for_exec(o: ExecOptions) -> Self {
-        let mut upstream = Upstream::new("gateway".to_owned(), vec![o.gateway]);
+        let mut upstream = Upstream::new("gateway".into(), vec![o.gateway]);
         upstream.sni = o.sni;
         upstream.verify = o.verify;
         upstream.headers = o.headers;
         Self {
             daemon: Daemon {
-                workers: o.workers,
+                bootstrap: Bootstrap {
+                    workers: o.workers,
+                    mark: o.mark.unwrap_or(MARK),
+                    ..Bootstrap::default()
+                },
                 drain_timeout: DRAIN_EXEC,
-                mark: o.mark.unwrap_or(MARK),
                 ..Daemon::default()
             },
-            identity: Some(o.identity),
+            identities: [(IdentityName::default(), o.identity)].into(),
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
             listeners: Vec::new(),
-            routes: vec![every(Source::Captured, Action::Upstreams(vec![(0, 1)]))],
+            routes: vec![every(Source::Captured, Action::Upstreams(vec![("gateway".into(), 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
         }
@@ -154,8 +158,11 @@ impl Config {
             ..Listener::new(address)
         };
         Self {
-            daemon: Daemon { workers: o.workers, ..Daemon::default() },
-            identity: Some(o.identity),
+            daemon: Daemon {
+                bootstrap: Bootstrap { workers: o.workers, ..Bootstrap::default() },
+                ..Daemon::default()
+            },
+            identities: [(IdentityName::default(), o.identity)].into(),
             captures: Vec::new(),
             redirects: Vec::new(),
             listeners: o.listen.iter().copied().map(listener).collect(),

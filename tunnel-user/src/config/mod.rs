@@ -5,6 +5,7 @@
 //! are mistakes. It never reads the environment, and nothing is read again later.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::SocketAddr,
     num::{NonZeroU32, NonZeroUsize},
@@ -44,6 +45,7 @@ use self::reader::{Document, Purpose};
 use crate::model::{
     flow::{Identity, Target},
     mark::Mark,
+    names::{GroupName, IdentityName, SourceName, UpstreamName},
     san::{San, SanPattern},
     trust::{ClientCheck, IdentityFiles, ServerCheck},
 };
@@ -103,8 +105,8 @@ pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Config {
     /// The process itself.
     pub daemon: Daemon,
-    /// Who we are. Present whenever there is a listener or an upstream with TLS.
-    pub identity: Option<IdentityFiles>,
+    /// Who we are. Those that listeners and upstreams with TLS name are present.
+    pub identities: BTreeMap<IdentityName, IdentityFiles>,
     /// Whose connections are captured by eBPF.
     pub captures: Vec<Capture>,
     /// Where rules of the operator's redirect connections to.
@@ -122,12 +124,8 @@ pub struct Config {
 /// `[daemon]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Daemon {
-    /// Worker threads; `None`: one per core that this process may use.
-    pub workers: Option<NonZeroUsize>,
-    /// The mark on our own sockets.
-    pub mark: Mark,
-    /// The bpffs mount under which links and maps are pinned.
-    pub bpffs: PathBuf,
+    /// What a process cannot change while it runs.
+    pub bootstrap: Bootstrap,
     /// How long flows may go on after we were told to stop.
     pub drain_timeout: Duration,
     /// Flows at a time, in the whole process.
@@ -136,8 +134,6 @@ pub struct Daemon {
     pub relay: Relay,
     /// How long what a client sends first is waited for, where a route asks for it.
     pub inspect_timeout: Duration,
-    /// When a silent TCP peer is taken for gone.
-    pub tcp_keepalive: Keepalive,
     /// Whether the configuration file is read again when it changes.
     pub watch: bool,
 }
@@ -145,16 +141,46 @@ pub struct Daemon {
 impl Default for Daemon {
     fn default() -> Self {
         Self {
-            workers: None,
-            mark: MARK,
-            bpffs: PathBuf::from(BPFFS),
+            bootstrap: Bootstrap::default(),
             drain_timeout: DRAIN_RUN,
             max_flows: MAX_FLOWS,
             relay: Relay::default(),
             inspect_timeout: INSPECT_TIMEOUT,
-            tcp_keepalive: Keepalive::default(),
             watch: true,
         }
+    }
+}
+
+/// The keys of `[daemon]` that a process takes at its start, and cannot change while it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bootstrap {
+    /// Worker threads; `None`: one per core that this process may use.
+    pub workers: Option<NonZeroUsize>,
+    /// The mark on our own sockets.
+    pub mark: Mark,
+    /// The bpffs mount under which links and maps are pinned.
+    pub bpffs: PathBuf,
+    /// When a silent TCP peer is taken for gone.
+    pub tcp_keepalive: Keepalive,
+}
+
+impl Default for Bootstrap {
+    fn default() -> Self {
+        Self { workers: None, mark: MARK, bpffs: PathBuf::from(BPFFS), tcp_keepalive: Keepalive::default() }
+    }
+}
+
+impl Bootstrap {
+    /// The first key that another configuration says something else about.
+    pub fn differs_in(&self, other: &Self) -> Option<&'static str> {
+        let Self { workers, mark, bpffs, tcp_keepalive } = self;
+        let keys = [
+            ("workers", *workers != other.workers),
+            ("mark", *mark != other.mark),
+            ("bpffs", *bpffs != other.bpffs),
+            ("tcp_keepalive", *tcp_keepalive != other.tcp_keepalive),
+        ];
+        keys.into_iter().find_map(|(key, differs)| differs.then_some(key))
     }
 }
 
@@ -218,6 +244,13 @@ pub struct Capture {
     pub bypass: Bypass,
 }
 
+impl Capture {
+    /// Its stable name.
+    pub fn source(&self) -> SourceName {
+        SourceName::Capture(self.cgroup.name())
+    }
+}
+
 /// Whether busy connections of captured applications go past the loopback's TCP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bypass {
@@ -240,6 +273,13 @@ pub struct Redirect {
     pub listen: Vec<SocketAddr>,
 }
 
+impl Redirect {
+    /// Its stable name.
+    pub fn source(&self) -> SourceName {
+        SourceName::Redirect(self.listen.as_slice().into())
+    }
+}
+
 /// Which cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CgroupRef {
@@ -249,6 +289,17 @@ pub enum CgroupRef {
     Unit(String),
     /// A new one, made for the command that `exec` runs.
     Fresh,
+}
+
+impl CgroupRef {
+    /// Its stable name.
+    pub fn name(&self) -> GroupName {
+        match self {
+            Self::Path(path) => path.display().to_string().into(),
+            Self::Unit(unit) => unit.as_str().into(),
+            Self::Fresh => "(command)".into(),
+        }
+    }
 }
 
 /// What captured applications get while no daemon runs.
@@ -304,6 +355,8 @@ pub struct Listener {
     pub tls: bool,
     /// Whether clients must present a certificate.
     pub client_auth: ClientAuth,
+    /// Who we are to clients, where it speaks TLS.
+    pub identity: IdentityName,
     /// Which names of clients are let in at all; empty: every name that our CA vouches for.
     pub verify: Vec<SanPattern>,
     /// How long a dial to a target may take.
@@ -328,6 +381,7 @@ impl Listener {
             proxy_protocol: false,
             tls: true,
             client_auth: ClientAuth::Required,
+            identity: IdentityName::default(),
             verify: Vec::new(),
             dial_timeout: DIAL_TIMEOUT,
             handshake_timeout: HANDSHAKE_TIMEOUT,
@@ -335,6 +389,11 @@ impl Listener {
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
         }
+    }
+
+    /// Its stable name.
+    pub fn source(&self) -> SourceName {
+        SourceName::Listener(self.address)
     }
 
     /// What its clients must prove; without TLS nothing.
@@ -360,23 +419,24 @@ pub enum Balance {
 /// `[[upstream]]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
-    /// What routes call it.
-    pub name: String,
+    /// What routes, and other upstreams, call it.
+    pub name: UpstreamName,
     /// What it speaks.
     pub protocol: Protocol,
     /// Where it is; at least one, unless a file says it, or it is this process itself.
     pub endpoints: Vec<Target>,
     /// Where its endpoints come from.
     pub discovery: Discovery,
-    /// Which other upstream its connections go through: an index into [`Config::upstreams`]. That one is another
-    /// process, and does not come back here.
-    pub via: Option<usize>,
+    /// Which other upstream its connections go through. That one is another process, and does not come back here.
+    pub via: Option<UpstreamName>,
     /// It is this process: nothing else of this is used then.
     pub itself: Option<Itself>,
     /// How an endpoint is picked.
     pub balance: Balance,
     /// Whether it is spoken to over TLS. Without it nothing is proved: `sni` and `verify` mean nothing then.
     pub tls: bool,
+    /// Who we are to it, where it is spoken to over TLS.
+    pub identity: IdentityName,
     /// The name to ask for (SNI) and, when `verify` is empty, to verify. `None`: the endpoint's.
     pub sni: Option<ServerName<'static>>,
     /// The names of which its certificate must carry one.
@@ -407,7 +467,7 @@ pub struct Upstream {
 
 impl Upstream {
     /// An upstream with the defaults.
-    pub fn new(name: String, endpoints: Vec<Target>) -> Self {
+    pub fn new(name: UpstreamName, endpoints: Vec<Target>) -> Self {
         Self {
             name,
             protocol: Protocol::H2,
@@ -417,6 +477,7 @@ impl Upstream {
             itself: None,
             balance: Balance::LeastRequest,
             tls: true,
+            identity: IdentityName::default(),
             sni: None,
             verify: Vec::new(),
             headers: Vec::new(),

@@ -11,23 +11,24 @@ use std::{
 };
 
 use super::{
-    BPFFS, Balance, Bypass, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT, DRAIN_RUN,
-    Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
-    Keepalive, LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy, Protocol,
-    RESPONSE_TIMEOUT, Redirect, Relay, TCP_KEEPALIVE_INTERVAL, TCP_KEEPALIVE_MAX, TCP_KEEPALIVE_PROBES,
-    TCP_KEEPALIVE_PROBES_MAX, TCP_KEEPALIVE_TIME, UPSTREAM_STREAMS, Upstream, endpoints,
+    BPFFS, Balance, Bootstrap, Bypass, CONNECT_TIMEOUT, Capture, CgroupRef, ClientAuth, Config, DIAL_TIMEOUT,
+    DRAIN_RUN, Daemon, HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, INSPECT_TIMEOUT, KEEPALIVE_INTERVAL,
+    KEEPALIVE_TIMEOUT, Keepalive, LISTENER_STREAMS, Listener, MARK, MAX_FLOWS, OnFailure, Peers, Policy,
+    Protocol, RESPONSE_TIMEOUT, Redirect, Relay, TCP_KEEPALIVE_INTERVAL, TCP_KEEPALIVE_MAX,
+    TCP_KEEPALIVE_PROBES, TCP_KEEPALIVE_PROBES_MAX, TCP_KEEPALIVE_TIME, UPSTREAM_STREAMS, Upstream,
+    endpoints,
     pattern::{AddrPattern, TargetPattern},
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
     value::{FilePath, FuturePath, Headers, Mode},
     via::{self, UpstreamByName},
 };
-use crate::model::trust::IdentityFiles;
+use crate::model::{names::IdentityName, trust::IdentityFiles};
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let daemon = r.section("daemon", "The process itself.").unwrap_or_default();
-        let identity = r.section(
+        let identity: Option<IdentityFiles> = r.section(
             "identity",
             "Who we are to our peers, and whom we believe. Read again when the files change.",
         );
@@ -63,7 +64,7 @@ impl Section for Config {
         let policies = policies.into_iter().map(|p| p.value).collect();
         Some(Self {
             daemon,
-            identity,
+            identities: identity.map(|files| (IdentityName::default(), files)).into_iter().collect(),
             captures: ebpf,
             redirects,
             listeners,
@@ -173,14 +174,11 @@ impl Section for Daemon {
             true,
         );
         Some(Self {
-            workers,
-            mark,
-            bpffs,
+            bootstrap: Bootstrap { workers, mark, bpffs, tcp_keepalive: tcp_keepalive.unwrap_or_default() },
             drain_timeout,
             max_flows,
             relay,
             inspect_timeout,
-            tcp_keepalive: tcp_keepalive.unwrap_or_default(),
             watch,
         })
     }
@@ -417,6 +415,7 @@ impl Section for Listener {
             proxy_protocol,
             tls,
             client_auth,
+            identity: IdentityName::default(),
             verify,
             dial_timeout,
             handshake_timeout,
@@ -440,7 +439,7 @@ const H2_ONLY: [&str; 4] = ["max_streams", "idle_timeout", "keepalive_interval",
 
 impl Section for Upstream {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name = r.required("name", "What routes call it.");
+        let name = r.required::<String>("name", "What routes call it.");
         let protocol = r.default(
             "protocol",
             "The HTTP version to speak: \"h2\", many flows on one connection; \"h1\", a connection for each flow.",
@@ -509,7 +508,7 @@ impl Section for Upstream {
         }
         let (endpoints, discovery) = endpoints?;
         Some(Self {
-            name: name?,
+            name: name?.into(),
             protocol,
             endpoints,
             discovery,
@@ -517,6 +516,7 @@ impl Section for Upstream {
             itself: None,
             balance,
             tls,
+            identity: IdentityName::default(),
             sni,
             verify,
             headers,

@@ -48,13 +48,13 @@ max_streams = 1_0
 #[test]
 fn what_is_written_is_what_is_meant() {
     let c = parse(GOOD).unwrap();
-    let id = c.identity.unwrap();
+    let id = &c.identities[&IdentityName::default()];
     assert_eq!(id.cert, Path::new("etc/node.pem"));
     assert_eq!(id.key, Path::new("/abs/node-key.pem"));
     assert_eq!(c.daemon, Daemon::default());
     assert_eq!(c.captures[0].cgroup, CgroupRef::Unit("legacy.service".to_owned()));
     assert_eq!(c.captures[0].include.len(), 2);
-    assert_eq!(c.routes[0].to, Action::Upstreams(vec![(1, 90), (0, 1)]));
+    assert_eq!(c.routes[0].to, Action::Upstreams(vec![("east".into(), 90), ("west".into(), 1)]));
     let east = &c.upstreams[1];
     assert_eq!(east.endpoints[1], "[fd00::1]:15008".parse().unwrap());
     assert_eq!(east.headers[0].0, "baggage");

@@ -36,23 +36,23 @@ impl Section for UpstreamByName {
     }
 }
 
-/// Turns the names into places and listeners. What has mistakes of its own counts: its name is no mistake.
+/// Checks the names, and copies what is used of listeners. What has mistakes of its own counts: its name is no mistake.
 pub(super) fn resolve(
     r: &Reader<'_>,
     upstreams: Vec<UpstreamByName>,
     listeners: &[At<Listener>],
 ) -> Option<Vec<Upstream>> {
     let (names, listener_names) = (r.texts_in("upstream", &["name"]), r.texts_in("listener", &["name"]));
-    let place = |kind: &str, all: &[At<String>], name: &At<String>| {
-        let found = all.iter().position(|n| n.value == name.value);
-        if found.is_none() {
+    let is_there = |kind: &str, all: &[At<String>], name: &At<String>| {
+        let found = all.iter().any(|n| n.value == name.value);
+        if !found {
             let near = nearest(&name.value, all.iter().map(|n| n.value.as_str()));
             let hint = near.map(|n| format!(", did you mean \"{n}\"?")).unwrap_or_default();
             r.wrong_at(name, format!("no {kind} is named \"{}\"{hint}", name.value));
         }
         found
     };
-    let is_self = |name: &str| upstreams.iter().any(|u| u.listener.is_some() && u.upstream.name == name);
+    let is_self = |name: &str| upstreams.iter().any(|u| u.listener.is_some() && *u.upstream.name == *name);
     for by_name in &upstreams {
         let Some(via) = &by_name.via else { continue };
         if is_self(&via.value) {
@@ -66,10 +66,11 @@ pub(super) fn resolve(
     }
     let resolved = upstreams.into_iter().map(|UpstreamByName { mut upstream, via, listener }| {
         if let Some(via) = via {
-            upstream.via = Some(place("upstream", &names, &via)?);
+            upstream.via = is_there("upstream", &names, &via).then(|| via.value.into());
+            upstream.via.as_ref()?;
         }
         if let Some(name) = listener {
-            place("listener", &listener_names, &name)?;
+            is_there("listener", &listener_names, &name).then_some(())?;
             let listener =
                 listeners.iter().map(|at| &at.value).find(|l| l.name.as_ref() == Some(&name.value))?;
             upstream.itself = Some(Itself {
@@ -86,9 +87,9 @@ pub(super) fn resolve(
 
 /// `a via b via a`, where an upstream goes through itself; said once, of the first in the file.
 fn circle(upstreams: &[UpstreamByName], from: &UpstreamByName) -> Option<String> {
-    let place = |name: &str| upstreams.iter().position(|u| u.upstream.name == name);
+    let place = |name: &str| upstreams.iter().position(|u| *u.upstream.name == *name);
     let first = place(&from.upstream.name)?;
-    let mut way = from.upstream.name.clone();
+    let mut way = from.upstream.name.to_string();
     let mut next = from.via.as_ref();
     for _ in upstreams {
         let at = place(&next?.value)?;
@@ -111,7 +112,7 @@ mod tests {
     fn an_upstream_goes_through_another_that_is_there_and_never_in_a_circle() {
         let endpoint = "endpoints = [\"10.9.0.2:15008\"]";
         let c = parse(&with("via = \"east\"", endpoint)).unwrap();
-        assert_eq!((c.upstreams[0].via, c.upstreams[1].via), (Some(1), None));
+        assert_eq!((c.upstreams[0].via.as_deref(), &c.upstreams[1].via), (Some("east"), &None));
         assert_eq!(
             mistakes(&with("via = \"est\"", endpoint)),
             ["16:7: upstream.via: no upstream is named \"est\", did you mean \"east\"?"]

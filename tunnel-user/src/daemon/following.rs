@@ -115,7 +115,7 @@ pub(super) fn warn_of_others(config: &Config) -> Option<thread::JoinHandle<()>> 
     if config.captures.iter().all(|c| c.cgroup == CgroupRef::Fresh) {
         return None;
     }
-    let mark = config.daemon.mark.value();
+    let mark = config.daemon.bootstrap.mark.value();
     let look = move || firewall::examine(mark).iter().for_each(|rule| tracing::warn!("{rule}"));
     thread::Builder::new().name("firewall".to_owned()).spawn(look).ok()
 }

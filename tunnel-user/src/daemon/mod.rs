@@ -45,18 +45,21 @@ pub use self::{following::nested, run::run};
 use crate::{
     config::{self, Config, OnFailure, Relay},
     daemon::takeover::{Listeners, TakeoverError},
-    identity::store::{self, TlsStore},
+    identity::{
+        provider::Subscription,
+        store::{self, TlsStore},
+    },
     kernel::{
         cgroup::Fresh,
         memory, privileges,
         version::{Feature, Kernel},
     },
-    model::trust::IdentityFiles,
+    model::{names::IdentityName, trust::IdentityFiles},
     observe::stats::Counters,
     process::{
         drain::{self, Phase, Trigger},
         exit::{Cause, Failure},
-        files, limits, panics,
+        limits, panics,
     },
     relay::{self, PathKind},
     routing::{policy::Policies, router::Router},
@@ -92,6 +95,7 @@ pub struct Running {
     /// Those of them that get other options once it is sure that this daemon stays.
     retuned: Vec<(SocketAddr, tcp::OnClose)>,
     sources: SourceIds,
+    upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
     discover: Discover,
     duties: Duties,
     /// Looks at other people's rules, and ends.
@@ -129,10 +133,10 @@ struct Fixed {
     keep_records: bool,
 }
 
-/// Our certificate, and the watch over its files.
+/// Our certificate, and the notices of its provider.
 struct Identity {
     store: Arc<TlsStore>,
-    _watch: files::Watch,
+    _notices: Subscription,
 }
 
 /// What a start needs besides the configuration.
@@ -151,18 +155,18 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let Options { keep_records, taken, group } = options;
     require_privileges(&config)?;
     memory::keep_freed();
-    tcp::set_keepalive(config.daemon.tcp_keepalive);
-    let mark = config.daemon.mark;
+    tcp::set_keepalive(config.daemon.bootstrap.tcp_keepalive);
+    let mark = config.daemon.bootstrap.mark;
     // Unprivileged gateways cannot set it, and have nothing that could capture them.
     let marking = !config.captures.is_empty() || may_mark(mark).is_ok();
     let fixed = Fixed {
-        workers: config.daemon.workers.map_or_else(cores, Into::into),
+        workers: config.daemon.bootstrap.workers.map_or_else(cores, Into::into),
         nofile: limits::raise_nofile(),
         own: tcp::Own::new(marking.then_some(mark)),
         pseudonym: pseudonym(),
         keep_records,
     };
-    let identity = config.identity.clone().map(load_identity).transpose()?;
+    let identity = config.identities.get(&IdentityName::default()).cloned().map(load_identity).transpose()?;
     let tls = identity.as_ref().map(|i| &i.store);
     let mut sources = SourceIds::default();
     let mut sockets: Vec<Sockets> = (0..fixed.workers).map(|_| Sockets::default()).collect();
@@ -193,7 +197,7 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
     let path = path(&config)?;
     let shared = shared(&config, &fixed, &listeners, path);
     let mut discover = Discover::new(fixed.own.clone(), fixed.workers);
-    let upstreams = config.upstreams.iter().map(|u| discover.upstream(u, tls));
+    let upstreams = config.upstreams.iter().map(|u| discover.upstream(u, tls).map(Arc::new));
     let upstreams = upstreams.collect::<Result<Vec<_>, _>>()?;
     let (trigger, phase) = drain::channel();
     let mut running = Running {
@@ -210,11 +214,12 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
         kept: opener.kept,
         retuned: opener.retuned,
         sources,
+        upstreams,
         discover,
         duties: Duties::new(),
         looking: None,
     };
-    if let Err(e) = running.begin(sockets, &shared, &upstreams, &phase) {
+    if let Err(e) = running.begin(sockets, &shared, &phase) {
         running.captures.iter().for_each(ActiveCapture::take_back);
         return Err(e);
     }
@@ -243,7 +248,7 @@ fn require_privileges(config: &Config) -> Result<(), Failure> {
         require_for_capture()?;
     }
     if !config.redirects.is_empty() {
-        require_mark(config.daemon.mark)?;
+        require_mark(config.daemon.bootstrap.mark)?;
     }
     Ok(())
 }
@@ -322,7 +327,7 @@ fn lock_if_pinned<'a>(
     captures: impl IntoIterator<Item = &'a config::Capture>,
 ) -> Result<Option<OwnedFd>, Failure> {
     let pinning = captures.into_iter().any(|c| pin_dir(config, c).is_some());
-    pinning.then(|| lock_pins(&config.daemon.bpffs)).transpose()
+    pinning.then(|| lock_pins(&config.daemon.bootstrap.bpffs)).transpose()
 }
 
 impl Running {
@@ -331,7 +336,6 @@ impl Running {
         &mut self,
         sockets: Vec<Sockets>,
         shared: &Arc<Shared>,
-        upstreams: &[upstream::Next<upstream::Settings>],
         phase: &drain::Watch,
     ) -> Result<(), Failure> {
         for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
@@ -339,7 +343,7 @@ impl Running {
             let (tell, more) = mpsc::channel(MORE_MAX);
             let start = Start {
                 shared: Arc::clone(shared),
-                upstreams: upstreams.to_vec(),
+                upstreams: self.upstreams.clone(),
                 counters: Arc::clone(&counters),
                 more,
                 captures,
@@ -522,7 +526,7 @@ impl Drop for HangUp {
 pub fn detach(config: &Config) -> Result<(), Failure> {
     for capture in &config.captures {
         if let Some(dir) = pin_dir(config, capture).filter(|dir| dir.exists()) {
-            let _lock = bpf::lock(&config.daemon.bpffs).map_err(bpf_failure)?;
+            let _lock = bpf::lock(&config.daemon.bootstrap.bpffs).map_err(bpf_failure)?;
             bpf::unpin(&dir).map_err(bpf_failure)?;
         }
     }
@@ -533,7 +537,7 @@ pub fn detach(config: &Config) -> Result<(), Failure> {
 }
 
 /// The runtime of the thread that waits for signals.
-pub fn control_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+fn control_runtime() -> Result<tokio::runtime::Runtime, Failure> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -546,9 +550,9 @@ fn cores() -> usize {
 
 fn load_identity(files: IdentityFiles) -> Result<Identity, Failure> {
     let store = TlsStore::load(files)?;
-    let watch = store::watch(Arc::clone(&store), || {})
+    let notices = store::watch(&store, || {})
         .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))?;
-    Ok(Identity { store, _watch: watch })
+    Ok(Identity { store, _notices: notices })
 }
 
 /// A token (RFC 9110 section 5.6.2) that no other process has.

@@ -29,7 +29,7 @@ pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<Path
     let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     let plain = plain.trim_matches('_');
     let tail = &plain[plain.len().saturating_sub(PIN_NAME_MAX)..];
-    Some(config.daemon.bpffs.join("tunnel").join(format!("{tail}_{:016x}", fnv1a(name.as_bytes()))))
+    Some(config.daemon.bootstrap.bpffs.join("tunnel").join(format!("{tail}_{:016x}", fnv1a(name.as_bytes()))))
 }
 
 /// The most of a group's name that its folder shows.

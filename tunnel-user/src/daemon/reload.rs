@@ -19,9 +19,11 @@ use super::{
 use crate::{
     config::{self, Config},
     identity::tls::Wanted,
+    model::names::IdentityName,
     process::exit::{Cause, Failure},
+    sinks::upstream,
     transport::tcp::OnClose,
-    worker::{Change, More, Planned, SourceId},
+    worker::{Change, More, SourceId},
 };
 
 /// What is different, counted for the log.
@@ -43,7 +45,7 @@ struct Ready {
     captures: Vec<ActiveCapture>,
     /// Programs for captures that stay, by their source.
     programs: Vec<(SourceId, Programs)>,
-    upstreams: Vec<Vec<Planned>>,
+    upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
     kept: Vec<(std::net::SocketAddr, Vec<Socket>)>,
     /// See [`listen::retune`].
     retuned: Vec<(std::net::SocketAddr, OnClose)>,
@@ -72,8 +74,9 @@ impl Running {
             listeners: sockets.first().map_or(0, |s| s.listeners.len()),
             captures: captures.len() + programs.len(),
             upstreams: upstreams
-                .first()
-                .map_or(0, |u| u.iter().filter(|p| matches!(p, Planned::New(_))).count()),
+                .iter()
+                .filter(|u| !self.upstreams.iter().any(|old| Arc::ptr_eq(u, old)))
+                .count(),
         };
 
         self.register(&captures);
@@ -112,12 +115,11 @@ impl Running {
         active.extend(captures);
         let shared = shared(&config, &self.fixed, &listeners, path);
         let (done, mut all_done) = mpsc::channel(1);
-        for ((worker, Sockets { captures, listeners }), upstreams) in
-            self.more.iter().zip(sockets).zip(upstreams)
-        {
+        self.upstreams = upstreams;
+        for (worker, Sockets { captures, listeners }) in self.more.iter().zip(sockets) {
             let change = Change {
                 shared: Arc::clone(&shared),
-                upstreams,
+                upstreams: self.upstreams.clone(),
                 renamed: renamed.clone(),
                 retire: retire.clone(),
                 captures,
@@ -143,16 +145,9 @@ impl Running {
 
     /// What a running daemon cannot change.
     fn can_become(&self, config: &Config) -> Result<(), Failure> {
-        let (old, new) = (&self.config.daemon, &config.daemon);
-        let fixed = [
-            ("workers", old.workers != new.workers),
-            ("mark", old.mark != new.mark),
-            ("bpffs", old.bpffs != new.bpffs),
-            ("tcp_keepalive", old.tcp_keepalive != new.tcp_keepalive),
-        ];
         let remedy = "`tunnel run --takeover` with the same file starts another daemon in its place, and no connection \
                       is refused.";
-        if let Some((key, _)) = fixed.iter().find(|(_, changed)| *changed) {
+        if let Some(key) = self.config.daemon.bootstrap.differs_in(&config.daemon.bootstrap) {
             let what = format!("daemon.{key} cannot change while the daemon runs");
             return Err(Failure::Config(Cause::new(what, remedy)));
         }
@@ -175,10 +170,12 @@ impl Running {
 
     /// Does everything that can fail and that nobody notices.
     fn prepare(&mut self, config: &Config) -> Result<Ready, Failure> {
-        let same_identity = config.identity == self.config.identity;
-        let identity = match &config.identity {
+        let name = IdentityName::default();
+        let files = config.identities.get(&name);
+        let same_identity = files == self.config.identities.get(&name);
+        let identity = match files {
             _ if same_identity => None,
-            files => Some(files.clone().map(load_identity).transpose()?),
+            files => Some(files.cloned().map(load_identity).transpose()?),
         };
         let tls = identity.as_ref().unwrap_or(&self.identity).as_ref().map(|i| &i.store);
 
@@ -224,15 +221,12 @@ impl Running {
             }
         }
 
-        let planned = |u: &config::Upstream| {
-            let kept = kept(u, &config.upstreams, &self.config.upstreams, same_identity);
-            match kept {
-                Some(i) => Ok(Planned::Kept(i)),
-                None => self.discover.upstream(u, tls).map(|u| Planned::New(Box::new(u))),
-            }
+        let upstream = |u: &config::Upstream| {
+            let kept = is_kept(u, &config.upstreams, &self.config.upstreams, same_identity);
+            let old = self.upstreams.iter().find(|old| kept && *old.name() == *u.name);
+            old.map_or_else(|| self.discover.upstream(u, tls).map(Arc::new), |old| Ok(Arc::clone(old)))
         };
-        let planned: Vec<_> = config.upstreams.iter().map(planned).collect::<Result<_, _>>()?;
-        let upstreams = vec![planned; self.fixed.workers];
+        let upstreams = config.upstreams.iter().map(upstream).collect::<Result<_, _>>()?;
         let Opener { kept, retuned, .. } = opener;
         let captures = captures.keep();
         Ok(Ready { identity, listeners, redirects, sockets, captures, programs, upstreams, kept, retuned })
@@ -321,24 +315,15 @@ fn wanted_tls(config: &Config) -> Wanted {
     }
 }
 
-/// The place that an upstream had before, when nothing about it is different, nor about one that it goes through.
-fn kept(
+/// Whether an upstream is what it was before, and so is the one that it goes through.
+fn is_kept(
     u: &config::Upstream,
     all: &[config::Upstream],
     before: &[config::Upstream],
     same_identity: bool,
-) -> Option<usize> {
-    let same = |old: &config::Upstream| {
-        // Where in the configuration that other one stands is no difference.
-        *old == config::Upstream { via: old.via, ..u.clone() }
-            && (same_identity || !u.tls)
-            && match (old.via, u.via) {
-                (None, None) => true,
-                (Some(old), Some(outer)) => {
-                    all.get(outer).is_some_and(|outer| kept(outer, all, before, same_identity) == Some(old))
-                }
-                _ => false,
-            }
-    };
-    before.iter().position(same)
+) -> bool {
+    let outer = || all.iter().find(|outer| Some(&outer.name) == u.via.as_ref());
+    before.contains(u)
+        && (same_identity || !u.tls)
+        && (u.via.is_none() || outer().is_some_and(|outer| is_kept(outer, all, before, same_identity)))
 }

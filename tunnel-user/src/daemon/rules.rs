@@ -69,7 +69,16 @@ mod tests {
     fn config(captures: Vec<Capture>, routes: Vec<Route>) -> Config {
         let daemon = config::Daemon::default();
         let (redirects, listeners, upstreams, policies) = Default::default();
-        Config { daemon, identity: None, captures, redirects, listeners, routes, upstreams, policies }
+        Config {
+            daemon,
+            identities: Default::default(),
+            captures,
+            redirects,
+            listeners,
+            routes,
+            upstreams,
+            policies,
+        }
     }
 
     fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {
@@ -171,7 +180,7 @@ mod tests {
             Action::Deny,
             Action::Direct,
             Action::Dial("10.3.0.1:5432".parse().unwrap()),
-            Action::Upstreams(vec![(0, 1)]),
+            Action::Upstreams(vec![("a".into(), 1)]),
         ]);
         (any_match(), to, any::<bool>()).prop_map(|(matches, to, asks)| {
             let asks = asks && matches!(to, Action::Upstreams(_));

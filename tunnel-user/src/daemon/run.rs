@@ -179,13 +179,14 @@ impl Source {
 
     /// Reads the file again. `asked`: somebody wants to hear of it, also if nothing is different.
     async fn reload(&mut self, running: &mut Running, asked: bool) {
-        let kept = "the configuration that was in force stays in force";
         let file = self.file.display();
         let text = match fs::read_to_string(&self.file) {
             Ok(text) => text,
             // A file that is being replaced is there again in a moment, and then there is another word.
             Err(e) if !asked => return tracing::debug!("{file}: {e}"),
-            Err(e) => return tracing::error!("{kept}: {file}: {e}"),
+            Err(e) => {
+                return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            }
         };
         if text == self.text && !asked {
             return;
@@ -193,17 +194,22 @@ impl Source {
         self.text = text;
         let config = match Config::parse(&self.text, &self.file, CheckFiles::Yes) {
             Ok(config) => config,
-            Err(e) => return tracing::error!("{kept}: {e}"),
+            Err(e) => {
+                return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            }
         };
         let watch = config.daemon.watch;
         match running.reload(config).await {
             Ok(changed) => tracing::info!(
+                %file,
                 listeners = changed.listeners,
                 captures = changed.captures,
                 upstreams = changed.upstreams,
-                "{file} was read again and is in force"
+                "reloaded configuration"
             ),
-            Err(e) => return tracing::error!("{kept}: {e}"),
+            Err(e) => {
+                return tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            }
         }
         self.watch(watch);
     }

@@ -43,15 +43,15 @@ impl Discover {
         if let Some(itself) = &u.itself {
             let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
             let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
-            let itself = upstream::Itself { name: u.name.clone(), listener, proof, dial_timeout };
+            let itself = upstream::Itself { name: u.name.to_string(), listener, proof, dial_timeout };
             return Ok(Next::Itself(Arc::new(itself)));
         }
         let proving = |check| Ok::<_, Failure>(upstream::Tls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);
         Ok(Next::Tunnel(upstream::Settings {
-            name: u.name.clone(),
+            name: u.name.to_string(),
             endpoints: self.source(u)?,
-            via: u.via,
+            via: u.via.clone(),
             balance: u.balance,
             protocol: u.protocol,
             tls: u.check().map(proving).transpose()?,

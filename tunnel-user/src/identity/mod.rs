@@ -1,8 +1,10 @@
 //! Who we are and whom we trust.
 
 mod constraints;
+mod files;
 pub mod peer;
 mod pem;
+pub mod provider;
 pub mod store;
 pub mod tls;
 pub mod verify;

@@ -1,10 +1,10 @@
-//! The identity in use, and its replacement when the files change.
+//! The identity in use, and its replacement when its provider has another one.
 //!
-//! Enters: the files' names, and the word that they may have changed. Leaves: the configurations of the newest
-//! identity that loaded. Invariant: a bad or half-written set of files never replaces a good one. It never touches
-//! connections that are up: they keep what they were made with.
+//! # Invariants
+//! - Material that cannot be fetched, or cannot be used, never replaces what is in use.
+//! - Connections that are up keep what they were made with.
 
-use std::{io, sync::Arc};
+use std::{fmt, io, sync::Arc};
 
 use arc_swap::ArcSwap;
 use rustls::{ClientConfig, ServerConfig};
@@ -12,36 +12,43 @@ use rustls::{ClientConfig, ServerConfig};
 use crate::{
     config::Protocol,
     identity::{
-        tls::{TlsError, TlsIdentity, Wanted},
+        provider::{IdentityError, IdentityProvider, Subscription},
+        tls::{TlsIdentity, Wanted},
         verify::PeerRejected,
     },
     model::{
         flow::Identity,
-        trust::{ClientCheck, IdentityFiles, ServerCheck},
+        trust::{ClientCheck, ServerCheck},
     },
-    process::files::{self, Watch},
 };
 
 /// The identity in use.
 pub struct TlsStore {
-    files: IdentityFiles,
+    provider: Box<dyn IdentityProvider>,
     current: ArcSwap<TlsIdentity>,
 }
 
+impl fmt::Debug for TlsStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsStore").field("identity", &self.identity()).finish_non_exhaustive()
+    }
+}
+
 impl TlsStore {
-    /// Loads the files.
-    pub fn load(files: IdentityFiles) -> Result<Arc<Self>, TlsError> {
-        let current = ArcSwap::from_pointee(TlsIdentity::load(&files)?);
-        Ok(Arc::new(Self { files, current }))
+    /// With what the provider has now.
+    pub fn load(provider: impl IdentityProvider + 'static) -> Result<Arc<Self>, IdentityError> {
+        let current = ArcSwap::from_pointee(TlsIdentity::load(&provider)?);
+        Ok(Arc::new(Self { provider: Box::new(provider), current }))
     }
 
-    /// Reads the files again. `true`: they had changed, and new connections use them from now on; sessions
-    /// of before cannot be resumed any more. On an error the old identity stays.
-    pub fn reload(&self) -> Result<bool, TlsError> {
-        if self.current.load().is_current(&self.files)? {
+    /// Fetches again. `true`: something has changed, and new connections use it from now on; sessions of before cannot be
+    /// resumed any more. On an error what is in use stays.
+    pub fn reload(&self) -> Result<bool, IdentityError> {
+        let material = self.provider.fetch()?;
+        if self.current.load().is_of(&material) {
             return Ok(false);
         }
-        self.current.store(Arc::new(TlsIdentity::load(&self.files)?));
+        self.current.store(Arc::new(TlsIdentity::new(material)?));
         Ok(true)
     }
 
@@ -76,16 +83,16 @@ impl TlsStore {
     }
 }
 
-/// Reloads `store` when something changes beside its files; `on_reload` hears of each new identity.
-pub fn watch(store: Arc<TlsStore>, on_reload: impl Fn() + Send + 'static) -> io::Result<Watch> {
-    let IdentityFiles { cert, key, ca } = store.files.clone();
-    files::watch([&*cert, &*key, &*ca], "identity-watch", move || match store.reload() {
+/// Reloads `store` when its provider has something else; `on_reload` hears of each new identity.
+pub fn watch(store: &Arc<TlsStore>, on_reload: impl Fn() + Send + 'static) -> io::Result<Subscription> {
+    let reloaded = Arc::clone(store);
+    store.provider.subscribe(Box::new(move || match reloaded.reload() {
         Ok(false) => {}
         Ok(true) => {
-            let id = store.identity();
+            let id = reloaded.identity();
             tracing::info!(identity = id.as_ref().map(|i| &*i.0), "identity reloaded");
             on_reload();
         }
-        Err(e) => tracing::error!("the identity's files changed, but the old one stays in use: {e}"),
-    })
+        Err(e) => tracing::error!(error = %e, "failed to reload identity; keeping the previous one"),
+    }))
 }

@@ -1,21 +1,17 @@
 //! TLS as both sides of a tunnel speak it: 1.3 only, both sides with a certificate.
 //!
-//! Enters: the files of a certificate, its key and the CA. Leaves: rustls configurations, one per set of
-//! checks. Invariant: a session is only ever resumed under the checks and the files that it was made
-//! under, because each has tickets of its own. It never relies on a process-wide crypto provider.
+//! # Invariants
+//! - A session is only ever resumed under the checks and the material that it was made under, because each has tickets of its
+//!   own.
+//! - No process-wide crypto provider is relied on.
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt, fs,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    io,
-    path::{Path, PathBuf},
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use rustls::{
-    CertificateError, ClientConfig, InconsistentKeys, OtherError, RootCertStore, ServerConfig,
-    SupportedCipherSuite,
+    ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite,
     client::{Resumption, VerifierBuilderError, WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{
         CryptoProvider,
@@ -25,14 +21,14 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
-use rustls_pki_types::{PrivateKeyDer, UnixTime};
+use rustls_pki_types::UnixTime;
 
 use crate::{
     config::Protocol,
     identity::{
         constraints::{Constrained, constrained, unsupported},
         peer::peer_identity,
-        pem,
+        provider::{IdentityError, IdentityProvider, Material},
         verify::{ClientVerifier, PeerRejected, ServerVerifier, check_expiry, names_pass},
     },
     model::{
@@ -40,10 +36,6 @@ use crate::{
         san::SanPattern,
         trust::{ClientCheck, ServerCheck},
     },
-};
-use crate::{
-    model::trust::IdentityFiles,
-    process::exit::{Cause, Failure},
 };
 
 /// Sessions a client keeps for resumption, per set of checks. An upstream has a handful of endpoints and
@@ -67,85 +59,6 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
-impl From<TlsError> for Failure {
-    fn from(e: TlsError) -> Self {
-        Self::Config(Cause::new(e, "For trying, \"tunnel pki issue\" makes a certificate and its key."))
-    }
-}
-
-/// Why the files do not make an identity. Each names the file.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// It cannot be read.
-    #[error("{}: {source}{}", .path.display(), how_to_read(.source))]
-    Read {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It does not hold what it should.
-    #[error("{}: {what}: {}", .path.display(), .remedy.replace("{file}", &.path.display().to_string()))]
-    Content {
-        /// Which.
-        path: PathBuf,
-        /// What it holds.
-        what: String,
-        /// What helps; `{file}` stands for the file.
-        remedy: String,
-    },
-    /// The key is of another certificate.
-    #[error(
-        "{}: the key is not the one of the certificate in {}: both have to print the same with \"openssl pkey -in {} \
-         -pubout\" and \"openssl x509 -in {} -noout -pubkey\"",
-        .key.display(), .cert.display(), .key.display(), .cert.display()
-    )]
-    KeyMismatch {
-        /// The key's file.
-        key: PathBuf,
-        /// The certificate's.
-        cert: PathBuf,
-    },
-    /// The key is of a certificate that does not stand first.
-    #[error(
-        "{}: the key in {} is that of {place}: the certificate of the key has to stand first, those of its CAs after it",
-        .cert.display(), .key.display()
-    )]
-    Order {
-        /// The key's file.
-        key: PathBuf,
-        /// The certificates'.
-        cert: PathBuf,
-        /// Where in it the key's certificate stands.
-        place: String,
-    },
-}
-
-impl TlsError {
-    fn content(path: &Path, pem::Problem { what, remedy }: pem::Problem) -> Self {
-        Self::Content { path: path.to_owned(), what, remedy }
-    }
-
-    /// One certificate of a file cannot be used.
-    fn certificate(path: &Path, placed: &pem::Placed, why: &rustls::Error) -> Self {
-        let why: &dyn fmt::Display = match why {
-            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner,
-            rustls::Error::InvalidCertificate(inner) => inner,
-            other => other,
-        };
-        let what = format!("{} cannot be used: {why}", placed.describe());
-        Self::Content { path: path.to_owned(), what, remedy: "replace or remove it".to_owned() }
-    }
-}
-
-fn how_to_read(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => ": let the user of this process read it",
-        io::ErrorKind::IsADirectory => ": name the file in it",
-        _ => "",
-    }
-}
-
 /// Everything that connections are made and taken with, by a configuration.
 #[derive(Debug, Default)]
 pub struct Wanted {
@@ -158,7 +71,7 @@ pub struct Wanted {
 /// Configurations that were made already, by what makes them different.
 type Made<K, C> = Mutex<HashMap<K, Arc<C>>>;
 
-/// A loaded certificate, key and CA, and the configurations made from them.
+/// A certificate with its key and roots, and the configurations made from them.
 pub struct TlsIdentity {
     key: Arc<CertifiedKey>,
     identity: Option<Identity>,
@@ -177,47 +90,39 @@ pub struct TlsIdentity {
 }
 
 impl TlsIdentity {
-    /// Reads the files. A certificate that is not valid now is loaded all the same, with a warning: the
-    /// peers will refuse it, and say so.
-    pub fn load(files: &IdentityFiles) -> Result<Self, TlsError> {
-        let (cert_pem, key_pem, ca_pem) = (read(&files.cert)?, read(&files.key)?, read(&files.ca)?);
-        let chain = pem::certificates(&cert_pem).map_err(|e| TlsError::content(&files.cert, e))?;
-        let key = pem::key(&key_pem).map_err(|e| TlsError::content(&files.key, e))?;
-        let key = certified(files, &chain, key)?;
+    /// From what a provider has now. A certificate that is not valid now is used all the same, with a warning: the peers will
+    /// reject it, and say so.
+    pub fn load(provider: &dyn IdentityProvider) -> Result<Self, IdentityError> {
+        Self::new(provider.fetch()?)
+    }
 
-        let mut roots = RootCertStore::empty();
-        let cas = pem::certificates(&ca_pem).map_err(|e| TlsError::content(&files.ca, e))?;
-        for ca in &cas {
-            roots.add(ca.der.clone()).map_err(|e| TlsError::certificate(&files.ca, ca, &e))?;
-        }
-        let cas: Vec<_> = cas.into_iter().map(|ca| ca.der).collect();
-        let constrained: Arc<[Constrained]> = constrained(&cas).into();
-        let roots = Arc::new(roots);
-        let bad_roots = |e: VerifierBuilderError| TlsError::Content {
-            path: files.ca.clone(),
-            what: format!("its certificates cannot be used: {e}"),
-            remedy: "name the CA's certificates".to_owned(),
-        };
+    /// From what a provider has returned.
+    pub(crate) fn new(material: Material) -> Result<Self, IdentityError> {
+        let Material { certificate: key, bundle, origin, fingerprint } = material;
+        let constrained: Arc<[Constrained]> = constrained(&bundle.certificates).into();
+        let roots = Arc::new(bundle.store);
+        let unusable =
+            |e: VerifierBuilderError| IdentityError::Roots { origin: origin.clone(), why: e.to_string() };
         let server_verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), provider())
             .build()
-            .map_err(&bad_roots)?;
-        let client_verifier = ClientVerifier::webpki(Arc::clone(&roots), provider()).map_err(bad_roots)?;
+            .map_err(unusable)?;
+        let client_verifier = ClientVerifier::webpki(Arc::clone(&roots), provider()).map_err(unusable)?;
 
         if let Err(why) = check_expiry(&key.cert, UnixTime::now()) {
-            tracing::warn!(file = %files.cert.display(), "our certificate will be refused: {}", why.detail);
+            tracing::warn!(certificate = origin, reason = %why.detail, "peers will reject our certificate");
         }
         let hint = key.cert.split_first().and_then(|(leaf, above)| unsupported(leaf, above, &constrained));
-        if let Some(hint) = &hint {
-            tracing::warn!(file = %files.cert.display(), "peers may reject our certificate: {hint}");
+        if let Some(reason) = &hint {
+            tracing::warn!(certificate = origin, reason, "peers may reject our certificate");
         }
         let identity = peer_identity(&key.cert);
         if identity.is_none() {
-            tracing::warn!(file = %files.cert.display(), "our certificate carries no URI, DNS or IP name");
+            tracing::warn!(certificate = origin, "our certificate has no URI, DNS or IP name");
         }
         Ok(Self {
-            key: Arc::new(key),
+            key,
             identity,
-            fingerprint: fingerprint([&cert_pem, &key_pem, &ca_pem]),
+            fingerprint,
             hint: hint.map(Into::into),
             roots,
             constrained,
@@ -247,10 +152,9 @@ impl TlsIdentity {
         Ok(self.identity.clone())
     }
 
-    /// Whether the files hold, byte for byte, what this was loaded from.
-    pub(crate) fn is_current(&self, files: &IdentityFiles) -> Result<bool, TlsError> {
-        let now = fingerprint([&read(&files.cert)?, &read(&files.key)?, &read(&files.ca)?]);
-        Ok(now == self.fingerprint)
+    /// Whether this was made of the same material.
+    pub(crate) fn is_of(&self, material: &Material) -> bool {
+        self.fingerprint == material.fingerprint
     }
 
     /// How to connect to servers that must pass `check`. Connect with [`ServerCheck::server_name`]. The
@@ -321,52 +225,4 @@ impl TlsIdentity {
         made.insert(key, Arc::clone(&config));
         config
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
-}
-
-/// The key together with its certificates, of which the first is the key's own.
-fn certified(
-    files: &IdentityFiles,
-    chain: &[pem::Placed],
-    key: PrivateKeyDer<'static>,
-) -> Result<CertifiedKey, TlsError> {
-    let problem = pem::unsupported(&key);
-    let key = provider()
-        .key_provider
-        .load_private_key(key)
-        .map_err(|_says_less| TlsError::content(&files.key, problem))?;
-    let certs = chain.iter().map(|placed| placed.der.clone()).collect();
-    let certified = CertifiedKey::new(certs, Arc::clone(&key));
-    match certified.keys_match() {
-        // A provider that cannot tell has nothing against it.
-        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
-        Err(rustls::Error::InconsistentKeys(_)) => {
-            if let Some(problem) = chain.first().and_then(pem::explicit_curve) {
-                return Err(TlsError::content(&files.cert, problem));
-            }
-            let (cert, key_file) = (files.cert.clone(), files.key.clone());
-            let of_key = |placed: &&pem::Placed| {
-                CertifiedKey::new(vec![placed.der.clone()], Arc::clone(&key)).keys_match().is_ok()
-            };
-            Err(match chain.iter().find(of_key) {
-                Some(own) => TlsError::Order { key: key_file, cert, place: own.describe() },
-                None => TlsError::KeyMismatch { key: key_file, cert },
-            })
-        }
-        Err(e) => Err(match chain.first() {
-            Some(leaf) => TlsError::certificate(&files.cert, leaf, &e),
-            None => TlsError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() },
-        }),
-    }
-}
-
-/// Tells changed files from unchanged ones. Nobody gains by a collision: who can write the files needs
-/// none.
-fn fingerprint(files: [&[u8]; 3]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    files.hash(&mut hasher);
-    hasher.finish()
 }

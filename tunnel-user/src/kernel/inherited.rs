@@ -1,8 +1,11 @@
-//! What this process was given by whoever started it, for a command that is to have the same. A shell, systemd and `nohup` tell their children something by ignored signals, by the signal mask, by limits, and
-//! by variables that name a process.
+//! Signal dispositions, signal mask, limits and variables that this process was started with, for a command that is to have the
+//! same.
+//!
+//! A shell, systemd and `nohup` pass information to their children by ignored signals, by the signal mask, by limits, and by
+//! variables that name a process.
 //!
 //! # Invariants
-//! - What is given back was read before this process, or the runtime that it is written in, changed it.
+//! - What is restored was read before this process, or its runtime, changed it.
 //! - Between fork and exec only async-signal-safe calls are made (signal-safety(7)), and nothing is allocated.
 
 #![expect(

@@ -1,4 +1,4 @@
-//! What the C library's allocator does with memory that was given back: it keeps some of it, within bounds, for what comes next.
+//! Configures the allocator once: how much freed memory it keeps.
 
 #![cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "mallopt(3)"))]
 
@@ -23,7 +23,7 @@ pub fn keep_freed() {
         // SAFETY: two numbers. glibc locks what it changes, so that other threads may allocate meanwhile.
         let understood = unsafe { libc::mallopt(parameter, value) };
         if understood == 0 {
-            tracing::debug!(parameter, value, "the allocator does not take it");
+            tracing::debug!(parameter, value, "mallopt rejected the parameter");
         }
     }
 }

@@ -365,7 +365,7 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
 
 /// Makes a map.
 #[cfg(test)]
-pub(super) fn map_create(kind: u32, key: u32, value: u32, entries: u32, flags: u32) -> io::Result<OwnedFd> {
+pub(crate) fn map_create(kind: u32, key: u32, value: u32, entries: u32, flags: u32) -> io::Result<OwnedFd> {
     const BPF_MAP_CREATE: libc::c_int = 0;
     let mut attr = [kind, key, value, entries, flags];
     // SAFETY: of this command these are five numbers.

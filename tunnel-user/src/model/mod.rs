@@ -3,5 +3,6 @@
 pub mod end;
 pub mod flow;
 pub mod mark;
+pub mod names;
 pub mod san;
 pub mod trust;

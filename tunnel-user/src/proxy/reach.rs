@@ -11,7 +11,10 @@ use http::StatusCode;
 use super::{Account, Proxy, Setup};
 use crate::{
     config::{Authority, ProxyProtocol},
-    model::flow::{Inside, Target},
+    model::{
+        flow::{Inside, Target},
+        names::UpstreamName,
+    },
     observe::stats::{Record, Via},
     relay::{Ahead, TcpLeg},
     routing::{
@@ -153,11 +156,11 @@ impl Proxy {
 
     /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
     /// `shares`, or another endpoint.
-    async fn connect<'a>(
+    async fn connect<'a, 's>(
         &self,
         setup: &'a Setup,
-        mut upstream: usize,
-        shares: &[(usize, u32)],
+        mut upstream: &'s UpstreamName,
+        shares: &'s [(UpstreamName, u32)],
         ask: &Ask<'_>,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Chosen<'a>, Refusal> {

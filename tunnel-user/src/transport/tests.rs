@@ -25,8 +25,9 @@ use crate::{
 use crate::{
     identity::{
         peer::peer_identity,
+        provider::{FilesError, IdentityError},
         store::{TlsStore, watch},
-        tls::{TlsError, TlsIdentity, Wanted, provider},
+        tls::{TlsIdentity, Wanted, provider},
         verify::{Check, check_expiry, explain, failed_check},
     },
     model::trust::{ClientCheck, IdentityFiles, ServerCheck},
@@ -458,7 +459,7 @@ fn after_a_rotation_nothing_of_before_is_resumed() {
 fn a_bad_rotation_keeps_the_old_identity() {
     let r = Rotation::new();
     fs::write(r.dir.path().join("key.pem"), ca().issue(&request(CLIENT)).unwrap().key_pem).unwrap();
-    assert!(matches!(r.store.reload(), Err(TlsError::KeyMismatch { .. })));
+    assert!(matches!(r.store.reload(), Err(IdentityError::Files(FilesError::KeyMismatch { .. }))));
     assert_eq!(r.shake().0, CLIENT);
 }
 
@@ -480,7 +481,7 @@ fn a_watched_store_follows_a_symlink_swap() {
     let files = IdentityFiles { cert: file("cert.pem"), key: file("key.pem"), ca: file("ca.pem") };
     let store = TlsStore::load(files).unwrap();
     let (tell, told) = mpsc::channel();
-    let watch = watch(Arc::clone(&store), move || tell.send(()).unwrap()).unwrap();
+    let watch = watch(&store, move || tell.send(()).unwrap()).unwrap();
 
     let renewed = "spiffe://example.org/ns/a/sa/renewed";
     version("..2", renewed);

@@ -22,7 +22,7 @@ use crate::{
     process::drain::{self, Phase, Tasks, Watch},
     proxy::{Proxy, Setup},
     relay::give_up_silent_peers,
-    sinks::upstream::{self, Upstreams, Wanted},
+    sinks::upstream::{self, Upstreams},
     sources::{capture::accept::Origins, listener::accept},
 };
 
@@ -78,8 +78,8 @@ pub enum More {
 pub struct Change {
     /// What all share.
     pub shared: Arc<Shared>,
-    /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<Planned>,
+    /// The upstreams. One that is there already by the same `Arc` is kept, with its connections.
+    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
     /// What routes call these now.
     pub renamed: Vec<(SourceId, Option<Arc<str>>)>,
     /// Nothing more is taken from these. What they have brought goes on.
@@ -92,21 +92,12 @@ pub struct Change {
     pub done: mpsc::Sender<()>,
 }
 
-/// An upstream of another configuration.
-#[derive(Clone, Debug)]
-pub enum Planned {
-    /// It is the one that was at this place, with its connections.
-    Kept(usize),
-    /// It is new, or is reached in another way.
-    New(Box<upstream::Next<upstream::Settings>>),
-}
-
 /// What one worker starts with.
 pub struct Start {
     /// What all share.
     pub shared: Arc<Shared>,
-    /// The upstreams, in the configuration's order.
-    pub upstreams: Vec<upstream::Next<upstream::Settings>>,
+    /// The upstreams.
+    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
     /// Its own counters.
     pub counters: Arc<Counters>,
     /// What changes later.
@@ -139,7 +130,7 @@ pub fn run(start: Start) -> io::Result<Report> {
 
 async fn work(start: Start) -> io::Result<Report> {
     let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = Upstreams::new(upstreams.into_iter().map(|new| Wanted::New(Box::new(new))).collect());
+    let upstreams = Upstreams::new(&upstreams, None);
     let (stop, stopped) = drain::channel();
     let worker = Worker {
         proxy: Proxy::new(Setup::new(shared, upstreams, None), counters, stopped),

@@ -12,11 +12,11 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{CaptureSocket, Change, ConnectSocket, Planned, STOP_PATIENCE, SourceId};
+use super::{CaptureSocket, Change, ConnectSocket, STOP_PATIENCE, SourceId};
 use crate::{
     process::drain::{self, Phase, Tasks, Trigger},
     proxy::{At, Proxy, Setup},
-    sinks::upstream::{Upstream, Upstreams, Wanted},
+    sinks::upstream::{Upstream, Upstreams},
     sources::capture::accept::Accept,
 };
 
@@ -128,16 +128,8 @@ impl Worker {
     pub(super) fn change(&self, change: Change, sources: &mut Sources, flows: &Rc<Tasks>) {
         let Change { shared, upstreams, renamed, retire, captures, listeners, done } = change;
         let before = self.proxy.setup();
-        let planned = |planned| match planned {
-            Planned::New(settings) => Some(Wanted::New(settings)),
-            Planned::Kept(i) => before.upstreams.get(i).cloned().map(Wanted::Made),
-        };
-        let Some(upstreams) = upstreams.into_iter().map(planned).collect::<Option<Vec<_>>>() else {
-            return tracing::error!(
-                "a worker does not have the upstreams that it is to keep: nothing changes"
-            );
-        };
-        let next = Rc::new(Setup::new(shared, Upstreams::new(upstreams), Some(&before)));
+        let upstreams = Upstreams::new(&upstreams, Some(&before.upstreams));
+        let next = Rc::new(Setup::new(shared, upstreams, Some(&before)));
         for old in before.upstreams.tunnels() {
             if !next.upstreams.tunnels().any(|kept| Rc::ptr_eq(kept, old)) {
                 self.retired.spawn(retired(Rc::clone(old)));

@@ -17,7 +17,7 @@ pub use self::{
     terms::{Authority, HeaderChanges, ProxyProtocol, Terms},
 };
 use super::reader::{At, Cell, Reader, Section, Value, nearest, schema_of};
-use crate::model::flow::Target;
+use crate::model::{flow::Target, names::UpstreamName};
 
 /// `[[route]]`
 #[derive(Clone, Debug)]
@@ -40,9 +40,8 @@ impl Route {
 /// Where a route sends a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Through one of these: an index into [`super::Config::upstreams`], and its weight. At least one weight
-    /// is not 0.
-    Upstreams(Vec<(usize, u32)>),
+    /// Through one of these upstreams, by weight. At least one weight is not 0.
+    Upstreams(Vec<(UpstreamName, u32)>),
     /// Dialled by ourselves.
     Direct,
     /// Something else is dialled by ourselves, in place of the target.
@@ -218,16 +217,16 @@ impl Value for ActionByName {
     }
 }
 
-/// Turns the names of upstreams into their places, and looks for those of listeners and captures. What has
+/// Checks that the upstreams, listeners and captures that routes name are there. What has
 /// mistakes of its own counts: its name is no mistake.
 pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Route>> {
     let upstreams = r.texts_in("upstream", &["name"]);
     let listeners = r.texts_in("listener", &["name"]);
     let captures = r.texts_in("capture", &["name", "cgroup", "unit"]);
     let groups = r.pairs_in("capture", &["name", "cgroup", "unit"], &["cgroup", "unit"]);
-    let find = |kind: &str, names: &[At<String>], name: &At<String>| {
-        let found = names.iter().position(|n| n.value == name.value);
-        if found.is_none() {
+    let is_there = |kind: &str, names: &[At<String>], name: &At<String>| {
+        let found = names.iter().any(|n| n.value == name.value);
+        if !found {
             let near = nearest(&name.value, names.iter().map(|n| n.value.as_str()));
             let hint = near.map(|n| format!(", did you mean \"{n}\"?")).unwrap_or_default();
             r.wrong_at(name, format!("no {kind} is named \"{}\"{hint}", name.value));
@@ -237,10 +236,10 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
     let route = |route: RouteByName| {
         let RouteByName { mut matches, to, terms, .. } = route;
         for name in &route.listeners {
-            find("listener", &listeners, name);
+            is_there("listener", &listeners, name);
         }
         for name in &route.captures {
-            find("capture", &captures, name);
+            is_there("capture", &captures, name);
         }
         for wanted in &route.cgroups {
             let found = groups.iter().filter(|(_, group)| is_group(&wanted.value, group));
@@ -253,10 +252,11 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         let to = match to {
             ActionByName::Fixed(action) => action,
             ActionByName::Upstreams(list) => {
-                let place =
-                    |(name, weight): &(At<String>, u32)| Some((find("upstream", &upstreams, name)?, *weight));
-                let placed: Vec<_> = list.iter().map(place).collect();
-                Action::Upstreams(placed.into_iter().collect::<Option<_>>()?)
+                let share = |(name, weight): (At<String>, u32)| {
+                    is_there("upstream", &upstreams, &name).then(|| (name.value.into(), weight))
+                };
+                let shares: Vec<_> = list.into_iter().map(share).collect();
+                Action::Upstreams(shares.into_iter().collect::<Option<_>>()?)
             }
         };
         Some(Route { matches, to, terms })

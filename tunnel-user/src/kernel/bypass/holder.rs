@@ -1,7 +1,6 @@
-//! Who holds the other end of a connection on this node.
+//! Finds the process at the other end of a connection over loopback: the inode of its socket, and who holds it.
 //!
-//! Enters: our socket of a connection over loopback. Leaves: the inode of the application's, and the process that has
-//! it. Invariant: more than one process, or more descriptors than can be looked through, is no answer. It opens nothing.
+//! More than one process, or more descriptors than can be searched, is no answer.
 
 use std::{
     fs, io,

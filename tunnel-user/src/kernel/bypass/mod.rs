@@ -1,8 +1,8 @@
-//! Bypass: an application's socket and ours, joined past TCP.
+//! Bypass: an application's socket and ours are joined past TCP, by a kernel program on a map of sockets.
 //!
-//! Enters: two sockets that are connected to each other over loopback. Leaves: the same, in the kernel's map of sockets,
-//! where a program moves what they write to each other. Invariant: a pair is in use before its gates open, and its place
-//! is never another's while a program may act on it. It never takes a socket out again: that would drop what is queued.
+//! # Invariants
+//! - A pair is in the map before its gates open, and its slot is not reused while a program may act on it.
+//! - A socket is never removed from the map: that would drop what is queued.
 
 mod holder;
 mod judge;
@@ -47,25 +47,25 @@ pub enum BypassError {
     #[error(transparent)]
     Offsets(#[from] OffsetsError),
     /// The object could not be parsed or its maps not be made.
-    #[error("loading the bypass program's maps failed: {0}")]
+    #[error("cannot load the maps of the bypass program: {0}")]
     Load(#[source] Box<EbpfError>),
     /// The verifier or the kernel refused the program.
-    #[error("the kernel refused the bypass program: {0}")]
+    #[error("the kernel rejected the bypass program: {0}")]
     Program(#[source] Box<ProgramError>),
     /// The object has no such program or map: it was built from other sources than this daemon.
-    #[error("the bypass object has no {0}: it does not fit this daemon")]
+    #[error("the bypass object has no {0}: it was built for another version")]
     Missing(&'static str),
     /// The pairs could not be mapped.
-    #[error("the bypass program's pairs cannot be mapped: {0}")]
+    #[error("cannot map the pairs of the bypass program: {0}")]
     Slots(#[source] io::Error),
     /// A connection of our own was not treated as one should be.
-    #[error("tried on a connection of our own, bypass does not do what it should on this kernel: {0}")]
+    #[error("bypass failed its self-test on this kernel: {0}")]
     Proof(&'static str),
     /// That connection could not be made.
-    #[error("bypass could not be tried on a connection of our own: {0}")]
+    #[error("cannot run the self-test of bypass: {0}")]
     Trial(#[source] io::Error),
     /// What finds the sockets could not start.
-    #[error("bypass could not start: {0}")]
+    #[error("cannot start bypass: {0}")]
     Start(#[source] io::Error),
 }
 
@@ -172,7 +172,7 @@ impl Bypass {
         let mut options = RawTracePointRunOptions::new();
         options.args[0] = slot.into();
         if let Err(e) = look.test_run(options) {
-            tracing::debug!("looking at a pair of sockets failed: {e}");
+            tracing::debug!("cannot inspect a pair of sockets: {e}");
         }
     }
 }

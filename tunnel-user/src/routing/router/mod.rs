@@ -14,6 +14,7 @@ use crate::{
     config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
     model::{
         flow::{HostName, Identity, Inside, Target},
+        names::UpstreamName,
         san::SanPattern,
     },
     routing::{
@@ -33,10 +34,10 @@ pub use self::fixed::{Fixed, fixed};
 pub enum Decision<'a> {
     /// Through an upstream.
     Upstream {
-        /// Which: an index into the configuration's.
-        upstream: usize,
+        /// Which.
+        upstream: &'a UpstreamName,
         /// All that the route names, and their weights; see [`another`].
-        shares: &'a [(usize, u32)],
+        shares: &'a [(UpstreamName, u32)],
         /// On which terms.
         terms: &'a Terms,
     },
@@ -161,20 +162,28 @@ fn takes_inside(wanted: &Match, inside: &Inside) -> bool {
 }
 
 /// One more upstream of a route, in the place of those that were tried; none when all were.
-pub fn another(shares: &[(usize, u32)], tried: &[usize], random: u32) -> Option<usize> {
+pub fn another<'a>(
+    shares: &'a [(UpstreamName, u32)],
+    tried: &[&UpstreamName],
+    random: u32,
+) -> Option<&'a UpstreamName> {
     pick(shares, random, tried)
 }
 
 /// The upstream into whose share `random` falls, without those that were tried. `None` only when all were, or all
 /// weights are 0, which the configuration does not admit.
-fn pick(shares: &[(usize, u32)], random: u32, tried: &[usize]) -> Option<usize> {
-    let left = || shares.iter().filter(|(upstream, _)| !tried.contains(upstream));
+fn pick<'a>(
+    shares: &'a [(UpstreamName, u32)],
+    random: u32,
+    tried: &[&UpstreamName],
+) -> Option<&'a UpstreamName> {
+    let left = || shares.iter().filter(|(upstream, _)| !tried.contains(&upstream));
     let sum: u64 = left().map(|(_, weight)| u64::from(*weight)).sum();
     // Scaled rather than reduced modulo the sum: no share gains by the remainder.
     let mut point = (u64::from(random) * sum) >> u32::BITS;
     for (upstream, weight) in left() {
         match point.checked_sub(u64::from(*weight)) {
-            None => return Some(*upstream),
+            None => return Some(upstream),
             Some(left) => point = left,
         }
     }

@@ -93,16 +93,24 @@ fn route(matches: Match, to: Action) -> Route {
     Route { matches, to, terms: Terms::default() }
 }
 
+fn numbered_name(i: usize) -> UpstreamName {
+    i.to_string().into()
+}
+
+fn number(name: &UpstreamName) -> usize {
+    name.parse().unwrap()
+}
+
 /// Routes that each go through an upstream of their own.
 fn numbered(matches: Vec<Match>) -> Router {
-    let own = |(i, matches)| route(matches, Action::Upstreams(vec![(i, 1)]));
+    let own = |(i, matches)| route(matches, Action::Upstreams(vec![(numbered_name(i), 1)]));
     Router::new(matches.into_iter().enumerate().map(own).collect())
 }
 
 /// The number of the route that takes it.
 fn taken(router: &Router, told: &Told) -> Option<usize> {
     told.with(router, |flow| match router.decide(flow, 0) {
-        Decision::Upstream { upstream, .. } => Some(upstream),
+        Decision::Upstream { upstream, .. } => Some(number(upstream)),
         _ => None,
     })
 }
@@ -111,7 +119,7 @@ fn taken(router: &Router, told: &Told) -> Option<usize> {
 fn decided(router: &Router, told: &Told) -> Option<Option<usize>> {
     told.with(router, |flow| match router.decide(flow, 0) {
         Decision::Look => None,
-        Decision::Upstream { upstream, .. } => Some(Some(upstream)),
+        Decision::Upstream { upstream, .. } => Some(Some(number(upstream))),
         _ => Some(None),
     })
 }
@@ -123,7 +131,7 @@ fn the_first_match_wins_and_no_match_is_refused() {
         route(to(&["10.1.0.0/16"]), Action::Deny),
         route(
             Match { source: vec![Source::Captured], ..to(&["10.0.0.0/8:80"]) },
-            Action::Upstreams(vec![(3, 1)]),
+            Action::Upstreams(vec![(numbered_name(3), 1)]),
         ),
         route(
             Match { source: vec![Source::Listener], host: all(&["*.internal"]), ..Match::default() },
@@ -257,12 +265,13 @@ fn headers_are_matched_line_by_line_and_all_conditions_have_to_hold() {
 
 #[test]
 fn weights_divide_the_flows_exactly() {
-    let shares = Action::Upstreams(vec![(0, 90), (1, 0), (2, 10)]);
+    let shares =
+        Action::Upstreams(vec![(numbered_name(0), 90), (numbered_name(1), 0), (numbered_name(2), 10)]);
     let router = Router::new(vec![route(Match::default(), shares)]);
     let told = Told::captured("10.0.0.1:80");
     let decide = |random| {
         told.with(&router, |flow| match router.decide(flow, random) {
-            Decision::Upstream { upstream, .. } => upstream,
+            Decision::Upstream { upstream, .. } => number(upstream),
             other => panic!("{other:?}"),
         })
     };
@@ -309,7 +318,7 @@ fn what_a_client_sends_is_looked_at_only_where_it_decides() {
 #[test]
 fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     let terms = Terms { authority: Authority::Sni, ..Terms::default() };
-    let to = Action::Upstreams(vec![(0, 1)]);
+    let to = Action::Upstreams(vec![(numbered_name(0), 1)]);
     let router = Router::new(vec![Route { matches: Match::default(), to, terms }]);
     let told = Told::captured("10.2.0.1:443");
     assert_eq!(decided(&router, &told), None);
@@ -318,11 +327,12 @@ fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
 
 #[test]
 fn another_upstream_is_one_that_was_not_tried_and_is_in_use() {
-    let shares = [(4, 90), (5, 0), (6, 10)];
+    let [four, five, six] = [4, 5, 6].map(numbered_name);
+    let shares = [(four.clone(), 90), (five, 0), (six.clone(), 10)];
     for random in [0, u32::MAX / 2, u32::MAX] {
-        assert_eq!(another(&shares, &[4], random), Some(6));
-        assert_eq!(another(&shares, &[6], random), Some(4));
-        assert_eq!(another(&shares, &[6, 4], random), None);
+        assert_eq!(another(&shares, &[&four], random), Some(&six));
+        assert_eq!(another(&shares, &[&six], random), Some(&four));
+        assert_eq!(another(&shares, &[&six, &four], random), None);
     }
 }
 

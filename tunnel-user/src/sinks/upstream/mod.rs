@@ -27,4 +27,4 @@ mod tests;
 pub use error::TunnelError;
 pub use itself::Itself;
 pub use open::{Leg, Settings, Stream, Tls, Upstream};
-pub use upstreams::{Next, Upstreams, Wanted};
+pub use upstreams::{Next, Upstreams};

@@ -36,6 +36,7 @@ use crate::{
     identity::{store::TlsStore, verify::explain},
     model::{
         flow::{FarEnd, Identity, Target},
+        names::UpstreamName,
         trust::ServerCheck,
     },
     relay::{Ahead, H2Leg, Queue, Sender},
@@ -53,8 +54,8 @@ pub struct Settings {
     pub name: String,
     /// Where it is.
     pub endpoints: Source,
-    /// Through which other upstream it is reached: its place among the configuration's.
-    pub via: Option<usize>,
+    /// Through which other upstream it is reached.
+    pub via: Option<UpstreamName>,
     /// Which endpoint is next.
     pub balance: Balance,
     /// What it speaks.

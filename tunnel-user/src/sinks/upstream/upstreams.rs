@@ -1,16 +1,18 @@
-//! The upstreams of one worker.
+//! The upstreams of one worker, by name.
 //!
-//! Enters: what the configuration calls upstreams. Leaves: each, in its place, with the one that it goes through.
-//! Invariant: one that goes through another shares that other's connections with everybody; the connections of
-//! the innermost are closed first, because they are streams of the others'. It never picks one.
+//! # Invariants
+//! - An upstream whose configuration is the same keeps its connections.
+//! - One that goes through another shares that other's connections with everybody else. The connections of the innermost are
+//!   closed first, because they are streams of the others'.
 
-use std::{rc::Rc, sync::Arc};
+use std::{collections::HashMap, rc::Rc, sync::Arc};
 
 use super::{
     itself::Itself,
     nested::Via,
     open::{Settings, Upstream},
 };
+use crate::model::names::UpstreamName;
 
 /// What an upstream of the configuration is: another process, or this one.
 #[derive(Clone, Debug)]
@@ -21,62 +23,69 @@ pub enum Next<U> {
     Itself(Arc<Itself>),
 }
 
-/// One that is to be there.
-pub enum Wanted {
-    /// It is there already, with its connections and those that it goes through.
-    Made(Next<Rc<Upstream>>),
-    /// It is new.
-    New(Box<Next<Settings>>),
+impl Next<Settings> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Tunnel(settings) => &settings.name,
+            Self::Itself(itself) => &itself.name,
+        }
+    }
 }
 
 /// See the module.
-pub struct Upstreams(Vec<Option<Next<Rc<Upstream>>>>);
+pub struct Upstreams(HashMap<UpstreamName, Made>);
+
+struct Made {
+    configured: Arc<Next<Settings>>,
+    next: Next<Rc<Upstream>>,
+}
 
 impl Upstreams {
-    /// In the configuration's order. No connection is opened.
-    pub fn new(wanted: Vec<Wanted>) -> Self {
-        let mut made: Vec<_> = wanted.iter().map(|_| None).collect();
-        // Whoever goes through another is made after it. Each round makes one at least, or there is none left: the
-        // configuration admits no circle, and what was in one would not be there.
-        for _ in &wanted {
-            for (place, wanted) in wanted.iter().enumerate() {
-                if made[place].is_none() {
-                    made[place] = Self::make(wanted, &made);
-                }
-            }
+    /// Those that are `configured`. One that is in `before` by the same `Arc` is kept, with its connections and with those
+    /// that it goes through; any other is made anew. No connection is opened.
+    pub fn new(configured: &[Arc<Next<Settings>>], before: Option<&Self>) -> Self {
+        let mut made = Self(HashMap::new());
+        let mut left: Vec<_> = configured.iter().collect();
+        // Whoever goes through another is made after it. Each round makes one at least, because the configuration admits no
+        // circle; what was in one would not be there.
+        for _ in configured {
+            left.retain(|configured| !made.make(configured, before));
         }
-        Self(made)
+        made
     }
 
-    fn make(wanted: &Wanted, made: &[Option<Next<Rc<Upstream>>>]) -> Option<Next<Rc<Upstream>>> {
-        let new = match wanted {
-            Wanted::Made(next) => return Some(next.clone()),
-            Wanted::New(new) => &**new,
+    /// Whether it is made, which takes the one that it goes through.
+    fn make(&mut self, configured: &Arc<Next<Settings>>, before: Option<&Self>) -> bool {
+        let name = configured.name();
+        let kept =
+            before.and_then(|before| before.0.get(name)).filter(|b| Arc::ptr_eq(&b.configured, configured));
+        let next = match (kept, &**configured) {
+            (Some(kept), _) => kept.next.clone(),
+            (None, Next::Itself(itself)) => Next::Itself(Arc::clone(itself)),
+            (None, Next::Tunnel(settings)) => {
+                let via = match settings.via.as_ref().map(|outer| self.get(outer)) {
+                    None => None,
+                    Some(Some(Next::Tunnel(outer))) => Some(Via(Rc::clone(outer))),
+                    Some(_) => return false,
+                };
+                Next::Tunnel(Rc::new(Upstream::new(settings.clone(), via)))
+            }
         };
-        let settings = match new {
-            Next::Itself(itself) => return Some(Next::Itself(Arc::clone(itself))),
-            Next::Tunnel(settings) => settings,
-        };
-        let via = match settings.via {
-            None => None,
-            Some(place) => match made.get(place) {
-                Some(Some(Next::Tunnel(outer))) => Some(Via(Rc::clone(outer))),
-                _ => return None,
-            },
-        };
-        Some(Next::Tunnel(Rc::new(Upstream::new(settings.clone(), via))))
+        self.0.insert(name.into(), Made { configured: Arc::clone(configured), next });
+        true
     }
 
-    /// The one in this place of the configuration.
-    pub fn get(&self, place: usize) -> Option<&Next<Rc<Upstream>>> {
-        self.0.get(place)?.as_ref()
+    /// The one of this name.
+    pub fn get(&self, name: &UpstreamName) -> Option<&Next<Rc<Upstream>>> {
+        self.0.get(name).map(|made| &made.next)
     }
 
     /// Those that are other processes.
     pub fn tunnels(&self) -> impl Iterator<Item = &Rc<Upstream>> {
-        self.0.iter().filter_map(|next| match next {
-            Some(Next::Tunnel(upstream)) => Some(upstream),
-            _ => None,
+        self.0.values().filter_map(|made| match &made.next {
+            Next::Tunnel(upstream) => Some(upstream),
+            Next::Itself(_) => None,
         })
     }
 

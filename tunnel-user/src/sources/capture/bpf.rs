@@ -577,6 +577,45 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_pinned_map_of_another_size_is_refused_by_its_name_and_stays_and_one_of_this_version_is_adopted() {
+        /// `BPF_MAP_TYPE_HASH` of `linux/bpf.h`.
+        const HASH: u32 = 1;
+        // A bpffs of its own, in a mount namespace of the thread's own.
+        let tested = std::thread::spawn(|| {
+            use nix::{mount::MsFlags, sched::CloneFlags};
+            let (none, fs) = (None::<&str>, tempfile::tempdir().unwrap());
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS).expect("this takes root: run the tests as root");
+            nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            nix::mount::mount(Some("bpf"), fs.path(), Some("bpf"), MsFlags::empty(), none).unwrap();
+            let dir = fs.path().join("capture");
+            let lifetime = Lifetime::Pinned(dir.clone());
+            let spec = Spec { on_failure: 0, generation: 1, for_proxy: false, group: None, lifetime };
+            let load = || Capture::load(&spec, &Rules::default()).map(drop);
+            load().expect("nothing is pinned");
+            load().expect("what this version has pinned is its own");
+            let flows = map_path(&dir, names::FLOWS);
+            for (key, value, said) in
+                [(48, 56, "has values of 56 bytes, this version needs 48"), (40, 48, "has keys of 40 bytes")]
+            {
+                fs::remove_file(&flows).unwrap();
+                let other = sys::map_create(HASH, key, value, 16, 0).unwrap();
+                sys::obj_pin(other.as_fd(), &flows).unwrap();
+                let refused = load().expect_err("another size").summary();
+                let wanted = format!("pinned map FLOWS {said}");
+                assert!(
+                    refused.starts_with(&wanted) && refused.contains(&flows.display().to_string()),
+                    "{refused}"
+                );
+                assert!(flows.exists(), "it is somebody's");
+            }
+            fs::remove_file(&flows).unwrap();
+            load().expect("nothing stands in the way any more");
+            nix::mount::umount2(fs.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+        });
+        tested.join().unwrap();
+    }
+
     fn aya_obj_names() -> Vec<String> {
         let ebpf = EbpfLoader::new().load(OBJECT).expect("maps can be made");
         ebpf.maps().map(|(name, _)| name.to_owned()).collect()

@@ -1,0 +1,166 @@
+//! An identity from three PEM files: certificates, private key, roots.
+//!
+//! # Invariants
+//! - Every error names its file, and what to do about it.
+//! - What is wrong with the files is found when they are read: material that was returned can be used.
+
+use std::{
+    fmt, fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustls::{CertificateError, InconsistentKeys, OtherError, sign::CertifiedKey};
+use rustls_pki_types::PrivateKeyDer;
+
+use crate::{
+    identity::{
+        pem,
+        provider::{IdentityError, IdentityProvider, Material, Subscription, TrustBundle},
+        tls::provider,
+    },
+    model::trust::IdentityFiles,
+    process::files,
+};
+
+impl IdentityProvider for IdentityFiles {
+    fn fetch(&self) -> Result<Material, IdentityError> {
+        let (cert_pem, key_pem, ca_pem) = (read(&self.cert)?, read(&self.key)?, read(&self.ca)?);
+        let chain = pem::certificates(&cert_pem).map_err(|e| FilesError::content(&self.cert, e))?;
+        let key = pem::key(&key_pem).map_err(|e| FilesError::content(&self.key, e))?;
+        let certificate = Arc::new(certified(self, &chain, key)?);
+        let mut bundle = TrustBundle::default();
+        for ca in pem::certificates(&ca_pem).map_err(|e| FilesError::content(&self.ca, e))? {
+            bundle.add(ca.der.clone()).map_err(|e| FilesError::certificate(&self.ca, &ca, &e))?;
+        }
+        let origin = self.cert.display().to_string();
+        Ok(Material { certificate, bundle, origin, fingerprint: fingerprint([&cert_pem, &key_pem, &ca_pem]) })
+    }
+
+    fn subscribe(&self, changed: Box<dyn FnMut() + Send>) -> io::Result<Subscription> {
+        files::watch([&*self.cert, &*self.key, &*self.ca], "identity-watch", changed).map(Subscription::new)
+    }
+}
+
+/// Why the files do not make an identity.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    /// A file cannot be read.
+    #[error("{}: {source}{}", .path.display(), how_to_read(.source))]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{}: {what}: {}", .path.display(), .remedy.replace("{file}", &.path.display().to_string()))]
+    Content {
+        /// Which.
+        path: PathBuf,
+        /// What it holds.
+        what: String,
+        /// What helps; `{file}` stands for the file.
+        remedy: String,
+    },
+    /// The key is of another certificate.
+    #[error(
+        "{}: the key is not the one of the certificate in {}: both have to print the same with \"openssl pkey -in {} \
+         -pubout\" and \"openssl x509 -in {} -noout -pubkey\"",
+        .key.display(), .cert.display(), .key.display(), .cert.display()
+    )]
+    KeyMismatch {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificate's.
+        cert: PathBuf,
+    },
+    /// The key is of a certificate that does not stand first.
+    #[error(
+        "{}: the key in {} is that of {place}: the certificate of the key has to stand first, those of its CAs after it",
+        .cert.display(), .key.display()
+    )]
+    Order {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificates'.
+        cert: PathBuf,
+        /// Where in it the key's certificate stands.
+        place: String,
+    },
+}
+
+impl FilesError {
+    fn content(path: &Path, pem::Problem { what, remedy }: pem::Problem) -> Self {
+        Self::Content { path: path.to_owned(), what, remedy }
+    }
+
+    /// One certificate of a file cannot be used.
+    fn certificate(path: &Path, placed: &pem::Placed, why: &rustls::Error) -> Self {
+        let why: &dyn fmt::Display = match why {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner,
+            rustls::Error::InvalidCertificate(inner) => inner,
+            other => other,
+        };
+        let what = format!("{} cannot be used: {why}", placed.describe());
+        Self::Content { path: path.to_owned(), what, remedy: "replace or remove it".to_owned() }
+    }
+}
+
+fn how_to_read(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => ": let the user of this process read it",
+        io::ErrorKind::IsADirectory => ": name the file in it",
+        _ => "",
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
+    fs::read(path).map_err(|source| FilesError::Read { path: path.to_owned(), source })
+}
+
+/// The key together with its certificates, of which the first is the key's own.
+fn certified(
+    files: &IdentityFiles,
+    chain: &[pem::Placed],
+    key: PrivateKeyDer<'static>,
+) -> Result<CertifiedKey, FilesError> {
+    let problem = pem::unsupported(&key);
+    let key = provider()
+        .key_provider
+        .load_private_key(key)
+        .map_err(|_says_less| FilesError::content(&files.key, problem))?;
+    let certs = chain.iter().map(|placed| placed.der.clone()).collect();
+    let certified = CertifiedKey::new(certs, Arc::clone(&key));
+    match certified.keys_match() {
+        // A provider that cannot tell has nothing against it.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
+        Err(rustls::Error::InconsistentKeys(_)) => {
+            if let Some(problem) = chain.first().and_then(pem::explicit_curve) {
+                return Err(FilesError::content(&files.cert, problem));
+            }
+            let (cert, key_file) = (files.cert.clone(), files.key.clone());
+            let of_key = |placed: &&pem::Placed| {
+                CertifiedKey::new(vec![placed.der.clone()], Arc::clone(&key)).keys_match().is_ok()
+            };
+            Err(match chain.iter().find(of_key) {
+                Some(own) => FilesError::Order { key: key_file, cert, place: own.describe() },
+                None => FilesError::KeyMismatch { key: key_file, cert },
+            })
+        }
+        Err(e) => Err(match chain.first() {
+            Some(leaf) => FilesError::certificate(&files.cert, leaf, &e),
+            None => FilesError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() },
+        }),
+    }
+}
+
+/// Tells changed files from unchanged ones. Nobody gains by a collision: who can write the files needs
+/// none.
+fn fingerprint(files: [&[u8]; 3]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    files.hash(&mut hasher);
+    hasher.finish()
+}
