@@ -68,6 +68,8 @@ impl<'w> Half<'w> {
 }
 
 /// Of two captures the second cannot be attached: the first is not attached either, and nothing is pinned.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_start_that_fails_after_its_first_capture_leaves_nothing_attached() -> Result<()> {
     let world = World::new()?;
@@ -84,6 +86,8 @@ fn a_start_that_fails_after_its_first_capture_leaves_nothing_attached() -> Resul
 }
 
 /// A configuration whose new capture cannot be attached changes nothing, and is in force once it can.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_reload_that_fails_leaves_nothing_of_its_new_capture() -> Result<()> {
     let world = World::new()?;
@@ -111,6 +115,8 @@ fn a_reload_that_fails_leaves_nothing_of_its_new_capture() -> Result<()> {
 }
 
 /// A configuration whose new capture cannot be attached denies nothing in connect() either, and does once it can.
+///
+/// Failure: refused.
 #[test]
 fn a_reload_that_fails_takes_back_what_its_routes_deny() -> Result<()> {
     let world = World::new()?;
@@ -134,6 +140,8 @@ fn a_reload_that_fails_takes_back_what_its_routes_deny() -> Result<()> {
 }
 
 /// A daemon that fails while it takes over leaves the old one's programs and listeners in their place.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_take_over_that_fails_leaves_the_old_daemon_capturing() -> Result<()> {
     let world = World::new()?;

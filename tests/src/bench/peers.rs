@@ -1,7 +1,6 @@
-//! The programs that stand in this project's place.
+//! The programs that stand in this project's place: where they are, in the project's tools folder and `PATH`, and which versions.
 //!
-//! Enters: the project's tools folder and `PATH`. Leaves: where they are, and which versions. Invariant: a
-//! program that is not there is said to be missing, with the remedy; nothing stands in for it.
+//! A program that is missing is named with the remedy; nothing stands in for it.
 
 use std::{
     collections::BTreeMap,

@@ -1,8 +1,8 @@
 //! What is run: scenarios, their arms, their workloads, and for how long.
 //!
-//! Enters: how much of it is wanted. Leaves: a [`Plan`]. Invariant: the first arm of a scenario is what the others
-//! are ratios to, and every other arm differs from another in one thing that its title names. It never runs
-//! anything.
+//! # Invariants
+//! - The first arm of a scenario is what the others are ratios to, and every other arm differs from another in one thing that
+//!   its title names.
 
 use std::{fmt, time::Duration};
 

@@ -53,6 +53,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         println!("{}", document.display());
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(path) = &cli.flags.redraw {
+        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+        report::save(&report::load(path)?, folder)?;
+        println!("{}", folder.join("report.html").display());
+        return Ok(ExitCode::SUCCESS);
+    }
     let colour = std::io::stdout().is_terminal() && !no_colour();
     let old = cli.flags.compare.as_deref().map(report::load).transpose()?;
     let new = match &cli.flags.with {

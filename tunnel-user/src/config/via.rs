@@ -1,8 +1,7 @@
 //! `[[upstream]]` that names another section: the upstream that it goes through (`via`), or the listener that it
 //! stands for (`self`).
 //!
-//! Enters: tables. Leaves: [`Upstream`]s. Invariant: what they name is there, and who goes through whom ends at an
-//! upstream that has a socket. It never looks at a certificate.
+//! What they name is there, and who goes through whom ends at an upstream that has a socket.
 
 use super::{
     Itself, Listener, Upstream,

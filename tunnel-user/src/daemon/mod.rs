@@ -59,11 +59,11 @@ use crate::{
     process::{
         drain::{self, Phase, Trigger},
         exit::{Cause, Failure},
-        limits, panics,
+        limits, panics, random,
     },
     relay::{self, PathKind},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, headers::Trace},
+    sinks::upstream,
     sources::capture::bpf::{self, Owner},
     transport::tcp,
     worker::{self, Report, Shared, SourceId, Start},
@@ -557,7 +557,8 @@ fn load_identity(files: IdentityFiles) -> Result<Identity, Failure> {
 
 /// A token (RFC 9110 section 5.6.2) that no other process has.
 fn pseudonym() -> String {
-    format!("tunnel-{:016x}", Trace::default().random())
+    random::seed();
+    format!("tunnel-{:016x}", fastrand::u64(..))
 }
 
 fn other(what: &str) -> Failure {

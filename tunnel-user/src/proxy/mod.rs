@@ -35,7 +35,7 @@ use crate::{
     },
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, TunnelError, Upstreams, h1, headers::Trace},
+    sinks::upstream::{self, TunnelError, Upstreams, h1},
     sources::{
         capture::accept::Accept,
         listener::{accept, request::Refusal},
@@ -124,7 +124,6 @@ pub struct Proxy {
     counters: Arc<Counters>,
     records: Records,
     lines: Lines,
-    trace: Trace,
     active: Cell<usize>,
     /// Whose turn it is to look a name up.
     lookups: Lookups<Account>,
@@ -198,7 +197,6 @@ impl Proxy {
             setup: RefCell::new(Rc::new(setup)),
             counters,
             lines: Lines::default(),
-            trace: Trace::default(),
             active: Cell::default(),
             peers: RefCell::default(),
             stop,

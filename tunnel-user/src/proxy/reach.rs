@@ -66,8 +66,7 @@ pub(super) struct Wish<'a> {
 impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
-        let random = (self.trace.random() >> 32) as u32;
-        wish.setup.shared.router.decide(&wish.flow, random)
+        wish.setup.shared.router.decide(&wish.flow, fastrand::u32(..))
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
@@ -181,26 +180,25 @@ impl Proxy {
                 Err(e) => e,
             };
             tried.push(upstream);
-            let random = || (self.trace.random() >> 32) as u32;
             let next = match &failed {
                 _ if left == 0 => None,
                 // All of its endpoints were tried, or none may be.
                 TunnelError::Connect { .. }
                 | TunnelError::NoEndpoint { .. }
                 | TunnelError::Empty { .. }
-                | TunnelError::Limit { .. } => another(shares, &tried, random()),
+                | TunnelError::Limit { .. } => another(shares, &tried, fastrand::u32(..)),
                 TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
                     // Its next endpoint, when it is the only one.
-                    another(shares, &tried, random()).or_else(|| {
+                    another(shares, &tried, fastrand::u32(..)).or_else(|| {
                         tried.clear();
-                        another(shares, &tried, random())
+                        another(shares, &tried, fastrand::u32(..))
                     })
                 }
                 // The connection was lost, or seems to be, and nothing was carried on it.
                 TunnelError::Dropped { .. } if ahead.is_none_or(|ahead| !ahead.has_carried()) => {
-                    another(shares, &tried, random()).or_else(|| {
+                    another(shares, &tried, fastrand::u32(..)).or_else(|| {
                         tried.clear();
-                        another(shares, &tried, random())
+                        another(shares, &tried, fastrand::u32(..))
                     })
                 }
                 // Somebody has, or may have, acted on it; or will say the same again.

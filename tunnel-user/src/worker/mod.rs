@@ -19,7 +19,10 @@ use self::setup::{Sources, Worker};
 pub use crate::proxy::Shared;
 use crate::{
     observe::stats::{Counters, Record},
-    process::drain::{self, Phase, Tasks, Watch},
+    process::{
+        drain::{self, Phase, Tasks, Watch},
+        random,
+    },
     proxy::{Proxy, Setup},
     relay::give_up_silent_peers,
     sinks::upstream::{self, Upstreams},
@@ -123,6 +126,7 @@ pub struct Report {
 
 /// Runs a worker on this thread until it is told to stop and its flows have ended.
 pub fn run(start: Start) -> io::Result<Report> {
+    random::seed();
     // Not a LocalSet in a runtime: that has a queue of its own, and wakes its runtime for every task that it wakes.
     let runtime = runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(work(start))

@@ -1,9 +1,9 @@
-//! An arm, set up: hosts, proxies, a server, and a group whose connections are captured.
+//! An arm, set up: hosts, proxies, a server, and a group whose connections are captured; a [`Bed`] that clients can be started in.
 //!
-//! Enters: how connections are captured, and which proxies carry them. Leaves: a [`Bed`] that clients can be
-//! started in. Invariant: an arm with proxies has no other way to its server: what capture misses is lost, and
-//! does not quietly count as the arm's; one byte has passed before a bed is handed out. What a program that is
-//! not installed would be needed for is [`SetUp::Missing`], and that is not an error.
+//! # Invariants
+//! - An arm with proxies has no other way to its server: what capture misses is lost, and does not count as the arm's.
+//! - One byte has passed before a bed is handed out.
+//! - What a program that is not installed would be needed for is [`SetUp::Missing`], and that is not an error.
 
 mod far;
 mod iptables;

@@ -1,4 +1,4 @@
-//! A report as a part of a Markdown document, as GitHub shows it.
+//! A report as a part of a Markdown document, as GitHub shows it: between two markers, with the plots beside it.
 //!
 //! The report replaces what is between two markers of the document; some of its plots are written beside it.
 //!

@@ -1,8 +1,8 @@
 //! `[[route]]`: which flows, where to, and on which terms.
 //!
-//! Enters: tables. Leaves: [`Route`]s. Invariant: the upstreams, listeners and captures that they name are
-//! there, and no header that is the tunnel's own to set is copied, added, or taken out where it is needed. It
-//! never looks at a flow.
+//!
+//! # Invariants
+//! - The upstreams, listeners and captures that a route names are there.
 
 mod matches;
 mod terms;
@@ -16,7 +16,10 @@ pub use self::{
     matches::{HeaderMatch, Match, Regex, RegexError, ValueMatch},
     terms::{Authority, HeaderChanges, ProxyProtocol, Terms},
 };
-use super::reader::{At, Cell, Reader, Section, Value, nearest, schema_of};
+use super::{
+    reader::{At, Cell, Reader, Section, Value, nearest, schema_of},
+    section::section,
+};
 use crate::model::{flow::Target, names::UpstreamName};
 
 /// `[[route]]`
@@ -152,32 +155,26 @@ impl Value for Weight {
     }
 }
 
-struct Share {
-    upstream: At<String>,
-    weight: u32,
-}
-
-impl Section for Share {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let upstream = r.required("upstream", "Name of an upstream.");
-        let Weight(weight) = r.default(
-            "weight",
-            "Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.",
-            Weight(1),
-        );
-        Some(Self { upstream: upstream?, weight })
+section! {
+    /// One of the upstreams of a route.
+    struct Share {
+        /// Name of an upstream.
+        upstream: required At<String>,
+        /// Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.
+        weight: default u32 [Weight] = Weight(1),
+    }
+    check |r| {
+        let Weight(weight) = weight;
     }
 }
 
-struct Rewrite {
-    dial: Target,
-}
-
-impl Section for Rewrite {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let dial = r.required("dial", "What is dialled in place of the target: HOST:PORT.");
-        Some(Self { dial: dial? })
+section! {
+    /// `{ dial = "HOST:PORT" }`
+    struct Rewrite {
+        /// What is dialled in place of the target: HOST:PORT.
+        dial: required Target,
     }
+    check |r| {}
 }
 
 impl Value for ActionByName {

@@ -20,7 +20,6 @@ use tokio::{
 use super::{
     connect::ConnectError,
     endpoints::{Endpoint, Endpoints},
-    headers::Trace,
     lines::Lines,
 };
 use crate::config::{CheckKind, HealthCheck, OutlierDetection};
@@ -38,7 +37,6 @@ struct Inner {
     check: Option<HealthCheck>,
     lines: Rc<Lines>,
     endpoints: Rc<Endpoints>,
-    chance: Trace,
     /// They hold the rest weakly.
     tasks: RefCell<JoinSet<()>>,
 }
@@ -52,16 +50,8 @@ impl Health {
         lines: Rc<Lines>,
         endpoints: Rc<Endpoints>,
     ) -> Self {
-        let (chance, tasks) = (Trace::default(), RefCell::default());
-        Self(Rc::new(Inner {
-            upstream: upstream.to_owned(),
-            outlier,
-            check,
-            lines,
-            endpoints,
-            chance,
-            tasks,
-        }))
+        let tasks = RefCell::default();
+        Self(Rc::new(Inner { upstream: upstream.to_owned(), outlier, check, lines, endpoints, tasks }))
     }
 
     /// Checks these from now on, if endpoints are checked.
@@ -132,8 +122,7 @@ impl Inner {
 
     /// An interval, more or less.
     fn jittered(&self, interval: Duration) -> Duration {
-        let part = u32::try_from(self.chance.random() >> 48).unwrap_or(0);
-        interval - interval / JITTER + (interval / JITTER) * 2 * part / u32::from(u16::MAX)
+        interval - interval / JITTER + (interval / JITTER).mul_f64(2.0 * fastrand::f64())
     }
 }
 
@@ -164,11 +153,7 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
 /// Checks an endpoint again and again. The first time after a part of the interval: workers start together.
 async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>) {
     let (mut good, mut bad) = (0_u32, 0_u32);
-    let mut wait = {
-        let Some(health) = health.upgrade() else { return };
-        let part = u32::try_from(health.chance.random() >> 48).unwrap_or(0);
-        check.interval * part / u32::from(u16::MAX)
-    };
+    let mut wait = check.interval.mul_f64(fastrand::f64());
     loop {
         sleep(wait).await;
         let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };

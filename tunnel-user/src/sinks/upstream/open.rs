@@ -23,7 +23,7 @@ use super::{
     discovery::{Feed, Known, Source},
     endpoints::{Endpoint, Endpoints, Lack, Turn},
     h1,
-    headers::{Ask, Trace, connect_request},
+    headers::{Ask, connect_request},
     health::Health,
     limit::{Count, Limited, Limits, Taken},
     lines::{Line, Lines},
@@ -144,7 +144,6 @@ pub struct Upstream {
     endpoints: Rc<Endpoints>,
     health: Rc<Health>,
     next: Cell<usize>,
-    trace: Trace,
     streams: Count,
     pending: Count,
     /// Streams whose clients have left before they were answered.
@@ -188,7 +187,6 @@ impl Upstream {
             health,
             settings,
             next: Cell::default(),
-            trace: Trace::default(),
             streams: Count::default(),
             pending: Count::default(),
             abandoned,
@@ -331,7 +329,7 @@ impl Upstream {
         let turn = self.next.get();
         self.next.set(turn.wrapping_add(1));
         let hash = || pick::hash(target);
-        pick::order(self.settings.balance, turn, self.trace.random(), hash, endpoints, |e| e.active())
+        pick::order(self.settings.balance, turn, fastrand::u64(..), hash, endpoints, |e| e.active())
     }
 
     /// A place among the flows that wait for a connection, where they are limited and this one has to wait.
@@ -459,7 +457,7 @@ impl Upstream {
     }
 
     fn connect_request(&self, ask: &Ask<'_>) -> Result<Request<()>, Attempt> {
-        connect_request(ask, &self.trace, &self.settings.headers).map_err(|e| {
+        connect_request(ask, &self.settings.headers).map_err(|e| {
             Attempt::Failed(TunnelError::Request { target: ask.authority().clone(), why: e.to_string() })
         })
     }

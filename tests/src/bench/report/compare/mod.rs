@@ -1,8 +1,10 @@
 //! Whether anything has changed between two reports.
 //!
-//! Enters: two reports. Leaves: for each metric that both have, what it was, what it is, and a [`Verdict`].
-//! Invariant: fewer than [`FEWEST`] runs give no verdict; a report compared with itself has not changed. It
-//! never calls a change what the spread of the runs explains.
+//! For each metric that both have: what it was, what it is, and a [`Verdict`].
+//!
+//! # Invariants
+//! - Fewer than [`FEWEST`] runs give no verdict, and a report compared with itself has not changed.
+//! - What the spread of the runs explains is no change.
 //!
 //! # What is compared
 //! The first arm of a scenario by its values; every other arm by its ratios to the first, each of two runs of

@@ -1,6 +1,4 @@
-//! A comparison for a terminal.
-//!
-//! Enters: a comparison. Leaves: lines, what it comes to first.
+//! A comparison for a terminal, its result first.
 
 use super::{Basis, Change, Comparison, FEWEST, Verdict};
 use crate::bench::report::{
