@@ -33,6 +33,10 @@ pub struct Flags {
     #[arg(long, value_name = "NEW.json", requires = "compare", conflicts_with_all = ["quick", "scenario", "rounds"])]
     pub with: Option<PathBuf>,
 
+    /// Another build of tunnel: runs every arm with a part of ours with both builds, in turns, and tells what differs.
+    #[arg(long, value_name = "TUNNEL", conflicts_with_all = ["with", "compare"])]
+    pub beside: Option<PathBuf>,
+
     /// Writes this report.json into docs/testing/results.md, with its plots, and runs nothing.
     #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare"])]
     pub publish: Option<PathBuf>,
@@ -74,5 +78,6 @@ Examples:
   cargo xtask bench --hold ours --workload soak:16 --seconds 600      every byte compared, for ten minutes
   cargo xtask bench --compare old/report.json    run, and tell what moved since
   cargo xtask bench --compare old.json --with new.json
+  cargo xtask bench --quick --beside old/tunnel  this build and that one, in turns
   cargo xtask bench --publish target/bench/report.json
   cargo xtask bench --redraw target/bench/report.json    report.html and plots anew, of numbers that are there";

@@ -97,7 +97,7 @@ pub struct GatewayOptions {
     pub verify: Vec<SanPattern>,
     /// What every client may reach.
     pub allow: Vec<TargetPattern>,
-    /// How long a dial to a target may take.
+    /// Timeout for dialling a target.
     pub dial_timeout: Duration,
     /// Worker threads.
     pub workers: Option<NonZeroUsize>,

@@ -8,7 +8,7 @@
 //!
 //! [`Report`]: super::model::Report
 
-pub use compare::{Basis, Change, Comparison, FEWEST, Verdict, compare};
+pub use compare::{Basis, Change, Comparison, FEWEST, Verdict, beside, compare};
 pub use files::{ReadError, WriteError, load, save};
 pub use html::html;
 pub use markdown::{PublishError, publish};

@@ -35,11 +35,14 @@
 //!
 //! What no number of runs can show is that a machine was another one on that day: hence the warnings.
 
+pub use beside::beside;
+
 use crate::bench::{
     model::{Arm, Report, Scenario, Task},
     stats::{Better, Metric, Summary},
 };
 
+mod beside;
 mod conditions;
 mod text;
 
@@ -132,19 +135,12 @@ pub fn compare(old: &Report, new: &Report) -> Comparison {
             }
         }
     }
-    changes.sort_by(|a, b| {
-        (a.verdict.rank(), b.significance)
-            .partial_cmp(&(b.verdict.rank(), a.significance))
-            .unwrap_or(std::cmp::Ordering::Equal)
-    });
     let (removed, added) = conditions::only_in_one(old, new);
     Comparison {
-        old: old.taken.clone(),
-        new: new.taken.clone(),
         warnings: conditions::warnings(old, new),
-        changes,
         added,
         removed,
+        ..Comparison::sorted(old.taken.clone(), new.taken.clone(), changes)
     }
 }
 
@@ -212,6 +208,16 @@ fn deviate(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl Comparison {
+    /// Of these changes, the most certain first.
+    fn sorted(old: String, new: String, mut changes: Vec<Change>) -> Self {
+        changes.sort_by(|a, b| {
+            (a.verdict.rank(), b.significance)
+                .partial_cmp(&(b.verdict.rank(), a.significance))
+                .unwrap_or(std::cmp::Ordering::Equal)
+        });
+        Self { old, new, warnings: Vec::new(), changes, added: Vec::new(), removed: Vec::new() }
+    }
+
     /// How many metrics have this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.changes.iter().filter(|change| change.verdict == verdict).count()
