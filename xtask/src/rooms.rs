@@ -34,10 +34,7 @@ const ORDER: [&[&str]; 10] = [
 ];
 
 /// Arrows that run back and have not been removed yet. One that is gone is taken off this list; none is added.
-const KNOWN: &[(&str, &str)] = &[
-    // A listener answers with what became of a dial or of an upstream.
-    ("sources", "sinks"),
-];
+const KNOWN: &[(&str, &str)] = &[];
 
 /// Where files may say that they have `unsafe`; the compiler denies it to all others (`#![deny(unsafe_code)]`).
 const UNSAFE: [&str; 2] = ["kernel", "transport/sockopt.rs"];
