@@ -295,7 +295,7 @@ fn what_the_command_leaves_running_is_ended_and_named() -> Result<()> {
     let done = shell("sleep 1000 & echo pid=$!; sleep 1001 >/dev/null 2>&1 & exit 3")?;
     assert_eq!(done.status.code(), Some(3), "{done}");
     let pid = done.value("pid")?;
-    assert!(done.stderr.contains("ended 2 processes") && done.stderr.contains(pid), "{done}");
+    assert!(done.stderr.contains("terminated 2 processes") && done.stderr.contains(pid), "{done}");
     leftovers::gone("processes", || {
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         if command.starts_with(b"sleep") { vec![pid] } else { Vec::new() }

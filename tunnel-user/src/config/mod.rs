@@ -6,6 +6,7 @@
 //! # Invariants
 //! - What a `Config` names is there: a route's upstream, a listener's identity.
 //! - A key that is not known is a mistake.
+//! - Sections refer to each other by name.
 //! - Nothing reads the environment, and nothing is read again later.
 
 use std::{
@@ -62,13 +63,13 @@ use crate::model::{names::IdentityName, trust::IdentityFiles};
 
 /// How often a quiet connection is asked whether it is alive (PING).
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-/// How long the answer to that may take.
+/// Timeout for the answer to a PING.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything that a process is told.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The process itself.
+    /// The process.
     pub daemon: Daemon,
     /// Who we are. Those that listeners and upstreams with TLS name are present.
     pub identities: BTreeMap<IdentityName, IdentityFiles>,
@@ -76,7 +77,7 @@ pub struct Config {
     pub captures: Vec<Capture>,
     /// Where rules of the operator's redirect connections to.
     pub redirects: Vec<Redirect>,
-    /// Where CONNECT requests arrive.
+    /// Sockets that accept CONNECT requests.
     pub listeners: Vec<Listener>,
     /// Where flows go; the first match wins, no match is refused.
     pub routes: Vec<Route>,
@@ -116,6 +117,20 @@ pub enum CheckFiles {
 }
 
 impl Config {
+    /// One that wants nothing of the process.
+    pub fn empty(daemon: Daemon) -> Self {
+        Self {
+            daemon,
+            identities: BTreeMap::new(),
+            captures: Vec::new(),
+            redirects: Vec::new(),
+            listeners: Vec::new(),
+            routes: Vec::new(),
+            upstreams: Vec::new(),
+            policies: Vec::new(),
+        }
+    }
+
     /// Reads a file; paths in it are relative to it.
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
         Self::read(&text_of(file)?, file, CheckFiles::Yes, Purpose::Daemon)

@@ -1,7 +1,7 @@
 //! The kernel's rules of a capture: what a configuration says of addresses and ports alone.
 //!
-//! Enters: `[[capture]]` and `[[route]]` sections. Leaves: rules for the programs. Invariant: what they deny the router
-//! denies too, and whatever it denies by address and port alone they deny, as long as there is room. It loads nothing.
+//! # Invariants
+//! - What they deny the router denies too, and whatever it denies by address and port alone they deny, as long as there is room.
 
 use crate::{
     config::{self, AddrPattern, Config, DEFAULT_EXCLUDE},
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{Action, Authority, Capture, HeaderMatch, Match, Route, Terms, ValueMatch, Wanted},
-        model::flow::{ClientAddr, Source, Target},
+        model::flow::{ClientAddr, Direction, SourceKind, Target, Transport},
         routing::{
             flow::Flow,
             index::NOBODY,
@@ -67,18 +67,7 @@ mod tests {
     }
 
     fn config(captures: Vec<Capture>, routes: Vec<Route>) -> Config {
-        let daemon = config::Daemon::default();
-        let (redirects, listeners, upstreams, policies) = Default::default();
-        Config {
-            daemon,
-            identities: Default::default(),
-            captures,
-            redirects,
-            listeners,
-            routes,
-            upstreams,
-            policies,
-        }
+        Config { captures, routes, ..Config::empty(config::Daemon::default()) }
     }
 
     fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {
@@ -134,7 +123,7 @@ mod tests {
             "[fd00::1]:1-80",
         ]);
         (
-            some_of(vec![Source::Captured, Source::Listener]),
+            some_of(vec![SourceKind::Capture, SourceKind::Listener]),
             some_of(vec!["a".to_owned(), "b".to_owned()]),
             some_of(vec!["a".to_owned(), "b".to_owned()]),
             prop_oneof![Just(Vec::new()), prop::collection::vec(prop::sample::select(destinations), 1..4)],
@@ -221,7 +210,9 @@ mod tests {
             let router = Router::new(config.routes);
             let target = Target::Addr(to);
             let flow = Flow {
-                source: Source::Captured,
+                transport: Transport::Tcp,
+                direction: Direction::Outbound,
+                source: SourceKind::Capture,
                 name,
                 target: &target,
                 client: ClientAddr("192.0.2.1:40000".parse().unwrap()),
@@ -233,7 +224,7 @@ mod tests {
             };
             let wanted = match router.decide(&flow, 0) {
                 Decision::Deny | Decision::NoRoute => Kind::Denied,
-                Decision::Upstream { .. } | Decision::Dial { .. } | Decision::Look => Kind::Captured,
+                Decision::Upstream { .. } | Decision::Dial { .. } | Decision::NeedsSniff => Kind::Captured,
             };
             prop_assert_eq!(look(&rules, to), Some(wanted));
         }

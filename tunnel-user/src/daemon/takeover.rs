@@ -1,22 +1,22 @@
-//! Handing the listeners of a daemon over to the one that replaces it.
-//!
-//! Enters: a configuration file, which names the daemon, and its listening sockets. Leaves: the same sockets
-//! in another process, with the connections that wait in them. Invariant: a socket is given only to a
-//! process of the same user, and the old daemon goes on until the new one has said that it runs. It never
-//! decides when to stop.
+//! Handing the listeners of a daemon over to the one that replaces it, with the connections that wait in them.
 //!
 //! The two meet at a Unix socket in a folder that only their user can write to, so nobody else can stand in its place. Its
 //! name says the network namespace, to which the listeners belong, and the configuration file. A lock beside it tells a
 //! daemon that runs from one that was killed. One message per listening address holds the address and its descriptors
 //! (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says that it has taken over.
+//!
+//! # Invariants
+//! - A socket is given only to a process of the same user.
+//! - The old daemon goes on until the new one has said that it runs.
 
 use std::{
     collections::HashMap,
     fs, io,
     io::{IoSlice, IoSliceMut, Write as _},
+    mem::MaybeUninit,
     net::SocketAddr,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         linux::net::SocketAddrExt as _,
         unix::{
             ffi::OsStrExt as _,
@@ -28,10 +28,11 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sendmsg, sockopt::PeerCredentials,
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
+use rustix::{
+    fs::FlockOperation,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
 };
-use rustix::fs::FlockOperation;
 use socket2::Socket;
 
 /// The most descriptors in one message (SCM_MAX_FD of `include/net/scm.h`).
@@ -290,18 +291,22 @@ fn send(stream: &UnixStream, text: &str, descriptors: &[RawFd]) -> Result<(), Ta
 /// message but the last has some.
 fn receive(stream: &UnixStream) -> Result<(String, Vec<OwnedFd>), TakeoverError> {
     let mut message = [0; MESSAGE];
-    let mut space = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut slices = [IoSliceMut::new(&mut message)];
-    let received =
-        recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-            .map_err(io::Error::from)?;
-    let mut descriptors = Vec::new();
-    for control in received.cmsgs().map_err(io::Error::from)? {
-        if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel has just installed these descriptors in this process; nobody else owns them.
-            descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    let received = loop {
+        match recvmsg(stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            received => break received.map_err(io::Error::from)?,
         }
-    }
+    };
+    let descriptors = control
+        .drain()
+        .filter_map(
+            |message| if let RecvAncillaryMessage::ScmRights(fds) = message { Some(fds) } else { None },
+        )
+        .flatten()
+        .collect();
     if received.bytes != MESSAGE {
         return Err(TakeoverError::Protocol);
     }

@@ -1,15 +1,14 @@
 //! Upstreams, as workers are told of them.
 //!
-//! Enters: upstreams of a configuration. Leaves: their settings, and what finds out their endpoints where the
-//! configuration does not list them. Invariant: that runs once for the whole process, and as long as a worker has the
-//! upstream. It never connects to an endpoint.
+//! # Invariants
+//! - What finds out the endpoints of an upstream runs once for the whole process, and as long as a worker has the upstream.
 
 use std::sync::Arc;
 
-use super::{no_identity, other};
+use super::{identities::Identities, other};
 use crate::{
     config::{self, Discovery},
-    identity::store::TlsStore,
+    model::names::IdentityName,
     process::exit::{Cause, Failure},
     sinks::upstream::{
         self, Next, connect,
@@ -19,6 +18,27 @@ use crate::{
     },
     transport::tcp,
 };
+
+/// An upstream of the configuration in force.
+#[derive(Clone)]
+pub(super) struct ActiveUpstream {
+    pub(super) wanted: config::Upstream,
+    /// The same as long as nothing is different about it.
+    pub(super) settings: Arc<Next<upstream::Settings>>,
+}
+
+/// Whether an upstream is what it was before, and so are its identity and the one that it goes through.
+pub(super) fn is_same(
+    u: &config::Upstream,
+    all: &[config::Upstream],
+    before: &[ActiveUpstream],
+    same_identity: &dyn Fn(&IdentityName) -> bool,
+) -> bool {
+    let outer = || all.iter().find(|outer| Some(&outer.name) == u.via.as_ref());
+    before.iter().any(|b| b.wanted == *u)
+        && (!u.tls || same_identity(&u.identity))
+        && (u.via.is_none() || outer().is_some_and(|outer| is_same(outer, all, before, same_identity)))
+}
 
 /// Finds out endpoints.
 pub(super) struct Discover {
@@ -33,18 +53,27 @@ impl Discover {
         Self { own, workers, questions: None }
     }
 
-    /// The settings of an upstream.
+    /// Makes an upstream ready.
     pub(super) fn upstream(
         &mut self,
         u: &config::Upstream,
-        tls: Option<&Arc<TlsStore>>,
+        identities: &Identities,
+    ) -> Result<ActiveUpstream, Failure> {
+        let settings = Arc::new(self.settings(u, identities)?);
+        Ok(ActiveUpstream { wanted: u.clone(), settings })
+    }
+
+    fn settings(
+        &mut self,
+        u: &config::Upstream,
+        identities: &Identities,
     ) -> Result<Next<upstream::Settings>, Failure> {
-        let store = || tls.cloned().ok_or_else(no_identity);
+        let store = || identities.store(&u.identity);
         if let Some(itself) = &u.itself {
             let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
             let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
-            let itself = upstream::Itself { name: u.name.to_string(), listener, proof, dial_timeout };
-            return Ok(Next::Itself(Arc::new(itself)));
+            let own = upstream::InProcessUpstream { name: u.name.to_string(), listener, proof, dial_timeout };
+            return Ok(Next::InProcess(Arc::new(own)));
         }
         let proving = |check| Ok::<_, Failure>(upstream::Tls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);

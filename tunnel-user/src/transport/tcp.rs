@@ -179,7 +179,7 @@ pub fn share(stream: &TcpStream) {
 
 /// Gives a listening socket the options of the connections that will be accepted from it. They are born with them
 /// (the kernel clones the listener, `inet_csk_clone_lock`): six system calls less for each.
-pub fn bequeath(listener: &Socket, on_close: OnClose) -> io::Result<()> {
+pub fn set_inherited_options(listener: &Socket, on_close: OnClose) -> io::Result<()> {
     tune(listener)?;
     listener.set_linger((on_close == OnClose::Abort).then_some(Duration::ZERO))
 }
@@ -217,7 +217,7 @@ pub fn listen_beside(
                 set_mark(&socket, mark)?;
             }
             // Before it listens: no connection comes in between.
-            bequeath(&socket, on_close)?;
+            set_inherited_options(&socket, on_close)?;
             socket.bind(&addr.into())?;
             socket.listen(BACKLOG)?;
             let bound = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
