@@ -34,10 +34,7 @@ const ORDER: [&[&str]; 10] = [
 ];
 
 /// Arrows that run back and have not been removed yet. One that is gone is taken off this list; none is added.
-const KNOWN: &[(&str, &str)] = &[
-    // A listener answers with what became of a dial or of an upstream.
-    ("sources", "sinks"),
-];
+const KNOWN: &[(&str, &str)] = &[];
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
