@@ -14,7 +14,7 @@ use super::super::{
     reader::{At, Cell, Reader, Section, Value, schema_of},
     section::section,
 };
-use crate::model::{flow::Source, san::SanPattern};
+use crate::model::{flow::SourceKind, san::SanPattern};
 
 /// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
 const REGEX_SIZE: usize = 1 << 20;
@@ -24,7 +24,7 @@ section! {
     #[derive(Clone, Debug, Default)]
     pub struct Match {
         /// Kinds of source. Empty: any.
-        source: default Vec<Source> = Vec::new(),
+        source: default Vec<SourceKind> = Vec::new(),
         /// Names of listeners. Together with capture: one of either.
         listener: default Vec<String> = Vec::new(),
         /// Names of captures; the default name is the cgroup or unit. Together with listener: one of either.
@@ -71,7 +71,7 @@ section! {
             r.wrong("cgroup", "stands beside capture: only one of them can be meant");
         }
         for (key, source_of) in
-            [("listener", Source::Listener), ("capture", Source::Captured), ("cgroup", Source::Captured)]
+            [("listener", SourceKind::Listener), ("capture", SourceKind::Capture), ("cgroup", SourceKind::Capture)]
         {
             if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
                 r.wrong(key, "names flows that source leaves out: nothing would match");
