@@ -1,8 +1,7 @@
-//! What is known about one connection, and an address type for each meaning.
+//! What is known about one flow, and an address type for each meaning.
 //!
-//! Enters: what the sources learned (who connected, where to). Leaves: what the router, the sinks and
-//! the statistics need. Invariant: an address is never used for a meaning it was not given; turning one
-//! kind into another is a visible step. It never touches a socket.
+//! # Invariants
+//! - An address is never used for a meaning that it was not given; turning one kind into another is a visible step.
 
 use std::{fmt, net::SocketAddr, str::FromStr};
 

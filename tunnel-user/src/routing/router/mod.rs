@@ -1,8 +1,9 @@
 //! The router: from what is known about a flow to where it goes, and on which terms.
 //!
 //! What a route asks of the carried connection itself (`sni`, `http_host`, and an authority made of them) is not
-//! known before its first bytes. The first route that takes a flow but for that is a [`Decision`] of its own: look,
-//! and ask again. A flow that an earlier route takes is not looked at.
+//! known before its first bytes. If the first route that matches depends on them, the decision is
+//! [`Decision::NeedsSniff`], and the router is asked again with [`Flow::inside`]. A flow that an earlier route matches is not
+//! sniffed.
 //!
 //! # Invariants
 //! - The first route that matches decides; a flow that matches no route is rejected.

@@ -1,7 +1,7 @@
-//! The host that an HTTP/1 request is for.
+//! The host of an HTTP/1 request, without its port.
 //!
-//! Enters: the first bytes of a connection. Leaves: a host name, without its port. Invariant: a request that names
-//! two hosts names none. It never looks behind the head.
+//! # Invariants
+//! - A request that names two hosts names none.
 
 use super::Look;
 use crate::{

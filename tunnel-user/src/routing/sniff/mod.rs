@@ -1,8 +1,8 @@
-//! Looks at what a client sends first, before the flow is routed.
+//! Sniffs what a client sends first: the server name in its TLS, or the host of its HTTP/1 request.
 //!
-//! Enters: the client's leg, and bytes that it has sent already. Leaves: the name that its TLS, or its HTTP/1
-//! request, asks for, and every byte that was read, in order. Invariant: it ends within its limit of time and
-//! [`BYTES_MAX`]; what it does not understand is nothing found, and never an error. It never changes a byte.
+//! # Invariants
+//! - It ends within its limit of time and [`BYTES_MAX`]; what it does not understand is nothing found, and never an error.
+//! - Every byte that was read is kept, in order and unchanged.
 
 mod http;
 mod tls;

@@ -1,8 +1,8 @@
-//! Places for peers whose handshake is not done.
+//! Permits for connections whose handshake is not complete.
 //!
-//! Enters: accepted connections. Leaves: a place for each, and word when it is needed for another. Invariant:
-//! never more than [`HANDSHAKES_MAX`] at once. When all are taken the oldest goes: a peer that means well has
-//! finished by then, and one that says nothing keeps nobody out. It never waits.
+//! # Invariants
+//! - Never more than [`HANDSHAKES_MAX`] at once. When all are taken the oldest goes: a peer that means well has finished by
+//!   then, and one that says nothing keeps nobody out.
 
 use std::{
     cell::{Cell, RefCell},
