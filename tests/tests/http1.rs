@@ -294,7 +294,7 @@ fn a_dead_proxy_is_passed_over_ejected_and_found_again_when_it_is_back() -> Resu
     assert!(app.says("ejected")?.contains(&dead.to_string()));
     let asked = Arc::new(Mutex::new(Vec::new()));
     let _second = Target::start(world.net(), dead, target::connect_proxy(&asked))?;
-    assert!(app.says("well again")?.contains(&dead.to_string()));
+    assert!(app.says("readmitted")?.contains(&dead.to_string()));
     first.process().stop()?;
     for _ in 0..10 {
         assert_eq!(ask(app.process(), "once")?, "ok");

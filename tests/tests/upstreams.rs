@@ -57,7 +57,7 @@ fn a_dead_endpoint_is_passed_over_ejected_and_found_again_when_it_is_back() -> R
     assert!(app.says("ejected")?.contains(&b.to_string()));
     // Now b is there, and a goes.
     let mut second = world.gateway().listen(b).start()?;
-    assert!(app.says("well again")?.contains(&b.to_string()));
+    assert!(app.says("readmitted")?.contains(&b.to_string()));
     for _ in 0..10 {
         assert_eq!(ask(app.process(), "once")?, "ok");
     }

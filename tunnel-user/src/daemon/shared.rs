@@ -12,6 +12,7 @@ use crate::{
     },
     relay::{self, PathKind},
     routing::{policy::Policies, router::Router},
+    sinks::dial::Dialer,
     worker::Shared,
 };
 
@@ -31,7 +32,7 @@ pub(super) fn shared(
     Arc::new(Shared {
         router: Router::new(config.routes.clone()),
         policies: Policies::new(config.policies.clone(), &own),
-        own: process.own.clone(),
+        dialer: Dialer::new(process.own.clone()),
         pseudonym: process.pseudonym.clone(),
         flows_max: limits::flows_per_worker(max_flows, process.nofile, process.workers, per_flow),
         path,

@@ -10,11 +10,14 @@ use crate::{
     config::{self, Discovery},
     model::names::IdentityName,
     process::exit::{Cause, Failure},
-    sinks::upstream::{
-        self, Next, connect,
-        discovery::{Source, dns, file},
-        limit::Limits,
-        pool,
+    sinks::{
+        dial::Dialer,
+        upstream::{
+            self, Next, PoolSettings,
+            discovery::{EndpointSource, dns, file},
+            limit::Limits,
+            settings::ConnectSettings,
+        },
     },
     transport::tcp,
 };
@@ -24,7 +27,7 @@ use crate::{
 pub(super) struct ActiveUpstream {
     pub(super) wanted: config::Upstream,
     /// The same as long as nothing is different about it.
-    pub(super) settings: Arc<Next<upstream::Settings>>,
+    pub(super) settings: Arc<Next<upstream::UpstreamSettings>>,
 }
 
 /// Whether an upstream is what it was before, and so are its identity and the one that it goes through.
@@ -67,7 +70,7 @@ impl Discover {
         &mut self,
         u: &config::Upstream,
         identities: &Identities,
-    ) -> Result<Next<upstream::Settings>, Failure> {
+    ) -> Result<Next<upstream::UpstreamSettings>, Failure> {
         let store = || identities.store(&u.identity);
         if let Some(itself) = &u.itself {
             let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
@@ -75,9 +78,9 @@ impl Discover {
             let own = upstream::InProcessUpstream { name: u.name.to_string(), listener, proof, dial_timeout };
             return Ok(Next::InProcess(Arc::new(own)));
         }
-        let proving = |check| Ok::<_, Failure>(upstream::Tls { store: store()?, check });
+        let proving = |check| Ok::<_, Failure>(upstream::UpstreamTls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);
-        Ok(Next::Tunnel(upstream::Settings {
+        Ok(Next::Tunnel(upstream::UpstreamSettings {
             name: u.name.to_string(),
             endpoints: self.source(u)?,
             via: u.via.clone(),
@@ -87,10 +90,13 @@ impl Discover {
             headers: u.headers.clone(),
             response_timeout: u.response_timeout,
             optimistic_data: u.optimistic_data,
-            pool: pool::Settings {
+            pool: PoolSettings {
                 max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
                 max_connections: limits.connections.unwrap_or(usize::MAX),
-                connect: connect::Settings { timeout: u.connect_timeout, own: self.own.clone() },
+                connect: ConnectSettings {
+                    timeout: u.connect_timeout,
+                    dialer: Dialer::new(self.own.clone()),
+                },
                 idle_timeout: u.idle_timeout,
                 keepalive_interval: u.keepalive_interval,
                 keepalive_timeout: u.keepalive_timeout,
@@ -101,9 +107,9 @@ impl Discover {
         }))
     }
 
-    fn source(&mut self, u: &config::Upstream) -> Result<Source, Failure> {
+    fn source(&mut self, u: &config::Upstream) -> Result<EndpointSource, Failure> {
         Ok(match &u.discovery {
-            Discovery::Static => Source::fixed(&u.endpoints),
+            Discovery::Static => EndpointSource::fixed(&u.endpoints),
             Discovery::Dns => {
                 let questions = match self.questions.take() {
                     Some(questions) => questions,
@@ -112,12 +118,12 @@ impl Discover {
                 };
                 let feed = questions.follow(&u.name, &u.endpoints);
                 self.questions = Some(questions);
-                Source::Fed(feed)
+                EndpointSource::Fed(feed)
             }
             Discovery::File(file) => {
                 let help = "One HOST:PORT on each line; # starts a comment.";
                 let wrong = |e: file::FileError| Failure::Config(Cause::new(e.to_string(), help));
-                Source::Fed(file::follow(&u.name, file).map_err(wrong)?)
+                EndpointSource::Fed(file::follow(&u.name, file).map_err(wrong)?)
             }
         })
     }

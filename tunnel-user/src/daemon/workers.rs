@@ -140,6 +140,7 @@ mod tests {
         model::names::SourceName,
         relay::PathKind,
         routing::{policy::Policies, router::Router},
+        sinks::dial::Dialer,
         sources::capture::accept::Origins,
         transport::tcp::{self, OnClose},
         worker::{CaptureSocket, Listening, Shared, Sockets, Source},
@@ -149,7 +150,7 @@ mod tests {
         Arc::new(Shared {
             router: Router::new(Vec::new()),
             policies: Policies::new(Vec::new(), &[]),
-            own: tcp::Own::new(None),
+            dialer: Dialer::default(),
             pseudonym: "tunnel-test".to_owned(),
             flows_max: 10,
             path: PathKind::Copy,

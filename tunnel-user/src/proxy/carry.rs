@@ -19,7 +19,7 @@ use crate::{
         flow::{ClientAddr, Head, Identity, Target},
     },
     observe::stats::{Destination, Record},
-    relay::{Ahead, Early, Leg, Queue, Source},
+    relay::{Ahead, Early, EarlySource, Leg, Queue},
     routing::{flow::Flow, router::Decision, sniff::inspect},
     sources::{
         Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle,
@@ -175,7 +175,7 @@ impl Proxy {
     /// Reaches the target, while what the client sends may go ahead. `None` when the client leaves first.
     async fn reach_ahead(
         &self,
-        client: &mut dyn Source,
+        client: &mut dyn EarlySource,
         early: Queue,
         wanted: &FlowRequest<'_>,
         decision: Decision<'_>,

@@ -26,9 +26,12 @@ use crate::{
     process::{drain::Watch, limits},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, TunnelError, Upstreams, h1},
+    sinks::{
+        dial::Dialer,
+        upstream::{TunnelError, Upstreams},
+    },
     sources::{Event, capture::accept::Stray},
-    transport::{resolver::Lookups, tcp::Own},
+    transport::resolver::Lookups,
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -40,8 +43,8 @@ pub struct Shared {
     pub router: Router,
     /// Who may reach what through our listeners.
     pub policies: Policies,
-    /// What our own sockets are told by.
-    pub own: Own,
+    /// By which targets are dialled.
+    pub dialer: Dialer,
     /// What this process calls itself in `via`, as no other does.
     pub pseudonym: String,
     /// How many flows one worker takes at once.
@@ -192,26 +195,7 @@ impl Proxy {
                     early.sent.put_first(std::mem::take(first));
                     relay(client, leg, early, &meter, &path).await
                 }
-                Sink::Tunnel(stream) => {
-                    early.received = std::mem::take(&mut stream.early);
-                    match &mut stream.leg {
-                        upstream::Leg::H2(leg) => relay(client, leg, early, &meter, &path).await,
-                        upstream::Leg::H1(h1::Leg::Tcp(leg)) => {
-                            relay(client, leg, early, &meter, &path).await
-                        }
-                        upstream::Leg::H1(h1::Leg::Tls(leg)) => {
-                            relay(client, &mut **leg, early, &meter, &path).await
-                        }
-                        upstream::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            let outcome = relay(client, stream, early, &meter, &path).await;
-                            if let Outcome::Closed = outcome {
-                                // Apart: it is of no other kind of flow.
-                                Box::pin(stream.linger()).await;
-                            }
-                            outcome
-                        }
-                    }
-                }
+                Sink::Tunnel(stream) => stream.relay(client, early, &meter, &path).await,
             }
         };
         let mut stop = self.stop.clone();

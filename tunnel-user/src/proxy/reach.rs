@@ -137,7 +137,7 @@ impl Proxy {
             return resolved;
         }
         let who = Account::of(flow.identity, flow.client);
-        let asked = self.lookups.in_turn(&who, dial::resolve(dialled, &setup.shared.own));
+        let asked = self.lookups.in_turn(&who, setup.shared.dialer.resolve(dialled));
         let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
         tokio::time::timeout_at(deadline, asked).await.map_err(late)?
     }
@@ -175,8 +175,8 @@ async fn dial(
     if let (true, Some(why)) = (addrs.is_empty(), why) {
         return Err(refused(why));
     }
-    let own = &setup.shared.own;
-    let (stream, addr) = dial::connect(dialled, &addrs, own, first, deadline, dial_timeout).await?;
+    let dialer = &setup.shared.dialer;
+    let (stream, addr) = dialer.connect(dialled, &addrs, first, deadline, dial_timeout).await?;
     tracing::trace!(%target, %addr, "dialled");
     Ok((stream, addr))
 }

@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::TcpStream;
+use tokio::{io::Interest, net::TcpStream};
 use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
 use crate::{config::Keepalive, model::mark::Mark};
@@ -123,10 +123,24 @@ impl Connected {
     }
 }
 
+/// A socket that is to be connected to an address.
+pub fn socket_for(addr: SocketAddr) -> io::Result<Socket> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))
+}
+
 /// Connects. The caller bounds the time.
 pub async fn connect(addr: SocketAddr, own: &Own, first: FirstSpeaker) -> io::Result<Connected> {
-    let kind = Type::STREAM.nonblocking().cloexec();
-    let socket = Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))?;
+    connect_from(socket_for(addr)?, addr, own, first).await
+}
+
+/// The same, from a socket that the caller has made with [`socket_for`]: in another network namespace, or bound.
+pub async fn connect_from(
+    socket: Socket,
+    addr: SocketAddr,
+    own: &Own,
+    first: FirstSpeaker,
+) -> io::Result<Connected> {
     own.claim(socket.as_fd())?;
     tune(&socket)?;
     if first == FirstSpeaker::Local {
@@ -168,6 +182,14 @@ pub fn spare_local(stream: &TcpStream) {
     if local.is_some() && local == peer {
         // Fails only on a socket that is gone.
         let _gone = SockRef::from(stream).set_tcp_congestion(&LOCAL_CONGESTION_CONTROL);
+    }
+}
+
+/// Ready when the peer resets a connection, or it fails: why.
+pub async fn error_of(stream: &TcpStream) -> io::Error {
+    match stream.ready(Interest::ERROR).await {
+        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(e) => e,
     }
 }
 

@@ -53,7 +53,7 @@ pub struct State {
     /// What all workers share.
     pub shared: Arc<Shared>,
     /// The upstreams. One that is there already by the same `Arc` is kept, with its connections.
-    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    pub upstreams: Vec<Arc<upstream::Next<upstream::UpstreamSettings>>>,
     /// What is accepted from.
     pub sources: Vec<Source>,
 }

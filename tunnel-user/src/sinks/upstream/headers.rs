@@ -1,8 +1,9 @@
-//! The CONNECT request as HBONE peers send it.
+//! The CONNECT request as HBONE peers send it: `:method` and `:authority` only (RFC 9113 section 8.5: no `:scheme`, `:path` or
+//! `:protocol`), `forwarded` (RFC 7239), `traceparent` (W3C Trace Context), and in a chain `via` (RFC 9110 section 7.6.3).
 //!
-//! It has `:method` and `:authority` only (RFC 9113 section 8.5), `forwarded` (RFC 7239), `traceparent` (W3C Trace
-//! Context), and in a chain `via` (RFC 9110 section 7.6.3). Of the headers that a flow came with it passes on
-//! `forwarded` and `via`, each with this hop appended, the trace and its baggage, and what a route copies.
+//! # Invariants
+//! - Of what a client sent, nothing is passed on but what stands here: `forwarded` and `via`, which grow by us; a trace and its
+//!   baggage; and what a route copies.
 
 use std::{
     fmt::{self, Write as _},

@@ -1,10 +1,9 @@
-//! How the endpoints of one upstream fare: what flows meet there, and what checks find.
+//! How the endpoints of one upstream fare: what flows meet there, and what checks find. It is one worker's, as its
+//! connections are: nothing is shared, and each worker checks by itself.
 //!
-//! Enters: failures and successes of flows, and endpoints as they come and go. Leaves: endpoints that are left out,
-//! and taken back. Invariant: an endpoint that is left out comes back by itself when it is well; every wait of its way
-//! back is bounded by the configuration. It never decides which endpoint a flow gets.
-//!
-//! It is one worker's, as its connections are: nothing is shared, and each worker checks by itself.
+//! # Invariants
+//! - An endpoint that is ejected or unhealthy comes back by itself when it is available; every wait of its way back is
+//!   bounded by the configuration.
 
 use std::{
     cell::RefCell,
@@ -18,9 +17,9 @@ use tokio::{
 };
 
 use super::{
-    connect::ConnectError,
+    CheckError, ConnectError,
+    connector::Connector,
     endpoints::{Endpoint, Endpoints},
-    lines::Lines,
 };
 use crate::config::{CheckKind, HealthCheck, OutlierDetection};
 
@@ -35,7 +34,7 @@ struct Inner {
     upstream: String,
     outlier: OutlierDetection,
     check: Option<HealthCheck>,
-    lines: Rc<Lines>,
+    connector: Rc<Connector>,
     endpoints: Rc<Endpoints>,
     /// They hold the rest weakly.
     tasks: RefCell<JoinSet<()>>,
@@ -47,11 +46,11 @@ impl Health {
         upstream: &str,
         outlier: OutlierDetection,
         check: Option<HealthCheck>,
-        lines: Rc<Lines>,
+        connector: Rc<Connector>,
         endpoints: Rc<Endpoints>,
     ) -> Self {
         let tasks = RefCell::default();
-        Self(Rc::new(Inner { upstream: upstream.to_owned(), outlier, check, lines, endpoints, tasks }))
+        Self(Rc::new(Inner { upstream: upstream.to_owned(), outlier, check, connector, endpoints, tasks }))
     }
 
     /// Checks these from now on, if endpoints are checked.
@@ -59,7 +58,7 @@ impl Health {
         let Some(check) = &self.0.check else { return };
         for endpoint in came {
             let task = watch(Rc::downgrade(&self.0), check.clone(), Rc::downgrade(endpoint));
-            self.0.tend(endpoint, task);
+            self.0.attach_task(endpoint, task);
         }
     }
 
@@ -110,14 +109,14 @@ impl Inner {
         let first = back_off(base_ejection_time, max_ejection_time, endpoint.ejections.get());
         endpoint.ejections.set(endpoint.ejections.get().saturating_add(1));
         let probe = probe(Rc::downgrade(self), Rc::downgrade(endpoint), first, max_ejection_time);
-        self.tend(endpoint, probe);
+        self.attach_task(endpoint, probe);
     }
 
     /// Starts a task that ends with the endpoint, and with us.
-    fn tend(&self, endpoint: &Endpoint, task: impl Future<Output = ()> + 'static) {
+    fn attach_task(&self, endpoint: &Endpoint, task: impl Future<Output = ()> + 'static) {
         let mut tasks = self.tasks.borrow_mut();
         while tasks.try_join_next().is_some() {}
-        endpoint.tend(tasks.spawn_local(task));
+        endpoint.attach_task(tasks.spawn_local(task));
     }
 
     /// An interval, more or less.
@@ -137,11 +136,11 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
     loop {
         sleep(wait).await;
         let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };
-        match health.lines.get(&endpoint.site).await {
+        match health.connector.checkout(&endpoint.site).await {
             // At a limit of ours there is nothing to try it with: a flow will.
             Ok(_) | Err(ConnectError::Limit { .. } | ConnectError::Overflow { .. }) => {
                 health.endpoints.readmit(&endpoint);
-                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "well again");
+                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "readmitted");
                 return;
             }
             Err(e) => endpoint.note(&e.to_string()),
@@ -160,12 +159,12 @@ async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>
         wait = health.jittered(check.interval);
         let asked = async {
             match check.kind {
-                CheckKind::Tcp => health.lines.reach(&endpoint.site, check.timeout).await,
-                CheckKind::Ping => health.lines.ping(&endpoint.site).await,
+                CheckKind::Tcp => health.connector.reach(&endpoint.site, check.timeout).await,
+                CheckKind::Ping => health.connector.ping(&endpoint.site).await,
             }
         };
         let found = timeout(check.timeout, asked).await.unwrap_or_else(|_| {
-            Err(Check::Failed(format!("no answer to a health check within {:?}", check.timeout)))
+            Err(CheckError::Failed(format!("no answer to a health check within {:?}", check.timeout)))
         });
         match found {
             Ok(()) => {
@@ -175,8 +174,8 @@ async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>
                     tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "healthy");
                 }
             }
-            Err(Check::Impossible) => {}
-            Err(Check::Failed(why)) => {
+            Err(CheckError::Inconclusive) => {}
+            Err(CheckError::Failed(why)) => {
                 (good, bad) = (0, bad.saturating_add(1));
                 endpoint.note(&why);
                 if !endpoint.is_unhealthy() && bad >= check.unhealthy_threshold.get() {
@@ -185,20 +184,6 @@ async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>
                 }
             }
         }
-    }
-}
-
-/// Why a check did not succeed.
-pub enum Check {
-    /// The endpoint's fault, or the network's.
-    Failed(String),
-    /// At a limit of ours: nothing is known.
-    Impossible,
-}
-
-impl From<ConnectError> for Check {
-    fn from(e: ConnectError) -> Self {
-        if e.is_ours() { Self::Impossible } else { Self::Failed(e.to_string()) }
     }
 }
 
