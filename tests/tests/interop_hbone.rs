@@ -381,7 +381,7 @@ fn an_answer_that_is_none_resets_its_flow_and_the_peer_can_be_asked_again() -> R
 }
 
 /// Where this is not as RFC 9110 section 9.3.6 wants it: a Content-Length in a 200 to CONNECT, which has no content, is
-/// held against the tunnel's bytes by the HTTP/2 library (README, "Works with"). A flow whose bytes are as many goes on;
+/// held against the tunnel's bytes by the HTTP/2 library (the book, "Envoy and HBONE"). A flow whose bytes are as many goes on;
 /// one that has more is reset, by itself.
 #[test]
 fn a_content_length_in_a_200_over_http_2_bounds_its_flow_and_no_other() -> Result<()> {

@@ -15,7 +15,7 @@ use tokio_rustls::TlsConnector;
 use tunnel_tests::{NET4, Profile, TARGET4, World, gateway, peer, stopped, target};
 
 /// What daemons log when they give streams another window.
-const GROWN: &str = "streams have another window";
+const GROWN: &str = "stream window changed";
 
 /// 1 MiB in each round trip, which is the first window, takes 2 s for this; a window that doubles is there long before.
 const BYTES: u64 = 32 << 20;

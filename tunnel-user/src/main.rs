@@ -1,6 +1,8 @@
-//! The `tunnel` program: turns what was typed into a call into the library, and its result into an exit code.
+//! The `tunnel` program: parses the command line, calls the library, and turns the result into an exit code.
 //!
 //! A failure is printed once, with its remedy. The rooms that must not know each other are wired together here.
+
+#![forbid(unsafe_code)]
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -25,7 +27,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
-            // Nowhere is left to say that this could not be said.
+            // A failure to print the failure cannot be reported anywhere.
             let _ = e.print();
             return if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS };
         }
@@ -124,7 +126,7 @@ fn issue(command: PkiCommand) -> Result<ExitCode, Failure> {
 }
 
 fn man(args: ManArgs) -> Result<ExitCode, Failure> {
-    let failed = |e: io::Error| Failure::Other(Cause::new(format!("writing the manual page: {e}"), ""));
+    let failed = |e: io::Error| Failure::Other(Cause::new(format!("cannot write the manual page: {e}"), ""));
     if let Some(dir) = args.dir {
         std::fs::create_dir_all(&dir).map_err(failed)?;
         clap_mangen::generate_to(Cli::command(), dir).map_err(failed)?;
@@ -135,7 +137,7 @@ fn man(args: ManArgs) -> Result<ExitCode, Failure> {
     print(&page)
 }
 
-/// A reader that has gone (`tunnel config schema | head`) is no failure.
+/// A reader that has closed the pipe (`tunnel config schema | head`) is not an error.
 fn print(bytes: &[u8]) -> Result<ExitCode, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {

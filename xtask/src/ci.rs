@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::{
     bpf_build::Toolchain,
-    build, rooms,
+    build, docs, rooms,
     run::{Checkout, bold, catch_interrupts, foreground, green, took},
     setup::{self, Group},
     test,
@@ -36,6 +36,9 @@ pub(crate) fn run(checkout: &Checkout) -> Result<()> {
 
     heading("rooms");
     rooms::run(checkout, &rooms::Args::default())?;
+
+    heading("documents: generated pages, links, names");
+    docs::run(checkout, &docs::Args::check())?;
 
     heading("documentation");
     let mut doc = checkout.cargo(["doc", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--no-deps"]);

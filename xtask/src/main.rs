@@ -13,6 +13,7 @@ mod demo;
 #[path = "../../tests/src/dmesg.rs"]
 #[expect(unreachable_pub, dead_code, reason = "another package's file, of which tests use more")]
 mod dmesg;
+mod docs;
 mod fuzz;
 mod leftovers;
 mod matrix;
@@ -55,6 +56,9 @@ enum Task {
     /// Looks for inputs that break what is promised of every input; with an address sanitizer.
     #[command(after_help = fuzz::EXAMPLES)]
     Fuzz(fuzz::Args),
+    /// Writes the generated pages of the book, checks all documents, and builds the book.
+    #[command(after_help = docs::EXAMPLES)]
+    Docs(docs::Args),
     /// Shows which room imports which, and fails where an arrow runs back.
     #[command(after_help = rooms::EXAMPLES)]
     Rooms(rooms::Args),
@@ -84,6 +88,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&checkout, &args),
         Task::Bench(args) => bench::run(&checkout, &args),
         Task::Fuzz(args) => fuzz::run(&checkout, &args),
+        Task::Docs(args) => docs::run(&checkout, &args),
         Task::Rooms(args) => rooms::run(&checkout, &args),
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),

@@ -50,11 +50,13 @@ pub(crate) enum Group {
     Fuzz,
     /// `cargo xtask matrix`.
     Matrix,
+    /// `cargo xtask docs`, to build the book.
+    Docs,
 }
 
-use Group::{Build, Demo, Fuzz, Lint, Matrix, Peers, Test};
+use Group::{Build, Demo, Docs, Fuzz, Lint, Matrix, Peers, Test};
 
-const ALL: [Group; 7] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix];
+const ALL: [Group; 8] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix, Docs];
 
 /// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
 struct Package {
@@ -133,7 +135,7 @@ struct Tool {
     group: Group,
 }
 
-const TOOLS: [Tool; 4] = [
+const TOOLS: [Tool; 5] = [
     Tool {
         name: "bpf-linker",
         version: "0.13.0",
@@ -148,6 +150,8 @@ const TOOLS: [Tool; 4] = [
     },
     Tool { name: "cargo-fuzz", version: "0.13.2", features: &[], group: Fuzz },
     Tool { name: "cargo-deny", version: "0.20.2", features: &[], group: Lint },
+    // Without its web server, its watcher and its search.
+    Tool { name: "mdbook", version: "0.5.4", features: &["--no-default-features"], group: Docs },
 ];
 
 /// Envoy, as its maintainers' Python package has it: no distribution packages it.

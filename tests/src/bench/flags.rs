@@ -33,7 +33,7 @@ pub struct Flags {
     #[arg(long, value_name = "NEW.json", requires = "compare", conflicts_with_all = ["quick", "scenario", "rounds"])]
     pub with: Option<PathBuf>,
 
-    /// Puts this report.json into BENCHMARKS.md, with its plots, and runs nothing.
+    /// Writes this report.json into docs/testing/results.md, with its plots, and runs nothing.
     #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare"])]
     pub publish: Option<PathBuf>,
 

@@ -47,8 +47,9 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<ExitCode> {
     if let Some(path) = &cli.flags.publish {
-        let document = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("BENCHMARKS.md");
-        report::publish(&report::load(path)?, &document, "docs/benchmarks")?;
+        let document =
+            Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("docs").join("testing/results.md");
+        report::publish(&report::load(path)?, &document, "../benchmarks")?;
         println!("{}", document.display());
         return Ok(ExitCode::SUCCESS);
     }

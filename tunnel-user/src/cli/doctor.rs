@@ -1,8 +1,8 @@
-//! `tunnel doctor`: what this kernel, cgroup set-up and privilege allow.
+//! `tunnel doctor`: what this kernel, cgroup set-up and privilege allow, each with its remedy.
 //!
-//! Enters: nothing but the system that it runs on. Leaves: one [`Finding`] per question, each with its
-//! remedy. Invariant: a question is answered by trying what a capture would do, not by reading version
-//! numbers. It never leaves anything behind, and never changes what is there.
+//! # Invariants
+//! - A requirement is checked by trying what a capture would do, not by comparing version numbers.
+//! - Nothing is changed, and nothing is left behind.
 
 mod others;
 
@@ -190,8 +190,8 @@ pub fn text(findings: &[Finding], colour: bool) -> String {
     } else {
         let because = match exit_code(findings) {
             EXIT_PRIVILEGE => "a privilege is missing",
-            EXIT_KERNEL => "the kernel lacks what is needed",
-            _ => "the set-up is in the way",
+            EXIT_KERNEL => "the kernel lacks something that is required",
+            _ => "the set-up does not permit it",
         };
         format!("Capture does not work here, {because}: {}.", failed.join(", "))
     };
@@ -214,13 +214,13 @@ fn kernel() -> Finding {
                 CHECK,
                 format!("Linux {release}, older than {}.{}", TESTED.0, TESTED.1),
                 format!(
-                    "Capture is tested on Linux {}.{} and newer. Of what it uses, upstream kernels of this \
-                     version lack: {lacks}.",
+                    "Capture is tested on Linux {}.{} and newer. Upstream kernels of this version lack: \
+                     {lacks}.",
                     TESTED.0, TESTED.1
                 ),
             )
         }
-        None => Finding::warn(CHECK, format!("Linux {release}"), "Its version could not be read."),
+        None => Finding::warn(CHECK, format!("Linux {release}"), "The version could not be parsed."),
     }
 }
 
@@ -241,7 +241,7 @@ fn capabilities() -> Finding {
         Lacks::Privilege,
         format!("missing {}", names.join(", ")),
         format!(
-            "Run it as root: sudo tunnel ...; or in a systemd unit: AmbientCapabilities={}.",
+            "Run as root: sudo tunnel ...; or in a systemd unit: AmbientCapabilities={}.",
             privileges::names_for_capture().join(" ")
         ),
     )
@@ -251,12 +251,12 @@ fn cgroups() -> Finding {
     const CHECK: &str = "cgroup2";
     let mounted = cgroup::mounted();
     let place = mounted.as_ref().map_or_else(
-        || "not mounted in sight, a private mount takes its place".to_owned(),
+        || "not mounted; a private mount is used".to_owned(),
         |path| format!("mounted at {}", path.display()),
     );
     // Made and removed again, as `tunnel exec` does.
     match Hierarchy::open().and_then(|h| h.create_fresh()).and_then(|mut fresh| fresh.remove()) {
-        Ok(()) => Finding::ok(CHECK, format!("{place}; groups can be made")),
+        Ok(()) => Finding::ok(CHECK, format!("{place}; cgroups can be created")),
         Err(e @ (CgroupError::Mount(_) | CgroupError::Io { .. })) => {
             let (CgroupError::Mount(source) | CgroupError::Io { source, .. }) = &e else {
                 return Finding::fail(CHECK, Lacks::Setup, e.to_string(), "");
@@ -267,10 +267,10 @@ fn cgroups() -> Finding {
                     CHECK,
                     Lacks::Privilege,
                     found,
-                    "Making a cgroup takes root, and in a container a writable cgroup2 hierarchy.",
+                    "Creating a cgroup requires root, and in a container a writable cgroup2 hierarchy.",
                 ),
                 Some(libc::ENODEV) => {
-                    Finding::fail(CHECK, Lacks::Kernel, found, "It takes a kernel with CONFIG_CGROUPS.")
+                    Finding::fail(CHECK, Lacks::Kernel, found, "Requires a kernel with CONFIG_CGROUPS.")
                 }
                 _ => Finding::fail(CHECK, Lacks::Setup, found, "mount -t cgroup2 none /sys/fs/cgroup"),
             }
@@ -289,7 +289,7 @@ fn bpffs() -> Finding {
             Finding::warn(
                 CHECK,
                 found,
-                format!("For `tunnel run`, say daemon.bpffs = \"{}\" in the configuration.", path.display()),
+                format!("For `tunnel run`, set daemon.bpffs = \"{}\" in the configuration.", path.display()),
             )
         };
     }
@@ -298,8 +298,8 @@ fn bpffs() -> Finding {
         // exec pins nothing.
         Err(e) => Finding::warn(
             CHECK,
-            format!("not mounted, and mounting it failed: {e}"),
-            format!("`tunnel run` needs it, `tunnel exec` does not: mount -t bpf bpf {}", config::BPFFS),
+            format!("not mounted, and cannot be mounted: {e}"),
+            format!("Required by `tunnel run`, not by `tunnel exec`: mount -t bpf bpf {}", config::BPFFS),
         ),
     }
 }
@@ -309,12 +309,12 @@ fn programs() -> Vec<Finding> {
     let failed = |check: String, e: &BpfError| {
         let found = e.summary();
         if e.is_privilege() {
-            let remedy = "Loading BPF programs takes CAP_BPF and CAP_NET_ADMIN: run it as root.";
+            let remedy = "Loading BPF programs requires CAP_BPF and CAP_NET_ADMIN: run as root.";
             Finding::fail(check, Lacks::Privilege, found, remedy)
         } else {
-            let remedy = "The kernel lacks what this program uses: capture takes Linux 6.1 or newer, with \
-                          CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF.\nWithout: [[capture]] mode = \"redirect\", and \
-                          iptables or nftables rules in the place of these programs.";
+            let remedy = "The kernel lacks something that this program uses: capture requires Linux 6.1 or newer, with \
+                          CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF.\nAlternative: [[capture]] mode = \"redirect\", \
+                          with iptables or nftables rules.";
             Finding::fail(check, Lacks::Kernel, found, remedy)
         }
     };
@@ -325,7 +325,7 @@ fn programs() -> Vec<Finding> {
             .map(|(name, loaded)| {
                 let check = format!("program {name}");
                 match loaded {
-                    Ok(()) => Finding::ok(check, "the kernel takes it"),
+                    Ok(()) => Finding::ok(check, "accepted by the kernel"),
                     Err(e) => failed(check, &e),
                 }
             })
@@ -338,7 +338,7 @@ fn steering() -> Finding {
     const CHECK: &str = "program steer";
     let why = match bpf::probe_steering() {
         Ok(Ok(())) => {
-            return Finding::ok(CHECK, "the kernel takes it: a local port serves several destinations");
+            return Finding::ok(CHECK, "accepted by the kernel: a local port serves several destinations");
         }
         Ok(Err(e)) => e.to_string(),
         Err(e) => e.summary(),
@@ -346,7 +346,7 @@ fn steering() -> Finding {
     Finding::warn(
         CHECK,
         why,
-        "Captured connections share one local address: a local port serves one destination at a time. It takes \
+        "Captured connections share one local address: a local port serves one destination at a time. Requires \
          CONFIG_INET, CAP_BPF and CAP_NET_ADMIN.",
     )
 }
@@ -358,7 +358,7 @@ fn new_namespaces() -> Finding {
     if socket.is_ok_and(|socket| sys::has_tcp_md5(socket.as_fd())) {
         Finding::ok(CHECK, "a container's first connection waits until the daemon listens there")
     } else {
-        let remedy = "A container's first connection fails with ECONNREFUSED and has to be made again, on a kernel without \
+        let remedy = "A container's first connection fails with ECONNREFUSED and has to be retried, on a kernel without \
                       TCP MD5 signatures (CONFIG_TCP_MD5SIG).";
         Finding::warn(CHECK, "the kernel has no TCP MD5 signatures", remedy)
     }
@@ -373,7 +373,7 @@ fn socket_mark() -> Finding {
             CHECK,
             Lacks::Privilege,
             e.to_string(),
-            "Rules of yours can leave our own sockets alone by their mark, which takes CAP_NET_ADMIN.",
+            "Firewall rules can exclude the daemon's own sockets by their mark, which requires CAP_NET_ADMIN.",
         ),
         Err(e) => Finding::fail(CHECK, Lacks::Kernel, e.to_string(), ""),
     }
@@ -383,10 +383,15 @@ fn socket_mark() -> Finding {
 fn conntrack() -> Finding {
     const CHECK: &str = "conntrack";
     match redirect::available() {
-        Ok(()) => Finding::info(CHECK, "answers SO_ORIGINAL_DST: mode = \"redirect\" works too, with rules"),
+        Ok(()) => Finding::info(
+            CHECK,
+            "answers SO_ORIGINAL_DST: mode = \"redirect\" works too, with firewall rules",
+        ),
         Err(e) => Finding::info(
             CHECK,
-            format!("SO_ORIGINAL_DST: {e}; mode = \"redirect\" takes nf_conntrack, which rules load"),
+            format!(
+                "SO_ORIGINAL_DST: {e}; mode = \"redirect\" requires nf_conntrack, which firewall rules load"
+            ),
         ),
     }
 }
@@ -396,18 +401,18 @@ fn netns_cookie() -> Finding {
     let cookie = Socket::new(Domain::IPV4, Type::STREAM, None).and_then(|s| sys::netns_cookie(s.as_fd()));
     match cookie {
         Ok(cookie) => Finding::ok(CHECK, format!("this network namespace is {cookie}")),
-        Err(e) => Finding::fail(CHECK, Lacks::Kernel, e.to_string(), "It takes Linux 5.14 or newer."),
+        Err(e) => Finding::fail(CHECK, Lacks::Kernel, e.to_string(), "Requires Linux 5.14 or newer."),
     }
 }
 
 fn loopback() -> Finding {
     const CHECK: &str = "loopback";
     match TcpListener::bind((Ipv4Addr::LOCALHOST, 0)) {
-        Ok(_) => Finding::ok(CHECK, "up, 127.0.0.1 is there"),
+        Ok(_) => Finding::ok(CHECK, "up, with 127.0.0.1"),
         Err(e) => Finding::fail(
             CHECK,
             Lacks::Setup,
-            format!("nothing can listen on 127.0.0.1: {e}"),
+            format!("cannot listen on 127.0.0.1: {e}"),
             "Captured connections go to a listener there: ip link set lo up",
         ),
     }
@@ -416,13 +421,13 @@ fn loopback() -> Finding {
 fn ipv6() -> Finding {
     const CHECK: &str = "IPv6";
     if let Err(e) = Socket::new(Domain::IPV6, Type::STREAM, None) {
-        return Finding::info(CHECK, format!("this kernel has none, nor has an application: {e}"));
+        return Finding::info(CHECK, format!("not supported by this kernel, for applications neither: {e}"));
     }
     match TcpListener::bind(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))) {
-        Ok(_) => Finding::ok(CHECK, "::1 is there"),
+        Ok(_) => Finding::ok(CHECK, "up, with ::1"),
         Err(e) => Finding::warn(
             CHECK,
-            format!("nothing can listen on ::1: {e}"),
+            format!("cannot listen on ::1: {e}"),
             "Captured connections to IPv6 addresses are refused. To carry them: sysctl \
              net.ipv6.conf.lo.disable_ipv6=0",
         ),
@@ -437,7 +442,7 @@ fn open_files() -> Finding {
     let default = config::MAX_FLOWS.get();
     let flows = limits::flows_per_worker(default, hard, 1, limits::PER_FLOW);
     let limit = if soft < hard { format!("{soft}, raised to {hard}") } else { hard.to_string() };
-    let found = format!("{limit}: {flows} flows at a time");
+    let found = format!("{limit}: {flows} concurrent flows");
     if flows >= default {
         return Finding::ok(CHECK, found);
     }
@@ -445,7 +450,7 @@ fn open_files() -> Finding {
         CHECK,
         format!("{found}, of the default {default}"),
         format!(
-            "More take a higher hard limit, {} for the default: `ulimit -Hn`, LimitNOFILE= in a systemd unit.",
+            "For more, raise the hard limit, to {} for the default: `ulimit -Hn`, LimitNOFILE= in a systemd unit.",
             limits::nofile_for(default)
         ),
     )
@@ -458,9 +463,9 @@ fn somaxconn() -> Finding {
         Ok(n) if n >= tcp::BACKLOG => Finding::ok(CHECK, n.to_string()),
         Ok(n) => Finding::warn(
             CHECK,
-            format!("{n}, of the {} that listeners ask for", tcp::BACKLOG),
+            format!("{n}, less than the {} that listeners request", tcp::BACKLOG),
             format!(
-                "More connections than that at the same moment wait for a second SYN: sysctl \
+                "More simultaneous connections than that wait for a second SYN: sysctl \
                  net.core.somaxconn={}",
                 tcp::BACKLOG
             ),
@@ -472,8 +477,8 @@ fn somaxconn() -> Finding {
 fn btf() -> Finding {
     const CHECK: &str = "kernel BTF";
     let there = Path::new("/sys/kernel/btf/vmlinux").exists();
-    const USE: &str = "groups are followed by their names with it; relay = \"splice\" and bypass take it";
-    Finding::info(CHECK, format!("{}; {USE}", if there { "there" } else { "not there" }))
+    const USE: &str = "required to follow cgroups by name, by relay = \"splice\" and by bypass";
+    Finding::info(CHECK, format!("{}; {USE}", if there { "available" } else { "not available" }))
 }
 
 /// What `relay = "splice"` takes; without it bytes are copied.
@@ -481,8 +486,8 @@ fn splice() -> Finding {
     const CHECK: &str = "relay = \"splice\"";
     let known = Kernel::running().allows(Feature::Splice);
     match known.and_then(|()| relay::probe().map_err(|e| e.summary())) {
-        Ok(()) => Finding::info(CHECK, "works; relay = \"auto\" has flows that chat moved by the kernel"),
-        Err(why) => Finding::info(CHECK, format!("does not work, so bytes are copied: {why}")),
+        Ok(()) => Finding::info(CHECK, "works; with relay = \"auto\" the kernel moves interactive flows"),
+        Err(why) => Finding::info(CHECK, format!("not available, so bytes are copied: {why}")),
     }
 }
 
@@ -491,8 +496,8 @@ fn bypass() -> Finding {
     const CHECK: &str = "bypass";
     let known = Kernel::running().allows(Feature::Bypass).map_err(BypassError::Kernel);
     match known.and_then(|()| Bypass::load()) {
-        Ok(_) => Finding::info(CHECK, "works; no capture uses it unless it says so"),
-        Err(why) => Finding::info(CHECK, format!("does not work, so connections stay with TCP: {why}")),
+        Ok(_) => Finding::info(CHECK, "works; used by captures with bypass = \"auto\""),
+        Err(why) => Finding::info(CHECK, format!("not available, so connections use TCP: {why}")),
     }
 }
 
@@ -500,7 +505,7 @@ fn kernel_tls() -> Finding {
     const CHECK: &str = "kernel TLS";
     let ulps = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_ulp").unwrap_or_default();
     let there = ulps.split_whitespace().any(|ulp| ulp == "tls");
-    Finding::info(CHECK, if there { "there; nothing uses it yet" } else { "not loaded; nothing uses it yet" })
+    Finding::info(CHECK, if there { "available; not used yet" } else { "not loaded; not used yet" })
 }
 
 #[cfg(test)]
@@ -538,7 +543,10 @@ mod tests {
         assert_eq!(lines[1], "FAIL  much longer  bad");
         assert_eq!(lines[2], "                   do this");
         assert_eq!(lines[3], "                   and that");
-        assert_eq!(lines[5], "Capture does not work here, the kernel lacks what is needed: much longer.");
+        assert_eq!(
+            lines[5],
+            "Capture does not work here, the kernel lacks something that is required: much longer."
+        );
         assert!(super::text(&findings, true).contains("\x1b[31;1mFAIL\x1b[0m"));
     }
 }

@@ -1,7 +1,6 @@
-//! The command line.
+//! The command line: arguments are parsed into a typed [`Command`].
 //!
-//! Enters: what was typed. Leaves: a [`Command`] whose arguments are typed already. Invariant: what is not
-//! understood is refused here, with what would have been. It never does anything but parse.
+//! Values that are not valid are rejected here, with an example of a valid one.
 
 pub mod doctor;
 pub mod exec;
@@ -31,75 +30,74 @@ use crate::{
 const EXIT_CODES: &str = "\
 Exit codes:
   0   fine (exec: the command's own status, or 128 + the signal that ended it)
-  64  the configuration or the command line is wrong
-  69  the kernel lacks what is needed (\"tunnel doctor\" says what)
+  64  the configuration or the command line is invalid
+  69  the kernel lacks something that is required (\"tunnel doctor\" lists it)
   77  a privilege is missing
-  1   anything else";
+  1   any other error";
 
 /// Carry the TCP connections of unmodified programs through mutually authenticated HTTP/2 CONNECT tunnels.
 ///
-/// A cgroup's connections are captured by eBPF at connect(), carried over TLS to a gateway, and dialled
-/// from there. The program notices nothing, and needs no route to its target.
+/// The connections of a cgroup are captured by eBPF at connect(), carried over TLS to a gateway, and dialled
+/// from there. The program needs no configuration, and no route to its target.
 #[derive(Debug, Parser)]
 #[command(name = "tunnel", version, propagate_version = true, after_help = EXIT_CODES, max_term_width = 100)]
 pub struct Cli {
-    /// What to log: error, warn, info, debug or trace, or a filter such as warn,tunnel::relay=debug.
+    /// Log level: error, warn, info, debug or trace; or a filter such as warn,tunnel::relay=debug.
     ///
-    /// Log lines go to standard error. Default: info, and warn for exec.
+    /// Log lines go to standard error. Default: info; for exec: warn.
     #[arg(long, global = true, env = "TUNNEL_LOG", value_name = "LEVEL|FILTER", help_heading = "Logging")]
     pub log: Option<LogFilter>,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT", help_heading = "Logging")]
     pub log_format: LogFormat,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
 impl Cli {
-    /// What to log, when nothing was said: a command's own output should not drown.
+    /// The log filter. The default for `exec` is `warn`, because the output of the command matters more.
     pub fn log_filter(&self) -> LogFilter {
         let default = if matches!(self.command, Command::Exec(_)) { "warn" } else { "info" };
         self.log.clone().unwrap_or_else(|| default.parse().expect("a level is a filter"))
     }
 }
 
-/// What to do.
+/// A command of `tunnel`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a command with its TCP connections captured.
     ///
-    /// The command runs in a fresh cgroup, with this terminal, environment and working directory; signals are
-    /// passed on, and its exit status is ours. Everything it connects to goes through the gateway, except
-    /// loopback, link-local and multicast addresses. The cgroup is removed at the end.
+    /// The command runs in a new cgroup, with this terminal, environment and working directory. Signals are forwarded to
+    /// it, and its exit status is returned. All its TCP connections go through the gateway, except those to loopback,
+    /// link-local and multicast addresses. The cgroup is removed at the end.
     ///
-    /// Needs root (CAP_BPF, CAP_NET_ADMIN and a writable cgroup): "tunnel doctor" says what is missing.
+    /// Requires root (CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN and a writable cgroup): "tunnel doctor" lists what is missing.
     Exec(Box<ExecArgs>),
-    /// Run the daemon: agent, gateway, or both, as the configuration says.
+    /// Run the daemon: agent, gateway, or both, depending on the configuration.
     ///
-    /// Listeners are bound and programs loaded before anything is captured. On SIGTERM new connections are
-    /// refused, and those that are up may go on for daemon.drain_timeout.
+    /// Listeners are bound and programs are loaded before anything is captured. On SIGTERM the daemon drains: new
+    /// connections are refused, and established flows may finish within daemon.drain_timeout.
     Run(RunArgs),
-    /// End the captures of a configuration, whether or not a daemon runs.
+    /// End the captures of a configuration, whether or not a daemon is running.
     ///
-    /// A daemon that stops leaves its captures in place where on_failure is "closed": the connections that
-    /// they cover are refused until a daemon is back, or until this.
+    /// A daemon that stops leaves captures with on_failure = "closed" in place: their connections are refused until a
+    /// daemon is running again, or until the captures are detached.
     Detach(DetachArgs),
     /// Run a gateway without a configuration file.
     ///
-    /// Takes CONNECT requests (HTTP/2 over TLS 1.3) from clients with a certificate of the CA, and dials what
-    /// they ask for, as far as --allow goes. Nothing is allowed until a rule says so; loopback, link-local and
-    /// metadata
-    /// addresses and the gateway's own listeners only when a rule names them.
+    /// Accepts CONNECT requests (HTTP/2 over TLS 1.3) from clients with a certificate of the CA, and dials the targets that
+    /// --allow permits. By default nothing is allowed. Loopback, link-local and metadata addresses and the gateway's own
+    /// listeners are allowed only by a rule that names them.
     Gateway(GatewayArgs),
-    /// Say what this kernel, cgroup set-up and privilege allow, each with its remedy.
+    /// Check what this kernel, cgroup set-up and privilege allow, with a remedy for what is missing.
     ///
-    /// Exits with 69 when the kernel lacks something that is needed, and with 77 when a privilege is missing.
+    /// Exits with 69 if the kernel lacks something that is required, and with 77 if a privilege is missing.
     Doctor(DoctorArgs),
     /// Check a configuration file, or print the schema of all keys.
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Make a throwaway CA and certificates, for trying and testing.
+    /// Create a throwaway CA and certificates, for trials and tests.
     #[command(subcommand)]
     Pki(PkiCommand),
     /// Print the completion script for a shell.
@@ -108,7 +106,7 @@ pub enum Command {
     Man(ManArgs),
 }
 
-/// What `tunnel exec` is told.
+/// Arguments of `tunnel exec`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -117,67 +115,69 @@ Examples:
   tunnel exec --config agent.toml --stats -- psql -h 10.0.0.6
   tunnel exec --config agent.toml --capture 127.0.0.1/32:8080 -- ./legacy-app")]
 pub struct ExecArgs {
-    /// A configuration file: its identity, routes and upstreams.
+    /// Configuration file; its identity, routes and upstreams are used.
     #[arg(long, value_name = "FILE", required_unless_present = "gateway", conflicts_with_all = ["gateway", "ca", "cert", "key", "verify", "sni", "header", "workers"])]
     pub config: Option<PathBuf>,
-    /// The gateway to tunnel through.
+    /// Address of the gateway.
     #[arg(long, value_name = "HOST:PORT", requires_all = ["ca", "cert", "key"])]
     pub gateway: Option<Target>,
-    /// The CA that signs the gateway's certificate, PEM.
+    /// CA certificates that the gateway's certificate is verified with, PEM.
     #[arg(long, value_name = "FILE", requires = "gateway")]
     pub ca: Option<PathBuf>,
-    /// Our certificate, PEM.
+    /// Client certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "gateway")]
     pub cert: Option<PathBuf>,
-    /// Its private key, PEM.
+    /// Private key of the client certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "gateway")]
     pub key: Option<PathBuf>,
-    /// A name that the gateway's certificate must carry; one of several is enough.
+    /// Name (SAN) that the gateway's certificate must have; may be repeated, and one has to match.
     ///
-    /// A URI such as spiffe://example.org/gateway (* stands for one path segment), a DNS name or an
-    /// address. Without it the certificate must be valid for --sni, or for the host of --gateway.
+    /// A URI such as spiffe://example.org/gateway (* matches one path segment), a DNS name or an address. Default: the
+    /// certificate must be valid for --sni, or for the host of --gateway.
     #[arg(long, value_name = "SAN", requires = "gateway")]
     pub verify: Vec<SanPattern>,
-    /// The server name to ask the gateway for. Default: the host of --gateway.
+    /// Server name to send to the gateway (SNI). Default: the host of --gateway.
     #[arg(long, value_name = "NAME", value_parser = parse_server_name, requires = "gateway")]
     pub sni: Option<ServerName<'static>>,
-    /// Capture only these, a network and optional ports: 10.0.0.0/8, 10.0.0.0/8:80,8000-8999, fd00::/8:443.
+    /// Capture only these destinations: a network and optional ports, such as 10.0.0.0/8:80,8000-8999 or fd00::/8:443.
     ///
-    /// Default: everything but loopback, link-local and multicast. The longest prefix over --capture, --refuse and
-    /// --exclude decides, so 127.0.0.1/32:8080 is captured although loopback is not.
+    /// Default: everything except loopback, link-local and multicast addresses. The longest prefix of --capture, --refuse
+    /// and --exclude decides, so 127.0.0.1/32:8080 is captured although loopback is not.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub capture: Vec<AddrPattern>,
-    /// Refuse these, a network and optional ports: connect() fails with ENETUNREACH.
+    /// Refuse these destinations, a network and optional ports: connect() fails with ENETUNREACH.
     ///
-    /// With ::/0 a command that also knows an IPv4 address falls back to it at once. At the same prefix, --refuse wins
-    /// over --capture.
+    /// With ::/0, a command that also knows an IPv4 address falls back to it at once. At the same prefix, --refuse takes
+    /// precedence over --capture.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub refuse: Vec<AddrPattern>,
-    /// Leave these alone, a network and optional ports. At the same prefix, --exclude wins over --refuse and --capture.
+    /// Do not capture these destinations, a network and optional ports: they are connected to directly.
+    ///
+    /// At the same prefix, --exclude takes precedence over --refuse and --capture.
     #[arg(long, value_name = "CIDR[:PORTS]")]
     pub exclude: Vec<AddrPattern>,
     /// Add a header to every CONNECT request, such as baggage=k8s.cluster.name=a.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header_flag, requires = "gateway")]
     pub header: Vec<(HeaderName, HeaderValue)>,
-    /// Mark our own connections (SO_MARK), for rules of yours that are to leave them alone. Default: 0x1000/0x1000.
+    /// Mark (SO_MARK) of the connections to the gateway, for firewall rules to match. Default: 0x1000/0x1000.
     #[arg(long, value_name = "VALUE[/MASK]", requires = "gateway")]
     pub mark: Option<Mark>,
     /// Worker threads. Default: one per core.
     #[arg(long, value_name = "N")]
     pub workers: Option<NonZeroUsize>,
-    /// Print what was carried, at the end, to standard error.
+    /// At the end, print a table of all flows to standard error.
     #[arg(long)]
     pub stats: bool,
-    /// Write what was carried to a file, as JSON.
+    /// At the end, write a list of all flows to a file, as JSON.
     #[arg(long, value_name = "FILE")]
     pub stats_json: Option<PathBuf>,
-    /// The command and its arguments, behind "--".
+    /// The command and its arguments, after "--".
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,
 }
 
 impl ExecArgs {
-    /// The configuration that the flags mean, or that the file and the flags mean together.
+    /// The configuration from the flags, or from the file and the flags together.
     pub fn to_config(&self) -> Result<Config, ConfigErrors> {
         let wanted = Wanted {
             capture: self.capture.clone(),
@@ -201,7 +201,7 @@ impl ExecArgs {
     }
 }
 
-/// What `tunnel run` is told.
+/// Arguments of `tunnel run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -209,28 +209,28 @@ Examples:
   tunnel run --config gateway.toml --log debug --log-format json
   tunnel run --config /etc/tunnel/agent.toml --takeover")]
 pub struct RunArgs {
-    /// The configuration file.
+    /// Configuration file.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// Replace the daemon that runs with the same configuration file, without refusing a connection.
+    /// Replace the running daemon that has the same configuration file, without refusing a connection.
     ///
-    /// Its listeners pass to the new daemon with the connections that wait in them; then it drains.
+    /// It hands over its listening sockets, with the connections that wait in them, and then drains.
     #[arg(long)]
     pub takeover: bool,
 }
 
-/// What `tunnel detach` is told.
+/// Arguments of `tunnel detach`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo tunnel detach --config /etc/tunnel/agent.toml")]
 pub struct DetachArgs {
-    /// The configuration file whose captures end.
+    /// Configuration file whose captures are ended.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 }
 
-/// What `tunnel gateway` is told.
+/// Arguments of `tunnel gateway`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -238,25 +238,25 @@ Examples:
   tunnel gateway --listen [::]:15008 --ca ca.pem --cert gw.pem --key gw-key.pem \\
       --verify spiffe://example.org/ns/*/sa/web --allow 10.0.0.0/8:80,443 --allow '*.internal:5432'")]
 pub struct GatewayArgs {
-    /// Where to listen; may be repeated.
+    /// Address to listen on; may be repeated.
     #[arg(long, value_name = "ADDR:PORT", required = true, value_parser = parse_listen)]
     pub listen: Vec<SocketAddr>,
-    /// The CA that signs the clients' certificates, PEM.
+    /// CA certificates that client certificates are verified with, PEM.
     #[arg(long, value_name = "FILE")]
     pub ca: PathBuf,
-    /// Our certificate, PEM.
+    /// Server certificate, PEM.
     #[arg(long, value_name = "FILE")]
     pub cert: PathBuf,
-    /// Its private key, PEM.
+    /// Private key of the server certificate, PEM.
     #[arg(long, value_name = "FILE")]
     pub key: PathBuf,
-    /// A name that a client's certificate must carry; one of several is enough. Default: any name.
+    /// Name (SAN) that a client certificate must have; may be repeated, and one has to match. Default: any name.
     #[arg(long, value_name = "SAN")]
     pub verify: Vec<SanPattern>,
-    /// What clients may reach: a network or a name (or *.suffix), and optional ports; may be repeated.
+    /// Target that clients may reach: a network, a name or *.suffix, and optional ports; may be repeated.
     #[arg(long, value_name = "TARGET")]
     pub allow: Vec<TargetPattern>,
-    /// How long a dial may take, such as 10s or 500ms.
+    /// Timeout for dialling a target, such as 10s or 500ms.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     pub dial_timeout: Duration,
     /// Worker threads. Default: one per core.
@@ -265,7 +265,7 @@ pub struct GatewayArgs {
 }
 
 impl GatewayArgs {
-    /// The configuration that the flags mean.
+    /// The configuration from the flags.
     pub fn to_config(&self) -> Config {
         let identity = IdentityFiles { cert: self.cert.clone(), key: self.key.clone(), ca: self.ca.clone() };
         Config::for_gateway(GatewayOptions {
@@ -283,14 +283,14 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     parse_socket_addr(text).map_err(|e| format!("it {e}"))
 }
 
-/// What `tunnel doctor` is told.
+/// Arguments of `tunnel doctor`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   sudo tunnel doctor
   sudo tunnel doctor --json | jq '.[] | select(.ok | not)'")]
 pub struct DoctorArgs {
-    /// For programs.
+    /// Print JSON.
     #[arg(long)]
     pub json: bool,
 }
@@ -298,10 +298,10 @@ pub struct DoctorArgs {
 /// `tunnel config`
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Check a configuration file: every mistake is listed, with line, column and key.
+    /// Check a configuration file, and list every mistake with line, column and key.
     #[command(after_help = "Example:\n  tunnel config check /etc/tunnel/agent.toml")]
     Check {
-        /// The file.
+        /// Configuration file.
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
@@ -313,21 +313,21 @@ pub enum ConfigCommand {
 /// `tunnel pki`
 #[derive(Debug, Subcommand)]
 pub enum PkiCommand {
-    /// Make a CA: DIR/ca.pem and DIR/ca-key.pem.
+    /// Create a CA: DIR/ca.pem and DIR/ca-key.pem.
     #[command(after_help = "Example:\n  tunnel pki init ./pki")]
     Init {
-        /// The directory; it is made when missing.
+        /// Directory; it is created if it does not exist.
         #[arg(value_name = "DIR")]
         dir: PathBuf,
-        /// Replace a CA that is there. What it has signed is worthless then.
+        /// Replace an existing CA. Certificates that it has signed become invalid.
         #[arg(long)]
         force: bool,
     },
-    /// Have the CA in DIR sign a certificate: DIR/NAME.pem and DIR/NAME-key.pem.
+    /// Issue a certificate, signed by the CA in DIR: DIR/NAME.pem and DIR/NAME-key.pem.
     Issue(IssueArgs),
 }
 
-/// What `tunnel pki issue` is told.
+/// Arguments of `tunnel pki issue`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -335,31 +335,31 @@ Examples:
   tunnel pki issue --dir ./pki --id spiffe://example.org/gateway --name gw \\
       --dns gw.internal --ip 10.9.0.1")]
 pub struct IssueArgs {
-    /// The SPIFFE ID that the certificate proves.
+    /// SPIFFE ID of the certificate.
     #[arg(long, value_name = "SPIFFE-ID")]
     pub id: SpiffeId,
-    /// Where the CA is, and where the files go.
+    /// Directory of the CA, and of the new files.
     #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
-    /// What the files are called.
+    /// Name of the new files, without extension.
     #[arg(long, value_name = "NAME")]
     pub name: String,
-    /// A DNS name to add; may be repeated.
+    /// DNS name to add; may be repeated.
     #[arg(long, value_name = "NAME")]
     pub dns: Vec<String>,
-    /// An address to add; may be repeated.
+    /// IP address to add; may be repeated.
     #[arg(long, value_name = "ADDR")]
     pub ip: Vec<IpAddr>,
-    /// For how many days it is valid.
+    /// Days of validity.
     #[arg(long, value_name = "N", default_value_t = LEAF_DAYS, value_parser = clap::value_parser!(u32).range(1..=3650))]
     pub days: u32,
-    /// Replace files that are there, as a rotation does.
+    /// Replace existing files, as a rotation does.
     #[arg(long)]
     pub force: bool,
 }
 
 impl IssueArgs {
-    /// What the certificate is to say.
+    /// The contents of the certificate.
     pub fn to_request(&self) -> IssueRequest {
         IssueRequest {
             id: Some(self.id.clone()),
@@ -370,19 +370,19 @@ impl IssueArgs {
     }
 }
 
-/// What `tunnel completions` is told.
+/// Arguments of `tunnel completions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   tunnel completions bash > /etc/bash_completion.d/tunnel
   tunnel completions fish > ~/.config/fish/completions/tunnel.fish")]
 pub struct CompletionsArgs {
-    /// The shell.
+    /// Shell.
     #[arg(value_enum)]
     pub shell: clap_complete::Shell,
 }
 
-/// What `tunnel man` is told.
+/// Arguments of `tunnel man`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -1,8 +1,8 @@
-//! A throwaway certificate authority, for trying and for testing.
+//! A throwaway certificate authority, for trials and tests: `ca.pem`, `ca-key.pem`, `NAME.pem`, `NAME-key.pem`.
 //!
-//! Enters: a directory, and the names a certificate is to carry. Leaves: PEM files: `ca.pem`,
-//! `ca-key.pem`, `NAME.pem`, `NAME-key.pem`. Invariant: a private key is in a file that only its owner
-//! can read from the moment the file exists. It never overwrites a file unless asked to.
+//! # Invariants
+//! - A private key is in a file that only its owner can read, from the moment that the file exists.
+//! - No file is overwritten unless the caller asks for it.
 
 use std::{
     fs,
@@ -51,7 +51,7 @@ impl From<PkiError> for Failure {
 #[derive(Debug, thiserror::Error)]
 pub enum PkiError {
     /// A file is there already.
-    #[error("{} exists already; --force replaces it", .0.display())]
+    #[error("{} already exists; --force replaces it", .0.display())]
     Exists(PathBuf),
     /// A file or directory could not be read or written.
     #[error("{}: {source}", .path.display())]
@@ -62,7 +62,7 @@ pub enum PkiError {
         source: io::Error,
     },
     /// There is no CA in the directory.
-    #[error("{} is missing: \"tunnel pki init {}\" makes a CA there", .0.display(), .0.parent().unwrap_or(Path::new(".")).display())]
+    #[error("{} does not exist: \"tunnel pki init {}\" creates a CA", .0.display(), .0.parent().unwrap_or(Path::new(".")).display())]
     NoCa(PathBuf),
     /// The CA's certificate or key cannot be read.
     #[error("{}: {why}", .path.display())]
@@ -74,14 +74,14 @@ pub enum PkiError {
     },
     /// A name for the files that would leave the directory, or collide with the CA.
     #[error(
-        "\"{0}\" does not do as a file name: letters, digits, \".\", \"-\" and \"_\", not starting with \".\", and not \"ca\""
+        "\"{0}\" is not a valid file name: use letters, digits, \".\", \"-\" and \"_\", not \".\" first, and not \"ca\""
     )]
     BadName(String),
     /// A DNS name that no certificate can carry.
     #[error("\"{0}\" is not a DNS name")]
     BadDns(String),
     /// The library that makes certificates refused.
-    #[error("making the certificate: {0}")]
+    #[error("cannot create the certificate: {0}")]
     Make(#[from] rcgen::Error),
 }
 

@@ -1,8 +1,7 @@
-//! Programs of others on a group and the groups above it.
+//! Programs of others on a cgroup and the cgroups above it: the one that prevents others from being attached, and those that
+//! filter packets.
 //!
-//! Enters: a group, and a place where programs are attached. Leaves: the program that keeps others away, or those that
-//! filter. Invariant: a program is told by its group, its id and its name, so that an operator finds whose it is. It never
-//! detaches anything.
+//! A program is reported by its cgroup, id and name, so that an operator finds its owner. Nothing is detached.
 
 use std::{
     fmt, fs,

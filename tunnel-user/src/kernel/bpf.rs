@@ -4,16 +4,16 @@ use std::{io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
-use super::{blockers, btf::OffsetsError};
+use super::{blockers, btf::OffsetsError, map::Mismatch};
 
 /// What went wrong with the kernel side. None of it is the application's or a peer's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
     /// The object could not be parsed or its maps not be made.
-    #[error("loading the programs' maps failed: {0}")]
+    #[error("cannot load the maps of the programs: {0}")]
     Load(#[source] Box<EbpfError>),
     /// The verifier or the kernel refused a program.
-    #[error("the kernel refused program {name}: {source}")]
+    #[error("the kernel rejected program {name}: {source}")]
     Program {
         /// The program.
         name: &'static str,
@@ -22,7 +22,7 @@ pub enum BpfError {
         source: Box<ProgramError>,
     },
     /// The object has no such program or map: it was built from other sources than this daemon.
-    #[error("the BPF object has no {0}: it does not fit this daemon")]
+    #[error("the BPF object has no {0}: it was built for another version")]
     Missing(&'static str),
     /// A map refused an entry.
     #[error("map {name}: {source}")]
@@ -43,7 +43,7 @@ pub enum BpfError {
         source: io::Error,
     },
     /// The kernel does not say where it keeps the names of groups.
-    #[error("captured groups cannot be followed by their names: {0}")]
+    #[error("cannot follow captured cgroups by name: {0}")]
     Offsets(#[from] OffsetsError),
     /// A program of somebody else's keeps ours from being attached.
     #[error(
@@ -56,19 +56,30 @@ pub enum BpfError {
         by: blockers::Program,
     },
     /// As many programs are attached as can be.
-    #[error("attaching {name} failed: the cgroup has 64 programs there already (BPF_CGROUP_MAX_PROGS)")]
+    #[error("cannot attach {name}: the cgroup already has 64 programs of that type (BPF_CGROUP_MAX_PROGS)")]
     Full {
         /// The program.
         name: &'static str,
     },
     /// A program could not be attached.
-    #[error("attaching {name} to the cgroup failed: {source}")]
+    #[error("cannot attach {name} to the cgroup: {source}")]
     Attach {
         /// The program.
         name: &'static str,
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// A map that is pinned is not one of this version's.
+    #[error("pinned map {name} {why}: {}", path.display())]
+    PinnedMap {
+        /// The map.
+        name: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// In what it differs.
+        #[source]
+        why: Mismatch,
     },
     /// A pin could not be made, read or removed.
     #[error("pin {}: {source}", path.display())]

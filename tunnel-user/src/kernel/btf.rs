@@ -1,9 +1,7 @@
-//! Where the kernel keeps what programs read of its structures: from its own description of its types (BTF).
+//! Offsets of fields in structures of the kernel, from its own description of its types (BTF, `/sys/kernel/btf/vmlinux`).
 //!
-//! Enters: `/sys/kernel/btf/vmlinux`. Leaves: offsets of a few fields. Invariant: a field that is not where its name is
-//! said to be is an error, and nothing is loaded. It never guesses an offset.
-//!
-//! The format is that of `linux/btf.h` (Documentation/bpf/btf.rst).
+//! A field that is not found is an error, and nothing is loaded: no offset is guessed. The format is that of `linux/btf.h`
+//! (Documentation/bpf/btf.rst).
 
 use std::{collections::HashMap, fs, io};
 
@@ -24,10 +22,10 @@ const DEPTH_MAX: u32 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum OffsetsError {
     /// The kernel does not describe itself.
-    #[error("{VMLINUX} cannot be read: {0}")]
+    #[error("cannot read {VMLINUX}: {0}")]
     Unreadable(#[source] io::Error),
     /// It does, in a way that is not known.
-    #[error("{VMLINUX} is not understood")]
+    #[error("cannot parse {VMLINUX}")]
     Format,
     /// It has no such field.
     #[error("this kernel has no {0}")]

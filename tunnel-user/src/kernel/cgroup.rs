@@ -1,8 +1,8 @@
-//! Control groups: finding them, making one, leaving none behind.
+//! Cgroups: find, create and remove them.
 //!
-//! Enters: what the kernel mounted, and names. Leaves: directories, as descriptors. Invariant: works the
-//! same where no cgroup2 mount is visible (`ip netns exec` gives its command a fresh /sys): a mount of
-//! our own, attached nowhere, takes its place. It never moves a process that it was not asked to move.
+//! # Invariants
+//! - It works where no cgroup2 mount is visible (`ip netns exec` gives its command a fresh /sys): a detached mount is used.
+//! - A process is moved only where the caller asks for it.
 
 use std::{
     fs, io,
@@ -29,7 +29,7 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// No mount is visible and none can be made.
-    #[error("no cgroup2 hierarchy is mounted and mounting one privately failed: {0}")]
+    #[error("no cgroup2 hierarchy is mounted, and a private mount failed: {0}")]
     Mount(#[source] io::Error),
     /// A directory of the hierarchy could not be opened, made or removed.
     #[error("cgroup {name}: {source}")]

@@ -1,8 +1,7 @@
-//! Rules of iptables and nftables that break a capture, or that a capture makes void.
+//! Rules of iptables and nftables that break a capture, or that a capture makes ineffective.
 //!
-//! Enters: what `nft` and `iptables-save` print. Leaves: the rules that matter, each with what it means. Invariant: it reads
-//! and never changes a rule; where a program is missing, or its output is not understood, it finds nothing. It sees the
-//! network namespace that it runs in, and no other.
+//! It reads what `nft` and `iptables-save` print for the network namespace of this process, and changes nothing. Where a program
+//! is missing, or its output cannot be parsed, no rule is reported.
 
 use std::{fmt, process::Command};
 

@@ -1,9 +1,7 @@
-//! A captured group, known by its name.
+//! A captured cgroup, identified by a path or by the name of a systemd unit.
 //!
-//! Enters: a path, or the name of a systemd unit. Leaves: what the programs are told of it, and the directory that bears the
-//! name at present. Invariant: the programs are attached to a group that lasts, the root of the hierarchy or of what is
-//! mounted of it, and decide by names; what this module finds is for looking at processes only, so that nothing is captured
-//! later for its being late. It never makes a group.
+//! The programs are attached to a cgroup that lasts, the root of the hierarchy or of what is mounted of it, and decide by names.
+//! What this module finds is used to look at processes only, so that a capture never depends on how soon it is found.
 
 use std::{
     ffi::OsString,

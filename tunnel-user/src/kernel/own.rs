@@ -1,7 +1,6 @@
-//! Our own listening addresses, as others may write them.
+//! Whether an address leads to one of our own listeners. The kernel's routes decide; no list of addresses is kept.
 //!
-//! Enters: what our listeners are bound to. Leaves: whether a connection to an address would arrive at one
-//! of them. Invariant: when that cannot be found out, it would. It keeps no list of addresses: the kernel is asked.
+//! If it cannot be determined, the address counts as our own.
 
 use std::net::{IpAddr, SocketAddr};
 

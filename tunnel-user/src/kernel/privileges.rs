@@ -1,15 +1,14 @@
-//! What this process may do.
+//! Capabilities of this process, and which of the required ones are missing.
 //!
-//! Enters: the kernel's word on our capabilities. Leaves: the names of those that are missing. Invariant:
-//! a missing privilege is found before anything is changed. It never gains one.
+//! They are checked before anything is changed.
 
 use std::fs;
 
 /// A capability that capturing takes, by its number in `linux/capability.h`, and what for.
 const FOR_CAPTURE: [(u32, &str, &str); 3] = [
-    (12, "CAP_NET_ADMIN", "marking our own sockets, attaching to cgroups"),
+    (12, "CAP_NET_ADMIN", "SO_MARK, attaching programs to cgroups"),
     (21, "CAP_SYS_ADMIN", "cgroups, network namespaces"),
-    (39, "CAP_BPF", "loading programs"),
+    (39, "CAP_BPF", "loading BPF programs"),
 ];
 
 /// What `relay = "splice"` takes: loading a program for sockets, which reads kernel memory, and trying it. Without the last

@@ -1,7 +1,8 @@
-//! Which kernels are known to be good for a fast path, and what the others lack.
+//! Which kernels have the fixes that a fast path needs, and what the others lack.
 //!
-//! Enters: what uname(2) says, and whether a warning stops the kernel. Leaves: yes, or the reason why not. Invariant: a kernel of which nothing is known is not
-//! good: a fast path whose kernel has a mistake loses bytes or takes the machine down. It never tries anything.
+//! # Invariants
+//! - A kernel of which nothing is known is not trusted: a fast path on a kernel with a bug loses bytes or crashes the machine.
+//! - Nothing is tried here.
 
 use std::{fmt, fs};
 
@@ -46,7 +47,7 @@ const SPLICE: [Fix; 2] = [
 
 /// What no kernel has: `sk_psock_backlog` takes what a program passes, behind something that waits to be sent, into the
 /// socket's account of memory without the socket's lock. The account can be off by less than a page for it, and
-/// `inet_sock_destruct` warns of that, once after each boot. Nothing else is known to come of it (ARCHITECTURE.md).
+/// `inet_sock_destruct` warns of that, once after each boot. Nothing else is known to come of it (decision 28).
 const SPLICE_WARNS: &str = "kernel.panic_on_warn is set, and a kernel may warn of a socket's account of memory where flows \
                             are spliced (\"inet_sock_destruct\"): harmless by itself, but it would stop this node";
 /// sysctl
@@ -100,11 +101,11 @@ impl Kernel {
             Feature::Bypass => &BYPASS[..],
         };
         let Some(version) = self.version else {
-            return Err(format!("{self} does not say which release it is"));
+            return Err(format!("the release of {self} is unknown"));
         };
         match fixes.iter().find(|fix| !fix.is_in(version)) {
             Some(fix) => {
-                Err(format!("{self} is not known to have what it takes, {}: {}", fix.where_in(), fix.what))
+                Err(format!("{self} is not known to have a required fix, {}: {}", fix.where_in(), fix.what))
             }
             None if feature == Feature::Splice && self.panics_on_warn => Err(SPLICE_WARNS.to_owned()),
             None => Ok(()),

@@ -1,7 +1,4 @@
-//! Log lines that a peer, or an application, can bring about as often as it likes.
-//!
-//! Enters: each time that such a line is to be written. Leaves: whether it is. Invariant: the first ones of a burst are
-//! written, and those that are not are counted and told. It writes nothing itself.
+//! Rate limit for log lines that peers or applications can cause. The first of a burst are written, the rest is counted.
 
 use std::{
     cell::Cell,

@@ -1,8 +1,6 @@
-//! What the program says about itself while it runs.
+//! Logging: a filter and a format, on standard error.
 //!
-//! Enters: a filter and a format. Leaves: log lines on standard error. Invariant: standard output belongs
-//! to the command that is run, or to what was asked for. It never reads the environment: the command line
-//! has done so.
+//! Standard output belongs to the command that is run, or to what was requested. The environment is read by the command line only.
 
 use std::io::IsTerminal as _;
 

@@ -1,8 +1,8 @@
-//! Stopping: what is told to whom, and who owns the tasks.
+//! Draining: the phases of a shutdown, and the owner of tasks.
 //!
-//! Enters: the order to stop. Leaves: workers that take nothing new, finish what they have, and drop the
-//! rest at a deadline. Invariant: every task is in a [`Tasks`], and dropping that ends it. Nothing waits
-//! for ever.
+//! # Invariants
+//! - Every task is in a [`Tasks`]; dropping it ends the task.
+//! - Nothing waits for ever.
 
 use std::{cell::RefCell, future::Future};
 

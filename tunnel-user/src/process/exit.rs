@@ -1,8 +1,4 @@
-//! How the program ends: the exit code, and what it says about a failure.
-//!
-//! Enters: an error, with what to do about it. Leaves: two lines for a person and a number for a script.
-//! Invariant: each kind of failure has one exit code, those of sysexits.h where it has one. It never
-//! prints.
+//! Failures of the program: what went wrong, what to do about it, and the exit code (those of sysexits.h where it has one).
 
 use std::{fmt, process::ExitCode};
 

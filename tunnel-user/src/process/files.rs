@@ -1,12 +1,11 @@
-//! Files that are read again when they change.
+//! Watches files, and calls back once they have changed and been quiet for a moment.
 //!
-//! Enters: names of files, and the kernel's word that something happened to them. Leaves: a call, once they have been
-//! quiet for a moment. It never reads the files, and never logs what happens to others.
+//! It does not read the files, and does not log events of others.
 //!
 //! # Invariants
-//! - No change is missed for longer than a minute: what the kernel tells nothing of (network file systems, a link further
-//!   up) is found by comparing what the files are.
-//! - Where nothing has changed, nobody is called; but once, for what changed between the first reading and the first watch.
+//! - No change is missed for longer than a minute: what the kernel does not report (network file systems, a link further up) is
+//!   found by comparing the files' metadata.
+//! - Without a change there is no call; except one, for what changed between the first reading and the first watch.
 //! - Whatever others do beside the files, and however often, this thread wakes five times a second at most.
 
 use std::{
@@ -73,7 +72,7 @@ impl Drop for Watch {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("a thread that watched files had panicked");
+            tracing::error!("file watcher thread panicked");
         }
     }
 }
@@ -203,7 +202,7 @@ impl Places {
     fn new(files: Vec<PathBuf>) -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(|e| match e {
             rustix::io::Errno::MFILE => io::Error::other(
-                "this user's inotify instances are used up (sysctl fs.inotify.max_user_instances)",
+                "limit of inotify instances of this user reached (sysctl fs.inotify.max_user_instances)",
             ),
             e => e.into(),
         })?;
@@ -213,7 +212,7 @@ impl Places {
             let directory = file.parent().unwrap_or(file);
             inotify::add_watch(&places.inotify, directory, NAMES).map_err(|e| match e {
                 rustix::io::Errno::NOSPC => io::Error::other(
-                    "this user's inotify watches are used up (sysctl fs.inotify.max_user_watches)",
+                    "limit of inotify watches of this user reached (sysctl fs.inotify.max_user_watches)",
                 ),
                 e => io::Error::new(
                     io::Error::from(e).kind(),

@@ -1,7 +1,6 @@
-//! What this process may use.
+//! How many flows a worker may carry, from the limit of file descriptors and the configuration.
 //!
-//! Enters: the kernel's limits and the configuration's. Leaves: how many flows one worker takes. Invariant:
-//! descriptors run out for new connections before they do for what is running. It never lowers a limit.
+//! New connections run out of descriptors before established ones do. Limits are raised, never lowered.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 

@@ -1,7 +1,6 @@
-//! Panics, of whatever task or thread.
+//! Logs and counts panics, of any task or thread.
 //!
-//! Enters: a panic. Leaves: a log line that says where, and a count. Invariant: none is lost because nobody asks for the
-//! result of its task; it ends its task only. It never ends the process.
+//! A panic ends its task and not the process; without this hook, one whose result nobody reads would be lost.
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},

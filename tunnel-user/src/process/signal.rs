@@ -1,7 +1,6 @@
-//! Signals that this process receives.
+//! Signals that end the daemon, and the one that reloads its configuration.
 //!
-//! Enters: what the kernel delivers. Leaves: those that end the daemon, and the one that has it read its file again.
-//! Invariant: from the moment that it is made, none is lost. It never handles what a command in the foreground should get.
+//! From the moment that this is created, none is lost.
 
 use std::io;
 

@@ -1,8 +1,8 @@
-//! Heads of HTTP/1 messages: read as far as they go, and no further than a bound.
+//! Heads of HTTP/1 messages.
 //!
-//! Enters: a byte stream. Leaves: one head at a time, and what has come behind it. Invariant: a head is whole
-//! before anything is made of it, and never longer than [`HEAD_MAX`]. It never reads a body, and knows no
-//! method and no status.
+//! # Invariants
+//! - A head is complete before it is parsed, and no longer than [`HEAD_MAX`].
+//! - What follows the head is returned unparsed.
 
 use std::io;
 
@@ -20,16 +20,16 @@ const STEP: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeadError {
     /// They are not HTTP/1 (RFC 9112).
-    #[error("it is not HTTP/1: {0}")]
+    #[error("malformed HTTP/1 head: {0}")]
     Syntax(httparse::Error),
     /// Its first line has not ended where the whole head had to.
-    #[error("its first line is longer than {HEAD_MAX} bytes")]
+    #[error("request line longer than {HEAD_MAX} bytes")]
     LineTooLong,
     /// It has not ended where it had to.
-    #[error("its head is longer than {HEAD_MAX} bytes")]
+    #[error("head longer than {HEAD_MAX} bytes")]
     TooLong,
     /// It has too many fields.
-    #[error("its head has more than {FIELDS_MAX} fields")]
+    #[error("head with more than {FIELDS_MAX} fields")]
     TooManyFields,
 }
 

@@ -1,8 +1,8 @@
-//! The byte stream under HTTP, and its end.
+//! The byte stream under HTTP, over TCP or TLS, and its orderly close.
 //!
-//! Enters: a TCP or TLS stream. Leaves: the same, whose errors say what the peer said, and whose close loses
-//! nothing. Invariant: a peer's alert is not hidden by the broken pipe that comes with it; a connection that
-//! ended cleanly is closed only once the peer has closed it too. It adds no buffer.
+//! # Invariants
+//! - A peer's alert is not hidden by the broken pipe that comes with it.
+//! - A connection that ended cleanly is closed only once the peer has closed it too.
 
 use std::{
     io,

@@ -1,8 +1,6 @@
-//! What carries bytes between us and a peer.
+//! What carries bytes between us and a peer: TCP, TLS records, HTTP/1 heads, HTTP/2 windows, PROXY headers, name resolution.
 //!
-//! Enters: addresses, certificates and keys. Leaves: connections whose far end has proved who it is.
-//! Invariant: there is no way to a peer's bytes around the checks that the configuration asks for. It
-//! never decides what a peer may reach; that is the policy's.
+//! A peer's bytes cannot be reached around the certificate checks that the configuration requires.
 
 pub mod alert;
 pub mod h1;

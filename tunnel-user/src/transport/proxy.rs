@@ -1,8 +1,9 @@
-//! The PROXY protocol: who a connection is from, said in front of it (haproxy's doc/proxy-protocol.txt).
+//! The PROXY protocol, versions 1 and 2 (haproxy's doc/proxy-protocol.txt): reads the client's address from the start of a
+//! connection, and writes a header of version 2.
 //!
-//! Enters: the first bytes of a connection, in version 1 or 2; or what is to be said in front of one. Leaves: a
-//! client's address; or a header of version 2. Invariant: a header is whole before it is believed, and no longer
-//! than [`V1_MAX`] or [`V2_MAX`]; nothing behind it is touched. It never believes an identity that it is told.
+//! # Invariants
+//! - A header is complete before it is used, and no longer than [`V1_MAX`] or [`V2_MAX`]; what follows it is not consumed.
+//! - An identity in a header is ignored.
 
 use std::{
     io,
@@ -47,13 +48,13 @@ pub const TLV_IDENTITY: u8 = 0xE5;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// It begins with something else.
-    #[error("no PROXY header in front of it")]
+    #[error("no PROXY header")]
     Missing,
     /// It begins like one.
-    #[error("its PROXY header cannot be read: {0}")]
+    #[error("malformed PROXY header: {0}")]
     Syntax(&'static str),
     /// It has not ended where it had to.
-    #[error("its PROXY header is longer than {0} bytes")]
+    #[error("PROXY header longer than {0} bytes")]
     TooLong(usize),
 }
 
@@ -64,7 +65,7 @@ pub enum ReadError {
     #[error("{0}")]
     Header(#[from] HeaderError),
     /// The connection ended, or broke, before it was whole.
-    #[error("{0} before its PROXY header was complete")]
+    #[error("{0} before the PROXY header was complete")]
     Io(#[from] io::Error),
 }
 

@@ -1,12 +1,12 @@
-//! Names to addresses, for whatever this process connects to.
+//! Name resolution, for everything that this process connects to.
 //!
-//! Enters: names. Leaves: the addresses of both families, or why there are none. Invariant: a look-up is over with the
-//! future that wants it: its sockets and tasks go at once, and no thread waits for it. What one peer has looked up at
-//! the same time is bounded by [`Lookups`], so that its slow names delay nobody else's. It keeps no answer.
+//! It follows the system's files as getaddrinfo(3) does with `hosts: files dns`: first /etc/hosts, then the name servers, search list
+//! and options of /etc/resolv.conf, each read again when it has changed. `localhost`, and names below it, are this host (RFC 6761
+//! section 6.3). Other sources of /etc/nsswitch.conf (mDNS, LDAP, sssd) are not used. Answers are not cached.
 //!
-//! It goes by the system's files as getaddrinfo(3) does with `hosts: files dns`: first /etc/hosts, then the name servers,
-//! search list and options of /etc/resolv.conf, each read anew when it has changed. `localhost`, and what is below it,
-//! is this host (RFC 6761 section 6.3). Other sources of /etc/nsswitch.conf (mDNS, LDAP, sssd) are not asked.
+//! # Invariants
+//! - A look-up ends with the future that awaits it: its sockets and tasks go at once, and no thread waits for it.
+//! - Concurrent look-ups of one peer are bounded by [`Lookups`], so that its slow names delay nobody else's.
 
 use std::{
     cell::RefCell,
@@ -192,7 +192,7 @@ impl System {
     fn read(stamps: [Option<Stamp>; 2]) -> Self {
         let read = fs::read(RESOLV_CONF).unwrap_or_default();
         let (config, mut options) = system_conf::parse_resolv_conf(&read).unwrap_or_else(|e| {
-            tracing::debug!(file = RESOLV_CONF, "no name server in it, so this host's own is asked: {e}");
+            tracing::debug!(file = RESOLV_CONF, "no usable name server; using the one on this host: {e}");
             // resolv.conf(5).
             let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
             (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())

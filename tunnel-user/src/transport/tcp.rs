@@ -1,8 +1,6 @@
-//! TCP sockets of ours.
+//! TCP sockets: connected or listening, with the options that every socket of the daemon has.
 //!
-//! Enters: addresses. Leaves: connected or listening sockets with the options that every socket of the
-//! daemon has. Invariant: each that connects is registered with the daemon's captures before it does ([`Own`]),
-//! so that it is never captured. It never resolves names.
+//! A socket that connects is registered with the daemon's captures before it does ([`Own`]), so that it is never captured.
 
 use std::{
     fmt, io,

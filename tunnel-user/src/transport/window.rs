@@ -1,12 +1,12 @@
-//! How much a peer may send on a stream before we have passed it on: bandwidth × delay, within bounds.
+//! HTTP/2 stream windows: bandwidth × delay, within bounds.
 //!
-//! Enters: what streams receive and pass on; when PINGs left and were answered. Leaves: when a PING is worth its
-//! bytes, and the window that the peer is to be told. Invariant: a window is never outside its bounds, and shrinks
-//! for all when much is held, so that streams that are stuck leave the others theirs. It never touches a connection.
+//! What arrives between a PING and its answer fills one round trip. Multiplied by the round-trip time of an idle path, it is bandwidth
+//! × delay: where the window limits a stream, the window itself, so that it doubles with each round trip; where it does not, a
+//! window of twice as much is what the stream has use for, and no more.
 //!
-//! What arrives between a PING and its answer fills one round trip. Times what a round trip takes when nothing is in
-//! the way, it is bandwidth × delay: where the window is what limits a stream, the window itself, so that it doubles
-//! with each round trip; where it is not, a window of twice as much is what the stream has use for, and no more.
+//! # Invariants
+//! - A window is never outside its bounds.
+//! - Windows shrink for all streams when much is held, so that stuck streams leave the others theirs.
 
 use std::{
     cell::{Cell, RefCell},

@@ -1,8 +1,10 @@
 //! A report as a part of a Markdown document, as GitHub shows it.
 //!
-//! Enters: a report, and a document with two markers. Leaves: the document with the report between them, and the
-//! plots beside it. Invariant: what stands outside of the markers stays as it is, and what stands between them is of
-//! one report. It never trusts text: what Markdown would obey is escaped.
+//! The report replaces what is between two markers of the document; some of its plots are written beside it.
+//!
+//! # Invariants
+//! - What is outside of the markers stays as it is, and what is between them is of one report.
+//! - Text from the report is escaped: Markdown obeys none of it.
 
 use std::{
     fmt, fs, io,
@@ -20,7 +22,7 @@ use crate::{
 use super::{
     files::{self, WriteError},
     number::{self, NONE},
-    plots,
+    plots::{Plot, plots},
     words::{absence, machine, plain, taken},
 };
 
@@ -59,7 +61,7 @@ pub fn publish(report: &Report, document: &Path, folder: &str) -> Result<(), Pub
     let placed = between(&text, &results(report, folder));
     let placed = placed.ok_or_else(|| PublishError::NoMarkers(document.to_owned()))?;
     let home = document.parent().unwrap_or(Path::new(""));
-    files::save_plots(&plots(report), &home.join(folder)).map_err(PublishError::Write)?;
+    files::save_plots(&drawn(report), &home.join(folder)).map_err(PublishError::Write)?;
     files::replace(document, placed.as_bytes()).map_err(PublishError::Write)
 }
 
@@ -80,9 +82,9 @@ fn results(report: &Report, folder: &str) -> String {
     for fault in &report.faults {
         out.push_str(&format!("\n**Failed: {}**\n", escape(fault)));
     }
-    let drawn = plots(report);
+    let drawn = drawn(report);
     for scenario in &report.scenarios {
-        out.push_str(&format!("\n### {}\n{}\n\n", escape(&scenario.title), escape(&scenario.about)));
+        out.push_str(&format!("\n## {}\n{}\n\n", escape(&scenario.title), escape(&scenario.about)));
         out.push_str(&table(scenario));
         for arm in &scenario.arms {
             if let Some(why) = absence(arm) {
@@ -94,6 +96,18 @@ fn results(report: &Report, folder: &str) -> String {
         }
     }
     out
+}
+
+/// The plots that a document shows: ratios to the first arm, what rules cost, and memory. The page of a report has all.
+fn drawn(report: &Report) -> Vec<Plot> {
+    let first = |scenario: &Scenario| scenario.arms.first().map_or_else(String::new, |arm| arm.name.clone());
+    let bases: Vec<_> =
+        report.scenarios.iter().map(|s| format!("{}-ratios-to-{}", s.name, first(s))).collect();
+    let mut drawn = plots(report);
+    drawn.retain(|plot| {
+        bases.contains(&plot.name) || plot.name.contains("-rules-") || plot.name.ends_with("-memory")
+    });
+    drawn
 }
 
 /// A row per workload and figure, a column per arm: the median, and behind it the ratio to the first arm.
@@ -172,7 +186,7 @@ mod tests {
         publish(&report, &document, "plots/here").unwrap();
         let text = fs::read_to_string(&document).unwrap();
         assert!(text.starts_with("before\n") && text.ends_with(&format!("{END}\nafter\n")), "{text}");
-        assert!(!text.contains("\nold\n") && text.contains("### "), "{text}");
+        assert!(!text.contains("\nold\n") && text.contains("## "), "{text}");
         for (at, _) in text.match_indices("(plots/here/") {
             let name = text[at + 1..].split(')').next().unwrap();
             assert!(folder.path().join(name).is_file(), "{name}");

@@ -1,7 +1,6 @@
-//! What others have set up that breaks a capture, or that a capture makes void.
+//! Programs on cgroups and firewall rules of others that break a capture, or that a capture makes ineffective.
 //!
-//! Enters: programs on control groups, rules of firewalls. Leaves: findings that name them. Invariant: it looks and changes
-//! nothing. What it finds in other network namespaces than its own, is nothing.
+//! Only the network namespace of this process is inspected, and nothing is changed.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -32,12 +31,12 @@ pub(super) fn by_name() -> Finding {
     match refused {
         None => Finding::ok(
             CHECK,
-            "a group that is removed and created again is captured from its first connection",
+            "a cgroup that is removed and created again is captured from its first connection",
         ),
         Some(e) => Finding::warn(
             CHECK,
             e.summary(),
-            "`tunnel run` captures a group that is created again up to a second late, its first connections in plaintext.\nIt \
+            "`tunnel run` captures a cgroup that is created again up to a second late; its first connections are in plaintext.\nIt \
              takes kernel BTF (CONFIG_DEBUG_INFO_BTF), CAP_PERFMON, and a kernel that is not locked down to \
              \"confidentiality\".",
         ),
@@ -67,14 +66,14 @@ pub(super) fn exclusive() -> Finding {
             CHECK,
             Lacks::Kernel,
             format!(
-                "{program} was attached without BPF_F_ALLOW_MULTI: none can be attached beside or below it"
+                "{program} was attached without BPF_F_ALLOW_MULTI: no other program can be attached beside or below it"
             ),
             format!(
                 "Have its owner attach it with BPF_F_ALLOW_MULTI, or detach it: bpftool prog show id {}",
                 program.id
             ),
         ),
-        None => Finding::ok(CHECK, "none keeps ours away from this group"),
+        None => Finding::ok(CHECK, "none prevents attaching to this cgroup"),
     }
 }
 
@@ -94,12 +93,12 @@ pub(super) fn packet_filters() -> Finding {
         rest.extend(below(&dir));
     }
     if found.is_empty() {
-        return Finding::ok(CHECK, format!("no program filters packets of a cgroup ({looked} looked at)"));
+        return Finding::ok(CHECK, format!("no program filters packets of a cgroup ({looked} inspected)"));
     }
     Finding::info(
         CHECK,
         format!(
-            "{}; rules by destination (IPAddressDeny=) do not see where captured connections go",
+            "{}; rules by destination (IPAddressDeny=) do not see the destinations of captured connections",
             named(found.iter().map(ToString::to_string))
         ),
     )
@@ -110,12 +109,12 @@ pub(super) fn rules() -> Finding {
     const CHECK: &str = "firewall";
     let found = firewall::examine(config::MARK.value());
     if found.is_empty() {
-        return Finding::ok(CHECK, "no rule is known that is in the way");
+        return Finding::ok(CHECK, "no rule found that interferes");
     }
     Finding::warn(
         CHECK,
         named(found.iter().map(ToString::to_string)),
-        "Accept what goes over lo, and filter captured applications where their connections leave: at the gateway, or by \
+        "Accept packets on lo, and filter captured applications at the gateway, or with \
          routes and `exclude`.",
     )
 }

@@ -1,13 +1,14 @@
-//! Who holds the other end of a connection on this node.
+//! Finds the process at the other end of a connection over loopback: the inode of its socket, and who holds it.
 //!
-//! Enters: our socket of a connection over loopback. Leaves: the inode of the application's, and the process that has
-//! it. Invariant: more than one process, or more descriptors than can be looked through, is no answer. It opens nothing.
+//! More than one process, or more descriptors than can be searched, is no answer.
 
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink, socket_with};
 
 use super::Refusal;
 use crate::kernel::{group::Group, sys};
@@ -89,15 +90,8 @@ impl Diag {
 }
 
 fn netlink() -> io::Result<OwnedFd> {
-    const NETLINK_SOCK_DIAG: libc::c_int = 4;
-    // SAFETY: makes a descriptor, or fails.
-    let fd =
-        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::SOCK_DIAG))?)
 }
 
 /// The one process of a group that has this socket, and one of its descriptors for it.

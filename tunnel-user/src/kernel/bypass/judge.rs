@@ -1,10 +1,8 @@
-//! Whether a program can bear what a sockmap does to its socket.
+//! Whether a program can bear what a sockmap does to its socket. What cannot be inspected is rejected.
 //!
-//! Enters: a process. Leaves: that nothing speaks against it, or what does. Invariant: what cannot be judged is refused.
-//! It never runs anything, and reads no more of a file than its tables.
-//!
-//! splice(2) on a socket in a sockmap does not see what is redirected: it waits for ever. Who calls it by its name has
-//! the name among its dynamic symbols; Go calls the kernel by itself, and so may what is linked statically.
+//! splice(2) on a socket in a sockmap does not see what is redirected: it waits for ever. A program that calls it by name has the
+//! name among its dynamic symbols; Go calls the kernel directly, and so may what is statically linked. No more of a file is
+//! read than its tables.
 
 use std::{
     collections::{HashMap, HashSet},

@@ -1,7 +1,8 @@
-//! Who asks for a bypass, and who makes it: a thread for each capture, beside the path of the bytes.
+//! Promotes connections to bypass, on a thread per capture beside the data path.
 //!
-//! Enters: connections that have proved to be worth it. Leaves: pairs, or why not. Invariant: an application's socket is
-//! touched only once nothing speaks against it, and our duplicate of it is closed at once. It never waits for anybody.
+//! # Invariants
+//! - An application's socket is touched only once every check has passed, and our duplicate of it is closed at once.
+//! - Callers never wait.
 
 use std::{
     fmt, io,
@@ -68,15 +69,15 @@ impl Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Blocking => "its descriptor blocks",
-            Self::Splices => "its program may call splice(2)",
-            Self::Go => "its program is written in Go",
-            Self::Static => "its program is linked statically",
-            Self::Shared => "more than one process has its socket",
-            Self::Options => "its socket has options that would not be heeded",
-            Self::Unknown => "its program or its processes cannot be judged",
-            Self::Gone => "it is gone",
-            Self::Kernel => "the kernel does not take it",
+            Self::Blocking => "blocking descriptor",
+            Self::Splices => "the program may call splice(2)",
+            Self::Go => "the program is written in Go",
+            Self::Static => "the program is statically linked",
+            Self::Shared => "more than one process holds the socket",
+            Self::Options => "unsupported socket options",
+            Self::Unknown => "the program cannot be inspected",
+            Self::Gone => "the socket is gone",
+            Self::Kernel => "rejected by the kernel",
         })
     }
 }
@@ -213,8 +214,8 @@ fn serve(bypass: &Arc<Bypass>, group: &Group, asks: &mpsc::Receiver<Option<Ask>>
             counter.fetch_add(1, Ordering::Relaxed);
         }
         match &made {
-            Ok(_) => tracing::debug!(?took, "a connection goes past TCP"),
-            Err(why) => tracing::debug!(?took, "no bypass for a connection: {why}"),
+            Ok(_) => tracing::debug!(?took, "connection bypassed"),
+            Err(why) => tracing::debug!(?took, "connection not bypassed: {why}"),
         }
         // Its flow may have ended.
         let _late = answer.send(made);

@@ -1,8 +1,7 @@
-//! Bypass, tried on a connection of our own before any application's is touched.
+//! Self-test of bypass on a connection of our own, before any application's is touched.
 //!
-//! Enters: the program. Leaves: that it redirects on this kernel, and that what it redirects is charged to its reader, by
-//! which its queue is bounded (Linux 6.13, "tcp_bpf: Add sk_rmem_alloc related logic for tcp_bpf ingress redirection").
-//! Invariant: nothing is taken for granted by a version. It leaves nothing behind.
+//! It shows that the program redirects on this kernel, and that what it redirects is charged to its reader, which bounds the queue
+//! (Linux 6.13, "tcp_bpf: Add sk_rmem_alloc related logic for tcp_bpf ingress redirection"). No version number is trusted.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -61,17 +60,19 @@ pub(super) fn run(bypass: &Arc<Bypass>) -> Result<(), BypassError> {
     }
     if pair.redirected(APPLICATION) == 0 || pair.redirected(DAEMON) == 0 {
         return Err(BypassError::Proof(
-            "nothing goes past TCP, or TCP's memory (net.ipv4.tcp_mem) is used up",
+            "nothing was redirected, or TCP memory (net.ipv4.tcp_mem) is exhausted",
         ));
     }
     let charged = |n: usize| u32::try_from(n).is_ok_and(|n| pair.look().queued == n);
     (&ours).write_all(&UNREAD).map_err(BypassError::Trial)?;
     if !charged(UNREAD.len()) {
-        return Err(BypassError::Proof("what waits is not charged to its reader, so nothing would bound it"));
+        return Err(BypassError::Proof(
+            "redirected bytes are not charged to their reader, so they would be unbounded",
+        ));
     }
     read(&mut &theirs, &mut UNREAD.clone()).map_err(BypassError::Trial)?;
     if !charged(0) {
-        return Err(BypassError::Proof("what was read is still charged to its reader"));
+        return Err(BypassError::Proof("bytes stay charged to their reader after they were read"));
     }
     Ok(())
 }

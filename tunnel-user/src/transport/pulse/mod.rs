@@ -1,8 +1,9 @@
-//! The PING of an HTTP/2 connection, of which one can be under way: whether the peer is alive, and how far away it is.
+//! The PING of an HTTP/2 connection, of which one is outstanding at a time: liveness of the peer, and round-trip time.
 //!
-//! Enters: a connection that is polled, a clock. Leaves: answers, silence, and other windows for the connection's
-//! streams. Invariant: a peer is asked whether it is alive once in an interval at least; a PING that measures replaces
-//! one of those, and is never taken for silence earlier than it. It never ends a connection.
+//! # Invariants
+//! - Liveness is checked at least once per interval. A PING that measures replaces one of those checks, and counts as unanswered no
+//!   earlier than they do.
+//! - It never ends a connection.
 
 use std::{
     rc::Rc,
@@ -115,7 +116,7 @@ impl Pulse {
         if let Some(window) = self.windows.change(self.traffic.held())
             && connection.resize(window)
         {
-            tracing::debug!(window, received, held = self.traffic.held(), "streams have another window");
+            tracing::debug!(window, received, held = self.traffic.held(), "stream window changed");
             self.windows.told(window);
             new = true;
         }

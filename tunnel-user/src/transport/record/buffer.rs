@@ -1,8 +1,7 @@
-//! Room for records on their way, which exists only while there are some.
+//! Buffers for TLS records in transit.
 //!
-//! Enters: nothing. Leaves: buffers of one size. Invariant: a buffer that is given back is the next one taken, so it
-//! is warm, and is cleared never: what is in it was, or will be, on the wire of this process. An idle connection
-//! holds none.
+//! A returned buffer is the next one taken, so it is warm. It is not cleared: its contents were, or will be, on the wire of this
+//! process. An idle connection holds none.
 
 use std::{cell::RefCell, ops::Range};
 

@@ -1,8 +1,8 @@
-//! Shaking hands: rustls decides, this carries.
+//! The TLS handshake: rustls decides, this moves its bytes. The caller bounds the time.
 //!
-//! Enters: a byte stream, and a configuration. Leaves: a stream of records, and what both sides agreed on. Invariant: a
-//! handshake that fails has told the peer why, as far as it listens; what came behind the handshake is not lost. The
-//! caller bounds the time.
+//! # Invariants
+//! - A handshake that fails has sent its alert, as far as the peer reads.
+//! - What follows the handshake is not lost.
 
 use std::{
     io,

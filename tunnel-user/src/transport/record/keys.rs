@@ -1,8 +1,6 @@
 //! One direction's key: seals or opens records, and counts them.
 //!
-//! Enters: a traffic key from rustls. Leaves: sealed records, or what was in them. Invariant: a nonce is used once:
-//! the sequence number goes up with each record and begins anew only with a new key (RFC 8446 section 5.3). It never
-//! sees a secret from which keys are made.
+//! A nonce is used once: the sequence number grows with each record, and restarts only with a new key (RFC 8446 section 5.3).
 
 use std::ops::Range;
 

@@ -1,12 +1,10 @@
-//! The record layer of TLS 1.3 (RFC 8446 section 5), once rustls has shaken hands.
+//! The record layer of TLS 1.3 (RFC 8446 section 5), after rustls has completed the handshake.
 //!
-//! Enters: a byte stream, and a rustls configuration. Leaves: the same stream with TLS over it, and what both
-//! sides agreed on. Invariant: who the peer is, and every key, is rustls's word; here records are sealed and opened
-//! with them, each sequence number once. It never decides whom to trust.
+//! rustls verifies the peer and derives every key; records are sealed and opened with them here, each sequence number once.
 //!
-//! rustls's own record layer copies each record three times, into memory that it has just been given, and reads 4 to 8
-//! KiB at a time. This one seals from where the bytes are to where the socket takes them, opens where they were
-//! received, and reads and writes eight records at once.
+//! rustls's own record layer copies each record three times, into freshly allocated memory, and reads 4 to 8 KiB at a time. This
+//! one seals from where the bytes are to where the socket takes them, opens where they were received, and reads and writes eight
+//! records at once.
 
 mod buffer;
 mod handshake;

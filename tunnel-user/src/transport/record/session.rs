@@ -48,28 +48,28 @@ pub enum RecordError {
     #[error(transparent)]
     Alert(rustls::Error),
     /// Altered on the way, or sealed with another key.
-    #[error("the peer sent a record that cannot be decrypted")]
+    #[error("record cannot be decrypted")]
     Decrypt,
     /// Longer than TLS allows.
-    #[error("the peer sent a record that is too long")]
+    #[error("record too long")]
     Oversized,
     /// Not now, or not at all.
-    #[error("the peer sent {0}, which has no place here")]
+    #[error("unexpected message from the peer: {0}")]
     Unexpected(&'static str),
     /// A ticket that cannot be read, or a key that cannot be made.
-    #[error("the peer sent a message that cannot be taken: {0}")]
+    #[error("message from the peer rejected: {0}")]
     Message(rustls::Error),
     /// So many records that nothing is sealed any more.
-    #[error("too many records for one key")]
+    #[error("record limit of the key reached")]
     Exhausted,
     /// A cipher suite that this is not made for.
-    #[error("a cipher suite that is not spoken here")]
+    #[error("unsupported cipher suite")]
     Suite,
     /// The cipher failed.
-    #[error("a record could not be sealed")]
+    #[error("record cannot be encrypted")]
     Crypto,
     /// Our own word: close_notify was sent.
-    #[error("more data behind its end")]
+    #[error("data after close_notify")]
     Ended,
 }
 
@@ -279,14 +279,14 @@ impl Session {
         }
         let (content, inside) = self.rx.open(&mut buffer.filled_mut()[..len])?;
         if !self.message.is_empty() && content != Content::Handshake {
-            return Err(RecordError::Unexpected("something else in the middle of a handshake message"));
+            return Err(RecordError::Unexpected("record of another type within a handshake message"));
         }
         let place = buffer.place(inside);
         match content {
             Content::Data if place.start == place.end => {
                 self.empty += 1;
                 if self.empty > EMPTY_MAX {
-                    return Err(RecordError::Unexpected("one empty record after the other"));
+                    return Err(RecordError::Unexpected("too many empty records"));
                 }
                 self.received_by(len);
             }
@@ -301,7 +301,7 @@ impl Session {
             }
             Content::Alert => {
                 let [_level, alert] = *buffer.at(place) else {
-                    return Err(RecordError::Unexpected("an alert that is none"));
+                    return Err(RecordError::Unexpected("malformed alert"));
                 };
                 self.received_by(len);
                 self.alerted(AlertDescription::from(alert))?;
@@ -317,7 +317,7 @@ impl Session {
             AlertDescription::UserCanceled => {
                 self.warnings += 1;
                 if self.warnings > WARNINGS_MAX {
-                    return Err(RecordError::Unexpected("one warning after the other"));
+                    return Err(RecordError::Unexpected("too many warning alerts"));
                 }
             }
             alert => return Err(RecordError::Alert(rustls::Error::AlertReceived(alert))),
@@ -337,7 +337,7 @@ impl Session {
             let Some((body, behind)) = behind.split_at_checked(len) else { break };
             self.messages += 1;
             if self.messages > MESSAGES_MAX {
-                return Err(RecordError::Unexpected("one handshake message after the other"));
+                return Err(RecordError::Unexpected("too many handshake messages"));
             }
             rest = behind;
             match (*kind, &mut self.kernel) {
@@ -347,7 +347,7 @@ impl Session {
                 (KEY_UPDATE, _) => {
                     // The next record has another key: nothing of this one is left (RFC 8446 section 5.1).
                     let ([wanted @ (0 | 1)], []) = (body, rest) else {
-                        return Err(RecordError::Unexpected("a key update that is none"));
+                        return Err(RecordError::Unexpected("malformed KeyUpdate"));
                     };
                     self.rx = Key::new(self.kernel.next_rx().map_err(RecordError::Message)?)?;
                     // One answer is enough for all that came meanwhile (RFC 8446 section 4.6.3).
@@ -355,7 +355,7 @@ impl Session {
                         self.update_tx()?;
                     }
                 }
-                _ => return Err(RecordError::Unexpected("a handshake message")),
+                _ => return Err(RecordError::Unexpected("handshake message after the handshake")),
             }
         }
         let left = rest.len();

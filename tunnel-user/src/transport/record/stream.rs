@@ -1,8 +1,8 @@
-//! A byte stream with TLS over it.
+//! A byte stream with TLS over it, after the handshake.
 //!
-//! Enters: a byte stream whose handshake is done. Leaves: plaintext, and records. Invariant: an end without
-//! close_notify is an error (RFC 8446 section 6.1); what was written is in the stream below once it was flushed. It
-//! holds what its session holds.
+//! # Invariants
+//! - An end without close_notify is an error (RFC 8446 section 6.1).
+//! - What was written is in the stream below once it was flushed.
 
 use std::{
     io::{self, IoSlice},
