@@ -368,6 +368,10 @@ impl Leg for TcpLeg {
         // The drop does it.
     }
 
+    fn is_bypassed(&self) -> bool {
+        self.hot.as_ref().is_some_and(|hot| hot.is_on())
+    }
+
     fn as_tcp(&mut self) -> Option<&mut TcpLeg> {
         Some(self)
     }
