@@ -1,8 +1,9 @@
 //! What must hold for every input, however it came about.
 //!
-//! Enters: bytes, as a peer or an operator could send or write them. Leaves: nothing, or a panic that names the promise
-//! that was broken. Invariant: each function asks what a parser promises to those who use it, and not how it works.
-//! `cargo xtask fuzz` looks for inputs; the corpora are tried by `cargo xtask test` as well.
+//! Each function takes bytes, as a peer or an operator could send or write them, and panics where a promise to those who
+//! use the parser is broken. `cargo xtask fuzz` looks for inputs; `cargo xtask test` tries the corpora as well.
+
+mod records;
 
 use std::path::Path;
 
@@ -30,12 +31,13 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 5] = [
+pub const ALL: [(&str, Check); 6] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("inspect", inspect),
     ("proxy_header", proxy_header),
     ("config", config),
+    ("records", records),
 ];
 
 /// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
@@ -133,6 +135,11 @@ pub fn proxy_header(input: &[u8]) {
     let again = proxy::parse(&said).expect("what we write can be read").expect("it is whole");
     let (Some(again), length) = again else { panic!("it has an address") };
     assert_eq!((again.0.ip().to_canonical(), length), (client.0.ip().to_canonical(), said.len()));
+}
+
+/// A TLS record session: what its peer seals, what happens to that on the way, and what is written and read meanwhile.
+pub fn records(input: &[u8]) {
+    records::run(input);
 }
 
 /// A configuration file.

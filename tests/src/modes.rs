@@ -67,8 +67,8 @@ const ALLOWED: &str = "[\"10.200.0.0/24\", \"fd00:200::/64\"]";
 pub const COPY: Mode =
     Mode { daemon: "relay = \"copy\"", capture: "", sink: Sink::Direct, proof: None, chat: 25, rest: 10 };
 
-/// Makes a test of each function for each mode: `each_mode! { NAME = FUNCTION; … }`, where a function takes a [`Mode`]. A
-/// mode is a line here, and nowhere else.
+/// Makes a test of each function for each mode: `each_mode! { /// PROMISE\n NAME = FUNCTION; … }`, where a function takes a
+/// [`Mode`]. A mode is a line here, and nowhere else.
 #[macro_export]
 macro_rules! each_mode {
     ($($tests:tt)*) => {
@@ -109,11 +109,12 @@ macro_rules! each_mode {
 /// The tests of one mode.
 #[macro_export]
 macro_rules! mode {
-    ($mode:ident, $is:expr, $($name:ident = $test:expr;)*) => {
+    ($mode:ident, $is:expr, $($(#[$doc:meta])* $name:ident = $test:expr;)*) => {
         mod $mode {
             use super::*;
 
-            $(#[test]
+            $($(#[$doc])*
+            #[test]
             fn $name() -> anyhow::Result<()> {
                 ($test)(&$is)
             })*

@@ -24,6 +24,7 @@ fn parts(answer: &Answer) -> (u16, &str) {
     (answer.status.as_u16(), error)
 }
 
+/// A CONNECT request for a reachable target is answered with 200, and only after the target has accepted.
 #[test]
 fn a_target_that_answers_is_200() -> Result<()> {
     let world = World::new()?;
@@ -35,6 +36,7 @@ fn a_target_that_answers_is_200() -> Result<()> {
     Ok(())
 }
 
+/// The gateway resolves a target that is a name.
 #[test]
 fn a_name_is_resolved_at_the_gateway() -> Result<()> {
     let world = World::new()?;
@@ -49,6 +51,9 @@ fn a_name_is_resolved_at_the_gateway() -> Result<()> {
     Ok(())
 }
 
+/// A name that does not resolve is answered with 502 and `dns_error`.
+///
+/// Failure: target-fails.
 #[test]
 fn a_name_that_does_not_resolve_is_502_dns_error() -> Result<()> {
     let world = World::new()?;
@@ -59,6 +64,9 @@ fn a_name_that_does_not_resolve_is_502_dns_error() -> Result<()> {
     Ok(())
 }
 
+/// A target that refuses the connection is answered with 502 and `connection_refused`.
+///
+/// Failure: target-fails.
 #[test]
 fn a_target_that_refuses_is_502_connection_refused() -> Result<()> {
     let world = World::new()?;
@@ -68,6 +76,9 @@ fn a_target_that_refuses_is_502_connection_refused() -> Result<()> {
     Ok(())
 }
 
+/// A target without a route is answered with 503 and `destination_ip_unroutable`.
+///
+/// Failure: target-fails.
 #[test]
 fn a_target_without_a_route_is_503_destination_ip_unroutable() -> Result<()> {
     let world = World::new()?;
@@ -77,6 +88,9 @@ fn a_target_without_a_route_is_503_destination_ip_unroutable() -> Result<()> {
     Ok(())
 }
 
+/// A target that never answers is reported as 504 and `connection_timeout` after the dial timeout.
+///
+/// Failure: target-fails.
 #[test]
 fn a_target_that_never_answers_is_504_connection_timeout() -> Result<()> {
     let world = World::new()?;
@@ -86,6 +100,9 @@ fn a_target_that_never_answers_is_504_connection_timeout() -> Result<()> {
     Ok(())
 }
 
+/// A target that no policy allows is answered with 403 and `http_request_denied`.
+///
+/// Failure: refused.
 #[test]
 fn what_policy_does_not_allow_is_403_http_request_denied() -> Result<()> {
     let world = World::new()?;
@@ -101,6 +118,9 @@ fn what_policy_does_not_allow_is_403_http_request_denied() -> Result<()> {
     Ok(())
 }
 
+/// A wide policy does not allow metadata and link-local addresses, nor the gateway's own listeners.
+///
+/// Failure: refused.
 #[test]
 fn metadata_and_link_local_addresses_and_our_own_listeners_are_403_under_any_wide_rule() -> Result<()> {
     let world = World::new()?;
@@ -116,6 +136,7 @@ fn metadata_and_link_local_addresses_and_our_own_listeners_are_403_under_any_wid
     Ok(())
 }
 
+/// A CONNECT request whose authority is not HOST:PORT is answered with 400.
 #[test]
 fn an_authority_that_is_no_target_is_400() -> Result<()> {
     let world = World::new()?;
@@ -127,6 +148,7 @@ fn an_authority_that_is_no_target_is_400() -> Result<()> {
     Ok(())
 }
 
+/// A method other than CONNECT is answered with 405.
 #[test]
 fn a_method_that_is_not_connect_is_405() -> Result<()> {
     let world = World::new()?;

@@ -244,6 +244,9 @@ fn played(
     Ok(wrong)
 }
 
+/// A malformed request over HTTP/2 fails its own stream only.
+///
+/// Failure: hostile-peers.
 #[test]
 fn a_bad_head_over_http_2_is_refused_and_the_other_streams_of_its_connection_go_on() -> Result<()> {
     let world = World::new()?;
@@ -259,6 +262,9 @@ fn a_bad_head_over_http_2_is_refused_and_the_other_streams_of_its_connection_go_
     Ok(())
 }
 
+/// An error of the HTTP/2 connection closes that connection and no other.
+///
+/// Failure: hostile-peers.
 #[test]
 fn what_breaks_http_2_for_every_stream_ends_its_own_connection_only() -> Result<()> {
     let world = World::new()?;
@@ -301,6 +307,9 @@ fn what_breaks_http_2_for_every_stream_ends_its_own_connection_only() -> Result<
     Ok(())
 }
 
+/// A second request on an established stream ends the stream and is never dialled.
+///
+/// Failure: hostile-peers.
 #[test]
 fn a_second_head_on_a_tunnel_ends_it_and_is_never_a_request() -> Result<()> {
     let world = World::new()?;
@@ -320,6 +329,10 @@ fn a_second_head_on_a_tunnel_ends_it_and_is_never_a_request() -> Result<()> {
     Ok(())
 }
 
+/// A malformed or unsupported HTTP/1 request is answered and its connection closed; other connections are not
+/// affected.
+///
+/// Failure: hostile-peers.
 #[test]
 fn what_is_no_connect_request_over_http_1_is_answered_and_closed_and_nobody_else_notices() -> Result<()> {
     let world = World::new()?;

@@ -64,18 +64,21 @@ fn every_arm_moved_its_bytes(report: &Report) {
     }
 }
 
+/// Every arm of the capture benchmark moves the bytes that it reports.
 #[test]
 fn heavy_every_way_of_capturing_moves_the_bytes_it_claims() -> Result<()> {
     every_arm_moved_its_bytes(&run(&["capture-bare", "capture"])?);
     Ok(())
 }
 
+/// Every arm of the relay benchmark moves the bytes that it reports.
 #[test]
 fn heavy_every_relay_moves_the_bytes_it_claims() -> Result<()> {
     every_arm_moved_its_bytes(&run(&["relay"])?);
     Ok(())
 }
 
+/// Every arm of the chain benchmark moves the bytes that it reports.
 #[test]
 fn heavy_every_chain_moves_the_bytes_it_claims() -> Result<()> {
     let report = run(&["chain", "fairness", "paced", "memory"])?;
@@ -87,12 +90,14 @@ fn heavy_every_chain_moves_the_bytes_it_claims() -> Result<()> {
     Ok(())
 }
 
+/// Every arm of the link benchmark moves the bytes that it reports.
 #[test]
 fn heavy_every_chain_over_a_link_moves_the_bytes_it_claims() -> Result<()> {
     every_arm_moved_its_bytes(&run(&["link-20ms", "link-100mbit"])?);
     Ok(())
 }
 
+/// An arm that is held for profiling prints its processes first, and their processor time at the end.
 #[test]
 fn an_arm_that_is_kept_up_names_its_processes_before_it_goes_on_and_what_they_did_after() -> Result<()> {
     let options = Options { workers: 1, seed: 1, command: "a test".to_owned(), peers: Peers::none() };

@@ -24,6 +24,7 @@ const BUFFERED_MAX: u64 = 8 * MIB;
 /// A round trip of another stream meanwhile. Without anybody stuck it takes a millisecond.
 const ROUND_TRIP_MAX_MS: u64 = 1000;
 
+/// 1,000 captured connections need at most twelve tunnel connections.
 #[test]
 fn heavy_a_thousand_connections_are_carried_on_at_most_twelve_tunnels() -> Result<()> {
     let world = World::new()?;
@@ -105,6 +106,9 @@ fn tunnels(done: &Finished) -> Result<usize> {
     Ok(all - streams.len() + 1)
 }
 
+/// A target that does not read holds a bounded amount of memory and stalls no other flow.
+///
+/// Failure: misbehaviour.
 #[test]
 fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()> {
     let world = World::new()?;
@@ -129,6 +133,9 @@ fn heavy_a_target_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_
     Ok(())
 }
 
+/// An application that does not read holds a bounded amount of memory and stalls no other flow.
+///
+/// Failure: misbehaviour.
 #[test]
 fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_and_stops_no_other() -> Result<()>
 {

@@ -91,6 +91,7 @@ fn told(app: &mut Running, word: &str, answer: &str) -> Result<String> {
     app.value(answer)
 }
 
+/// A busy captured connection is promoted to the bypass, and every byte arrives unchanged.
 #[test]
 fn a_busy_connection_goes_past_tcp_and_every_byte_arrives() -> Result<()> {
     for ip in [TARGET4, TARGET6] {
@@ -106,6 +107,7 @@ fn a_busy_connection_goes_past_tcp_and_every_byte_arrives() -> Result<()> {
     Ok(())
 }
 
+/// A connection that is carried through a tunnel is promoted to the bypass too.
 #[test]
 fn a_busy_connection_through_a_tunnel_goes_past_tcp_too() -> Result<()> {
     let world = World::new()?;
@@ -126,6 +128,7 @@ fn a_busy_connection_through_a_tunnel_goes_past_tcp_too() -> Result<()> {
     assert_quiet(&mut kernel)
 }
 
+/// Bulk in both directions between small exchanges arrives unchanged over the bypass.
 #[test]
 fn heavy_bulk_both_ways_at_once_between_exchanges_arrives_unchanged() -> Result<()> {
     let node = Direct::new("on")?;
@@ -141,6 +144,7 @@ fn heavy_bulk_both_ways_at_once_between_exchanges_arrives_unchanged() -> Result<
     node.end()
 }
 
+/// Over the bypass an application that does not read exerts backpressure as over TCP, and loses no byte.
 #[test]
 fn heavy_an_application_that_does_not_read_is_held_back_as_by_tcp_and_loses_nothing() -> Result<()> {
     /// What may be redirected into both queues, and what the buffers of four TCP connections differ by from one run to
@@ -166,6 +170,7 @@ fn heavy_an_application_that_does_not_read_is_held_back_as_by_tcp_and_loses_noth
     Ok(())
 }
 
+/// Half-close works over the bypass: the other direction goes on.
 #[test]
 fn the_end_of_one_direction_leaves_the_other() -> Result<()> {
     let node = Direct::new("on")?;
@@ -179,6 +184,7 @@ fn the_end_of_one_direction_leaves_the_other() -> Result<()> {
     node.end()
 }
 
+/// Bytes that were sent before a close arrive over the bypass, however many are queued.
 #[test]
 fn what_was_sent_before_the_end_arrives_whatever_is_queued() -> Result<()> {
     let node = Direct::new("on")?;
@@ -190,6 +196,7 @@ fn what_was_sent_before_the_end_arrives_whatever_is_queued() -> Result<()> {
     node.end()
 }
 
+/// A reset by the target resets the application over the bypass.
 #[test]
 fn a_reset_by_the_target_resets_the_application() -> Result<()> {
     let node = Direct::new("on")?;
@@ -215,6 +222,7 @@ fn a_reset_by_the_target_resets_the_application() -> Result<()> {
     node.end()
 }
 
+/// An application that dies with queued bytes leaves no state in the kernel.
 #[test]
 fn an_application_that_dies_with_bytes_queued_leaves_nothing() -> Result<()> {
     let node = Direct::new("on")?;
@@ -226,6 +234,7 @@ fn an_application_that_dies_with_bytes_queued_leaves_nothing() -> Result<()> {
     node.end()
 }
 
+/// A blocking socket is never promoted to the bypass.
 #[test]
 fn a_socket_that_blocks_is_never_touched() -> Result<()> {
     let node = Direct::new("on")?;
@@ -237,6 +246,7 @@ fn a_socket_that_blocks_is_never_touched() -> Result<()> {
     node.end()
 }
 
+/// A program that may call splice(2) is never promoted to the bypass.
 #[test]
 fn a_program_that_may_splice_is_never_touched() -> Result<()> {
     let node = Direct::new("on")?;
@@ -260,6 +270,7 @@ fn pages(stream: &TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
+/// A Go program is never promoted to the bypass.
 #[test]
 fn a_program_in_go_is_never_touched() -> Result<()> {
     const REQUESTS: usize = 2000;
@@ -303,6 +314,7 @@ fn speaks_after(echoed: u64, spoken: u64) -> impl target::Handler {
     }
 }
 
+/// Under memory pressure the bypass delivers every byte and fails no call that would succeed over TCP.
 #[test]
 fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_not_by_tcp() -> Result<()> {
     const FLOWS: u64 = 20;
@@ -344,6 +356,7 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
     Ok(())
 }
 
+/// 500 applications that do not read are held back over the bypass and lose no byte.
 #[test]
 fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> Result<()> {
     const FLOWS: u64 = 500;
@@ -371,6 +384,7 @@ fn heavy_500_applications_that_do_not_read_are_held_back_and_lose_nothing() -> R
     Ok(())
 }
 
+/// With `bypass = "off"` no connection is promoted.
 #[test]
 fn where_it_is_off_nothing_is_promoted() -> Result<()> {
     let node = Direct::new("off")?;
@@ -410,6 +424,7 @@ fn programs_left() -> Vec<String> {
     text.lines().filter(|l| l.contains("name bypass") || l.contains("sk_msg")).map(str::to_owned).collect()
 }
 
+/// When the daemon is killed, bypassed applications are reset and the kernel keeps no state.
 #[test]
 fn when_the_daemon_is_killed_the_application_is_reset_and_nothing_is_left() -> Result<()> {
     let world = World::new()?;
@@ -429,6 +444,7 @@ fn when_the_daemon_is_killed_the_application_is_reset_and_nothing_is_left() -> R
     assert_quiet(&mut kernel)
 }
 
+/// When a bypassed application is killed, its target is reset and the kernel keeps no state.
 #[test]
 fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> Result<()> {
     let world = World::new()?;
@@ -448,6 +464,7 @@ fn when_the_application_is_killed_its_target_hears_it_and_nothing_is_left() -> R
     assert_quiet(&mut kernel)
 }
 
+/// A socket that two processes share is never promoted to the bypass.
 #[test]
 fn a_socket_that_two_processes_have_is_never_touched() -> Result<()> {
     let node = Direct::new("on")?;

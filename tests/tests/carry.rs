@@ -12,6 +12,7 @@ fn big_file() -> Vec<u8> {
     bytes
 }
 
+/// An unmodified curl downloads 50 MB unchanged from a server that the node has no route to.
 #[test]
 fn curl_fetches_50_mb_unchanged_from_a_server_that_the_node_has_no_route_to() -> Result<()> {
     let world = World::new()?;
@@ -46,6 +47,7 @@ fn curl_fetches_50_mb_unchanged_from_a_server_that_the_node_has_no_route_to() ->
     Ok(())
 }
 
+/// The target sees the gateway's address, and the application sees the target's.
 #[test]
 fn the_target_sees_the_gateway_and_the_application_sees_the_target() -> Result<()> {
     let world = World::new()?;
@@ -60,6 +62,7 @@ fn the_target_sees_the_gateway_and_the_application_sees_the_target() -> Result<(
     Ok(())
 }
 
+/// Without the tunnel the node cannot reach the target: the other tests prove something.
 #[test]
 fn without_the_tunnel_the_node_has_no_route() -> Result<()> {
     let world = World::new()?;

@@ -33,11 +33,13 @@ fn carried(ip: IpAddr, words: &[&str]) -> Result<(Finished, SocketAddr)> {
     Ok((done, target.addr()))
 }
 
+/// Connections over IPv6 are captured and carried.
 #[test]
 fn ipv6_is_carried() -> Result<()> {
     carried(TARGET6, &["duplex", "ADDR", "BYTES"]).map(drop)
 }
 
+/// getpeername() on a captured IPv6 socket returns the target.
 #[test]
 fn getpeername_shows_the_ipv6_target() -> Result<()> {
     let world = World::new()?;
@@ -49,6 +51,7 @@ fn getpeername_shows_the_ipv6_target() -> Result<()> {
     Ok(())
 }
 
+/// An IPv6 socket that connects to a v4-mapped address is captured and carried.
 #[test]
 fn an_ipv6_socket_that_connects_to_a_v4_mapped_address_is_carried() -> Result<()> {
     let (done, target) = carried(TARGET4, &["v4mapped", "ADDR", "BYTES"])?;
@@ -56,6 +59,7 @@ fn an_ipv6_socket_that_connects_to_a_v4_mapped_address_is_carried() -> Result<()
     Ok(())
 }
 
+/// A non-blocking connect() is captured and carried.
 #[test]
 fn a_non_blocking_connect_is_carried() -> Result<()> {
     for ip in [TARGET4, TARGET6] {
@@ -69,6 +73,7 @@ fn a_non_blocking_connect_is_carried() -> Result<()> {
     Ok(())
 }
 
+/// A socket that was bound before connect() is captured and carried.
 #[test]
 fn a_socket_bound_before_it_connects_is_carried() -> Result<()> {
     let (done, target) = carried(TARGET4, &["bound", "ADDR", "0.0.0.0:4567", "BYTES"])?;
@@ -78,6 +83,7 @@ fn a_socket_bound_before_it_connects_is_carried() -> Result<()> {
     Ok(())
 }
 
+/// A socket that was bound to an address of the node before connect() is captured and carried.
 #[test]
 fn a_socket_bound_to_an_address_of_the_node_before_it_connects_is_carried() -> Result<()> {
     let (done, target) = carried(TARGET4, &["bound", "ADDR", &format!("{NODE4}:0"), "BYTES"])?;
@@ -86,6 +92,7 @@ fn a_socket_bound_to_an_address_of_the_node_before_it_connects_is_carried() -> R
     Ok(())
 }
 
+/// A socket with TCP_FASTOPEN_CONNECT is captured and carried.
 #[test]
 fn tcp_fastopen_connect_is_carried() -> Result<()> {
     for ip in [TARGET4, TARGET6] {
@@ -94,6 +101,7 @@ fn tcp_fastopen_connect_is_carried() -> Result<()> {
     Ok(())
 }
 
+/// A connection that sendto() with MSG_FASTOPEN opens is captured and carried.
 #[test]
 fn sendto_with_msg_fastopen_is_carried() -> Result<()> {
     for ip in [TARGET4, TARGET6] {
@@ -112,6 +120,7 @@ fn seen(world: &World, ip: IpAddr, words: &[&str]) -> Result<Finished> {
     world.exec(&gateway).run_app(&words)
 }
 
+/// A Multipath TCP socket does not bypass the capture.
 #[test]
 fn mptcp_does_not_escape() -> Result<()> {
     for ip in [NET4, NET6] {
@@ -125,6 +134,7 @@ fn mptcp_does_not_escape() -> Result<()> {
     Ok(())
 }
 
+/// A socket that connects again reaches the target of its last connect().
 #[test]
 fn a_socket_that_connects_twice_goes_where_it_was_told_last() -> Result<()> {
     let world = World::new()?;
@@ -144,6 +154,7 @@ fn a_socket_that_connects_twice_goes_where_it_was_told_last() -> Result<()> {
     Ok(())
 }
 
+/// A connection to the unspecified address reaches this host and is not captured.
 #[test]
 fn the_unspecified_address_is_this_host_and_left_alone() -> Result<()> {
     let world = World::new()?;
@@ -158,11 +169,13 @@ fn the_unspecified_address_is_this_host_and_left_alone() -> Result<()> {
     Ok(())
 }
 
+/// Connections of child processes are captured and carried.
 #[test]
 fn a_process_tree_is_carried() -> Result<()> {
     carried(TARGET4, &["tree", "ADDR", "BYTES", "3"]).map(drop)
 }
 
+/// Connections that many threads open at once are captured, each to its own target.
 #[test]
 fn many_threads_that_connect_at_once_are_carried() -> Result<()> {
     let world = World::new()?;
@@ -176,6 +189,7 @@ fn many_threads_that_connect_at_once_are_carried() -> Result<()> {
     Ok(())
 }
 
+/// Loopback is not captured unless the configuration includes it.
 #[test]
 fn loopback_is_left_alone_unless_it_is_asked_for() -> Result<()> {
     let world = World::new()?;
@@ -197,6 +211,7 @@ fn loopback_is_left_alone_unless_it_is_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// An excluded destination is not captured.
 #[test]
 fn what_is_excluded_goes_its_own_way() -> Result<()> {
     let world = World::new()?;
@@ -211,6 +226,7 @@ fn what_is_excluded_goes_its_own_way() -> Result<()> {
     Ok(())
 }
 
+/// UDP is not captured.
 #[test]
 fn udp_is_left_alone() -> Result<()> {
     let world = World::new()?;
@@ -230,6 +246,7 @@ fn udp_is_left_alone() -> Result<()> {
     Ok(())
 }
 
+/// A connection to a target that never answers delays no other connection.
 #[test]
 fn a_connect_to_where_nobody_answers_holds_up_no_other() -> Result<()> {
     let world = World::new()?;

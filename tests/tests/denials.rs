@@ -36,6 +36,8 @@ fn mapped(addr: SocketAddr) -> SocketAddr {
 
 /// A `deny` route fails connect() with ECONNREFUSED, for either family and for v4-mapped addresses, blocking or not;
 /// what it does not name is carried, and each denial is counted.
+///
+/// Failure: refused.
 #[test]
 fn what_a_route_denies_by_address_and_port_fails_in_connect_over_ipv4_ipv6_and_v4_mapped() -> Result<()> {
     let world = World::new()?;
@@ -66,6 +68,8 @@ fn what_a_route_denies_by_address_and_port_fails_in_connect_over_ipv4_ipv6_and_v
 
 /// What no route takes is denied, as it was, and fails in connect() too; a route of another capture, or of listeners,
 /// does not take it.
+///
+/// Failure: refused.
 #[test]
 fn what_no_route_takes_fails_in_connect() -> Result<()> {
     let world = World::new()?;
@@ -88,6 +92,8 @@ fn what_no_route_takes_fails_in_connect() -> Result<()> {
 }
 
 /// `refuse` fails connect() with ENETUNREACH, whatever the routes say; include and exclude of longer prefixes hold.
+///
+/// Failure: refused.
 #[test]
 fn what_a_capture_refuses_is_unreachable() -> Result<()> {
     let world = World::new()?;
@@ -116,7 +122,9 @@ fn what_a_capture_refuses_is_unreachable() -> Result<()> {
     Ok(())
 }
 
-/// The same by `--refuse`.
+/// `tunnel exec --refuse` fails connect() with ENETUNREACH.
+///
+/// Failure: refused.
 #[test]
 fn what_exec_is_told_to_refuse_is_unreachable() -> Result<()> {
     let world = World::new()?;
@@ -134,6 +142,8 @@ fn what_exec_is_told_to_refuse_is_unreachable() -> Result<()> {
 
 /// A client that knows an IPv6 and an IPv4 address falls back to IPv4 at once, where IPv6 is refused or denied; it does
 /// not where the connection is taken first and reset then.
+///
+/// Failure: refused.
 #[test]
 fn curl_falls_back_from_ipv6_to_ipv4_where_ipv6_is_refused_or_denied() -> Result<()> {
     let world = World::new()?;
@@ -172,6 +182,8 @@ fn curl_falls_back_from_ipv6_to_ipv4_where_ipv6_is_refused_or_denied() -> Result
 
 /// A route that has to look at what a connection says first keeps its flows, although a later one denies all: what it
 /// does not take is connected, then reset.
+///
+/// Failure: refused.
 #[test]
 fn a_route_that_looks_inside_before_a_deny_still_gets_its_flows() -> Result<()> {
     let world = World::new()?;
@@ -203,6 +215,8 @@ fn a_route_that_looks_inside_before_a_deny_still_gets_its_flows() -> Result<()> 
 }
 
 /// A reload that adds or removes a denial holds for the next connect(), without an end of what is up.
+///
+/// Failure: refused.
 #[test]
 fn a_denial_that_a_reload_adds_or_removes_holds_for_the_next_connect() -> Result<()> {
     let world = World::new()?;
@@ -236,6 +250,8 @@ fn a_denial_that_a_reload_adds_or_removes_holds_for_the_next_connect() -> Result
 }
 
 /// While no daemon runs, what is denied or refused fails as before: also where the rest goes out in plaintext.
+///
+/// Failure: refused.
 #[test]
 fn what_is_denied_or_refused_stays_so_when_the_daemon_is_killed_whatever_on_failure_says() -> Result<()> {
     for (on_failure, other) in [("open", "ok"), ("closed", "ECONNREFUSED")] {
@@ -257,6 +273,8 @@ fn what_is_denied_or_refused_stays_so_when_the_daemon_is_killed_whatever_on_fail
 }
 
 /// More denials than a rule of the kernel's holds are no mistake: the daemon resets, and says that it does.
+///
+/// Failure: refused.
 #[test]
 fn denials_that_the_kernel_has_no_room_for_are_resets_by_the_daemon() -> Result<()> {
     let world = World::new()?;
@@ -296,6 +314,8 @@ fn a_daemon_leaves_loopback_alone_unless_it_is_included() -> Result<()> {
 
 /// Applications on this node that are denied never reach a target in plaintext, however many ways of connecting they
 /// try.
+///
+/// Failure: refused.
 #[test]
 fn no_way_to_connect_gets_past_a_denial() -> Result<()> {
     let world = World::new()?;

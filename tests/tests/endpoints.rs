@@ -59,6 +59,7 @@ fn flows_reach(app: &mut Process, hop: &Hop) -> Result<()> {
     })
 }
 
+/// With `discovery = "dns"` endpoints follow the DNS answers, and the last ones stay while DNS fails.
 #[test]
 fn an_upstream_from_dns_follows_the_answers_and_keeps_them_while_there_are_none() -> Result<()> {
     let world = World::new()?;
@@ -103,6 +104,7 @@ fn an_upstream_from_dns_follows_the_answers_and_keeps_them_while_there_are_none(
     Ok(())
 }
 
+/// An upstream whose name never resolved fails flows at once and logs why.
 #[test]
 fn a_name_that_never_had_an_address_fails_flows_at_once_and_says_so() -> Result<()> {
     let world = World::new()?;
@@ -116,6 +118,7 @@ fn a_name_that_never_had_an_address_fails_flows_at_once_and_says_so() -> Result<
     Ok(())
 }
 
+/// With `endpoints_file` endpoints follow the file, and a mistake in it keeps the previous ones.
 #[test]
 fn an_upstream_from_a_file_follows_the_file_and_a_mistake_in_it_changes_nothing() -> Result<()> {
     let world = World::new()?;
@@ -151,6 +154,7 @@ fn an_upstream_from_a_file_follows_the_file_and_a_mistake_in_it_changes_nothing(
     Ok(())
 }
 
+/// A mistake in an endpoints file fails the start.
 #[test]
 fn a_daemon_does_not_start_with_a_mistake_in_a_file_of_endpoints() -> Result<()> {
     let world = World::new()?;
@@ -206,6 +210,9 @@ fn closed(gateway: &gateway::Gateway<'_>) -> usize {
     gateway.log().matches("reason=closed destination=").count()
 }
 
+/// A health check by PING takes an unresponsive endpoint out before a flow fails, and readmits it.
+///
+/// Failure: endpoint-down.
 #[test]
 fn an_endpoint_that_answers_no_ping_is_taken_out_before_a_flow_fails_and_comes_back() -> Result<()> {
     is_taken_out_and_comes_back(
@@ -215,11 +222,17 @@ fn an_endpoint_that_answers_no_ping_is_taken_out_before_a_flow_fails_and_comes_b
     )
 }
 
+/// A health check by TCP takes an unreachable endpoint out before a flow fails, and readmits it.
+///
+/// Failure: endpoint-down.
 #[test]
 fn an_endpoint_that_takes_no_connection_is_taken_out_before_a_flow_fails_and_comes_back() -> Result<()> {
     is_taken_out_and_comes_back("tcp", |gateway| gateway.kill().map(drop), |gateway| gateway.start_again())
 }
 
+/// A gateway that answers 503 is ejected only with `consecutive_gateway_failures`.
+///
+/// Failure: endpoint-down.
 #[test]
 fn a_gateway_that_answers_503_is_ejected_only_where_that_counts() -> Result<()> {
     let world = World::new()?;
@@ -257,6 +270,9 @@ fn a_gateway_that_answers_503_is_ejected_only_where_that_counts() -> Result<()> 
     Ok(())
 }
 
+/// A request beyond an upstream's limit is answered with 503 and `connection_limit_reached`.
+///
+/// Failure: limits.
 #[test]
 fn beyond_an_upstreams_limit_a_request_is_503_connection_limit_reached() -> Result<()> {
     let world = World::new()?;

@@ -30,6 +30,7 @@ fn shell(script: &str) -> Result<Finished> {
     world.exec(&gateway).run(&["sh", "-c", script])
 }
 
+/// `tunnel exec` exits with the status of its command.
 #[test]
 fn the_commands_status_is_ours() -> Result<()> {
     let world = World::new()?;
@@ -42,6 +43,7 @@ fn the_commands_status_is_ours() -> Result<()> {
     Ok(())
 }
 
+/// A command that a signal ends gives 128 plus the signal as the status.
 #[test]
 fn a_command_that_a_signal_ends_is_128_and_the_signal() -> Result<()> {
     for (signal, code) in [("KILL", 137), ("TERM", 143), ("SEGV", 139)] {
@@ -51,6 +53,7 @@ fn a_command_that_a_signal_ends_is_128_and_the_signal() -> Result<()> {
     Ok(())
 }
 
+/// A missing command gives the status 127, one that cannot be executed 126.
 #[test]
 fn a_command_that_is_not_there_is_127_and_one_that_cannot_be_run_126() -> Result<()> {
     let world = World::new()?;
@@ -66,6 +69,7 @@ fn a_command_that_is_not_there_is_127_and_one_that_cannot_be_run_126() -> Result
     Ok(())
 }
 
+/// The command runs with the caller's limit of file descriptors.
 #[test]
 fn the_command_has_the_callers_limit_of_descriptors() -> Result<()> {
     let world = World::new()?;
@@ -78,6 +82,7 @@ fn the_command_has_the_callers_limit_of_descriptors() -> Result<()> {
     Ok(())
 }
 
+/// The command inherits environment, working directory and standard input.
 #[test]
 fn the_command_has_our_environment_folder_and_standard_input() -> Result<()> {
     let world = World::new()?;
@@ -93,6 +98,7 @@ fn the_command_has_our_environment_folder_and_standard_input() -> Result<()> {
     Ok(())
 }
 
+/// Signals to `tunnel exec` are forwarded to the command.
 #[test]
 fn signals_reach_the_command() -> Result<()> {
     let world = World::new()?;
@@ -111,6 +117,7 @@ fn signals_reach_the_command() -> Result<()> {
     Ok(())
 }
 
+/// A forwarded signal ends a command that does not handle it.
 #[test]
 fn a_command_without_a_handler_is_ended_by_the_signal() -> Result<()> {
     let world = World::new()?;
@@ -266,6 +273,7 @@ fn a_command_that_stops_stops_us_and_goes_on_when_we_do() -> Result<()> {
     Ok(())
 }
 
+/// The command runs in a cgroup of its own, which is removed afterwards.
 #[test]
 fn the_command_runs_in_a_group_of_its_own_that_is_gone_afterwards() -> Result<()> {
     let world = World::new()?;
@@ -281,18 +289,20 @@ fn the_command_runs_in_a_group_of_its_own_that_is_gone_afterwards() -> Result<()
     Ok(())
 }
 
+/// Processes that the command leaves behind are ended and named.
 #[test]
 fn what_the_command_leaves_running_is_ended_and_named() -> Result<()> {
     let done = shell("sleep 1000 & echo pid=$!; sleep 1001 >/dev/null 2>&1 & exit 3")?;
     assert_eq!(done.status.code(), Some(3), "{done}");
     let pid = done.value("pid")?;
-    assert!(done.stderr.contains("ended 2 processes") && done.stderr.contains(pid), "{done}");
+    assert!(done.stderr.contains("terminated 2 processes") && done.stderr.contains(pid), "{done}");
     leftovers::gone("processes", || {
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         if command.starts_with(b"sleep") { vec![pid] } else { Vec::new() }
     })
 }
 
+/// `tunnel exec` works under `ip netns exec`, which mounts another /sys.
 #[test]
 fn it_works_where_ip_netns_exec_has_replaced_sys() -> Result<()> {
     let world = World::new()?;
@@ -307,6 +317,10 @@ fn it_works_where_ip_netns_exec_has_replaced_sys() -> Result<()> {
     Ok(())
 }
 
+/// When `tunnel exec` is killed, connections of its command are reset, new ones are refused, and nothing
+/// leaves in plaintext.
+///
+/// Failure: daemon-killed.
 #[test]
 fn when_we_are_killed_the_commands_connections_are_reset_and_refused_and_never_plaintext() -> Result<()> {
     let world = World::new()?;
@@ -350,6 +364,7 @@ fn when_we_are_killed_the_commands_connections_are_reset_and_refused_and_never_p
     Ok(())
 }
 
+/// `--stats` prints a table to standard error.
 #[test]
 fn stats_are_a_table_on_standard_error() -> Result<()> {
     let world = World::new()?;
@@ -373,6 +388,7 @@ fn stats_are_a_table_on_standard_error() -> Result<()> {
     Ok(())
 }
 
+/// Two `tunnel exec` run beside each other without interference.
 #[test]
 fn two_at_a_time_do_not_disturb_each_other() -> Result<()> {
     let world = World::new()?;
@@ -408,6 +424,7 @@ fn status(child: &mut Child) -> Result<i32> {
     Ok(process::code(status?))
 }
 
+/// The command has the controlling terminal.
 #[test]
 fn the_command_has_our_terminal() -> Result<()> {
     let world = World::new()?;
@@ -420,6 +437,7 @@ fn the_command_has_our_terminal() -> Result<()> {
     Ok(())
 }
 
+/// Ctrl-C interrupts the command once, and `tunnel exec` exits with its status.
 #[test]
 fn ctrl_c_ends_the_command_once_and_we_end_with_its_status() -> Result<()> {
     let world = World::new()?;

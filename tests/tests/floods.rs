@@ -39,6 +39,8 @@ fn written(log: &str, words: &str, more: &str) -> Result<(usize, usize)> {
 
 /// Of 1,000 peers that do not speak TLS, and of 1,000 requests that policy denies, the first have a line each, and what the
 /// log says of the rest adds up.
+///
+/// Failure: limits.
 #[test]
 fn of_many_refusals_the_first_are_logged_and_the_rest_is_counted() -> Result<()> {
     const MANY: usize = 1000;
@@ -82,6 +84,8 @@ fn of_many_refusals_the_first_are_logged_and_the_rest_is_counted() -> Result<()>
 }
 
 /// An agent that resets connections because it has as many flows as it may names the limit, once a second.
+///
+/// Failure: limits.
 #[test]
 fn an_agent_at_its_limit_of_flows_says_so_once_a_second() -> Result<()> {
     let world = World::new()?;
@@ -108,6 +112,8 @@ fn an_agent_at_its_limit_of_flows_says_so_once_a_second() -> Result<()> {
 }
 
 /// A daemon whose descriptors allow fewer flows than `max_flows` says at start how many they allow, and the remedy.
+///
+/// Failure: limits.
 #[test]
 fn what_descriptors_cut_from_max_flows_is_said_at_start() -> Result<()> {
     let world = World::new()?;

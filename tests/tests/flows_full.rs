@@ -91,6 +91,9 @@ fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<libc::c_long> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
 }
 
+/// When the kernel's table of flows is full, new connections are refused and established ones continue.
+///
+/// Failure: limits.
 #[test]
 fn when_the_table_of_flows_is_full_new_connections_are_refused_and_established_ones_live_on() -> Result<()> {
     let world = World::new()?;

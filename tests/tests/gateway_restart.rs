@@ -9,6 +9,9 @@ use tunnel_tests::{PATIENCE, TARGET4, World, dialogue::ask, target, wait_for};
 /// and a handshake takes part of another on a loaded machine.
 const BACK: Duration = Duration::from_secs(4);
 
+/// A killed gateway resets its flows, and new ones work as soon as it is back.
+///
+/// Failure: connection-lost.
 #[test]
 fn a_gateway_killed_under_load_resets_its_flows_and_new_ones_work_as_soon_as_it_is_back() -> Result<()> {
     const FLOWS: usize = 50;
@@ -46,6 +49,7 @@ fn a_gateway_killed_under_load_resets_its_flows_and_new_ones_work_as_soon_as_it_
     Ok(())
 }
 
+/// A gateway that is stopped drains: its flows finish, and it accepts no new ones.
 #[test]
 fn a_gateway_that_is_stopped_lets_its_flows_finish_and_takes_no_new_ones() -> Result<()> {
     let world = World::new()?;

@@ -82,6 +82,9 @@ fn goaway(frames: &[Frame]) -> Option<u32> {
     frames.iter().rfind(|f| f.kind == GOAWAY).and_then(Frame::code)
 }
 
+/// A header list that never ends closes the connection that sends it.
+///
+/// Failure: hostile-peers.
 #[test]
 fn a_header_list_without_end_closes_the_offenders_connection() -> Result<()> {
     let sent = Arc::new(AtomicU64::new(0));
@@ -104,6 +107,7 @@ fn a_header_list_without_end_closes_the_offenders_connection() -> Result<()> {
     Ok(())
 }
 
+/// A header list above the limit is rejected.
 #[test]
 fn a_header_list_that_is_too_large_is_refused() -> Result<()> {
     let world = World::new()?;
@@ -120,6 +124,9 @@ fn a_header_list_that_is_too_large_is_refused() -> Result<()> {
     neighbour.does_not_notice()
 }
 
+/// A client that opens and resets streams rapidly has its connection closed.
+///
+/// Failure: hostile-peers.
 #[test]
 fn rapid_reset_closes_the_offenders_connection() -> Result<()> {
     let frames = offend(|mut sender, authority| async move {
@@ -135,6 +142,9 @@ fn rapid_reset_closes_the_offenders_connection() -> Result<()> {
     Ok(())
 }
 
+/// Streams beyond the limit of a connection are refused and never dialled.
+///
+/// Failure: hostile-peers.
 #[test]
 fn streams_beyond_the_limit_are_refused_and_never_dialled() -> Result<()> {
     const ASKED: usize = 1000;
@@ -174,6 +184,9 @@ fn streams_beyond_the_limit_are_refused_and_never_dialled() -> Result<()> {
 /// they are more than 65,536), and slack of the measurement.
 const KEPT: u64 = 40 << 20;
 
+/// DATA frames of one byte arrive and hold a bounded amount of memory.
+///
+/// Failure: hostile-peers.
 #[test]
 fn one_byte_frames_arrive_and_cost_a_bounded_amount_of_memory() -> Result<()> {
     // As many as the stream's window has room for, while the target does not read.
@@ -227,6 +240,9 @@ fn one_byte_frames_arrive_and_cost_a_bounded_amount_of_memory() -> Result<()> {
     neighbour.does_not_notice()
 }
 
+/// DATA that arrives during the dial is accepted and takes no window from other streams.
+///
+/// Failure: hostile-peers.
 #[test]
 fn what_a_peer_sends_while_its_target_is_dialled_is_taken_and_costs_no_other_stream() -> Result<()> {
     // More than h2 lets pile up unread, less than the stream's window.
@@ -264,6 +280,9 @@ fn what_a_peer_sends_while_its_target_is_dialled_is_taken_and_costs_no_other_str
     Ok(())
 }
 
+/// DATA that arrives before the answer reaches the target once and in order, or nobody after a refusal.
+///
+/// Failure: hostile-peers.
 #[test]
 fn what_a_peer_sends_before_the_answer_arrives_once_in_order_after_it_or_nowhere() -> Result<()> {
     const BYTES: u64 = 300_000;
@@ -331,6 +350,9 @@ fn closed_after(stream: &TcpStream) -> Result<Duration> {
     }
 }
 
+/// A TLS handshake that drips is ended after `handshake_timeout`.
+///
+/// Failure: hostile-peers.
 #[test]
 fn a_handshake_that_drips_is_ended_after_the_handshake_timeout() -> Result<()> {
     let world = World::new()?;
@@ -371,6 +393,9 @@ fn a_handshake_that_drips_is_ended_after_the_handshake_timeout() -> Result<()> {
     Ok(())
 }
 
+/// A peer that is silent before TLS or before HTTP is disconnected after `handshake_timeout`.
+///
+/// Failure: hostile-peers.
 #[test]
 fn silence_before_and_after_tls_is_ended_after_the_handshake_timeout() -> Result<()> {
     let world = World::new()?;
@@ -394,6 +419,9 @@ fn silence_before_and_after_tls_is_ended_after_the_handshake_timeout() -> Result
     Ok(())
 }
 
+/// Silent connections do not keep other peers from connecting.
+///
+/// Failure: hostile-peers.
 #[test]
 fn silent_connections_do_not_keep_others_out() -> Result<()> {
     // More than two workers have places for handshakes, and each would stay for ten seconds.
@@ -415,6 +443,9 @@ fn silent_connections_do_not_keep_others_out() -> Result<()> {
     Ok(())
 }
 
+/// Bytes that are not TLS close the connection.
+///
+/// Failure: hostile-peers.
 #[test]
 fn garbage_is_answered_by_the_end_of_the_connection() -> Result<()> {
     use std::io::Write as _;
@@ -436,6 +467,9 @@ fn garbage_is_answered_by_the_end_of_the_connection() -> Result<()> {
     neighbour.does_not_notice()
 }
 
+/// Malformed HTTP/2 frames close the connection that sends them and no other.
+///
+/// Failure: hostile-peers.
 #[test]
 fn malformed_frames_close_the_offenders_connection() -> Result<()> {
     // DATA on stream 0; a frame that is longer than it may be; WINDOW_UPDATE that overflows the window.

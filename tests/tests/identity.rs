@@ -55,6 +55,9 @@ fn assert_gateway_refused(world: &World, credentials: Credentials, check: &str) 
     Ok(())
 }
 
+/// A client with a certificate of another CA is rejected, and no byte passes.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_client_of_another_ca_is_not_let_in() -> Result<()> {
     let world = World::new()?;
@@ -64,6 +67,9 @@ fn a_client_of_another_ca_is_not_let_in() -> Result<()> {
     assert_client_refused(&world, &mut gateway, stranger, "chain")
 }
 
+/// A client with an expired certificate is rejected, and no byte passes.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_client_whose_certificate_has_expired_is_not_let_in() -> Result<()> {
     let world = World::new()?;
@@ -72,6 +78,9 @@ fn a_client_whose_certificate_has_expired_is_not_let_in() -> Result<()> {
     assert_client_refused(&world, &mut gateway, expired, "expiry")
 }
 
+/// A client whose certificate has none of the names in `verify` is rejected.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_client_with_the_wrong_san_is_not_let_in() -> Result<()> {
     let world = World::new()?;
@@ -86,6 +95,9 @@ fn a_client_with_the_wrong_san_is_not_let_in() -> Result<()> {
     Ok(())
 }
 
+/// A client without a certificate is rejected.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_client_without_a_certificate_is_not_let_in() -> Result<()> {
     let world = World::new()?;
@@ -128,6 +140,9 @@ fn without_certificate(who: &Credentials) -> Result<Arc<ClientConfig>> {
     Ok(Arc::new(config))
 }
 
+/// A gateway whose certificate has another name gets no byte of the application.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_gateway_with_the_wrong_san_gets_no_byte() -> Result<()> {
     let world = World::new()?;
@@ -135,6 +150,9 @@ fn a_gateway_with_the_wrong_san_gets_no_byte() -> Result<()> {
     assert_gateway_refused(&world, other, "SAN")
 }
 
+/// A gateway with a certificate of another CA gets no byte of the application.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_gateway_of_another_ca_gets_no_byte() -> Result<()> {
     let world = World::new()?;
@@ -143,6 +161,9 @@ fn a_gateway_of_another_ca_gets_no_byte() -> Result<()> {
     assert_gateway_refused(&world, stranger, "chain")
 }
 
+/// A gateway with an expired certificate gets no byte of the application.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_gateway_whose_certificate_has_expired_gets_no_byte() -> Result<()> {
     let world = World::new()?;
@@ -150,6 +171,7 @@ fn a_gateway_whose_certificate_has_expired_gets_no_byte() -> Result<()> {
     assert_gateway_refused(&world, expired, "expiry")
 }
 
+/// Without `verify` the gateway's certificate must be valid for the dialled address.
 #[test]
 fn without_verify_the_gateway_must_be_valid_for_the_address_that_was_dialled() -> Result<()> {
     let world = World::new()?;
@@ -162,6 +184,8 @@ fn without_verify_the_gateway_must_be_valid_for_the_address_that_was_dialled() -
 }
 
 /// A CA with name constraints for URIs, which nobody here can check, is named by both logs, whoever has its certificate.
+///
+/// Failure: peer-certificate.
 #[test]
 fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Result<()> {
     const SAID: &str = "the CA \"CN=constrained\" has name constraints for URI names, and URI name constraints are not supported";
@@ -206,6 +230,8 @@ fn port(i: usize, j: usize) -> SocketAddr {
 }
 
 /// A certificate that has expired is named by the logs of both sides, also where a resumed session shows it again.
+///
+/// Failure: peer-certificate.
 #[test]
 fn an_expired_certificate_in_a_resumed_session_is_named_by_both_logs() -> Result<()> {
     let world = World::new()?;
@@ -253,6 +279,9 @@ fn an_expired_certificate_in_a_resumed_session_is_named_by_both_logs() -> Result
     Ok(())
 }
 
+/// New connections use a rotated certificate, and established flows continue.
+///
+/// Failure: peer-certificate.
 #[test]
 fn new_connections_use_rotated_certificates_and_old_flows_go_on() -> Result<()> {
     const ROTATED: &str = "spiffe://test.tunnel/node-rotated";
@@ -283,6 +312,9 @@ fn new_connections_use_rotated_certificates_and_old_flows_go_on() -> Result<()> 
     Ok(())
 }
 
+/// A half-written certificate file does not replace the certificate in use.
+///
+/// Failure: peer-certificate.
 #[test]
 fn half_written_certificates_do_not_replace_good_ones() -> Result<()> {
     let world = World::new()?;

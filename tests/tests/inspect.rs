@@ -160,6 +160,7 @@ async fn echoed(body: &mut RecvStream, length: usize) -> Result<Vec<u8>> {
     Ok(back)
 }
 
+/// Routes on `sni` and `http_host` send flows through different gateways.
 #[test]
 fn the_names_that_applications_ask_for_send_them_through_different_gateways() -> Result<()> {
     let world = World::new()?;
@@ -189,6 +190,7 @@ fn the_names_that_applications_ask_for_send_them_through_different_gateways() ->
     Ok(())
 }
 
+/// `authority = "{sni}"` puts the sniffed name into the CONNECT request.
 #[test]
 fn a_name_that_was_looked_at_stands_in_the_request_to_the_next_hop() -> Result<()> {
     let world = World::new()?;
@@ -213,6 +215,7 @@ fn a_name_that_was_looked_at_stands_in_the_request_to_the_next_hop() -> Result<(
     Ok(())
 }
 
+/// Sniffing gives up after `inspect_timeout`, so that a server that speaks first is reached.
 #[test]
 fn a_target_that_speaks_first_is_reached_when_nothing_was_said_in_time() -> Result<()> {
     let world = World::new()?;
@@ -227,6 +230,7 @@ fn a_target_that_speaks_first_is_reached_when_nothing_was_said_in_time() -> Resu
     Ok(())
 }
 
+/// A flow that an earlier route takes is not sniffed.
 #[test]
 fn a_flow_that_an_earlier_route_takes_is_not_looked_at() -> Result<()> {
     let world = World::new()?;
@@ -240,6 +244,7 @@ fn a_flow_that_an_earlier_route_takes_is_not_looked_at() -> Result<()> {
     Ok(())
 }
 
+/// Bytes that are neither TLS nor HTTP, and an early end, end sniffing at once and arrive unchanged.
 #[test]
 fn bytes_that_are_neither_tls_nor_http_and_ends_decide_at_once_and_arrive_unchanged() -> Result<()> {
     const BYTES: u64 = 1_000_000;
@@ -258,6 +263,7 @@ fn bytes_that_are_neither_tls_nor_http_and_ends_decide_at_once_and_arrive_unchan
     Ok(())
 }
 
+/// A client that leaves during sniffing releases its flow, and a stop does not wait for it.
 #[test]
 fn a_client_that_leaves_while_it_is_looked_at_costs_nobody_anything_and_a_stop_does_not_wait() -> Result<()> {
     let world = World::new()?;
@@ -285,6 +291,7 @@ fn a_client_that_leaves_while_it_is_looked_at_costs_nobody_anything_and_a_stop_d
     Ok(())
 }
 
+/// A ClientHello in one-byte frames is sniffed and arrives unchanged.
 #[test]
 fn a_hello_in_one_byte_frames_is_read_and_arrives_unchanged() -> Result<()> {
     let world = World::new()?;
@@ -324,6 +331,7 @@ async fn logged(daemon: &Daemon, text: &str) -> Result<()> {
     timeout(PATIENCE, look).await.with_context(|| format!("no line \"{text}\":\n{}", daemon.log()))
 }
 
+/// Bytes and a reset that arrive between sniffing and the dial are not lost.
 #[test]
 fn what_a_client_sends_between_its_look_and_its_target_is_taken_and_its_reset_is_heard() -> Result<()> {
     const FRAMES: usize = 20_000;
@@ -359,6 +367,7 @@ fn what_a_client_sends_between_its_look_and_its_target_is_taken_and_its_reset_is
     })
 }
 
+/// Policy also applies to the sniffed name that a peer has dialled or passed on.
 #[test]
 fn a_name_that_a_peer_asks_for_inside_is_for_policy_too() -> Result<()> {
     let world = World::new()?;
@@ -383,6 +392,7 @@ fn a_name_that_a_peer_asks_for_inside_is_for_policy_too() -> Result<()> {
     Ok(())
 }
 
+/// A flow that came by an HTTP/1 listener is routed by its `http_host`.
 #[test]
 fn curl_is_routed_by_its_host_through_a_listener_of_http_1() -> Result<()> {
     let world = World::new()?;

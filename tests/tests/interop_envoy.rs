@@ -68,6 +68,7 @@ fn envoy_ends(
     check(Way::Captured(&world, &exec))
 }
 
+/// Envoy terminates our tunnels over HTTP/2 with mTLS.
 #[test]
 fn envoy_ends_what_we_carry_over_http_2_and_mtls() -> Result<()> {
     envoy_ends(HBONE, true, "h2", |way| {
@@ -80,6 +81,7 @@ fn envoy_ends_what_we_carry_over_http_2_and_mtls() -> Result<()> {
     })
 }
 
+/// Envoy terminates our tunnels over HTTP/2 in plaintext.
 #[test]
 fn envoy_ends_what_we_carry_over_http_2_in_plaintext() -> Result<()> {
     envoy_ends(PLAIN, false, "h2", |way| {
@@ -92,6 +94,7 @@ fn envoy_ends_what_we_carry_over_http_2_in_plaintext() -> Result<()> {
     })
 }
 
+/// Envoy terminates our tunnels over HTTP/1 in plaintext.
 #[test]
 fn envoy_ends_what_we_carry_over_http_1_in_plaintext() -> Result<()> {
     envoy_ends(PLAIN, false, "h1", |way| {
@@ -119,6 +122,7 @@ fn envoy_begins(port: u16, check: impl FnOnce(Way<'_>) -> Result<()>) -> Result<
     Ok(())
 }
 
+/// We terminate Envoy's tunnels over HTTP/2 with mTLS.
 #[test]
 fn we_end_what_envoy_carries_over_http_2_and_mtls() -> Result<()> {
     envoy_begins(10443, |way| {
@@ -130,6 +134,7 @@ fn we_end_what_envoy_carries_over_http_2_and_mtls() -> Result<()> {
     })
 }
 
+/// We terminate Envoy's tunnels over HTTP/2 in plaintext.
 #[test]
 fn we_end_what_envoy_carries_over_http_2_in_plaintext() -> Result<()> {
     envoy_begins(10080, |way| {
@@ -141,6 +146,7 @@ fn we_end_what_envoy_carries_over_http_2_in_plaintext() -> Result<()> {
     })
 }
 
+/// We terminate Envoy's tunnels over HTTP/1 in plaintext.
 #[test]
 fn we_end_what_envoy_carries_over_http_1_in_plaintext() -> Result<()> {
     envoy_begins(10081, |way| {
@@ -158,6 +164,7 @@ fn in_the_middle(world: &World) -> Result<Envoy> {
     Envoy::start(world, world.net(), "middle.yaml", &[HBONE.port()], &[(next.0, &next.1)])
 }
 
+/// Bytes, half-close and resets pass an Envoy between two of our processes.
 #[test]
 fn an_envoy_between_two_of_ours_passes_every_byte_end_and_reset_on() -> Result<()> {
     let world = World::new()?;
@@ -180,6 +187,7 @@ fn only<'a>(request: &'a Request<()>, name: &str) -> &'a str {
     lines[0].to_str().expect("a text")
 }
 
+/// `baggage`, `forwarded` and `traceparent` pass an Envoy between two of our processes.
 #[test]
 fn through_an_envoy_between_two_of_ours_baggage_forwarded_and_the_trace_arrive() -> Result<()> {
     const TO: &str = "10.200.0.10:80";
@@ -215,6 +223,7 @@ fn through_an_envoy_between_two_of_ours_baggage_forwarded_and_the_trace_arrive()
     Ok(())
 }
 
+/// Bytes and headers between two Envoys pass one of our processes.
 #[test]
 fn one_of_ours_between_two_envoys_passes_on_what_they_tell_each_other() -> Result<()> {
     let world = World::new()?;
@@ -241,6 +250,7 @@ fn page(world: &World) -> Result<servers::Server> {
     servers::http(world, &files)
 }
 
+/// HTTP requests that Envoy tunnels in CONNECT leave our gateway unchanged.
 #[test]
 fn http_requests_that_envoy_puts_into_connect_are_taken_out_by_ours() -> Result<()> {
     let world = World::new()?;
@@ -256,6 +266,7 @@ fn http_requests_that_envoy_puts_into_connect_are_taken_out_by_ours() -> Result<
     Ok(())
 }
 
+/// HTTP requests that we tunnel in CONNECT are extracted and routed by Envoy.
 #[test]
 fn http_requests_that_ours_puts_into_connect_are_taken_out_and_routed_by_envoy() -> Result<()> {
     let world = World::new()?;
@@ -270,6 +281,7 @@ fn http_requests_that_ours_puts_into_connect_are_taken_out_and_routed_by_envoy()
     Ok(())
 }
 
+/// An unmodified Envoy reads the original destination from our capture.
 #[test]
 fn an_unmodified_envoy_asks_our_capture_where_a_connection_wanted_to_go() -> Result<()> {
     const BYTES: u64 = 300_000;

@@ -67,6 +67,7 @@ fn only<'a>(request: &'a Request<()>, name: &str) -> &'a str {
     lines[0].to_str().expect("a text")
 }
 
+/// Our CONNECT request has the form that HBONE peers require.
 #[test]
 fn a_request_has_what_the_mesh_expects_and_nothing_that_it_forbids() -> Result<()> {
     let world = World::new()?;
@@ -90,6 +91,7 @@ fn a_request_has_what_the_mesh_expects_and_nothing_that_it_forbids() -> Result<(
     Ok(())
 }
 
+/// A waypoint of another trust domain gets no request.
 #[test]
 fn a_waypoint_of_another_trust_domain_gets_no_request() -> Result<()> {
     let world = World::new()?;
@@ -101,6 +103,7 @@ fn a_waypoint_of_another_trust_domain_gets_no_request() -> Result<()> {
     Ok(())
 }
 
+/// Unknown headers, settings and frames of a client are ignored.
 #[test]
 fn what_a_request_says_that_we_do_not_know_is_ignored() -> Result<()> {
     let world = World::new()?;
@@ -279,6 +282,7 @@ async fn accept(
 /// `:status: 200`, which the static table has at 8.
 const OK: u8 = 0x88;
 
+/// A changed limit of concurrent streams of a peer is honoured at once.
 #[test]
 fn what_a_peer_allows_in_streams_holds_when_it_changes() -> Result<()> {
     let world = World::new()?;
@@ -308,6 +312,7 @@ fn what_a_peer_allows_in_streams_holds_when_it_changes() -> Result<()> {
     Ok(())
 }
 
+/// Unknown headers of a peer's answer are ignored.
 #[test]
 fn what_an_answer_says_that_we_do_not_know_is_ignored() -> Result<()> {
     let ok = |fields: &[(&str, &str)]| {
@@ -332,6 +337,7 @@ fn what_an_answer_says_that_we_do_not_know_is_ignored() -> Result<()> {
     Ok(())
 }
 
+/// A malformed answer to CONNECT resets its flow, and the peer stays usable.
 #[test]
 fn an_answer_that_is_none_resets_its_flow_and_the_peer_can_be_asked_again() -> Result<()> {
     const FAILS: &str = "ECONNRESET";
@@ -438,6 +444,7 @@ async fn offering(
     Ok(at)
 }
 
+/// A flow control window of 16 MiB that a peer offers is used.
 #[test]
 fn a_window_of_16_mib_that_a_peer_offers_is_used() -> Result<()> {
     const OFFERED: u64 = 20 << 20;

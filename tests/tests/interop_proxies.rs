@@ -57,6 +57,7 @@ fn carries(way: Way<'_>) -> Result<()> {
     ends::the_targets_end_is_heard(way)
 }
 
+/// HAProxy accepts our tunnels over HTTP/2 with mTLS and passes them on to tinyproxy.
 #[test]
 fn haproxy_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyproxy() -> Result<()> {
     let world = World::new()?;
@@ -68,6 +69,7 @@ fn haproxy_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyprox
     ends::nobody_there_is_a_reset(way)
 }
 
+/// Bytes and half-close pass an HAProxy between two of our processes.
 #[test]
 fn haproxy_between_two_of_ours_passes_every_byte_and_end_on() -> Result<()> {
     let world = World::new()?;
@@ -82,6 +84,7 @@ fn haproxy_between_two_of_ours_passes_every_byte_and_end_on() -> Result<()> {
     ends::nobody_there_is_a_reset(way)
 }
 
+/// nghttpx accepts our tunnels over HTTP/2 with mTLS and passes them on to tinyproxy.
 #[test]
 fn nghttpx_takes_what_we_carry_over_http_2_and_mtls_and_passes_it_on_to_tinyproxy() -> Result<()> {
     let world = World::new()?;
@@ -106,6 +109,7 @@ fn what_goes_ahead_waits(world: &World, keys: &str) -> Result<()> {
     Ok(())
 }
 
+/// HAProxy holds optimistic data until its next hop has answered.
 #[test]
 fn what_goes_ahead_waits_in_haproxy() -> Result<()> {
     let world = World::new()?;
@@ -113,6 +117,7 @@ fn what_goes_ahead_waits_in_haproxy() -> Result<()> {
     what_goes_ahead_waits(&world, "")
 }
 
+/// With `optimistic_data = false` nghttpx gets no DATA before its answer.
 #[test]
 fn where_nothing_goes_ahead_nghttpx_passes_nothing_on_before_the_answer() -> Result<()> {
     let world = World::new()?;
@@ -120,6 +125,7 @@ fn where_nothing_goes_ahead_nghttpx_passes_nothing_on_before_the_answer() -> Res
     what_goes_ahead_waits(&world, NGHTTPX)
 }
 
+/// Squid carries our tunnels over HTTP/1.
 #[test]
 fn squid_takes_what_we_carry_over_http_1() -> Result<()> {
     let world = World::new()?;

@@ -44,6 +44,7 @@ fn refused(done: &Finished) -> Result<String> {
     Ok(done.flows()?[0]["detail"].as_str().unwrap_or_default().to_owned())
 }
 
+/// A flow through the in-process upstream reaches its target as through a gateway.
 #[test]
 fn what_is_captured_reaches_its_target_as_if_a_gateway_had_been_asked_by_us() -> Result<()> {
     const BYTES: u64 = 1_000_000;
@@ -72,6 +73,7 @@ fn what_is_captured_reaches_its_target_as_if_a_gateway_had_been_asked_by_us() ->
     Ok(())
 }
 
+/// Policy applies to our own identity at the in-process upstream, and what it denies is reset.
 #[test]
 fn policy_speaks_of_our_own_identity_and_what_it_forbids_is_reset() -> Result<()> {
     let world = World::new()?;
@@ -93,6 +95,7 @@ fn policy_speaks_of_our_own_identity_and_what_it_forbids_is_reset() -> Result<()
     Ok(())
 }
 
+/// A flow that is dispatched in process again and again is rejected as a loop.
 #[test]
 fn a_flow_that_is_handed_over_again_and_again_is_a_loop() -> Result<()> {
     let world = World::new()?;
@@ -134,6 +137,7 @@ fn ask(world: &World, authority: &str, headers: &[(&str, &str)]) -> Result<Answe
     peer::ask(world.node(), A, &world.pki().named("node"), request(authority, headers)?)
 }
 
+/// Headers of a request pass the in-process upstream, and this process is named once in them.
 #[test]
 fn what_a_peer_asked_for_goes_on_as_from_a_gateway_in_between_but_nobody_is_named_twice() -> Result<()> {
     let world = World::new()?;
@@ -160,6 +164,7 @@ fn what_a_peer_asked_for_goes_on_as_from_a_gateway_in_between_but_nobody_is_name
     Ok(())
 }
 
+/// A weighted route can send a share of its flows to the in-process upstream.
 #[test]
 fn a_share_of_the_flows_may_stay_in_the_process() -> Result<()> {
     const FLOWS: usize = 400;

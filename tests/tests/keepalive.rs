@@ -34,6 +34,8 @@ fn held(world: &World, port: u16, target: SocketAddr) -> Result<Running> {
 
 /// The flows of an agent that is stopped end when its PING has gone unanswered for `keepalive_timeout`, and live on where
 /// the listener waits longer than it is stopped.
+///
+/// Failure: connection-lost.
 #[test]
 fn an_agent_that_is_suspended_keeps_its_flows_for_as_long_as_the_listener_waits() -> Result<()> {
     let world = World::new()?;

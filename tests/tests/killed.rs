@@ -28,8 +28,17 @@ const BEFORE: Duration = Duration::from_secs(1);
 const SHORT: Duration = Duration::from_millis(300);
 
 each_mode! {
+    /// A killed daemon resets its flows, and the next one carries new ones.
+    ///
+    /// Failure: daemon-killed.
     a_daemon_that_is_killed_takes_its_flows_along_and_the_next_one_carries = killed_daemon;
+    /// A killed application leaves no connection on either side.
+    ///
+    /// Failure: daemon-killed.
     an_application_that_is_killed_is_forgotten_on_both_sides = killed_application;
+    /// A killed target ends the connections of its applications.
+    ///
+    /// Failure: daemon-killed.
     a_target_that_is_killed_ends_its_applications_connections = killed_target;
 }
 

@@ -126,6 +126,7 @@ fn failed_and_clean(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// A test that panics leaves no namespace, cgroup or process.
 #[test]
 fn a_test_that_panics_leaves_nothing() -> Result<()> {
     if on_purpose() {
@@ -134,6 +135,7 @@ fn a_test_that_panics_leaves_nothing() -> Result<()> {
     failed_and_clean("a_test_that_panics_leaves_nothing")
 }
 
+/// A test that returns an error leaves no namespace, cgroup or process.
 #[test]
 fn a_test_that_returns_an_error_leaves_nothing() -> Result<()> {
     if on_purpose() {
@@ -142,6 +144,7 @@ fn a_test_that_returns_an_error_leaves_nothing() -> Result<()> {
     failed_and_clean("a_test_that_returns_an_error_leaves_nothing")
 }
 
+/// A test that is killed leaves nothing but files.
 #[test]
 fn a_test_that_is_killed_leaves_nothing_but_files() -> Result<()> {
     if on_purpose() {
@@ -159,6 +162,7 @@ fn a_test_that_is_killed_leaves_nothing_but_files() -> Result<()> {
     Ok(())
 }
 
+/// A test that leaves a process behind fails, and the process is ended.
 #[test]
 fn a_test_that_leaves_a_process_fails_and_takes_it_along() -> Result<()> {
     if on_purpose() {
@@ -178,6 +182,7 @@ fn a_test_that_leaves_a_process_fails_and_takes_it_along() -> Result<()> {
     leftovers::gone("something", || left_by(process.id(), None))
 }
 
+/// The hosts of a test world have the addresses and routes that its documentation names.
 #[test]
 fn a_world_is_what_it_says() -> Result<()> {
     let world = World::new()?;

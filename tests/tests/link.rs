@@ -61,6 +61,7 @@ impl Pair {
     }
 }
 
+/// A simulated link delays a round trip by twice its delay.
 #[test]
 fn heavy_a_round_trip_takes_the_delay_twice_and_little_more() -> Result<()> {
     let pair = Pair::new(Profile::delay(millis(10)))?;
@@ -84,6 +85,7 @@ fn heavy_a_round_trip_takes_the_delay_twice_and_little_more() -> Result<()> {
     Ok(())
 }
 
+/// A simulated link of 100 Mbit/s carries 85 to 100 Mbit/s of payload.
 #[test]
 fn heavy_a_link_of_100_mbit_carries_85_to_100_mbit_of_payload() -> Result<()> {
     let pair = Pair::new(Profile::delay(millis(10)).rate(100 * MBIT))?;
@@ -96,6 +98,7 @@ fn heavy_a_link_of_100_mbit_carries_85_to_100_mbit_of_payload() -> Result<()> {
     Ok(())
 }
 
+/// A simulated link drops what its queue cannot hold, and TCP recovers it.
 #[test]
 fn heavy_what_does_not_fit_the_queue_is_dropped_and_tcp_recovers_it() -> Result<()> {
     // Six packets, where a burst of TCP is ten.
@@ -109,6 +112,7 @@ fn heavy_what_does_not_fit_the_queue_is_dropped_and_tcp_recovers_it() -> Result<
     Ok(())
 }
 
+/// Dropping a simulated link removes its devices.
 #[test]
 fn a_links_devices_are_gone_when_it_drops() -> Result<()> {
     let Pair { link, left, right, .. } = Pair::new(Profile::delay(millis(1)))?;
@@ -123,6 +127,7 @@ fn a_links_devices_are_gone_when_it_drops() -> Result<()> {
     Ok(())
 }
 
+/// Bytes of an application arrive over a link with 20 ms delay.
 #[test]
 fn an_applications_bytes_cross_a_link_of_20_ms_through_the_tunnel() -> Result<()> {
     let world = World::with_link(Profile::delay(millis(10)))?;

@@ -82,6 +82,8 @@ fn authority(name: &str, target: &Target) -> String {
 
 /// With 1,200 names of one peer that no server answers for, another peer's names are dialled at once, whether the hosts
 /// file knows them or a server does; and so are the first peer's own once it has given up the others.
+///
+/// Failure: misbehaviour.
 #[test]
 fn names_of_one_peer_that_hang_hold_up_nobody_elses() -> Result<()> {
     const HANGING: usize = 1200;
@@ -118,6 +120,8 @@ fn names_of_one_peer_that_hang_hold_up_nobody_elses() -> Result<()> {
 }
 
 /// A request that its peer takes back takes its look-up along, however long the servers may still take.
+///
+/// Failure: misbehaviour.
 #[test]
 fn a_request_that_is_taken_back_leaves_no_look_up_behind() -> Result<()> {
     let world = World::new()?;
@@ -145,6 +149,8 @@ fn a_request_that_is_taken_back_leaves_no_look_up_behind() -> Result<()> {
 
 /// A name is looked up by /etc/hosts first, then by the servers and the search list of /etc/resolv.conf; what these say is
 /// seen as soon as they change.
+///
+/// Failure: misbehaviour.
 #[test]
 fn names_go_by_the_systems_files_and_by_their_newest_version() -> Result<()> {
     let world = World::new()?;

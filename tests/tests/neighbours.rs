@@ -35,6 +35,8 @@ fn agent(world: &World, ports: &[u16], keys: &str) -> Result<std::path::PathBuf>
 
 /// Thousands of connections that are reset as soon as they are there end no other flow on the same tunnel connection,
 /// whether the gateway keeps up or not.
+///
+/// Failure: misbehaviour.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "what is wanted is a gateway that stands still for a while")]
 fn connections_that_are_reset_at_once_end_no_flow_beside_them() -> Result<()> {
@@ -58,6 +60,8 @@ fn connections_that_are_reset_at_once_end_no_flow_beside_them() -> Result<()> {
 }
 
 /// Flows on a tunnel connection that is given up, because its peer answers no PING, are recorded each, with that reason.
+///
+/// Failure: connection-lost.
 #[test]
 fn flows_of_a_connection_that_is_given_up_are_recorded() -> Result<()> {
     const FLOWS: usize = 10;
@@ -85,6 +89,8 @@ fn flows_of_a_connection_that_is_given_up_are_recorded() -> Result<()> {
 }
 
 /// New flows go to another gateway as soon as one is overdue with its answer to a PING.
+///
+/// Failure: connection-lost.
 #[test]
 fn a_gateway_that_falls_silent_gets_no_new_flows_while_another_answers() -> Result<()> {
     let world = World::new()?;

@@ -81,6 +81,8 @@ fn double(world: &World, outer: How, inner: How) -> Result<PathBuf> {
 
 const H2: How = ("h2", true);
 
+/// In a nested tunnel the outer gateway carries one stream to the inner one, which alone sees target and
+/// client.
 #[test]
 fn the_outer_gateway_carries_one_stream_to_the_inner_one_which_alone_sees_the_target_and_who_asks()
 -> Result<()> {
@@ -150,26 +152,31 @@ fn assert_pairs(pairs: &[(How, How)]) -> Result<()> {
     Ok(())
 }
 
+/// HTTP/2 nested in HTTP/2 carries bytes, half-close and resets.
 #[test]
 fn http_2_inside_http_2_is_a_byte_stream() -> Result<()> {
     assert_pairs(&[(H2, H2), (("h2", false), ("h2", false))])
 }
 
+/// HTTP/1 nested in HTTP/2 carries bytes, half-close and resets.
 #[test]
 fn http_1_inside_http_2_is_a_byte_stream() -> Result<()> {
     assert_pairs(&[(H2, ("h1", true)), (H2, ("h1", false))])
 }
 
+/// HTTP/2 nested in HTTP/1 carries bytes, half-close and resets.
 #[test]
 fn http_2_inside_http_1_is_a_byte_stream() -> Result<()> {
     assert_pairs(&[(("h1", true), H2), (("h1", false), H2)])
 }
 
+/// HTTP/1 nested in HTTP/1 carries bytes, half-close and resets.
 #[test]
 fn http_1_inside_http_1_is_a_byte_stream() -> Result<()> {
     assert_pairs(&[(("h1", true), ("h1", true)), (("h1", false), ("h1", false))])
 }
 
+/// Three nested tunnels carry bytes, half-close and resets, and each gateway sees the next one only.
 #[test]
 fn three_deep_is_a_byte_stream_and_each_gateway_sees_the_next_one_only() -> Result<()> {
     const H1: How = ("h1", true);
@@ -200,6 +207,7 @@ fn three_deep_is_a_byte_stream_and_each_gateway_sees_the_next_one_only() -> Resu
     Ok(())
 }
 
+/// The outer gateway resolves the name of the inner one.
 #[test]
 fn an_inner_gateway_that_has_a_name_is_resolved_by_the_outer_one() -> Result<()> {
     let world = World::new()?;
@@ -226,6 +234,7 @@ fn refusal(world: &World, agent: &Path) -> Result<String> {
     Ok(done.flows()?[0]["detail"].as_str().unwrap_or_default().to_owned())
 }
 
+/// An error of a nested tunnel names the hop that failed.
 #[test]
 fn whoever_fails_on_the_way_is_named() -> Result<()> {
     let world = World::new()?;
@@ -261,6 +270,10 @@ fn whoever_fails_on_the_way_is_named() -> Result<()> {
     Ok(())
 }
 
+/// When the outer gateway is killed, its flows are reset, the inner endpoint is not ejected, and new flows
+/// work once it is back.
+///
+/// Failure: connection-lost.
 #[test]
 fn when_the_outer_gateway_is_killed_flows_are_reset_and_new_ones_work_once_it_is_back() -> Result<()> {
     const FLOWS: usize = 20;
@@ -289,6 +302,7 @@ fn when_the_outer_gateway_is_killed_flows_are_reset_and_new_ones_work_once_it_is
     Ok(())
 }
 
+/// A reload reconnects only upstreams whose `via` has changed.
 #[test]
 fn when_the_configuration_changes_only_what_goes_through_something_else_is_connected_anew() -> Result<()> {
     /// Where the outer gateway moves.
@@ -337,6 +351,9 @@ fn when_the_configuration_changes_only_what_goes_through_something_else_is_conne
     Ok(())
 }
 
+/// In a nested tunnel an application that does not read holds a bounded amount of memory.
+///
+/// Failure: misbehaviour.
 #[test]
 fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_in_a_tunnel_in_a_tunnel()
 -> Result<()> {
@@ -378,6 +395,7 @@ fn heavy_an_application_that_does_not_read_costs_a_bounded_amount_of_memory_in_a
     Ok(())
 }
 
+/// A health check through another gateway takes an unreachable endpoint out, and readmits it.
 #[test]
 fn an_endpoint_behind_another_gateway_that_accepts_no_connection_gets_no_flows_until_it_does() -> Result<()> {
     let world = World::new()?;

@@ -96,6 +96,7 @@ fn up(from: usize, to: usize) -> Vec<u8> {
     out
 }
 
+/// The first bytes of an application reach the gateway before it has answered.
 #[test]
 fn what_an_application_sends_first_is_there_before_the_gateway_has_answered() -> Result<()> {
     let world = World::new()?;
@@ -108,6 +109,7 @@ fn what_an_application_sends_first_is_there_before_the_gateway_has_answered() ->
     Ok(())
 }
 
+/// Sniffed bytes are sent optimistically too.
 #[test]
 fn what_was_looked_at_goes_ahead_too() -> Result<()> {
     let world = World::new()?;
@@ -120,6 +122,7 @@ fn what_was_looked_at_goes_ahead_too() -> Result<()> {
     gateway.played()
 }
 
+/// Through a chain of two gateways the first bytes arrive before any answer.
 #[test]
 fn through_a_chain_of_two_the_first_bytes_are_there_before_anybody_has_answered() -> Result<()> {
     let world = World::new()?;
@@ -138,6 +141,7 @@ fn through_a_chain_of_two_the_first_bytes_are_there_before_anybody_has_answered(
     last.played()
 }
 
+/// A target that speaks first is heard, and optimistic data adds nothing to the stream.
 #[test]
 fn a_target_that_speaks_first_is_heard_and_nothing_goes_ahead_of_what_was_not_sent() -> Result<()> {
     const BYTES: usize = 1000;
@@ -156,6 +160,7 @@ fn a_target_that_speaks_first_is_heard_and_nothing_goes_ahead_of_what_was_not_se
     gateway.played()
 }
 
+/// A half-close before the answer follows the optimistic bytes.
 #[test]
 fn an_end_before_the_answer_goes_behind_the_bytes() -> Result<()> {
     let world = World::new()?;
@@ -178,6 +183,7 @@ fn an_end_before_the_answer_goes_behind_the_bytes() -> Result<()> {
     Ok(())
 }
 
+/// Optimistic data is bounded, and the rest follows the answer.
 #[test]
 fn no_more_than_the_bound_goes_ahead_and_the_rest_follows_the_answer() -> Result<()> {
     const BYTES: usize = 300_000;
@@ -200,6 +206,7 @@ fn no_more_than_the_bound_goes_ahead_and_the_rest_follows_the_answer() -> Result
     Ok(())
 }
 
+/// A request that the peer did not process is retried with its optimistic data.
 #[test]
 fn a_request_that_was_not_acted_on_is_sent_again_with_what_went_ahead_of_it() -> Result<()> {
     let world = World::new()?;
@@ -225,6 +232,7 @@ fn a_request_that_was_not_acted_on_is_sent_again_with_what_went_ahead_of_it() ->
     Ok(())
 }
 
+/// A retried request repeats a half-close that was sent optimistically.
 #[test]
 fn an_end_that_went_ahead_goes_again_too() -> Result<()> {
     let world = World::new()?;
@@ -247,6 +255,7 @@ fn an_end_that_went_ahead_goes_again_too() -> Result<()> {
     gateway.played()
 }
 
+/// With `retries` the next upstream gets the optimistic data.
 #[test]
 fn where_a_route_tries_again_the_other_upstream_gets_what_went_ahead() -> Result<()> {
     let world = World::new()?;
@@ -268,6 +277,7 @@ fn where_a_route_tries_again_the_other_upstream_gets_what_went_ahead() -> Result
     standby.played()
 }
 
+/// Optimistic data of a refused request reaches nobody, and the application is reset.
 #[test]
 fn what_went_ahead_of_a_refusal_reaches_nobody_and_resets_the_application() -> Result<()> {
     let world = World::new()?;
@@ -349,6 +359,7 @@ fn what_an_application_sent_before_it_reset_reaches_a_target_that_answers_later(
     Ok(())
 }
 
+/// A gateway that resets before its answer resets the application, without a retry.
 #[test]
 fn a_gateway_that_resets_before_its_answer_resets_the_application_and_is_not_asked_again() -> Result<()> {
     let world = World::new()?;
@@ -366,6 +377,7 @@ fn a_gateway_that_resets_before_its_answer_resets_the_application_and_is_not_ask
     Ok(())
 }
 
+/// With `optimistic_data = false` nothing is sent before the answer.
 #[test]
 fn where_it_is_switched_off_nothing_goes_ahead() -> Result<()> {
     let world = World::new()?;
@@ -382,6 +394,7 @@ fn where_it_is_switched_off_nothing_goes_ahead() -> Result<()> {
     gateway.played()
 }
 
+/// Over HTTP/1 nothing is sent before the answer.
 #[test]
 fn over_http_1_nothing_goes_ahead() -> Result<()> {
     let world = World::new()?;
@@ -397,6 +410,7 @@ fn over_http_1_nothing_goes_ahead() -> Result<()> {
     Ok(())
 }
 
+/// Envoy accepts optimistic data, and answers 503 where the target is down.
 #[test]
 fn envoy_takes_what_goes_ahead_and_says_503_where_nobody_is() -> Result<()> {
     let world = World::new()?;
@@ -422,6 +436,7 @@ fn envoy_takes_what_goes_ahead_and_says_503_where_nobody_is() -> Result<()> {
 /// More than h2 takes on one connection for streams that it has forgotten.
 const REFUSALS: usize = 400;
 
+/// Data behind refused requests takes no window of the connection.
 #[test]
 fn what_comes_behind_refusals_costs_a_connection_nothing() -> Result<()> {
     let world = World::new()?;

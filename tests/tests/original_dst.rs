@@ -43,16 +43,19 @@ fn asks_for_original_dst(proxy: &str, target: SocketAddr) -> Result<()> {
     Ok(())
 }
 
+/// SO_ORIGINAL_DST on a captured connection returns the original destination.
 #[test]
 fn so_original_dst_answers_where_the_application_wanted_to_go() -> Result<()> {
     asks_for_original_dst("127.0.0.1:12345", SocketAddr::new(TARGET4, 4321))
 }
 
+/// IP6T_SO_ORIGINAL_DST on a captured connection returns the original destination.
 #[test]
 fn ip6t_so_original_dst_answers_where_the_application_wanted_to_go() -> Result<()> {
     asks_for_original_dst("[::1]:12345", SocketAddr::new(TARGET6, 4321))
 }
 
+/// An unmodified redsocks carries captured connections.
 #[test]
 fn an_unmodified_redsocks_carries_what_we_capture() -> Result<()> {
     const BYTES: u64 = 300_000;

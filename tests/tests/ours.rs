@@ -271,7 +271,7 @@ fn exec_inside_exec_reaches_its_gateway_through_the_outer_tunnel() -> Result<()>
     Ok(())
 }
 
-/// The same in a group that a daemon captures.
+/// `exec` in a group that a daemon captures reaches its gateway through the daemon's tunnel, and each connection is carried once.
 #[test]
 fn exec_inside_a_captured_group_reaches_its_gateway_through_the_daemons_tunnel() -> Result<()> {
     let world = world()?;
@@ -434,7 +434,7 @@ fn of_two_daemons_that_capture_a_group_and_one_in_it_one_carries_each_connection
     Ok(())
 }
 
-/// The same of one daemon, whose inner capture is asked first.
+/// Of two captures of one daemon, one in the other, the inner one carries each connection, once.
 #[test]
 fn of_two_captures_of_one_daemon_the_inner_one_carries_each_connection_once() -> Result<()> {
     for more in [NOTHING_MORE, LOOPBACK_TOO] {

@@ -209,13 +209,13 @@ fn over_ipv4_a_captured_program_sees_what_it_sees_without_us() -> Result<()> {
     same("4")
 }
 
-/// The same over IPv6.
+/// Over IPv6 a captured program observes at its sockets what it observes without us.
 #[test]
 fn over_ipv6_a_captured_program_sees_what_it_sees_without_us() -> Result<()> {
     same("6")
 }
 
-/// The same of IPv6 sockets with IPv4 addresses.
+/// With v4-mapped addresses a captured program observes at its sockets what it observes without us.
 #[test]
 fn with_v4_mapped_addresses_a_captured_program_sees_what_it_sees_without_us() -> Result<()> {
     same("mapped")

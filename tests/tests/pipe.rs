@@ -53,6 +53,7 @@ fn assert_piped(done: &Finished, bytes: u64) {
     assert_eq!(counter(done, "pipes_missed"), None, "{done}");
 }
 
+/// With `relay = "pipe"` 64 MiB in each direction at once arrive unchanged.
 #[test]
 fn heavy_64_mib_each_way_at_once_arrive_unchanged_through_pipes() -> Result<()> {
     const BYTES: u64 = 64 * MIB;
@@ -70,6 +71,7 @@ fn heavy_64_mib_each_way_at_once_arrive_unchanged_through_pipes() -> Result<()> 
     Ok(())
 }
 
+/// With `relay = "pipe"` half-close works, whichever side ends first.
 #[test]
 fn whichever_side_ends_first_the_other_is_heard_through_pipes() -> Result<()> {
     let node = Node::new()?;
@@ -90,6 +92,7 @@ fn whichever_side_ends_first_the_other_is_heard_through_pipes() -> Result<()> {
     Ok(())
 }
 
+/// With `relay = "pipe"` a reset of either side resets the other.
 #[test]
 fn a_reset_of_either_side_resets_the_other_through_pipes() -> Result<()> {
     let node = Node::new()?;
@@ -113,6 +116,7 @@ fn a_reset_of_either_side_resets_the_other_through_pipes() -> Result<()> {
     Ok(())
 }
 
+/// With `relay = "pipe"` a target that does not read stalls its application and no other flow.
 #[test]
 fn heavy_a_target_that_does_not_read_stops_the_application_and_no_other_flow() -> Result<()> {
     const OFFERED: u64 = 128 * MIB;
@@ -140,6 +144,7 @@ fn heavy_a_target_that_does_not_read_stops_the_application_and_no_other_flow() -
     Ok(())
 }
 
+/// 1,000 idle flows hold no pipes.
 #[test]
 fn heavy_a_thousand_idle_flows_hold_no_pipes() -> Result<()> {
     let node = Node::new()?;

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use tunnel_tests::{World, programs::system, servers};
 
+/// An unmodified psql works with a PostgreSQL server that the node has no route to.
 #[test]
 fn psql_works_with_a_postgresql_that_the_node_has_no_route_to() -> Result<()> {
     let world = World::new()?;
@@ -38,6 +39,7 @@ fn psql_works_with_a_postgresql_that_the_node_has_no_route_to() -> Result<()> {
     Ok(())
 }
 
+/// An unmodified redis-benchmark works with a Redis server that the node has no route to.
 #[test]
 fn heavy_redis_benchmark_works_with_a_redis_that_the_node_has_no_route_to() -> Result<()> {
     let world = World::new()?;

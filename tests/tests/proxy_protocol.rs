@@ -79,6 +79,7 @@ fn forwarded(request: &Request<()>) -> String {
     request.headers()["forwarded"].to_str().unwrap_or_default().to_owned()
 }
 
+/// With `proxy_protocol` the client address is that of the PROXY header, whatever protocol follows.
 #[test]
 fn who_a_balancer_says_a_connection_is_from_is_the_client_whatever_is_spoken_behind_it() -> Result<()> {
     let world = World::new()?;
@@ -113,6 +114,7 @@ fn who_a_balancer_says_a_connection_is_from_is_the_client_whatever_is_spoken_beh
     Ok(())
 }
 
+/// A connection without a valid PROXY header is closed, and others are not affected.
 #[test]
 fn a_connection_without_a_header_that_can_be_read_is_closed_and_nobody_else_notices() -> Result<()> {
     let world = World::new()?;
@@ -120,8 +122,8 @@ fn a_connection_without_a_header_that_can_be_read_is_closed_and_nobody_else_noti
     let mut gateway = gateway(&world, "[[route]]\nto = [{ upstream = \"next\" }]\n")?;
     let connect = b"CONNECT 10.200.0.10:80 HTTP/1.1\r\n\r\n";
     for (bytes, said) in [
-        (connect.to_vec(), "error=no PROXY header in front of it"),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), "error=no PROXY header in front of it"),
+        (connect.to_vec(), "error=no PROXY header"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), "error=no PROXY header"),
         ([&b"PROXY TCP4 a b 1 2\r\n"[..], connect].concat(), "it has a wrong address"),
         (b"PROXY ".repeat(20), "longer than 107 bytes"),
         (v2(0x21, 0x11, &[0; 4]), "it is too short"),
@@ -147,6 +149,7 @@ fn a_connection_without_a_header_that_can_be_read_is_closed_and_nobody_else_noti
     Ok(())
 }
 
+/// An incomplete PROXY header is ended after `handshake_timeout`.
 #[test]
 fn a_header_that_does_not_end_is_waited_for_no_longer_than_a_handshake() -> Result<()> {
     let world = World::new()?;
@@ -206,6 +209,7 @@ fn note(mut stream: &TcpStream, notes: &Notes) -> io::Result<()> {
     Ok(())
 }
 
+/// A target with `proxy_protocol = "v2"` gets a PROXY header with client and identity, then every byte.
 #[test]
 fn a_target_is_told_who_comes_and_by_what_name_and_then_gets_every_byte() -> Result<()> {
     const BYTES: usize = 3_000_000;
@@ -265,6 +269,7 @@ fn a_target_is_told_who_comes_and_by_what_name_and_then_gets_every_byte() -> Res
     Ok(())
 }
 
+/// The PROXY header is sent before the client's first byte.
 #[test]
 fn a_target_that_speaks_first_is_told_before_the_client_has_said_a_word() -> Result<()> {
     let world = World::new()?;

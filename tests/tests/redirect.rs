@@ -96,6 +96,7 @@ fn counter(log: &str, name: &str) -> Option<u64> {
     rest.split_once(')')?.0.parse().ok()
 }
 
+/// Connections that iptables rules redirect are carried over IPv4 and IPv6.
 #[test]
 fn what_rules_redirect_is_carried_through_the_tunnel_over_ipv4_and_ipv6() -> Result<()> {
     const BYTES: u64 = 300_000;
@@ -127,6 +128,7 @@ fn what_rules_redirect_is_carried_through_the_tunnel_over_ipv4_and_ipv6() -> Res
     Ok(())
 }
 
+/// The daemon's own connections are not redirected, although it runs in the matched cgroup.
 #[test]
 fn the_daemons_own_connections_are_not_redirected_although_it_runs_in_the_matched_group() -> Result<()> {
     let world = World::new()?;
@@ -148,6 +150,7 @@ fn the_daemons_own_connections_are_not_redirected_although_it_runs_in_the_matche
     Ok(())
 }
 
+/// A connection without an original destination, or to the listener itself, is reset and counted.
 #[test]
 fn a_connection_that_was_not_redirected_or_wants_to_come_to_us_is_reset_and_counted() -> Result<()> {
     let world = World::new()?;
@@ -183,6 +186,7 @@ fn a_connection_that_was_not_redirected_or_wants_to_come_to_us_is_reset_and_coun
     Ok(())
 }
 
+/// Without redirect rules there is no original destination, and a connection is reset.
 #[test]
 fn without_rules_nobody_knows_where_a_connection_wanted_to_go_and_it_is_reset() -> Result<()> {
     let world = World::new()?;
@@ -197,6 +201,7 @@ fn without_rules_nobody_knows_where_a_connection_wanted_to_go_and_it_is_reset() 
     Ok(())
 }
 
+/// On SIGTERM redirected flows finish, and new connections are refused.
 #[test]
 fn on_sigterm_redirected_flows_finish_and_new_connections_are_refused() -> Result<()> {
     let world = World::new()?;
@@ -223,6 +228,7 @@ fn on_sigterm_redirected_flows_finish_and_new_connections_are_refused() -> Resul
     Ok(())
 }
 
+/// A target that refuses resets the redirected application.
 #[test]
 fn a_target_that_refuses_resets_the_redirected_application() -> Result<()> {
     let world = World::new()?;
@@ -252,6 +258,7 @@ fn for_nobody(world: &World, config: &str) -> Result<tempfile::TempDir> {
     Ok(open)
 }
 
+/// Capture by redirection needs CAP_NET_ADMIN and no other privilege.
 #[test]
 fn it_takes_cap_net_admin_and_no_other_privilege() -> Result<()> {
     let world = World::new()?;
@@ -278,6 +285,7 @@ fn it_takes_cap_net_admin_and_no_other_privilege() -> Result<()> {
     Ok(())
 }
 
+/// `relay = "splice"` without its privileges exits with 77 and names them; "auto" copies.
 #[test]
 fn relay_splice_takes_more_privileges_and_says_which_are_missing_with_77_and_auto_copies_without()
 -> Result<()> {
@@ -316,6 +324,7 @@ fn relay_splice_takes_more_privileges_and_says_which_are_missing_with_77_and_aut
     Ok(())
 }
 
+/// `exec` and `detach` reject captures by redirection, and mistakes are named.
 #[test]
 fn exec_and_detach_say_that_rules_are_not_theirs_and_mistakes_are_named() -> Result<()> {
     let world = World::new()?;

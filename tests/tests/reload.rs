@@ -36,6 +36,7 @@ fn gateway(world: &World, listen: &[SocketAddr], policies: &str) -> String {
 
 const ANY: &str = "[[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n";
 
+/// After a reload new flows take the new upstream, and established ones keep theirs.
 #[test]
 fn new_flows_take_another_upstream_and_old_ones_keep_theirs() -> Result<()> {
     let world = World::new()?;
@@ -65,6 +66,7 @@ fn new_flows_take_another_upstream_and_old_ones_keep_theirs() -> Result<()> {
     Ok(())
 }
 
+/// After a reload both kept and new upstreams follow their endpoints.
 #[test]
 fn an_upstream_that_stays_follows_its_endpoints_and_one_that_is_new_does_too() -> Result<()> {
     let world = World::new()?;
@@ -108,6 +110,9 @@ fn an_upstream_that_stays_follows_its_endpoints_and_one_that_is_new_does_too() -
     Ok(())
 }
 
+/// A configuration with mistakes changes nothing, and every mistake is logged.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_file_with_mistakes_changes_nothing_and_every_mistake_is_named() -> Result<()> {
     let world = World::new()?;
@@ -135,6 +140,9 @@ fn a_file_with_mistakes_changes_nothing_and_every_mistake_is_named() -> Result<(
     Ok(())
 }
 
+/// A reload names each setting that needs a restart.
+///
+/// Failure: fails-half-way.
 #[test]
 fn what_a_running_daemon_cannot_change_is_named_with_its_remedy() -> Result<()> {
     let world = World::new()?;
@@ -146,6 +154,7 @@ fn what_a_running_daemon_cannot_change_is_named_with_its_remedy() -> Result<()> 
     Ok(())
 }
 
+/// A reload of `relay` applies to new flows, and established ones continue.
 #[test]
 fn how_bytes_are_moved_changes_for_new_flows_and_old_ones_go_on() -> Result<()> {
     /// A flow is promoted after 16 wake-ups.
@@ -194,6 +203,7 @@ fn how_bytes_are_moved_changes_for_new_flows_and_old_ones_go_on() -> Result<()> 
     Ok(())
 }
 
+/// A reload of `include` and `exclude` applies to new connections.
 #[test]
 fn what_is_included_or_excluded_changes_for_new_connections() -> Result<()> {
     let world = World::new()?;
@@ -222,6 +232,7 @@ fn what_is_included_or_excluded_changes_for_new_connections() -> Result<()> {
     Ok(())
 }
 
+/// A reload attaches a new capture and detaches a removed one.
 #[test]
 fn a_group_is_captured_from_now_on_and_another_is_let_go() -> Result<()> {
     let world = World::new()?;
@@ -279,6 +290,8 @@ async fn ping(send: &mut h2::SendStream<Bytes>, body: &mut h2::RecvStream) -> Re
     Ok(())
 }
 
+/// An unchanged listener keeps its connections over a reload, and their new streams are subject to the new
+/// policies.
 #[test]
 fn a_listener_that_is_the_same_keeps_its_connections_and_their_new_streams_have_the_new_policies()
 -> Result<()> {
@@ -306,6 +319,7 @@ fn a_listener_that_is_the_same_keeps_its_connections_and_their_new_streams_have_
     })
 }
 
+/// A removed listener closes its port, and its streams continue.
 #[test]
 fn a_listener_that_is_taken_out_closes_its_port_and_its_streams_go_on() -> Result<()> {
     let world = World::new()?;
@@ -336,6 +350,9 @@ fn a_listener_that_is_taken_out_closes_its_port_and_its_streams_go_on() -> Resul
     })
 }
 
+/// A reload that cannot open a listener changes nothing.
+///
+/// Failure: fails-half-way.
 #[test]
 fn what_cannot_be_opened_leaves_everything_as_it_was() -> Result<()> {
     let world = World::new()?;
@@ -356,6 +373,7 @@ fn what_cannot_be_opened_leaves_everything_as_it_was() -> Result<()> {
     Ok(())
 }
 
+/// No connection is refused during repeated reloads.
 #[test]
 fn no_connection_is_refused_while_the_configuration_changes_again_and_again() -> Result<()> {
     let world = World::new()?;
@@ -388,6 +406,7 @@ fn no_connection_is_refused_while_the_configuration_changes_again_and_again() ->
     Ok(())
 }
 
+/// SIGHUP without a configuration file is logged and changes nothing.
 #[test]
 fn a_daemon_without_a_file_says_so_and_goes_on() -> Result<()> {
     let world = World::new()?;

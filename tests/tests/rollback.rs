@@ -2,7 +2,7 @@
 //!
 //! The second of two captures cannot be attached, because a folder stands where one of its links is to be pinned.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -16,6 +16,8 @@ struct Half<'w> {
     world: &'w World,
     node: Node<'w>,
     second: Cgroup,
+    /// Where the second one's links are pinned.
+    links: Vec<PathBuf>,
     obstacle: PathBuf,
 }
 
@@ -23,18 +25,20 @@ impl<'w> Half<'w> {
     /// Captures both groups once, to see where the second one's links are, and puts a folder in the place of one.
     fn new(world: &'w World, gateway: &Gateway<'_>) -> Result<Self> {
         let (node, second) = (Node::new(world)?, Cgroup::new()?);
-        let mut half = Self { world, node, second, obstacle: PathBuf::new() };
+        let mut half = Self { world, node, second, links: Vec::new(), obstacle: PathBuf::new() };
         let both = half.both(gateway);
         let mut daemon = half.node.daemon(&both)?;
         daemon.process().wait_for_line(&format!("cgroup=\"{}\"", half.second.path().display()))?;
         let name =
             half.second.path().file_name().context("a name")?.to_string_lossy().replace(['-', '.'], "_");
         let pins = half.node.bpffs.pins();
-        let mut links = pins.iter().filter(|p| {
+        let is_link = |p: &&PathBuf| {
             let folder = p.parent().map(|f| f.display().to_string()).unwrap_or_default();
-            folder.contains(&name) && p.file_name().is_some_and(|n| n.to_string_lossy().contains("connect6"))
-        });
-        half.obstacle = links.next_back().with_context(|| format!("no link of {name} in {pins:?}"))?.clone();
+            folder.contains(&name) && p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link_"))
+        };
+        half.links = pins.iter().filter(is_link).cloned().collect();
+        let last = half.links.iter().rfind(|link| link.ends_with("link_capture_connect6"));
+        half.obstacle = last.with_context(|| format!("no link of {name} in {pins:?}"))?.clone();
         daemon.process().stop()?;
         let mut detach = world.node().command(programs::tunnel()?);
         process::output(detach.args(["detach", "--config"]).arg(daemon.config()))?;
@@ -68,6 +72,8 @@ impl<'w> Half<'w> {
 }
 
 /// Of two captures the second cannot be attached: the first is not attached either, and nothing is pinned.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_start_that_fails_after_its_first_capture_leaves_nothing_attached() -> Result<()> {
     let world = World::new()?;
@@ -84,6 +90,8 @@ fn a_start_that_fails_after_its_first_capture_leaves_nothing_attached() -> Resul
 }
 
 /// A configuration whose new capture cannot be attached changes nothing, and is in force once it can.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_reload_that_fails_leaves_nothing_of_its_new_capture() -> Result<()> {
     let world = World::new()?;
@@ -110,7 +118,36 @@ fn a_reload_that_fails_leaves_nothing_of_its_new_capture() -> Result<()> {
     Ok(())
 }
 
+/// Whichever link of the new capture cannot be pinned, nothing of it is left, and the old one goes on.
+#[test]
+fn a_reload_that_fails_at_any_link_leaves_nothing_of_its_new_capture() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().start()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let half = Half::new(&world, &gateway)?;
+    fs::remove_dir(&half.obstacle)?;
+    let mut daemon = half.node.daemon(&half.one(&gateway))?;
+    fs::write(daemon.config(), half.both(&gateway))?;
+    let pins = || half.node.bpffs.pins().into_iter().collect::<BTreeSet<_>>();
+    let before = pins();
+    for link in &half.links {
+        fs::create_dir_all(link)?;
+        daemon.hang_up()?;
+        let answer = daemon.answers().pop().unwrap_or_default();
+        assert!(answer.contains("failed to reload"), "{}: {answer}", link.display());
+        assert_eq!(pins(), before, "{}", link.display());
+        half.node.hold(&target)?;
+        fs::remove_dir(link)?;
+    }
+    assert!(half.links.len() > 6, "{:?}", half.links);
+    daemon.hang_up()?;
+    assert!(pins().len() > before.len(), "what failed before is in force");
+    Ok(())
+}
+
 /// A configuration whose new capture cannot be attached denies nothing in connect() either, and does once it can.
+///
+/// Failure: refused.
 #[test]
 fn a_reload_that_fails_takes_back_what_its_routes_deny() -> Result<()> {
     let world = World::new()?;
@@ -134,6 +171,8 @@ fn a_reload_that_fails_takes_back_what_its_routes_deny() -> Result<()> {
 }
 
 /// A daemon that fails while it takes over leaves the old one's programs and listeners in their place.
+///
+/// Failure: fails-half-way.
 #[test]
 fn a_take_over_that_fails_leaves_the_old_daemon_capturing() -> Result<()> {
     let world = World::new()?;

@@ -81,6 +81,7 @@ fn seen(done: &Finished) -> Result<std::net::IpAddr> {
     Ok(done.value("seen")?.parse::<SocketAddr>()?.ip())
 }
 
+/// Bytes arrive unchanged through a chain of two gateways.
 #[test]
 fn what_an_application_sends_arrives_unchanged_through_two_gateways() -> Result<()> {
     const BYTES: u64 = 1_000_000;
@@ -98,6 +99,7 @@ fn what_an_application_sends_arrives_unchanged_through_two_gateways() -> Result<
     Ok(())
 }
 
+/// In a chain the configured headers arrive, and each hop appends to `forwarded` and `via`.
 #[test]
 fn in_a_chain_the_headers_that_were_asked_for_arrive_and_forwarded_and_via_grow() -> Result<()> {
     const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -154,6 +156,7 @@ fn in_a_chain_the_headers_that_were_asked_for_arrive_and_forwarded_and_via_grow(
     Ok(())
 }
 
+/// A request that loops is answered with 508.
 #[test]
 fn a_request_that_comes_around_again_is_508_and_goes_no_further() -> Result<()> {
     let world = World::new()?;
@@ -167,6 +170,7 @@ fn a_request_that_comes_around_again_is_508_and_goes_no_further() -> Result<()> 
     Ok(())
 }
 
+/// A request that passes two listeners of one process is not a loop.
 #[test]
 fn what_passes_two_listeners_of_one_process_and_is_dialled_is_no_loop() -> Result<()> {
     let world = World::new()?;
@@ -178,6 +182,7 @@ fn what_passes_two_listeners_of_one_process_and_is_dialled_is_no_loop() -> Resul
     target.connected(1)
 }
 
+/// A route on a header takes matching requests only.
 #[test]
 fn a_header_sends_a_flow_to_the_canary_and_no_other() -> Result<()> {
     let world = World::new()?;
@@ -197,6 +202,7 @@ fn a_header_sends_a_flow_to_the_canary_and_no_other() -> Result<()> {
     Ok(())
 }
 
+/// Weights divide flows between upstreams.
 #[test]
 fn weights_divide_flows_between_upstreams() -> Result<()> {
     const FLOWS: usize = 400;
@@ -228,6 +234,7 @@ fn weights_divide_flows_between_upstreams() -> Result<()> {
     Ok(())
 }
 
+/// A route with `dial` replaces the target.
 #[test]
 fn a_route_dials_something_else_in_place_of_the_target() -> Result<()> {
     let world = World::new()?;
@@ -248,6 +255,7 @@ fn a_route_dials_something_else_in_place_of_the_target() -> Result<()> {
     Ok(())
 }
 
+/// The `timeout` of a route replaces the one of its upstream or listener.
 #[test]
 fn a_route_has_a_time_limit_of_its_own() -> Result<()> {
     let world = World::new()?;
@@ -260,6 +268,7 @@ fn a_route_has_a_time_limit_of_its_own() -> Result<()> {
     Ok(())
 }
 
+/// Routes match on the peer's identity and on the listener.
 #[test]
 fn flows_are_told_apart_by_the_peer_and_by_the_listener() -> Result<()> {
     let world = World::new()?;
@@ -284,6 +293,7 @@ fn flows_are_told_apart_by_the_peer_and_by_the_listener() -> Result<()> {
     Ok(())
 }
 
+/// Routes match on the server name of the peer's TLS.
 #[test]
 fn flows_are_told_apart_by_the_name_that_the_peer_asked_for() -> Result<()> {
     let world = World::new()?;
@@ -307,6 +317,7 @@ fn flows_are_told_apart_by_the_name_that_the_peer_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// A route to "direct" passes one network through, and the rest is tunnelled.
 #[test]
 fn one_network_is_passed_through_and_the_rest_goes_through_the_tunnel() -> Result<()> {
     let world = World::new()?;
@@ -323,6 +334,7 @@ fn one_network_is_passed_through_and_the_rest_goes_through_the_tunnel() -> Resul
     Ok(())
 }
 
+/// Routes match on the name of a capture.
 #[test]
 fn a_route_takes_the_connections_of_one_capture() -> Result<()> {
     let world = World::new()?;
@@ -340,6 +352,7 @@ fn a_route_takes_the_connections_of_one_capture() -> Result<()> {
     Ok(())
 }
 
+/// With `retries` a flow fails over to another upstream before a byte has passed; without, it fails.
 #[test]
 fn a_flow_fails_over_to_another_upstream_before_a_byte_has_passed_and_only_where_its_route_says_so()
 -> Result<()> {
@@ -379,6 +392,7 @@ fn a_flow_fails_over_to_another_upstream_before_a_byte_has_passed_and_only_where
     Ok(())
 }
 
+/// Routes match on the cgroup of a capture, whatever its name.
 #[test]
 fn a_route_takes_the_connections_of_a_cgroup_whatever_its_capture_is_called() -> Result<()> {
     let world = World::new()?;

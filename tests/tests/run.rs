@@ -28,6 +28,7 @@ fn counter(log: &str, name: &str) -> Option<u64> {
     rest.split_once(')')?.0.parse().ok()
 }
 
+/// The daemon's own connections are not captured, although it runs in the captured cgroup.
 #[test]
 fn the_daemons_own_connections_are_not_captured_although_it_runs_in_the_captured_group() -> Result<()> {
     let world = World::new()?;
@@ -54,6 +55,9 @@ fn the_daemons_own_connections_are_not_captured_although_it_runs_in_the_captured
     Ok(())
 }
 
+/// While no daemon runs captured connections are refused, and the next daemon carries them again.
+///
+/// Failure: daemon-killed.
 #[test]
 fn while_no_daemon_runs_captured_connections_are_refused_and_the_next_daemon_carries_them_again() -> Result<()>
 {
@@ -85,6 +89,9 @@ fn while_no_daemon_runs_captured_connections_are_refused_and_the_next_daemon_car
     Ok(())
 }
 
+/// With `on_failure = "open"` connections leave uncaptured while no daemon runs.
+///
+/// Failure: daemon-killed.
 #[test]
 fn with_on_failure_open_connections_go_out_as_if_there_were_no_capture_while_no_daemon_runs() -> Result<()> {
     let world = World::new()?;
@@ -114,6 +121,7 @@ fn with_on_failure_open_connections_go_out_as_if_there_were_no_capture_while_no_
     Ok(())
 }
 
+/// On SIGTERM established flows finish, and new connections are refused.
 #[test]
 fn on_sigterm_established_flows_finish_and_new_connections_are_refused() -> Result<()> {
     let world = World::new()?;
@@ -140,6 +148,7 @@ fn on_sigterm_established_flows_finish_and_new_connections_are_refused() -> Resu
     Ok(())
 }
 
+/// Flows that outlast `drain_timeout` are reset, and a second signal ends the drain at once.
 #[test]
 fn flows_that_outlast_the_drain_timeout_are_reset_and_a_second_signal_does_not_wait_for_it() -> Result<()> {
     let world = World::new()?;
@@ -161,6 +170,7 @@ fn flows_that_outlast_the_drain_timeout_are_reset_and_a_second_signal_does_not_w
     Ok(())
 }
 
+/// A daemon that starts while another one drains adopts its captures, and the flows of both continue.
 #[test]
 fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kinds_of_flows_go_on()
 -> Result<()> {
@@ -191,6 +201,7 @@ fn a_daemon_that_starts_while_the_old_one_drains_adopts_the_capture_and_both_kin
     Ok(())
 }
 
+/// A daemon that cannot adopt a capture leaves it closed.
 #[test]
 fn a_daemon_that_cannot_adopt_a_capture_leaves_it_closed() -> Result<()> {
     let world = World::new()?;
@@ -213,6 +224,7 @@ fn a_daemon_that_cannot_adopt_a_capture_leaves_it_closed() -> Result<()> {
     Ok(())
 }
 
+/// `tunnel detach` removes all pins, and connections are no longer captured.
 #[test]
 fn detach_leaves_no_pins_and_connections_go_their_own_way() -> Result<()> {
     let world = World::new()?;
@@ -232,6 +244,7 @@ fn detach_leaves_no_pins_and_connections_go_their_own_way() -> Result<()> {
     Ok(())
 }
 
+/// `tunnel detach` removes all pins although cgroup and certificates are gone.
 #[test]
 fn detach_leaves_no_pins_although_the_group_and_the_certificates_are_gone() -> Result<()> {
     let world = World::new()?;
@@ -248,6 +261,7 @@ fn detach_leaves_no_pins_although_the_group_and_the_certificates_are_gone() -> R
     Ok(())
 }
 
+/// A systemd unit is found by name below slices, and its sub-groups are captured.
 #[test]
 fn a_systemd_unit_is_found_by_its_name_below_slices_and_its_subgroups_are_captured() -> Result<()> {
     let world = World::new()?;
@@ -274,6 +288,7 @@ fn a_systemd_unit_is_found_by_its_name_below_slices_and_its_subgroups_are_captur
     Ok(())
 }
 
+/// A process of the cgroup in another network namespace is captured too.
 #[test]
 fn a_process_of_another_network_namespace_in_the_group_is_captured_too() -> Result<()> {
     let world = World::new()?;
@@ -296,6 +311,7 @@ fn a_process_of_another_network_namespace_in_the_group_is_captured_too() -> Resu
     Ok(())
 }
 
+/// Missing privilege exits with 77, and a wrong configuration with 64 and every mistake.
 #[test]
 fn a_daemon_without_privilege_ends_with_77_and_one_with_five_mistakes_with_64() -> Result<()> {
     let world = World::new()?;
@@ -346,6 +362,7 @@ fn a_daemon_without_privilege_ends_with_77_and_one_with_five_mistakes_with_64() 
     Ok(())
 }
 
+/// Captured connections over loopback are not paced, whatever congestion control the host uses.
 #[test]
 fn a_captured_connection_runs_over_loopback_and_is_not_paced_whatever_its_host_does_to_others() -> Result<()>
 {

@@ -19,9 +19,13 @@ use tunnel_tests::{
 };
 
 each_mode! {
+    /// An application observes at its socket what it would observe over TCP, whatever calls it makes.
     what_an_application_sees_is_what_it_sees_over_tcp = |mode: &Mode| same(mode, Subject::Application);
+    /// A target observes at its socket what it would observe over TCP, whatever calls it makes.
     what_a_target_sees_is_what_it_sees_over_tcp = |mode: &Mode| same(mode, Subject::Target);
+    /// The first and the last bytes of a connection arrive, whatever its end is.
     what_comes_first_and_last_arrives = at_once;
+    /// A peer that reads late gets every byte.
     who_reads_late_gets_everything = late;
 }
 

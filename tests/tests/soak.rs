@@ -26,6 +26,7 @@ const LENGTH: Duration = Duration::from_secs(10);
 const SOAK: Workload = Workload::Soak { connections: 8 };
 
 each_mode! {
+    /// No byte is lost, altered or repeated in both directions at once, in random sizes, by blocking and non-blocking programs.
     heavy_a_soak_loses_alters_and_repeats_no_byte = soak;
 }
 

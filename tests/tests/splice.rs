@@ -95,6 +95,7 @@ fn assert_spliced(done: &Finished, flows: u64) {
     assert_eq!(counter(done, "splice_refused") + counter(done, "splice_no_slot"), 0, "{done}");
 }
 
+/// With `relay = "splice"` 32 MiB in each direction at once arrive unchanged behind small messages.
 #[test]
 fn heavy_32_mib_each_way_at_once_arrive_unchanged_behind_small_messages() -> Result<()> {
     const BYTES: u64 = 32 * MIB;
@@ -115,6 +116,7 @@ fn heavy_32_mib_each_way_at_once_arrive_unchanged_behind_small_messages() -> Res
     node.assert_quiet()
 }
 
+/// With `relay = "splice"` half-close works, whichever side ends first.
 #[test]
 fn whichever_side_ends_first_the_other_is_heard_behind_small_messages() -> Result<()> {
     let node = Node::new()?;
@@ -135,6 +137,7 @@ fn whichever_side_ends_first_the_other_is_heard_behind_small_messages() -> Resul
     node.assert_quiet()
 }
 
+/// With `relay = "splice"` a reset of either side resets the other.
 #[test]
 fn a_reset_of_either_side_resets_the_other_behind_small_messages() -> Result<()> {
     let node = Node::new()?;
@@ -159,6 +162,7 @@ fn a_reset_of_either_side_resets_the_other_behind_small_messages() -> Result<()>
     node.assert_quiet()
 }
 
+/// With `relay = "splice"` a target that does not read stalls its application and no other flow.
 #[test]
 fn heavy_a_target_that_does_not_read_stops_the_application_and_no_other_flow() -> Result<()> {
     const OFFERED: u64 = 128 * MIB;
@@ -187,6 +191,7 @@ fn heavy_a_target_that_does_not_read_stops_the_application_and_no_other_flow() -
     node.assert_quiet()
 }
 
+/// Under memory pressure the splice delivers every byte and fails no call that would succeed with the copy.
 #[test]
 fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_not_copied() -> Result<()> {
     const FLOWS: usize = 60;
@@ -229,6 +234,7 @@ fn heavy_under_memory_pressure_every_byte_arrives_and_nothing_fails_that_would_n
     Ok(())
 }
 
+/// 500 targets that do not read hold no more memory than with the copy, and at most 1 MB each.
 #[test]
 fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_each_at_most() -> Result<()> {
     const FLOWS: u64 = 500;
@@ -261,6 +267,9 @@ fn heavy_500_targets_that_do_not_read_cost_what_copying_costs_and_a_megabyte_eac
     Ok(())
 }
 
+/// When application, target or daemon is killed during a splice, the others are reset and nothing hangs.
+///
+/// Failure: daemon-killed.
 #[test]
 fn heavy_whoever_is_killed_in_the_middle_the_others_hear_of_it_and_nothing_is_stuck() -> Result<()> {
     let node = Node::new()?;
@@ -299,6 +308,7 @@ fn heavy_whoever_is_killed_in_the_middle_the_others_hear_of_it_and_nothing_is_st
     node.assert_quiet()
 }
 
+/// Every byte arrives while flows move between copy and splice again and again.
 #[test]
 fn heavy_every_byte_arrives_while_flows_change_sides_again_and_again() -> Result<()> {
     const SECONDS: &str = "8";
@@ -321,6 +331,7 @@ fn heavy_every_byte_arrives_while_flows_change_sides_again_and_again() -> Result
     node.assert_quiet()
 }
 
+/// With panic_on_warn `relay = "splice"` exits with 69, and "auto" copies.
 #[test]
 fn where_a_warning_would_stop_the_node_it_ends_with_69_and_auto_copies() -> Result<()> {
     const PLACE: &str = "/proc/sys/kernel/panic_on_warn";
@@ -338,6 +349,7 @@ fn where_a_warning_would_stop_the_node_it_ends_with_69_and_auto_copies() -> Resu
     node.assert_quiet()
 }
 
+/// Hundreds of flows are spliced at once, and their slots are reused.
 #[test]
 fn hundreds_of_flows_are_served_at_once_and_their_places_are_given_again() -> Result<()> {
     const FLOWS: u64 = 300;

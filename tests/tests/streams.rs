@@ -28,6 +28,7 @@ fn assert_reset(done: &Finished) -> Result<()> {
     Ok(())
 }
 
+/// 64 MiB in each direction at once arrive unchanged on one connection.
 #[test]
 fn heavy_64_mib_each_way_at_once_on_one_connection_arrive_unchanged() -> Result<()> {
     const BYTES: u64 = 64 * MIB;
@@ -42,6 +43,7 @@ fn heavy_64_mib_each_way_at_once_on_one_connection_arrive_unchanged() -> Result<
     Ok(())
 }
 
+/// A target that answers after the application's half-close is heard.
 #[test]
 fn a_target_that_answers_after_the_applications_end_is_heard() -> Result<()> {
     let world = World::new()?;
@@ -56,6 +58,7 @@ fn a_target_that_answers_after_the_applications_end_is_heard() -> Result<()> {
     Ok(())
 }
 
+/// An application that answers after the target's half-close is heard.
 #[test]
 fn an_application_that_answers_after_the_targets_end_is_heard() -> Result<()> {
     let world = World::new()?;
@@ -71,6 +74,7 @@ fn an_application_that_answers_after_the_targets_end_is_heard() -> Result<()> {
     Ok(())
 }
 
+/// Bytes that a command wrote before it exited arrive.
 #[test]
 fn what_a_command_wrote_before_it_ended_arrives() -> Result<()> {
     const BYTES: u64 = 8 * MIB;
@@ -89,6 +93,7 @@ fn what_a_command_wrote_before_it_ended_arrives() -> Result<()> {
     Ok(())
 }
 
+/// A reset by the target resets the application.
 #[test]
 fn a_target_that_resets_resets_the_application() -> Result<()> {
     let world = World::new()?;
@@ -104,6 +109,7 @@ fn a_target_that_resets_resets_the_application() -> Result<()> {
     Ok(())
 }
 
+/// A reset by the application resets the target.
 #[test]
 fn an_application_that_resets_resets_the_target() -> Result<()> {
     let world = World::new()?;
@@ -122,6 +128,7 @@ fn an_application_that_resets_resets_the_target() -> Result<()> {
     Ok(())
 }
 
+/// Killing an application ends its connection at the target.
 #[test]
 fn an_application_that_is_killed_ends_its_connection() -> Result<()> {
     let world = World::new()?;
@@ -139,6 +146,9 @@ fn an_application_that_is_killed_ends_its_connection() -> Result<()> {
     Ok(())
 }
 
+/// A target that refuses resets the application, never a clean end.
+///
+/// Failure: target-fails.
 #[test]
 fn a_target_that_refuses_resets_the_application() -> Result<()> {
     let world = World::new()?;
@@ -154,6 +164,7 @@ fn a_target_that_refuses_resets_the_application() -> Result<()> {
     Ok(())
 }
 
+/// A target without a route resets the application.
 #[test]
 fn a_target_without_a_route_resets_the_application() -> Result<()> {
     let world = World::new()?;
@@ -164,6 +175,9 @@ fn a_target_without_a_route_resets_the_application() -> Result<()> {
     Ok(())
 }
 
+/// A target that never answers resets the application after the dial timeout.
+///
+/// Failure: target-fails.
 #[test]
 fn a_target_that_never_answers_resets_the_application_after_the_dial_timeout() -> Result<()> {
     let world = World::new()?;
@@ -176,6 +190,9 @@ fn a_target_that_never_answers_resets_the_application_after_the_dial_timeout() -
     Ok(())
 }
 
+/// A target that policy denies resets the application and is never dialled.
+///
+/// Failure: refused.
 #[test]
 fn a_target_that_policy_forbids_resets_the_application_and_is_never_dialled() -> Result<()> {
     let world = World::new()?;
@@ -191,6 +208,7 @@ fn a_target_that_policy_forbids_resets_the_application_and_is_never_dialled() ->
     Ok(())
 }
 
+/// Without a reachable gateway the application is reset.
 #[test]
 fn without_a_gateway_the_application_is_reset() -> Result<()> {
     let world = World::new()?;

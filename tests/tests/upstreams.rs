@@ -38,6 +38,9 @@ fn agent(world: &World, endpoints: &[SocketAddr]) -> Result<std::path::PathBuf> 
     world.file("agent.toml", config)
 }
 
+/// A dead endpoint is skipped, ejected, and used again when it is back.
+///
+/// Failure: endpoint-down.
 #[test]
 fn a_dead_endpoint_is_passed_over_ejected_and_found_again_when_it_is_back() -> Result<()> {
     let world = World::new()?;
@@ -54,7 +57,7 @@ fn a_dead_endpoint_is_passed_over_ejected_and_found_again_when_it_is_back() -> R
     assert!(app.says("ejected")?.contains(&b.to_string()));
     // Now b is there, and a goes.
     let mut second = world.gateway().listen(b).start()?;
-    assert!(app.says("well again")?.contains(&b.to_string()));
+    assert!(app.says("readmitted")?.contains(&b.to_string()));
     for _ in 0..10 {
         assert_eq!(ask(app.process(), "once")?, "ok");
     }
@@ -109,6 +112,9 @@ async fn scripted(
     }
 }
 
+/// After GOAWAY new streams open on another connection, and old ones finish.
+///
+/// Failure: connection-lost.
 #[test]
 fn after_goaway_new_streams_take_another_connection_and_old_ones_finish() -> Result<()> {
     let world = World::new()?;
@@ -212,6 +218,9 @@ fn fill(world: &World, cgroup: &Cgroup, addr: SocketAddr, most: usize) -> Result
     Ok(held.len() + 1)
 }
 
+/// At `max_flows` new connections are refused, and established ones continue.
+///
+/// Failure: limits.
 #[test]
 fn at_the_limit_of_flows_new_connections_are_refused_and_established_ones_live_on() -> Result<()> {
     let world = World::new()?;
@@ -224,6 +233,9 @@ fn at_the_limit_of_flows_new_connections_are_refused_and_established_ones_live_o
     Ok(())
 }
 
+/// At the limit of file descriptors new connections are refused, and established ones continue.
+///
+/// Failure: limits.
 #[test]
 fn at_the_limit_of_descriptors_new_connections_are_refused_and_established_ones_live_on() -> Result<()> {
     let world = World::new()?;
@@ -250,6 +262,9 @@ fn taken_by(limits: &str, most: usize) -> Result<(usize, String)> {
     Ok((taken, log))
 }
 
+/// `limits.streams` bounds the flows of an upstream, and established ones continue.
+///
+/// Failure: limits.
 #[test]
 fn an_upstream_takes_no_more_flows_than_its_limit_and_those_it_has_live_on() -> Result<()> {
     let (taken, log) = taken_by("limits = { streams = 3 }", 3)?;
@@ -258,6 +273,9 @@ fn an_upstream_takes_no_more_flows_than_its_limit_and_those_it_has_live_on() -> 
     Ok(())
 }
 
+/// `limits.connections` bounds the connections of an upstream, and those are filled.
+///
+/// Failure: limits.
 #[test]
 fn an_upstream_opens_no_more_connections_than_its_limit_and_those_it_has_are_filled() -> Result<()> {
     let (taken, log) = taken_by("max_streams = 2\nlimits = { connections = 2 }", 4)?;
@@ -266,6 +284,9 @@ fn an_upstream_opens_no_more_connections_than_its_limit_and_those_it_has_are_fil
     Ok(())
 }
 
+/// `limits.pending` bounds the flows that wait for a connection, and those that wait get one.
+///
+/// Failure: limits.
 #[test]
 fn no_more_flows_wait_for_a_connection_than_the_limit_and_those_that_wait_get_one() -> Result<()> {
     let world = World::new()?;
@@ -294,6 +315,9 @@ fn no_more_flows_wait_for_a_connection_than_the_limit_and_those_that_wait_get_on
     Ok(())
 }
 
+/// At a gateway's `max_flows` requests are answered with 503, and established flows continue.
+///
+/// Failure: limits.
 #[test]
 fn at_a_gateways_limit_of_flows_requests_are_503_and_established_ones_live_on() -> Result<()> {
     let world = World::new()?;
@@ -319,6 +343,7 @@ fn at_a_gateways_limit_of_flows_requests_are_503_and_established_ones_live_on() 
     Ok(())
 }
 
+/// One identity cannot take all flows of a gateway.
 #[test]
 fn one_identity_cannot_take_all_flows_of_a_gateway() -> Result<()> {
     let world = World::new()?;

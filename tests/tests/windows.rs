@@ -20,6 +20,7 @@ const GROWN: &str = "stream window changed";
 /// 1 MiB in each round trip, which is the first window, takes 2 s for this; a window that doubles is there long before.
 const BYTES: u64 = 32 << 20;
 
+/// Over a link with a large bandwidth-delay product the windows of both directions grow.
 #[test]
 fn heavy_over_a_long_link_the_windows_of_both_directions_grow() -> Result<()> {
     let world = World::with_link(Profile::delay(Duration::from_millis(30)))?;
@@ -36,6 +37,8 @@ fn heavy_over_a_long_link_the_windows_of_both_directions_grow() -> Result<()> {
 
 /// A peer that offers large windows, has taken much, and then reads no more of its socket: what it has not been sent
 /// waits with those who have it, not in front of everybody else's bytes in the kernel.
+///
+/// Failure: misbehaviour.
 #[test]
 fn heavy_little_waits_in_the_kernel_for_a_peer_that_offers_large_windows_and_does_not_read() -> Result<()> {
     const MIB: u64 = 1 << 20;

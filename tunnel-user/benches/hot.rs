@@ -16,7 +16,7 @@ use tunnel::{
     model::flow::{ClientAddr, Direction, Identity, SourceKind, Target, Transport},
     routing::{flow::Flow, index::NOBODY, policy::Policies, router::Router},
     sinks::upstream::{
-        headers::{Ask, Trace, connect_request},
+        headers::{Ask, connect_request},
         pick,
     },
     sources::capture::rules::{self, Pattern, Patterns, Step},
@@ -192,7 +192,7 @@ fn captures(c: &mut Criterion) {
 
 fn headers(c: &mut Criterion) {
     let mut group = c.benchmark_group("CONNECT request");
-    let (trace, target, terms) = (Trace::default(), last_of(1), Terms::default());
+    let (target, terms) = (last_of(1), Terms::default());
     let ask = Ask {
         target: &target,
         instead: None,
@@ -212,7 +212,7 @@ fn headers(c: &mut Criterion) {
             BenchmarkId::new("configured headers", extra),
             &configured,
             |b, configured| {
-                b.iter(|| connect_request(black_box(&ask), &trace, configured).map(|r| r.headers().len()));
+                b.iter(|| connect_request(black_box(&ask), configured).map(|r| r.headers().len()));
             },
         );
     }

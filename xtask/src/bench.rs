@@ -1,7 +1,6 @@
 //! `cargo xtask bench`: builds what is worth measuring, and starts the benchmarks.
 //!
-//! Enters: flags, which `tt-bench` knows. Leaves: its report, and the machine as it was before. Never: it measures
-//! nothing itself.
+//! `tt-bench` measures; this passes its flags on, and checks that the machine is as it was before.
 
 use std::{env, process::Command};
 
@@ -34,7 +33,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if args.peers {
         return setup::run(checkout, &setup::Args::only(Group::Peers));
     }
-    let measures = args.flags.with.is_none() && args.flags.publish.is_none();
+    let measures = args.flags.with.is_none() && args.flags.publish.is_none() && args.flags.redraw.is_none();
     if measures {
         run::require_root("loading kernel programs and making network namespaces, which benchmarks do,")?;
     }

@@ -1,10 +1,10 @@
 //! How the kernel programs are built: the one recipe, shared by `tunnel-user/build.rs` and `cargo xtask`.
 //!
-//! Enters: the checkout. Leaves: BPF objects with BTF and without DWARF. Invariant: an object depends on
-//! the sources and the versions of the tools only, never on the folder, the user or the environment of the
-//! build, so that a committed object can be checked against its source byte for byte.
-//! Never: it does not install anything, and it reads no environment but `TUNNEL_TOOLS_DIR`, `PATH`,
-//! `LLVM_PREFIX`, `CARGO` and `CARGO_HOME`.
+//! # Invariants
+//! - An object (BTF, no DWARF) depends on the sources and the versions of the tools only, not on the folder, the user or the
+//!   environment of the build: a committed object can be checked against its source byte for byte.
+//! - Nothing is installed, and of the environment only `TUNNEL_TOOLS_DIR`, `PATH`, `LLVM_PREFIX`, `CARGO` and `CARGO_HOME` are
+//!   read.
 
 use std::{
     env,

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::{
     bpf_build::Toolchain,
-    build, docs, rooms,
+    build, docs, promises, rooms,
     run::{Checkout, bold, catch_interrupts, foreground, green, took},
     setup::{self, Group},
     test,
@@ -37,8 +37,13 @@ pub(crate) fn run(checkout: &Checkout) -> Result<()> {
     heading("rooms");
     rooms::run(checkout, &rooms::Args::default())?;
 
+    heading("promises");
+    promises::run(checkout, &promises::Args::check())?;
+
     heading("documents: generated pages, links, names");
-    docs::run(checkout, &docs::Args::check())?;
+    // As the tests build them, so that nothing is built twice.
+    test::build_programs(checkout)?;
+    docs::run(checkout, &docs::Args::check(checkout.target.join("debug/tunnel")))?;
 
     heading("documentation");
     let mut doc = checkout.cargo(["doc", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--no-deps"]);

@@ -1,8 +1,7 @@
 //! `cargo xtask fuzz`: looks for inputs that break what is promised of every input.
 //!
-//! Enters: names of targets, and how long. Leaves: corpora that reach more of the code, or the input that broke
-//! something. Invariant: what is committed grows only by inputs that reach what no other does. It never runs as a part of
-//! `cargo xtask test`, which tries the committed corpora without a fuzzer.
+//! A committed corpus grows only by inputs that reach code that no other one reaches. `cargo xtask test` tries the committed
+//! corpora without a fuzzer.
 
 use std::{fs, path::PathBuf, process::Command, time::Instant};
 
@@ -15,7 +14,7 @@ use crate::{
 };
 
 /// Every target, by the name of its corpus.
-const TARGETS: [&str; 5] = ["connect_request", "h1_head", "inspect", "proxy_header", "config"];
+const TARGETS: [&str; 6] = ["connect_request", "h1_head", "inspect", "proxy_header", "config", "records"];
 /// The longest input: longer ones reach nothing that shorter ones do not, and a corpus of them is large. A head of
 /// HTTP/1 may be four times as long; its bound has a test of its own.
 const LENGTH_MAX: u32 = 4096;

@@ -1,8 +1,8 @@
-//! What a run may leave behind on the machine, and whether it did.
+//! What a run may leave behind on the machine, and whether it did. Nothing is removed: a test that leaves something is a broken
+//! test.
 //!
-//! Enters: the machine, before and after. Leaves: the names of what is there now and was not before.
-//! Invariant: anything that a test or the demo makes has a name or a mark by which it is found here.
-//! Never: it removes nothing; a test that leaves something is a broken test.
+//! # Invariants
+//! - Anything that a test or the demo makes has a name or a mark by which it is found here.
 
 use std::{
     collections::BTreeSet,

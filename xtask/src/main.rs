@@ -17,6 +17,7 @@ mod docs;
 mod fuzz;
 mod leftovers;
 mod matrix;
+mod promises;
 mod rooms;
 mod run;
 mod setup;
@@ -62,6 +63,9 @@ enum Task {
     /// Shows which room imports which, and fails where an arrow runs back.
     #[command(after_help = rooms::EXAMPLES)]
     Rooms(rooms::Args),
+    /// Shows what is promised and the test that keeps it, and fails where an end-to-end test states no promise.
+    #[command(after_help = promises::EXAMPLES)]
+    Promises(promises::Args),
     /// Runs tests on Debian's kernels 6.1 and 6.12, under QEMU without KVM; takes minutes.
     ///
     /// Downloads the kernels' packages, unpacks them in target/matrix (nothing is installed), boots each on top of this
@@ -90,6 +94,7 @@ fn main() -> ExitCode {
         Task::Fuzz(args) => fuzz::run(&checkout, &args),
         Task::Docs(args) => docs::run(&checkout, &args),
         Task::Rooms(args) => rooms::run(&checkout, &args),
+        Task::Promises(args) => promises::run(&checkout, &args),
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),
         Task::Ci => ci::run(&checkout),

@@ -139,8 +139,7 @@ struct House {
 impl House {
     fn read(sources: &Path) -> Result<Self> {
         let mut house = Self::default();
-        let mut files = Vec::new();
-        collect(sources, &mut files)?;
+        let files = self::sources(sources)?;
         let mut tests = BTreeSet::new();
         let mut parsed = Vec::new();
         for file in files {
@@ -367,6 +366,14 @@ fn module_of(file: &Path) -> Vec<String> {
     module
 }
 
+/// Every source file below a folder, in order.
+pub(crate) fn sources(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    collect(folder, &mut files)?;
+    files.sort();
+    Ok(files)
+}
+
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
         let path = entry?.path();
@@ -376,7 +383,6 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
             files.push(path);
         }
     }
-    files.sort();
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Steps, commands, colours, Ctrl-C: what every task uses.
 //!
-//! Invariant: the output of a command that failed is always shown whole.
+//! # Invariants
+//! - The output of a command that failed is always shown whole.
 
 use std::{
     env, fmt,

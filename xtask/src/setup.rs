@@ -1,8 +1,10 @@
 //! `cargo xtask setup`: what building from source, testing, demonstrating and linting need.
 //!
-//! Invariant: installs only what is missing; a second run changes nothing and takes no time.
-//! Never: it starts no service, and leaves none enabled; on a system it does not know, or without root, it
-//! changes nothing and prints what to install.
+//! On a system that it does not know, or without root, it changes nothing and prints what to install.
+//!
+//! # Invariants
+//! - Only what is missing is installed: a second run changes nothing and takes no time.
+//! - No service is started, and none is left enabled.
 
 use std::{
     fs,

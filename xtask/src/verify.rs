@@ -1,8 +1,10 @@
 //! `cargo xtask verify`: what has to hold before an issue is closed, and takes too long for every merge.
 //!
-//! Enters: the machine as it is. Leaves: the suite passed under each congestion control that hosts commonly have, the
-//! default tests on other kernels, long soaks, a long try to escape. Invariant: the host's own congestion control is put back, whatever ends
-//! this process, SIGKILL included. Never: it goes on after a part that failed.
+//! The suite under each congestion control that hosts commonly have, the default tests on other kernels, long soaks, a long
+//! try to escape. The first part that fails ends it.
+//!
+//! # Invariants
+//! - The host's own congestion control is put back, whatever ends this process, SIGKILL included.
 
 use std::{
     fs,

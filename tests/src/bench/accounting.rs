@@ -1,7 +1,7 @@
-//! What runs cost: processor time and memory, by part.
+//! What runs cost: processor time and memory of each part, by its control group.
 //!
-//! Enters: control groups. Leaves: seconds and bytes. Invariant: whatever a process of a group does is counted,
-//! its children and its time in the kernel included; softirqs count for whom they interrupt, as the kernel does.
+//! Whatever a process of a group does is counted, its children and its time in the kernel included; softirqs count for whom they
+//! interrupt, as the kernel does it.
 
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 

@@ -33,13 +33,21 @@ pub struct Flags {
     #[arg(long, value_name = "NEW.json", requires = "compare", conflicts_with_all = ["quick", "scenario", "rounds"])]
     pub with: Option<PathBuf>,
 
+    /// Another build of tunnel: runs every arm with a part of ours with both builds, in turns, and tells what differs.
+    #[arg(long, value_name = "TUNNEL", conflicts_with_all = ["with", "compare"])]
+    pub beside: Option<PathBuf>,
+
     /// Writes this report.json into docs/testing/results.md, with its plots, and runs nothing.
     #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare"])]
     pub publish: Option<PathBuf>,
 
+    /// Writes report.html and the plots of this report.json beside it, and runs nothing.
+    #[arg(long, value_name = "REPORT.json", conflicts_with_all = ["quick", "scenario", "rounds", "compare", "publish"])]
+    pub redraw: Option<PathBuf>,
+
     /// Keeps one arm of a scenario up under one workload for others to look at (perf, strace), tells what its
     /// processes are, and reports nothing.
-    #[arg(long, value_name = "ARM", requires = "workload", conflicts_with_all = ["quick", "rounds", "compare", "publish"])]
+    #[arg(long, value_name = "ARM", requires = "workload", conflicts_with_all = ["quick", "rounds", "compare", "publish", "redraw"])]
     pub hold: Option<String>,
 
     /// What the arm is kept up under: ping-pong:64, connect:1, up:4, idle:1000, soak:16, …
@@ -70,4 +78,6 @@ Examples:
   cargo xtask bench --hold ours --workload soak:16 --seconds 600      every byte compared, for ten minutes
   cargo xtask bench --compare old/report.json    run, and tell what moved since
   cargo xtask bench --compare old.json --with new.json
-  cargo xtask bench --publish target/bench/report.json";
+  cargo xtask bench --quick --beside old/tunnel  this build and that one, in turns
+  cargo xtask bench --publish target/bench/report.json
+  cargo xtask bench --redraw target/bench/report.json    report.html and plots anew, of numbers that are there";

@@ -1,8 +1,6 @@
-//! One arm under one workload, for others to look at.
+//! One arm under one workload, set up as it is when it is measured, for perf, strace and their like.
 //!
-//! Enters: the name of an arm, a workload, how long. Leaves: the numbers of its processes, for perf, strace and their
-//! like, and at the end how many operations they were busy with. Invariant: what is looked at is set up as it is when
-//! it is measured. It never judges, and writes no report.
+//! It prints the numbers of its processes, and at the end how many operations they did. It writes no report.
 
 use std::{fs, io::Write, thread, time::Duration};
 

@@ -1,8 +1,10 @@
 //! Benchmarks: this project against redirection by iptables, and against the programs in its place.
 //!
-//! Enters: what to run. Leaves: a report, which is a file for programs ([`model`]), a page and a table for
-//! people. Invariant: arms take turns within every round, each in network namespaces of its own; a run whose
-//! bytes do not all arrive is a fault, not a number.
+//! The result is a report: a file for programs ([`model`]), a page and a table for people.
+//!
+//! # Invariants
+//! - Arms take turns within every round, each in network namespaces of its own.
+//! - A run whose bytes do not all arrive is a fault, not a number.
 
 mod accounting;
 mod arms;

@@ -1,8 +1,8 @@
-//! A report, as `report.json` has it.
+//! A report, as `report.json` has it, for years: field names and [`SCHEMA`] are an interface.
 //!
-//! Enters: what was run. Leaves: the same, years later: field names and [`SCHEMA`] are an interface. Invariant:
-//! an arm that did not run has no numbers, and a number that is not there was not measured; nothing is ever 0
-//! for lack of a measurement.
+//! # Invariants
+//! - An arm that did not run has no numbers, and a number that is not there was not measured; nothing is 0 for lack of a
+//!   measurement.
 
 use std::{collections::BTreeMap, fmt};
 

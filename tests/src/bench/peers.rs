@@ -1,7 +1,6 @@
-//! The programs that stand in this project's place.
+//! The programs that stand in this project's place: where they are, in the project's tools folder and `PATH`, and which versions.
 //!
-//! Enters: the project's tools folder and `PATH`. Leaves: where they are, and which versions. Invariant: a
-//! program that is not there is said to be missing, with the remedy; nothing stands in for it.
+//! A program that is missing is named with the remedy; nothing stands in for it.
 
 use std::{
     collections::BTreeMap,
@@ -21,17 +20,31 @@ const REMEDY: &str = "cargo xtask bench --peers installs it";
 #[derive(Clone, Debug)]
 pub struct Peers {
     envoy: Option<PathBuf>,
+    other: Option<PathBuf>,
 }
 
 impl Peers {
     /// Looks for them; `tools` is the project's own folder of programs.
     pub fn find(tools: &Path) -> Self {
-        Self { envoy: programs::envoy(tools).ok() }
+        Self { envoy: programs::envoy(tools).ok(), other: None }
     }
 
     /// As if none were there.
     pub fn none() -> Self {
-        Self { envoy: None }
+        Self { envoy: None, other: None }
+    }
+
+    /// With another build of `tunnel` to compare with.
+    pub fn beside(self, tunnel: PathBuf) -> Self {
+        Self { other: Some(tunnel), ..self }
+    }
+
+    /// The `tunnel` of an arm.
+    pub(super) fn tunnel(&self, build: &Build) -> Result<PathBuf> {
+        if !build.other {
+            return programs::tunnel();
+        }
+        self.other.clone().context("an arm with another build of tunnel, and none was named")
     }
 
     /// Where Envoy is.

@@ -1,8 +1,8 @@
 //! What is run: scenarios, their arms, their workloads, and for how long.
 //!
-//! Enters: how much of it is wanted. Leaves: a [`Plan`]. Invariant: the first arm of a scenario is what the others
-//! are ratios to, and every other arm differs from another in one thing that its title names. It never runs
-//! anything.
+//! # Invariants
+//! - The first arm of a scenario is what the others are ratios to, and every other arm differs from another in one thing that
+//!   its title names.
 
 use std::{fmt, time::Duration};
 
@@ -14,6 +14,9 @@ use crate::{
     link::Profile,
     load::{Direction, Workload},
 };
+
+/// What the name of an arm with the other build ends with.
+pub(super) const OTHER: &str = ", other build";
 
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +93,25 @@ impl Plan {
         Self { extent, scenarios }
     }
 
+    /// Only what is ours, and each arm a second time with another build of `tunnel`, before the first of which it is put.
+    pub fn beside(mut self) -> Self {
+        for scenario in &mut self.scenarios {
+            let ours = scenario.arms.drain(..).filter_map(|arm| {
+                let build = arm.build.ok().filter(Build::has_ours)?;
+                let other = Arm {
+                    name: format!("{}{OTHER}", arm.name),
+                    title: format!("{}{OTHER}", arm.title),
+                    build: Ok(Build { other: true, ..build }),
+                    ..arm.clone()
+                };
+                Some([other, arm])
+            });
+            scenario.arms = ours.flatten().collect();
+        }
+        self.scenarios.retain(|scenario| !scenario.arms.is_empty());
+        self
+    }
+
     /// How many rounds its scenarios have, at most.
     pub(super) fn rounds(&self) -> u32 {
         self.scenarios.iter().map(|scenario| scenario.rounds).max().unwrap_or(0)
@@ -149,7 +171,8 @@ fn arm(name: &str, title: &str, build: Build) -> Arm {
     }
 }
 
-const DIRECT: Build = Build { capture: None, rules: 0, near: None, far: None, server: Place::Away };
+const DIRECT: Build =
+    Build { capture: None, rules: 0, near: None, far: None, server: Place::Away, other: false };
 
 fn direct() -> Arm {
     arm("direct", "direct TCP", DIRECT)
@@ -174,7 +197,7 @@ fn capture(extent: Extent, bare: bool) -> Scenario {
             family: family.to_owned(),
             rules: Some(rules),
             idle_max: None,
-            build: Ok(Build { capture: Some(capture), rules, near, far: None, server }),
+            build: Ok(Build { capture: Some(capture), rules, near, server, ..DIRECT }),
         }));
     }
     const CONNECT: Workload = Workload::Connect { at_once: 1 };
@@ -457,6 +480,21 @@ mod tests {
                 assert_eq!(arms.len(), scenario.arms.len(), "{}", scenario.name);
                 let tasks: HashSet<_> = scenario.tasks.iter().map(|work| &work.task.name).collect();
                 assert_eq!(tasks.len(), scenario.tasks.len(), "{}", scenario.name);
+            }
+        }
+    }
+
+    #[test]
+    fn beside_another_build_each_arm_of_ours_has_its_twin_and_nothing_else_is_run() {
+        let plan = Plan::new(Extent::Quick, &[], None).beside();
+        assert!(!plan.scenarios.is_empty());
+        for scenario in &plan.scenarios {
+            for pair in scenario.arms.chunks(2) {
+                let [other, this] = pair else { panic!("{}: an arm alone", scenario.name) };
+                assert_eq!(other.name, format!("{}{OTHER}", this.name));
+                let (theirs, ours) = (other.build.expect("built"), this.build.expect("built"));
+                assert!(ours.has_ours() && !ours.other);
+                assert_eq!(theirs, Build { other: true, ..ours });
             }
         }
     }

@@ -1,8 +1,8 @@
-//! Runs a plan.
+//! Runs a plan. The report is complete also when something failed.
 //!
-//! Enters: a [`Plan`]. Leaves: a [`Report`], complete also when something failed. Invariant: in each round every
-//! workload is run on every arm before the next workload, in an order drawn anew; what an arm did not deliver is
-//! a fault that names scenario, arm, workload and round.
+//! # Invariants
+//! - In each round every workload is run on every arm before the next workload, in an order drawn anew.
+//! - What an arm did not deliver is a fault that names scenario, arm, workload and round.
 
 use std::{collections::BTreeMap, time::Instant};
 

@@ -1,8 +1,8 @@
-//! Numbers out of runs.
+//! For each [`Metric`] of a report's runs a [`Summary`]: median and quartiles, of the values and of the ratios to the baseline.
 //!
-//! Enters: the runs of a report. Leaves: for each [`Metric`] a [`Summary`]: the median and the quartiles, of the
-//! values and of the ratios to the baseline. Invariant: a ratio is of two runs of the same round, so that what
-//! the machine did between rounds falls out of it; no runs give no summary.
+//! # Invariants
+//! - A ratio is of two runs of the same round: what the machine did between rounds falls out of it.
+//! - No runs give no summary.
 
 use std::fmt;
 

@@ -1,8 +1,6 @@
-//! What a TLS handshake agreed on, read off the wire.
+//! What a TLS handshake agreed on, read off the wire: version, cipher and group of the last ServerHello from one address.
 //!
-//! Enters: the packets of a namespace. Leaves: version, cipher and group of the last ServerHello that came from
-//! one address. Invariant: it is no side's word but what both have seen; a ServerHello is never encrypted
-//! (RFC 8446 section 4.1.3). It never sends anything, and reads headers that a peer wrote as a peer's bytes.
+//! A ServerHello is never encrypted (RFC 8446 section 4.1.3), and both sides have seen it. Headers are read as a peer's bytes.
 
 use std::{
     io,

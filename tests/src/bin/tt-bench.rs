@@ -53,6 +53,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         println!("{}", document.display());
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(path) = &cli.flags.redraw {
+        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+        report::save(&report::load(path)?, folder)?;
+        println!("{}", folder.join("report.html").display());
+        return Ok(ExitCode::SUCCESS);
+    }
     let colour = std::io::stdout().is_terminal() && !no_colour();
     let old = cli.flags.compare.as_deref().map(report::load).transpose()?;
     let new = match &cli.flags.with {
@@ -86,12 +92,13 @@ fn measure(cli: &Cli, colour: bool) -> Result<Option<Report>> {
             bail!("{} is a debug build: cargo xtask bench builds what is worth measuring", program.display());
         }
     }
-    let options = Options {
-        workers: cli.flags.workers,
-        seed: cli.flags.seed,
-        command: command(),
-        peers: Peers::find(&cli.tools),
-    };
+    let mut peers = Peers::find(&cli.tools);
+    if let Some(other) = &cli.flags.beside {
+        let other = other.canonicalize().with_context(|| other.display().to_string())?;
+        ensure!(other.is_file(), "{} is no program", other.display());
+        peers = peers.beside(other);
+    }
+    let options = Options { workers: cli.flags.workers, seed: cli.flags.seed, command: command(), peers };
     if let (Some(arm), Some(workload)) = (&cli.flags.hold, &cli.flags.workload) {
         let length = Duration::from_secs(cli.flags.seconds);
         let workload = workload.parse()?;
@@ -99,10 +106,16 @@ fn measure(cli: &Cli, colour: bool) -> Result<Option<Report>> {
         return Ok(None);
     }
     let extent = if cli.flags.quick { Extent::Quick } else { Extent::Full };
-    let plan = Plan::new(extent, &cli.flags.scenario, cli.flags.rounds);
+    let mut plan = Plan::new(extent, &cli.flags.scenario, cli.flags.rounds);
+    if cli.flags.beside.is_some() {
+        plan = plan.beside();
+    }
     let progress = Progress::new(plan.steps());
     let report = runner::run(&plan, &options, &progress)?;
     println!("{}", report::table(&report, width(), colour));
+    if cli.flags.beside.is_some() {
+        println!("{}", report::beside(&report).text(colour));
+    }
     report::save(&report, &cli.flags.out)
         .with_context(|| format!("writing to {}", cli.flags.out.display()))?;
     let page = cli.flags.out.join("report.html");

@@ -1,8 +1,7 @@
 //! What an upstream's configuration says of its endpoints: where they come from, how they are watched, and how much
 //! they get.
 //!
-//! Enters: keys of `[[upstream]]`. Leaves: types. Invariant: a key that has no meaning beside another is a mistake.
-//! It never reads the file that names endpoints: that is read again and again.
+//! The file that names endpoints is read elsewhere, again and again.
 
 use std::{
     num::{NonZeroU32, NonZeroUsize},
@@ -14,8 +13,8 @@ use serde_json::{Value as Json, json};
 
 use super::{
     Protocol,
-    reader::{Cell, Reader, Section, Value},
-    value::FilePath,
+    reader::{Cell, Reader, Value},
+    section::section,
 };
 use crate::model::flow::Target;
 
@@ -59,10 +58,10 @@ pub(crate) enum Method {
 /// Reads `endpoints`, `endpoints_file` and `discovery`.
 pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
     let endpoints: Option<Vec<Target>> =
-        r.optional("endpoints", "Where it is: HOST:PORT. This, or endpoints_file.");
-    let file = r.optional::<FilePath>(
+        r.optional("endpoints", "Addresses: HOST:PORT. Either this or endpoints_file.");
+    let file = r.optional::<PathBuf>(
         "endpoints_file",
-        "A file that says where it is, HOST:PORT on each line, # for comments; read again when it changes. This, or endpoints.",
+        "A file with one HOST:PORT on each line, # for comments; reloaded when it changes. Either this or endpoints.",
     );
     let method = r.default(
         "discovery",
@@ -79,7 +78,7 @@ pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
         if r.has("discovery") {
             r.wrong("discovery", "has no meaning with endpoints_file: the file says when they change");
         }
-        return Some((Vec::new(), Discovery::File(file?.0)));
+        return Some((Vec::new(), Discovery::File(file?)));
     }
     r.demand("endpoints");
     let endpoints = endpoints?;
@@ -125,67 +124,34 @@ impl Value for Percent {
     }
 }
 
-/// `[upstream.outlier_detection]`: which endpoints are left out for what flows have met there. The names are Envoy's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OutlierDetection {
-    /// Connections in a row that failed.
-    pub consecutive_failures: NonZeroU32,
-    /// Answers of 502, 503 and 504, and answers that did not come, in a row. `None`: they do not count.
-    pub consecutive_gateway_failures: Option<NonZeroU32>,
-    /// How long it is left out at first.
-    pub base_ejection_time: Duration,
-    /// How long at most.
-    pub max_ejection_time: Duration,
-    /// How many of the endpoints at a time.
-    pub max_ejection_percent: Percent,
-}
-
-impl Default for OutlierDetection {
-    fn default() -> Self {
-        Self {
-            consecutive_failures: CONSECUTIVE_FAILURES,
-            consecutive_gateway_failures: None,
-            base_ejection_time: BASE_EJECTION_TIME,
-            max_ejection_time: MAX_EJECTION_TIME,
-            max_ejection_percent: Percent::ALL,
-        }
+section! {
+    /// `[upstream.outlier_detection]`: which endpoints are left out for what flows have met there. The names are Envoy's.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct OutlierDetection {
+        /// Consecutive failed connections after which the endpoint is ejected.
+        consecutive_failures: default NonZeroU32 = CONSECUTIVE_FAILURES,
+        /// Consecutive answers to CONNECT of 502, 503 or 504, or missing answers, after which the endpoint is ejected.
+        /// Default: they do not count, because a gateway gives them for targets behind it.
+        consecutive_gateway_failures: optional NonZeroU32,
+        /// How long an endpoint is ejected before it is probed; doubled each time.
+        base_ejection_time: default Duration = BASE_EJECTION_TIME,
+        /// Upper bound of the ejection time.
+        max_ejection_time: default Duration = MAX_EJECTION_TIME,
+        /// Percentage of endpoints that may be ejected at a time, rounded down.
+        max_ejection_percent: default Percent = Percent::ALL,
     }
-}
-
-impl Section for OutlierDetection {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let consecutive_failures = r.default(
-            "consecutive_failures",
-            "Connections in a row that fail, until the endpoint gets no new flows.",
-            CONSECUTIVE_FAILURES,
-        );
-        let consecutive_gateway_failures = r.optional(
-            "consecutive_gateway_failures",
-            "Answers to CONNECT in a row that are 502, 503 or 504, or do not come, until the endpoint gets no new flows. Default: they do not count, because a gateway is not at fault when a target behind it is down.",
-        );
-        let base_ejection_time = r.default(
-            "base_ejection_time",
-            "How long an endpoint gets no flows before a connection tries whether it is well again; doubled each time.",
-            BASE_EJECTION_TIME,
-        );
-        let max_ejection_time =
-            r.default("max_ejection_time", "The longest of these waits.", MAX_EJECTION_TIME);
-        let max_ejection_percent = r.default(
-            "max_ejection_percent",
-            "How many of a hundred endpoints may be ejected at a time, rounded down.",
-            Percent::ALL,
-        );
+    check |r| {
         if base_ejection_time > max_ejection_time {
             let key = if r.has("base_ejection_time") { "base_ejection_time" } else { "max_ejection_time" };
             r.wrong(key, "base_ejection_time is longer than max_ejection_time");
         }
-        Some(Self {
-            consecutive_failures,
-            consecutive_gateway_failures,
-            base_ejection_time,
-            max_ejection_time,
-            max_ejection_percent,
-        })
+    }
+    defaults new;
+}
+
+impl Default for OutlierDetection {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -198,82 +164,47 @@ pub enum CheckKind {
     Ping,
 }
 
-/// `[upstream.health_check]`: endpoints are asked whether they are well before a flow finds out. The names are Envoy's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthCheck {
-    /// How.
-    pub kind: CheckKind,
-    /// Between two checks of one endpoint by one worker.
-    pub interval: Duration,
-    /// How long one may take.
-    pub timeout: Duration,
-    /// Failures in a row after which it gets no new flows.
-    pub unhealthy_threshold: NonZeroU32,
-    /// Successes in a row after which it gets flows again.
-    pub healthy_threshold: NonZeroU32,
-}
-
-impl Section for HealthCheck {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let kind = r.required(
-            "type",
-            "How: \"tcp\", by a connection that is closed at once, from the far end of the upstream that it goes through if there is one; \"ping\", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.",
-        );
-        let interval = r.default(
-            "interval",
-            "How often each worker checks each endpoint; up to a tenth more or less, by chance.",
-            CHECK_INTERVAL,
-        );
-        let timeout = r.default("timeout", "How long one check may take.", CHECK_TIMEOUT);
-        let unhealthy_threshold = r.default(
-            "unhealthy_threshold",
-            "Checks in a row that fail, until the endpoint gets no new flows.",
-            UNHEALTHY_THRESHOLD,
-        );
-        let healthy_threshold = r.default(
-            "healthy_threshold",
-            "Checks in a row that succeed, until it gets flows again.",
-            HEALTHY_THRESHOLD,
-        );
-        Some(Self { kind: kind?, interval, timeout, unhealthy_threshold, healthy_threshold })
+section! {
+    /// `[upstream.health_check]`: endpoints are asked whether they are well before a flow finds out. The names are Envoy's.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct HealthCheck {
+        /// How: "tcp", by a connection that is closed at once, from the far end of the upstream that it goes through if there is
+        /// one; "ping", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.
+        kind as "type": required CheckKind,
+        /// Interval at which each worker checks each endpoint, plus or minus up to a tenth.
+        interval: default Duration = CHECK_INTERVAL,
+        /// Timeout of a check.
+        timeout: default Duration = CHECK_TIMEOUT,
+        /// Consecutive failed checks after which the endpoint gets no new flows.
+        unhealthy_threshold: default NonZeroU32 = UNHEALTHY_THRESHOLD,
+        /// Consecutive successful checks after which it gets flows again.
+        healthy_threshold: default NonZeroU32 = HEALTHY_THRESHOLD,
     }
+    check |r| {}
 }
 
-/// Reads the sections of an upstream that are about its health.
-pub(super) fn read_health(r: &mut Reader<'_>, protocol: Protocol) -> (OutlierDetection, Option<HealthCheck>) {
-    let outlier = r.section(
-        "outlier_detection",
-        "Which endpoints get no new flows for a while, for what flows have met there.",
-    );
-    let check: Option<HealthCheck> =
-        r.section("health_check", "Checks of every endpoint, before a flow finds out. Default: none.");
-    if protocol == Protocol::H1 && check.as_ref().is_some_and(|c| c.kind == CheckKind::Ping) {
+/// Reports a check that the upstream's protocol does not have.
+pub(super) fn check_health(r: &Reader<'_>, protocol: Protocol, check: Option<&HealthCheck>) {
+    if protocol == Protocol::H1 && check.is_some_and(|c| c.kind == CheckKind::Ping) {
         r.wrong(
             "health_check",
             "is of type \"ping\", which HTTP/1 does not have: \"tcp\" checks a connection",
         );
     }
-    (outlier.unwrap_or_default(), check)
 }
 
-/// `[upstream.limits]`, in the whole process; shared out to the workers, rounded up.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Connections at a time.
-    pub connections: Option<NonZeroUsize>,
-    /// Flows at a time.
-    pub streams: Option<NonZeroUsize>,
-    /// Flows that wait for a connection.
-    pub pending: Option<NonZeroUsize>,
-}
-
-impl Section for Limits {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let connections = r.optional("connections", "Connections at a time, those being made too.");
-        let streams = r.optional("streams", "Flows at a time, those being opened too.");
-        let pending = r.optional("pending", "Flows at a time that wait for a connection.");
-        Some(Self { connections, streams, pending })
+section! {
+    /// `[upstream.limits]`, in the whole process; shared out to the workers, rounded up.
+    #[derive(Clone, Debug, Default, PartialEq, Eq)]
+    pub struct Limits {
+        /// Maximum of concurrent connections, including those being opened.
+        connections: optional NonZeroUsize,
+        /// Maximum of concurrent flows, including those being opened.
+        streams: optional NonZeroUsize,
+        /// Maximum of flows that wait for a connection.
+        pending: optional NonZeroUsize,
     }
+    check |r| {}
 }
 
 #[cfg(test)]

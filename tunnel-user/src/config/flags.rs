@@ -1,7 +1,6 @@
 //! The configurations that need no file: `tunnel exec --gateway` and `tunnel gateway`.
 //!
-//! Enters: flags, already typed. Leaves: the same [`Config`] that a file gives. Invariant: what flags
-//! build, a file could have said. It never reads a file.
+//! What flags build, a file could have said.
 
 use std::{net::SocketAddr, num::NonZeroUsize, time::Duration};
 
@@ -98,7 +97,7 @@ pub struct GatewayOptions {
     pub verify: Vec<SanPattern>,
     /// What every client may reach.
     pub allow: Vec<TargetPattern>,
-    /// How long a dial to a target may take.
+    /// Timeout for dialling a target.
     pub dial_timeout: Duration,
     /// Worker threads.
     pub workers: Option<NonZeroUsize>,

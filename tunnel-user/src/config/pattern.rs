@@ -1,8 +1,9 @@
 //! Patterns for addresses, names and targets, as configuration and flags state them.
 //!
-//! Enters: texts such as `10.0.0.0/8:80,8000-8999` and `*.internal:443`. Leaves: values that tell whether
-//! they take an address or a name. Invariant: what is printed parses to the same value, and a pattern has
-//! one spelling. It never resolves a name.
+//! Texts such as `10.0.0.0/8:80,8000-8999` and `*.internal:443`. Names are not resolved.
+//!
+//! # Invariants
+//! - What is printed parses to the same value, and a pattern has one spelling.
 
 use std::{
     fmt,

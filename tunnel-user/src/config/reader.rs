@@ -1,8 +1,11 @@
 //! Reads a table of TOML by the one definition that also makes its schema.
 //!
-//! Enters: a parsed document with positions. Leaves: typed values; every mistake, with line, column and
-//! key. Invariant: a key that a section does not ask for is a mistake, and one that it asks for is in the
-//! schema. It never stops at the first mistake, and never reads the environment.
+//! A section asks a [`Reader`] for each of its keys. With a document behind it the reader gives values and collects every
+//! mistake with its line, column and key; without one it collects the schema.
+//!
+//! # Invariants
+//! - A key that a section does not ask for is a mistake, and one that it asks for is in the schema.
+//! - The first mistake ends nothing.
 
 use std::{cell::RefCell, collections::BTreeMap, ops::Range, path::Path};
 
@@ -383,6 +386,14 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Reports a mistake in the `index`th item of the list behind `key`.
+    pub(crate) fn wrong_item(&self, key: &str, index: usize, message: &str) {
+        let items = self.cell(key).and_then(|list| list.items(""));
+        if let Some(item) = items.as_ref().and_then(|items| items.get(index)) {
+            item.wrong::<()>(message);
+        }
+    }
+
     /// Reports a mistake where `at` stood.
     pub(crate) fn wrong_at<T>(&self, at: &At<T>, message: impl Into<String>) {
         if let Some(doc) = self.doc {
@@ -462,7 +473,8 @@ pub(crate) fn schema_of<S: Section>() -> Json {
 }
 
 fn described(mut schema: Json, doc: &str) -> Json {
-    schema["description"] = json!(doc);
+    // Docs of a field begin with a space, and write brackets for rustdoc.
+    schema["description"] = json!(doc.trim_start().replace('\\', ""));
     schema
 }
 

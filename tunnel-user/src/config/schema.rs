@@ -1,8 +1,7 @@
 //! The JSON Schema of the configuration file.
 //!
-//! Enters: nothing. Leaves: the schema, for editors and for CI. Invariant: it lists the keys that the
-//! parser takes, because both come from one definition. It never says all that the parser checks: what
-//! concerns several keys is in the descriptions.
+//! It is made by the code that parses, so it lists the keys that the parser takes. What concerns several keys is in the
+//! descriptions.
 
 use serde_json::{Value as Json, json};
 

@@ -1,7 +1,6 @@
 //! The configuration file as its writer sees it: what is taken, what is said about mistakes.
 //!
-//! Enters: texts. Leaves: verdicts. Invariant: a message is compared whole where a person has to act on
-//! it. It never needs a file, but where the test is about files.
+//! A message is compared whole where a person has to act on it.
 
 use std::collections::BTreeSet;
 

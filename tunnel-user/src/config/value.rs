@@ -1,7 +1,6 @@
 //! What can stand behind a key: how each kind of value is read, and what the schema says of it.
 //!
-//! Enters: one TOML value. Leaves: a typed one, or the mistake in it. Invariant: the message names the
-//! text that was wrong. It never looks at other keys.
+//! Each reads one TOML value; its mistakes name the text that was wrong.
 
 use std::{
     fmt,
@@ -26,6 +25,7 @@ use super::{
 use crate::model::{
     flow::{SourceKind, Target},
     mark::Mark,
+    names::UpstreamName,
     san::SanPattern,
 };
 
@@ -206,6 +206,18 @@ impl Value for String {
     }
 }
 
+impl Value for UpstreamName {
+    fn schema() -> Json {
+        String::schema()
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        String::read(cell).map(Self::from)
+    }
+    fn show(&self) -> Json {
+        json!(self.as_str())
+    }
+}
+
 impl Value for bool {
     fn schema() -> Json {
         json!({ "type": "boolean" })
@@ -298,11 +310,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, &'static str> {
     }
 }
 
-/// A path; relative ones start at the configuration file.
-#[derive(Clone, Debug)]
-pub(crate) struct FilePath(pub(crate) PathBuf);
-
-impl Value for FilePath {
+/// A file that exists; relative paths start at the configuration file.
+impl Value for PathBuf {
     fn schema() -> Json {
         json!({ "type": "string" })
     }
@@ -317,10 +326,10 @@ impl Value for FilePath {
         {
             return cell.wrong(format!("{}: {e}", path.display()));
         }
-        Some(Self(path))
+        Some(path)
     }
     fn show(&self) -> Json {
-        json!(self.0)
+        json!(self)
     }
 }
 
@@ -426,11 +435,8 @@ pub fn parse_header_flag(text: &str) -> Result<(HeaderName, HeaderValue), Header
     parse_header(name, value)
 }
 
-/// The headers of an upstream.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Headers(pub(crate) Vec<(HeaderName, HeaderValue)>);
-
-impl Value for Headers {
+/// Headers to be added to CONNECT requests: a table.
+impl Value for Vec<(HeaderName, HeaderValue)> {
     fn schema() -> Json {
         json!({ "type": "object", "additionalProperties": { "type": "string" } })
     }
@@ -441,7 +447,7 @@ impl Value for Headers {
             parse_header(name, value).map_or_else(|e| cell.wrong(e.to_string()), Some)
         };
         let read: Vec<_> = entries.iter().map(header).collect();
-        read.into_iter().collect::<Option<_>>().map(Self)
+        read.into_iter().collect()
     }
     fn show(&self) -> Json {
         json!({})

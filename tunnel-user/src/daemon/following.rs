@@ -1,8 +1,8 @@
 //! Captured groups that come and go, and those that lie in one another.
 //!
-//! Enters: captures whose programs are attached. Leaves: log lines, and programs in the order in which they are to decide.
-//! Invariant: of two captures of one daemon the one of the inner group is asked first, and what it captures the other one
-//! leaves alone. Nothing is captured later because this module has not looked yet: the programs know groups by their names.
+//! # Invariants
+//! - Of two captures of one daemon the one of the inner group is asked first, and what it captures the other one leaves alone.
+//! - Nothing is captured later because this module has not looked yet: the programs know groups by their names.
 
 use std::{collections::HashMap, os::fd::AsFd as _, path::Path, thread};
 
@@ -21,11 +21,11 @@ impl ActiveCapture {
     /// Says that it captures, or what it waits for.
     pub(super) fn announce(&self) {
         if self.group.now().is_some() {
-            tracing::info!(cgroup = self.name, "capturing");
+            tracing::info!(cgroup = self.called, "capturing");
             self.warn_of_filters();
         } else {
             tracing::warn!(
-                cgroup = self.name,
+                cgroup = self.called,
                 "waiting for cgroup: it does not exist yet, and is captured from its first connection on"
             );
         }
@@ -37,12 +37,12 @@ impl ActiveCapture {
         match news {
             News::None => return,
             News::Gone => {
-                tracing::info!(cgroup = self.name, "cgroup was removed: waiting for it");
+                tracing::info!(cgroup = self.called, "cgroup was removed: waiting for it");
                 return;
             }
-            News::Appeared => tracing::info!(cgroup = self.name, "cgroup appeared: capturing"),
+            News::Appeared => tracing::info!(cgroup = self.called, "cgroup appeared: capturing"),
             News::MadeAnew => {
-                tracing::info!(cgroup = self.name, "cgroup was removed and created again: capturing");
+                tracing::info!(cgroup = self.called, "cgroup was removed and created again: capturing");
             }
         }
         self.warn_of_filters();
@@ -60,11 +60,11 @@ impl ActiveCapture {
         });
         match attached {
             Ok(()) if by_name => {}
-            Ok(()) => tracing::warn!(cgroup = self.name, "connections made before this were not captured"),
+            Ok(()) => tracing::warn!(cgroup = self.called, "connections made before this were not captured"),
             Err(e) if by_name => {
-                tracing::warn!(cgroup = self.name, "SO_ORIGINAL_DST is not answered there: {e}");
+                tracing::warn!(cgroup = self.called, "SO_ORIGINAL_DST is not answered there: {e}");
             }
-            Err(e) => tracing::error!(cgroup = self.name, "its connections are NOT captured: {e}"),
+            Err(e) => tracing::error!(cgroup = self.called, "its connections are NOT captured: {e}"),
         }
     }
 
@@ -72,7 +72,7 @@ impl ActiveCapture {
         let Some(group) = self.group.now() else { return };
         for program in blockers::filters(group.as_fd()) {
             tracing::warn!(
-                cgroup = self.name,
+                cgroup = self.called,
                 %program,
                 "packets are filtered by a program that sees captured connections go to the loopback: what it says of \
                  destinations is void (IPAddressDeny= is such a program)"
@@ -88,9 +88,9 @@ pub(super) fn order<'a>(captures: impl IntoIterator<Item = &'a ActiveCapture>) {
     // Those with the most others around them first.
     let depths: HashMap<_, _> = all
         .iter()
-        .map(|c| (c.source, all.iter().filter(|other| c.group.is_within(&other.group)).count()))
+        .map(|c| (c.name(), all.iter().filter(|other| c.group.is_within(&other.group)).count()))
         .collect();
-    all.sort_by_key(|c| std::cmp::Reverse(depths.get(&c.source).copied()));
+    all.sort_by_key(|c| std::cmp::Reverse(depths.get(&c.name()).copied()));
     for outer in &all {
         let inner = all.iter().filter(|c| c.group.is_within(&outer.group));
         let Some(root) = outer.group.root() else { continue };
@@ -102,15 +102,14 @@ pub(super) fn order<'a>(captures: impl IntoIterator<Item = &'a ActiveCapture>) {
         if place(outer) < Some(last)
             && let Err(e) = outer.programs.capture.attach_last(root)
         {
-            tracing::warn!(cgroup = outer.name, "captures connections of captured groups within it: {e}");
+            tracing::warn!(cgroup = outer.called, "captures connections of captured groups within it: {e}");
         }
     }
 }
 
-/// Warns of groups that lie in one another, and of rules that break a capture or that it makes void. These are looked for
-/// beside the start, which waits for no other program.
-pub(super) fn warn_of_others(config: &Config) -> Option<thread::JoinHandle<()>> {
-    nested(config).iter().for_each(|warning| tracing::warn!("{warning}"));
+/// Warns of rules that break a capture or that it makes void. They are looked for beside the start, which waits for no other
+/// program.
+pub(super) fn warn_of_firewall(config: &Config) -> Option<thread::JoinHandle<()>> {
     // A command's group is its own, and it may be over before.
     if config.captures.iter().all(|c| c.cgroup == CgroupRef::Fresh) {
         return None;

@@ -1,9 +1,9 @@
 //! Processes that have left a captured group: what they connect to from then on is in plaintext.
 //!
-//! Enters: the processes of a group, now and then. Leaves: a warning for those that were in it, or were started by one that
-//! is, and are somewhere else. Invariant: nobody is named who is in the group, has ended, or was never in it. It sees what is
-//! started by others on behalf of a process (systemd-run, a container engine) as little as the kernel does: that is nobody's
-//! descendant.
+//! What others start on behalf of a process (systemd-run, a container engine) is not found: it is nobody's descendant.
+//!
+//! # Invariants
+//! - No process is named that is in the group, has ended, or was never in it.
 
 use std::{
     collections::HashSet,

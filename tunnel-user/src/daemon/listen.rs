@@ -1,90 +1,118 @@
 //! The listening sockets of a daemon: for CONNECT requests, and for connections that rules redirect.
 //!
-//! Enters: addresses, and the sockets of a daemon that is replaced. Leaves: sockets for every worker, and
-//! copies for the daemon that comes next. Invariant: a socket that was taken over is used, so what waits in
-//! it is accepted. It never serves anything.
+//! # Invariants
+//! - A socket that listens at a wanted address already, here or in a daemon that is replaced, is used: what waits in it is
+//!   accepted.
 
 use std::{io, net::SocketAddr, sync::Arc};
 
 use socket2::{Domain, Socket, Type};
 
-use super::no_identity;
-use crate::model::mark::Mark;
+use super::{bootstrap::Process, identities::Identities};
 use crate::{
     config::{self, Redirect},
     daemon::takeover::Listeners,
-    identity::store::TlsStore,
     kernel::own::OwnListeners,
+    model::{mark::Mark, names::SourceName},
     process::exit::{Cause, Failure},
     sources::{capture::accept::Origins, listener::accept},
     transport::tcp::{self, OnClose},
-    worker::{CaptureSocket, ConnectSocket, SourceId},
+    worker::{CaptureSocket, ConnectSocket, Listening, Sockets, Source},
 };
 
 /// A listener for CONNECT requests that the workers serve.
 #[derive(Clone)]
 pub(super) struct ActiveListener {
-    /// By which they know it.
-    pub(super) source: SourceId,
     pub(super) wanted: config::Listener,
     /// Its address, with the port that it got.
     pub(super) bound: SocketAddr,
+    sockets: Arc<Sockets>,
 }
 
-/// What one worker is to accept from.
-#[derive(Default)]
-pub(super) struct Sockets {
-    pub(super) captures: Vec<CaptureSocket>,
-    pub(super) listeners: Vec<ConnectSocket>,
-}
-
-/// Numbers for captures and listeners; none is given twice.
-#[derive(Default)]
-pub(super) struct SourceIds(u64);
-
-impl SourceIds {
-    pub(super) fn next(&mut self) -> SourceId {
-        self.0 += 1;
-        SourceId(self.0)
+impl ActiveListener {
+    /// What workers accept from.
+    pub(super) fn source(&self) -> Source {
+        source(self.wanted.source(), self.wanted.name.as_deref(), &self.sockets)
     }
 }
 
+/// Where rules redirect connections to.
+#[derive(Clone)]
+pub(super) struct ActiveRedirect {
+    wanted: Redirect,
+    sockets: Arc<Sockets>,
+}
+
+impl ActiveRedirect {
+    /// What workers accept from.
+    pub(super) fn source(&self) -> Source {
+        source(self.wanted.source(), self.wanted.name.as_deref(), &self.sockets)
+    }
+}
+
+fn source(name: SourceName, called: Option<&str>, sockets: &Arc<Sockets>) -> Source {
+    Source { name, netns: None, called: called.map(Arc::from), sockets: Arc::clone(sockets) }
+}
+
+/// The listening sockets whose addresses are configured, by them.
+pub(super) type Kept = Vec<(SocketAddr, Vec<Socket>)>;
+
+/// Copies of sockets.
+pub(super) fn copies(kept: &Kept) -> io::Result<Kept> {
+    let copy = |(address, sockets): &(SocketAddr, Vec<Socket>)| {
+        let copies: io::Result<Vec<_>> = sockets.iter().map(Socket::try_clone).collect();
+        Ok((*address, copies?))
+    };
+    kept.iter().map(copy).collect()
+}
+
 /// Opens what listens for the workers of one daemon.
-pub(super) struct Opener {
-    pub(super) workers: usize,
-    pub(super) mark: Option<Mark>,
-    /// Sockets of the daemon that this one replaces.
-    pub(super) taken: Listeners,
-    /// Copies, by the address that is configured, for the daemon that replaces this one.
-    pub(super) kept: Vec<(SocketAddr, Vec<Socket>)>,
-    /// What has listened already gets these options, once nothing can fail any more: see [`retune`].
-    pub(super) retuned: Vec<(SocketAddr, OnClose)>,
+pub(super) struct Opener<'p> {
+    process: &'p Process,
+    /// Sockets that listen already.
+    existing: Listeners,
+    /// Copies of what is wanted, for a daemon that replaces this one, and for a configuration that says something else about
+    /// them.
+    kept: Kept,
+    /// What has listened already gets these options, once nothing can fail any more: see [`set_inherited_options`].
+    retuned: Vec<(SocketAddr, OnClose)>,
 }
 
 /// Gives sockets that listened for something else the options of what they listen for now.
-pub(super) fn retune(kept: &[(SocketAddr, Vec<Socket>)], retuned: &[(SocketAddr, OnClose)]) {
+pub(super) fn set_inherited_options(kept: &Kept, retuned: &[(SocketAddr, OnClose)]) {
     for (address, on_close) in retuned {
         let sockets = kept.iter().filter(|(kept, _)| kept == address).flat_map(|(_, sockets)| sockets);
         for socket in sockets {
-            if let Err(e) = tcp::bequeath(socket, *on_close) {
-                tracing::error!(%address, "its connections lack options: {e}");
+            if let Err(error) = tcp::set_inherited_options(socket, *on_close) {
+                tracing::error!(%address, %error, "failed to set socket options; its connections lack them");
             }
         }
     }
 }
 
-impl Opener {
-    /// The sockets of one address: those that were taken over, and as many more as there are workers.
+impl<'p> Opener<'p> {
+    /// `existing` is what listens already.
+    pub(super) fn new(process: &'p Process, existing: Listeners) -> Self {
+        Self { process, existing, kept: Kept::new(), retuned: Vec::new() }
+    }
+
+    /// What is kept, and what of it gets other options.
+    pub(super) fn finish(self) -> (Kept, Vec<(SocketAddr, OnClose)>) {
+        (self.kept, self.retuned)
+    }
+
+    /// The sockets of one address: those that listen there already, and as many more as there are workers.
     fn open(&mut self, address: SocketAddr, on_close: OnClose) -> Result<Vec<Socket>, Failure> {
         let failed = |e: io::Error| cannot_listen(address, &e);
-        let sockets = match self.taken.remove(&address) {
-            None => tcp::listen(address, self.workers, self.mark, on_close).map_err(failed)?,
+        let (workers, mark) = (self.process.workers, self.process.own.mark());
+        let sockets = match self.existing.remove(&address) {
+            None => tcp::listen(address, workers, mark, on_close).map_err(failed)?,
             Some(mut sockets) => {
-                let missing = self.workers.saturating_sub(sockets.len());
-                let bound = sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(address);
+                let missing = workers.saturating_sub(sockets.len());
+                let bound = bound(&sockets, address);
                 // They may have listened for something else, and do until all has gone well.
                 self.retuned.push((address, on_close));
-                sockets.extend(tcp::listen_beside(bound, missing, self.mark, on_close).map_err(failed)?);
+                sockets.extend(tcp::listen_beside(bound, missing, mark, on_close).map_err(failed)?);
                 sockets
             }
         };
@@ -95,22 +123,19 @@ impl Opener {
 
     /// Goes on with what listens at an address.
     pub(super) fn keep(&mut self, address: SocketAddr) {
-        self.kept.extend(self.taken.remove_entry(&address));
+        self.kept.extend(self.existing.remove_entry(&address));
     }
 
-    /// Opens a listener for CONNECT requests, and gives every worker its share.
-    pub(super) fn open_listener(
+    /// Opens a listener for CONNECT requests.
+    pub(super) fn listener(
         &mut self,
-        source: SourceId,
         wanted: &config::Listener,
-        tls: Option<&Arc<TlsStore>>,
-        sockets: &mut [Sockets],
+        identities: &Identities,
     ) -> Result<ActiveListener, Failure> {
-        let proving =
-            |check| Ok::<_, Failure>(accept::Tls { store: tls.cloned().ok_or_else(no_identity)?, check });
+        let tls = |check| Ok::<_, Failure>(accept::Tls { store: identities.store(&wanted.identity)?, check });
         let settings = Arc::new(accept::Settings {
             proxy_protocol: wanted.proxy_protocol,
-            tls: wanted.check().map(proving).transpose()?,
+            tls: wanted.check().map(tls).transpose()?,
             protocols: wanted.protocols.clone(),
             handshake_timeout: wanted.handshake_timeout,
             max_streams: wanted.max_streams.get(),
@@ -118,44 +143,43 @@ impl Opener {
             keepalive_timeout: wanted.keepalive_timeout,
         });
         let opened = self.open(wanted.address, OnClose::Deliver)?;
-        let bound = opened.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(wanted.address);
-        let name: Option<Arc<str>> = wanted.name.as_deref().map(Arc::from);
+        let bound = bound(&opened, wanted.address);
+        let mut shares = self.shares();
         for (i, socket) in opened.into_iter().enumerate() {
-            sockets[i % self.workers].listeners.push(ConnectSocket {
-                source,
-                name: name.clone(),
-                socket,
-                settings: Arc::clone(&settings),
-                dial_timeout: wanted.dial_timeout,
-            });
+            let (settings, dial_timeout) = (Arc::clone(&settings), wanted.dial_timeout);
+            let socket = ConnectSocket { socket, settings, dial_timeout };
+            shares[i % self.process.workers].push(Listening::Requests(socket));
         }
-        Ok(ActiveListener { source, wanted: wanted.clone(), bound })
+        Ok(ActiveListener { wanted: wanted.clone(), bound, sockets: Sockets::new(shares) })
     }
 
-    /// Opens where rules redirect connections to, and gives every worker its share.
-    pub(super) fn open_redirects(
-        &mut self,
-        redirects: &[Redirect],
-        sources: &mut SourceIds,
-        sockets: &mut [Sockets],
-    ) -> Result<Vec<SourceId>, Failure> {
+    /// Opens where rules redirect connections to.
+    pub(super) fn redirects(&mut self, redirects: &[Redirect]) -> Result<Vec<ActiveRedirect>, Failure> {
         let addresses: Vec<SocketAddr> = redirects.iter().flat_map(|r| &r.listen).copied().collect();
         let own = Arc::new(OwnListeners::new(&addresses));
-        let mut opened = Vec::new();
-        for redirect in redirects {
-            let source = sources.next();
-            let name: Option<Arc<str>> = redirect.name.as_deref().map(Arc::from);
-            for address in &redirect.listen {
+        let mut active = Vec::new();
+        for wanted in redirects {
+            let mut shares = self.shares();
+            for address in &wanted.listen {
                 for (i, socket) in self.open(*address, OnClose::Abort)?.into_iter().enumerate() {
                     let origins = Origins::Redirected(Arc::clone(&own));
-                    let socket = CaptureSocket { source, name: name.clone(), socket, origins };
-                    sockets[i % self.workers].captures.push(socket);
+                    let socket = CaptureSocket { socket, origins };
+                    shares[i % self.process.workers].push(Listening::Captured(socket));
                 }
             }
-            opened.push(source);
+            active.push(ActiveRedirect { wanted: wanted.clone(), sockets: Sockets::new(shares) });
         }
-        Ok(opened)
+        Ok(active)
     }
+
+    /// What each worker gets, which is nothing yet.
+    fn shares(&self) -> Vec<Vec<Listening>> {
+        (0..self.process.workers).map(|_| Vec::new()).collect()
+    }
+}
+
+fn bound(sockets: &[Socket], configured: SocketAddr) -> SocketAddr {
+    sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(configured)
 }
 
 /// Whether this process may set the mark.

@@ -1,76 +1,63 @@
 //! The composition root: from a configuration to a running daemon, and back.
 //!
-//! Enters: a [`Config`]. Leaves: workers that carry flows, until they are told to stop. Invariant: it
-//! binds, loads and verifies everything before it attaches to a cgroup, and attaches last. Only this file
-//! wires rooms together.
+//! A daemon is begun, which attaches it, and then committed, which puts it to work; from then on one loop makes it what its
+//! sources of desired state want.
+//!
+//! # Invariants
+//! - Everything is bound, loaded and verified before anything is attached to a cgroup; what is begun and not committed leaves
+//!   everything as it was.
+//! - Only this room wires others together.
 
+mod bootstrap;
 mod captures;
+mod file;
 mod following;
-mod inbox;
+mod identities;
+mod layers;
 mod leavers;
 mod listen;
 mod namespaces;
 mod pins;
-mod reload;
+mod reconcile;
 mod rules;
 mod run;
+mod shared;
 pub mod takeover;
+#[cfg(test)]
+mod tests;
 mod upstreams;
+mod workers;
 
 use std::{
-    future::poll_fn,
-    io,
-    net::SocketAddr,
-    os::{fd::OwnedFd, unix::net::UnixStream},
-    sync::Arc,
-    task::Poll,
-    thread,
+    future::poll_fn, io, net::SocketAddr, os::unix::net::UnixStream, sync::Arc, task::Poll, thread,
     time::Duration,
 };
 
-use socket2::Socket;
-use tokio::{
-    sync::mpsc,
-    time::{Interval, MissedTickBehavior},
-};
+use tokio::time::{Interval, MissedTickBehavior};
 
 use self::{
-    captures::{ActiveCapture, Loaded, bpf_failure},
-    inbox::Inbox,
-    listen::{ActiveListener, Opener, Sockets, SourceIds, may_mark, require_mark},
-    pins::{lock_pins, pin_dir},
-    upstreams::Discover,
+    bootstrap::Process,
+    captures::ActiveCapture,
+    identities::Identities,
+    layers::{Layers, Owner as LayerOwner},
+    listen::{ActiveListener, ActiveRedirect, Kept},
+    reconcile::{Changed, Gate, Prepared, proceed},
+    upstreams::{ActiveUpstream, Discover},
+    workers::Workers,
 };
-pub use self::{following::nested, run::run};
+pub use self::{bootstrap::require_for_capture, following::nested, pins::detach, run::run};
 use crate::{
-    config::{self, Config, OnFailure, Relay},
+    config::{Config, OnFailure},
     daemon::takeover::{Listeners, TakeoverError},
-    identity::{
-        provider::Subscription,
-        store::{self, TlsStore},
-    },
-    kernel::{
-        cgroup::Fresh,
-        memory, privileges,
-        version::{Feature, Kernel},
-    },
-    model::{names::IdentityName, trust::IdentityFiles},
-    observe::stats::Counters,
+    kernel::cgroup::Fresh,
     process::{
-        drain::{self, Phase, Trigger},
         exit::{Cause, Failure},
-        limits, panics,
+        panics,
     },
-    relay::{self, PathKind},
-    routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, headers::Trace},
     sources::capture::bpf::{self, Owner},
-    transport::tcp,
-    worker::{self, Report, Shared, SourceId, Start},
+    worker::{Report, Shared},
 };
 
-/// New namespaces that a worker has not taken up yet.
-const MORE_MAX: usize = 64;
 /// How often captured groups are searched for network namespaces that appeared.
 const NAMESPACE_SCAN: Duration = Duration::from_secs(1);
 /// How often flows that nobody accepted are looked for.
@@ -78,24 +65,20 @@ const SWEEP: Duration = Duration::from_secs(60);
 
 /// A daemon whose workers run.
 pub struct Running {
-    trigger: Trigger,
-    threads: Vec<thread::JoinHandle<io::Result<Report>>>,
-    counters: Vec<Arc<Counters>>,
-    more: Vec<Inbox>,
-    fixed: Fixed,
-    /// What it was told last.
+    workers: Workers,
+    process: Process,
+    layers: Layers,
+    /// What is in force: the layers together.
     config: Config,
-    identity: Option<Identity>,
+    identities: Identities,
     captures: Vec<ActiveCapture>,
-    redirects: Vec<SourceId>,
+    redirects: Vec<ActiveRedirect>,
     listeners: Vec<ActiveListener>,
-    /// The listening sockets whose addresses are configured, by them: for a daemon that replaces this one, and for a
-    /// configuration that says something else about them.
-    kept: Vec<(SocketAddr, Vec<Socket>)>,
-    /// Those of them that get other options once it is sure that this daemon stays.
-    retuned: Vec<(SocketAddr, tcp::OnClose)>,
-    sources: SourceIds,
-    upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    upstreams: Vec<ActiveUpstream>,
+    /// For a daemon that replaces this one, and for a configuration that says something else about them.
+    kept: Kept,
+    /// What all workers are told; nothing before the first configuration is in force.
+    shared: Option<Arc<Shared>>,
     discover: Discover,
     duties: Duties,
     /// Looks at other people's rules, and ends.
@@ -121,28 +104,10 @@ impl Duties {
     }
 }
 
-/// What no configuration changes while a daemon runs.
-struct Fixed {
-    workers: usize,
-    /// The limit of descriptors.
-    nofile: u64,
-    /// What our own sockets are told by.
-    own: tcp::Own,
-    /// What this process calls itself in `via`.
-    pseudonym: String,
-    keep_records: bool,
-}
-
-/// Our certificate, and the notices of its provider.
-struct Identity {
-    store: Arc<TlsStore>,
-    _notices: Subscription,
-}
-
 /// What a start needs besides the configuration.
 #[derive(Default)]
 pub struct Options<'a> {
-    /// The group that [`config::CgroupRef::Fresh`] means.
+    /// The group that [`crate::config::CgroupRef::Fresh`] means.
     pub group: Option<&'a Fresh>,
     /// Whether records of flows are kept, for [`Running::stop`] to return.
     pub keep_records: bool,
@@ -150,259 +115,77 @@ pub struct Options<'a> {
     pub taken: Listeners,
 }
 
-/// Binds, loads, starts the workers, and attaches. In a runtime.
-pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
-    let Options { keep_records, taken, group } = options;
-    require_privileges(&config)?;
-    memory::keep_freed();
-    tcp::set_keepalive(config.daemon.bootstrap.tcp_keepalive);
-    let mark = config.daemon.bootstrap.mark;
-    // Unprivileged gateways cannot set it, and have nothing that could capture them.
-    let marking = !config.captures.is_empty() || may_mark(mark).is_ok();
-    let fixed = Fixed {
-        workers: config.daemon.bootstrap.workers.map_or_else(cores, Into::into),
-        nofile: limits::raise_nofile(),
-        own: tcp::Own::new(marking.then_some(mark)),
-        pseudonym: pseudonym(),
-        keep_records,
-    };
-    let identity = config.identities.get(&IdentityName::default()).cloned().map(load_identity).transpose()?;
-    let tls = identity.as_ref().map(|i| &i.store);
-    let mut sources = SourceIds::default();
-    let mut sockets: Vec<Sockets> = (0..fixed.workers).map(|_| Sockets::default()).collect();
-    let mut opener = Opener {
-        workers: fixed.workers,
-        mark: fixed.own.mark(),
-        taken,
-        kept: Vec::new(),
-        retuned: Vec::new(),
-    };
-    let mut listeners = Vec::new();
-    for wanted in &config.listeners {
-        listeners.push(opener.open_listener(sources.next(), wanted, tls, &mut sockets)?);
+/// A daemon that has bound, loaded and attached everything, and accepts nothing yet: connections wait for it. Dropped, it
+/// leaves everything as it was.
+pub struct Starting {
+    // Dropped first: what it has attached is taken back, and then the workers end.
+    next: Prepared,
+    running: Running,
+}
+
+impl Starting {
+    /// The addresses of the CONNECT listeners, with the ports that they got.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.next.addresses()
     }
 
-    // From the first look at what is pinned until the last link: a daemon that ends must not tidy in between.
-    let _lock = lock_if_pinned(&config, &config.captures)?;
-    let redirects = opener.open_redirects(&config.redirects, &mut sources, &mut sockets)?;
-    let mut captures = Loaded::default();
-    for wanted in &config.captures {
-        captures.0.push(captures::load(sources.next(), wanted, &config, group)?);
-        let Some(active) = captures.0.last_mut() else { continue };
-        for (own, opened) in sockets.iter_mut().zip(active.listen_here(fixed.workers, fixed.own.mark())?) {
-            own.captures.extend(opened);
+    /// It stays.
+    pub fn commit(self) -> Running {
+        let Self { next, mut running } = self;
+        running.commit(next);
+        running.looking = following::warn_of_firewall(&running.config);
+        for address in running.config.redirects.iter().flat_map(|r| &r.listen) {
+            tracing::info!(%address, "capturing what rules redirect here");
         }
+        running
     }
+}
 
-    let path = path(&config)?;
-    let shared = shared(&config, &fixed, &listeners, path);
-    let mut discover = Discover::new(fixed.own.clone(), fixed.workers);
-    let upstreams = config.upstreams.iter().map(|u| discover.upstream(u, tls).map(Arc::new));
-    let upstreams = upstreams.collect::<Result<Vec<_>, _>>()?;
-    let (trigger, phase) = drain::channel();
+/// Binds, loads, verifies, and attaches last. In a runtime.
+pub fn begin(config: Config, options: Options<'_>) -> Result<Starting, Failure> {
+    begin_by(config, options, &proceed)
+}
+
+/// Begins and commits. In a runtime.
+pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
+    begin(config, options).map(Starting::commit)
+}
+
+fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Starting, Failure> {
+    let Options { group, keep_records, taken } = options;
+    let process = Process::set_up(&config, keep_records)?;
     let mut running = Running {
-        trigger,
-        threads: Vec::new(),
-        counters: Vec::new(),
-        more: Vec::new(),
-        fixed,
-        config,
-        identity,
-        captures: captures.keep(),
-        redirects,
-        listeners,
-        kept: opener.kept,
-        retuned: opener.retuned,
-        sources,
-        upstreams,
-        discover,
+        workers: Workers::start(process.workers)?,
+        layers: Layers::default().with(LayerOwner::FILE, config.clone()),
+        config: Config::empty(config.daemon),
+        identities: Identities::default(),
+        captures: Vec::new(),
+        redirects: Vec::new(),
+        listeners: Vec::new(),
+        upstreams: Vec::new(),
+        kept: Kept::new(),
+        shared: None,
+        discover: Discover::new(process.own.clone(), process.workers),
+        process,
         duties: Duties::new(),
         looking: None,
     };
-    if let Err(e) = running.begin(sockets, &shared, &phase) {
-        running.captures.iter().for_each(ActiveCapture::take_back);
-        return Err(e);
-    }
-    for address in running.config.redirects.iter().flat_map(|r| &r.listen) {
-        tracing::info!(%address, "capturing what rules redirect here");
-    }
-    Ok(running)
-}
-
-/// Fails with the names of what is missing.
-pub fn require_for_capture() -> Result<(), Failure> {
-    let missing = privileges::missing_for_capture();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<_> = missing.iter().map(|(name, what)| format!("{name} ({what})")).collect();
-    Err(Failure::Privilege(Cause::new(
-        format!("capturing takes privileges that this process lacks: {}", names.join(", ")),
-        "Run it as root: sudo tunnel ...",
-    )))
-}
-
-/// Fails where this process may not do what a configuration asks for.
-fn require_privileges(config: &Config) -> Result<(), Failure> {
-    if !config.captures.is_empty() {
-        require_for_capture()?;
-    }
-    if !config.redirects.is_empty() {
-        require_mark(config.daemon.bootstrap.mark)?;
-    }
-    Ok(())
-}
-
-/// What all workers are told of a configuration.
-fn shared(config: &Config, fixed: &Fixed, listeners: &[ActiveListener], path: PathKind) -> Arc<Shared> {
-    let own = listeners.iter().map(|l| l.bound);
-    let own: Vec<_> = own.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
-    let per_flow = limits::per_flow(config);
-    let max_flows = config.daemon.max_flows.get();
-    if let Some(flows) = limits::cut_to(max_flows, fixed.nofile, fixed.workers, per_flow) {
-        tell_cut(config, flows, fixed.nofile, per_flow);
-    }
-    Arc::new(Shared {
-        router: Router::new(config.routes.clone()),
-        policies: Policies::new(config.policies.clone(), &own),
-        own: fixed.own.clone(),
-        pseudonym: fixed.pseudonym.clone(),
-        flows_max: limits::flows_per_worker(max_flows, fixed.nofile, fixed.workers, per_flow),
-        path,
-        inspect_timeout: config.daemon.inspect_timeout,
-        dial_timeout: config::DIAL_TIMEOUT,
-        drain_timeout: config.daemon.drain_timeout,
-        keep_records: fixed.keep_records,
-    })
-}
-
-/// Says that descriptors allow fewer flows than the configuration.
-fn tell_cut(config: &Config, flows: usize, nofile: u64, per_flow: u64) {
-    let what = "fewer flows are taken than max_flows, for want of file descriptors: raise their limit (LimitNOFILE= in a \
-                systemd unit, ulimit -Hn in a shell), or lower max_flows";
-    let max_flows = config.daemon.max_flows;
-    // Beside a command that has its terminal, only who wants to know more is told.
-    if config.captures.iter().any(|c| c.cgroup == config::CgroupRef::Fresh) {
-        tracing::info!(max_flows, flows, nofile, per_flow, "{what}");
-    } else {
-        tracing::warn!(max_flows, flows, nofile, per_flow, "{what}");
-    }
-}
-
-/// How bytes are moved between two sockets of ours. Fails where it was asked for and cannot be.
-fn path(config: &Config) -> Result<PathKind, Failure> {
-    let asked = match config.daemon.relay {
-        Relay::Copy => return Ok(PathKind::Copy),
-        Relay::Pipe => return Ok(PathKind::Pipe),
-        // No flow would have two sockets.
-        Relay::Auto if !limits::has_two_sockets(config) => return Ok(PathKind::Copy),
-        Relay::Auto => false,
-        Relay::Splice => true,
-    };
-    let (why, privilege) = match Kernel::running().allows(Feature::Splice) {
-        Err(why) => (why, false),
-        Ok(()) => match relay::probe() {
-            Ok(()) => return Ok(PathKind::Splice),
-            Err(e) => (e.summary(), e.is_privilege()),
-        },
-    };
-    if !asked {
-        tracing::info!("bytes between two connections are copied: {why}");
-        return Ok(PathKind::Copy);
-    }
-    let what = format!("relay = \"splice\": {why}");
-    Err(if privilege {
-        let remedy = "The program takes CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN: run it as root. With relay = \"auto\" bytes are \
-                      copied without.";
-        Failure::Privilege(Cause::new(what, remedy))
-    } else {
-        let remedy = "With relay = \"auto\" bytes are copied on such a kernel; `tunnel doctor` says which have what it takes.";
-        Failure::Kernel(Cause::new(what, remedy))
-    })
-}
-
-/// Keeps other daemons from what is pinned, where anything of these captures is.
-fn lock_if_pinned<'a>(
-    config: &Config,
-    captures: impl IntoIterator<Item = &'a config::Capture>,
-) -> Result<Option<OwnedFd>, Failure> {
-    let pinning = captures.into_iter().any(|c| pin_dir(config, c).is_some());
-    pinning.then(|| lock_pins(&config.daemon.bootstrap.bpffs)).transpose()
+    let config = running.layers.merged()?;
+    let mut next = running.prepare(config, taken, group, gate)?;
+    running.attach(&mut next, gate)?;
+    Ok(Starting { next, running })
 }
 
 impl Running {
-    /// Starts the workers, and attaches.
-    fn begin(
-        &mut self,
-        sockets: Vec<Sockets>,
-        shared: &Arc<Shared>,
-        phase: &drain::Watch,
-    ) -> Result<(), Failure> {
-        for (i, Sockets { captures, listeners }) in sockets.into_iter().enumerate() {
-            let counters = Arc::new(Counters::default());
-            let (tell, more) = mpsc::channel(MORE_MAX);
-            let start = Start {
-                shared: Arc::clone(shared),
-                upstreams: self.upstreams.clone(),
-                counters: Arc::clone(&counters),
-                more,
-                captures,
-                listeners,
-                watch: phase.clone(),
-            };
-            let thread = thread::Builder::new().name(format!("worker-{i}")).spawn(move || worker::run(start));
-            self.threads.push(thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?);
-            self.counters.push(counters);
-            self.more.push(Inbox::new(tell));
-        }
-        self.register(&[]);
-        // Last: from here on connections are captured.
-        for active in &mut self.captures {
-            active.scan(&self.more, self.fixed.own.mark());
-            active.attach()?;
-        }
-        following::order(&self.captures);
-        self.captures.iter().for_each(ActiveCapture::announce);
-        self.looking = following::warn_of_others(&self.config);
-        Ok(())
+    /// A source of desired state wants something else. On an error nothing changes.
+    async fn set_layer(&mut self, owner: LayerOwner, layer: Config) -> Result<Changed, Failure> {
+        let layers = self.layers.with(owner, layer);
+        let changed = self.reconcile(layers.merged()?).await?;
+        self.layers = layers;
+        Ok(changed)
     }
 
-    /// Has the sockets that we connect registered with every capture, those to come included.
-    fn register(&self, more: &[ActiveCapture]) {
-        let all = self.captures.iter().chain(more).map(|active| active.programs.capture.register());
-        self.fixed.own.set_captures(all.collect());
-    }
-
-    /// It is sure that this daemon stays: nothing of an earlier one is put back any more.
-    fn settle(&mut self) {
-        for active in &self.captures {
-            active.programs.capture.settle();
-            active.tidy(|active| active.programs.capture.forget_other_versions());
-        }
-        listen::retune(&self.kept, &std::mem::take(&mut self.retuned));
-    }
-
-    /// It does not stay: what an earlier daemon had attached is put back.
-    fn take_back(&self) {
-        match lock_if_pinned(&self.config, &self.config.captures) {
-            Ok(_lock) => self.captures.iter().for_each(ActiveCapture::take_back),
-            Err(e) => tracing::error!("not everything is as it was before: {e}"),
-        }
-    }
-
-    /// Warns of processes that have left a captured group.
-    pub fn look_for_leavers(&mut self) {
-        for active in &mut self.captures {
-            active.leavers.look_now(&active.group, &active.group.processes());
-        }
-    }
-
-    /// The addresses of the CONNECT listeners, with the ports that they got.
-    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
-        self.listeners.iter().map(|l| l.bound)
-    }
-
-    /// Logs what the kernel programs say, and opens listeners in namespaces that appear. Never ends.
+    /// Logs what the kernel programs say, and follows groups and network namespaces that come and go. Never ends.
     pub async fn watch_captures(&mut self) {
         loop {
             let mut sweep = false;
@@ -415,39 +198,42 @@ impl Running {
                 _ = self.duties.sweep.tick() => sweep = true,
                 () = written => {}
             }
+            let mut changed = false;
             for active in &mut self.captures {
                 active.programs.rings.read();
                 active.follow();
-                active.scan(&self.more, self.fixed.own.mark());
+                changed |= active.scan(&self.process);
+            }
+            if changed {
+                self.publish();
             }
             if sweep {
                 for active in &mut self.captures {
                     let forgotten = active.programs.capture.sweep();
-                    tracing::debug!(cgroup = active.name, forgotten, "swept flows that nobody accepted");
+                    tracing::debug!(cgroup = active.called, forgotten, "swept flows that nobody accepted");
                 }
             }
         }
     }
 
+    /// Warns of processes that have left a captured group.
+    pub fn look_for_leavers(&mut self) {
+        for active in &mut self.captures {
+            active.leavers.look_now(&active.group, &active.group.processes());
+        }
+    }
+
     /// Gives the listeners to a daemon that replaces this one. Dropped, it is given up, and the listeners stay.
     async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
-        let kept: io::Result<Vec<(SocketAddr, Vec<Socket>)>> = self
-            .kept
-            .iter()
-            .map(|(address, sockets)| {
-                let copies: io::Result<Vec<_>> = sockets.iter().map(Socket::try_clone).collect();
-                copies.map(|copies| (*address, copies))
-            })
-            .collect();
-        let kept = kept?;
+        let kept = listen::copies(&self.kept)?;
         let _hang_up = HangUp(stream.try_clone()?);
         // Waits until the other one runs; the workers go on meanwhile, and signals are heard.
         let given = tokio::task::spawn_blocking(move || takeover::give(&stream, &kept));
         given.await.map_err(io::Error::other)?
     }
 
-    /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator
-    /// wants captured connections refused rather than let through.
+    /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator wants captured
+    /// connections refused rather than let through.
     pub fn stop(mut self) -> Report {
         // A copy would go on listening, with nobody to accept.
         self.kept.clear();
@@ -457,20 +243,7 @@ impl Running {
                 Owner::Another | Owner::Nobody => Ok(()),
             });
         }
-        self.trigger.enter(Phase::Drain);
-        let mut report = Report::default();
-        for thread in self.threads {
-            match thread.join() {
-                Ok(Ok(one)) => {
-                    report.records.extend(one.records);
-                    report.dropped += one.dropped;
-                    report.connections_opened += one.connections_opened;
-                }
-                Ok(Err(e)) => tracing::error!("a worker failed: {e}"),
-                Err(_) => tracing::error!("a worker panicked"),
-            }
-        }
-        self.trigger.enter(Phase::Stop);
+        let report = self.workers.drain();
         if let Some(looking) = self.looking.take().filter(thread::JoinHandle::is_finished) {
             let _panicked = looking.join();
         }
@@ -479,16 +252,16 @@ impl Running {
             active.programs.rings.read();
             let counters = active.counters().into_iter().chain(active.bypassed());
             let counters: Vec<_> = counters.filter(|(_, n)| *n > 0).collect();
-            tracing::info!(cgroup = active.name, ?counters, "kernel counters");
+            tracing::info!(cgroup = active.called, ?counters, "kernel counters");
             active.tidy(|a| match (a.programs.capture.owner(), a.wanted.on_failure) {
                 (Owner::Another, _) => {
-                    tracing::info!(cgroup = a.name, "another daemon has taken over");
+                    tracing::info!(cgroup = a.called, "another daemon has taken over");
                     Ok(())
                 }
                 (_, OnFailure::Open) => a.pins.as_deref().map_or(Ok(()), bpf::unpin),
                 (_, OnFailure::Closed) => {
                     tracing::warn!(
-                        cgroup = a.name,
+                        cgroup = a.called,
                         "its captured connections are refused until the daemon is back \
                          (on_failure = \"closed\"); `tunnel detach` ends the capture"
                     );
@@ -496,15 +269,7 @@ impl Running {
                 }
             });
         }
-        let mut sums: Vec<(&'static str, u64)> = Vec::new();
-        for counters in &self.counters {
-            for (i, (name, n)) in counters.all().into_iter().enumerate() {
-                match sums.get_mut(i) {
-                    Some((_, sum)) => *sum += n,
-                    None => sums.push((name, n)),
-                }
-            }
-        }
+        let mut sums = self.workers.counters();
         sums.push(("panics", panics::count()));
         sums.retain(|(_, n)| *n > 0);
         tracing::info!(?sums, "counters");
@@ -522,20 +287,6 @@ impl Drop for HangUp {
     }
 }
 
-/// `tunnel detach`: ends the captures of a configuration, whether or not a daemon runs.
-pub fn detach(config: &Config) -> Result<(), Failure> {
-    for capture in &config.captures {
-        if let Some(dir) = pin_dir(config, capture).filter(|dir| dir.exists()) {
-            let _lock = bpf::lock(&config.daemon.bootstrap.bpffs).map_err(bpf_failure)?;
-            bpf::unpin(&dir).map_err(bpf_failure)?;
-        }
-    }
-    for address in config.redirects.iter().flat_map(|r| &r.listen) {
-        tracing::warn!(%address, "nothing is attached that redirects connections there: the rules are yours to remove");
-    }
-    Ok(())
-}
-
 /// The runtime of the thread that waits for signals.
 fn control_runtime() -> Result<tokio::runtime::Runtime, Failure> {
     tokio::runtime::Builder::new_current_thread()
@@ -544,26 +295,6 @@ fn control_runtime() -> Result<tokio::runtime::Runtime, Failure> {
         .map_err(|e| other(&format!("the runtime could not start: {e}")))
 }
 
-fn cores() -> usize {
-    thread::available_parallelism().map_or(1, Into::into)
-}
-
-fn load_identity(files: IdentityFiles) -> Result<Identity, Failure> {
-    let store = TlsStore::load(files)?;
-    let notices = store::watch(&store, || {})
-        .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))?;
-    Ok(Identity { store, _notices: notices })
-}
-
-/// A token (RFC 9110 section 5.6.2) that no other process has.
-fn pseudonym() -> String {
-    format!("tunnel-{:016x}", Trace::default().random())
-}
-
 fn other(what: &str) -> Failure {
     Failure::Other(Cause::new(what, ""))
-}
-
-fn no_identity() -> Failure {
-    Failure::Config(Cause::new("TLS needs an identity", "Add an [identity] section."))
 }

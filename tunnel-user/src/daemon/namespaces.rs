@@ -9,6 +9,7 @@ use std::{
     collections::HashMap,
     io,
     os::fd::OwnedFd,
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -18,6 +19,7 @@ use tunnel_common::capture::Missing;
 use crate::{
     kernel::netns,
     sources::capture::{accept::Sockets, bpf::Capture, routes::Routes, steer::Steering},
+    worker,
 };
 
 /// A namespace in which no listener could be opened is tried again after this.
@@ -33,24 +35,40 @@ pub(super) struct Namespaces(HashMap<u64, Namespace>);
 /// What is known of one network namespace.
 enum Namespace {
     /// The daemon's own.
-    Own(Place),
+    Own(Entered),
     /// It has listeners; a captured process was last seen in it then.
-    Captured { place: Place, seen: Instant },
+    Captured { entered: Entered, seen: Instant },
     /// No listener could be opened then.
     Failed { at: Instant },
 }
 
 /// A network namespace with listeners.
-pub(super) struct Place {
+pub(super) struct Entered {
     cookie: u64,
+    sockets: Arc<worker::Sockets>,
     routes: Routes,
     _steering: Option<Steering>,
 }
 
-impl Place {
+impl Entered {
     /// In a runtime.
-    pub(super) fn new(cookie: u64, routes: Routes, steering: Option<Steering>) -> Self {
-        Self { cookie, routes, _steering: steering }
+    pub(super) fn new(
+        cookie: u64,
+        sockets: Arc<worker::Sockets>,
+        routes: Routes,
+        steering: Option<Steering>,
+    ) -> Self {
+        Self { cookie, sockets, routes, _steering: steering }
+    }
+
+    /// By which the kernel knows the namespace.
+    pub(super) fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// The listeners there.
+    pub(super) fn sockets(&self) -> Arc<worker::Sockets> {
+        Arc::clone(&self.sockets)
     }
 
     /// Tells the programs of its routes, where these have changed.
@@ -74,8 +92,8 @@ pub(super) struct Found {
 
 impl Namespaces {
     /// The daemon's own.
-    pub(super) fn add_own(&mut self, place: Place) {
-        self.0.insert(netns::inode_of_process(std::process::id()).unwrap_or(0), Namespace::Own(place));
+    pub(super) fn add_own(&mut self, entered: Entered) {
+        self.0.insert(netns::inode_of_process(std::process::id()).unwrap_or(0), Namespace::Own(entered));
     }
 
     /// Those without listeners from which these connections came, and in which these processes are.
@@ -130,18 +148,18 @@ impl Namespaces {
         Some(Found { inode, netns })
     }
 
-    /// Opens listeners in one, and has `hand_out` give them to the programs and to the workers.
+    /// Opens listeners in one, and has `hand_out` tell the programs of them.
     pub(super) fn enter(
         &mut self,
         found: Found,
         listen: impl FnOnce(OwnedFd) -> io::Result<Sockets>,
-        hand_out: impl FnOnce(Sockets) -> Result<Place, String>,
+        hand_out: impl FnOnce(Sockets) -> Result<Entered, String>,
     ) -> Result<u64, (u64, String)> {
         let Found { inode, netns } = found;
-        let place = listen(netns).map_err(|e| e.to_string()).and_then(hand_out);
-        match place {
-            Ok(place) => {
-                self.0.insert(inode, Namespace::Captured { place, seen: Instant::now() });
+        let entered = listen(netns).map_err(|e| e.to_string()).and_then(hand_out);
+        match entered {
+            Ok(entered) => {
+                self.0.insert(inode, Namespace::Captured { entered, seen: Instant::now() });
                 Ok(inode)
             }
             Err(e) => Err((inode, e)),
@@ -151,8 +169,8 @@ impl Namespaces {
     /// Tells the programs what has changed in each.
     pub(super) fn follow_routes(&mut self, capture: &Capture) {
         for namespace in self.0.values_mut() {
-            if let Namespace::Own(place) | Namespace::Captured { place, .. } = namespace {
-                place.follow_routes(capture);
+            if let Namespace::Own(entered) | Namespace::Captured { entered, .. } = namespace {
+                entered.follow_routes(capture);
             }
         }
     }
@@ -165,26 +183,31 @@ impl Namespaces {
             Namespace::Own(_) => true,
             Namespace::Failed { at } => now.duration_since(*at) < LINGER,
             Namespace::Captured { seen, .. } if now.duration_since(*seen) < LINGER => true,
-            Namespace::Captured { place, .. } => {
-                gone.push((*inode, place.cookie));
+            Namespace::Captured { entered, .. } => {
+                gone.push((*inode, entered.cookie));
                 false
             }
         });
         gone
     }
 
-    /// Of those that have listeners.
-    pub(super) fn cookies(&self) -> impl Iterator<Item = u64> {
+    /// Those that have listeners.
+    pub(super) fn entered(&self) -> impl Iterator<Item = &Entered> {
         self.0.values().filter_map(|n| match n {
-            Namespace::Own(place) | Namespace::Captured { place, .. } => Some(place.cookie),
+            Namespace::Own(entered) | Namespace::Captured { entered, .. } => Some(entered),
             Namespace::Failed { .. } => None,
         })
+    }
+
+    /// Their cookies.
+    pub(super) fn cookies(&self) -> impl Iterator<Item = u64> {
+        self.entered().map(Entered::cookie)
     }
 
     /// Ready when the routes of one have changed.
     pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
         let routes = self.0.values().filter_map(|namespace| match namespace {
-            Namespace::Own(place) | Namespace::Captured { place, .. } => Some(&place.routes),
+            Namespace::Own(entered) | Namespace::Captured { entered, .. } => Some(&entered.routes),
             Namespace::Failed { .. } => None,
         });
         // All of them, so that each wakes up whoever polls.

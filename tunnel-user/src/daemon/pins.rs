@@ -1,7 +1,7 @@
 //! Where captures are pinned, so that they outlive the daemon and the next one finds them.
 //!
-//! Enters: the configuration's bpffs and captures. Leaves: the folder of each, and the lock over all. Invariant: a name that
-//! a configuration gives to a group is one folder, in every version of this program. It never pins anything itself.
+//! # Invariants
+//! - A name that a configuration gives to a group is one folder, in every version of this program.
 
 use std::{
     fs, io,
@@ -17,13 +17,26 @@ use crate::{
     sources::capture::bpf,
 };
 
+/// `tunnel detach`: ends the captures of a configuration, whether or not a daemon runs.
+pub fn detach(config: &Config) -> Result<(), Failure> {
+    for capture in &config.captures {
+        if let Some(dir) = pin_dir(config, capture).filter(|dir| dir.exists()) {
+            let _lock = bpf::lock(&config.daemon.bootstrap.bpffs).map_err(bpf_failure)?;
+            bpf::unpin(&dir).map_err(bpf_failure)?;
+        }
+    }
+    for address in config.redirects.iter().flat_map(|r| &r.listen) {
+        tracing::warn!(%address, "nothing is attached that redirects connections there: the rules are yours to remove");
+    }
+    Ok(())
+}
+
 /// Where a capture is pinned: a folder named after the group, so that the next daemon finds it.
 pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<PathBuf> {
-    let name = match &capture.cgroup {
-        CgroupRef::Path(path) => path.display().to_string(),
-        CgroupRef::Unit(unit) => unit.clone(),
-        CgroupRef::Fresh => return None,
-    };
+    if capture.cgroup == CgroupRef::Fresh {
+        return None;
+    }
+    let name = capture.cgroup.name();
     // bpffs allows no dots in names; every other byte that is not a letter or digit goes the same way,
     // and the hash keeps names apart that would become one.
     let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
@@ -35,7 +48,16 @@ pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<Path
 /// The most of a group's name that its folder shows.
 const PIN_NAME_MAX: usize = 64;
 
-pub(super) fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
+/// Keeps other daemons from what is pinned, where anything of these captures is.
+pub(super) fn lock_if_pinned<'a>(
+    config: &Config,
+    captures: impl IntoIterator<Item = &'a config::Capture>,
+) -> Result<Option<OwnedFd>, Failure> {
+    let pinning = captures.into_iter().any(|c| pin_dir(config, c).is_some());
+    pinning.then(|| lock_pins(&config.daemon.bootstrap.bpffs)).transpose()
+}
+
+fn lock_pins(bpffs: &Path) -> Result<OwnedFd, Failure> {
     ensure_bpffs(bpffs)?;
     bpf::lock(bpffs).map_err(bpf_failure)
 }

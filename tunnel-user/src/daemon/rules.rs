@@ -1,7 +1,7 @@
 //! The kernel's rules of a capture: what a configuration says of addresses and ports alone.
 //!
-//! Enters: `[[capture]]` and `[[route]]` sections. Leaves: rules for the programs. Invariant: what they deny the router
-//! denies too, and whatever it denies by address and port alone they deny, as long as there is room. It loads nothing.
+//! # Invariants
+//! - What they deny the router denies too, and whatever it denies by address and port alone they deny, as long as there is room.
 
 use crate::{
     config::{self, AddrPattern, Config, DEFAULT_EXCLUDE},
@@ -67,18 +67,7 @@ mod tests {
     }
 
     fn config(captures: Vec<Capture>, routes: Vec<Route>) -> Config {
-        let daemon = config::Daemon::default();
-        let (redirects, listeners, upstreams, policies) = Default::default();
-        Config {
-            daemon,
-            identities: Default::default(),
-            captures,
-            redirects,
-            listeners,
-            routes,
-            upstreams,
-            policies,
-        }
+        Config { captures, routes, ..Config::empty(config::Daemon::default()) }
     }
 
     fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {

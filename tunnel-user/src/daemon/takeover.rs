@@ -1,14 +1,13 @@
-//! Handing the listeners of a daemon over to the one that replaces it.
-//!
-//! Enters: a configuration file, which names the daemon, and its listening sockets. Leaves: the same sockets
-//! in another process, with the connections that wait in them. Invariant: a socket is given only to a
-//! process of the same user, and the old daemon goes on until the new one has said that it runs. It never
-//! decides when to stop.
+//! Handing the listeners of a daemon over to the one that replaces it, with the connections that wait in them.
 //!
 //! The two meet at a Unix socket in a folder that only their user can write to, so nobody else can stand in its place. Its
 //! name says the network namespace, to which the listeners belong, and the configuration file. A lock beside it tells a
 //! daemon that runs from one that was killed. One message per listening address holds the address and its descriptors
 //! (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says that it has taken over.
+//!
+//! # Invariants
+//! - A socket is given only to a process of the same user.
+//! - The old daemon goes on until the new one has said that it runs.
 
 use std::{
     collections::HashMap,

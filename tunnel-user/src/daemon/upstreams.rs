@@ -1,24 +1,47 @@
 //! Upstreams, as workers are told of them.
 //!
-//! Enters: upstreams of a configuration. Leaves: their settings, and what finds out their endpoints where the
-//! configuration does not list them. Invariant: that runs once for the whole process, and as long as a worker has the
-//! upstream. It never connects to an endpoint.
+//! # Invariants
+//! - What finds out the endpoints of an upstream runs once for the whole process, and as long as a worker has the upstream.
 
 use std::sync::Arc;
 
-use super::{no_identity, other};
+use super::{identities::Identities, other};
 use crate::{
     config::{self, Discovery},
-    identity::store::TlsStore,
+    model::names::IdentityName,
     process::exit::{Cause, Failure},
-    sinks::upstream::{
-        self, Next, connect,
-        discovery::{Source, dns, file},
-        limit::Limits,
-        pool,
+    sinks::{
+        dial::Dialer,
+        upstream::{
+            self, Next, PoolSettings,
+            discovery::{EndpointSource, dns, file},
+            limit::Limits,
+            settings::ConnectSettings,
+        },
     },
     transport::tcp,
 };
+
+/// An upstream of the configuration in force.
+#[derive(Clone)]
+pub(super) struct ActiveUpstream {
+    pub(super) wanted: config::Upstream,
+    /// The same as long as nothing is different about it.
+    pub(super) settings: Arc<Next<upstream::UpstreamSettings>>,
+}
+
+/// Whether an upstream is what it was before, and so are its identity and the one that it goes through.
+pub(super) fn is_same(
+    u: &config::Upstream,
+    all: &[config::Upstream],
+    before: &[ActiveUpstream],
+    same_identity: &dyn Fn(&IdentityName) -> bool,
+) -> bool {
+    let outer = || all.iter().find(|outer| Some(&outer.name) == u.via.as_ref());
+    before.iter().any(|b| b.wanted == *u)
+        && (!u.tls || same_identity(&u.identity))
+        && (u.via.is_none() || outer().is_some_and(|outer| is_same(outer, all, before, same_identity)))
+}
 
 /// Finds out endpoints.
 pub(super) struct Discover {
@@ -33,22 +56,31 @@ impl Discover {
         Self { own, workers, questions: None }
     }
 
-    /// The settings of an upstream.
+    /// Makes an upstream ready.
     pub(super) fn upstream(
         &mut self,
         u: &config::Upstream,
-        tls: Option<&Arc<TlsStore>>,
-    ) -> Result<Next<upstream::Settings>, Failure> {
-        let store = || tls.cloned().ok_or_else(no_identity);
+        identities: &Identities,
+    ) -> Result<ActiveUpstream, Failure> {
+        let settings = Arc::new(self.settings(u, identities)?);
+        Ok(ActiveUpstream { wanted: u.clone(), settings })
+    }
+
+    fn settings(
+        &mut self,
+        u: &config::Upstream,
+        identities: &Identities,
+    ) -> Result<Next<upstream::UpstreamSettings>, Failure> {
+        let store = || identities.store(&u.identity);
         if let Some(itself) = &u.itself {
             let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
             let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
             let own = upstream::InProcessUpstream { name: u.name.to_string(), listener, proof, dial_timeout };
             return Ok(Next::InProcess(Arc::new(own)));
         }
-        let proving = |check| Ok::<_, Failure>(upstream::Tls { store: store()?, check });
+        let proving = |check| Ok::<_, Failure>(upstream::UpstreamTls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);
-        Ok(Next::Tunnel(upstream::Settings {
+        Ok(Next::Tunnel(upstream::UpstreamSettings {
             name: u.name.to_string(),
             endpoints: self.source(u)?,
             via: u.via.clone(),
@@ -58,10 +90,13 @@ impl Discover {
             headers: u.headers.clone(),
             response_timeout: u.response_timeout,
             optimistic_data: u.optimistic_data,
-            pool: pool::Settings {
+            pool: PoolSettings {
                 max_streams: usize::try_from(u.max_streams.get()).unwrap_or(usize::MAX),
                 max_connections: limits.connections.unwrap_or(usize::MAX),
-                connect: connect::Settings { timeout: u.connect_timeout, own: self.own.clone() },
+                connect: ConnectSettings {
+                    timeout: u.connect_timeout,
+                    dialer: Dialer::new(self.own.clone()),
+                },
                 idle_timeout: u.idle_timeout,
                 keepalive_interval: u.keepalive_interval,
                 keepalive_timeout: u.keepalive_timeout,
@@ -72,9 +107,9 @@ impl Discover {
         }))
     }
 
-    fn source(&mut self, u: &config::Upstream) -> Result<Source, Failure> {
+    fn source(&mut self, u: &config::Upstream) -> Result<EndpointSource, Failure> {
         Ok(match &u.discovery {
-            Discovery::Static => Source::fixed(&u.endpoints),
+            Discovery::Static => EndpointSource::fixed(&u.endpoints),
             Discovery::Dns => {
                 let questions = match self.questions.take() {
                     Some(questions) => questions,
@@ -83,12 +118,12 @@ impl Discover {
                 };
                 let feed = questions.follow(&u.name, &u.endpoints);
                 self.questions = Some(questions);
-                Source::Fed(feed)
+                EndpointSource::Fed(feed)
             }
             Discovery::File(file) => {
                 let help = "One HOST:PORT on each line; # starts a comment.";
                 let wrong = |e: file::FileError| Failure::Config(Cause::new(e.to_string(), help));
-                Source::Fed(file::follow(&u.name, file).map_err(wrong)?)
+                EndpointSource::Fed(file::follow(&u.name, file).map_err(wrong)?)
             }
         })
     }

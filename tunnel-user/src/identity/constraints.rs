@@ -1,8 +1,7 @@
-//! Name constraints of CAs (RFC 5280 section 4.2.1.10): which of them nobody here can check, said in words.
+//! Name constraints of CAs (RFC 5280 section 4.2.1.10): which of them cannot be checked here, said in words.
 //!
-//! Enters: certificates. Leaves: whose constraints speak of a certificate, and which webpki does not support.
-//! Invariant: it judges nothing. webpki does, and rejects a certificate that has a name of a kind which is constrained
-//! and which it cannot compare (its `subject_name` module, release 0.103); here that gets its reason.
+//! webpki judges: it rejects a certificate that has a name of a kind which is constrained and which it cannot compare (its
+//! `subject_name` module, release 0.103). Here that gets its reason.
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, GeneralName, ParsedExtension, X509Certificate};

@@ -1,8 +1,9 @@
-//! Certificates and keys as files hold them, and what is wrong with a file that does not hold what it should.
+//! Certificates and keys as files hold them, and what is wrong with a file that does not hold what it should, with how to
+//! convert it.
 //!
-//! Enters: the bytes of a file. Leaves: certificates, a key, or what the file holds instead and how to convert it.
-//! Invariant: what stands beside the wanted sections (text, other sections, CRLF, a byte order mark) changes nothing.
-//! It never reads a file and never asks for a password.
+//! # Invariants
+//! - What stands beside the wanted sections (text, other sections, CRLF, a byte order mark) changes nothing.
+//! - No password is asked for.
 
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject as _};
 use x509_parser::{

@@ -3,7 +3,10 @@
 //! # Invariants
 //! - Certificate, key and roots are fetched together: nothing is ever made of one version's certificate and another's roots.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
 
 use rustls::{RootCertStore, sign::CertifiedKey};
 use rustls_pki_types::CertificateDer;
@@ -57,13 +60,14 @@ impl TrustBundle {
 
 /// Notices of an [`IdentityProvider`], until it is dropped.
 pub struct Subscription {
-    _held: Box<dyn Send>,
+    // Never locked: it lets several owners share what only one thread may touch at a time.
+    _held: Mutex<Box<dyn Send>>,
 }
 
 impl Subscription {
     /// `held` ends the notices when it is dropped.
     pub fn new(held: impl Send + 'static) -> Self {
-        Self { _held: Box::new(held) }
+        Self { _held: Mutex::new(Box::new(held)) }
     }
 }
 

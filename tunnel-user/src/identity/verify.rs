@@ -1,9 +1,7 @@
 //! The checks a peer's certificate has to pass, and what is said when one fails.
 //!
-//! Enters: a certificate chain, and the names that the configuration takes. Leaves: yes, or the
-//! [`Check`] that failed with what was wanted and what was presented. Invariant: the chain and its
-//! expiry are verified by webpki before a name is looked at, and no configuration turns that off. It
-//! never reads a file.
+//! # Invariants
+//! - The chain and its expiry are verified by webpki before a name is looked at, and no configuration turns that off.
 
 use std::{error::Error, fmt, io, sync::Arc, time::Duration};
 

@@ -1,7 +1,10 @@
 //! Offsets of fields in structures of the kernel, from its own description of its types (BTF, `/sys/kernel/btf/vmlinux`).
 //!
-//! A field that is not found is an error, and nothing is loaded: no offset is guessed. The format is that of `linux/btf.h`
-//! (Documentation/bpf/btf.rst).
+//! `/sys/kernel/btf/vmlinux` gives the offsets of a few fields. The format is that of `linux/btf.h`
+//! (Documentation/bpf/btf.rst); docs/adr/0013 says why it is parsed here.
+//!
+//! # Invariants
+//! - No offset is guessed: a field that is not found by its name is an error, and nothing is loaded.
 
 use std::{collections::HashMap, fs, io};
 

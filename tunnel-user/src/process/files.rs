@@ -1,12 +1,11 @@
-//! Watches files, and calls back once they have changed and been quiet for a moment.
-//!
-//! It does not read the files, and does not log events of others.
+//! Watches files, and reports a change once they have been quiet for a moment. docs/adr/0012 says why not with `notify`.
 //!
 //! # Invariants
-//! - No change is missed for longer than a minute: what the kernel does not report (network file systems, a link further up) is
+//! - No change is missed for longer than a minute: what inotify does not report (network file systems, a link further up) is
 //!   found by comparing the files' metadata.
-//! - Without a change there is no call; except one, for what changed between the first reading and the first watch.
+//! - Where nothing has changed, nothing is reported, except once what changed between the first reading and the first watch.
 //! - Whatever others do beside the files, and however often, this thread wakes five times a second at most.
+//! - What happens to other files is not logged.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

@@ -5,4 +5,5 @@ pub mod exit;
 pub mod files;
 pub mod limits;
 pub mod panics;
+pub mod random;
 pub mod signal;

@@ -19,9 +19,12 @@ use crate::{
         flow::{ClientAddr, Head, Identity, Target},
     },
     observe::stats::{Destination, Record},
-    relay::{Ahead, Early, Leg, Queue, Source},
+    relay::{Ahead, Early, EarlySource, Leg, Queue},
     routing::{flow::Flow, router::Decision, sniff::inspect},
-    sources::{Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle},
+    sources::{
+        Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle,
+        listener::request::Malformed,
+    },
 };
 
 impl FlowHandler for Proxy {
@@ -63,24 +66,24 @@ async fn establish<P: PendingRequest>(
 ) -> Option<(P::Leg, Box<EstablishedFlow>)> {
     let started = Instant::now();
     let Incoming { target, head, request } = incoming;
-    let (permit, target) = match (proxy.admit(client.account()), target) {
-        (Ok(permit), Ok(target)) => (permit, target),
-        (admitted, target) => {
-            let (record, refusal) = match (admitted, target) {
-                (Err(refusal), Ok(target)) => (client.record(&target), refusal),
-                (admitted, Err(malformed)) => {
-                    let mut record = Record::new(&Target::Name(String::new(), 0), client.addr());
-                    record.destination = Destination::Asked(malformed.authority);
-                    (record, admitted.err().unwrap_or(malformed.error.into()))
-                }
-                (Ok(_), Ok(_)) => return None,
-            };
+    let permit = proxy.admit(client.account());
+    let (record, admitted) = match target {
+        Ok(target) => (client.record(&target), permit.map(|permit| (permit, target))),
+        Err(Malformed { authority, error }) => {
+            let mut record = Record::new(&Target::Name(String::new(), 0), client.addr());
+            record.destination = Destination::Asked(authority);
+            (record, permit.and(Err(error.into())))
+        }
+    };
+    let (permit, target) = match admitted {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
             proxy.refused(&refusal, record, client.identity(), started);
             request.refuse(&refusal).await;
             return None;
         }
     };
-    let progress = Progress { record: client.record(&target), started, permit };
+    let progress = Progress { record, started, permit };
     let (context, name) = (client.context(&proxy), client.source().name());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
     let wanted = match client.request(&context, name.as_deref(), &target, head) {
@@ -173,7 +176,7 @@ impl Proxy {
     /// Reaches the target, while what the client sends may go ahead. `None` when the client leaves first.
     async fn reach_ahead(
         &self,
-        client: &mut dyn Source,
+        client: &mut dyn EarlySource,
         early: Queue,
         wanted: &FlowRequest<'_>,
         decision: Decision<'_>,

@@ -29,9 +29,12 @@ use crate::{
     process::{drain::Watch, limits},
     relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
-    sinks::upstream::{self, TunnelError, Upstreams, h1, headers::Trace},
+    sinks::{
+        dial::Dialer,
+        upstream::{TunnelError, Upstreams},
+    },
     sources::{Event, capture::accept::Stray},
-    transport::{resolver::Lookups, tcp::Own},
+    transport::resolver::Lookups,
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
@@ -43,8 +46,8 @@ pub struct Shared {
     pub router: Router,
     /// Who may reach what through our listeners.
     pub policies: Policies,
-    /// What our own sockets are told by.
-    pub own: Own,
+    /// By which targets are dialled.
+    pub dialer: Dialer,
     /// What this process calls itself in `via`, as no other does.
     pub pseudonym: String,
     /// How many flows one worker takes at once.
@@ -88,7 +91,6 @@ pub struct Proxy {
     flows: Rc<Registry>,
     records: Records,
     lines: Lines,
-    trace: Trace,
     active: Cell<usize>,
     /// Whose turn it is to look a name up.
     lookups: Lookups<Account>,
@@ -140,7 +142,6 @@ impl Proxy {
             setup: RefCell::new(Rc::new(setup)),
             counters,
             lines: Lines::default(),
-            trace: Trace::default(),
             active: Cell::default(),
             peers: RefCell::default(),
             stop,
@@ -205,24 +206,7 @@ impl Proxy {
                     early.sent.put_first(std::mem::take(first));
                     relay(client, leg, early, meter, &path).await
                 }
-                Sink::Tunnel(stream) => {
-                    early.received = std::mem::take(&mut stream.early);
-                    match &mut stream.leg {
-                        upstream::Leg::H2(leg) => relay(client, leg, early, meter, &path).await,
-                        upstream::Leg::H1(h1::Leg::Tcp(leg)) => relay(client, leg, early, meter, &path).await,
-                        upstream::Leg::H1(h1::Leg::Tls(leg)) => {
-                            relay(client, &mut **leg, early, meter, &path).await
-                        }
-                        upstream::Leg::H1(h1::Leg::Nested(_) | h1::Leg::NestedTls(_)) => {
-                            let outcome = relay(client, stream, early, meter, &path).await;
-                            if let Outcome::Closed = outcome {
-                                // Apart: it is of no other kind of flow.
-                                Box::pin(stream.linger()).await;
-                            }
-                            outcome
-                        }
-                    }
-                }
+                Sink::Tunnel(stream) => stream.relay(client, early, meter, &path).await,
             }
         };
         let outcome = tokio::select! {

@@ -54,11 +54,7 @@ pub(super) struct FlowRequest<'a> {
 impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
-        request.setup.shared.router.decide(&request.flow, self.random())
-    }
-
-    fn random(&self) -> u32 {
-        (self.trace.random() >> 32) as u32
+        request.setup.shared.router.decide(&request.flow, fastrand::u32(..))
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
@@ -94,7 +90,7 @@ impl Proxy {
                 let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
                 let hop = Hop { proxy: self, request, record: &mut *record, ahead };
-                let another = |tried: &[_]| another(shares, tried, self.random());
+                let another = |tried: &[_]| another(shares, tried, fastrand::u32(..));
                 match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
                     Opened::Stream(upstream, stream) => {
                         let (number, identity) = (stream.number(), stream.identity.as_ref());
@@ -143,7 +139,7 @@ impl Proxy {
             return resolved;
         }
         let who = Account::of(flow.identity, flow.client);
-        let asked = self.lookups.in_turn(&who, dial::resolve(dialled, &setup.shared.own));
+        let asked = self.lookups.in_turn(&who, setup.shared.dialer.resolve(dialled));
         let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
         tokio::time::timeout_at(deadline, asked).await.map_err(late)?
     }
@@ -181,8 +177,8 @@ async fn dial(
     if let (true, Some(why)) = (addrs.is_empty(), why) {
         return Err(refused(why));
     }
-    let own = &setup.shared.own;
-    let (stream, addr) = dial::connect(dialled, &addrs, own, first, deadline, dial_timeout).await?;
+    let dialer = &setup.shared.dialer;
+    let (stream, addr) = dialer.connect(dialled, &addrs, first, deadline, dial_timeout).await?;
     tracing::trace!(%target, %addr, "dialled");
     Ok((stream, addr))
 }

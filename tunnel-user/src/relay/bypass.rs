@@ -1,8 +1,9 @@
-//! A captured connection that may go past TCP: when it asks, and how its leg behaves once it does.
+//! A captured connection that may go past TCP: when it asks, and how its leg behaves once it does. An ordinary connection has
+//! none of this.
 //!
-//! Enters: what its leg has read and written. Leaves: how much may be written now, and whether what was read was all there
-//! is. Invariant: no more is redirected to the application than surely fits, and nothing goes by TCP, nor does an end,
-//! before all of that was read. An ordinary connection has none of this.
+//! # Invariants
+//! - No more is redirected to the application than surely fits, and nothing goes by TCP, nor does an end, before all of that
+//!   was read.
 
 use std::{
     future::Future as _,

@@ -52,7 +52,7 @@ impl<Q: DerefMut<Target = Queue>> Direction<Q> {
 impl<S: Leg, D: Leg, Q: DerefMut<Target = Queue>> Way<S, D> for Direction<Q> {
     fn poll(&mut self, cx: &mut Context<'_>, src: &mut S, dst: &mut D, moved: &Cell<u64>) {
         for _ in 0..STEPS {
-            while matches!(self.state, State::Open) && (S::PREFETCH || self.queue.is_empty()) {
+            while matches!(self.state, State::Open) && (src.prefetches() || self.queue.is_empty()) {
                 match src.poll_recv(cx) {
                     Poll::Ready(Ok(Some(chunk))) => self.queue.push(chunk),
                     Poll::Ready(Ok(None)) => {

@@ -1,9 +1,9 @@
 //! What a client sends before its target has answered, sent ahead of the answer ("optimistic", RFC 9931).
 //!
-//! Enters: a client that waits, and streams that were asked for. Leaves: its bytes behind the request, and what the
-//! relay goes on with. Invariant: at most [`EARLY_MAX`] bytes go ahead, and they are kept until the answer, so that
-//! another stream gets them again, all of them and in order; the client's end goes behind them. It never goes ahead on
-//! HTTP/1, where a proxy that refuses could take the bytes for its next request.
+//! # Invariants
+//! - At most [`EARLY_MAX`] bytes go ahead, and they are kept until the answer, so that another stream gets them again, all
+//!   of them and in order; the client's end goes behind them.
+//! - Nothing goes ahead on HTTP/1, where a proxy that refuses could take the bytes for its next request.
 
 use std::{
     cell::RefCell,
@@ -15,15 +15,15 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Broken, Early, Leg, Queue, Sender};
+use super::{Broken, Early, Leg, Queue};
 
 /// What goes ahead of an answer, for one flow: the window that HTTP/2 begins with (RFC 9113 section 6.9.2), so what a
 /// peer may be sent that has said nothing; and as much as one read of a socket.
 pub const EARLY_MAX: usize = 64 * 1024;
 
 /// A client whose target has not answered.
-pub trait Source {
-    /// Whether bytes may be taken while nobody has room for them: see [`Leg::may_prefetch`].
+pub trait EarlySource {
+    /// Whether bytes may be taken while nobody has room for them: see [`Leg::prefetches`].
     fn prefetches(&self) -> bool;
 
     /// Has the next call find what has come just now: see [`Leg::ask_now`].
@@ -47,9 +47,22 @@ pub trait Source {
     }
 }
 
-impl<L: Leg> Source for L {
+/// A stream that was asked for, as far as it takes what goes ahead of its answer. What it does not take is lost, and the
+/// answer says why.
+pub trait EarlyStream {
+    /// Room for some of `want` bytes; `None`: it takes no more.
+    fn poll_room(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<Option<usize>>;
+
+    /// Gives it bytes.
+    fn send(&mut self, bytes: Bytes);
+
+    /// Says that there is no more.
+    fn end(&mut self);
+}
+
+impl<L: Leg> EarlySource for L {
     fn prefetches(&self) -> bool {
-        self.may_prefetch()
+        Leg::prefetches(self)
     }
 
     fn ask_now(&mut self) {
@@ -75,10 +88,10 @@ impl<L: Leg> Source for L {
 
 /// See the module. Whoever asks for a stream sends from it, and whoever waits for that one hears the client leave: two
 /// futures of one task, so none of them holds it beyond a poll.
-pub struct Ahead<'c>(RefCell<Waiting<'c>>);
+pub struct Ahead<'c>(RefCell<State<'c>>);
 
-struct Waiting<'c> {
-    client: &'c mut (dyn Source + 'c),
+struct State<'c> {
+    client: &'c mut (dyn EarlySource + 'c),
     /// Taken from the client, and on no stream.
     queue: Queue,
     /// On the stream that is being asked for, and how many bytes that are.
@@ -102,8 +115,8 @@ struct Waiting<'c> {
 
 impl<'c> Ahead<'c> {
     /// Of a client, from which `queue` has come already.
-    pub fn new(client: &'c mut (dyn Source + 'c), queue: Queue) -> Self {
-        Self(RefCell::new(Waiting {
+    pub fn new(client: &'c mut (dyn EarlySource + 'c), queue: Queue) -> Self {
+        Self(RefCell::new(State {
             client,
             queue,
             kept: Queue::default(),
@@ -120,7 +133,7 @@ impl<'c> Ahead<'c> {
 
     /// Waits for the answer to the request that opened a stream, and sends there meanwhile what the client sends, from
     /// its first byte.
-    pub async fn until<T>(&self, send: &mut Sender, answer: impl Future<Output = T>) -> T {
+    pub async fn until<T>(&self, send: &mut impl EarlyStream, answer: impl Future<Output = T>) -> T {
         let mut answer = pin!(answer);
         let _asking = Asking::new(self);
         let mut is_new = true;
@@ -168,7 +181,7 @@ impl<'c> Ahead<'c> {
         if !waiting.answered {
             waiting.begin_anew();
         }
-        let Waiting { queue, sent, ended, broken, finished, .. } = waiting;
+        let State { queue, sent, ended, broken, finished, .. } = waiting;
         Early { sent: queue, passed: sent, ended, broken, finished, ..Early::default() }
     }
 }
@@ -193,7 +206,7 @@ impl Drop for Asking<'_, '_> {
     }
 }
 
-impl Waiting<'_> {
+impl State<'_> {
     /// Nothing is on any stream.
     fn begin_anew(&mut self) {
         if self.sent > 0 {
@@ -232,7 +245,7 @@ impl Waiting<'_> {
 
     /// Sends what there is. A stream that `is_new` has no room before its request has left; what it is given now goes
     /// in the same write. The connection holds it once more until then, and no longer than it is kept here.
-    fn send(&mut self, cx: &mut Context<'_>, to: &mut Sender, is_new: bool) {
+    fn send(&mut self, cx: &mut Context<'_>, to: &mut impl EarlyStream, is_new: bool) {
         loop {
             self.take_what_comes(cx);
             let want = self.queue.front_len().min(EARLY_MAX - self.sent);
@@ -241,7 +254,7 @@ impl Waiting<'_> {
             }
             let room = if is_new {
                 want
-            } else if let Poll::Ready(Some(Ok(room))) = to.poll_room(cx, want) {
+            } else if let Poll::Ready(Some(room)) = to.poll_room(cx, want) {
                 room
             } else {
                 // Where the stream is gone, the answer says why.
@@ -250,11 +263,11 @@ impl Waiting<'_> {
             let chunk = self.queue.take(room);
             self.sent += chunk.len();
             self.kept.push(chunk.clone());
-            let _gone = to.send(chunk);
+            to.send(chunk);
         }
         if self.ended && self.queue.is_empty() && !self.finished {
             self.finished = true;
-            let _gone = to.end();
+            to.end();
         }
     }
 
@@ -282,177 +295,4 @@ impl Waiting<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        cell::Cell,
-        collections::VecDeque,
-        io::{self, IoSlice},
-        pin::Pin,
-        rc::Rc,
-        time::Duration,
-    };
-
-    use http::{Method, Request, Response};
-    use tokio::{
-        io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex},
-        task::{LocalSet, spawn_local},
-        time::timeout,
-    };
-
-    use super::{super::Payload, *};
-
-    /// A client that has said this, and says no more.
-    struct Said(VecDeque<Option<Bytes>>);
-
-    impl Source for Said {
-        fn prefetches(&self) -> bool {
-            false
-        }
-
-        fn poll_next(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-            self.0.pop_front().map_or(Poll::Pending, |said| Poll::Ready(Ok(said)))
-        }
-
-        fn poll_gone(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
-            Poll::Pending
-        }
-    }
-
-    /// Counts what is written, in calls.
-    struct Counted(DuplexStream, Rc<Cell<usize>>);
-
-    impl AsyncRead for Counted {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_read(cx, buf)
-        }
-    }
-
-    impl AsyncWrite for Counted {
-        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-            self.1.set(self.1.get() + 1);
-            Pin::new(&mut self.0).poll_write(cx, buf)
-        }
-
-        fn poll_write_vectored(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            bufs: &[IoSlice<'_>],
-        ) -> Poll<io::Result<usize>> {
-            self.1.set(self.1.get() + 1);
-            Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
-        }
-
-        fn is_write_vectored(&self) -> bool {
-            true
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_flush(cx)
-        }
-
-        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_shutdown(cx)
-        }
-    }
-
-    type Streams = h2::server::Connection<DuplexStream, Bytes>;
-
-    /// Both sides of a connection; what ours has written, in calls.
-    async fn connected() -> (h2::client::SendRequest<Payload>, Streams, Rc<Cell<usize>>) {
-        let (ours, theirs) = duplex(1 << 20);
-        let writes = Rc::new(Cell::new(0));
-        let ours = Counted(ours, Rc::clone(&writes));
-        let (client, server) =
-            tokio::join!(h2::client::Builder::new().handshake(ours), h2::server::handshake(theirs));
-        let ((requests, mut connection), mut server) = (client.unwrap(), server.unwrap());
-        let mut ping = connection.ping_pong().unwrap();
-        spawn_local(async move { connection.await.unwrap() });
-        // Once it is answered, nobody has anything more to say.
-        tokio::select! {
-            pong = ping.ping(h2::Ping::opaque()) => drop(pong.unwrap()),
-            _ = server.accept() => panic!("nothing was asked"),
-        }
-        (requests, server, writes)
-    }
-
-    fn request() -> Request<()> {
-        Request::builder().method(Method::CONNECT).uri("a:1").body(()).unwrap()
-    }
-
-    fn run(test: impl Future<Output = ()>) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let patience = Duration::from_secs(10);
-        LocalSet::new().block_on(&runtime, async { timeout(patience, test).await.expect("in time") });
-    }
-
-    #[test]
-    fn a_request_and_what_has_come_leave_in_one_write() {
-        run(async {
-            for bytes in [1, 300, 5000] {
-                let (mut requests, mut server, writes) = connected().await;
-                let before = writes.get();
-                let asking = spawn_local(async move {
-                    let mut client = Said([Some(Bytes::from(vec![7; bytes]))].into());
-                    let ahead = Ahead::new(&mut client, Queue::default());
-                    let (response, send) = requests.send_request(request(), false).unwrap();
-                    let mut send = Sender::new(send);
-                    ahead.until(&mut send, response).await.unwrap();
-                    ahead.answered();
-                    let early = ahead.into_early();
-                    assert_eq!((early.passed, early.sent.is_empty(), early.ended), (bytes, true, false));
-                    (requests, send)
-                });
-                let (asked, mut respond) = server.accept().await.unwrap().unwrap();
-                let mut body = asked.into_body();
-                let hear = async {
-                    assert_eq!(body.data().await.unwrap().unwrap().len(), bytes);
-                    assert_eq!(writes.get() - before, 1, "{bytes} bytes");
-                    respond.send_response(Response::new(()), false).unwrap();
-                    let _open = asking.await.unwrap();
-                };
-                tokio::select! {
-                    () = hear => {}
-                    _ = server.accept() => panic!("nothing more was asked"),
-                }
-            }
-        });
-    }
-
-    #[test]
-    fn what_was_refused_is_there_for_whoever_is_asked_or_dialled_next() {
-        run(async {
-            let (mut requests, mut server, _) = connected().await;
-            spawn_local(async move {
-                while let Some(Ok((_, mut respond))) = server.accept().await {
-                    let refusal = Response::builder().status(502).body(()).unwrap();
-                    respond.send_response(refusal, true).unwrap();
-                }
-            });
-            let all: Vec<u8> = (0..=250).cycle().take(EARLY_MAX + 1000).collect();
-            let parts = [0..1, 1..9, 9..5000, 5000..5001, 5001..all.len()];
-            let said = parts.map(|part| Some(Bytes::copy_from_slice(&all[part])));
-            let mut client = Said(said.into_iter().chain([None]).collect());
-            let ahead = Ahead::new(&mut client, Queue::default());
-            for _ in 0..3 {
-                let (response, send) = requests.send_request(request(), false).unwrap();
-                let mut send = Sender::new(send);
-                let refused = ahead.until(&mut send, response).await.unwrap();
-                assert_eq!(refused.status(), 502);
-                let waiting = ahead.0.borrow();
-                assert_eq!((waiting.sent, waiting.finished), (EARLY_MAX, false));
-            }
-            let mut early = ahead.into_early();
-            assert_eq!((early.passed, early.finished), (0, false));
-            let mut left = Vec::new();
-            while !early.sent.is_empty() {
-                early.sent.front_len();
-                left.extend_from_slice(&early.sent.take(usize::MAX));
-            }
-            assert!(left == all, "{} bytes of {}", left.len(), all.len());
-        });
-    }
-}
+mod tests;

@@ -55,7 +55,9 @@ pub fn stream_broken(e: &h2::Error, share: &Share) -> Broken {
 }
 
 impl Leg for H2Leg {
-    const PREFETCH: bool = true;
+    fn prefetches(&self) -> bool {
+        true
+    }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         match ready!(self.recv.poll_data(cx)) {

@@ -1,17 +1,19 @@
-//! Moves the bytes between the two legs of a flow.
+//! Moves the bytes between the two legs of a flow, until both have ended or one has broken.
 //!
-//! Enters: two legs whose handshakes are done. Leaves: how the flow ended, and how much it moved.
-//! Invariant: bytes arrive once, in order, unchanged; what one side has not accepted is never more than
-//! the other side's window; EOF, reset and abort stay three different things. It never dials.
+//! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel (`join.rs`, `pipe.rs`, `splice/`).
+//! How a flow ends is decided in one place for all of them (`ends.rs`).
 //!
-//! Every flow can be copied; between two sockets of ours the bytes may stay in the kernel
-//! (`pipe.rs`). How a flow ends is decided here for both.
+//! # Invariants
+//! - Bytes arrive once, in order, unchanged.
+//! - What one side has not accepted is never more than the other side's window.
+//! - EOF, reset and abort stay three different things.
 
 mod bypass;
 mod copy;
 mod early;
 mod ends;
 mod h2;
+mod join;
 pub mod nested;
 mod pipe;
 mod queue;
@@ -38,7 +40,7 @@ use self::{
     ends::{State, run},
 };
 pub use self::{
-    early::{Ahead, EARLY_MAX, Source},
+    early::{Ahead, EARLY_MAX, EarlySource, EarlyStream},
     ends::RESET_LINGER,
     h2::{H2Leg, stream_broken},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
@@ -46,7 +48,7 @@ pub use self::{
     sender::{Payload, Sender},
     silence::give_up_silent_peers,
     splice::{INTERACTIVE_BYTES, INTERACTIVE_STREAK, Spliced, Splices, Unfit, probe},
-    tcp::{TcpLeg, broken},
+    tcp::TcpLeg,
     tls::TlsLeg,
 };
 pub use crate::observe::flows::Meter;
@@ -57,15 +59,10 @@ use crate::{
 };
 
 /// One side of a flow, to be polled from one task.
-pub trait Leg {
+pub trait Leg: 'static {
     /// Whether bytes may be taken before the other side has room. So it is where the peer's window bounds
     /// them anyway; a socket's bytes are better left in the kernel.
-    const PREFETCH: bool;
-
-    /// The same of this very leg, where its type stands for several kinds.
-    fn may_prefetch(&self) -> bool {
-        Self::PREFETCH
-    }
+    fn prefetches(&self) -> bool;
 
     /// The next [`poll_recv`](Self::poll_recv) asks the peer's socket, even where the runtime has not heard yet that
     /// something has come: it hears when it looks at epoll again.
@@ -121,11 +118,6 @@ pub trait Leg {
     fn is_bypassed(&self) -> bool {
         false
     }
-
-    /// The leg as a socket of ours, whose bytes are raw.
-    fn as_tcp(&mut self) -> Option<&mut TcpLeg> {
-        None
-    }
 }
 
 /// A connection that becomes a leg, once all that was to be said on it before has been said.
@@ -133,24 +125,85 @@ pub trait IntoLeg: Wire {
     /// The leg.
     type Leg: Leg;
 
-    /// Everything that was written has been flushed. What was received and not read is the leg's.
-    fn into_leg(self) -> Self::Leg;
+    /// Everything that was written has been flushed. What was received and not read is the leg's; the last `read` bytes that
+    /// were read belong to the flow, and the leg is told that they were [`accepted`](Leg::accepted) as of all others.
+    fn into_leg(self, read: usize) -> Self::Leg;
 }
 
 impl IntoLeg for TcpStream {
     type Leg = TcpLeg;
 
-    fn into_leg(self) -> TcpLeg {
+    fn into_leg(self, _read: usize) -> TcpLeg {
         TcpLeg::new(self)
     }
 }
 
-impl IntoLeg for TlsStream<TcpStream> {
-    type Leg = TlsLeg<TcpLeg>;
+impl<S: IntoLeg> IntoLeg for TlsStream<S> {
+    type Leg = TlsLeg<S::Leg>;
 
-    fn into_leg(self) -> Self::Leg {
-        let (stream, session) = self.into_parts();
-        TlsLeg::new(TcpLeg::new(stream), session)
+    fn into_leg(self, _read: usize) -> Self::Leg {
+        // The window below is given back as TLS takes records, whoever reads what is in them.
+        let (below, session) = self.into_parts();
+        TlsLeg::new(below.into_leg(0), session)
+    }
+}
+
+/// Of whatever kind, where a relay for each is not worth it.
+impl<L: Leg + ?Sized> Leg for Box<L> {
+    fn prefetches(&self) -> bool {
+        (**self).prefetches()
+    }
+
+    fn ask_now(&mut self) {
+        (**self).ask_now();
+    }
+
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        (**self).poll_recv(cx)
+    }
+
+    fn accepted(&mut self, n: usize) {
+        (**self).accepted(n);
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
+        (**self).poll_send(cx, queue)
+    }
+
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        (**self).poll_finish(cx)
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        (**self).poll_broken(cx)
+    }
+
+    fn is_acknowledged(&self) -> bool {
+        (**self).is_acknowledged()
+    }
+
+    fn was_forgotten(&self) -> bool {
+        (**self).was_forgotten()
+    }
+
+    fn has_unread(&self) -> bool {
+        (**self).has_unread()
+    }
+
+    fn unacknowledged(&self) -> u64 {
+        (**self).unacknowledged()
+    }
+
+    fn close(&mut self) {
+        (**self).close();
+    }
+
+    fn release(&mut self) {
+        (**self).release();
+    }
+
+    fn abort(&mut self) {
+        (**self).abort();
     }
 }
 
@@ -313,10 +366,8 @@ pub async fn relay<C: Leg, T: Leg>(
         meter.sent.set(*passed as u64);
     }
     if let Path::Pipe(pipes) = path
-        && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
+        && let Some((client, target)) = join::sockets(client, target)
     {
-        client.stay_with_tcp();
-        target.stay_with_tcp();
         // Apart, because few flows have them. A socket says its end again, but not its error.
         let (sent, received, broken) = (mem::take(sent), mem::take(received), broken.take());
         meter.path.set(CurrentPath::Pipe);
@@ -339,10 +390,8 @@ pub async fn relay<C: Leg, T: Leg>(
     let mut up = Direction::new(sent, *ours, state);
     let mut down = Direction::new(received, 0, State::Open);
     if let Path::Splice(splices) = path
-        && let (Some(client), Some(target)) = (client.as_tcp(), target.as_tcp())
+        && let Some((client, target)) = join::sockets(client, target)
     {
-        client.stay_with_tcp();
-        target.stay_with_tcp();
         return Box::pin(splice::relay(client, target, up, down, meter, splices)).await;
     }
     run(client, target, meter, &mut up, &mut down).await

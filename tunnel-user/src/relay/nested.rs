@@ -1,12 +1,13 @@
 //! A stream of a tunnel as the byte stream under another connection: no socket, no task, no second buffer.
 //!
-//! Enters: the leg of a flow that ends at a peer of ours. Leaves: a byte stream for TLS and HTTP to sit on, or
-//! that leg again. Invariant: the leg's window is given back as its bytes are read from here, and what is
-//! written waits for the leg's room, so the bounds are the leg's: its window one way, `SENDING_MAX` and what
-//! the leg itself takes the other way. An end is an end, and a reset is an error. It never looks at a byte.
+//! # Invariants
+//! - The leg's window is given back as its bytes are read from here, and what is written waits for the leg's room: the bounds
+//!   are the leg's window one way, and `SENDING_MAX` and what the leg itself takes the other way.
+//! - An end is an end, and a reset is an error.
 
 use std::{
     cell::RefCell,
+    future::poll_fn,
     io::{self, IoSlice},
     pin::Pin,
     rc::Rc,
@@ -20,7 +21,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::relay::{Broken, Leg, Queue};
+use crate::{
+    relay::{Broken, IntoLeg, Leg, Queue},
+    transport::io::{Linger, Wire},
+};
 
 /// What one write takes, and so what waits here for the leg: as much as rustls seals ahead, and a frame.
 const SENDING_MAX: usize = 64 * 1024;
@@ -62,19 +66,37 @@ impl<L: Leg> Nested<L> {
         })))
     }
 
-    /// The same, to wait for its end after the connection on it has gone: see [`Nested::linger`].
+    /// The same, to wait for its end after the connection on it has gone: see [`Linger`].
     pub fn held(&self) -> Self {
         Self(Rc::clone(&self.0))
     }
+}
 
-    /// `n` bytes were read that [`Leg::accepted`] will be told of again, once the far side of a relay has them.
-    pub fn read_ahead(&mut self, n: usize) {
-        self.0.borrow_mut().ahead += n;
+/// The bytes of the flow that were read from it are given back to the leg once, though its relay says so again.
+impl<L: Leg> IntoLeg for Nested<L> {
+    type Leg = Self;
+
+    fn into_leg(self, read: usize) -> Self {
+        self.0.borrow_mut().ahead += read;
+        self
+    }
+}
+
+impl<L: Leg> Wire for Nested<L> {
+    type Last = Self;
+
+    fn share(&self) -> io::Result<Self> {
+        Ok(self.held())
     }
 
-    /// After a clean end of the connection on it: reads and drops what still comes until the peer has ended too,
-    /// for `limit` at most. Dropped before that, a stream of HTTP/2 is reset, and its last bytes may be lost.
-    pub async fn linger(mut self, limit: Duration) {
+    fn failed(&self) -> impl Future<Output = io::Error> {
+        poll_fn(|cx| self.0.borrow_mut().poll_broken(cx).map(|why| to_io(&why)))
+    }
+}
+
+impl<L: Leg> Linger for Nested<L> {
+    /// Dropped before the peer's end, a stream of HTTP/2 is reset, and its last bytes may be lost.
+    async fn linger(mut self, limit: Duration) {
         let mut scratch = [0; 1024];
         let until_closed = async { while self.read(&mut scratch).await.is_ok_and(|n| n > 0) {} };
         // The peer does not end: neither do we owe it more.
@@ -106,7 +128,7 @@ impl<L: Leg> Below<L> {
     /// While nobody reads: takes what comes, within the leg's window. h2 ends a connection on which small frames
     /// pile up unread (`Ahead` in relay/early.rs).
     fn take_what_comes(&mut self, cx: &mut Context<'_>) {
-        while self.end.is_none() && self.leg.may_prefetch() {
+        while self.end.is_none() && self.leg.prefetches() {
             match self.leg.poll_recv(cx) {
                 Poll::Ready(Ok(Some(chunk))) => self.received.push(chunk),
                 Poll::Ready(Ok(None)) => self.end = Some(End::Clean),
@@ -145,6 +167,16 @@ impl<L: Leg> Below<L> {
             return Poll::Ready(Err(to_io(&why)));
         }
         Poll::Ready(Ok(taken))
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        self.take_what_comes(cx);
+        if matches!(self.end, Some(End::Broken(_)))
+            && let Some(End::Broken(why)) = self.end.take()
+        {
+            return Poll::Ready(why);
+        }
+        self.leg.poll_broken(cx)
     }
 
     /// `n` bytes went on to the reader.
@@ -212,7 +244,9 @@ impl<L: Leg> AsyncWrite for Nested<L> {
 
 /// The leg again, for a tunnel that is all that its connection carries (HTTP/1).
 impl<L: Leg> Leg for Nested<L> {
-    const PREFETCH: bool = false;
+    fn prefetches(&self) -> bool {
+        false
+    }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         let mut below = self.0.borrow_mut();
@@ -255,14 +289,7 @@ impl<L: Leg> Leg for Nested<L> {
     }
 
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        let below = &mut *self.0.borrow_mut();
-        below.take_what_comes(cx);
-        if matches!(below.end, Some(End::Broken(_)))
-            && let Some(End::Broken(why)) = below.end.take()
-        {
-            return Poll::Ready(why);
-        }
-        below.leg.poll_broken(cx)
+        self.0.borrow_mut().poll_broken(cx)
     }
 
     fn unacknowledged(&self) -> u64 {
@@ -302,7 +329,9 @@ mod tests {
     }
 
     impl Leg for Script {
-        const PREFETCH: bool = true;
+        fn prefetches(&self) -> bool {
+            true
+        }
 
         fn poll_recv(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
             self.says.pop_front().map_or(Poll::Pending, Poll::Ready)
@@ -369,7 +398,7 @@ mod tests {
         nested.read_exact(&mut three).await.unwrap();
         assert_eq!((&three, nested.0.borrow().leg.accepted), (b"abc", 3));
         // As the leg again, it is told of the last of those once more.
-        nested.read_ahead(1);
+        let mut nested = nested.into_leg(1);
         assert!(matches!(nested.poll_recv(&mut cx()), Poll::Ready(Ok(Some(rest))) if rest == "def"));
         nested.accepted(4);
         assert_eq!(nested.0.borrow().leg.accepted, 6);

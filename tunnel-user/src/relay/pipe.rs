@@ -1,8 +1,9 @@
-//! One direction between two sockets of ours, through a pipe: splice(2), which moves references to pages.
+//! One direction between two sockets of ours, through a pipe: splice(2), which moves references to pages. A direction that can
+//! have no pipe copies.
 //!
-//! Enters: two TCP legs. Leaves: the same bytes, which never enter userspace. Invariant: a pipe is filled only
-//! when it is empty, so EAGAIN has one meaning on each side: nothing to read, or no room to write. An idle
-//! direction holds no pipe, and one that can have none copies. It never ends a flow for want of a pipe.
+//! # Invariants
+//! - A pipe is filled only when it is empty, so EAGAIN has one meaning on each side: nothing to read, or no room to write.
+//! - An idle direction holds no pipe.
 
 use std::{
     cell::{Cell, RefCell},

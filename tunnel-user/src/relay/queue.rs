@@ -1,8 +1,6 @@
-//! Bytes that were received and not yet sent.
-//!
-//! Enters: chunks of any size. Leaves: slices for one vectored write. Invariant: order; and small chunks
-//! are packed together, so that a peer's one-byte frames cost their bytes and not a hundred times that.
-//! It has no bound of its own: the window of the leg that fills it is the bound.
+//! Bytes that were received and not yet sent, in order, as slices for one vectored write. Small chunks are packed together, so
+//! that a peer's one-byte frames cost their bytes and not a hundred times that. The window of the leg that fills a queue is its
+//! bound.
 
 use std::{collections::VecDeque, io::IoSlice};
 

@@ -14,6 +14,8 @@ use std::{
 use bytes::{Buf, Bytes};
 use h2::SendStream;
 
+use super::EarlyStream;
+
 /// What DATA frames are made of.
 #[derive(Debug)]
 pub struct Payload {
@@ -121,6 +123,21 @@ impl Sender {
     /// Resets the stream, and drops what has not been sent.
     pub(super) fn reset(&mut self, reason: h2::Reason) {
         self.stream.send_reset(reason);
+    }
+}
+
+/// Bytes that a closed stream does not take are nobody's: the answer says why it is closed.
+impl EarlyStream for Sender {
+    fn poll_room(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<Option<usize>> {
+        Self::poll_room(self, cx, want).map(|room| room.and_then(Result::ok))
+    }
+
+    fn send(&mut self, bytes: Bytes) {
+        let _closed = Self::send(self, bytes);
+    }
+
+    fn end(&mut self) {
+        let _closed = Self::end(self);
     }
 }
 

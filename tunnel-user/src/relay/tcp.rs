@@ -1,8 +1,8 @@
 //! A TCP socket as a leg.
 //!
-//! Enters: a connected socket. Leaves: the same, read and written when it is ready. Invariant: closed before
-//! both directions ended, be it by a drop or by the death of this process, it sends RST, never a clean FIN.
-//! An idle leg holds no buffer.
+//! # Invariants
+//! - Closed before both directions ended, be it by a drop or by the death of this process, it sends RST, never a clean FIN.
+//! - An idle leg holds no buffer.
 
 use std::{
     cell::Cell,
@@ -112,18 +112,6 @@ pub(super) fn reset(e: io::Error) -> Broken {
     Broken::Reset(Cause::Tcp(e))
 }
 
-/// Ready when the peer resets the connection, or it fails: for a connection that is not a leg yet.
-pub async fn broken(stream: &TcpStream) -> Broken {
-    reset(error_of(stream).await)
-}
-
-async fn error_of(stream: &TcpStream) -> io::Error {
-    match stream.ready(Interest::ERROR).await {
-        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-        Err(e) => e,
-    }
-}
-
 /// Waits for EPOLLERR; made when it is first needed.
 #[derive(Default)]
 pub(super) struct ErrorWatch(Option<Pin<Box<dyn Future<Output = io::Error>>>>);
@@ -132,7 +120,7 @@ impl ErrorWatch {
     pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Rc<Socket>) -> Poll<io::Error> {
         let error = self.0.get_or_insert_with(|| {
             let stream = Rc::clone(stream);
-            Box::pin(async move { error_of(&stream).await })
+            Box::pin(async move { tcp::error_of(&stream).await })
         });
         let e = ready!(error.as_mut().poll(cx));
         // It is polled no more than to its end.
@@ -195,7 +183,9 @@ pub(super) fn let_arrive(stream: &impl AsFd) {
 }
 
 impl Leg for TcpLeg {
-    const PREFETCH: bool = false;
+    fn prefetches(&self) -> bool {
+        false
+    }
 
     fn ask_now(&mut self) {
         self.next_read = 0;
@@ -370,10 +360,6 @@ impl Leg for TcpLeg {
 
     fn is_bypassed(&self) -> bool {
         self.hot.as_ref().is_some_and(|hot| hot.is_on())
-    }
-
-    fn as_tcp(&mut self) -> Option<&mut TcpLeg> {
-        Some(self)
     }
 }
 

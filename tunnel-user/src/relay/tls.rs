@@ -1,10 +1,11 @@
-//! TLS over another leg: the tunnel is what remains of an HTTP/1 connection after its 200.
+//! TLS over another leg (a socket, or a stream of another tunnel): the tunnel is what remains of an HTTP/1 connection after its
+//! 200.
 //!
-//! Enters: a leg (a socket, or a stream of another tunnel), and the session whose handshake was done over it. Leaves:
-//! records, through that leg. Invariant: close_notify is the end of one direction, as FIN is, and a connection that ends
-//! without it was cut off: a reset (RFC 8446 section 6.1); what breaks the leg below breaks this one in the same way.
-//! Bytes count as sent once the leg below has taken their records. It holds what one read of the leg below gave it, and
-//! what its session holds; idle, nothing.
+//! # Invariants
+//! - close_notify is the end of one direction, as FIN is, and a connection that ends without it was cut off: a reset (RFC 8446
+//!   section 6.1). What breaks the leg below breaks this one in the same way.
+//! - Bytes count as sent once the leg below has taken their records.
+//! - It holds what one read of the leg below gave it, and what its session holds; idle, nothing.
 
 use std::{
     io,
@@ -63,7 +64,9 @@ impl<L: Leg> TlsLeg<L> {
 }
 
 impl<L: Leg> Leg for TlsLeg<L> {
-    const PREFETCH: bool = false;
+    fn prefetches(&self) -> bool {
+        false
+    }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {
@@ -236,7 +239,7 @@ mod tests {
                 let ended = match below {
                     Below::Socket => {
                         relay(
-                            &mut inside.into_leg(),
+                            &mut inside.into_leg(0),
                             &mut onward,
                             &mut early,
                             &meter,

@@ -1,22 +1,26 @@
-//! Sink 1: a plain TCP connection to the target.
+//! A plain TCP connection to the target, or to an endpoint of an upstream.
 //!
-//! Enters: a target that policy has allowed. Leaves: a connected socket, or which of the ways to fail it
-//! was. Invariant: every wait has a bound, and only addresses that the caller's filter passed are tried.
-//! It never falls back to another target.
+//! # Invariants
+//! - Every wait has a bound.
+//! - Only the addresses that the caller passes are tried.
 
 use std::{
     collections::VecDeque,
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
+    sync::Arc,
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use tokio::{
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
     time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
+    kernel::netns,
     model::{end::EndReason, flow::Target},
     transport::{
         resolver::{self as names, Unanswered},
@@ -98,17 +102,119 @@ impl DialError {
     }
 }
 
-/// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).
-pub async fn resolve(target: &Target, own: &Own) -> Result<Vec<SocketAddr>, DialError> {
-    let (name, port) = match target {
-        Target::Addr(addr) => return Ok(vec![*addr]),
-        Target::Name(name, port) => (name, *port),
-    };
-    let found = names::addresses_of(name, own).await.map_err(|e| match e {
-        Unanswered::Late => DialError::ResolveTimeout { name: name.clone(), after: names::PATIENCE },
-        Unanswered::Failed(why) => DialError::Resolve { name: name.clone(), source: io::Error::other(why) },
-    })?;
-    in_turn(name, port, found)
+/// Makes connections: by which mark they are known, from which network namespace, and from which address.
+#[derive(Clone, Debug, Default)]
+pub struct Dialer {
+    own: Own,
+    netns: Option<Arc<OwnedFd>>,
+    bind: Option<IpAddr>,
+}
+
+impl Dialer {
+    /// From this process's network namespace, and from the address that the kernel picks. `own`: the mark, and how captures
+    /// know our sockets.
+    pub fn new(own: Own) -> Self {
+        Self { own, netns: None, bind: None }
+    }
+
+    /// The same from another network namespace. Names are resolved in this one.
+    #[must_use]
+    pub fn in_netns(self, netns: Arc<OwnedFd>) -> Self {
+        Self { netns: Some(netns), ..self }
+    }
+
+    /// The same from an address, for targets of its family; others fail.
+    #[must_use]
+    pub fn bound_to(self, address: IpAddr) -> Self {
+        Self { bind: Some(address), ..self }
+    }
+
+    /// The addresses of a target, IPv6 and IPv4 in turn (RFC 8305 section 4).
+    pub async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, DialError> {
+        let (name, port) = match target {
+            Target::Addr(addr) => return Ok(vec![*addr]),
+            Target::Name(name, port) => (name, *port),
+        };
+        let found = names::addresses_of(name, &self.own).await.map_err(|e| match e {
+            Unanswered::Late => DialError::ResolveTimeout { name: name.clone(), after: names::PATIENCE },
+            Unanswered::Failed(why) => {
+                DialError::Resolve { name: name.clone(), source: io::Error::other(why) }
+            }
+        })?;
+        in_turn(name, port, found)
+    }
+
+    /// Connects to the first address that answers: each gets a head start over the next (RFC 8305).
+    pub async fn connect(
+        &self,
+        target: &Target,
+        addrs: &[SocketAddr],
+        first: FirstSpeaker,
+        deadline: Instant,
+        allowed: Duration,
+    ) -> Result<(Connected, SocketAddr), DialError> {
+        let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
+        if let [addr] = addrs {
+            let connected = timeout_at(deadline, self.attempt(*addr, first)).await.map_err(|_| timeout())?;
+            return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
+        }
+        timeout_at(deadline, self.race(addrs, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
+    }
+
+    /// `None` for no addresses.
+    async fn race(
+        &self,
+        addrs: &[SocketAddr],
+        first: FirstSpeaker,
+    ) -> Option<Result<(Connected, SocketAddr), DialError>> {
+        let mut attempts = JoinSet::new();
+        let mut last = None;
+        let mut rest = addrs.iter().copied();
+        loop {
+            let next = rest.next();
+            if let Some(addr) = next {
+                let dialer = self.clone();
+                attempts.spawn_local(async move { (addr, dialer.attempt(addr, first).await) });
+            }
+            let head_start = async {
+                match next {
+                    Some(_) => sleep(ATTEMPT_DELAY).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                done = attempts.join_next() => match done {
+                    Some(Ok((addr, Ok(stream)))) => return Some(Ok((stream, addr))),
+                    Some(Ok((addr, Err(e)))) => last = Some(Err(classify(addr, e))),
+                    // Only a panic or an abort ends an attempt without a result.
+                    Some(Err(_)) => {}
+                    None => return last,
+                },
+                () = head_start => {}
+            }
+        }
+    }
+
+    async fn attempt(&self, addr: SocketAddr, first: FirstSpeaker) -> io::Result<Connected> {
+        if self.netns.is_none() && self.bind.is_none() {
+            return tcp::connect(addr, &self.own, first).await;
+        }
+        let socket = match &self.netns {
+            None => tcp::socket_for(addr)?,
+            // A socket belongs to the namespace of the thread that makes it, and a worker does not leave its own.
+            Some(netns) => {
+                let netns = netns.try_clone()?;
+                let made = spawn_blocking(move || netns::within(netns, move || tcp::socket_for(addr)));
+                made.await.map_err(io::Error::other)??
+            }
+        };
+        if let Some(address) = self.bind {
+            // The port is picked when it connects, so that one may serve several targets (ip(7)).
+            setsockopt(&socket, IpBindAddressNoPort, &true)?;
+            socket.bind(&SocketAddr::new(address, 0).into())?;
+        }
+        tcp::connect_from(socket, addr, &self.own, first).await
+    }
 }
 
 /// The same where nobody has to be asked: the target is an address, or this host's own files know its name.
@@ -132,57 +238,6 @@ fn in_turn(name: &str, port: u16, found: Vec<IpAddr>) -> Result<Vec<SocketAddr>,
         return Err(DialError::Resolve { name: name.to_owned(), source });
     }
     Ok(addrs)
-}
-
-/// Connects to the first address that answers: each gets a head start over the next (RFC 8305).
-pub async fn connect(
-    target: &Target,
-    addrs: &[SocketAddr],
-    own: &Own,
-    first: FirstSpeaker,
-    deadline: Instant,
-    allowed: Duration,
-) -> Result<(Connected, SocketAddr), DialError> {
-    let timeout = || DialError::Timeout { target: target.clone(), after: allowed };
-    if let [addr] = addrs {
-        let connected = timeout_at(deadline, tcp::connect(*addr, own, first)).await.map_err(|_| timeout())?;
-        return connected.map(|stream| (stream, *addr)).map_err(|e| classify(*addr, e));
-    }
-    timeout_at(deadline, race(addrs, own, first)).await.map_err(|_| timeout())?.ok_or_else(timeout)?
-}
-
-/// `None` for no addresses.
-async fn race(
-    addrs: &[SocketAddr],
-    own: &Own,
-    first: FirstSpeaker,
-) -> Option<Result<(Connected, SocketAddr), DialError>> {
-    let mut attempts = JoinSet::new();
-    let mut last = None;
-    let mut rest = addrs.iter().copied();
-    loop {
-        let next = rest.next();
-        if let Some(addr) = next {
-            let own = own.clone();
-            attempts.spawn_local(async move { (addr, tcp::connect(addr, &own, first).await) });
-        }
-        let head_start = async {
-            match next {
-                Some(_) => sleep(ATTEMPT_DELAY).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            done = attempts.join_next() => match done {
-                Some(Ok((addr, Ok(stream)))) => return Some(Ok((stream, addr))),
-                Some(Ok((addr, Err(e)))) => last = Some(Err(classify(addr, e))),
-                // Only a panic or an abort ends an attempt without a result.
-                Some(Err(_)) => {}
-                None => return last,
-            },
-            () = head_start => {}
-        }
-    }
 }
 
 fn classify(addr: SocketAddr, source: io::Error) -> DialError {
@@ -236,9 +291,26 @@ mod tests {
 
     async fn dial(addrs: &[SocketAddr], allowed: Duration) -> Result<SocketAddr, DialError> {
         let target = Target::Name("a.example".to_owned(), 1);
-        connect(&target, addrs, &Own::default(), FirstSpeaker::Unknown, Instant::now() + allowed, allowed)
-            .await
-            .map(|(_, addr)| addr)
+        let (dialer, deadline) = (Dialer::default(), Instant::now() + allowed);
+        dialer.connect(&target, addrs, FirstSpeaker::Unknown, deadline, allowed).await.map(|(_, addr)| addr)
+    }
+
+    #[test]
+    fn a_bound_dialer_connects_from_its_address() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let from = IpAddr::from([127, 0, 0, 99]);
+        let (target, deadline) = (Target::Addr(addr), Instant::now() + ALLOWED);
+        let connect = async |dialer: &Dialer| {
+            let connected = dialer.connect(&target, &[addr], FirstSpeaker::Local, deadline, ALLOWED).await?;
+            Ok::<_, DialError>(connected.0.stream.local_addr().unwrap().ip())
+        };
+        run(async {
+            assert_eq!(connect(&Dialer::default().bound_to(from)).await.unwrap(), from);
+            // An address of the other family.
+            let other = Dialer::default().bound_to(IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]));
+            assert!(matches!(connect(&other).await, Err(DialError::Local { .. })));
+        });
     }
 
     #[test]

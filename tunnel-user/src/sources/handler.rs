@@ -128,7 +128,7 @@ pub trait PendingRequest: 'static {
     type Leg: Leg;
 
     /// What the client sends before the answer, where that may be sent ahead of it.
-    fn early_data(&mut self) -> Option<&mut dyn relay::Source> {
+    fn early_data(&mut self) -> Option<&mut dyn relay::EarlySource> {
         None
     }
 
@@ -151,7 +151,7 @@ pub struct Answered<L>(pub L);
 impl<L: Leg + 'static> PendingRequest for Answered<L> {
     type Leg = L;
 
-    fn early_data(&mut self) -> Option<&mut dyn relay::Source> {
+    fn early_data(&mut self) -> Option<&mut dyn relay::EarlySource> {
         Some(&mut self.0)
     }
 

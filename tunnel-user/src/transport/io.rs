@@ -1,4 +1,4 @@
-//! The byte stream under HTTP, over TCP or TLS, and its orderly close.
+//! The byte stream under HTTP, over TCP, another tunnel, or TLS, and its orderly close.
 //!
 //! # Invariants
 //! - A peer's alert is not hidden by the broken pipe that comes with it.
@@ -18,24 +18,50 @@ use tokio::{
     time::timeout,
 };
 
-use super::record::TlsStream;
+use super::{record::TlsStream, tcp};
 
-/// A connection of ours: a TCP socket, or TLS over one.
-pub trait Wire: AsyncRead + AsyncWrite + Unpin {
-    /// The socket.
-    fn tcp(&self) -> &TcpStream;
+/// A connection of ours: a TCP socket, a stream through another connection, or TLS over either.
+pub trait Wire: AsyncRead + AsyncWrite + Unpin + 'static {
+    /// What is left of it once the connection on it has gone.
+    type Last: Linger;
+
+    /// Readies it to be shared by many streams. What this returns waits for the peer's end, after ours.
+    fn share(&self) -> io::Result<Self::Last>;
+
+    /// Ready when the peer resets the connection, or it fails; what has been received can still be read.
+    fn failed(&self) -> impl Future<Output = io::Error>;
 }
 
 impl Wire for TcpStream {
-    fn tcp(&self) -> &TcpStream {
-        self
+    type Last = LastReader;
+
+    fn share(&self) -> io::Result<LastReader> {
+        tcp::share(self);
+        LastReader::new(self)
+    }
+
+    async fn failed(&self) -> io::Error {
+        tcp::error_of(self).await
     }
 }
 
-impl Wire for TlsStream<TcpStream> {
-    fn tcp(&self) -> &TcpStream {
-        self.below()
+impl<S: Wire> Wire for TlsStream<S> {
+    type Last = S::Last;
+
+    fn share(&self) -> io::Result<S::Last> {
+        self.below().share()
     }
+
+    fn failed(&self) -> impl Future<Output = io::Error> {
+        self.below().failed()
+    }
+}
+
+/// Holds a byte stream beyond the connection on it.
+pub trait Linger: 'static {
+    /// After a clean end, both sides' directions having been shut: reads and drops what still comes, until the peer ends,
+    /// for `limit` at most.
+    fn linger(self, limit: Duration) -> impl Future<Output = ()>;
 }
 
 /// Looks at the first bytes of a connection, which stay where they are, until `judge` has seen enough of them. As many
@@ -155,10 +181,10 @@ impl LastReader {
     pub fn new(stream: &TcpStream) -> io::Result<Self> {
         SockRef::from(stream).try_clone().map(Self)
     }
+}
 
-    /// After a clean end, both sides' directions having been shut: reads and drops what still comes, until
-    /// the peer closes, for `limit` at most.
-    pub async fn linger(self, limit: Duration) {
+impl Linger for LastReader {
+    async fn linger(self, limit: Duration) {
         // Fails only on a socket that is gone.
         let Ok(mut stream) = TcpStream::from_std(self.0.into()) else { return };
         let mut scratch = [0; 1024];

@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::TcpStream;
+use tokio::{io::Interest, net::TcpStream};
 use tunnel_common::flow::LOCAL_CONGESTION_CONTROL;
 
 use crate::{config::Keepalive, model::mark::Mark};
@@ -123,10 +123,24 @@ impl Connected {
     }
 }
 
+/// A socket that is to be connected to an address.
+pub fn socket_for(addr: SocketAddr) -> io::Result<Socket> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))
+}
+
 /// Connects. The caller bounds the time.
 pub async fn connect(addr: SocketAddr, own: &Own, first: FirstSpeaker) -> io::Result<Connected> {
-    let kind = Type::STREAM.nonblocking().cloexec();
-    let socket = Socket::new(Domain::for_address(addr), kind, Some(Protocol::TCP))?;
+    connect_from(socket_for(addr)?, addr, own, first).await
+}
+
+/// The same, from a socket that the caller has made with [`socket_for`]: in another network namespace, or bound.
+pub async fn connect_from(
+    socket: Socket,
+    addr: SocketAddr,
+    own: &Own,
+    first: FirstSpeaker,
+) -> io::Result<Connected> {
     own.claim(socket.as_fd())?;
     tune(&socket)?;
     if first == FirstSpeaker::Local {
@@ -171,6 +185,14 @@ pub fn spare_local(stream: &TcpStream) {
     }
 }
 
+/// Ready when the peer resets a connection, or it fails: why.
+pub async fn error_of(stream: &TcpStream) -> io::Error {
+    match stream.ready(Interest::ERROR).await {
+        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(e) => e,
+    }
+}
+
 /// Keeps what waits in the kernel short, for a connection that many streams share.
 pub fn share(stream: &TcpStream) {
     // Fails only on a socket that is gone.
@@ -179,7 +201,7 @@ pub fn share(stream: &TcpStream) {
 
 /// Gives a listening socket the options of the connections that will be accepted from it. They are born with them
 /// (the kernel clones the listener, `inet_csk_clone_lock`): six system calls less for each.
-pub fn bequeath(listener: &Socket, on_close: OnClose) -> io::Result<()> {
+pub fn set_inherited_options(listener: &Socket, on_close: OnClose) -> io::Result<()> {
     tune(listener)?;
     listener.set_linger((on_close == OnClose::Abort).then_some(Duration::ZERO))
 }
@@ -217,7 +239,7 @@ pub fn listen_beside(
                 set_mark(&socket, mark)?;
             }
             // Before it listens: no connection comes in between.
-            bequeath(&socket, on_close)?;
+            set_inherited_options(&socket, on_close)?;
             socket.bind(&addr.into())?;
             socket.listen(BACKLOG)?;
             let bound = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;

@@ -1,26 +1,37 @@
-//! One core's share of the work: a thread, its runtime, its listeners, its pools.
+//! One core's share of the work: a thread, its runtime, its listeners, its connections.
 //!
-//! Enters: sockets and what the configuration says. Leaves: flows, carried. Invariant: a flow never
-//! changes worker, and nothing on its path takes a lock or crosses a core. It never opens a listener
-//! itself: those are bound before any worker starts.
+//! # Invariants
+//! - A flow never changes worker, and nothing on its path takes a lock or crosses a core.
+//! - A worker is given *state* and never events: it compares what it is to do with what it does.
+//! - It opens no listener itself: those are bound before it hears of them.
 
-mod setup;
+mod reconcile;
 
-use std::{io, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::pending,
+    io,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use socket2::Socket;
 use tokio::{
     runtime::{self, LocalOptions},
-    sync::mpsc,
+    sync::watch,
     time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
 
-use self::setup::{Sources, Worker};
+use self::reconcile::{Sources, Worker};
 pub use crate::proxy::Shared;
 use crate::{
-    model::end::EndReason,
+    model::{end::EndReason, names::SourceName},
     observe::stats::{Counters, Record},
-    process::drain::{self, Phase, Tasks, Watch},
+    process::{
+        drain::{self, Phase, Tasks, Watch},
+        random,
+    },
     proxy::{Proxy, Setup},
     relay::give_up_silent_peers,
     sinks::upstream::{self, Upstreams},
@@ -35,28 +46,53 @@ const STOP_PATIENCE: Duration = Duration::from_millis(500);
 /// due sooner.
 const PULSE: Duration = Duration::from_secs(1);
 
-/// A capture, or a listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SourceId(pub u64);
+/// Everything that a worker is to do.
+pub struct State {
+    /// Later ones have higher numbers.
+    pub version: u64,
+    /// What all workers share.
+    pub shared: Arc<Shared>,
+    /// The upstreams. One that is there already by the same `Arc` is kept, with its connections.
+    pub upstreams: Vec<Arc<upstream::Next<upstream::UpstreamSettings>>>,
+    /// What is accepted from.
+    pub sources: Vec<Source>,
+}
 
-/// A redirected connections' listener, for one worker.
+/// Something that connections are accepted from: a listener, or a capture in one network namespace.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// Its stable name.
+    pub name: SourceName,
+    /// The cookie of the network namespace, of a capture.
+    pub netns: Option<u64>,
+    /// What routes call it.
+    pub called: Option<Arc<str>>,
+    /// Its sockets. One that is accepted from already by the same `Arc` goes on.
+    pub sockets: Arc<Sockets>,
+}
+
+/// Listening sockets on their way to the workers. Each worker takes its own, once; dropped, the others are closed.
+#[derive(Default)]
+pub struct Sockets(Vec<Mutex<Vec<Listening>>>);
+
+/// A listening socket, and how its connections are served.
+pub enum Listening {
+    /// Connections that were captured.
+    Captured(CaptureSocket),
+    /// CONNECT requests.
+    Requests(ConnectSocket),
+}
+
+/// A redirected connections' listener.
 pub struct CaptureSocket {
-    /// Its capture.
-    pub source: SourceId,
-    /// What routes call that.
-    pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
     /// Who knows where its connections wanted to go.
     pub origins: Origins,
 }
 
-/// A listener for CONNECT requests, for one worker.
+/// A listener for CONNECT requests.
 pub struct ConnectSocket {
-    /// Which listener.
-    pub source: SourceId,
-    /// What routes call it.
-    pub name: Option<Arc<str>>,
     /// The listening socket.
     pub socket: Socket,
     /// How it serves.
@@ -65,48 +101,35 @@ pub struct ConnectSocket {
     pub dial_timeout: Duration,
 }
 
-/// News for a running worker.
-pub enum More {
-    /// A network namespace has appeared.
-    Listen(CaptureSocket),
-    /// One has gone: a capture's listeners there, by its cookie, keep it alive.
-    Forget(SourceId, u64),
-    /// Another configuration is in force.
-    Change(Box<Change>),
+impl Sockets {
+    /// The sockets of each worker.
+    pub fn new(per_worker: impl IntoIterator<Item = Vec<Listening>>) -> Arc<Self> {
+        Arc::new(Self(per_worker.into_iter().map(Mutex::new).collect()))
+    }
+
+    /// Those of one worker, for the first who asks.
+    fn take(&self, worker: usize) -> Vec<Listening> {
+        let own = self.0.get(worker).map(|own| own.lock().unwrap_or_else(PoisonError::into_inner));
+        own.map(|mut own| std::mem::take(&mut *own)).unwrap_or_default()
+    }
 }
 
-/// What is different in another configuration.
-pub struct Change {
-    /// What all share.
-    pub shared: Arc<Shared>,
-    /// The upstreams. One that is there already by the same `Arc` is kept, with its connections.
-    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
-    /// What routes call these now.
-    pub renamed: Vec<(SourceId, Option<Arc<str>>)>,
-    /// Nothing more is taken from these. What they have brought goes on.
-    pub retire: Vec<SourceId>,
-    /// Capture listeners that are new.
-    pub captures: Vec<CaptureSocket>,
-    /// CONNECT listeners that are new, or serve in another way.
-    pub listeners: Vec<ConnectSocket>,
-    /// Dropped once all of it is in force.
-    pub done: mpsc::Sender<()>,
+impl fmt::Debug for Sockets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sockets").field("workers", &self.0.len()).finish_non_exhaustive()
+    }
 }
 
 /// What one worker starts with.
 pub struct Start {
-    /// What all share.
-    pub shared: Arc<Shared>,
-    /// The upstreams.
-    pub upstreams: Vec<Arc<upstream::Next<upstream::Settings>>>,
+    /// Which worker it is, from 0.
+    pub index: usize,
     /// Its own counters.
     pub counters: Arc<Counters>,
-    /// What changes later.
-    pub more: mpsc::Receiver<More>,
-    /// Capture listeners.
-    pub captures: Vec<CaptureSocket>,
-    /// CONNECT listeners.
-    pub listeners: Vec<ConnectSocket>,
+    /// What it is to do, from the first state on; nothing before.
+    pub states: watch::Receiver<Option<Arc<State>>>,
+    /// Told the version of the state that is in force.
+    pub in_force: watch::Sender<u64>,
     /// The order to stop.
     pub watch: Watch,
 }
@@ -124,23 +147,28 @@ pub struct Report {
 
 /// Runs a worker on this thread until it is told to stop and its flows have ended.
 pub fn run(start: Start) -> io::Result<Report> {
+    random::seed();
     // Not a LocalSet in a runtime: that has a queue of its own, and wakes its runtime for every task that it wakes.
     let runtime = runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(work(start))
 }
 
 async fn work(start: Start) -> io::Result<Report> {
-    let Start { shared, upstreams, counters, mut more, captures, listeners, mut watch } = start;
-    let upstreams = Upstreams::new(&upstreams, None);
-    let (stop, stopped) = drain::channel();
-    let worker = Worker {
-        proxy: Proxy::new(Setup::new(shared, upstreams, None), counters, stopped),
-        retired: Tasks::default(),
+    let Start { index, counters, mut states, in_force, mut watch } = start;
+    let first = tokio::select! {
+        // What was published is accepted from, if only to the end of what waits there.
+        biased;
+        first = next(&mut states) => first,
+        () = watch.draining() => return Ok(Report::default()),
     };
+    let (stop, stopped) = drain::channel();
+    let setup = Setup::new(Arc::clone(&first.shared), Upstreams::new(&first.upstreams, None), None);
+    let worker = Worker { index, proxy: Proxy::new(setup, counters, stopped), retired: Tasks::default() };
     let flows = Rc::new(Tasks::default());
     let mut sources = Sources::default();
-    captures.into_iter().for_each(|socket| sources.capture(&worker.proxy, socket, &flows));
-    listeners.into_iter().for_each(|socket| sources.listen(&worker.proxy, socket, &flows));
+    worker.reconcile(&first, &mut sources, &flows);
+    in_force.send_replace(first.version);
+    drop(first);
     let mut pulse = interval(PULSE);
     pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -150,11 +178,10 @@ async fn work(start: Start) -> io::Result<Report> {
                 give_up_silent_peers();
                 worker.proxy.log_suppressed();
             }
-            Some(news) = more.recv() => match news {
-                More::Listen(socket) => sources.capture(&worker.proxy, socket, &flows),
-                More::Forget(source, netns) => sources.forget(source, netns),
-                More::Change(change) => worker.change(*change, &mut sources, &flows),
-            },
+            state = next(&mut states) => {
+                worker.reconcile(&state, &mut sources, &flows);
+                in_force.send_replace(state.version);
+            }
         }
     }
     // The kernel programs see at once that a listener is closed.
@@ -190,4 +217,16 @@ async fn work(start: Start) -> io::Result<Report> {
     let (records, dropped) = worker.proxy.take_records();
     let connections_opened = setup.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })
+}
+
+/// The next state that is published. Never ready once nobody publishes any more.
+async fn next(states: &mut watch::Receiver<Option<Arc<State>>>) -> Arc<State> {
+    loop {
+        if states.changed().await.is_err() {
+            return pending().await;
+        }
+        if let Some(state) = &*states.borrow_and_update() {
+            return Arc::clone(state);
+        }
+    }
 }

@@ -1,7 +1,7 @@
-//! What the machine that was booted tells whoever booted it.
+//! What the machine that was booted reports to this one: one JSON object a line.
 //!
-//! Enters: what happens inside, one JSON object a line. Leaves: the same, outside. Invariant: a line is written whole
-//! and at once, so that what is known when a kernel falls over is all that had happened by then.
+//! # Invariants
+//! - A line is written whole and at once: when a kernel falls over, everything that had happened by then is known.
 
 use std::{
     fs::{self, OpenOptions},

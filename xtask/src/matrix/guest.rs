@@ -1,7 +1,7 @@
-//! Inside: the one program that a booted kernel is there for.
+//! Inside: the one program that a booted kernel runs.
 //!
-//! Enters: a plan. Leaves: events. Invariant: one test at a time, in a process of its own, as nextest runs them; the
-//! kernel's log is read after each, so that a complaint has a culprit. Never: it goes on after a test that nothing ends.
+//! One test at a time, in a process of its own, as nextest runs them; the kernel's log is read after each, so that a complaint has a
+//! culprit. A test that nothing ends is the last.
 
 use std::{
     fs::{self, File},

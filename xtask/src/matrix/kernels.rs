@@ -1,8 +1,7 @@
-//! Debian's kernels: found, fetched, unpacked.
+//! Debian's kernels: found, fetched, unpacked. Nothing is installed on this machine, and its boot loader is left alone.
 //!
-//! Enters: a line of kernels, "6.12", or a package's file. Leaves: an image with its modules, ready to boot. Invariant:
-//! what is in the cache is whole, because it is put there under its name when it is. Never: it installs nothing on this
-//! machine, and leaves its boot loader alone.
+//! # Invariants
+//! - What is in the cache is whole, because it is put there under its name when it is.
 
 use std::{
     fs,

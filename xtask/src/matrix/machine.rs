@@ -1,7 +1,8 @@
-//! A kernel that runs beside this one, for as long as its guard is there.
+//! A kernel that runs beside this one, for as long as its guard is there, and reports events as they happen.
 //!
-//! Enters: a kernel, and a folder that it may write to. Leaves: events, as they happen. Invariant: whatever ends this
-//! process, SIGKILL included, ends the machine. It sees this machine's files, and can change none but those of its folder.
+//! # Invariants
+//! - Whatever ends this process, SIGKILL included, ends the machine.
+//! - It sees this machine's files, and can change none but those of its folder.
 
 use std::{
     env,

@@ -1,8 +1,7 @@
 //! `cargo xtask matrix`: the same tests on other kernels.
 //!
-//! Enters: lines of kernels, names of tests. Leaves: what each kernel offers, which tests pass there, and what it complains
-//! of. Invariant: kernels run under QEMU, without KVM, on this machine's files, which they cannot change. Never: it is
-//! part of `cargo xtask ci`; a processor in software is ten times slower, and a kernel is downloaded.
+//! Kernels run under QEMU, without KVM, on this machine's files, which they cannot change. It is not part of `cargo xtask ci`: a
+//! processor in software is ten times slower, and a kernel is downloaded.
 
 mod events;
 pub(crate) mod guest;

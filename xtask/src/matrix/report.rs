@@ -1,7 +1,8 @@
-//! What a run has shown, for people and for programs.
+//! What a run has shown, as a table or as JSON.
 //!
-//! Enters: one [`Verdict`] per kernel. Leaves: a table, or JSON. Invariant: a kernel is good only if everything that was
-//! planned was seen to pass; what was not heard of did not pass. Never: a number that was not measured.
+//! # Invariants
+//! - A kernel is good only if everything that was planned was seen to pass; what was not heard of did not pass.
+//! - No number stands for what was not measured.
 
 use std::fmt::Write as _;
 

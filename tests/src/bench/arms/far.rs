@@ -24,7 +24,8 @@ impl Bed {
                      [[policy]]\nidentity = [\"{NODE_ID}\"]\ntarget = [\"{TARGET4}/32\"]\n"
                 ));
                 let config = self.world.file("far.toml", config)?;
-                let mut command = self.world.net().command_ended_by(programs::tunnel()?, Signal::SIGTERM);
+                let mut command =
+                    self.world.net().command_ended_by(peers.tunnel(&self.build)?, Signal::SIGTERM);
                 command.args(["run", "--log", LOG, "--config"]).arg(config);
                 self.spawn_listening(Role::Far, "tunnel-far", command, FAR.port())
             }

@@ -1,9 +1,9 @@
-//! An arm, set up: hosts, proxies, a server, and a group whose connections are captured.
+//! An arm, set up: hosts, proxies, a server, and a group whose connections are captured; a [`Bed`] that clients can be started in.
 //!
-//! Enters: how connections are captured, and which proxies carry them. Leaves: a [`Bed`] that clients can be
-//! started in. Invariant: an arm with proxies has no other way to its server: what capture misses is lost, and
-//! does not quietly count as the arm's; one byte has passed before a bed is handed out. What a program that is
-//! not installed would be needed for is [`SetUp::Missing`], and that is not an error.
+//! # Invariants
+//! - An arm with proxies has no other way to its server: what capture misses is lost, and does not count as the arm's.
+//! - One byte has passed before a bed is handed out.
+//! - What a program that is not installed would be needed for is [`SetUp::Missing`], and that is not an error.
 
 mod far;
 mod iptables;
@@ -68,6 +68,17 @@ pub(super) struct Build {
     pub(super) far: Option<Far>,
     /// Where the server is.
     pub(super) server: Place,
+    /// Whether our part in it is the other build of `tunnel`, which this one is compared with.
+    pub(super) other: bool,
+}
+
+impl Build {
+    /// Whether any part of it is ours.
+    pub(super) fn has_ours(&self) -> bool {
+        self.capture == Some(Capture::Ebpf)
+            || matches!(self.near, Some(Near::Ours | Near::Dialling(_)))
+            || self.far == Some(Far::Ours)
+    }
 }
 
 /// What lies between the node and everything else.
@@ -477,6 +488,7 @@ mod tests {
         near: Some(Near::Ours),
         far: Some(Far::Ours),
         server: Place::Away,
+        other: false,
     };
 
     #[test]
@@ -536,7 +548,8 @@ mod tests {
     /// whatever the host's default is; what is captured has ours.
     #[test]
     fn both_ends_have_the_congestion_control_of_their_scenario_whatever_the_hosts_default_is() -> Result<()> {
-        const DIRECT: Build = Build { capture: None, rules: 0, near: None, far: None, server: Place::Away };
+        const DIRECT: Build =
+            Build { capture: None, rules: 0, near: None, far: None, server: Place::Away, other: false };
         for network in [Network::CABLE, Network::PACED] {
             for build in [DIRECT, OURS] {
                 let SetUp::Ready(bed) = Bed::set_up(build, network, 1, &Peers::none())? else {

@@ -20,10 +20,10 @@ impl Bed {
     /// Starts it, if this arm has one, or only our hooks.
     pub(super) fn near(&mut self, workers: u32, peers: &Peers) -> Result<()> {
         match self.build.near {
-            None if self.build.capture == Some(Capture::Ebpf) => self.ours("", workers),
+            None if self.build.capture == Some(Capture::Ebpf) => self.ours("", workers, peers),
             None => Ok(()),
-            Some(Near::Dialling(relay)) => self.ours(&format!("relay = \"{relay}\"\n"), workers),
-            Some(Near::Ours) => self.ours("", workers),
+            Some(Near::Dialling(relay)) => self.ours(&format!("relay = \"{relay}\"\n"), workers, peers),
+            Some(Near::Ours) => self.ours("", workers, peers),
             Some(Near::Envoy) => {
                 let template = include_str!("envoy-near.yaml");
                 self.envoy(Role::Near, template, ["node", GATEWAY_ID], NEAR_PORT, workers, peers)
@@ -78,7 +78,7 @@ impl Bed {
     }
 
     /// `tunnel run`, with what this arm captures.
-    fn ours(&mut self, daemon: &str, workers: u32) -> Result<()> {
+    fn ours(&mut self, daemon: &str, workers: u32, peers: &Peers) -> Result<()> {
         let mut config = format!("[daemon]\nworkers = {workers}\nmax_flows = {MAX_FLOWS}\n{daemon}");
         let capture = self.capture_section()?;
         if let Some(bpffs) = &self._bpffs {
@@ -95,7 +95,7 @@ impl Bed {
             (_, Some(_)) => config.push_str(&crate::daemon::through(FAR, GATEWAY_ID)),
         }
         let config = self.world.file("near.toml", config)?;
-        let mut command = self.world.node().command_ended_by(programs::tunnel()?, Signal::SIGTERM);
+        let mut command = self.world.node().command_ended_by(peers.tunnel(&self.build)?, Signal::SIGTERM);
         command.args(["run", "--log", LOG, "--config"]).arg(config);
         if self.build.capture == Some(Capture::Iptables) {
             return self.spawn_listening(Role::Near, "tunnel-near", command, NEAR_PORT);

@@ -1,8 +1,8 @@
-//! A report as files.
+//! A report as files: `report.json`, `report.html` and `plots/*.svg` in a folder. A report of another schema is refused.
 //!
-//! Enters: a report, or the path of one. Leaves: `report.json`, `report.html` and `plots/*.svg` in a folder.
-//! Invariant: a file is the old one or the new one, never half of either, and `report.json` comes last: when
-//! it is there, so is the rest. It never reads a report of another schema.
+//! # Invariants
+//! - A file is the old one or the new one, never half of either.
+//! - `report.json` comes last: when it is there, so is the rest.
 
 use std::{
     error, fmt, fs, io,

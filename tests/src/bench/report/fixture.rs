@@ -1,7 +1,5 @@
-//! A report such as a machine could have given: every scenario, arms that are missing or failed, faults.
-//!
-//! Enters: a seed, and how noisy the machine is. Leaves: a report. Invariant: the same seed gives the same
-//! one.
+//! A report such as a machine could have given: every scenario, arms that are missing or failed, faults. The same seed gives
+//! the same one.
 
 use std::collections::BTreeMap;
 

@@ -1,12 +1,14 @@
 //! What people and programs get of a [`Report`]: a table, plots, a page, a comparison, and the file itself.
 //!
-//! Enters: a report. Leaves: text; [`save`] and [`load`] alone touch files, [`Progress`] alone the terminal.
-//! Invariant: the same report gives the same bytes, and what was not measured is named as such, never drawn
-//! or printed as 0. It never trusts text: commands, versions and errors are escaped wherever they go.
+//! The same report gives the same bytes. [`save`] and [`load`] alone touch files, [`Progress`] alone the terminal.
+//!
+//! # Invariants
+//! - What was not measured is named as such, never drawn or printed as 0.
+//! - Commands, versions and errors are escaped wherever they go.
 //!
 //! [`Report`]: super::model::Report
 
-pub use compare::{Basis, Change, Comparison, FEWEST, Verdict, compare};
+pub use compare::{Basis, Change, Comparison, FEWEST, Verdict, beside, compare};
 pub use files::{ReadError, WriteError, load, save};
 pub use html::html;
 pub use markdown::{PublishError, publish};

@@ -1,7 +1,5 @@
-//! Numbers as people read them.
-//!
-//! Enters: a value. Leaves: three significant digits of it. Invariant: what is not finite is a dash. It never
-//! shows a digit that a median of a handful of runs does not support.
+//! Numbers as people read them: three significant digits, which is what a median of a handful of runs supports. What is not
+//! finite is a dash.
 
 use crate::bench::stats::Metric;
 

@@ -1,8 +1,6 @@
-//! How far a benchmark is, on stderr.
+//! How far a benchmark is, on stderr: a bar with the time that is left, or a line every few seconds where it is no terminal.
 //!
-//! Enters: what begins. Leaves: a bar with the time that is left; where stderr is no terminal, a line every
-//! few seconds. Invariant: a note is always written, and above the bar. It never fails: a closed stderr stops
-//! no benchmark.
+//! A note is always written, and above the bar. A closed stderr stops no benchmark.
 
 use std::{
     fmt,

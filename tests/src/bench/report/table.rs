@@ -1,7 +1,5 @@
-//! A report as a table for a terminal.
-//!
-//! Enters: a report, how wide the terminal is, and whether it has colours. Leaves: lines. Invariant: without
-//! colours there is no escape sequence in it; an arm without numbers has its reason in their place.
+//! A report as a table for a terminal of a given width, with colours or without any escape sequence. An arm without numbers has
+//! its reason in their place.
 
 use crate::bench::{
     model::{Arm, Report, Scenario, State, Task},

@@ -1,7 +1,5 @@
-//! What a report says about itself in words, the same for the terminal and for the page.
-//!
-//! Enters: parts of a report. Leaves: plain text, one line each, not yet escaped for HTML. Invariant: nothing
-//! in it moves a terminal's cursor.
+//! What a report says about itself in words, the same for the terminal and for the page: plain text, one line each, not yet
+//! escaped for HTML. Nothing in it moves a terminal's cursor.
 
 use crate::bench::{
     model::{Arm, Report, Scenario, State, Task},

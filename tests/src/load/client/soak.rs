@@ -4,8 +4,6 @@
 //! one that waits for readiness. An error that a call gives, whatever it is, ends the run: plain TCP gives none.
 
 use std::{
-    collections::hash_map::RandomState,
-    hash::BuildHasher as _,
     io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd as _, AsRawFd},
@@ -49,8 +47,7 @@ impl Soak {
         let mut flows = Vec::new();
         for index in 0..usize::try_from(connections)? {
             let mut stream = dial(to).await?;
-            // The keys of the standard library's tables are random numbers: it has no others.
-            let (up, down) = (RandomState::new().hash_one(index), RandomState::new().hash_one(index));
+            let (up, down) = (fastrand::u64(..), fastrand::u64(..));
             stream.write_all(&[up.to_le_bytes(), down.to_le_bytes()].concat()).await?;
             let (place, blocking) = (Place { to, index }, index % 2 == 0);
             flows.push(Flow { place, blocking, stream, up: Sender::new(up), down: Receiver::new(down) });

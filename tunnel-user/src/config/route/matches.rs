@@ -1,7 +1,8 @@
 //! `[route.match]`: which flows.
 //!
-//! Enters: a table. Leaves: [`Match`]. Invariant: no two of its conditions leave nothing to match. It never looks at
-//! a flow, but at a header.
+//!
+//! # Invariants
+//! - No two conditions leave nothing to match.
 
 use std::{fmt, str::FromStr};
 
@@ -11,36 +12,72 @@ use serde_json::{Value as Json, json};
 use super::super::{
     pattern::{AddrPattern, NamePattern},
     reader::{At, Cell, Reader, Section, Value, schema_of},
+    section::section,
 };
 use crate::model::{flow::SourceKind, san::SanPattern};
 
 /// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
 const REGEX_SIZE: usize = 1 << 20;
 
-/// Which flows: those of which every condition that is there is true.
-#[derive(Clone, Debug, Default)]
-pub struct Match {
-    /// Flows from where. Empty: from everywhere.
-    pub source: Vec<SourceKind>,
-    /// Flows from the listeners of these names. With `capture`: from one of either.
-    pub listener: Vec<String>,
-    /// Flows from the captures of these names, those of a `cgroup` among them. With `listener`: from one of either.
-    pub capture: Vec<String>,
-    /// Flows to these addresses. With `host`: to one of either, as a target is an address or a name.
-    pub destination: Vec<AddrPattern>,
-    /// Flows to these names. With `destination`: to one of either.
-    pub host: Vec<NamePattern>,
-    /// Flows of peers with one of these names.
-    pub identity: Vec<SanPattern>,
-    /// Flows of peers that asked for one of these names when they connected (SNI, RFC 6066 section 3).
-    pub server_name: Vec<NamePattern>,
-    /// What the CONNECT request has to say; all of them.
-    pub headers: Vec<HeaderMatch>,
-    /// Flows whose own TLS asks for one of these names. With `http_host`: for one of either, as what a connection
-    /// begins with is TLS or HTTP.
-    pub sni: Vec<NamePattern>,
-    /// Flows whose own first HTTP/1 request is for one of these hosts. With `sni`: for one of either.
-    pub http_host: Vec<NamePattern>,
+section! {
+    /// Which flows: those of which every condition that is there is true.
+    #[derive(Clone, Debug, Default)]
+    pub struct Match {
+        /// Kinds of source. Empty: any.
+        source: default Vec<SourceKind> = Vec::new(),
+        /// Names of listeners. Together with capture: one of either.
+        listener: default Vec<String> = Vec::new(),
+        /// Names of captures; the default name is the cgroup or unit. Together with listener: one of either.
+        capture: default Vec<String> = Vec::new(),
+        /// Target addresses: CIDR\[:PORTS]. Together with host: one of either.
+        destination: default Vec<AddrPattern> = Vec::new(),
+        /// Target names: NAME\[:PORTS], NAME may be *.suffix. Together with destination: one of either.
+        host: default Vec<NamePattern> = Vec::new(),
+        /// Identities of the peer: names in its certificate; * matches one segment.
+        identity: default Vec<SanPattern> = Vec::new(),
+        /// Server names that the peer requested when it connected (SNI); *.suffix is allowed.
+        server_name: default Vec<NamePattern> = Vec::new(),
+        /// Headers of the CONNECT request; all have to match.
+        headers: default Vec<HeaderMatch> = Vec::new(),
+        /// Server names in the TLS that the flow carries; *.suffix is allowed. The client's first bytes are sniffed, for
+        /// inspect_timeout at most. Together with http_host: one of either.
+        sni: default Vec<NamePattern> = Vec::new(),
+        /// Hosts of the first HTTP/1 request that the flow carries; *.suffix is allowed. The client's first bytes are
+        /// sniffed, for inspect_timeout at most. Together with sni: one of either.
+        http_host: default Vec<NamePattern> = Vec::new(),
+    }
+    check |r| {
+        // Read again when the captures are known: they become names of captures.
+        let _names: Vec<String> = r.default(
+            "cgroup",
+            "Cgroups or units of captures, whatever the captures' names; PATH/* matches every captured cgroup below PATH. Together with listener: one of either.",
+            Vec::new(),
+        );
+        r.never(
+            "path",
+            "can never match: a CONNECT request has no :path (RFC 9113 section 8.5), and one that has is refused before it is routed",
+        );
+
+        let called_us = "has ports: it is what a peer called us, and not a target";
+        let asked_for = "has ports: it is what a client asks for, and destination says at which port";
+        for (key, names, why) in
+            [("server_name", &server_name, called_us), ("sni", &sni, asked_for), ("http_host", &http_host, asked_for)]
+        {
+            for (index, _) in names.iter().enumerate().filter(|(_, name)| !name.ports().is_all()) {
+                r.wrong_item(key, index, why);
+            }
+        }
+        if r.has("capture") && r.has("cgroup") {
+            r.wrong("cgroup", "stands beside capture: only one of them can be meant");
+        }
+        for (key, source_of) in
+            [("listener", SourceKind::Listener), ("capture", SourceKind::Capture), ("cgroup", SourceKind::Capture)]
+        {
+            if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
+                r.wrong(key, "names flows that source leaves out: nothing would match");
+            }
+        }
+    }
 }
 
 impl Match {
@@ -139,105 +176,16 @@ impl fmt::Display for Regex {
     }
 }
 
-impl Section for Match {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let source: Vec<SourceKind> =
-            r.default("source", "Flows from where. Empty: from everywhere.", Vec::new());
-        let listener = r.default(
-            "listener",
-            "Flows from listeners of these names. Beside capture: from one of either.",
-            Vec::new(),
-        );
-        let capture = r.default(
-            "capture",
-            "Flows from captures of these names; one without a name is called by its cgroup or unit. Beside listener: from one of either.",
-            Vec::new(),
-        );
-        let destination = r.default(
-            "destination",
-            "Flows to which addresses: CIDR[:PORTS]. Beside host: to one of either.",
-            Vec::new(),
-        );
-        let host = r.default(
-            "host",
-            "Flows to which names: NAME[:PORTS], NAME may be *.suffix. Beside destination: to one of either.",
-            Vec::new(),
-        );
-        let identity = r.default(
-            "identity",
-            "Flows of peers whose certificate carries one of these names; * stands for a whole segment.",
-            Vec::new(),
-        );
-        let server_name: Vec<At<NamePattern>> = r.default(
-            "server_name",
-            "Flows of peers that asked for one of these names when they connected to us (SNI); it may be *.suffix.",
-            Vec::new(),
-        );
-        let headers =
-            r.default("headers", "What the CONNECT request has to say: every one of these.", Vec::new());
-        let sni: Vec<At<NamePattern>> = r.default(
-            "sni",
-            "Flows whose own TLS asks for one of these names; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside http_host: one of either.",
-            Vec::new(),
-        );
-        let http_host: Vec<At<NamePattern>> = r.default(
-            "http_host",
-            "Flows whose own first HTTP/1 request is for one of these hosts; it may be *.suffix. What the client sends first is looked at, for inspect_timeout at most. Beside sni: one of either.",
-            Vec::new(),
-        );
-        // Read again when the captures are known.
-        let _names: Vec<String> = r.default(
-            "cgroup",
-            "Flows from captures of these cgroups or units, whatever their names; PATH/* is every cgroup below PATH that is captured. Beside listener: from one of either.",
-            Vec::new(),
-        );
-        r.never(
-            "path",
-            "can never match: a CONNECT request has no :path (RFC 9113 section 8.5), and one that has is refused before it is routed",
-        );
-
-        for name in server_name.iter().filter(|name| !name.value.ports().is_all()) {
-            r.wrong_at(name, "has ports: it is what a peer called us, and not a target");
-        }
-        for name in sni.iter().chain(&http_host).filter(|name| !name.value.ports().is_all()) {
-            r.wrong_at(name, "has ports: it is what a client asks for, and destination says at which port");
-        }
-        if r.has("capture") && r.has("cgroup") {
-            r.wrong("cgroup", "stands beside capture: only one of them can be meant");
-        }
-        for (key, source_of) in [
-            ("listener", SourceKind::Listener),
-            ("capture", SourceKind::Capture),
-            ("cgroup", SourceKind::Capture),
-        ] {
-            if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
-                r.wrong(key, "names flows that source leaves out: nothing would match");
-            }
-        }
-        let names = |list: Vec<At<NamePattern>>| list.into_iter().map(|at| at.value).collect();
-        Some(Self {
-            source,
-            listener,
-            capture,
-            destination,
-            host,
-            identity,
-            server_name: names(server_name),
-            headers,
-            sni: names(sni),
-            http_host: names(http_host),
-        })
-    }
-}
-
 impl Section for HeaderMatch {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name: Option<At<String>> = r.required("name", "Which header of the CONNECT request.");
-        let exact = r.optional("exact", "What one of its lines has to be.").map(ValueMatch::Exact);
-        let prefix = r.optional("prefix", "What one of its lines has to begin with.").map(ValueMatch::Prefix);
-        let present = r.optional("present", "Whether it has to be there.").map(ValueMatch::Present);
+        let name: Option<At<String>> = r.required("name", "Name of the header.");
+        let exact = r.optional("exact", "Value that one of its lines must have.").map(ValueMatch::Exact);
+        let prefix = r.optional("prefix", "Prefix that one of its lines must have.").map(ValueMatch::Prefix);
+        let present = r
+            .optional("present", "Whether it must be present (true) or absent (false).")
+            .map(ValueMatch::Present);
         let regex = r
-            .optional("regex", "A regular expression that describes the whole of one of its lines.")
+            .optional("regex", "Regular expression that must match one of its lines entirely.")
             .map(ValueMatch::Regex);
 
         let mut said = ["exact", "prefix", "present", "regex"].into_iter().filter(|key| r.has(key));

@@ -1,7 +1,8 @@
 //! The terms of a route: times, and what the CONNECT request to an upstream says.
 //!
-//! Enters: values and tables. Leaves: [`Terms`]. Invariant: no header that is the tunnel's own to set is copied,
-//! added, or taken out where it is needed. It never looks at a flow.
+//!
+//! # Invariants
+//! - No header that is the tunnel's own to set is copied, added, or taken out where it is needed.
 
 use std::time::Duration;
 
@@ -9,8 +10,9 @@ use http::{HeaderName, HeaderValue};
 use serde_json::{Value as Json, json};
 
 use super::super::{
-    reader::{At, Cell, Reader, Section, Value},
-    value::{Headers, parse_header_name},
+    reader::{At, Cell, Value},
+    section::section,
+    value::parse_header_name,
 };
 use crate::model::flow::Target;
 
@@ -69,28 +71,18 @@ pub enum Authority {
     Is(Target),
 }
 
-/// Changes of a CONNECT request's headers, in the order in which they are made.
-#[derive(Clone, Debug, Default)]
-pub struct HeaderChanges {
-    /// Taken over from the CONNECT request that the flow came with.
-    pub copy: Vec<HeaderName>,
-    /// Taken out, whoever has put them there.
-    pub remove: Vec<HeaderName>,
-    /// Added.
-    pub add: Vec<(HeaderName, HeaderValue)>,
-}
-
-impl Section for HeaderChanges {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let copy: Vec<At<String>> = r.default(
-            "copy",
-            "Headers to take over from the CONNECT request that the flow came with. baggage is taken over anyway.",
-            Vec::new(),
-        );
-        let remove: Vec<At<String>> =
-            r.default("remove", "Headers to leave out, whoever has put them there.", Vec::new());
-        let add = r.default("add", "Headers to add, once others are left out.", Headers::default()).0;
-
+section! {
+    /// `[route.request_headers]`: changes of a CONNECT request's headers, in the order in which they are made.
+    #[derive(Clone, Debug, Default)]
+    pub struct HeaderChanges {
+        /// Headers to copy from the received CONNECT request. baggage is always copied.
+        copy: default Vec<HeaderName> [Vec<At<String>>] = Vec::new(),
+        /// Headers to remove, wherever they come from.
+        remove: default Vec<HeaderName> [Vec<At<String>>] = Vec::new(),
+        /// Headers to add, after others were removed.
+        add: default Vec<(HeaderName, HeaderValue)> = Vec::new(),
+    }
+    check |r| {
         let copied =
             |at: &At<String>| parse_header_name(&at.value).map_err(|e| r.wrong_at(at, e.to_string())).ok();
         let removed = |at: &At<String>| match at.value.parse::<HeaderName>() {
@@ -106,11 +98,8 @@ impl Section for HeaderChanges {
         };
         let copy: Vec<_> = copy.iter().map(copied).collect();
         let remove: Vec<_> = remove.iter().map(removed).collect();
-        Some(Self {
-            copy: copy.into_iter().collect::<Option<_>>()?,
-            remove: remove.into_iter().collect::<Option<_>>()?,
-            add,
-        })
+        let copy = copy.into_iter().collect::<Option<_>>()?;
+        let remove = remove.into_iter().collect::<Option<_>>()?;
     }
 }
 

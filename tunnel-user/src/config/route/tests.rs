@@ -1,6 +1,6 @@
 //! Routes as their writer sees them: what is taken, what is said about mistakes.
 //!
-//! Enters: texts. Leaves: verdicts. Invariant: every message is compared whole. It never needs a file.
+//! Every message is compared whole.
 
 use std::time::Duration;
 

@@ -1,23 +1,37 @@
-//! Whether a program can bear what a sockmap does to its socket. What cannot be inspected is rejected.
+//! Whether a process can bear what a sockmap does to its socket, by the ELF files that it has mapped.
 //!
-//! splice(2) on a socket in a sockmap does not see what is redirected: it waits for ever. A program that calls it by name has the
-//! name among its dynamic symbols; Go calls the kernel directly, and so may what is statically linked. No more of a file is
-//! read than its tables.
+//! splice(2) on a socket in a sockmap does not see what is redirected, and waits for ever. A program that calls it by name
+//! has the name among its dynamic symbols; Go makes system calls by itself, and so may a statically linked program.
+//!
+//! # Invariants
+//! - What cannot be judged is refused.
+//! - Of a file no more is read than its tables, and those are bounded.
 
 use std::{
+    cell::Cell,
     collections::{HashMap, HashSet},
     fs,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    ops::Range,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+};
+
+use object::{
+    LittleEndian,
+    elf::{DT_STRSZ, DT_STRTAB, FileHeader64, PT_DYNAMIC, PT_INTERP, PT_LOAD, PT_NOTE},
+    read::{
+        ReadCache, ReadRef,
+        elf::{Dyn as _, FileHeader as _, ProgramHeader as _},
+    },
 };
 
 use super::Refusal;
 
 /// Files mapped into one process. More than any program here has (a browser: 250); beyond it nothing is judged.
 const FILES_MAX: usize = 1024;
-/// Bytes of a table of names: of the largest libraries (LLVM's, 6 MB) several times over.
-const TABLE_MAX: u64 = 32 << 20;
+/// Bytes that are read of one file: the tables of the largest libraries (LLVM's names, 6 MB) several times over.
+const READ_MAX: u64 = 32 << 20;
 /// Files whose verdict is kept: then all are forgotten.
 const KEPT_MAX: usize = 4096;
 
@@ -76,77 +90,77 @@ fn is_libc(path: &str) -> bool {
     ["libc.so", "libc-2", "libc.musl", "ld-musl", "ld-linux"].iter().any(|p| name.starts_with(p))
 }
 
-/// `None`: it is no ELF of this machine's kind, or it ends early.
+/// What refuses a program or a library; `None` where its ELF cannot be read.
 fn elf(file: &fs::File, program: bool) -> Option<Option<Refusal>> {
-    const INTERP: u32 = 3;
-    const NOTE: u32 = 4;
-    const LOAD: u32 = 1;
-    const DYNAMIC: u32 = 2;
-    let head = read(file, 0, 64)?;
-    // 64 bits, least significant byte first: what the programs are built for too.
-    if head.get(..6)? != [0x7f, b'E', b'L', b'F', 2, 1] {
-        return None;
-    }
-    let (size, count) = (u64::from(u16_at(&head, 54)?), u64::from(u16_at(&head, 56)?));
-    let table = read(file, u64_at(&head, 32)?, size * count)?;
-    let segments: Vec<&[u8]> = table.chunks_exact(usize::try_from(size).ok()?.max(56)).collect();
-    let of = |kind| segments.iter().filter(move |s| u32_at(s, 0) == Some(kind));
-    for note in of(NOTE) {
-        let bytes = read(file, u64_at(note, 8)?, u64_at(note, 32)?)?;
-        if bytes.windows(8).any(|w| w == b"\x04\0\0\0Go\0\0") || has(&bytes, b"Go\0\0") {
-            return Some(Some(Refusal::Go));
+    let (cache, left) = (ReadCache::new(file), Cell::new(READ_MAX));
+    let data = Bounded { cache: &cache, left: &left };
+    let header = FileHeader64::<LittleEndian>::parse(data).ok()?;
+    let endian = header.endian().ok()?;
+    let segments = header.program_headers(endian, data).ok()?;
+    let of = |kind| segments.iter().filter(move |s| s.p_type(endian) == kind);
+    for segment in of(PT_NOTE) {
+        let mut notes = segment.notes(endian, data).ok()??;
+        while let Some(note) = notes.next().ok()? {
+            if note.name() == b"Go" {
+                return Some(Some(Refusal::Go));
+            }
         }
     }
-    if sections(file, &head).is_some_and(|names| has(&names, b".go.buildinfo\0")) {
+    // A stripped program may have no sections.
+    let sections = header.sections(endian, data).ok();
+    if sections.is_some_and(|all| all.section_by_name(endian, b".go.buildinfo").is_some()) {
         return Some(Some(Refusal::Go));
     }
-    let Some(dynamic) = of(DYNAMIC).next() else { return Some(Some(Refusal::Static)) };
-    if program && of(INTERP).next().is_none() {
+    let Some(dynamic) = of(PT_DYNAMIC).next() else { return Some(Some(Refusal::Static)) };
+    if program && of(PT_INTERP).next().is_none() {
         return Some(Some(Refusal::Static));
     }
-    let entries = read(file, u64_at(dynamic, 8)?, u64_at(dynamic, 32)?)?;
-    let value =
-        |tag: u64| entries.chunks_exact(16).find(|e| u64_at(e, 0) == Some(tag)).and_then(|e| u64_at(e, 8));
-    // DT_STRTAB, DT_STRSZ.
-    let (address, size) = (value(5)?, value(10)?);
-    let at = of(LOAD).find_map(|s| {
-        let (offset, from, len) = (u64_at(s, 8)?, u64_at(s, 16)?, u64_at(s, 32)?);
-        (from..from.checked_add(len)?).contains(&address).then(|| offset + (address - from))
+    let entries = dynamic.dynamic(endian, data).ok()??;
+    let value = |tag| entries.iter().find(|e| e.tag(endian) == tag).map(|e| e.val(endian));
+    let (address, size) = (value(DT_STRTAB)?, value(DT_STRSZ)?);
+    // By the segments, as the loader finds it: sections may be stripped.
+    let at = of(PT_LOAD).find_map(|s| {
+        let (from, (offset, len)) = (s.p_vaddr(endian), s.file_range(endian));
+        (from..from.checked_add(len)?).contains(&address).then(|| offset.checked_add(address - from))?
     })?;
+    let names = data.read_bytes_at(at, size).ok()?;
     // A name may be the end of another, so "vmsplice" is refused along with it.
-    Some(has(&read(file, at, size)?, b"splice\0").then_some(Refusal::Splices))
+    Some(has(names, b"splice\0").then_some(Refusal::Splices))
 }
 
-/// The names of sections, where there are any.
-fn sections(file: &fs::File, head: &[u8]) -> Option<Vec<u8>> {
-    let (at, size, index) = (u64_at(head, 40)?, u64::from(u16_at(head, 58)?), u64::from(u16_at(head, 62)?));
-    let names = read(file, at.checked_add(size * index)?, size)?;
-    read(file, u64_at(&names, 24)?, u64_at(&names, 32)?)
+/// A file of which no more than [`READ_MAX`] bytes are read: whoever made it may have made it for us.
+#[derive(Clone, Copy)]
+struct Bounded<'a> {
+    cache: &'a ReadCache<&'a fs::File>,
+    left: &'a Cell<u64>,
 }
 
-fn read(file: &fs::File, at: u64, len: u64) -> Option<Vec<u8>> {
-    if len > TABLE_MAX {
-        return None;
+impl Bounded<'_> {
+    fn take(self, size: u64) -> Result<(), ()> {
+        self.left.set(self.left.get().checked_sub(size).ok_or(())?);
+        Ok(())
     }
-    let mut bytes = vec![0; usize::try_from(len).ok()?];
-    file.read_exact_at(&mut bytes, at).ok()?;
-    Some(bytes)
+}
+
+impl<'a> ReadRef<'a> for Bounded<'a> {
+    fn len(self) -> Result<u64, ()> {
+        self.cache.len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
+        self.take(size)?;
+        self.cache.read_bytes_at(offset, size)
+    }
+
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+        let found = self.cache.read_bytes_at_until(range, delimiter)?;
+        self.take(found.len() as u64)?;
+        Ok(found)
+    }
 }
 
 fn has(bytes: &[u8], what: &[u8]) -> bool {
     bytes.windows(what.len()).any(|w| w == what)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
 #[cfg(test)]

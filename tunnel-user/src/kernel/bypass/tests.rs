@@ -327,7 +327,7 @@ fn write_within(pair: &Pair, socket: &TcpStream, mut bytes: &[u8], budget: &mut 
             thread::sleep(Duration::from_micros(200));
         }
     };
-    if fastrand(20) == 0 {
+    if below(20) == 0 {
         match budget {
             Some(_) => {
                 drained();
@@ -363,9 +363,8 @@ fn write_within(pair: &Pair, socket: &TcpStream, mut bytes: &[u8], budget: &mut 
 }
 
 /// A number below `most`.
-fn fastrand(most: u64) -> u64 {
-    use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-    RandomState::new().build_hasher().finish() % most
+fn below(most: u64) -> u64 {
+    fastrand::u64(..most)
 }
 
 /// Bytes that say where in the stream they stand.
@@ -377,7 +376,7 @@ fn check(socket: &TcpStream) -> u64 {
     let mut buf = vec![0; 100_000];
     let mut position = 0;
     loop {
-        let size = 1 + usize::try_from(fastrand(buf.len() as u64)).unwrap();
+        let size = 1 + usize::try_from(below(buf.len() as u64)).unwrap();
         let n = read_some(socket, &mut buf[..size]).unwrap();
         if n == 0 {
             return position;
@@ -386,8 +385,8 @@ fn check(socket: &TcpStream) -> u64 {
             assert_eq!(*byte, byte_at(position + i as u64), "at {}", position + i as u64);
         }
         position += n as u64;
-        if fastrand(50) == 0 {
-            thread::sleep(Duration::from_micros(fastrand(3000)));
+        if below(50) == 0 {
+            thread::sleep(Duration::from_micros(below(3000)));
         }
     }
 }
@@ -401,10 +400,10 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
     let until = Instant::now() + TIME;
     let (mut switches, mut sent) = (0, [0, 0]);
     let message = |position: u64| -> Vec<u8> {
-        let size = match fastrand(10) {
-            0 => fastrand(300_000),
-            1..4 => fastrand(20_000),
-            _ => fastrand(300),
+        let size = match below(10) {
+            0 => below(300_000),
+            1..4 => below(20_000),
+            _ => below(300),
         };
         (0..=size).map(|i| byte_at(position + i)).collect()
     };
@@ -415,8 +414,8 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
                 let bytes = message(position);
                 write_all(&application, &bytes);
                 position += bytes.len() as u64;
-                if fastrand(10) == 0 {
-                    thread::sleep(Duration::from_micros(fastrand(2000)));
+                if below(10) == 0 {
+                    thread::sleep(Duration::from_micros(below(2000)));
                 }
             }
             application.shutdown(Shutdown::Write).unwrap();
@@ -430,8 +429,8 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
                 let before = budget.is_some();
                 write_within(&pair, &ours, &bytes, &mut budget);
                 switches += u32::from(before != budget.is_some());
-                if fastrand(20) == 0 {
-                    if fastrand(2) == 0 {
+                if below(20) == 0 {
+                    if below(2) == 0 {
                         pair.open(APPLICATION);
                     } else {
                         pair.shut(APPLICATION);
@@ -439,8 +438,8 @@ fn bytes_arrive_once_and_in_order_in_full_duplex_while_the_way_changes() {
                     switches += 1;
                 }
                 position += bytes.len() as u64;
-                if fastrand(10) == 0 {
-                    thread::sleep(Duration::from_micros(fastrand(2000)));
+                if below(10) == 0 {
+                    thread::sleep(Duration::from_micros(below(2000)));
                 }
             }
             ours.shutdown(Shutdown::Write).unwrap();

@@ -1,7 +1,5 @@
-//! Whether this kernel repeats bytes to a socket whose bytes a program moves.
-//!
-//! Enters: a map. Leaves: yes or no, found out with a connection of our own over loopback. Invariant: nothing of it is
-//! left behind, and it takes no longer than [`PATIENCE`] for each step.
+//! Whether this kernel repeats bytes to a socket whose bytes a program moves: found out with a connection of our own over
+//! loopback, of which nothing is left behind. No step takes longer than [`PATIENCE`].
 //!
 //! A sender that has not heard that some bytes came may send them again together with new ones. TCP hands such a segment
 //! to its reader as it is, and whoever reads the socket leaves out what it has had (`tcp_recvmsg_locked`,

@@ -1,9 +1,8 @@
 //! What the routes say of captured connections before anything but their address and port is known.
 //!
-//! Enters: routes, and the name of a capture. Leaves: for each route that may take a flow of it, which destinations,
-//! and whether that is a refusal for certain. Invariant: for every destination the first that takes it says what
-//! [`Router::decide`](super::Router::decide) says of a flow whose first bytes nobody has looked at (a test holds it to
-//! that); where none does, no route takes the flow. It never sees a flow.
+//! # Invariants
+//! - For every destination the first route that takes it says what [`Router::decide`](super::Router::decide) says of a flow
+//!   whose first bytes nobody has looked at (a test holds it to that); where none does, no route takes the flow.
 
 use std::net::{Ipv4Addr, SocketAddr};
 

@@ -1,13 +1,12 @@
-//! The router: from what is known about a flow to where it goes.
-//!
-//! Enters: a [`Flow`]. Leaves: an upstream, or the order to dial or to refuse, and the terms of the route.
-//! Invariant: the first route that matches decides, and no match is a refusal; targets and peers are looked
-//! up, the other conditions are asked of the routes that are left. It never resolves a name, and has no state:
-//! chance is an argument.
+//! The router: from what is known about a flow to where it goes, and on which terms.
 //!
 //! What a route asks of the carried connection itself (`sni`, `http_host`, and an authority made of them) is not
 //! known before its first bytes. The first route that takes a flow but for that is a [`Decision`] of its own: look,
 //! and ask again. A flow that an earlier route takes is not looked at.
+//!
+//! # Invariants
+//! - The first route that matches decides; a flow that matches no route is rejected.
+//! - There is no state, and no name is resolved: chance is an argument.
 
 use crate::model::flow::SourceKind;
 use crate::{

@@ -1,7 +1,5 @@
-//! Which route takes a flow: by example, and for any routes as they stand, one after the other.
-//!
-//! Enters: routes, flows. Leaves: decisions. Invariant: the linear definition is the specification. It never
-//! needs a file.
+//! Which route takes a flow: by example, and for any routes as they stand, one after the other. The linear definition is the
+//! specification.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Version};
 use proptest::prelude::*;

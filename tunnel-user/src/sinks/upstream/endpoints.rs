@@ -1,8 +1,8 @@
 //! The endpoints of one upstream on one worker, and how each fares.
 //!
-//! Enters: sets of endpoints, as they are known. Leaves: those that are well, for a flow to be given to. Invariant: an
-//! endpoint that stays from one set to the next keeps everything that is known of it; one that is gone gets no new
-//! flows, and its flows go on. It never connects.
+//! # Invariants
+//! - An endpoint that stays from one set to the next keeps everything that is known of it.
+//! - One that is gone gets no new flows, and its flows go on.
 
 use std::{
     cell::{Cell, RefCell},
@@ -12,7 +12,8 @@ use std::{
 use tokio::{sync::Notify, task::AbortHandle};
 
 use super::{
-    discovery::{Known, Site},
+    discovery::{EndpointSet, Site},
+    permit::{Issuer, Permit},
     pick,
 };
 use crate::config::Percent;
@@ -36,8 +37,8 @@ pub struct Endpoint {
     unhealthy: Cell<bool>,
     /// What failed last.
     last: RefCell<String>,
-    /// Its checks, and its way back.
-    tended: RefCell<Vec<AbortHandle>>,
+    /// Its checks and probes, which end with it.
+    tasks: RefCell<Vec<AbortHandle>>,
 }
 
 impl Endpoint {
@@ -52,21 +53,21 @@ impl Endpoint {
             ejected: Cell::default(),
             unhealthy: Cell::default(),
             last: RefCell::default(),
-            tended: RefCell::default(),
+            tasks: RefCell::default(),
         })
     }
 
     /// Whether it may get new flows.
-    pub fn is_well(&self) -> bool {
+    pub fn is_available(&self) -> bool {
         !self.ejected.get() && !self.unhealthy.get()
     }
 
-    /// Whether it is left out for what flows have met there.
+    /// Whether it is ejected for what flows have met there.
     pub fn is_ejected(&self) -> bool {
         self.ejected.get()
     }
 
-    /// Whether it is left out for what checks have found.
+    /// Whether checks have found it unhealthy.
     pub fn is_unhealthy(&self) -> bool {
         self.unhealthy.get()
     }
@@ -74,6 +75,13 @@ impl Endpoint {
     /// Its flows.
     pub fn active(&self) -> usize {
         self.active.get()
+    }
+
+    /// A permit for one more flow.
+    pub fn permit(self: &Rc<Self>) -> Permit {
+        self.active.set(self.active.get() + 1);
+        let issuer: Rc<dyn Issuer> = Rc::<Self>::clone(self);
+        Permit::new(issuer)
     }
 
     /// Its number for consistent hashing.
@@ -87,40 +95,24 @@ impl Endpoint {
     }
 
     /// Has a task end with it.
-    pub(super) fn tend(&self, task: AbortHandle) {
-        let mut tended = self.tended.borrow_mut();
-        tended.retain(|t| !t.is_finished());
-        tended.push(task);
+    pub(super) fn attach_task(&self, task: AbortHandle) {
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.retain(|t| !t.is_finished());
+        tasks.push(task);
     }
 }
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        for task in self.tended.get_mut() {
+        for task in self.tasks.get_mut() {
             task.abort();
         }
     }
 }
 
-/// A place among the flows of an endpoint.
-pub struct Turn(Rc<Endpoint>);
-
-impl Turn {
-    /// One more.
-    pub fn new(endpoint: &Rc<Endpoint>) -> Self {
-        endpoint.active.set(endpoint.active.get() + 1);
-        Self(Rc::clone(endpoint))
-    }
-
-    /// Whose.
-    pub fn endpoint(&self) -> &Rc<Endpoint> {
-        &self.0
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.0.active.set(self.0.active.get() - 1);
+impl Issuer for Endpoint {
+    fn returned(&self) {
+        self.active.set(self.active.get() - 1);
     }
 }
 
@@ -130,9 +122,9 @@ pub type List = Rc<[Rc<Endpoint>]>;
 /// The endpoints of one upstream.
 pub struct Endpoints {
     all: RefCell<List>,
-    well: RefCell<List>,
+    available: RefCell<List>,
     /// Why there are none, if there are none.
-    lack: RefCell<String>,
+    reason: RefCell<String>,
     /// Whether anything is known yet.
     known: Cell<bool>,
     /// It is, now.
@@ -144,8 +136,8 @@ impl Default for Endpoints {
         let none = || RefCell::new(List::from([]));
         Self {
             all: none(),
-            well: none(),
-            lack: RefCell::default(),
+            available: none(),
+            reason: RefCell::default(),
             known: Cell::default(),
             settled: Notify::new(),
         }
@@ -168,8 +160,8 @@ impl Endpoints {
     }
 
     /// Those that may get new flows.
-    pub fn well(&self) -> List {
-        Rc::clone(&self.well.borrow())
+    pub fn available(&self) -> List {
+        Rc::clone(&self.available.borrow())
     }
 
     /// Whether anything is known of them.
@@ -185,7 +177,7 @@ impl Endpoints {
     }
 
     /// Takes a new set.
-    pub fn replace(&self, known: &Known) -> Changes {
+    pub fn replace(&self, known: &EndpointSet) -> Changes {
         let before = self.all();
         let mut changes = Changes::default();
         let same = |site: &Site| before.iter().find(|e| e.site == *site);
@@ -203,19 +195,19 @@ impl Endpoints {
         let stays = |endpoint: &Rc<Endpoint>| all.iter().any(|e| Rc::ptr_eq(e, endpoint));
         changes.left = before.iter().filter(|e| !stays(e)).cloned().collect();
         for gone in &changes.left {
-            for task in gone.tended.borrow().iter() {
+            for task in gone.tasks.borrow().iter() {
                 task.abort();
             }
         }
         self.all.replace(all);
-        known.lack.clone_into(&mut self.lack.borrow_mut());
+        known.unavailable.clone_into(&mut self.reason.borrow_mut());
         self.sort();
         self.known.set(true);
         self.settled.notify_waiters();
         changes
     }
 
-    /// Leaves an endpoint out, if no more than this share is left out then. Whether it was.
+    /// Ejects an endpoint, if no more than this share is ejected then. Whether it was.
     pub fn eject(&self, endpoint: &Endpoint, at_most: Percent) -> bool {
         let all = self.all();
         let ejected = all.iter().filter(|e| e.is_ejected()).count();
@@ -243,35 +235,37 @@ impl Endpoints {
     }
 
     /// Why nobody can be asked: what failed last, or why there is nobody.
-    pub fn lack(&self) -> Lack {
+    pub fn unavailable(&self) -> Unavailable {
         match &*self.all.borrow() {
-            none if none.is_empty() => Lack::Empty(self.lack.borrow().clone()),
-            all => Lack::Unwell(all.iter().map(|e| e.last.borrow().clone()).next_back().unwrap_or_default()),
+            none if none.is_empty() => Unavailable::Empty(self.reason.borrow().clone()),
+            all => Unavailable::Failing(
+                all.iter().map(|e| e.last.borrow().clone()).next_back().unwrap_or_default(),
+            ),
         }
     }
 
     fn sort(&self) {
-        let well = self.all.borrow().iter().filter(|e| e.is_well()).cloned().collect();
-        self.well.replace(well);
+        let available = self.all.borrow().iter().filter(|e| e.is_available()).cloned().collect();
+        self.available.replace(available);
     }
 }
 
 /// Why nobody can be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Lack {
+pub enum Unavailable {
     /// There is no endpoint, for this reason.
     Empty(String),
-    /// None is well; this failed last.
-    Unwell(String),
+    /// All are ejected or unhealthy; this failed last.
+    Failing(String),
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn known(sites: &[&str]) -> Known {
+    fn known(sites: &[&str]) -> EndpointSet {
         let site = |s: &&str| Site::from(s.parse::<crate::model::flow::Target>().unwrap());
-        Known::new(sites.iter().map(site), "nobody said any".to_owned())
+        EndpointSet::new(sites.iter().map(site), "nobody said any".to_owned())
     }
 
     fn shown(list: &List) -> Vec<String> {
@@ -294,33 +288,33 @@ mod tests {
         assert!(!endpoints.are_known());
         let came = endpoints.replace(&known(&["10.0.0.1:1", "10.0.0.2:1"])).came;
         assert!(endpoints.are_known());
-        let turn = Turn::new(&came[0]);
-        let _other = Turn::new(&came[1]);
+        let gone = Rc::clone(&came[0]);
+        let _permits = came.iter().map(Endpoint::permit).collect::<Vec<_>>();
         assert!(endpoints.eject(&came[1], Percent::ALL));
         let changes = endpoints.replace(&known(&["10.0.0.3:1", "10.0.0.2:1"]));
         assert_eq!((changes.came.len(), changes.left.len()), (1, 1));
-        assert!(Rc::ptr_eq(&changes.left[0], turn.endpoint()));
+        assert!(Rc::ptr_eq(&changes.left[0], &gone));
         assert_eq!(shown(&endpoints.all()), ["10.0.0.3:1", "10.0.0.2:1"]);
-        assert_eq!(shown(&endpoints.well()), ["10.0.0.3:1"], "still ejected");
+        assert_eq!(shown(&endpoints.available()), ["10.0.0.3:1"], "still ejected");
         assert_eq!(endpoints.all()[1].active(), 1);
-        assert_eq!(turn.endpoint().active(), 1, "its flow goes on");
-        assert!(!endpoints.eject(turn.endpoint(), Percent::ALL), "there is nothing to leave it out of");
+        assert_eq!(gone.active(), 1, "its flow goes on");
+        assert!(!endpoints.eject(&gone, Percent::ALL), "there is nothing to leave it out of");
     }
 
     #[test]
-    fn an_endpoint_is_well_when_neither_flows_nor_checks_say_otherwise() {
+    fn an_endpoint_is_available_when_neither_flows_nor_checks_say_otherwise() {
         let endpoints = Endpoints::default();
         let came = endpoints.replace(&known(&["10.0.0.1:1"])).came;
         endpoints.set_unhealthy(&came[0], true);
         came[0].note("no answer");
         assert!(endpoints.eject(&came[0], Percent::ALL) && !endpoints.eject(&came[0], Percent::ALL));
         endpoints.readmit(&came[0]);
-        assert!(endpoints.well().is_empty());
-        assert_eq!(endpoints.lack(), Lack::Unwell("no answer".to_owned()));
+        assert!(endpoints.available().is_empty());
+        assert_eq!(endpoints.unavailable(), Unavailable::Failing("no answer".to_owned()));
         endpoints.set_unhealthy(&came[0], false);
-        assert_eq!(endpoints.well().len(), 1);
+        assert_eq!(endpoints.available().len(), 1);
         endpoints.replace(&known(&[]));
-        assert_eq!(endpoints.lack(), Lack::Empty("nobody said any".to_owned()));
+        assert_eq!(endpoints.unavailable(), Unavailable::Empty("nobody said any".to_owned()));
     }
 
     #[test]

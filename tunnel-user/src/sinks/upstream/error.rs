@@ -1,17 +1,101 @@
-//! Why there is no stream.
-//!
-//! Enters: what happened on the way. Leaves: whose fault it was, in a sentence. Invariant: a refusal keeps its status
-//! and its reason. It never decides what is tried again.
+//! Why there is no connection, and why there is no stream: whose fault it was, in a sentence. A refusal keeps its status
+//! and its reason.
 
-use std::time::Duration;
+use std::{rc::Rc, time::Duration};
 
 use http::StatusCode;
 
-use super::{connect::ConnectError, limit::Limited};
-use crate::model::{
-    end::EndReason,
-    flow::{FarEnd, Target},
+use super::limit::Limited;
+use crate::{
+    config::Protocol,
+    model::{
+        end::EndReason,
+        flow::{FarEnd, Target},
+    },
+    sinks::dial::DialError,
 };
+
+/// Why there is no connection.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// TCP did not connect.
+    #[error("{0}")]
+    Dial(Rc<DialError>),
+    /// The upstream that it goes through has no stream to it: whose fault that was, it says itself.
+    #[error("{0}")]
+    Outer(Rc<TunnelError>),
+    /// TLS failed: what failed, in a sentence.
+    #[error("TLS with {endpoint} failed: {why}")]
+    Tls {
+        /// The peer.
+        endpoint: Target,
+        /// Which check failed, and on which side.
+        why: String,
+    },
+    /// The peer does not speak HTTP as we do, or not to us.
+    #[error("{} with {endpoint} failed: {why}", match protocol { Protocol::H2 => "HTTP/2", Protocol::H1 => "HTTP/1" })]
+    Http {
+        /// The version that we speak.
+        protocol: Protocol,
+        /// The peer.
+        endpoint: Target,
+        /// What it did.
+        why: String,
+    },
+    /// No answer in time.
+    #[error("{endpoint} did not complete the handshakes within {after:?}")]
+    Timeout {
+        /// The peer.
+        endpoint: Target,
+        /// The time allowed.
+        after: Duration,
+    },
+    /// Too many flows wait for this peer.
+    #[error("{most} flows are waiting for a connection to {endpoint} already")]
+    Overflow {
+        /// The peer.
+        endpoint: Target,
+        /// How many may.
+        most: usize,
+    },
+    /// No permit for a stream became free.
+    #[error("{}", if *barred { format!("{endpoint} allows no streams (SETTINGS_MAX_CONCURRENT_STREAMS is 0)") } else { format!("no stream to {endpoint} became free within {after:?}") })]
+    Waited {
+        /// The peer.
+        endpoint: Target,
+        /// How long that was waited for.
+        after: Duration,
+        /// The peer allows none on a connection that is up.
+        barred: bool,
+    },
+    /// The upstream has as many connections as it may.
+    #[error("the limit of {most} connections is reached")]
+    Limit {
+        /// How many.
+        most: usize,
+    },
+    /// The pool is gone.
+    #[error("shutting down")]
+    Shutdown,
+}
+
+impl ConnectError {
+    /// Whether nothing is known of the endpoint: the reason is on this side, or on the way there.
+    pub fn is_ours(&self) -> bool {
+        match self {
+            Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown => true,
+            Self::Waited { barred, .. } => !barred,
+            Self::Outer(why) => matches!(
+                **why,
+                TunnelError::Connect { .. }
+                    | TunnelError::NoEndpoint { .. }
+                    | TunnelError::Empty { .. }
+                    | TunnelError::Limit { .. }
+            ),
+            Self::Dial(_) | Self::Tls { .. } | Self::Http { .. } | Self::Timeout { .. } => false,
+        }
+    }
+}
 
 /// Why there is no stream.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -119,5 +203,20 @@ impl TunnelError {
             }
             _ => false,
         }
+    }
+}
+
+/// Why a health check did not succeed.
+#[derive(Debug)]
+pub enum CheckError {
+    /// The endpoint's fault, or the network's.
+    Failed(String),
+    /// At a limit of ours: nothing is known.
+    Inconclusive,
+}
+
+impl From<ConnectError> for CheckError {
+    fn from(e: ConnectError) -> Self {
+        if e.is_ours() { Self::Inconclusive } else { Self::Failed(e.to_string()) }
     }
 }

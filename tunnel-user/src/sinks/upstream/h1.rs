@@ -1,18 +1,29 @@
-//! CONNECT over HTTP/1.1 as a client (RFC 9112, RFC 9110 section 9.3.6).
+//! CONNECT over HTTP/1.1 as a client (RFC 9112, RFC 9110 section 9.3.6). A connection is asked once, and is the tunnel after
+//! a 2xx.
 //!
-//! Enters: a connection of its own, and a request. Leaves: the connection as a tunnel after a 2xx, or what the
-//! peer said instead. Invariant: nothing of the flow is sent before the 2xx: unread, a proxy could take it for
-//! its next request. A connection is asked once, and never used again.
+//! # Invariants
+//! - Nothing of the flow is sent before the 2xx: unread, a proxy could take it for its next request.
 
-use std::io;
+use std::{cell::RefCell, future::Future, io, pin::Pin};
 
 use bytes::{Bytes, BytesMut};
 use http::{Request, StatusCode, header::HOST};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _},
+    time::timeout,
+};
 
-use super::{connect::Link, nested::Outer};
+use super::{
+    ConnectError,
+    connect::{Far, Handshake},
+    connection::{Connection, OpenError, OpenRequest},
+    permit::StreamPermits,
+    stream::{Stream, StreamLeg},
+};
 use crate::{
-    relay::{IntoLeg as _, Queue, TcpLeg, TlsLeg},
+    identity::verify::explain,
+    model::flow::{FarEnd, Identity},
+    relay::{IntoLeg, Queue},
     transport::{
         h1::{HeadError, ReadError, no_fields, read_head},
         io::AlertFirst,
@@ -28,36 +39,45 @@ pub struct Answer {
     pub detail: Option<String>,
 }
 
-/// What became of a request.
-pub enum Asked {
-    /// The connection is the tunnel; and its first bytes.
-    Open(Leg, Queue),
-    /// The peer said something else than 2xx.
-    Refused(Answer),
+/// A connection whose one stream has not been opened, or has.
+pub struct H1Connection {
+    /// `None` once it was asked.
+    wire: RefCell<Option<Box<dyn Unasked>>>,
+    far: Far,
 }
 
-/// A connection that is a tunnel.
-pub enum Leg {
-    /// In plaintext.
-    Tcp(TcpLeg),
-    /// With TLS.
-    Tls(Box<TlsLeg<TcpLeg>>),
-    /// In plaintext, through another upstream.
-    Nested(Box<Outer>),
-    /// With TLS, through another upstream.
-    NestedTls(Box<TlsLeg<Outer>>),
+/// Makes a connection of a byte stream: nothing is said on it before the request.
+pub(super) struct H1Handshake;
+
+impl Handshake for H1Handshake {
+    type Connection = H1Connection;
+
+    async fn shake<W: IntoLeg>(self, wire: W, far: Far) -> Result<H1Connection, ConnectError>
+    where
+        StreamLeg: From<W::Leg>,
+    {
+        Ok(H1Connection { wire: RefCell::new(Some(Box::new(wire))), far })
+    }
 }
 
-/// Asks, and waits for the answer. The caller bounds the time.
-pub async fn ask(link: Link, request: &Request<()>) -> Result<Asked, ReadError> {
-    match open(link, &encode(request)).await {
-        Ok((leg, first)) => {
-            let mut early = Queue::default();
-            early.push(first);
-            Ok(Asked::Open(leg, early))
-        }
-        Err(Closed::Refused(answer)) => Ok(Asked::Refused(answer)),
-        Err(Closed::Failed(e)) => Err(e),
+/// A byte stream on which nothing was asked yet, of whatever kind.
+trait Unasked {
+    /// Asks, and waits for the answer. After a 2xx, the byte stream is the tunnel; and its first bytes.
+    fn ask(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Asked>>>;
+}
+
+type Asked = Result<(StreamLeg, Bytes), Closed>;
+
+impl<W: IntoLeg> Unasked for W
+where
+    StreamLeg: From<W::Leg>,
+{
+    fn ask(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Asked>>> {
+        let mut wire = self;
+        Box::pin(async move {
+            let first = ask_on(&mut *wire, &request).await?;
+            Ok((wire.into_leg(first.len()).into(), first))
+        })
     }
 }
 
@@ -73,28 +93,64 @@ impl From<ReadError> for Closed {
     }
 }
 
-/// The tunnel, and what has come behind the head of the answer.
-async fn open(link: Link, request: &[u8]) -> Result<(Leg, Bytes), Closed> {
-    Ok(match link {
-        Link::Plain(mut tcp) => {
-            let first = ask_on(&mut tcp, request).await?;
-            (Leg::Tcp(tcp.into_leg()), first)
+impl Connection for H1Connection {
+    fn peer(&self) -> &FarEnd {
+        &self.far.peer
+    }
+
+    fn identity(&self) -> Option<&Identity> {
+        self.far.identity.as_ref()
+    }
+
+    fn max_streams(&self) -> usize {
+        usize::from(self.wire.borrow().is_some())
+    }
+
+    fn is_barred(&self) -> bool {
+        false
+    }
+
+    fn is_overdue(&self) -> bool {
+        false
+    }
+
+    async fn open(&self, request: OpenRequest<'_, '_>, permits: StreamPermits) -> Result<Stream, OpenError> {
+        let wire = self.wire.take();
+        let wire = wire.ok_or_else(|| OpenError::NotProcessed("the connection is closed".to_owned()))?;
+        match timeout(request.timeout, wire.ask(encode(&request.head))).await {
+            Ok(Ok((leg, first))) => {
+                let mut early = Queue::default();
+                early.push(first);
+                let Far { peer, identity } = self.far.clone();
+                Ok(Stream { leg, early, peer, identity, permits })
+            }
+            Ok(Err(Closed::Refused(Answer { status, detail }))) => Err(OpenError::Refused { status, detail }),
+            // What was sent may have been acted on.
+            Ok(Err(Closed::Failed(ReadError::Io(e)))) => Err(OpenError::Dropped(explain(&e))),
+            Ok(Err(Closed::Failed(e))) => Err(OpenError::Dropped(e.to_string())),
+            Err(_) => Err(OpenError::Timeout),
         }
-        Link::Tls(mut tls) => {
-            let first = ask_on(&mut *tls, request).await?;
-            (Leg::Tls(Box::new(tls.into_leg())), first)
-        }
-        Link::Nested(mut outer) => {
-            let first = ask_on(&mut outer, request).await?;
-            outer.read_ahead(first.len());
-            (Leg::Nested(Box::new(outer)), first)
-        }
-        Link::NestedTls(mut tls) => {
-            let first = ask_on(&mut *tls, request).await?;
-            let (outer, session) = tls.into_parts();
-            (Leg::NestedTls(Box::new(TlsLeg::new(outer, session))), first)
-        }
-    })
+    }
+
+    /// There is no question that a proxy would answer but a request.
+    async fn ping(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn drain(&self) {
+        self.wire.take();
+    }
+
+    fn close(&self) {
+        self.wire.take();
+    }
+
+    /// Nothing happens on it but its stream.
+    async fn run(&self, _grew: &dyn Fn()) {}
+
+    fn lost(&self) -> Option<String> {
+        None
+    }
 }
 
 async fn ask_on(wire: &mut (impl AsyncRead + AsyncWrite + Unpin), request: &[u8]) -> Result<Bytes, Closed> {
@@ -211,10 +267,10 @@ mod tests {
             ("HTTP/1.1 200 OK\r\n", "closed before the head was complete"),
             ("HTTP/1.1 100 Continue\r\n\r\n", "closed before the head was complete"),
             ("HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n", "unasked"),
-            ("HTTP/2.0 200 OK\r\n\r\n", "not HTTP/1"),
-            ("HTTP/1.1 99 x\r\n\r\n", "not HTTP/1"),
-            ("SSH-2.0-OpenSSH_9.2\r\n", "not HTTP/1"),
-            ("\u{15}\u{3}\u{3}\0\u{2}\u{2}F", "not HTTP/1"),
+            ("HTTP/2.0 200 OK\r\n\r\n", "malformed HTTP/1 head"),
+            ("HTTP/1.1 99 x\r\n\r\n", "malformed HTTP/1 head"),
+            ("SSH-2.0-OpenSSH_9.2\r\n", "malformed HTTP/1 head"),
+            ("\u{15}\u{3}\u{3}\0\u{2}\u{2}F", "malformed HTTP/1 head"),
         ] {
             let (got, _) = answered(answer.as_bytes()).await;
             assert!(got.as_ref().is_err_and(|e| e.contains(why)), "{answer:?}: {got:?}");

@@ -1,15 +1,12 @@
-//! The CONNECT request as HBONE peers send it.
+//! The CONNECT request as HBONE peers send it: `:method` and `:authority` only (RFC 9113 section 8.5: no `:scheme`, `:path` or
+//! `:protocol`), `forwarded` (RFC 7239), `traceparent` (W3C Trace Context), and in a chain `via` (RFC 9110 section 7.6.3).
 //!
-//! Enters: target, client, the request that the flow came with if it came with one, and what the configuration
-//! changes. Leaves: a request with `:method` and `:authority` only (RFC 9113 section 8.5: no `:scheme`, `:path`
-//! or `:protocol`), `forwarded` (RFC 7239), `traceparent` (W3C Trace Context), and in a chain `via` (RFC 9110
-//! section 7.6.3). It never passes on what a client sent, but what stands here: `forwarded` and `via`, which
-//! grow by us; a trace and its baggage; and what a route copies.
+//! # Invariants
+//! - Of what a client sent, nothing is passed on but what stands here: `forwarded` and `via`, which grow by us; a trace and its
+//!   baggage; and what a route copies.
 
 use std::{
-    cell::Cell,
     fmt::{self, Write as _},
-    hash::{BuildHasher as _, Hasher as _, RandomState},
     net::IpAddr,
 };
 
@@ -20,7 +17,6 @@ use http::{
     uri::Authority,
 };
 
-use super::pick::mix;
 use crate::{
     config::Terms,
     model::flow::{ClientAddr, Head, Target},
@@ -63,7 +59,6 @@ impl Ask<'_> {
 /// When the target cannot stand in an `:authority`; what parsed as a [`Target`] can.
 pub fn connect_request(
     ask: &Ask<'_>,
-    trace: &Trace,
     configured: &[(HeaderName, HeaderValue)],
 ) -> Result<Request<()>, http::Error> {
     let mut text = Text(BytesMut::with_capacity(WRITTEN));
@@ -80,20 +75,20 @@ pub fn connect_request(
             if let Some(client) = ask.client {
                 headers.insert(FORWARDED, text.value(format_args!("{}", Forwarded(client)))?);
             }
-            headers.insert(TRACEPARENT, trace.start(&mut text)?);
+            headers.insert(TRACEPARENT, start_trace(&mut text)?);
         }
         Some(Head { version, headers: received }) => {
             if let Some(client) = ask.client {
                 headers.insert(FORWARDED, appended(received, &FORWARDED, &Forwarded(client).to_string())?);
             }
             headers.insert(VIA, appended(received, &VIA, &via(version, ask.pseudonym))?);
-            match trace.go_on(received, &mut text)? {
+            match continue_trace(received, &mut text)? {
                 Some(parent) => {
                     headers.insert(TRACEPARENT, parent);
                     copy(received, &TRACESTATE, headers);
                 }
                 None => {
-                    headers.insert(TRACEPARENT, trace.start(&mut text)?);
+                    headers.insert(TRACEPARENT, start_trace(&mut text)?);
                 }
             }
             copy(received, &BAGGAGE, headers);
@@ -216,41 +211,19 @@ impl Text {
     }
 }
 
-/// Makes trace identifiers. They have to be different, not secret.
-#[derive(Debug)]
-pub struct Trace {
-    state: Cell<u64>,
+/// A new trace with a new parent, sampled: `00-{32 hex}-{16 hex}-01`. Its identifiers have to be different, not secret.
+fn start_trace(text: &mut Text) -> Result<HeaderValue, http::Error> {
+    let (id, parent) = (fastrand::u128(1..), fastrand::u64(1..));
+    text.unique(format_args!("00-{id:032x}-{parent:016x}-01"))
 }
 
-impl Default for Trace {
-    fn default() -> Self {
-        // The standard library's hash keys come from the kernel's random generator.
-        Self { state: Cell::new(RandomState::new().build_hasher().finish()) }
-    }
-}
-
-impl Trace {
-    /// A new trace with a new parent, sampled: `00-{32 hex}-{16 hex}-01`.
-    fn start(&self, text: &mut Text) -> Result<HeaderValue, http::Error> {
-        let [a, b, parent] = [self.random(), self.random(), self.random().max(1)];
-        text.unique(format_args!("00-{a:016x}{b:016x}-{parent:016x}-01"))
-    }
-
-    /// The trace of a request, with us as the parent; none, if what it says is none.
-    fn go_on(&self, received: &HeaderMap, text: &mut Text) -> Result<Option<HeaderValue>, http::Error> {
-        let mut lines = received.get_all(&TRACEPARENT).iter();
-        let only = lines.next().filter(|_| lines.next().is_none());
-        let Some((id, flags)) = only.and_then(|v| trace_of(v.to_str().ok()?)) else { return Ok(None) };
-        let parent = self.random().max(1);
-        text.unique(format_args!("00-{id}-{parent:016x}-{flags:02x}")).map(Some)
-    }
-
-    /// SplitMix64 (Steele, Lea, Flood 2014): every state is visited once.
-    pub fn random(&self) -> u64 {
-        let state = self.state.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
-        self.state.set(state);
-        mix(state)
-    }
+/// The trace of a request, with us as the parent; `None` where its `traceparent` is malformed.
+fn continue_trace(received: &HeaderMap, text: &mut Text) -> Result<Option<HeaderValue>, http::Error> {
+    let mut lines = received.get_all(&TRACEPARENT).iter();
+    let only = lines.next().filter(|_| lines.next().is_none());
+    let Some((id, flags)) = only.and_then(|v| trace_of(v.to_str().ok()?)) else { return Ok(None) };
+    let parent = fastrand::u64(1..);
+    text.unique(format_args!("00-{id}-{parent:016x}-{flags:02x}")).map(Some)
 }
 
 /// The id of the trace, and the flags that version 00 knows: sampled, and random (W3C Trace Context section
@@ -278,7 +251,7 @@ mod tests {
     const PSEUDONYM: &str = "tunnel-0123456789abcdef";
 
     fn request(ask: Ask<'_>, configured: &[(HeaderName, HeaderValue)]) -> Request<()> {
-        connect_request(&ask, &Trace::default(), configured).unwrap()
+        connect_request(&ask, configured).unwrap()
     }
 
     fn client(addr: &str) -> ClientAddr {

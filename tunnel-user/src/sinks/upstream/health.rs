@@ -1,10 +1,9 @@
-//! How the endpoints of one upstream fare: what flows meet there, and what checks find.
+//! How the endpoints of one upstream fare: what flows meet there, and what checks find. It is one worker's, as its
+//! connections are: nothing is shared, and each worker checks by itself.
 //!
-//! Enters: failures and successes of flows, and endpoints as they come and go. Leaves: endpoints that are left out,
-//! and taken back. Invariant: an endpoint that is left out comes back by itself when it is well; every wait of its way
-//! back is bounded by the configuration. It never decides which endpoint a flow gets.
-//!
-//! It is one worker's, as its connections are: nothing is shared, and each worker checks by itself.
+//! # Invariants
+//! - An endpoint that is ejected or unhealthy comes back by itself when it is available; every wait of its way back is
+//!   bounded by the configuration.
 
 use std::{
     cell::RefCell,
@@ -18,10 +17,9 @@ use tokio::{
 };
 
 use super::{
-    connect::ConnectError,
+    CheckError, ConnectError,
+    connector::Connector,
     endpoints::{Endpoint, Endpoints},
-    headers::Trace,
-    lines::Lines,
 };
 use crate::config::{CheckKind, HealthCheck, OutlierDetection};
 
@@ -36,9 +34,8 @@ struct Inner {
     upstream: String,
     outlier: OutlierDetection,
     check: Option<HealthCheck>,
-    lines: Rc<Lines>,
+    connector: Rc<Connector>,
     endpoints: Rc<Endpoints>,
-    chance: Trace,
     /// They hold the rest weakly.
     tasks: RefCell<JoinSet<()>>,
 }
@@ -49,19 +46,11 @@ impl Health {
         upstream: &str,
         outlier: OutlierDetection,
         check: Option<HealthCheck>,
-        lines: Rc<Lines>,
+        connector: Rc<Connector>,
         endpoints: Rc<Endpoints>,
     ) -> Self {
-        let (chance, tasks) = (Trace::default(), RefCell::default());
-        Self(Rc::new(Inner {
-            upstream: upstream.to_owned(),
-            outlier,
-            check,
-            lines,
-            endpoints,
-            chance,
-            tasks,
-        }))
+        let tasks = RefCell::default();
+        Self(Rc::new(Inner { upstream: upstream.to_owned(), outlier, check, connector, endpoints, tasks }))
     }
 
     /// Checks these from now on, if endpoints are checked.
@@ -69,7 +58,7 @@ impl Health {
         let Some(check) = &self.0.check else { return };
         for endpoint in came {
             let task = watch(Rc::downgrade(&self.0), check.clone(), Rc::downgrade(endpoint));
-            self.0.tend(endpoint, task);
+            self.0.attach_task(endpoint, task);
         }
     }
 
@@ -120,20 +109,19 @@ impl Inner {
         let first = back_off(base_ejection_time, max_ejection_time, endpoint.ejections.get());
         endpoint.ejections.set(endpoint.ejections.get().saturating_add(1));
         let probe = probe(Rc::downgrade(self), Rc::downgrade(endpoint), first, max_ejection_time);
-        self.tend(endpoint, probe);
+        self.attach_task(endpoint, probe);
     }
 
     /// Starts a task that ends with the endpoint, and with us.
-    fn tend(&self, endpoint: &Endpoint, task: impl Future<Output = ()> + 'static) {
+    fn attach_task(&self, endpoint: &Endpoint, task: impl Future<Output = ()> + 'static) {
         let mut tasks = self.tasks.borrow_mut();
         while tasks.try_join_next().is_some() {}
-        endpoint.tend(tasks.spawn_local(task));
+        endpoint.attach_task(tasks.spawn_local(task));
     }
 
     /// An interval, more or less.
     fn jittered(&self, interval: Duration) -> Duration {
-        let part = u32::try_from(self.chance.random() >> 48).unwrap_or(0);
-        interval - interval / JITTER + (interval / JITTER) * 2 * part / u32::from(u16::MAX)
+        interval - interval / JITTER + (interval / JITTER).mul_f64(2.0 * fastrand::f64())
     }
 }
 
@@ -148,11 +136,11 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
     loop {
         sleep(wait).await;
         let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };
-        match health.lines.get(&endpoint.site).await {
+        match health.connector.checkout(&endpoint.site).await {
             // At a limit of ours there is nothing to try it with: a flow will.
             Ok(_) | Err(ConnectError::Limit { .. } | ConnectError::Overflow { .. }) => {
                 health.endpoints.readmit(&endpoint);
-                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "well again");
+                tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "readmitted");
                 return;
             }
             Err(e) => endpoint.note(&e.to_string()),
@@ -164,23 +152,19 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
 /// Checks an endpoint again and again. The first time after a part of the interval: workers start together.
 async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>) {
     let (mut good, mut bad) = (0_u32, 0_u32);
-    let mut wait = {
-        let Some(health) = health.upgrade() else { return };
-        let part = u32::try_from(health.chance.random() >> 48).unwrap_or(0);
-        check.interval * part / u32::from(u16::MAX)
-    };
+    let mut wait = check.interval.mul_f64(fastrand::f64());
     loop {
         sleep(wait).await;
         let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };
         wait = health.jittered(check.interval);
         let asked = async {
             match check.kind {
-                CheckKind::Tcp => health.lines.reach(&endpoint.site, check.timeout).await,
-                CheckKind::Ping => health.lines.ping(&endpoint.site).await,
+                CheckKind::Tcp => health.connector.reach(&endpoint.site, check.timeout).await,
+                CheckKind::Ping => health.connector.ping(&endpoint.site).await,
             }
         };
         let found = timeout(check.timeout, asked).await.unwrap_or_else(|_| {
-            Err(Check::Failed(format!("no answer to a health check within {:?}", check.timeout)))
+            Err(CheckError::Failed(format!("no answer to a health check within {:?}", check.timeout)))
         });
         match found {
             Ok(()) => {
@@ -190,8 +174,8 @@ async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>
                     tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "healthy");
                 }
             }
-            Err(Check::Impossible) => {}
-            Err(Check::Failed(why)) => {
+            Err(CheckError::Inconclusive) => {}
+            Err(CheckError::Failed(why)) => {
                 (good, bad) = (0, bad.saturating_add(1));
                 endpoint.note(&why);
                 if !endpoint.is_unhealthy() && bad >= check.unhealthy_threshold.get() {
@@ -200,20 +184,6 @@ async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>
                 }
             }
         }
-    }
-}
-
-/// Why a check did not succeed.
-pub enum Check {
-    /// The endpoint's fault, or the network's.
-    Failed(String),
-    /// At a limit of ours: nothing is known.
-    Impossible,
-}
-
-impl From<ConnectError> for Check {
-    fn from(e: ConnectError) -> Self {
-        if e.is_ours() { Self::Impossible } else { Self::Failed(e.to_string()) }
     }
 }
 

@@ -1,9 +1,6 @@
-//! How much one upstream gets from one worker.
-//!
-//! Enters: a limit. Leaves: places, each given back when it is dropped. Invariant: never more are out than the
-//! limit. It never waits for one: what is over the limit is refused at once.
+//! How much one upstream gets from one worker. What is over a limit is refused at once: nobody waits for a permit.
 
-use std::{cell::Cell, fmt, rc::Rc};
+use std::fmt;
 
 use crate::config;
 
@@ -51,46 +48,11 @@ impl fmt::Display for Limited {
     }
 }
 
-/// Counts places.
-#[derive(Clone, Debug, Default)]
-pub struct Count(Rc<Cell<usize>>);
-
-/// A place.
-#[derive(Debug)]
-pub struct Taken(Rc<Cell<usize>>);
-
-impl Count {
-    /// One more place, unless `most` are out.
-    pub fn take(&self, most: usize) -> Option<Taken> {
-        let out = self.0.get();
-        (out < most).then(|| {
-            self.0.set(out + 1);
-            Taken(Rc::clone(&self.0))
-        })
-    }
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroUsize;
 
     use super::*;
-
-    #[test]
-    fn never_more_places_are_out_than_the_limit_and_those_given_back_are_taken_again() {
-        let count = Count::default();
-        let one = count.take(2).unwrap();
-        let _two = count.take(2).unwrap();
-        assert!(count.take(2).is_none());
-        drop(one);
-        assert!(count.take(2).is_some() && count.take(0).is_none());
-    }
 
     #[test]
     fn workers_share_a_limit_rounded_up_and_none_stays_none() {

@@ -1,10 +1,15 @@
-//! Sink 2: a CONNECT stream through an upstream.
+//! Sink 2: a CONNECT stream through an upstream: which endpoint, over which connection, and what goes wrong on the way.
 //!
-//! Enters: a flow's target and what is known of its client. Leaves: an HTTP/2 stream, or an HTTP/1
-//! connection, whose far end has reached the target. Invariant: none is handed out before its 2xx; a refusal says who refused and
-//! why. It never relays.
+//! A flow asks an [`Upstream`] for a stream. That picks an endpoint (`endpoints`, `pick`, `health`), has its [`connector`]
+//! check out a connection there (`pool`), and opens the stream on it (`connection`, which `h1` and `h2` implement). A
+//! connection is made over a socket or over a stream of another upstream (`connect`, `underlay`).
+//!
+//! # Invariants
+//! - No stream is handed out before its 2xx; a refusal says who refused and why.
 
 pub mod connect;
+pub mod connection;
+pub mod connector;
 pub mod discovery;
 pub mod endpoints;
 mod error;
@@ -15,17 +20,19 @@ pub mod headers;
 pub mod health;
 pub mod in_process;
 pub mod limit;
-mod lines;
-pub mod nested;
 pub mod open;
+pub mod permit;
 pub mod pick;
 pub mod pool;
+pub mod settings;
+mod signal;
+pub mod stream;
+pub mod underlay;
 pub mod upstreams;
 
-#[cfg(test)]
-mod tests;
-
-pub use error::TunnelError;
+pub use error::{CheckError, ConnectError, TunnelError};
 pub use in_process::InProcessUpstream;
-pub use open::{Leg, Settings, Stream, Tls, Upstream};
+pub use open::Upstream;
+pub use settings::{PoolSettings, UpstreamSettings, UpstreamTls};
+pub use stream::Stream;
 pub use upstreams::{Next, Upstreams};

@@ -1,13 +1,11 @@
-//! Which endpoint, and which of its connections: the choices that every new stream waits for.
-//!
-//! Enters: how busy each is. Leaves: which is next. Invariant: pure; whoever asks does the counting. It never
-//! opens a connection.
+//! Which endpoint, and which of its connections: the choices that every new stream waits for, as pure functions of how busy each
+//! is.
 
 use std::net::IpAddr;
 
 use crate::{config::Balance, model::flow::Target};
 
-/// A new connection is opened when fewer than one place in this many is free.
+/// A new connection is opened when fewer than one stream in this many is free.
 const HEADROOM: usize = 10;
 
 /// The order in which endpoints are tried.
@@ -105,12 +103,12 @@ pub fn mix(z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The first connection with a free place: those that are not needed become idle.
+/// The first connection with a free stream: those that are not needed become idle.
 pub fn with_room<T>(connections: &[T], free: impl Fn(&T) -> usize) -> Option<&T> {
     connections.iter().find(|c| free(c) > 0)
 }
 
-/// Whether it is time to open the next connection: fewer places are free than one connection's share.
+/// Whether it is time to open the next connection: fewer streams are free than one connection's share.
 pub fn is_nearly_full<T>(connections: &[T], free: impl Fn(&T) -> usize, limit: impl Fn(&T) -> usize) -> bool {
     let most = connections.iter().map(limit).max().unwrap_or(0);
     connections.iter().map(free).sum::<usize>() < most / HEADROOM
@@ -233,7 +231,7 @@ mod tests {
         assert!(!is_nearly_full(&[0, 10], free, |_| 100));
         assert!(
             !is_nearly_full(&[5], free, |_| 5),
-            "a handful of places is no reason for another connection"
+            "a handful of streams is no reason for another connection"
         );
     }
 }

@@ -9,8 +9,9 @@ use std::{collections::HashMap, rc::Rc, sync::Arc};
 
 use super::{
     in_process::InProcessUpstream,
-    nested::Via,
-    open::{Settings, Upstream},
+    open::Upstream,
+    settings::UpstreamSettings,
+    underlay::{Underlay as _, Via},
 };
 use crate::model::names::UpstreamName;
 
@@ -23,7 +24,7 @@ pub enum Next<U> {
     InProcess(Arc<InProcessUpstream>),
 }
 
-impl Next<Settings> {
+impl Next<UpstreamSettings> {
     /// Its name.
     pub fn name(&self) -> &str {
         match self {
@@ -37,14 +38,14 @@ impl Next<Settings> {
 pub struct Upstreams(HashMap<UpstreamName, Made>);
 
 struct Made {
-    configured: Arc<Next<Settings>>,
+    configured: Arc<Next<UpstreamSettings>>,
     next: Next<Rc<Upstream>>,
 }
 
 impl Upstreams {
     /// Those that are `configured`. One that is in `before` by the same `Arc` is kept, with its connections and with those
     /// that it goes through; any other is made anew. No connection is opened.
-    pub fn new(configured: &[Arc<Next<Settings>>], before: Option<&Self>) -> Self {
+    pub fn new(configured: &[Arc<Next<UpstreamSettings>>], before: Option<&Self>) -> Self {
         let mut made = Self(HashMap::new());
         let mut left: Vec<_> = configured.iter().collect();
         // Whoever goes through another is made after it. Each round makes one at least, because the configuration admits no
@@ -56,7 +57,7 @@ impl Upstreams {
     }
 
     /// Whether it is made, which takes the one that it goes through.
-    fn make(&mut self, configured: &Arc<Next<Settings>>, before: Option<&Self>) -> bool {
+    fn make(&mut self, configured: &Arc<Next<UpstreamSettings>>, before: Option<&Self>) -> bool {
         let name = configured.name();
         let kept =
             before.and_then(|before| before.0.get(name)).filter(|b| Arc::ptr_eq(&b.configured, configured));
@@ -66,7 +67,7 @@ impl Upstreams {
             (None, Next::Tunnel(settings)) => {
                 let via = match settings.via.as_ref().map(|outer| self.get(outer)) {
                     None => None,
-                    Some(Some(Next::Tunnel(outer))) => Some(Via(Rc::clone(outer))),
+                    Some(Some(Next::Tunnel(outer))) => Some(Via::new(Rc::<Upstream>::clone(outer))),
                     Some(_) => return false,
                 };
                 Next::Tunnel(Rc::new(Upstream::new(settings.clone(), via)))

@@ -128,7 +128,7 @@ fn listen_at(addr: SocketAddr, mark: Option<Mark>) -> io::Result<Socket> {
     if let Some(mark) = mark {
         tcp::set_mark(&socket, mark)?;
     }
-    tcp::bequeath(&socket, OnClose::Abort)?;
+    tcp::set_inherited_options(&socket, OnClose::Abort)?;
     // Its connections inherit it (tcp_ca_openreq_child).
     socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
     socket.bind(&addr.into())?;

@@ -1,7 +1,7 @@
-//! What was pinned before a daemon put something of its own there.
+//! What was pinned before a daemon put something of its own there, and how it is put back.
 //!
-//! Enters: what is replaced, as it is replaced. Leaves: the same, put back. Invariant: the newest goes first, so that what
-//! stands in the end is what stood in the beginning. It never decides whether it is put back.
+//! # Invariants
+//! - The newest goes first, so that what stands in the end is what stood in the beginning.
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},

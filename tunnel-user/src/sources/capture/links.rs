@@ -1,8 +1,8 @@
 //! Pinned links: from the one that is there to the one that is wanted.
 //!
-//! Enters: a program, where it is to be attached, and where its link is pinned. Leaves: that program attached there, by a
-//! link that is pinned there. Invariant: at every moment one of the two links is attached and pinned, whoever is killed in
-//! between. It never detaches what nothing has replaced.
+//! # Invariants
+//! - At every moment one of the two links is attached and pinned, whoever is killed in between.
+//! - Nothing is detached that nothing has replaced.
 
 use std::{
     ffi::OsString,

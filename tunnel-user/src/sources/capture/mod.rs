@@ -1,8 +1,7 @@
-//! Source 1: connections of a control group that the kernel programs, or rules of the operator's, redirect to us.
+//! The capture source: connections of a control group that the kernel programs, or rules of the operator's, redirect to us.
 //!
-//! Enters: control groups and patterns. Leaves: accepted sockets with their original destinations.
-//! Invariant: what is captured and cannot be carried is reset, never passed on as something else. It
-//! never decides where a flow goes.
+//! # Invariants
+//! - What is captured and cannot be carried is reset, never passed on as something else.
 
 pub mod accept;
 mod before;

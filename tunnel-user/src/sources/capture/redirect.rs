@@ -1,8 +1,8 @@
-//! Connections that a rule of the operator's redirected: where they wanted to go, conntrack knows.
+//! Connections that a rule of the operator's redirected: conntrack knows where they wanted to go.
 //!
-//! Enters: an accepted socket. Leaves: the address its application asked for. Invariant: a connection that
-//! nobody redirected, or that wanted to come to us, is no flow: it would come back for ever. It never
-//! changes a rule.
+//! # Invariants
+//! - A connection that nobody redirected, or whose destination is one of our own listeners, is no flow: it would come back for
+//!   ever.
 
 use std::{io, net::SocketAddr};
 

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     model::flow::Target,
-    relay::{IntoLeg, Queue, broken},
+    relay::{IntoLeg, Queue},
     sources::{self, Answer, PendingRequest},
     transport::{
         h1::{HeadError, ReadError, no_fields, read_head},
@@ -80,7 +80,7 @@ impl<W: IntoLeg + 'static> PendingRequest for Pending<W> {
     type Leg = W::Leg;
 
     async fn left(&mut self) {
-        broken(self.wire.tcp()).await;
+        self.wire.failed().await;
     }
 
     async fn accept(mut self) -> Option<(W::Leg, Queue)> {
@@ -88,7 +88,7 @@ impl<W: IntoLeg + 'static> PendingRequest for Pending<W> {
         timeout(LINGER, write(&mut self.wire, b"HTTP/1.1 200 OK\r\n\r\n")).await.ok()?.ok()?;
         let mut early = Queue::default();
         early.push(self.early);
-        Some((self.wire.into_leg(), early))
+        Some((self.wire.into_leg(0), early))
     }
 
     /// Closes the connection so that the peer can read the answer.

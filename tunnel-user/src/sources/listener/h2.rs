@@ -26,13 +26,12 @@ use super::{
 use crate::{
     identity::verify::explain,
     process::drain::{Tasks, Watch},
-    relay::{Broken, Cause, H2Leg, Payload, Queue, Sender, Source, stream_broken},
+    relay::{Broken, Cause, EarlySource, H2Leg, Payload, Queue, Sender, stream_broken},
     sources::{self, Answer, PendingRequest},
     transport::{
         http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
-        io::{LastReader, Wire},
+        io::{Linger as _, Wire},
         pulse::{Event, Pulse},
-        tcp,
         window::{Share, Traffic, WINDOW_START, connection_window},
     },
 };
@@ -71,7 +70,7 @@ pub struct Pending {
 impl PendingRequest for Pending {
     type Leg = H2Leg;
 
-    fn early_data(&mut self) -> Option<&mut dyn Source> {
+    fn early_data(&mut self) -> Option<&mut dyn EarlySource> {
         Some(self)
     }
 
@@ -96,7 +95,7 @@ impl PendingRequest for Pending {
     }
 }
 
-impl Source for Pending {
+impl EarlySource for Pending {
     fn prefetches(&self) -> bool {
         true
     }
@@ -118,15 +117,14 @@ impl Source for Pending {
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
-pub struct Tunnel<W> {
+pub struct Tunnel<W: Wire> {
     connection: Connection<W, Payload>,
-    last: LastReader,
+    last: W::Last,
 }
 
 /// Shakes hands on HTTP/2. The caller bounds the time.
 pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
-    let last = LastReader::new(wire.tcp())?;
-    tcp::share(wire.tcp());
+    let last = wire.share()?;
     let connection = h2::server::Builder::new()
         .initial_window_size(WINDOW_START)
         .initial_connection_window_size(connection_window(settings.max_streams))

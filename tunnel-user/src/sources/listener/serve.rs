@@ -115,3 +115,132 @@ async fn serve_h1<H: FlowHandler, W: IntoLeg + 'static>(
     link.request.hold(permit);
     handler.carry(client, link).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        cell::{Cell, RefCell},
+        future::Future,
+        time::Duration,
+    };
+
+    use http::{Method, Request, Response};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        task::{LocalSet, spawn_local},
+        time::timeout,
+    };
+
+    use super::*;
+    use crate::{
+        config::Protocol,
+        model::flow::ClientAddr,
+        process::drain::{self, Phase},
+        sources::{Answer, Incoming, Peer, PendingRequest},
+    };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// Refuses every request, and notes what was asked for.
+    #[derive(Default)]
+    struct Refuser {
+        targets: RefCell<Vec<String>>,
+        rejected: Cell<usize>,
+    }
+
+    struct Forbidden;
+
+    impl Answer for Forbidden {
+        fn response(&self) -> Response<()> {
+            let mut response = Response::new(());
+            *response.status_mut() = http::StatusCode::FORBIDDEN;
+            response
+        }
+    }
+
+    impl FlowHandler for Refuser {
+        type Client = ClientAddr;
+
+        fn captured(&self, _source: &Rc<SourceHandle>, addr: ClientAddr) -> ClientAddr {
+            addr
+        }
+
+        fn peer(&self, _source: &Rc<SourceHandle>, peer: Peer) -> ClientAddr {
+            peer.client
+        }
+
+        fn carry<P: PendingRequest>(
+            self: Rc<Self>,
+            _client: ClientAddr,
+            incoming: Incoming<P>,
+        ) -> impl Future<Output = ()> + 'static {
+            async move {
+                let asked = incoming.target.map_or_else(|e| e.error.to_string(), |target| target.to_string());
+                self.targets.borrow_mut().push(asked);
+                incoming.request.refuse(&Forbidden).await;
+            }
+        }
+
+        fn record(&self, event: Event<'_>) {
+            if let Event::PeerRejected { .. } = event {
+                self.rejected.set(self.rejected.get() + 1);
+            }
+        }
+    }
+
+    async fn status_over_h2(addr: SocketAddr, target: &'static str) -> u16 {
+        let stream = TcpStream::connect(addr).await.unwrap();
+        let (requests, connection) = ::h2::client::handshake(stream).await.unwrap();
+        let driving = spawn_local(connection);
+        let mut requests = requests.ready().await.unwrap();
+        let request = Request::builder().method(Method::CONNECT).uri(target).body(()).unwrap();
+        let (response, _body) = requests.send_request(request, false).unwrap();
+        let status = response.await.unwrap().status().as_u16();
+        driving.abort();
+        status
+    }
+
+    async fn said_over_h1(addr: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(addr).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.unwrap();
+        said
+    }
+
+    #[test]
+    fn a_handler_answers_a_request_the_same_way_whatever_protocol_it_came_by() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let test = async {
+            let settings = Arc::new(Settings {
+                proxy_protocol: false,
+                tls: None,
+                protocols: vec![Protocol::H2, Protocol::H1],
+                handshake_timeout: PATIENCE,
+                max_streams: 10,
+                keepalive_interval: PATIENCE,
+                keepalive_timeout: PATIENCE,
+            });
+            let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let addr = socket.local_addr().unwrap();
+            let (trigger, watch) = drain::channel();
+            let source = Rc::new(SourceHandle::new(None, None, watch));
+            let (handler, tasks) = (Rc::new(Refuser::default()), Rc::new(Tasks::default()));
+            let serving =
+                spawn_local(serve(Rc::clone(&handler), socket, settings, source, Rc::clone(&tasks)));
+            assert_eq!(status_over_h2(addr, "a.example:1").await, 403);
+            let said = said_over_h1(addr, "CONNECT b.example:2 HTTP/1.1\r\n\r\n").await;
+            assert!(said.starts_with("HTTP/1.1 403 "), "{said}");
+            assert!(said_over_h1(addr, "GET / HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 403 "));
+            // Nothing is asked for: that is no flow.
+            assert_eq!(said_over_h1(addr, "CONNECT c.exam").await, "");
+            trigger.enter(Phase::Drain);
+            serving.await.unwrap();
+            tasks.ended().await;
+            assert_eq!(*handler.targets.borrow(), ["a.example:1", "b.example:2", "GET is not CONNECT"]);
+            assert_eq!(handler.rejected.get(), 1);
+        };
+        LocalSet::new().block_on(&runtime, async { timeout(PATIENCE, test).await.expect("in time") });
+    }
+}

@@ -1,7 +1,6 @@
-//! What two reports do not have in common.
+//! What two reports do not have in common: a line for each thing that differs and is not a measurement.
 //!
-//! Enters: two reports. Leaves: a line for each thing that differs and is not a measurement. It never decides
-//! whether the comparison is worth anything: a new version of the program is what most are made for.
+//! It is not decided whether the comparison is worth anything: a new version of the program is what most are made for.
 
 use std::collections::BTreeSet;
 

@@ -1,8 +1,10 @@
 //! Whether anything has changed between two reports.
 //!
-//! Enters: two reports. Leaves: for each metric that both have, what it was, what it is, and a [`Verdict`].
-//! Invariant: fewer than [`FEWEST`] runs give no verdict; a report compared with itself has not changed. It
-//! never calls a change what the spread of the runs explains.
+//! For each metric that both have: what it was, what it is, and a [`Verdict`].
+//!
+//! # Invariants
+//! - Fewer than [`FEWEST`] runs give no verdict, and a report compared with itself has not changed.
+//! - What the spread of the runs explains is no change.
 //!
 //! # What is compared
 //! The first arm of a scenario by its values; every other arm by its ratios to the first, each of two runs of
@@ -33,11 +35,14 @@
 //!
 //! What no number of runs can show is that a machine was another one on that day: hence the warnings.
 
+pub use beside::beside;
+
 use crate::bench::{
     model::{Arm, Report, Scenario, Task},
     stats::{Better, Metric, Summary},
 };
 
+mod beside;
 mod conditions;
 mod text;
 
@@ -130,19 +135,12 @@ pub fn compare(old: &Report, new: &Report) -> Comparison {
             }
         }
     }
-    changes.sort_by(|a, b| {
-        (a.verdict.rank(), b.significance)
-            .partial_cmp(&(b.verdict.rank(), a.significance))
-            .unwrap_or(std::cmp::Ordering::Equal)
-    });
     let (removed, added) = conditions::only_in_one(old, new);
     Comparison {
-        old: old.taken.clone(),
-        new: new.taken.clone(),
         warnings: conditions::warnings(old, new),
-        changes,
         added,
         removed,
+        ..Comparison::sorted(old.taken.clone(), new.taken.clone(), changes)
     }
 }
 
@@ -210,6 +208,16 @@ fn deviate(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl Comparison {
+    /// Of these changes, the most certain first.
+    fn sorted(old: String, new: String, mut changes: Vec<Change>) -> Self {
+        changes.sort_by(|a, b| {
+            (a.verdict.rank(), b.significance)
+                .partial_cmp(&(b.verdict.rank(), a.significance))
+                .unwrap_or(std::cmp::Ordering::Equal)
+        });
+        Self { old, new, warnings: Vec::new(), changes, added: Vec::new(), removed: Vec::new() }
+    }
+
     /// How many metrics have this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.changes.iter().filter(|change| change.verdict == verdict).count()

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::bench::{
-    model::Role,
+    model::{Cell, Role},
+    plan::OTHER,
     report::fixture::{self, Made},
 };
 
@@ -130,4 +131,32 @@ fn ranks_of_apart_and_of_mixed_samples() {
     assert!(deviate(&low, &high) > DEVIATES, "seven runs on each side can be told apart");
     assert_eq!(deviate(&low, &low), 0.0);
     assert_eq!(deviate(&[], &low), 0.0);
+}
+
+/// Every arm of a report once more as the other build's, with runs of its own.
+fn with_twins(seed: u64, noise: f64, slower: f64) -> Report {
+    let mut report = Made::new(seed, noise, 11).slower("ours", slower).report();
+    let others = Made::new(seed ^ 0x5555, noise, 11).report();
+    for (scenario, other) in report.scenarios.iter_mut().zip(others.scenarios) {
+        let twin = |name: &str| format!("{name}{OTHER}");
+        scenario.arms.extend(other.arms.into_iter().map(|arm| Arm { name: twin(&arm.name), ..arm }));
+        scenario.cells.extend(other.cells.into_iter().map(|cell| Cell { arm: twin(&cell.arm), ..cell }));
+    }
+    report
+}
+
+#[test]
+fn builds_that_took_turns_differ_only_where_one_is_slower() {
+    let same = beside(&with_twins(3, 0.05, 1.0));
+    assert!(
+        same.changes.len() > 300 && moved(&same).len() <= same.changes.len() / 25,
+        "{}",
+        same.text(false)
+    );
+    let slower = beside(&with_twins(3, 0.02, 1.3));
+    let latency = |c: &&&Change| (c.arm.as_str(), c.metric) == ("ours", Metric::P50) && c.scenario == "chain";
+    let all = moved(&slower);
+    let found: Vec<_> = all.iter().filter(latency).collect();
+    assert!(!found.is_empty() && found.iter().all(|c| c.verdict == Verdict::Worse), "{}", slower.text(false));
+    assert!(slower.text(false).contains("in turns"));
 }

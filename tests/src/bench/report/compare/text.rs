@@ -1,6 +1,4 @@
-//! A comparison for a terminal.
-//!
-//! Enters: a comparison. Leaves: lines, what it comes to first.
+//! A comparison for a terminal, its result first.
 
 use super::{Basis, Change, Comparison, FEWEST, Verdict};
 use crate::bench::report::{
@@ -18,13 +16,28 @@ const HOW: [&str; 6] = [
     "called changed all the same.",
 ];
 
+const IN_TURNS: [&str; 6] = [
+    "old is the other build. A change is the median of the ratios of two runs in the same round, one of",
+    "each build, less 1.",
+    "",
+    "Noise: 3 standard errors of that median (from the quartiles), at least 2 %; ranks have to agree",
+    "(Mann-Whitney). Of hundreds of metrics that did not change, about one in 500 is called changed all",
+    "the same.",
+];
+
 impl Comparison {
     /// The summary, what makes the two hard to compare, and every metric, the most certain change first.
     pub fn text(&self, colour: bool) -> String {
         let ink = Ink(colour);
         let mut out = String::new();
         line(&mut out, &ink.bold(&self.summary()));
-        line(&mut out, &ink.dim(&format!("from {} to {}", plain(&self.old), plain(&self.new))));
+        let turns = self.old == self.new;
+        let when = if turns {
+            format!("two builds in turns, {}", plain(&self.new))
+        } else {
+            format!("from {} to {}", plain(&self.old), plain(&self.new))
+        };
+        line(&mut out, &ink.dim(&when));
         if !self.warnings.is_empty() {
             line(&mut out, "");
             line(&mut out, &ink.red("The two were not taken under the same conditions:"));
@@ -42,7 +55,7 @@ impl Comparison {
             }
         }
         line(&mut out, "");
-        for text in HOW {
+        for text in if turns { IN_TURNS } else { HOW } {
             line(&mut out, &ink.dim(text));
         }
         self.rows(&mut out, ink);

@@ -1,7 +1,10 @@
 //! A report as a page.
 //!
-//! Enters: a report and its plots. Leaves: one file that needs no other and no network. Invariant: whatever
-//! is from the report goes through [`escape`]; it never has a script.
+//! One file that needs no other and no network.
+//!
+//! # Invariants
+//! - Whatever is from the report goes through [`escape`].
+//! - There is no script.
 
 use std::fmt::{self, Write as _};
 

@@ -1,7 +1,9 @@
 //! Bars: throughput, and what it costs in processor time.
 //!
-//! Enters: a scenario. Leaves: a panel per workload with a bar per arm from 0, its value beside it.
-//! Invariant: panels share their scale where the subtitle does not say otherwise.
+//! A panel per workload with a bar per arm from 0, its value beside it. Panels share their scale where the subtitle does not
+//! say otherwise.
+
+use plotters::prelude::*;
 
 use crate::{
     bench::{
@@ -14,19 +16,20 @@ use crate::{
 
 use super::{
     Plot,
-    looks::{Look, Looks, drawn},
+    looks::{ENDS, INK, Look, Looks, Mark, SOFT, drawn},
     panel_title, ran,
     scale::Scale,
-    sheet::{MARGIN, Sheet, WIDTH},
-    svg::{Anchor, GRID, INK, Mark, Paint, SOFT, Svg, fitting, text_width},
+    sheet::{self, Area, Chart, Drawn, Sheet, WIDTH, label, mark, panel, stroke, text_width, widest},
     titled,
 };
 
-const ROW: f64 = 21.0;
-const BAR: f64 = 13.0;
+/// The height of a row, and of what is above and below the rows.
+const ROW: u32 = 21;
+const AROUND: u32 = 78;
+/// The share of a row that is its bar, above and below the middle.
+const BAR: f64 = 0.31;
 /// Beside the longest bar, for its value.
-const VALUE: f64 = 46.0;
-const GAP: f64 = 18.0;
+const VALUE: u32 = 46;
 
 /// What processor time is divided by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,11 +110,11 @@ pub(super) fn throughput(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
         about.push_str(" Rings: iperf3 on the same way, the outside witness.");
     }
     let grid = Grid { scenario, looks, arms, columns, panels, unit: "Gbit/s", shared: true };
-    let mut sheet = Sheet::new(&title, &about);
-    grid.draw(&mut sheet);
+    let sheet = Sheet { title: &title, about: &about, key: Vec::new() };
+    let svg = grid.draw(&sheet);
     let caption = "Payload as the receiving application counts it; what TLS, HTTP/2 and TCP add is not in \
                    it. All parts of an arm, both ends included, share the machine's processors.";
-    Some(Plot::new(scenario, "throughput", title, caption.to_owned(), sheet.finish()))
+    Some(Plot::new(scenario, "throughput", title, caption.to_owned(), svg))
 }
 
 /// By the part that used it.
@@ -157,15 +160,15 @@ pub(super) fn cpu(scenario: &Scenario, looks: &Looks, per: Per) -> Option<Plot> 
     );
     // Two titles side by side have to be legible; a third of the sheet is enough for most.
     let widest = panels.iter().map(|panel| text_width(&panel.title)).fold(0.0, f64::max);
-    let columns = if panels.len() > 4 && widest < WIDTH / 3.6 { 3 } else { panels.len().min(2) };
+    let columns = if panels.len() > 4 && widest < f64::from(WIDTH) / 3.6 { 3 } else { panels.len().min(2) };
     let grid = Grid { scenario, looks, arms, columns, panels, unit, shared };
-    let mut sheet = Sheet::new(&title, &about);
-    parts(&mut sheet, &grid);
-    grid.draw(&mut sheet);
+    let about = format!("{about} {}", parts(&grid));
+    let sheet = Sheet { title: &title, about: &about, key: Vec::new() };
+    let svg = grid.draw(&sheet);
     let caption = "What the application (client), the proxies and the server used, stacked in the order in \
                    which a byte meets them. What the kernel does for packets outside of any process is in \
                    none of them.";
-    Some(Plot::new(scenario, name, title, caption.to_owned(), sheet.finish()))
+    Some(Plot::new(scenario, name, title, caption.to_owned(), svg))
 }
 
 fn arms(scenario: &Scenario) -> Vec<&Arm> {
@@ -181,130 +184,81 @@ fn part(runs: &[Run], role: Role, metric: Metric) -> Option<f64> {
     Summary::new(alone).map(|summary| summary.median)
 }
 
-/// How dark a part is: the proxies are in their arm's colour, both ends of it in grey.
-fn shade(role: Option<Role>, look: Look) -> (Paint, f64) {
+/// A part's colour: the proxies are in their arm's, both ends of it in grey.
+fn shade(role: Option<Role>, look: Look) -> RGBAColor {
     match role {
-        None => (look.paint, 0.85),
-        Some(Role::Client) => (SOFT, 0.5),
-        Some(Role::Near) => (look.paint, 1.0),
-        Some(Role::Far) => (look.paint, 0.55),
-        Some(Role::Server) => (SOFT, 0.28),
+        None => look.color.mix(0.85),
+        Some(Role::Client) => ENDS[0].mix(1.0),
+        Some(Role::Near) => look.color.mix(1.0),
+        Some(Role::Far) => look.color.mix(0.55),
+        Some(Role::Server) => ENDS[1].mix(1.0),
     }
 }
 
-/// The key of parts, in the order in which they are stacked; the proxies' in the colour of each arm that has
-/// some.
-fn parts(sheet: &mut Sheet, grid: &Grid<'_>) {
-    const SIDE: f64 = 12.0;
-    sheet.y += 12.0;
-    let mut x = MARGIN;
-    let y = sheet.y;
-    for role in Role::ALL {
-        let runs = |arm: &&&Arm| {
-            let cells = grid.scenario.cells.iter().filter(|cell| cell.arm == arm.name);
-            cells.flat_map(|cell| &cell.runs).any(|run| run.cpu.contains_key(&role))
-        };
-        let mut shades: Vec<(Paint, f64)> = Vec::new();
-        for arm in grid.arms.iter().filter(runs) {
-            let shade = shade(Some(role), grid.looks.of(grid.scenario, arm));
-            if !shades.contains(&shade) {
-                shades.push(shade);
-            }
-        }
-        if shades.is_empty() {
-            continue;
-        }
-        for (paint, opacity) in shades {
-            sheet.svg.paint(paint, |svg| svg.bar((x, y - 10.0), (SIDE, SIDE), opacity));
-            x += SIDE;
-        }
-        let text = role.to_string();
-        sheet.svg.paint(INK, |svg| svg.text(x + 6.0, y, Anchor::Start, &text));
-        x += 6.0 + text_width(&text) + 18.0;
-    }
-    sheet.y += 8.0;
+/// What the pieces of a bar are, of those that there are.
+fn parts(grid: &Grid<'_>) -> String {
+    let used = |role: &Role| {
+        let cells = || grid.scenario.cells.iter().flat_map(|cell| &cell.runs);
+        cells().any(|run| run.cpu.contains_key(role))
+    };
+    let names = Role::ALL.into_iter().filter(used).map(|role| match role {
+        Role::Client | Role::Server => format!("{role} (grey)"),
+        Role::Near => format!("{role} (colour)"),
+        Role::Far => format!("{role} (light)"),
+    });
+    format!("Pieces, from the left: {}.", names.collect::<Vec<_>>().join(", "))
 }
 
 impl Grid<'_> {
-    fn draw(&self, sheet: &mut Sheet) {
+    fn draw(&self, sheet: &Sheet<'_>) -> String {
+        let shared = scale(&self.panels);
+        let height = ROW * u32::try_from(self.arms.len()).unwrap_or(u32::MAX) + AROUND;
+        let grid = sheet::Grid { columns: self.columns, panels: self.panels.len(), height };
+        sheet.draw(grid, |index, area| {
+            let panel = &self.panels[index];
+            let own = || scale(std::slice::from_ref(panel));
+            self.panel(area, panel, if self.shared { shared.clone() } else { own() })
+        })
+    }
+
+    fn panel(&self, area: &Area<'_>, bars: &Bars, scale: Scale) -> Drawn {
         let names: Vec<String> = self.arms.iter().map(|arm| plain(&arm.name)).collect();
-        let name_room = names.iter().map(|name| text_width(name)).fold(0.0, f64::max) + 10.0;
-        let columns = self.columns as f64;
-        let wide = (WIDTH - 2.0 * MARGIN - name_room - GAP * (columns - 1.0)) / columns - VALUE;
-        let all = |panels: &[Bars]| -> Scale {
-            Scale::from_zero(panels.iter().flat_map(|p| p.bars.iter().flatten()).flat_map(|bar| {
-                let pieces: f64 = bar.pieces.iter().map(|(_, v)| v).sum();
-                [bar.total.q3, pieces, bar.witness.unwrap_or(0.0)]
-            }))
-        };
-        let shared = all(&self.panels);
-        for row in self.panels.chunks(self.columns) {
-            let top = sheet.y + 36.0;
-            for (index, name) in names.iter().enumerate() {
-                let y = top + ROW * (index as f64 + 0.5);
-                sheet.svg.paint(INK, |svg| svg.text(MARGIN + name_room - 8.0, y + 4.3, Anchor::End, name));
+        let left = widest(names.iter().map(String::as_str)) + 12;
+        let axis = (scale.about(4), self.unit);
+        let mut chart = panel(area, &bars.title, axis, (Scale::rows(names), ""), (left, VALUE))?;
+        for (index, (arm, bar)) in self.arms.iter().zip(&bars.bars).enumerate() {
+            let middle = index as f64 + 0.5;
+            match bar {
+                Some(bar) => self.bar(&mut chart, arm, bar, middle)?,
+                None => label(&mut chart, (0.0, middle), "not measured", SOFT)?,
             }
-            for (column, panel) in row.iter().enumerate() {
-                let left = MARGIN + name_room + (wide + VALUE + GAP) * column as f64;
-                let scale = if self.shared { shared } else { all(std::slice::from_ref(panel)) };
-                self.panel(&mut sheet.svg, panel, scale, (left, top), wide);
-            }
-            sheet.y = top + ROW * names.len() as f64 + 26.0;
         }
+        Ok(())
     }
 
-    fn panel(&self, svg: &mut Svg, panel: &Bars, scale: Scale, (left, top): (f64, f64), wide: f64) {
-        let bottom = top + ROW * self.arms.len() as f64;
-        let place = |value: f64| left + scale.at(value) * wide;
-        svg.paint(INK, |svg| svg.bold(left, top - 9.0, 13.0, &fitting(&panel.title, wide + VALUE)));
-        let ticks = scale.ticks(4);
-        svg.paint(GRID, |svg| {
-            for (value, _) in &ticks {
-                svg.line((place(*value), top), (place(*value), bottom + 4.0), 1.0);
-            }
-        });
-        svg.paint(SOFT, |svg| {
-            for (index, (value, label)) in ticks.iter().enumerate() {
-                let text =
-                    if index + 1 == ticks.len() { format!("{label} {}", self.unit) } else { label.clone() };
-                // The unit hangs over to the right, the number stays under its line.
-                let shift = text_width(label) / 2.0;
-                svg.text(place(*value) - shift, bottom + 18.0, Anchor::Start, &text);
-            }
-        });
-        for (index, (arm, bar)) in self.arms.iter().zip(&panel.bars).enumerate() {
-            let middle = top + ROW * (index as f64 + 0.5);
-            let Some(bar) = bar else {
-                svg.paint(SOFT, |svg| svg.text(left + 4.0, middle + 4.3, Anchor::Start, "not measured"));
-                continue;
-            };
-            self.bar(svg, arm, bar, middle, &place);
-        }
-    }
-
-    fn bar(&self, svg: &mut Svg, arm: &Arm, bar: &Bar, middle: f64, place: &dyn Fn(f64) -> f64) {
+    fn bar(&self, chart: &mut Chart<'_, '_>, arm: &Arm, bar: &Bar, middle: f64) -> Drawn {
         let look = self.looks.of(self.scenario, arm);
         let mut from = 0.0;
         for (role, value) in &bar.pieces {
-            let (paint, opacity) = shade(*role, look);
-            let to = from + value;
-            let size = (place(to) - place(from), BAR);
-            svg.paint(paint, |svg| svg.bar((place(from), middle - BAR / 2.0), size, opacity));
-            from = to;
+            let corners = [(from, middle - BAR), (from + value, middle + BAR)];
+            chart.draw_series([Rectangle::new(corners, shade(*role, look).filled())])?;
+            from += value;
         }
-        let (q1, q3) = (place(bar.total.q1), place(bar.total.q3));
-        svg.paint(INK, |svg| {
-            svg.line((q1, middle), (q3, middle), 1.4);
-            // Closer together, the ends would be a blot.
-            for end in [q1, q3].into_iter().filter(|_| q3 - q1 > 3.0) {
-                svg.line((end, middle - 3.0), (end, middle + 3.0), 1.4);
-            }
-        });
-        let mut end = q3.max(place(from));
+        let Summary { q1, q3, .. } = bar.total;
+        chart.draw_series([PathElement::new([(q1, middle), (q3, middle)], stroke(INK, 1.4))])?;
+        let mut end = q3.max(from);
         if let Some(witness) = bar.witness {
-            svg.paint(INK, |svg| svg.mark(place(witness), middle, Mark::Circle, true));
-            end = end.max(place(witness) + 5.0);
+            let ring = Look { color: INK, mark: Mark::Circle, hollow: true };
+            chart.draw_series([mark((witness, middle), ring)])?;
+            end = end.max(witness);
         }
-        svg.paint(INK, |svg| svg.text(end + 6.0, middle + 4.3, Anchor::Start, &number(bar.total.median)));
+        label(chart, (end, middle), &number(bar.total.median), INK)
     }
+}
+
+fn scale(panels: &[Bars]) -> Scale {
+    Scale::from_zero(panels.iter().flat_map(|p| p.bars.iter().flatten()).flat_map(|bar| {
+        let pieces: f64 = bar.pieces.iter().map(|(_, v)| v).sum();
+        [bar.total.q3, pieces, bar.witness.unwrap_or(0.0)]
+    }))
 }

@@ -1,8 +1,6 @@
 //! Latency by percentile.
 //!
-//! Enters: the curves of a scenario's runs. Leaves: a panel per workload, a line per arm: at each percentile
-//! the median over rounds, and the middle half of them as a band. Invariant: a line ends where fewer than
-//! [`BEYOND`] measurements lie beyond it.
+//! A panel per workload, a line per arm. A line ends where fewer than [`BEYOND`] measurements lie beyond it.
 
 use crate::{
     bench::{
@@ -15,11 +13,11 @@ use crate::{
 
 use super::{
     Plot,
+    lines::{self, Lines, Series},
     looks::{Looks, drawn},
-    panel::{Axis, FOOT, Panel, Series},
     panel_title, ran,
     scale::{Kind, Scale, nines},
-    sheet::{MARGIN, Sheet, WIDTH},
+    sheet::Sheet,
     titled,
 };
 
@@ -29,54 +27,34 @@ const BEYOND: f64 = 10.0;
 const POINTS: u32 = 8;
 /// More nines than that no benchmark of seconds measures.
 const MOST: u32 = 5;
-const HEIGHT: f64 = 210.0;
-const TICKS: f64 = 52.0;
 
 pub(super) fn plot(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
     let arms: Vec<_> = drawn(scenario).into_iter().filter(|arm| ran(scenario, &arm.name)).collect();
-    let mut panels: Vec<(String, Vec<Series>)> = Vec::new();
-    for task in &scenario.workloads {
+    let panels = scenario.workloads.iter().filter_map(|task| {
         let series = arms.iter().filter_map(|arm| {
             let points = merged(scenario.runs(&arm.name, &task.name));
             let label = plain(&arm.name);
             (points.len() > 1).then(|| Series { look: looks.of(scenario, arm), label, points, marked: false })
         });
         let series: Vec<Series> = series.collect();
-        if !series.is_empty() {
-            panels.push((panel_title(task), series));
-        }
-    }
+        let last = series.iter().filter_map(|one| one.points.last()).map(|(q, _)| *q).fold(0.0, f64::max);
+        let y = Scale::around(series.iter().flat_map(|one| one.points.iter().map(|(_, s)| s.median)));
+        let x = Scale::new(Kind::Nines, 0.0, last);
+        (!series.is_empty()).then(|| Lines { title: panel_title(task), series, x, y })
+    });
+    let panels: Vec<Lines> = panels.collect();
     if panels.is_empty() {
         return None;
     }
     let title = titled(scenario, "latency by percentile");
     let about = "Microseconds, logarithmic; lower is better. Lines: median over rounds at each percentile; \
                  bands: the middle half of rounds. Each panel has its own scale.";
-    let mut sheet = Sheet::new(&title, about);
-    sheet.arms(scenario, looks, &arms);
-    let columns = panels.len().min(2);
-    let room = Panel::label_room(panels.iter().flat_map(|(_, all)| all.iter().map(|one| one.label.as_str())));
-    let cell = (WIDTH - 2.0 * MARGIN) / columns as f64;
-    for row in panels.chunks(columns) {
-        let top = sheet.y + 50.0;
-        for (column, (name, series)) in row.iter().enumerate() {
-            let left = MARGIN + cell * column as f64 + TICKS;
-            let values = series.iter().flat_map(|one| one.points.iter().map(|(_, s)| s.median));
-            let y = Scale::around(values);
-            let last = series.iter().filter_map(|one| one.points.last()).map(|(q, _)| *q).fold(0.0, f64::max);
-            let x = Scale::new(Kind::Nines, 0.0, last);
-            let panel = Panel { left, top, width: cell - TICKS - room, height: HEIGHT, x, y };
-            let (below, beside) = (x.ticks(6), y.ticks(6));
-            let axes = [Axis { unit: "percentile", ticks: &below }, Axis { unit: "µs", ticks: &beside }];
-            panel.axes(&mut sheet.svg, name, axes);
-            panel.series(&mut sheet.svg, series);
-        }
-        sheet.y = top + HEIGHT + FOOT;
-    }
+    let sheet = Sheet::new(&title, about, scenario, looks, &arms);
+    let svg = lines::draw(&sheet, &panels, ["percentile", "µs"]);
     let caption = "The axis stretches towards 100 %, so that as much room is between \
                    90 and 99 as between 99 and 99.9. Where a line rises steeply, few are slow by \
                    much. A line ends where fewer than ten measurements lie beyond it.";
-    Some(Plot::new(scenario, "latency", title, caption.to_owned(), sheet.finish()))
+    Some(Plot::new(scenario, "latency", title, caption.to_owned(), svg))
 }
 
 /// Quantile by quantile, the median and quartiles over runs.

@@ -1,12 +1,12 @@
 //! What idle connections hold.
 //!
-//! Enters: a scenario's idle workloads. Leaves: a panel per place (the proxies, the kernel), a line per arm
-//! over the number of connections. Invariant: bytes are per connection, above what was held before they came.
+//! A panel per place (the proxies, the kernel), a line per arm over the number of connections. Bytes are per connection, above
+//! what was held before they came.
 
 use crate::{
     bench::{
         model::{Role, Scenario},
-        report::words::plain,
+        report::{number::tick, words::plain},
         stats::{Metric, Summary},
     },
     load::Workload,
@@ -14,16 +14,14 @@ use crate::{
 
 use super::{
     Plot,
+    lines::{self, Lines, Series},
     looks::{Looks, drawn},
-    panel::{Axis, FOOT, Panel, Series},
     ran,
     scale::{Kind, Scale, range},
-    sheet::{MARGIN, Sheet, WIDTH},
+    sheet::Sheet,
     titled,
 };
 
-const HEIGHT: f64 = 190.0;
-const TICKS: f64 = 44.0;
 const KIB: f64 = 1024.0;
 
 /// A panel each.
@@ -66,29 +64,18 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks) -> Option<Plot> {
     let about = "KiB per connection, by the number of connections, above what was held before they came; \
                  lower is better. Lines: median over rounds; bands: the middle half of them. Each panel has \
                  its own scale.";
-    let mut sheet = Sheet::new(&title, about);
-    sheet.arms(scenario, looks, &arms);
-    let room = Panel::label_room(panels.iter().flat_map(|(_, all)| all.iter().map(|one| one.label.as_str())));
-    let cell = (WIDTH - 2.0 * MARGIN) / 2.0;
-    let x = Scale::new(Kind::Log, fewest, most);
-    for row in panels.chunks(2) {
-        let top = sheet.y + 50.0;
-        for (column, (name, series)) in row.iter().enumerate() {
-            let left = MARGIN + cell * column as f64 + TICKS;
-            let values = series.iter().flat_map(|one| one.points.iter().flat_map(|(_, s)| [s.q1, s.q3]));
-            let y = Scale::from_zero(values);
-            let panel = Panel { left, top, width: cell - TICKS - room, height: HEIGHT, x, y };
-            let measured: Vec<_> =
-                tasks.iter().map(|(n, _)| (*n, crate::bench::report::number::tick(*n))).collect();
-            let below = Axis { unit: "connections", ticks: &measured };
-            let beside = Axis { unit: "KiB per connection", ticks: &y.ticks(5) };
-            panel.axes(&mut sheet.svg, name, [below, beside]);
-            panel.series(&mut sheet.svg, series);
-        }
-        sheet.y = top + HEIGHT + FOOT;
-    }
+    let measured: Vec<_> = tasks.iter().map(|(n, _)| (*n, tick(*n))).collect();
+    let panels = panels.into_iter().map(|(title, series)| {
+        let values = series.iter().flat_map(|one| one.points.iter().flat_map(|(_, s)| [s.q1, s.q3]));
+        let y = Scale::from_zero(values).about(5);
+        let x = Scale::new(Kind::Log, fewest, most).at_these(measured.clone());
+        Lines { title: title.to_owned(), series, x, y }
+    });
+    let panels: Vec<Lines> = panels.collect();
+    let sheet = Sheet::new(&title, about, scenario, looks, &arms);
+    let svg = lines::draw(&sheet, &panels, ["connections", "KiB per connection"]);
     let caption = "Connections that carried 64 bytes both ways and then nothing. What a program or the \
                    kernel takes once, and not for each of them, weighs less the more there are. What the \
                    kernel holds is of the whole machine: both ends and everything between.";
-    Some(Plot::new(scenario, "memory", title, caption.to_owned(), sheet.finish()))
+    Some(Plot::new(scenario, "memory", title, caption.to_owned(), svg))
 }

@@ -1,13 +1,12 @@
 //! A report as pictures.
 //!
-//! Enters: a report. Leaves: SVG, each complete in itself and under 60 kB, for a page and for a repository.
-//! Invariant: an arm has one colour and one mark in all of them; what was not measured is not drawn, and the
-//! caption says so. It never starts a bar anywhere but at 0, and never loads anything.
+//! SVG by plotters, each complete in itself and small, for the page and for the repository: one way to draw both, and no script
+//! in either (docs/adr/0014).
 //!
-//! No library for plots draws these. plotters, the obvious one, puts everything at whole pixels (a curve of
-//! percentiles becomes stairs), writes fixed colours at every element (a page could not turn them over in the
-//! dark), measures text properly only with freetype and fontconfig, and has neither these scales nor labels
-//! at the ends of lines: what would be left to it is writing `<polyline>`.
+//! # Invariants
+//! - An arm has one colour and one mark in all of them.
+//! - What was not measured is not drawn, and the caption says so.
+//! - Bars start at 0.
 
 use crate::bench::model::{Report, Scenario, Task};
 
@@ -15,14 +14,13 @@ use super::words::{absent, plain};
 
 mod bars;
 mod curves;
+mod lines;
 mod looks;
 mod memory;
-mod panel;
 mod ratio;
 mod rules;
 mod scale;
 mod sheet;
-mod svg;
 
 /// A picture.
 #[derive(Clone, Debug, PartialEq, Eq)]

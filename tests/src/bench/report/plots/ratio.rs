@@ -1,7 +1,9 @@
 //! Everything at a glance: every workload of every arm as a ratio to one of them.
 //!
-//! Enters: a scenario and an arm. Leaves: a row per workload, with the metric for which the workload is
-//! there. Invariant: right of 1× is worse; what is better when it is more has been turned over.
+//! A row per workload, with the metric for which the workload is there. Right of 1× is worse; what is better when it is more has
+//! been turned over.
+
+use plotters::prelude::*;
 
 use crate::bench::{
     model::{Arm, Scenario, Task},
@@ -14,17 +16,16 @@ use crate::bench::{
 
 use super::{
     Plot,
-    looks::{Looks, drawn},
+    looks::{INK, Look, Looks, drawn},
     panel_title, ran,
     scale::Scale,
-    sheet::{MARGIN, Sheet, WIDTH},
-    svg::{Anchor, GRID, INK, SOFT, text_width},
+    sheet::{Area, Drawn, Grid, Sheet, WIDTH, mark, panel, stroke, widest},
     titled,
 };
 
-const ROW: f64 = 23.0;
-/// Beside the data, for the outermost marks.
-const AIR: f64 = 26.0;
+/// The height of a row, and of what is above and below the rows.
+const ROW: u32 = 23;
+const AROUND: u32 = 76;
 
 struct Row<'s> {
     label: String,
@@ -51,49 +52,34 @@ pub(super) fn plot(scenario: &Scenario, looks: &Looks, base: &str) -> Option<Plo
          (throughput, rates) is turned over. Marks: median of the ratios, round by round; lines: their \
          middle half."
     );
-    let mut sheet = Sheet::new(&title, &about);
-    sheet.arms(scenario, looks, &others);
-    let label_room = rows.iter().map(|row| text_width(&row.label)).fold(0.0, f64::max).min(WIDTH * 0.45);
-    let left = MARGIN + label_room + AIR;
-    let wide = WIDTH - MARGIN - AIR - left;
+    let sheet = Sheet::new(&title, &about, scenario, looks, &others);
+    let height = ROW * u32::try_from(rows.len()).unwrap_or(u32::MAX) + AROUND;
+    let svg = sheet.draw(Grid { columns: 1, panels: 1, height }, |_, area| {
+        draw(area, &rows, &name, |arm| looks.of(scenario, arm))
+    });
+    Some(Plot::new(scenario, &format!("ratios-to-{}", base.name), title, caption, svg))
+}
+
+fn draw(area: &Area<'_>, rows: &[Row<'_>], base: &str, look: impl Fn(&Arm) -> Look) -> Drawn {
     let values = rows.iter().flat_map(|row| row.dots.iter().flat_map(|(_, s)| [s.q1, s.q3]));
-    let scale = Scale::around(values.chain([0.9, 1.1]));
-    let place = |value: f64| left + scale.at(value) * wide;
-    let top = sheet.y + 26.0;
-    let bottom = top + ROW * rows.len() as f64;
-    let ticks = scale.ticks(8);
-    sheet.svg.paint(GRID, |svg| {
-        for (value, _) in &ticks {
-            svg.line((place(*value), top - 4.0), (place(*value), bottom + 4.0), 1.0);
-        }
-        for index in 0..rows.len() {
-            let y = top + ROW * (index as f64 + 0.5);
-            svg.line((left - AIR / 2.0, y), (left + wide, y), 1.0);
-        }
-    });
-    sheet.svg.paint(INK, |svg| svg.line((place(1.0), top - 4.0), (place(1.0), bottom + 4.0), 1.4));
-    sheet.svg.paint(SOFT, |svg| {
-        for (value, _) in &ticks {
-            svg.text(place(*value), bottom + 20.0, Anchor::Middle, &short(*value));
-        }
-        svg.text(place(1.0) + 8.0, top - 9.0, Anchor::Start, "worse →");
-        if scale.at(1.0) * wide > text_width("← better") {
-            svg.text(place(1.0) - 8.0, top - 9.0, Anchor::End, "← better");
-        }
-    });
+    let scale = Scale::around(values.chain([0.9, 1.1])).about(8);
+    let ticks = scale.ticks().iter().map(|(value, _)| (*value, short(*value))).collect();
+    let labels = rows.iter().map(|row| row.label.as_str());
+    let left = widest(labels).min(WIDTH / 2) + 20;
+    let unit = format!("← better        ratio to {base}        worse →");
+    let names = Scale::rows(rows.iter().map(|row| row.label.clone()));
+    let mut chart = panel(area, "", (scale.at_these(ticks), &unit), (names, ""), (left, 26))?;
+    let bottom = rows.len() as f64;
+    chart.draw_series([PathElement::new([(1.0, 0.0), (1.0, bottom)], stroke(INK, 1.4))])?;
     for (index, row) in rows.iter().enumerate() {
-        let y = top + ROW * (index as f64 + 0.5);
-        sheet.svg.paint(INK, |svg| svg.text(left - AIR, y + 4.3, Anchor::End, &row.label));
+        let y = index as f64 + 0.5;
         for (arm, dot) in &row.dots {
-            let look = looks.of(scenario, arm);
-            sheet.svg.paint(look.paint, |svg| {
-                svg.line((place(dot.q1), y), (place(dot.q3), y), 2.2);
-                svg.mark(place(dot.median), y, look.mark, look.hollow);
-            });
+            let look = look(arm);
+            chart.draw_series([PathElement::new([(dot.q1, y), (dot.q3, y)], stroke(look.color, 2.2))])?;
+            chart.draw_series([mark((dot.median, y), look)])?;
         }
     }
-    sheet.y = bottom + 24.0;
-    Some(Plot::new(scenario, &format!("ratios-to-{}", base.name), title, caption, sheet.finish()))
+    Ok(())
 }
 
 fn row<'s>(scenario: &Scenario, base: &Arm, others: &[&'s Arm], task: &Task) -> Option<Row<'s>> {

@@ -1,8 +1,7 @@
 //! What rules that have nothing to do with a connection add to it.
 //!
-//! Enters: a scenario of which arms differ in [`Arm::rules`]. Leaves: per workload a picture with a panel for
-//! each way to run it (captured, uncaptured), a line per family. Invariant: what is drawn is a difference of
-//! two runs of the same round.
+//! Per workload a picture with a panel for each way to run it (captured, uncaptured), a line per family. What is drawn is a
+//! difference of two runs of the same round.
 
 use crate::bench::{
     model::{Arm, Scenario, Task},
@@ -12,16 +11,13 @@ use crate::bench::{
 
 use super::{
     Plot,
+    lines::{self, Lines, Series},
     looks::{Look, Looks},
-    panel::{Axis, FOOT, Panel, Series},
     panel_title,
     scale::{Kind, Scale},
-    sheet::{MARGIN, Sheet, WIDTH},
+    sheet::Sheet,
     titled, way,
 };
-
-const HEIGHT: f64 = 250.0;
-const TICKS: f64 = 52.0;
 
 pub(super) fn plots(scenario: &Scenario, looks: &Looks) -> Vec<Plot> {
     let mut workloads = Vec::new();
@@ -40,9 +36,9 @@ fn plot(scenario: &Scenario, looks: &Looks, tasks: &[&Task]) -> Option<Plot> {
     let mut panels: Vec<(String, Vec<Series>)> = Vec::new();
     for task in tasks {
         let series = families.iter().filter_map(|family| {
-            let (paint, mark) = looks.of_family(family);
+            let (color, mark) = looks.of_family(family);
             let points = points(scenario, base, family, task);
-            let look = Look { paint, mark, hollow: false };
+            let look = Look { color, mark, hollow: false };
             (!points.is_empty()).then(|| Series { look, label: plain(family), points, marked: true })
         });
         let series: Vec<Series> = series.collect();
@@ -64,36 +60,28 @@ fn plot(scenario: &Scenario, looks: &Looks, tasks: &[&Task]) -> Option<Plot> {
          its own scale.",
         plain(base)
     );
-    let mut sheet = Sheet::new(&title, &about);
-    let columns = panels.len().min(2);
-    let room = Panel::label_room(panels.iter().flat_map(|(_, all)| all.iter().map(|one| one.label.as_str())));
-    let cell = (WIDTH - 2.0 * MARGIN) / columns as f64;
     let most = panels.iter().flat_map(|(_, all)| all).filter_map(|one| one.points.last()).map(|(x, _)| *x);
-    let x = Scale::new(Kind::Counts, 0.0, most.fold(0.0, f64::max));
-    for row in panels.chunks(columns) {
-        let top = sheet.y + 44.0;
-        for (column, (name, series)) in row.iter().enumerate() {
-            let left = MARGIN + cell * column as f64 + TICKS;
-            let y = Scale::from_zero(
-                series.iter().flat_map(|one| one.points.iter().flat_map(|(_, s)| [s.q1, s.q3])),
-            );
-            let panel = Panel { left, top, width: cell - TICKS - room, height: HEIGHT, x, y };
-            // Ticks where there are measurements, and nowhere else.
-            let measured = x.ticks(6).into_iter().filter(|(n, _)| {
-                series.iter().any(|one| one.points.iter().any(|(x, _)| (x - n).abs() < 0.5))
-            });
-            let (below, beside) = (measured.collect::<Vec<_>>(), y.ticks(5));
-            let below = Axis { unit: "unrelated rules", ticks: &below };
-            panel.axes(&mut sheet.svg, name, [below, Axis { unit: "µs added", ticks: &beside }]);
-            panel.series(&mut sheet.svg, series);
-        }
-        sheet.y = top + HEIGHT + FOOT;
-    }
+    let most = most.fold(0.0, f64::max);
+    let panels = panels.into_iter().map(|(title, series)| {
+        let y =
+            Scale::from_zero(series.iter().flat_map(|one| one.points.iter().flat_map(|(_, s)| [s.q1, s.q3])));
+        // Ticks where there are measurements, and nowhere else.
+        let x = Scale::new(Kind::Counts, 0.0, most);
+        let measured = x
+            .ticks()
+            .iter()
+            .filter(|(n, _)| series.iter().any(|one| one.points.iter().any(|(x, _)| (x - n).abs() < 0.5)));
+        let measured = measured.cloned().collect();
+        Lines { title, series, x: x.at_these(measured), y: y.about(5) }
+    });
+    let panels: Vec<Lines> = panels.collect();
+    let sheet = Sheet { title: &title, about: &about, key: Vec::new() };
+    let svg = lines::draw(&sheet, &panels, ["unrelated rules", "µs added"]);
     let caption = "The rules that are counted are about other connections than those measured. A flat line \
                    means that what a connection costs does not depend on how many rules there are.";
     let caption = caption.to_owned();
     let word = tasks.first()?.workload.to_string();
-    Some(Plot::new(scenario, &format!("rules-{word}"), title, caption, sheet.finish()))
+    Some(Plot::new(scenario, &format!("rules-{word}"), title, caption, svg))
 }
 
 /// Those of which arms differ in rules, in their order.

@@ -1,7 +1,11 @@
 //! Where a value is on an axis.
 //!
-//! Enters: a range. Leaves: shares of the axis' length, and ticks with their labels. Invariant: ticks lie
-//! within the range.
+//! plotters has logarithmic axes, and none for quantiles or for counts from 0; its ticks are not those that the measurements
+//! ask for. So this is its coordinate, for all axes.
+
+use std::ops::Range;
+
+use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 
 use crate::bench::report::number::tick;
 
@@ -16,14 +20,17 @@ pub(super) enum Kind {
     Nines,
     /// Counts from 0, which has a place though hundreds and ten thousands have theirs: log(1 + n/10).
     Counts,
+    /// Rows from the top, from 0; what stands beside one is at its middle.
+    Rows,
 }
 
 /// A range of values and where they go.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Scale {
     kind: Kind,
     low: f64,
     high: f64,
+    ticks: Vec<Tick>,
 }
 
 /// A place on an axis: its value, what stands there.
@@ -31,7 +38,36 @@ pub(super) type Tick = (f64, String);
 
 impl Scale {
     pub(super) fn new(kind: Kind, low: f64, high: f64) -> Self {
-        Self { kind, low, high }
+        let mut scale = Self { kind, low, high, ticks: Vec::new() };
+        scale.ticks = scale.ticks_of(6);
+        scale
+    }
+
+    /// Rows of these names.
+    pub(super) fn rows(names: impl IntoIterator<Item = String>) -> Self {
+        let ticks: Vec<Tick> =
+            names.into_iter().enumerate().map(|(n, name)| (n as f64 + 0.5, name)).collect();
+        Self { kind: Kind::Rows, low: 0.0, high: ticks.len() as f64, ticks }
+    }
+
+    /// With ticks at about so many values.
+    pub(super) fn about(mut self, ticks: usize) -> Self {
+        self.ticks = self.ticks_of(ticks);
+        self
+    }
+
+    /// With ticks at these values.
+    pub(super) fn at_these(mut self, ticks: Vec<Tick>) -> Self {
+        self.ticks = ticks;
+        self
+    }
+
+    pub(super) fn ticks(&self) -> &[Tick] {
+        &self.ticks
+    }
+
+    pub(super) fn is_rows(&self) -> bool {
+        self.kind == Kind::Rows
     }
 
     /// From 0, or from below it when values are, with some air above.
@@ -54,12 +90,28 @@ impl Scale {
     pub(super) fn at(&self, value: f64) -> f64 {
         let place = |v: f64| match self.kind {
             Kind::Linear => v,
+            Kind::Rows => -v,
             Kind::Log => v.max(f64::MIN_POSITIVE).log10(),
             Kind::Nines => nines(v),
             Kind::Counts => (v.max(0.0) / 10.0).ln_1p(),
         };
-        let (low, high) = (place(self.low), place(self.high));
+        let (low, high) = match self.kind {
+            Kind::Rows => (place(self.high), place(self.low)),
+            _ => (place(self.low), place(self.high)),
+        };
         if high > low { (place(value) - low) / (high - low) } else { 0.5 }
+    }
+
+    /// What is at a share of the axis' length.
+    pub(super) fn value_at(&self, share: f64) -> f64 {
+        let between = |low: f64, high: f64| low + (high - low) * share;
+        match self.kind {
+            Kind::Linear => between(self.low, self.high),
+            Kind::Rows => between(self.high, self.low),
+            Kind::Log => 10f64.powf(between(self.low.log10(), self.high.log10())),
+            Kind::Nines => 1.0 - 10f64.powf(-between(nines(self.low), nines(self.high))),
+            Kind::Counts => 10.0 * between((self.low / 10.0).ln_1p(), (self.high / 10.0).ln_1p()).exp_m1(),
+        }
     }
 
     fn within(&self, value: f64) -> bool {
@@ -68,9 +120,9 @@ impl Scale {
     }
 
     /// About so many.
-    pub(super) fn ticks(&self, about: usize) -> Vec<Tick> {
+    fn ticks_of(&self, about: usize) -> Vec<Tick> {
         let values = match self.kind {
-            Kind::Linear => linear(self.low, self.high, about),
+            Kind::Linear | Kind::Rows => linear(self.low, self.high, about),
             Kind::Log => self.log_ticks(about),
             Kind::Nines => vec![0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999],
             Kind::Counts => vec![0.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6],
@@ -95,6 +147,35 @@ impl Scale {
             Some(ticks) if ticks.len() > 2 => ticks,
             _ => linear(self.low, self.high, about).into_iter().filter(|v| *v > 0.0).collect(),
         }
+    }
+}
+
+impl Ranged for Scale {
+    type FormatOption = NoDefaultFormatting;
+    type ValueType = f64;
+
+    #[expect(clippy::cast_possible_truncation, reason = "pixels of a picture")]
+    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
+        from + (self.at(*value) * f64::from(to - from)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        // Between ticks there are no lines.
+        if hint.weight().allow_light_points() {
+            return Vec::new();
+        }
+        self.ticks.iter().map(|(value, _)| *value).collect()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.low..self.high
+    }
+}
+
+impl ValueFormatter<f64> for Scale {
+    fn format_ext(&self, value: &f64) -> String {
+        let found = self.ticks.iter().find(|(tick, _)| tick == value);
+        found.map(|(_, label)| label.clone()).unwrap_or_default()
     }
 }
 
@@ -135,7 +216,7 @@ mod tests {
     use super::*;
 
     fn labels(scale: Scale, about: usize) -> Vec<String> {
-        scale.ticks(about).into_iter().map(|(_, label)| label).collect()
+        scale.about(about).ticks().iter().map(|(_, label)| label.clone()).collect()
     }
 
     #[test]
@@ -159,5 +240,23 @@ mod tests {
         let third = rules.at(100.0);
         assert!((0.33..0.36).contains(&third), "{third}");
         assert!(nines(1.0).is_finite());
+    }
+
+    /// `value_at` undoes `at`, on every kind of axis.
+    #[test]
+    fn what_is_at_a_place_is_at_that_place() {
+        let axes = [
+            (Kind::Linear, 0.0, 31.0),
+            (Kind::Log, 20.0, 1200.0),
+            (Kind::Nines, 0.0, 0.999),
+            (Kind::Counts, 0.0, 1e4),
+            (Kind::Rows, 0.0, 5.0),
+        ];
+        for (kind, low, high) in axes {
+            let scale = Scale::new(kind, low, high);
+            for share in [0.0, 0.3, 1.0] {
+                assert!((scale.at(scale.value_at(share)) - share).abs() < 1e-9, "{kind:?}");
+            }
+        }
     }
 }

@@ -55,7 +55,7 @@ fn attributes(mut text: &str) -> Result<(), String> {
 
 fn entities(text: &str) -> Result<(), String> {
     for after in text.split('&').skip(1) {
-        let known = ["lt;", "gt;", "amp;", "quot;", "#39;"];
+        let known = ["lt;", "gt;", "amp;", "quot;", "#39;", "apos;"];
         if !known.iter().any(|entity| after.starts_with(entity)) {
             return Err(format!("a bare & before {after}"));
         }

@@ -1,10 +1,10 @@
-//! Endpoints from DNS.
-//!
-//! Enters: names. Leaves: a set of endpoints, one for each address, as long as the answers are good for and then the
-//! next. Invariant: what is known stays when a question is not answered; an answer that there is nothing is an
-//! answer. It never asks more often than every `AGAIN_MIN`, whatever the answers say.
+//! Endpoints from DNS: one for each address of a name, as long as the answers are good for.
 //!
 //! getaddrinfo(3) does not say how long an answer is good for; the look-ups of [`names`](crate::transport::resolver) do.
+//!
+//! # Invariants
+//! - What is known stays when a question is not answered; an answer that there is nothing is an answer.
+//! - No name is asked for more often than every `AGAIN_MIN`, whatever the answers say.
 
 use std::{
     collections::BTreeSet,
@@ -22,7 +22,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Feed, Known, Site, tell};
+use super::{EndpointSet, Feed, Site, tell};
 use crate::{
     model::flow::Target,
     transport::{
@@ -89,7 +89,12 @@ impl Drop for Keeper {
     }
 }
 
-async fn follow(upstream: String, endpoints: Vec<Target>, own: Own, feed: watch::Sender<Option<Known>>) {
+async fn follow(
+    upstream: String,
+    endpoints: Vec<Target>,
+    own: Own,
+    feed: watch::Sender<Option<EndpointSet>>,
+) {
     let mut names: Vec<_> = endpoints.into_iter().map(Name::new).collect();
     loop {
         let mut asked = JoinSet::new();
@@ -154,7 +159,7 @@ impl Name {
 }
 
 /// What all names give together. Answers come in any order: sorted, the same set is the same.
-fn known(names: &[Name]) -> Known {
+fn known(names: &[Name]) -> EndpointSet {
     let mut sites = BTreeSet::new();
     let mut lack = Vec::new();
     for Name { target, addrs, problem } in names {
@@ -172,7 +177,7 @@ fn known(names: &[Name]) -> Known {
             }
         }
     }
-    Known::new(sites, lack.join("; "))
+    EndpointSet::new(sites, lack.join("; "))
 }
 
 #[cfg(test)]
@@ -217,7 +222,7 @@ mod tests {
         let mut gw = name("gw.test:1");
         let failed = || Err(Unanswered::Failed("refused".to_owned()));
         assert_eq!(gw.learn("east", [failed(), failed()]), AGAIN_MIN);
-        assert_eq!(known(std::slice::from_ref(&gw)).lack, "gw.test does not resolve: refused");
+        assert_eq!(known(std::slice::from_ref(&gw)).unavailable, "gw.test does not resolve: refused");
         assert_eq!(
             gw.learn("east", [answer(&["10.0.0.1"], 30), answer(&["fd00::1"], 20)]),
             Duration::from_secs(20)
@@ -229,6 +234,6 @@ mod tests {
         gw.learn("east", [answer(&[], 5), answer(&[], 5)]);
         let none = known(std::slice::from_ref(&gw));
         assert!(none.sites.is_empty());
-        assert_eq!(none.lack, "gw.test does not resolve: it has no address");
+        assert_eq!(none.unavailable, "gw.test does not resolve: it has no address");
     }
 }

@@ -1,8 +1,7 @@
-//! Endpoints from a file.
+//! Endpoints from a file of lines, HOST:PORT, read again whenever it changes. What replaces it should do so by renaming.
 //!
-//! Enters: a file of lines, HOST:PORT. Leaves: a set of endpoints, whenever it changes. Invariant: a file with a
-//! mistake changes nothing, and the mistake is said with its line. It never takes half a file: what replaces a file
-//! should do it by renaming.
+//! # Invariants
+//! - A file with a mistake changes nothing, and the mistake is logged with its line.
 
 use std::{
     fmt,
@@ -13,7 +12,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{Feed, Known, Site, tell};
+use super::{EndpointSet, Feed, Site, tell};
 use crate::{
     config::ENDPOINTS_MAX,
     model::flow::{Target, TargetError},
@@ -104,14 +103,14 @@ pub fn follow(upstream: &str, file: &Path) -> Result<Feed, FileError> {
     Ok(Feed::new(told, watch))
 }
 
-fn read(file: &Path) -> Result<Known, FileError> {
+fn read(file: &Path) -> Result<EndpointSet, FileError> {
     let mut bytes = Vec::new();
     File::open(file)
         .and_then(|open| open.take(FILE_MAX + 1).read_to_end(&mut bytes))
         .map_err(|source| FileError::Read { file: file.to_owned(), source })?;
     let wrong = |(line, mistake)| FileError::Mistake { file: file.to_owned(), line, mistake };
     let sites = parse(&bytes).map_err(wrong)?;
-    Ok(Known::new(sites.into_iter().map(Site::from), format!("{} lists none", file.display())))
+    Ok(EndpointSet::new(sites.into_iter().map(Site::from), format!("{} lists none", file.display())))
 }
 
 fn parse(bytes: &[u8]) -> Result<Vec<Target>, (Option<usize>, Mistake)> {
@@ -197,14 +196,14 @@ mod tests {
         };
         replace("10.0.0.1:1\n10.0.0.1:1\n");
         let mut feed = follow("east", &file).unwrap();
-        let sites = |known: &Known| known.sites.iter().map(|s| s.at.to_string()).collect::<Vec<_>>();
+        let sites = |known: &EndpointSet| known.sites.iter().map(|s| s.at.to_string()).collect::<Vec<_>>();
         assert_eq!(sites(&feed.now().unwrap()), ["10.0.0.1:1"], "each endpoint once");
         replace("nonsense\n");
         replace("10.0.0.2:1\n");
         assert_eq!(sites(&feed.next().await), ["10.0.0.2:1"]);
         replace("");
         let none = feed.next().await;
-        assert!(none.sites.is_empty() && none.lack.ends_with("east.endpoints lists none"), "{none:?}");
+        assert!(none.sites.is_empty() && none.unavailable.ends_with("east.endpoints lists none"), "{none:?}");
         assert!(follow("east", &dir.path().join("gone")).is_err());
     }
 }

@@ -1,8 +1,8 @@
 //! Where the endpoints of an upstream come from, and what is known of them now.
 //!
-//! Enters: what the configuration names: addresses, names, or a file. Leaves: a [`Source`], from which each worker
-//! hears of every set. Invariant: names are resolved and files read once for the whole process; what is known stays
-//! while nothing better is. It never connects to an endpoint.
+//! # Invariants
+//! - Names are resolved and files read once for the whole process.
+//! - What is known stays while nothing better is.
 
 use std::sync::Arc;
 
@@ -28,18 +28,18 @@ impl From<Target> for Site {
     }
 }
 
-/// What is known.
+/// The endpoints that are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct EndpointSet {
     /// The endpoints, each once, at most [`ENDPOINTS_MAX`].
     pub sites: Vec<Site>,
     /// Why there are none, if there are none.
-    pub lack: String,
+    pub unavailable: String,
 }
 
-impl Known {
+impl EndpointSet {
     /// These, or a reason. Of two at the same place the first is taken.
-    pub fn new(sites: impl IntoIterator<Item = Site>, lack: String) -> Self {
+    pub fn new(sites: impl IntoIterator<Item = Site>, unavailable: String) -> Self {
         let mut once = Vec::<Site>::new();
         let mut seen = std::collections::HashSet::new();
         for site in sites {
@@ -50,13 +50,13 @@ impl Known {
                 once.push(site);
             }
         }
-        Self { sites: once, lack }
+        Self { sites: once, unavailable }
     }
 
     /// As a log line has it.
     fn shown(&self) -> String {
         if self.sites.is_empty() {
-            return format!("none ({})", self.lack);
+            return format!("none ({})", self.unavailable);
         }
         self.sites.iter().map(|s| s.at.to_string()).collect::<Vec<_>>().join(", ")
     }
@@ -64,21 +64,21 @@ impl Known {
 
 /// Where a worker learns of an upstream's endpoints. Whatever finds them out lives as long as a copy of this.
 #[derive(Clone)]
-pub enum Source {
+pub enum EndpointSource {
     /// They are these.
     Fixed(Arc<[Site]>),
     /// They change.
     Fed(Feed),
 }
 
-impl Source {
+impl EndpointSource {
     /// Endpoints that stay.
     pub fn fixed(targets: &[Target]) -> Self {
         Self::Fixed(targets.iter().cloned().map(Site::from).collect())
     }
 }
 
-impl std::fmt::Debug for Source {
+impl std::fmt::Debug for EndpointSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Fixed(sites) => f.debug_tuple("Fixed").field(sites).finish(),
@@ -90,20 +90,20 @@ impl std::fmt::Debug for Source {
 /// News of a set of endpoints.
 #[derive(Clone)]
 pub struct Feed {
-    told: watch::Receiver<Option<Known>>,
+    told: watch::Receiver<Option<EndpointSet>>,
     /// What finds them out.
     _keeper: Arc<dyn Send + Sync>,
 }
 
 impl Feed {
     /// What comes through `told`; `keeper` is dropped with the last copy.
-    pub fn new(told: watch::Receiver<Option<Known>>, keeper: impl Send + Sync + 'static) -> Self {
+    pub fn new(told: watch::Receiver<Option<EndpointSet>>, keeper: impl Send + Sync + 'static) -> Self {
         Self { told, _keeper: Arc::new(keeper) }
     }
 
     /// The newest set that is known, once it is another than the last that this has returned. Pending for ever when
     /// nobody will know any more.
-    pub async fn next(&mut self) -> Known {
+    pub async fn next(&mut self) -> EndpointSet {
         loop {
             if self.told.changed().await.is_err() {
                 std::future::pending::<()>().await;
@@ -115,13 +115,13 @@ impl Feed {
     }
 
     /// What is known already; [`next`](Self::next) does not return it again.
-    pub fn now(&mut self) -> Option<Known> {
+    pub fn now(&mut self) -> Option<EndpointSet> {
         self.told.borrow_and_update().clone()
     }
 }
 
 /// Says what is known, if it is news.
-fn tell(upstream: &str, feed: &watch::Sender<Option<Known>>, known: Known) {
+fn tell(upstream: &str, feed: &watch::Sender<Option<EndpointSet>>, known: EndpointSet) {
     feed.send_if_modified(|now| {
         if now.as_ref() == Some(&known) {
             return false;

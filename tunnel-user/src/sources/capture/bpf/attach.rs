@@ -1,7 +1,7 @@
 //! Where the programs of a capture are attached, and by whom.
 //!
-//! Enters: a group that lasts, and the captured one. Leaves: the programs, attached. Invariant: `connect` is attached last,
-//! detached first, and never twice for one capture longer than it takes to replace a link. It never decides where.
+//! # Invariants
+//! - `connect` is attached last, detached first, and never twice for one capture longer than it takes to replace a link.
 
 use std::{
     io,

@@ -1,12 +1,12 @@
-//! From patterns and routes to what the kernel looks up.
-//!
-//! Enters: prefixes with port ranges, and what the routes say of addresses and ports alone. Leaves: one [`Rule`] per
-//! distinct prefix, with everything that its less specific prefixes say folded in. Invariant: the longest prefix that
-//! matches an address decides by itself, so the kernel does one lookup however many rules there are; it denies nothing
-//! that the router would not. It never talks to the kernel.
+//! From patterns and routes to what the kernel looks up: one [`Rule`] per distinct prefix, with everything that its less
+//! specific prefixes say folded in.
 //!
 //! Which pattern wins: the longest prefix that speaks about the port; on the same prefix, exclude over refuse over
 //! include over what is excluded by default. What is included then goes by the routes, in their order.
+//!
+//! # Invariants
+//! - The longest prefix that matches an address decides by itself, so the kernel does one lookup however many rules there are.
+//! - Nothing is denied that the router would not deny.
 
 mod ports;
 #[cfg(test)]

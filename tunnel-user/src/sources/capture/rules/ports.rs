@@ -1,7 +1,7 @@
 //! Sets of ports, as lists of inclusive ranges.
 //!
-//! Enters: ranges in any order, which may overlap. Leaves: sorted ranges that are disjoint and do not touch, so that
-//! equal sets are equal lists. It knows nothing of addresses.
+//! # Invariants
+//! - Ranges are sorted, disjoint and do not touch, so that equal sets are equal lists.
 
 /// Inclusive ranges.
 pub type Ports = Vec<(u16, u16)>;

@@ -1,32 +1,22 @@
-//! The pool's promises, against a real peer on loopback: TLS, HTTP/2, and a script.
-//!
-//! Enters: leases. Leaves: what the peer saw. Invariant: each test is named after the promise it keeps.
+//! HTTP/2 connections and their pool, against a real peer on loopback: TLS, HTTP/2, and a script.
 
 use std::{
-    cell::{Cell, RefCell},
     fs,
-    future::{Future, pending, poll_fn},
+    future::{Future, poll_fn},
     net::SocketAddr,
-    rc::Rc,
     sync::Arc,
     task::Poll,
-    time::Duration,
 };
 
 use bytes::Bytes;
 use http::{Method, Request, Response};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Notify,
     task::{LocalSet, spawn_local},
-    time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::{
-    connect::{self, ConnectError, Key, TlsKey},
-    pool::{Lease, Pool, Settings},
-};
+use super::*;
 use crate::{
     cli::pki::{Ca, IssueRequest, Validity},
     config::Protocol,
@@ -36,6 +26,16 @@ use crate::{
         trust::{ClientCheck, IdentityFiles, ServerCheck},
     },
     process::drain,
+    relay::{Broken, Leg as _},
+    sinks::dial::Dialer,
+    sinks::upstream::{
+        ConnectError,
+        connect::{Key, TlsKey},
+        connector::{Checkout, HttpDialer},
+        permit::Count,
+        pool::Pool,
+        settings::{ConnectSettings, PoolSettings},
+    },
     sources::listener::{
         accept::{self, Link, ServeError},
         h2 as listener,
@@ -44,14 +44,14 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn settings(max_streams: usize) -> Settings {
-    Settings {
+fn settings(max_streams: usize) -> PoolSettings {
+    PoolSettings {
         max_streams,
         max_connections: usize::MAX,
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
-        connect: connect::Settings { timeout: PATIENCE, own: crate::transport::tcp::Own::default() },
+        connect: ConnectSettings { timeout: PATIENCE, dialer: Dialer::default() },
     }
 }
 
@@ -158,11 +158,42 @@ fn tls_key(tls: &TlsStore, check: &ServerCheck, endpoint: &Target) -> TlsKey {
     TlsKey { config, server_name, hint: None }
 }
 
-async fn open(lease: &Lease) -> (h2::SendStream<crate::relay::Payload>, h2::RecvStream) {
-    let mut sender = lease.sender().unwrap().ready().await.unwrap();
-    let request = Request::builder().method(Method::CONNECT).uri("a:1").body(()).unwrap();
-    let (response, send) = sender.send_request(request, false).unwrap();
-    (send, response.await.unwrap().into_body())
+/// An empty pool.
+fn pool(settings: PoolSettings) -> TestPool {
+    let (abandoned, _) = mpsc::unbounded_channel();
+    Pool::new(HttpDialer::new(Protocol::H2, settings.clone(), abandoned), settings)
+}
+
+type TestPool = Pool<HttpDialer>;
+
+/// Opens a stream.
+async fn try_open(checkout: Checkout) -> Result<Stream, OpenError> {
+    let head = Request::builder().method(Method::CONNECT).uri("a:1").body(()).unwrap();
+    let request = OpenRequest { head, timeout: PATIENCE, ahead: None, may_retry: false };
+    checkout.open(request, Count::default().take(1).unwrap()).await
+}
+
+async fn open(checkout: Checkout) -> Stream {
+    try_open(checkout).await.unwrap_or_else(|e| panic!("{e:?}"))
+}
+
+/// What comes next on a stream.
+async fn recv(stream: &mut Stream) -> Result<Option<Bytes>, Broken> {
+    poll_fn(|cx| stream.poll_recv(cx)).await
+}
+
+/// A stream on another connection than the one that has been told to go away.
+async fn open_on_the_next(pool: &TestPool, key: &Key, peer: &Peer) -> Stream {
+    loop {
+        // Until the GOAWAY has come, it may still be the old connection; a stream then fails and says that it was not
+        // processed, or is there.
+        match try_open(pool.checkout(key).await.unwrap()).await {
+            Ok(stream) if peer.accepted.get() > 1 => return stream,
+            Ok(_) => tokio::task::yield_now().await,
+            Err(OpenError::NotProcessed(_)) => {}
+            Err(e) => panic!("{e:?}"),
+        }
+    }
 }
 
 fn run(test: impl Future<Output = ()>) {
@@ -175,18 +206,18 @@ fn a_connection_is_shared_only_by_flows_whose_whole_key_is_equal() {
     run(async {
         let (tls, other) = (identity(), identity());
         let peer = Peer::start(&tls, Script::Serve, 100).await;
-        let pool = Pool::new(settings(100));
+        let pool = pool(settings(100));
         let key = peer.key(&tls);
-        let first = pool.lease(&key).await.unwrap();
-        let _second = pool.lease(&key.clone()).await.unwrap();
+        let first = pool.checkout(&key).await.unwrap();
+        let _second = pool.checkout(&key.clone()).await.unwrap();
         assert_eq!(peer.accepted.get(), 1);
         // Another check, another name, another identity: each a connection of its own, or none.
         let san = ServerCheck { name: None, san: vec!["spiffe://t.test/both".parse().unwrap()] };
         let checked = Key { tls: Some(tls_key(&tls, &san, &key.endpoint)), ..key.clone() };
-        let _third = pool.lease(&checked).await.unwrap();
+        let _third = pool.checkout(&checked).await.unwrap();
         assert_eq!(peer.accepted.get(), 2);
         let foreign = Key { tls: Some(tls_key(&other, &ServerCheck::default(), &key.endpoint)), ..key };
-        let refused = pool.lease(&foreign).await.map(drop).unwrap_err();
+        let refused = pool.checkout(&foreign).await.map(drop).unwrap_err();
         assert!(matches!(refused, ConnectError::Tls { .. }), "{refused}");
         assert_eq!(peer.accepted.get(), 3);
         drop(first);
@@ -198,22 +229,22 @@ fn never_more_dials_are_in_flight_than_the_waiting_flows_need() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Serve, 100).await;
-        let pool = Rc::new(Pool::new(settings(100)));
+        let pool = Rc::new(pool(settings(100)));
         let key = peer.key(&tls);
         let flows: Vec<_> = (0..90)
             .map(|_| {
                 let (pool, key) = (Rc::clone(&pool), key.clone());
-                spawn_local(async move { pool.lease(&key).await.unwrap() })
+                spawn_local(async move { pool.checkout(&key).await.unwrap() })
             })
             .collect();
-        let mut leases = Vec::new();
+        let mut checkouts = Vec::new();
         for flow in flows {
-            leases.push(flow.await.unwrap());
+            checkouts.push(flow.await.unwrap());
         }
         assert_eq!((peer.accepted.get(), pool.opened()), (1, 1));
         // The last tenth opens the next connection before it is needed, and only one.
-        let _ninety_first = pool.lease(&key).await.unwrap();
-        let _ninety_second = pool.lease(&key).await.unwrap();
+        let _ninety_first = pool.checkout(&key).await.unwrap();
+        let _ninety_second = pool.checkout(&key).await.unwrap();
         while pool.opened() < 2 {
             tokio::task::yield_now().await;
         }
@@ -226,13 +257,11 @@ fn a_connection_never_carries_more_streams_than_its_limit_and_the_peers() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Serve, 3).await;
-        let pool = Rc::new(Pool::new(settings(100)));
+        let pool = Rc::new(pool(settings(100)));
         let key = peer.key(&tls);
         let mut open_streams = Vec::new();
         for _ in 0..9 {
-            let lease = pool.lease(&key).await.unwrap();
-            let stream = open(&lease).await;
-            open_streams.push((lease, stream));
+            open_streams.push(open(pool.checkout(&key).await.unwrap()).await);
         }
         // Three each: the peer would refuse or hold up a fourth.
         assert_eq!(peer.accepted.get(), 3);
@@ -245,27 +274,16 @@ fn a_connection_that_got_goaway_takes_no_new_streams_and_its_old_ones_go_on() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::GoAway, 100).await;
-        let pool = Pool::new(settings(100));
+        let pool = pool(settings(100));
         let key = peer.key(&tls);
-        let old = pool.lease(&key).await.unwrap();
-        let (_old_send, mut old_recv) = open(&old).await;
+        let mut old = open(pool.checkout(&key).await.unwrap()).await;
         peer.turn.notify_one();
-        // Until the GOAWAY has come, a lease may still be of the old connection; its stream then fails and
-        // says that it was not acted on, and the upstream tries again.
-        let fresh = loop {
-            let lease = pool.lease(&key).await.unwrap();
-            match lease.sender().unwrap().ready().await {
-                Ok(_) if peer.accepted.get() > 1 => break lease,
-                Ok(_) => tokio::task::yield_now().await,
-                Err(_) => lease.retire(),
-            }
-        };
-        let _fresh_stream = open(&fresh).await;
+        let _fresh = open_on_the_next(&pool, &key, &peer).await;
         assert_eq!(peer.accepted.get(), 2);
         // The old stream still carries bytes.
         let mut held = peer.held.borrow_mut().remove(0);
         held.send_data(Bytes::from_static(b"still here"), true).unwrap();
-        assert_eq!(old_recv.data().await.unwrap().unwrap(), "still here");
+        assert_eq!(recv(&mut old).await.unwrap().unwrap(), "still here");
     });
 }
 
@@ -275,28 +293,20 @@ fn a_connection_that_got_goaway_is_waited_for_when_the_pool_closes() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::GoAway, 100).await;
-        let pool = Rc::new(Pool::new(settings(100)));
+        let pool = Rc::new(pool(settings(100)));
         let key = peer.key(&tls);
-        let old = pool.lease(&key).await.unwrap();
-        let (old_send, mut old_recv) = open(&old).await;
+        let mut old = open(pool.checkout(&key).await.unwrap()).await;
         peer.turn.notify_one();
-        loop {
-            let lease = pool.lease(&key).await.unwrap();
-            match lease.sender().unwrap().ready().await {
-                Ok(_) if peer.accepted.get() > 1 => break,
-                Ok(_) => tokio::task::yield_now().await,
-                Err(_) => lease.retire(),
-            }
-        }
+        drop(open_on_the_next(&pool, &key, &peer).await);
         let closing = {
             let pool = Rc::clone(&pool);
             spawn_local(async move { pool.close().await })
         };
         let mut held = peer.held.borrow_mut().remove(0);
         held.send_data(Bytes::from_static(b"last words"), true).unwrap();
-        assert_eq!(old_recv.data().await.unwrap().unwrap(), "last words");
+        assert_eq!(recv(&mut old).await.unwrap().unwrap(), "last words");
         assert!(!closing.is_finished() && pool.connections() >= 1);
-        drop((old_send, old_recv, old));
+        drop(old);
         closing.await.unwrap();
         assert_eq!(pool.connections(), 0);
     });
@@ -304,20 +314,20 @@ fn a_connection_that_got_goaway_is_waited_for_when_the_pool_closes() {
 
 /// Flows that have left do not count among those that wait.
 #[test]
-fn flows_that_no_longer_wait_take_nobodys_place() {
+fn flows_that_no_longer_wait_take_nobodys_permit() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Silent, 100).await;
-        let pool = Rc::new(Pool::new(settings(100)));
+        let pool = Rc::new(pool(settings(100)));
         let key = peer.key(&tls);
         for _ in 0..3 {
-            let mut flows: Vec<_> = (0..4096).map(|_| Box::pin(pool.lease(&key))).collect();
+            let mut flows: Vec<_> = (0..4096).map(|_| Box::pin(pool.checkout(&key))).collect();
             poll_fn(|cx| {
                 assert!(flows.iter_mut().all(|flow| flow.as_mut().poll(cx).is_pending()));
                 Poll::Ready(())
             })
             .await;
-            let over = pool.lease(&key).await.map(drop).unwrap_err();
+            let over = pool.checkout(&key).await.map(drop).unwrap_err();
             assert!(matches!(over, ConnectError::Overflow { .. }), "{over}");
         }
     });
@@ -331,9 +341,9 @@ fn a_peer_that_allows_no_streams_is_not_dialled_again_and_again() {
         let peer = Peer::start(&tls, Script::Serve, 0).await;
         let mut short = settings(100);
         short.connect.timeout = Duration::from_millis(500);
-        let pool = Pool::new(short);
+        let pool = pool(short);
         for _ in 0..2 {
-            let none = pool.lease(&peer.key(&tls)).await.map(drop).unwrap_err();
+            let none = pool.checkout(&peer.key(&tls)).await.map(drop).unwrap_err();
             assert!(matches!(none, ConnectError::Waited { barred: true, .. }), "{none}");
         }
         assert_eq!(peer.accepted.get(), 1);
@@ -346,16 +356,15 @@ fn a_slow_dial_of_one_key_holds_up_no_other() {
         let tls = identity();
         let silent = Peer::start(&tls, Script::Silent, 100).await;
         let well = Peer::start(&tls, Script::Serve, 100).await;
-        let pool = Rc::new(Pool::new(settings(100)));
+        let pool = Rc::new(pool(settings(100)));
         let stuck = {
             let (pool, key) = (Rc::clone(&pool), silent.key(&tls));
-            spawn_local(async move { pool.lease(&key).await.map(drop) })
+            spawn_local(async move { pool.checkout(&key).await.map(drop) })
         };
         while silent.accepted.get() == 0 {
             tokio::task::yield_now().await;
         }
-        let lease = pool.lease(&well.key(&tls)).await.unwrap();
-        let _stream = open(&lease).await;
+        let _stream = open(pool.checkout(&well.key(&tls)).await.unwrap()).await;
         assert!(!stuck.is_finished());
     });
 }
@@ -365,13 +374,13 @@ fn an_idle_connection_is_closed_and_a_new_one_opened_when_needed() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Serve, 100).await;
-        let pool = Pool::new(Settings { idle_timeout: Duration::from_millis(20), ..settings(100) });
+        let pool = pool(PoolSettings { idle_timeout: Duration::from_millis(20), ..settings(100) });
         let key = peer.key(&tls);
-        drop(pool.lease(&key).await.unwrap());
+        drop(pool.checkout(&key).await.unwrap());
         while pool.connections() > 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let _again = pool.lease(&key).await.unwrap();
+        let _again = pool.checkout(&key).await.unwrap();
         assert_eq!(peer.accepted.get(), 2);
     });
 }
@@ -381,35 +390,32 @@ fn there_are_never_more_connections_and_dials_than_the_limit() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Serve, 2).await;
-        let pool = Rc::new(Pool::new(Settings { max_connections: 2, ..settings(100) }));
+        let pool = Rc::new(pool(PoolSettings { max_connections: 2, ..settings(100) }));
         let key = peer.key(&tls);
         assert!(!pool.has_room(&key));
         // Five at once, where the peer turns out to take two on each connection.
         let flows: Vec<_> = (0..5)
             .map(|_| {
                 let (pool, key) = (Rc::clone(&pool), key.clone());
-                spawn_local(async move { pool.lease(&key).await })
+                spawn_local(async move { pool.checkout(&key).await })
             })
             .collect();
-        let mut leases = Vec::new();
+        let mut streams = Vec::new();
         let mut refused = 0;
         for flow in flows {
             match flow.await.unwrap() {
-                Ok(lease) => {
-                    let stream = open(&lease).await;
-                    leases.push((lease, stream));
-                }
+                Ok(checkout) => streams.push(open(checkout).await),
                 Err(ConnectError::Limit { most: 2 }) => refused += 1,
                 Err(e) => panic!("{e}"),
             }
         }
-        assert_eq!((leases.len(), refused, peer.accepted.get()), (4, 1, 2));
+        assert_eq!((streams.len(), refused, peer.accepted.get()), (4, 1, 2));
         assert!(!pool.has_room(&key));
-        assert!(matches!(pool.lease(&key).await, Err(ConnectError::Limit { most: 2 })));
-        // A place that is given back is there again.
-        leases.pop();
+        assert!(matches!(pool.checkout(&key).await, Err(ConnectError::Limit { most: 2 })));
+        // A permit that is given back is there again.
+        streams.pop();
         assert!(pool.has_room(&key));
-        let _again = pool.lease(&key).await.unwrap();
+        let _again = pool.checkout(&key).await.unwrap();
         assert_eq!(peer.accepted.get(), 2);
     });
 }
@@ -420,18 +426,17 @@ fn a_connection_to_an_endpoint_that_is_gone_ends_with_its_last_stream() {
         let tls = identity();
         let (gone, stays) =
             (Peer::start(&tls, Script::Serve, 100).await, Peer::start(&tls, Script::Serve, 100).await);
-        let pool = Pool::new(settings(100));
-        let lease = pool.lease(&gone.key(&tls)).await.unwrap();
-        let (_send, mut recv) = open(&lease).await;
-        drop(pool.lease(&stays.key(&tls)).await.unwrap());
+        let pool = pool(settings(100));
+        let mut stream = open(pool.checkout(&gone.key(&tls)).await.unwrap()).await;
+        drop(pool.checkout(&stays.key(&tls)).await.unwrap());
         pool.forget(&gone.key(&tls).endpoint);
         assert!(!pool.has_room(&gone.key(&tls)) && pool.has_room(&stays.key(&tls)));
         // Its stream goes on.
         let mut held = gone.held.borrow_mut().remove(0);
         held.send_data(Bytes::from_static(b"still here"), true).unwrap();
-        assert_eq!(recv.data().await.unwrap().unwrap(), "still here");
+        assert_eq!(recv(&mut stream).await.unwrap().unwrap(), "still here");
         assert_eq!(pool.connections(), 2);
-        drop((lease, _send, recv));
+        drop(stream);
         while pool.connections() > 1 {
             tokio::task::yield_now().await;
         }
@@ -444,14 +449,15 @@ fn a_peer_is_asked_whether_it_is_alive_and_one_that_does_not_answer_is_found_out
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Mute, 100).await;
-        let pool = Pool::new(Settings { keepalive_timeout: Duration::from_millis(300), ..settings(100) });
-        let lease = pool.lease(&peer.key(&tls)).await.unwrap();
-        let (one, other) = tokio::join!(lease.ping(), lease.ping());
+        let pool = pool(PoolSettings { keepalive_timeout: Duration::from_millis(300), ..settings(100) });
+        let checkout = pool.checkout(&peer.key(&tls)).await.unwrap();
+        let connection = checkout.connection();
+        let (one, other) = tokio::join!(connection.ping(), connection.ping());
         assert_eq!((one, other), (Ok(()), Ok(())));
         peer.turn.notify_one();
         let silent = loop {
             // It may be told after this one.
-            if let Err(why) = lease.ping().await {
+            if let Err(why) = connection.ping().await {
                 break why;
             }
             tokio::task::yield_now().await;
@@ -465,19 +471,20 @@ fn a_peer_that_answers_no_ping_is_given_up_and_its_streams_are_reset() {
     run(async {
         let tls = identity();
         let peer = Peer::start(&tls, Script::Mute, 100).await;
-        let pool = Pool::new(Settings {
+        let pool = pool(PoolSettings {
             keepalive_interval: Duration::from_millis(50),
             keepalive_timeout: Duration::from_millis(200),
             ..settings(100)
         });
         let key = peer.key(&tls);
-        let lease = pool.lease(&key).await.unwrap();
-        let (_send, mut recv) = open(&lease).await;
+        let checkout = pool.checkout(&key).await.unwrap();
+        let mut stream = open(pool.checkout(&key).await.unwrap()).await;
         peer.turn.notify_one();
-        assert!(recv.data().await.unwrap().is_err());
-        assert!(lease.lost().is_some_and(|why| why.contains("no answer to PING")), "{:?}", lease.lost());
+        assert!(recv(&mut stream).await.is_err());
+        let lost = checkout.connection().lost();
+        assert!(lost.as_ref().is_some_and(|why| why.contains("no answer to PING")), "{lost:?}");
         // The next one is on a new connection.
-        let _again = pool.lease(&key).await.unwrap();
+        let _again = pool.checkout(&key).await.unwrap();
         assert_eq!(peer.accepted.get(), 2);
     });
 }

@@ -1,0 +1,108 @@
+//! `[[listener]]`: where CONNECT requests arrive.
+
+use std::{collections::HashSet, net::SocketAddr, num::NonZeroU32, time::Duration};
+
+use super::{
+    KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Protocol,
+    reader::{At, Reader, Section},
+    section::section,
+};
+use crate::model::{
+    names::{IdentityName, SourceName},
+    san::SanPattern,
+    trust::ClientCheck,
+};
+
+/// How long a dial to a target may take; Linux sends its fourth SYN after 7 s (1 + 2 + 4).
+pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// CONNECT streams that a listener takes on one connection: twice what our own client opens.
+pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
+
+section! {
+    /// `[[listener]]`
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct Listener {
+        /// Name, for routes.
+        name: optional String,
+        /// Address to listen on: ADDRESS:PORT.
+        address: required SocketAddr,
+        /// The HTTP versions to take: with TLS the first that the client offers too (ALPN; "h1" when it offers none), in
+        /// plaintext what its first bytes say.
+        protocols: default Vec<Protocol> = vec![Protocol::H2],
+        /// Whether it speaks TLS. Without it no client can prove who it is: only policies for "any" match.
+        tls: default bool = true,
+        /// Whether every connection begins with a PROXY header (version 1 or 2), whose client address is used. Only for
+        /// listeners that nothing but a load balancer can reach. Connections without a header are closed.
+        proxy_protocol: default bool = false,
+        /// Whether clients must present a certificate.
+        client_auth: default ClientAuth = ClientAuth::Required,
+        /// Who we are to clients, where it speaks TLS.
+        identity: other IdentityName = IdentityName::default(),
+        /// Names (SAN); a client's certificate must have one of them to be accepted. Empty: any certificate of the CA.
+        verify: default Vec<SanPattern> = Vec::new(),
+        /// Timeout for dialling a target.
+        dial_timeout: default Duration = DIAL_TIMEOUT,
+        /// Timeout for the TLS handshake and the start of HTTP; over HTTP/1, the whole head of the request.
+        handshake_timeout: default Duration = HANDSHAKE_TIMEOUT,
+        /// Maximum of concurrent CONNECT streams on one connection.
+        max_streams: default NonZeroU32 = LISTENER_STREAMS,
+        /// Interval of PINGs on an idle HTTP/2 connection. With keepalive_timeout it bounds how long a peer may be
+        /// suspended before its flows are reset.
+        keepalive_interval: default Duration = KEEPALIVE_INTERVAL,
+        /// Timeout for the answer to a PING.
+        keepalive_timeout: default Duration = KEEPALIVE_TIMEOUT,
+    }
+    check |r| {
+        if protocols.is_empty() {
+            r.wrong("protocols", "is empty: nobody could speak to it");
+        }
+        if protocols.len() > protocols.iter().collect::<HashSet<_>>().len() {
+            r.wrong("protocols", "says the same twice");
+        }
+        if !tls {
+            for key in ["client_auth", "verify"] {
+                if r.has(key) {
+                    r.wrong(key, "has no meaning with tls = false: clients show certificates in TLS only");
+                }
+            }
+        }
+        if protocols == [Protocol::H1] {
+            for key in ["max_streams", "keepalive_interval", "keepalive_timeout"] {
+                if r.has(key) {
+                    r.wrong(key, "has no meaning without \"h2\": over HTTP/1 a connection carries one flow");
+                }
+            }
+        }
+    }
+    defaults new;
+}
+
+impl Listener {
+    /// Its stable name.
+    pub fn source(&self) -> SourceName {
+        SourceName::Listener(self.address)
+    }
+
+    /// What its clients must prove; without TLS nothing.
+    pub fn check(&self) -> Option<ClientCheck> {
+        self.tls.then(|| ClientCheck { san: self.verify.clone() })
+    }
+}
+
+/// A listener and the place of its address.
+impl Section for At<Listener> {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let listener = Listener::read(r)?;
+        Some(r.at("address", listener))
+    }
+}
+
+/// Whether clients must present a certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClientAuth {
+    /// They must.
+    #[default]
+    Required,
+}

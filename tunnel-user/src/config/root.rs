@@ -1,0 +1,134 @@
+//! The whole file: which sections there are, and what no section can see by itself.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+
+use super::{
+    Config, Listener, Peers, Policy, Redirect,
+    capture::AnyCapture,
+    reader::{At, Reader, Section},
+    route::{RouteByName, resolve},
+    via::{self, UpstreamByName},
+};
+use crate::model::{names::IdentityName, trust::IdentityFiles};
+
+impl Section for Config {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let daemon = r.section("daemon", "The process.").unwrap_or_default();
+        let identity: Option<IdentityFiles> =
+            r.section("identity", "Certificate, key and CA certificates. Reloaded when the files change.");
+        let captures: Vec<At<AnyCapture>> = r.sections(
+            "capture",
+            "TCP connections to capture: those of a cgroup, or those that firewall rules redirect.",
+        );
+        let listeners: Vec<At<Listener>> = r.sections("listener", "Sockets that accept CONNECT requests.");
+        let routes: Vec<RouteByName> = r.sections(
+            "route",
+            "Where flows go. The first route that matches decides; a flow that matches no route is rejected.",
+        );
+        let upstreams: Vec<UpstreamByName> =
+            r.sections("upstream", "A gateway or proxy that flows are sent through.");
+        let policies: Vec<At<Policy>> = r.sections(
+            "policy",
+            "Which peers may reach which targets through the listeners. By default nothing is allowed.",
+        );
+
+        check_together(r, &listeners, &captures);
+        check_peers(r, &listeners, &policies);
+        let (mut ebpf, mut redirects) = (Vec::new(), Vec::new());
+        for capture in captures {
+            match capture.value {
+                AnyCapture::Ebpf(capture) => ebpf.push(capture),
+                AnyCapture::Redirect { name, listen } => {
+                    let listen = listen.into_iter().map(|at| at.value).collect();
+                    redirects.push(Redirect { name, listen });
+                }
+            }
+        }
+        let routes = resolve(r, routes);
+        let upstreams = via::resolve(r, upstreams, &listeners);
+        let listeners = listeners.into_iter().map(|l| l.value).collect();
+        let policies = policies.into_iter().map(|p| p.value).collect();
+        Some(Self {
+            daemon,
+            identities: identity.map(|files| (IdentityName::default(), files)).into_iter().collect(),
+            captures: ebpf,
+            redirects,
+            listeners,
+            routes: routes?,
+            upstreams: upstreams?,
+            policies,
+        })
+    }
+}
+
+/// What no section can see by itself.
+fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<AnyCapture>]) {
+    if !r.has("capture") && !r.has("listener") && !r.for_exec() {
+        r.wrong("", "there is nothing to do: neither [[capture]] nor [[listener]] is there");
+    }
+    for key in ["listener", "upstream"] {
+        if r.has(key) && !r.all_say_or_have(key, "tls", false, "self") && !r.has("identity") {
+            r.wrong(key, "needs a certificate: [identity] is missing");
+        }
+    }
+    if r.for_exec() && !r.has("route") {
+        r.wrong("", "has no [[route]]: every captured connection would be refused");
+    }
+    if r.has("listener") && !r.has("route") {
+        r.wrong("listener", "has no [[route]]: every request would be refused");
+    }
+    if r.captures_for_exec()
+        && let Some(first) = captures.first()
+        && let AnyCapture::Redirect { .. } = first.value
+    {
+        r.wrong_at(
+            first,
+            "is \"redirect\", and rules know nothing of the command: `tunnel exec` captures by eBPF. Put another \
+             [[capture]] first, or say --capture",
+        );
+    }
+    let mut seen = BTreeMap::<SocketAddr, ()>::new();
+    for at in listeners {
+        if seen.insert(at.value.address, ()).is_some() {
+            r.wrong_at(at, format!("another listener is at {} already", at.value.address));
+        }
+    }
+    for capture in captures {
+        let AnyCapture::Redirect { listen, .. } = &capture.value else { continue };
+        for at in listen {
+            if seen.insert(at.value, ()).is_some() {
+                r.wrong_at(at, format!("another listener is at {} already", at.value));
+            }
+        }
+    }
+    for kind in ["upstream", "listener", "capture"] {
+        let mut seen = BTreeMap::<String, ()>::new();
+        for name in r.texts_in(kind, &["name"]) {
+            if seen.insert(name.value.clone(), ()).is_some() {
+                r.wrong_at(&name, format!("another {kind} is named \"{}\" already", name.value));
+            }
+        }
+    }
+}
+
+/// Policies that name peers, where nobody can prove to be one of them.
+fn check_peers(r: &Reader<'_>, listeners: &[At<Listener>], policies: &[At<Policy>]) {
+    if !r.all_say("listener", "tls", false) || listeners.is_empty() {
+        return;
+    }
+    for at in policies.iter().filter(|at| at.value.identity != Peers::Any) {
+        r.wrong_at(
+            at,
+            "names peers, and no listener has TLS, by which a client could prove to be one: only \"any\" would match",
+        );
+    }
+}
+
+impl Section for IdentityFiles {
+    fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let cert = r.required::<PathBuf>("cert", "Certificate, PEM; the leaf first, intermediates after it.");
+        let key = r.required::<PathBuf>("key", "Private key of the certificate, PEM.");
+        let ca = r.required::<PathBuf>("ca", "CA certificates that peers are verified with, PEM.");
+        Some(Self { cert: cert?, key: key?, ca: ca? })
+    }
+}

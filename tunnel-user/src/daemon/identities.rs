@@ -1,0 +1,84 @@
+//! The identities of a daemon, by name.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{
+    other,
+    reconcile::{Gate, Step},
+};
+use crate::{
+    config::Config,
+    identity::{
+        provider::Subscription,
+        store::{self, TlsStore},
+        tls::Wanted,
+    },
+    model::{names::IdentityName, trust::IdentityFiles},
+    process::exit::{Cause, Failure},
+};
+
+/// See the module.
+#[derive(Clone, Default)]
+pub(super) struct Identities(BTreeMap<IdentityName, Identity>);
+
+#[derive(Clone)]
+struct Identity {
+    wanted: IdentityFiles,
+    store: Arc<TlsStore>,
+    _notices: Arc<Subscription>,
+}
+
+impl Identities {
+    /// Those of a configuration: what is the same as here goes on, anything else is loaded.
+    pub(super) fn next(&self, config: &Config, gate: Gate<'_>) -> Result<Self, Failure> {
+        let mut next = Self::default();
+        for (name, wanted) in &config.identities {
+            let identity = match self.0.get(name).filter(|before| before.wanted == *wanted) {
+                Some(before) => before.clone(),
+                None => {
+                    gate(&Step::LoadIdentity(name.clone()))?;
+                    load(wanted)?
+                }
+            };
+            next.0.insert(name.clone(), identity);
+        }
+        Ok(next)
+    }
+
+    /// Whether an identity is the same in both.
+    pub(super) fn is_same(&self, other: &Self, name: &IdentityName) -> bool {
+        let store = |of: &Self| of.0.get(name).map(|identity| Arc::as_ptr(&identity.store));
+        store(self) == store(other)
+    }
+
+    /// The one of this name.
+    pub(super) fn store(&self, name: &IdentityName) -> Result<Arc<TlsStore>, Failure> {
+        let found = self.0.get(name).map(|identity| Arc::clone(&identity.store));
+        found
+            .ok_or_else(|| Failure::Config(Cause::new("TLS needs an identity", "Add an [identity] section.")))
+    }
+
+    /// Forgets the sessions of connections that a configuration no longer makes or takes.
+    pub(super) fn forget_unused(&self, config: &Config) {
+        for (name, identity) in &self.0 {
+            let (upstreams, listeners) = (config.upstreams.iter(), config.listeners.iter());
+            identity.store.keep(&Wanted {
+                clients: upstreams
+                    .filter(|u| u.identity == *name)
+                    .filter_map(|u| u.check().map(|check| (check.san, u.protocol)))
+                    .collect(),
+                servers: listeners
+                    .filter(|l| l.identity == *name)
+                    .filter_map(|l| l.check().map(|check| (check, l.protocols.clone())))
+                    .collect(),
+            });
+        }
+    }
+}
+
+fn load(wanted: &IdentityFiles) -> Result<Identity, Failure> {
+    let store = TlsStore::load(wanted.clone())?;
+    let notices = store::watch(&store, || {})
+        .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))?;
+    Ok(Identity { wanted: wanted.clone(), store, _notices: Arc::new(notices) })
+}

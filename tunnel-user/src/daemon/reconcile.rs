@@ -1,0 +1,292 @@
+//! From what a daemon does to what a configuration wants: a start, a reload and a take-over are the same.
+//!
+//! Both are compared by name. What is new or different is prepared, then attached, and then, all at once, put in force.
+//!
+//! # Invariants
+//! - A change is made whole or not at all. Everything that can fail is done before anything changes that others notice, and
+//!   what had changed when something failed after all is put back.
+//! - What is the same in both goes on untouched, and flows keep what they began with.
+
+use std::{mem, net::SocketAddr, os::fd::OwnedFd};
+
+use super::{
+    Running,
+    bootstrap::require_same,
+    captures::{self, ActiveCapture, Loaded, Programs},
+    following,
+    identities::Identities,
+    listen::{self, ActiveListener, ActiveRedirect, Kept, Opener},
+    other,
+    pins::lock_if_pinned,
+    rules,
+    shared::{path, shared},
+    upstreams::{self, ActiveUpstream},
+};
+use crate::{
+    config::Config,
+    daemon::takeover::Listeners,
+    kernel::cgroup::Fresh,
+    model::names::{GroupName, IdentityName, UpstreamName},
+    process::exit::Failure,
+    relay::PathKind,
+    transport::tcp::OnClose,
+    worker::State,
+};
+
+/// One step of a change, which may fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    LoadIdentity(IdentityName),
+    Listen(SocketAddr),
+    ListenForRedirects,
+    LoadCapture(GroupName),
+    LoadRules(GroupName),
+    AddUpstream(UpstreamName),
+    ReplaceRules(GroupName),
+    Attach(GroupName),
+}
+
+/// Asked before each step, and where it fails the change fails.
+pub(super) type Gate<'g> = &'g dyn Fn(&Step) -> Result<(), Failure>;
+
+/// Lets every step be taken.
+pub(super) fn proceed(step: &Step) -> Result<(), Failure> {
+    tracing::debug!(?step, "reconciling");
+    Ok(())
+}
+
+/// What is different, counted for the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Changed {
+    pub(super) listeners: usize,
+    pub(super) captures: usize,
+    pub(super) upstreams: usize,
+}
+
+/// What was made ready for another configuration. Dropped, it leaves everything as it was.
+pub(super) struct Prepared {
+    config: Config,
+    path: PathKind,
+    identities: Identities,
+    listeners: Vec<ActiveListener>,
+    redirects: Vec<ActiveRedirect>,
+    kept: Kept,
+    /// See [`listen::set_inherited_options`].
+    retuned: Vec<(SocketAddr, OnClose)>,
+    upstreams: Vec<ActiveUpstream>,
+    /// New captures.
+    captures: Loaded,
+    /// Programs for captures that stay.
+    programs: Vec<(GroupName, Programs)>,
+    changed: Changed,
+    /// From the first look at what is pinned until the last link. Dropped last.
+    _lock: Option<OwnedFd>,
+}
+
+impl Prepared {
+    /// The addresses of the CONNECT listeners, with the ports that they got.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.listeners.iter().map(|l| l.bound)
+    }
+}
+
+impl Running {
+    /// Makes this daemon what a configuration says. On an error it stays what it was.
+    pub(super) async fn reconcile(&mut self, config: Config) -> Result<Changed, Failure> {
+        let changed = self.change(config, &proceed)?;
+        self.workers.in_force().await;
+        self.identities.forget_unused(&self.config);
+        Ok(changed)
+    }
+
+    /// The same, but for waiting until the workers have it in force.
+    pub(super) fn change(&mut self, config: Config, gate: Gate<'_>) -> Result<Changed, Failure> {
+        require_same(&self.config, &config)?;
+        let existing =
+            listen::copies(&self.kept).map_err(|e| other(&format!("copying a listening socket: {e}")))?;
+        let mut next = self.prepare(config, existing.into_iter().collect(), None, gate)?;
+        self.attach(&mut next, gate)?;
+        Ok(self.commit(next))
+    }
+
+    /// Does everything that can fail and that nobody notices. `existing` are sockets that listen already; `fresh` is the
+    /// group of a command.
+    pub(super) fn prepare(
+        &mut self,
+        config: Config,
+        existing: Listeners,
+        fresh: Option<&Fresh>,
+        gate: Gate<'_>,
+    ) -> Result<Prepared, Failure> {
+        let mut changed = Changed::default();
+        let path = path(&config)?;
+        let lock = lock_if_pinned(&config, self.config.captures.iter().chain(&config.captures))?;
+        let identities = self.identities.next(&config, gate)?;
+        let same_identity = |name: &IdentityName| self.identities.is_same(&identities, name);
+
+        let mut opener = Opener::new(&self.process, existing);
+        let mut listeners = Vec::new();
+        for wanted in &config.listeners {
+            let same =
+                |l: &&ActiveListener| l.wanted == *wanted && (!wanted.tls || same_identity(&wanted.identity));
+            if let Some(listener) = self.listeners.iter().find(same) {
+                opener.keep(wanted.address);
+                listeners.push(listener.clone());
+            } else {
+                gate(&Step::Listen(wanted.address))?;
+                listeners.push(opener.listener(wanted, &identities)?);
+                changed.listeners += 1;
+            }
+        }
+        let redirects = if config.redirects == self.config.redirects {
+            config.redirects.iter().flat_map(|r| &r.listen).for_each(|address| opener.keep(*address));
+            self.redirects.clone()
+        } else {
+            gate(&Step::ListenForRedirects)?;
+            opener.redirects(&config.redirects)?
+        };
+        let (kept, retuned) = opener.finish();
+
+        let (mut captures, mut programs) = (Loaded::default(), Vec::new());
+        for wanted in &config.captures {
+            let group = wanted.cgroup.name();
+            let Some(active) = self.captures.iter().find(|a| a.wanted.cgroup == wanted.cgroup) else {
+                gate(&Step::LoadCapture(group))?;
+                captures.0.extend(captures::load(wanted, &config, fresh, &self.process)?.keep());
+                continue;
+            };
+            // Routes are part of them.
+            let rules = rules::compile(wanted, &config)?;
+            if !active.is_attached_as(wanted, &rules) {
+                gate(&Step::LoadRules(group.clone()))?;
+                let next = captures::programs(wanted, &config, rules, &active.group, active.generation)?;
+                programs.push((group, next));
+            }
+        }
+        changed.captures = captures.0.len() + programs.len();
+
+        let mut upstreams = Vec::new();
+        for wanted in &config.upstreams {
+            let same = upstreams::is_same(wanted, &config.upstreams, &self.upstreams, &same_identity);
+            if let Some(before) = self.upstreams.iter().find(|u| same && u.wanted.name == wanted.name) {
+                upstreams.push(before.clone());
+            } else {
+                gate(&Step::AddUpstream(wanted.name.clone()))?;
+                upstreams.push(self.discover.upstream(wanted, &identities)?);
+                changed.upstreams += 1;
+            }
+        }
+        Ok(Prepared {
+            config,
+            path,
+            identities,
+            listeners,
+            redirects,
+            kept,
+            retuned,
+            upstreams,
+            captures,
+            programs,
+            changed,
+            _lock: lock,
+        })
+    }
+
+    /// Attaches new captures, and other programs for those that stay. Where one fails, those that stay have what they had;
+    /// the new ones are taken back when `next` is dropped.
+    pub(super) fn attach(&mut self, next: &mut Prepared, gate: Gate<'_>) -> Result<(), Failure> {
+        self.register(&next.captures.0);
+        for active in &mut next.captures.0 {
+            active.scan(&self.process);
+        }
+        let mut replaced = Vec::new();
+        let attached =
+            self.replace_programs(mem::take(&mut next.programs), &mut replaced, gate).and_then(|()| {
+                next.captures.0.iter_mut().try_for_each(|active| {
+                    gate(&Step::Attach(active.wanted.cgroup.name()))?;
+                    active.attach()
+                })
+            });
+        for (group, before) in replaced {
+            let Some(active) = self.captures.iter_mut().find(|a| a.wanted.cgroup.name() == group) else {
+                continue;
+            };
+            if attached.is_ok() {
+                active.count(&before);
+            } else if let Err(e) = active.replace(before) {
+                tracing::error!(cgroup = active.called, "failed to restore the previous rules: {e}");
+            }
+        }
+        if attached.is_err() {
+            self.register(&[]);
+        } else {
+            following::order(self.captures.iter().chain(&next.captures.0));
+        }
+        attached
+    }
+
+    fn replace_programs(
+        &mut self,
+        programs: Vec<(GroupName, Programs)>,
+        replaced: &mut Vec<(GroupName, Programs)>,
+        gate: Gate<'_>,
+    ) -> Result<(), Failure> {
+        for (group, next) in programs {
+            let Some(active) = self.captures.iter_mut().find(|a| a.wanted.cgroup.name() == group) else {
+                continue;
+            };
+            gate(&Step::ReplaceRules(group.clone()))?;
+            replaced.push((group, active.replace(next)?));
+        }
+        Ok(())
+    }
+
+    /// Puts in force what was attached. Nothing fails here.
+    pub(super) fn commit(&mut self, next: Prepared) -> Changed {
+        let Prepared { config, path, identities, listeners, redirects, kept, retuned, upstreams, .. } = next;
+        let new = next.captures.keep();
+        for capture in &new {
+            capture.announce();
+            capture.forget_other_versions();
+        }
+        self.captures.iter().chain(&new).for_each(|capture| capture.programs.capture.settle());
+        listen::set_inherited_options(&kept, &retuned);
+        for mut capture in mem::take(&mut self.captures) {
+            match config.captures.iter().find(|wanted| wanted.cgroup == capture.wanted.cgroup) {
+                Some(wanted) => {
+                    capture.wanted = wanted.clone();
+                    self.captures.push(capture);
+                }
+                None => capture.detach(),
+            }
+        }
+        self.captures.extend(new);
+        self.register(&[]);
+        self.shared = Some(shared(&config, &self.process, listeners.iter().map(|l| l.bound), path));
+        (self.config, self.identities) = (config, identities);
+        (self.listeners, self.redirects, self.upstreams, self.kept) = (listeners, redirects, upstreams, kept);
+        self.publish();
+        following::nested(&self.config).iter().for_each(|warning| tracing::warn!("{warning}"));
+        next.changed
+    }
+
+    /// Tells the workers what they are to do: what is configured, and in which network namespaces.
+    pub(super) fn publish(&self) {
+        let Some(shared) = self.shared.clone() else { return };
+        let listeners = self.listeners.iter().map(ActiveListener::source);
+        let redirects = self.redirects.iter().map(ActiveRedirect::source);
+        let captures = self.captures.iter().flat_map(ActiveCapture::sources);
+        self.workers.publish(State {
+            version: self.workers.version() + 1,
+            shared,
+            upstreams: self.upstreams.iter().map(|u| u.settings.clone()).collect(),
+            sources: listeners.chain(redirects).chain(captures).collect(),
+        });
+    }
+
+    /// Has the sockets that we connect registered with every capture, those to come included.
+    fn register(&self, more: &[ActiveCapture]) {
+        let all = self.captures.iter().chain(more).map(|active| active.programs.capture.register());
+        self.process.own.set_captures(all.collect());
+    }
+}

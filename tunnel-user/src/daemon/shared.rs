@@ -1,0 +1,89 @@
+//! What all workers are told of a configuration.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use super::bootstrap::Process;
+use crate::{
+    config::{self, Config, Relay},
+    kernel::version::{Feature, Kernel},
+    process::{
+        exit::{Cause, Failure},
+        limits,
+    },
+    relay::{self, PathKind},
+    routing::{policy::Policies, router::Router},
+    sinks::dial::Dialer,
+    worker::Shared,
+};
+
+/// `bound` are the addresses of the listeners for CONNECT requests.
+pub(super) fn shared(
+    config: &Config,
+    process: &Process,
+    bound: impl Iterator<Item = SocketAddr>,
+    path: PathKind,
+) -> Arc<Shared> {
+    let own: Vec<_> = bound.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
+    let per_flow = limits::per_flow(config);
+    let max_flows = config.daemon.max_flows.get();
+    if let Some(flows) = limits::cut_to(max_flows, process.nofile, process.workers, per_flow) {
+        warn_of_cut(config, flows, process.nofile, per_flow);
+    }
+    Arc::new(Shared {
+        router: Router::new(config.routes.clone()),
+        policies: Policies::new(config.policies.clone(), &own),
+        dialer: Dialer::new(process.own.clone()),
+        pseudonym: process.pseudonym.clone(),
+        flows_max: limits::flows_per_worker(max_flows, process.nofile, process.workers, per_flow),
+        path,
+        inspect_timeout: config.daemon.inspect_timeout,
+        dial_timeout: config::DIAL_TIMEOUT,
+        drain_timeout: config.daemon.drain_timeout,
+        keep_records: process.keep_records,
+    })
+}
+
+/// Says that descriptors allow fewer flows than the configuration.
+fn warn_of_cut(config: &Config, flows: usize, nofile: u64, per_flow: u64) {
+    let what = "fewer flows are taken than max_flows, for want of file descriptors: raise their limit (LimitNOFILE= in a \
+                systemd unit, ulimit -Hn in a shell), or lower max_flows";
+    let max_flows = config.daemon.max_flows;
+    // Beside a command that has its terminal, only who wants to know more is told.
+    if config.captures.iter().any(|c| c.cgroup == config::CgroupRef::Fresh) {
+        tracing::info!(max_flows, flows, nofile, per_flow, "{what}");
+    } else {
+        tracing::warn!(max_flows, flows, nofile, per_flow, "{what}");
+    }
+}
+
+/// How bytes are moved between two sockets of ours. Fails where it was asked for and cannot be.
+pub(super) fn path(config: &Config) -> Result<PathKind, Failure> {
+    let asked = match config.daemon.relay {
+        Relay::Copy => return Ok(PathKind::Copy),
+        Relay::Pipe => return Ok(PathKind::Pipe),
+        // No flow would have two sockets.
+        Relay::Auto if !limits::has_two_sockets(config) => return Ok(PathKind::Copy),
+        Relay::Auto => false,
+        Relay::Splice => true,
+    };
+    let (why, privilege) = match Kernel::running().allows(Feature::Splice) {
+        Err(why) => (why, false),
+        Ok(()) => match relay::probe() {
+            Ok(()) => return Ok(PathKind::Splice),
+            Err(e) => (e.summary(), e.is_privilege()),
+        },
+    };
+    if !asked {
+        tracing::info!("bytes between two connections are copied: {why}");
+        return Ok(PathKind::Copy);
+    }
+    let what = format!("relay = \"splice\": {why}");
+    Err(if privilege {
+        let remedy = "The program takes CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN: run it as root. With relay = \"auto\" bytes are \
+                      copied without.";
+        Failure::Privilege(Cause::new(what, remedy))
+    } else {
+        let remedy = "With relay = \"auto\" bytes are copied on such a kernel; `tunnel doctor` says which have what it takes.";
+        Failure::Kernel(Cause::new(what, remedy))
+    })
+}

@@ -1,0 +1,216 @@
+//! The worker threads of a daemon, from outside.
+//!
+//! # Invariants
+//! - Workers are given whole states, of which only the latest waits: nothing is lost because a worker is behind, and nothing
+//!   piles up.
+//! - No thread outlives this.
+
+use std::{io, mem, sync::Arc, thread};
+
+use tokio::sync::watch;
+
+use super::other;
+use crate::{
+    observe::stats::Counters,
+    process::{
+        drain::{self, Phase, Trigger},
+        exit::Failure,
+    },
+    worker::{self, Report, Start, State},
+};
+
+/// See the module.
+pub(super) struct Workers {
+    trigger: Trigger,
+    states: watch::Sender<Option<Arc<State>>>,
+    threads: Vec<Thread>,
+    counters: Vec<Arc<Counters>>,
+}
+
+struct Thread {
+    handle: thread::JoinHandle<io::Result<Report>>,
+    in_force: watch::Receiver<u64>,
+}
+
+impl Workers {
+    /// Starts so many, which do nothing yet.
+    pub(super) fn start(number: usize) -> Result<Self, Failure> {
+        let (trigger, phase) = drain::channel();
+        let mut workers =
+            Self { trigger, states: watch::Sender::new(None), threads: Vec::new(), counters: Vec::new() };
+        for index in 0..number {
+            let counters = Arc::new(Counters::default());
+            let (tell, in_force) = watch::channel(0);
+            let start = Start {
+                index,
+                counters: Arc::clone(&counters),
+                states: workers.states.subscribe(),
+                in_force: tell,
+                watch: phase.clone(),
+            };
+            let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(|| worker::run(start));
+            let handle = thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?;
+            workers.threads.push(Thread { handle, in_force });
+            workers.counters.push(counters);
+        }
+        Ok(workers)
+    }
+
+    /// The version of the latest state.
+    pub(super) fn version(&self) -> u64 {
+        self.states.borrow().as_ref().map_or(0, |state| state.version)
+    }
+
+    /// Has all workers do what a state says.
+    pub(super) fn publish(&self, state: State) {
+        self.states.send_replace(Some(Arc::new(state)));
+    }
+
+    /// Waits until the latest state is in force at every worker.
+    pub(super) async fn in_force(&mut self) {
+        let latest = self.version();
+        for thread in &mut self.threads {
+            // One that has ended has nothing in force; why, is said when it is joined.
+            let _ended = thread.in_force.wait_for(|version| *version >= latest).await;
+        }
+    }
+
+    /// By which they are told to stop.
+    pub(super) fn trigger(&self) -> &Trigger {
+        &self.trigger
+    }
+
+    /// Lets them drain, and waits for their ends.
+    pub(super) fn drain(&mut self) -> Report {
+        self.trigger.enter(Phase::Drain);
+        let mut report = Report::default();
+        for Thread { handle, .. } in mem::take(&mut self.threads) {
+            match handle.join() {
+                Ok(Ok(one)) => {
+                    report.records.extend(one.records);
+                    report.dropped += one.dropped;
+                    report.connections_opened += one.connections_opened;
+                }
+                Ok(Err(e)) => tracing::error!("a worker failed: {e}"),
+                Err(_) => tracing::error!("a worker panicked"),
+            }
+        }
+        self.trigger.enter(Phase::Stop);
+        report
+    }
+
+    /// Their counters, summed.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut sums: Vec<(&'static str, u64)> = Vec::new();
+        for counters in &self.counters {
+            for (i, (name, n)) in counters.all().into_iter().enumerate() {
+                match sums.get_mut(i) {
+                    Some((_, sum)) => *sum += n,
+                    None => sums.push((name, n)),
+                }
+            }
+        }
+        sums
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.trigger.enter(Phase::Stop);
+        for Thread { handle, .. } in mem::take(&mut self.threads) {
+            if !matches!(handle.join(), Ok(Ok(_))) {
+                tracing::error!("a worker failed or panicked");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read as _,
+        net::{SocketAddr, TcpStream},
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::{
+        config,
+        kernel::own::OwnListeners,
+        model::names::SourceName,
+        relay::PathKind,
+        routing::{policy::Policies, router::Router},
+        sinks::dial::Dialer,
+        sources::capture::accept::Origins,
+        transport::tcp::{self, OnClose},
+        worker::{CaptureSocket, Listening, Shared, Sockets, Source},
+    };
+
+    fn shared() -> Arc<Shared> {
+        Arc::new(Shared {
+            router: Router::new(Vec::new()),
+            policies: Policies::new(Vec::new(), &[]),
+            dialer: Dialer::default(),
+            pseudonym: "tunnel-test".to_owned(),
+            flows_max: 10,
+            path: PathKind::Copy,
+            inspect_timeout: config::INSPECT_TIMEOUT,
+            dial_timeout: config::DIAL_TIMEOUT,
+            drain_timeout: Duration::from_secs(1),
+            keep_records: false,
+        })
+    }
+
+    /// A source with one socket, at the last of so many workers. What it brings came by no rule, and is reset.
+    fn source(workers: usize) -> (SocketAddr, Source) {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let socket = tcp::listen(any, 1, None, OnClose::Abort).unwrap().remove(0);
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        let origins = Origins::Redirected(Arc::new(OwnListeners::new(&[address])));
+        let mut shares: Vec<_> = (0..workers).map(|_| Vec::new()).collect();
+        shares[workers - 1].push(Listening::Captured(CaptureSocket { socket, origins }));
+        let name = SourceName::Redirect([address].into());
+        (address, Source { name, netns: None, called: None, sockets: Sockets::new(shares) })
+    }
+
+    fn is_accepted_from(address: &SocketAddr) -> bool {
+        let Ok(mut stream) = TcpStream::connect(address) else { return false };
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // Nobody sends anything there: it ends because somebody has accepted it.
+        match stream.read(&mut [0]) {
+            Ok(n) => n == 0,
+            Err(e) => e.kind() == io::ErrorKind::ConnectionReset,
+        }
+    }
+
+    /// However many states are published while workers are behind, the last one is in force: no source is forgotten that was
+    /// new in one that they have not seen, and none goes on that is not in the last.
+    #[tokio::test]
+    async fn workers_that_are_behind_end_up_in_the_latest_state() {
+        const SOURCES: usize = 100;
+        let mut workers = Workers::start(2).unwrap();
+        let shared = shared();
+        let (addresses, sources): (Vec<_>, Vec<_>) = (0..SOURCES).map(|_| source(2)).unzip();
+        let state = |version, sources: &[Source]| State {
+            version,
+            shared: Arc::clone(&shared),
+            upstreams: Vec::new(),
+            sources: sources.to_vec(),
+        };
+        for n in 1..=SOURCES {
+            workers.publish(state(n as u64, &sources[..n]));
+        }
+        workers.in_force().await;
+        assert!(addresses.iter().all(is_accepted_from));
+
+        workers.publish(state(workers.version() + 1, &sources[..1]));
+        workers.in_force().await;
+        let open = || addresses.iter().filter(|address| TcpStream::connect(address).is_ok()).count();
+        while open() > 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(is_accepted_from(&addresses[0]));
+        workers.drain();
+        assert_eq!(open(), 0);
+    }
+}
