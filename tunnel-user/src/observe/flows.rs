@@ -72,7 +72,6 @@ pub struct Meter {
 }
 
 /// A flow that is carried.
-#[derive(Debug)]
 pub struct LiveFlow {
     id: FlowId,
     slot: u32,
@@ -82,6 +81,17 @@ pub struct LiveFlow {
     meter: Meter,
     end: Cell<Option<EndReason>>,
     waker: Cell<Option<Waker>>,
+}
+
+impl fmt::Debug for LiveFlow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveFlow")
+            .field("id", &self.id)
+            .field("record", &self.record)
+            .field("meter", &self.meter)
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
 }
 
 impl LiveFlow {
