@@ -25,6 +25,7 @@ pub trait IdentityProvider: Send + Sync {
 }
 
 /// A certificate with its key, and whom its owner trusts.
+#[derive(Clone)]
 pub struct Material {
     /// The certificates, of which the first is the key's own, and the key.
     pub certificate: Arc<CertifiedKey>,

@@ -26,7 +26,6 @@ mod tests;
 mod tls;
 
 use std::{
-    cell::Cell,
     fmt, io, mem,
     rc::Rc,
     task::{Context, Poll},

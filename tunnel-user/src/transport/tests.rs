@@ -1,12 +1,11 @@
 //! Real handshakes in memory: what passes, what fails, and what is said.
 //!
-//! Enters: certificates from throwaway CAs. Leaves: verdicts. Invariant: every refusal is judged from both
-//! ends, by the error that each end sees. It never opens a socket.
+//! Every refusal is judged from both ends, by the error that each end sees.
 
 use std::{
-    fs,
+    fs, io,
     path::Path,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, mpsc},
     time::Duration,
 };
 
@@ -25,7 +24,7 @@ use crate::{
 use crate::{
     identity::{
         peer::peer_identity,
-        provider::{FilesError, IdentityError},
+        provider::{FilesError, IdentityError, IdentityProvider, Material, Subscription},
         store::{TlsStore, watch},
         tls::{TlsIdentity, Wanted, provider},
         verify::{Check, check_expiry, explain, failed_check},
@@ -336,12 +335,12 @@ fn a_client_without_any_name_fails_the_san_check() {
 fn explanations_survive_io_errors_and_h2() {
     let expired = || rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
     let wanted = "the peer refused our certificate: expired, or not valid yet (expiry check)";
-    let io = std::io::Error::new(std::io::ErrorKind::InvalidData, expired());
+    let io = io::Error::new(io::ErrorKind::InvalidData, expired());
     assert_eq!(explain(&io), wanted);
-    assert_eq!(explain(&std::io::Error::other(io)), wanted);
+    assert_eq!(explain(&io::Error::other(io)), wanted);
     // h2 hands on the text only.
-    assert_eq!(explain(&std::io::Error::other(expired().to_string())), wanted);
-    assert_eq!(explain(&std::io::Error::other("cable cut")), "cable cut");
+    assert_eq!(explain(&io::Error::other(expired().to_string())), wanted);
+    assert_eq!(explain(&io::Error::other("cable cut")), "cable cut");
 }
 
 #[test]
@@ -461,6 +460,76 @@ fn a_bad_rotation_keeps_the_old_identity() {
     fs::write(r.dir.path().join("key.pem"), ca().issue(&request(CLIENT)).unwrap().key_pem).unwrap();
     assert!(matches!(r.store.reload(), Err(IdentityError::Files(FilesError::KeyMismatch { .. }))));
     assert_eq!(r.shake().0, CLIENT);
+}
+
+/// A server that pushes certificates: it knows no files.
+#[derive(Clone, Default)]
+struct Pushing(Arc<Mutex<Pushed>>);
+
+#[derive(Default)]
+struct Pushed {
+    now: Option<Material>,
+    notify: Option<Box<dyn FnMut() + Send>>,
+}
+
+impl Pushing {
+    /// Nothing: the server cannot be reached.
+    fn push(&self, material: Option<Material>) {
+        let mut pushed = self.0.lock().unwrap();
+        pushed.now = material;
+        let notify = pushed.notify.take();
+        drop(pushed);
+        if let Some(mut notify) = notify {
+            notify();
+            self.0.lock().unwrap().notify = Some(notify);
+        }
+    }
+}
+
+impl IdentityProvider for Pushing {
+    fn fetch(&self) -> Result<Material, IdentityError> {
+        let none = || IdentityError::Roots { origin: "the server".to_owned(), why: "none yet".to_owned() };
+        self.0.lock().unwrap().now.clone().ok_or_else(none)
+    }
+
+    fn subscribe(&self, changed: Box<dyn FnMut() + Send>) -> io::Result<Subscription> {
+        self.0.lock().unwrap().notify = Some(changed);
+        let pushing = self.clone();
+        Ok(Subscription::new(Held(pushing)))
+    }
+}
+
+struct Held(Pushing);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.0.lock().unwrap().notify = None;
+    }
+}
+
+/// A provider needs no files: what one pushes is used from its notice on, what it cannot give leaves what is in use, and
+/// without a subscription nobody hears of it.
+#[test]
+fn a_store_follows_a_provider_that_pushes() {
+    let ca = ca();
+    let material = |id: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        put(dir.path(), &ca.issue(&request(id)).unwrap(), ca.cert_pem()).fetch().unwrap()
+    };
+    let server = Pushing::default();
+    assert!(TlsStore::load(server.clone()).is_err(), "there is nothing to start with");
+    server.push(Some(material(CLIENT)));
+    let store = TlsStore::load(server.clone()).unwrap();
+    let notices = watch(&store, || {}).unwrap();
+    let who = || store.identity().unwrap().0.to_string();
+
+    server.push(Some(material("spiffe://example.org/renewed")));
+    assert_eq!(who(), "spiffe://example.org/renewed");
+    server.push(None);
+    assert_eq!(who(), "spiffe://example.org/renewed");
+    drop(notices);
+    server.push(Some(material(CLIENT)));
+    assert_eq!(who(), "spiffe://example.org/renewed");
 }
 
 #[test]

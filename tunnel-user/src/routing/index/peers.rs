@@ -1,9 +1,8 @@
 //! Peers: from a name that a peer has proved to the rules that speak of it.
 //!
-//! Enters: patterns of names, then names. Leaves: for a name, the lists of rules whose patterns take it; and
-//! whether a rule is in them. Invariant: a name is taken apart once, for a whole connection, and looked up once
-//! for every shape of pattern that occurs (where its `*` stand), however many patterns there are. It never
-//! verifies a name.
+//! # Invariants
+//! - A name is taken apart once, for a whole connection, and looked up once for every shape of pattern that occurs (where its
+//!   `*` stand), however many patterns there are.
 
 use std::{collections::HashMap, net::IpAddr};
 

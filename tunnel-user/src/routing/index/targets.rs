@@ -1,9 +1,9 @@
-//! Targets: from an address or a name to the patterns that contain it.
+//! Targets: from an address or a name to the patterns that contain it, the most specific first.
 //!
-//! Enters: patterns, then targets. Leaves: a chain of nodes, the most specific first: one for every prefix, or
-//! name, that contains the target and that some rule speaks of. Invariant: a chain is as long as patterns nest
-//! (33 for IPv4, 129 for IPv6, the labels of a name), and finding it takes one look for each length of prefix
-//! that occurs. It never resolves a name.
+//! # Invariants
+//! - A chain has one node for every prefix, or name, that contains the target and that some rule speaks of. It is as long as
+//!   patterns nest (33 for IPv4, 129 for IPv6, the labels of a name), and finding it takes one look-up for each length of
+//!   prefix that occurs.
 
 use std::{
     collections::HashMap,

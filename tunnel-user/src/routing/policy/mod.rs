@@ -1,13 +1,13 @@
 //! Who may reach what through our listeners.
 //!
-//! Enters: a peer's identity, the target of its CONNECT request, and each address that a name resolved
-//! to. Leaves: leave to dial, or the reason why not. Invariant: what no rule allows is refused, and a broad
-//! rule never opens link-local, metadata or our own listeners. It never resolves a name, and never dials.
-//!
 //! A CIDR rule admits literal addresses and the addresses that names resolve to. A NAME rule admits that
 //! name, whatever it resolves to. Neither opens a guarded range ([`GUARDED`]): for that a CIDR rule has to
 //! lie inside the range; nor one of our own listeners: for that a rule has to state its address and its
 //! port, and nothing else.
+//!
+//! # Invariants
+//! - A target that no rule allows is refused, before its name is resolved and for each address that it resolves to.
+//! - A broad rule never opens link-local addresses, metadata services or our own listeners.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -1,7 +1,5 @@
-//! Who gets where: by example, and for any rules as they stand in the configuration, one after the other.
-//!
-//! Enters: rules, peers, targets. Leaves: verdicts. Invariant: the linear definition is the specification. It never
-//! resolves a name.
+//! Who gets where: by example, and for any rules as they stand in the configuration, one after the other. The linear definition
+//! is the specification.
 
 use proptest::prelude::*;
 
