@@ -74,7 +74,7 @@ fn of_many_refusals_the_first_are_logged_and_the_rest_is_counted() -> Result<()>
     })?;
     gateway.process().stop()?;
     let log = gateway.log();
-    let peers = written(&log, "not let in: ", "more connections of peers that were not let in")?;
+    let peers = written(&log, "rejected peer connection peer=", "more rejected peer connections")?;
     let denied = written(&log, "reason=policy_denied", "more flows that policy or a route refused")?;
     for (lines, left_out) in [peers, denied] {
         assert_eq!(lines + left_out, MANY, "{lines} lines, {left_out} left out");

@@ -388,7 +388,7 @@ fn a_handshake_that_drips_is_ended_after_the_handshake_timeout() -> Result<()> {
     assert!(took < Duration::from_secs(5), "it took {took:?}");
     drop(stream);
     drip.join().ok().context("the dripper panicked")?;
-    let said = daemon.process().wait_for_line("not let in")?;
+    let said = daemon.process().wait_for_line("rejected peer connection")?;
     assert!(said.contains("no complete handshake within 1s"), "{said}");
     Ok(())
 }
@@ -438,7 +438,7 @@ fn silent_connections_do_not_keep_others_out() -> Result<()> {
     assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
     old.does_not_notice()?;
     new.does_not_notice()?;
-    gateway.logs("not let in")?;
+    gateway.logs("rejected peer connection")?;
     drop(silent);
     Ok(())
 }
@@ -463,7 +463,7 @@ fn garbage_is_answered_by_the_end_of_the_connection() -> Result<()> {
         let took = closed_after(&stream)?;
         assert!(took < Duration::from_secs(5), "{garbage:?}: it took {took:?}");
     }
-    gateway.logs("not let in")?;
+    gateway.logs("rejected peer connection")?;
     neighbour.does_not_notice()
 }
 

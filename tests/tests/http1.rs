@@ -109,7 +109,7 @@ fn curl_tunnels_through_a_listener_with_tls_and_a_certificate_and_not_without() 
     let line = daemon.process().wait_for_line("reason=closed destination=")?;
     assert!(line.contains(NODE_ID), "{line}");
     assert!(curl(&world, &anonymous).is_err());
-    daemon.process().wait_for_line("not let in")?;
+    daemon.process().wait_for_line("rejected peer connection")?;
     Ok(())
 }
 

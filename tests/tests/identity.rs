@@ -39,7 +39,7 @@ fn assert_client_refused(
 ) -> Result<()> {
     let target = world.serve(TARGET4, target::echo())?;
     let done = assert_no_byte_passes(&world.exec(gateway).credentials(credentials), &target)?;
-    let said = gateway.logs("not let in")?;
+    let said = gateway.logs("rejected peer connection")?;
     assert!(said.contains(&format!("failed the {check} check")), "{said}");
     ensure!(done.stderr.contains("our certificate"), "the node does not say that it was its own: {done}");
     Ok(())
@@ -115,7 +115,7 @@ fn a_client_without_a_certificate_is_not_let_in() -> Result<()> {
     });
     // Either the connection fails already, or nothing on it succeeds.
     assert!(!matches!(answered, Ok((true, _) | (_, true))), "{answered:?}");
-    let said = gateway.logs("not let in")?;
+    let said = gateway.logs("rejected peer connection")?;
     assert!(said.contains("failed the presence check"), "{said}");
     assert_eq!(target.peers(), []);
     Ok(())
@@ -197,7 +197,7 @@ fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Resu
         let mut gateway = world.gateway().listen(port(i, 0)).start()?;
         let target = world.serve(TARGET4, target::echo())?;
         let done = assert_no_byte_passes(&world.exec(&gateway).credentials(node), &target)?;
-        let said = gateway.logs("not let in")?;
+        let said = gateway.logs("rejected peer connection")?;
         assert!(said.contains("failed the chain check") && said.contains(SAID), "{said}");
         assert!(!lines_with(&done.stderr, &["the peer refused our certificate", SAID]).is_empty(), "{done}");
 
@@ -206,7 +206,7 @@ fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Resu
         let mut gateway = world.gateway().credentials(credentials).listen(port(i, 1)).start()?;
         let done = assert_no_byte_passes(&world.exec(&gateway), &target)?;
         assert!(!lines_with(&done.stderr, &["failed the chain check", SAID]).is_empty(), "{done}");
-        let said = gateway.logs("not let in")?;
+        let said = gateway.logs("rejected peer connection")?;
         assert!(said.contains("the peer refused our certificate") && said.contains(SAID), "{said}");
     }
     // What can be checked, is: the CA and its constraints are named, and a certificate within them works.
@@ -215,7 +215,7 @@ fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Resu
     let mut gateway = world.gateway().start()?;
     let target = world.serve(TARGET4, target::echo())?;
     assert_no_byte_passes(&world.exec(&gateway).credentials(outside), &target)?;
-    let said = gateway.logs("not let in")?;
+    let said = gateway.logs("rejected peer connection")?;
     assert!(said.contains("name constraints of its CA do not permit (\"CN=constrained\")"), "{said}");
     let inside = world.pki().issue_constrained("d", &format!("URI:{NODE_ID},DNS:a.test.tunnel"), dns)?;
     let exec = world.exec(&gateway).credentials(inside);

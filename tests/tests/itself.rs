@@ -84,7 +84,10 @@ fn policy_speaks_of_our_own_identity_and_what_it_forbids_is_reset() -> Result<()
     assert!(said.contains(NODE_ID) && said.contains(&to), "{said}");
     // The listener lets in whom it wants, and a peer in plaintext has no name.
     let said = refused(&run(&both(&world, &format!("verify = [\"{GATEWAY_ID}\"]"), &dials(NODE_ID))?)?)?;
-    assert!(said.contains("listener \"gw\" would not let us in") && said.contains("SAN check"), "{said}");
+    assert!(
+        said.contains("listener \"gw\" would reject our certificate") && said.contains("SAN check"),
+        "{said}"
+    );
     let plain = "tls = false\n[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:15009\"";
     let said = refused(&run(&both(&world, plain, &dials(NODE_ID))?)?)?;
     assert!(said.contains("a peer without identity"), "{said}");

@@ -122,8 +122,8 @@ fn a_connection_without_a_header_that_can_be_read_is_closed_and_nobody_else_noti
     let mut gateway = gateway(&world, "[[route]]\nto = [{ upstream = \"next\" }]\n")?;
     let connect = b"CONNECT 10.200.0.10:80 HTTP/1.1\r\n\r\n";
     for (bytes, said) in [
-        (connect.to_vec(), "not let in: no PROXY header"),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), "not let in: no PROXY header"),
+        (connect.to_vec(), "error=no PROXY header"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), "error=no PROXY header"),
         ([&b"PROXY TCP4 a b 1 2\r\n"[..], connect].concat(), "it has a wrong address"),
         (b"PROXY ".repeat(20), "longer than 107 bytes"),
         (v2(0x21, 0x11, &[0; 4]), "it is too short"),

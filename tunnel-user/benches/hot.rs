@@ -13,7 +13,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
     config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
-    model::flow::{ClientAddr, Identity, Source, Target},
+    model::flow::{ClientAddr, Direction, Identity, SourceKind, Target, Transport},
     routing::{flow::Flow, index::NOBODY, policy::Policies, router::Router},
     sinks::upstream::{
         headers::{Ask, connect_request},
@@ -66,13 +66,15 @@ fn route(matches: Match) -> Route {
 }
 
 fn to(destination: Vec<AddrPattern>) -> Route {
-    route(Match { source: vec![Source::Captured], destination, ..Match::default() })
+    route(Match { source: vec![SourceKind::Capture], destination, ..Match::default() })
 }
 
 /// What an application that wants to go to `target` is to the router.
 fn captured(target: &Target) -> Flow<'_> {
     Flow {
-        source: Source::Captured,
+        transport: Transport::Tcp,
+        direction: Direction::Outbound,
+        source: SourceKind::Capture,
         name: None,
         target,
         client: client(),
@@ -113,7 +115,7 @@ fn routes(c: &mut Criterion) {
             |i| route(Match { identity: vec![spiffe(i).parse().expect("a SPIFFE ID")], ..Match::default() });
         let peers = Router::new((0..size).map(of).collect());
         let peer = peers.peer(Some(&Identity(spiffe(size - 1).into())));
-        let flow = Flow { peer: &peer, source: Source::Listener, ..captured(&target) };
+        let flow = Flow { peer: &peer, source: SourceKind::Listener, ..captured(&target) };
         group.bench_with_input(BenchmarkId::new("routes of one identity", size), &flow, |b, flow| {
             b.iter(|| black_box(peers.decide(black_box(flow), 7)));
         });

@@ -1,7 +1,10 @@
 //! `tunnel`: an eBPF-accelerated transparent tunnel proxy for Linux nodes.
 //!
 //! The library behind the `tunnel` program. Each module is a room; a room imports those that stand further down here, and
-//! `cargo xtask rooms` says where one does not. `ARCHITECTURE.md` tells which room does what.
+//! `cargo xtask rooms` says where one does not. `unsafe` stands in `kernel` and in `transport::sockopt`; the compiler denies it
+//! elsewhere. `ARCHITECTURE.md` tells which room does what.
+
+#![deny(unsafe_code)]
 
 pub mod cli;
 pub mod config;

@@ -2,6 +2,8 @@
 //!
 //! A failure is printed once, with its remedy. The rooms that must not know each other are wired together here.
 
+#![forbid(unsafe_code)]
+
 use std::{
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,

@@ -41,7 +41,9 @@ pub(crate) fn run(checkout: &Checkout) -> Result<()> {
     promises::run(checkout, &promises::Args::check())?;
 
     heading("documents: generated pages, links, names");
-    docs::run(checkout, &docs::Args::check())?;
+    // As the tests build them, so that nothing is built twice.
+    test::build_programs(checkout)?;
+    docs::run(checkout, &docs::Args::check(checkout.target.join("debug/tunnel")))?;
 
     heading("documentation");
     let mut doc = checkout.cargo(["doc", "--locked", "--workspace", "--exclude", "tunnel-ebpf", "--no-deps"]);

@@ -34,10 +34,10 @@ const ORDER: [&[&str]; 10] = [
 ];
 
 /// Arrows that run back and have not been removed yet. One that is gone is taken off this list; none is added.
-const KNOWN: &[(&str, &str)] = &[
-    // A listener answers with what became of a dial or of an upstream.
-    ("sources", "sinks"),
-];
+const KNOWN: &[(&str, &str)] = &[];
+
+/// Where files may say that they have `unsafe`; the compiler denies it to all others (`#![deny(unsafe_code)]`).
+const UNSAFE: [&str; 2] = ["kernel", "transport/sockopt.rs"];
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
@@ -73,6 +73,13 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         return Ok(());
     }
     let mut wrong = house.inside();
+    wrong.extend(house.unsafe_elsewhere.iter().map(|file| {
+        format!(
+            "{}: unsafe_code is expected here, and it belongs into {}",
+            file.display(),
+            UNSAFE.join(" and ")
+        )
+    }));
     for ((from, to), places) in &arrows {
         let known = KNOWN.contains(&(from, to));
         let back = !may_import(from, to);
@@ -125,6 +132,8 @@ struct House {
     reexports: Vec<(Vec<String>, Vec<String>)>,
     /// Modules that only their own room may enter.
     closed: BTreeSet<Vec<String>>,
+    /// Files that say they have `unsafe`, and may not.
+    unsafe_elsewhere: Vec<PathBuf>,
 }
 
 impl House {
@@ -136,6 +145,12 @@ impl House {
         for file in files {
             let relative = file.strip_prefix(sources)?.to_owned();
             let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+            let says = ["expect(unsafe_code", "allow(unsafe_code", "warn(unsafe_code"];
+            if says.iter().any(|says| text.contains(says))
+                && !UNSAFE.iter().any(|may| relative.starts_with(may))
+            {
+                house.unsafe_elsewhere.push(relative.clone());
+            }
             let syntax = syn::parse_file(&text).with_context(|| format!("parsing {}", file.display()))?;
             parsed.push((module_of(&relative), relative, syntax));
         }
@@ -391,6 +406,15 @@ mod tests {
 
     fn back(house: &House) -> Vec<(String, String)> {
         house.arrows().into_keys().filter(|(from, to)| !may_import(from, to)).collect()
+    }
+
+    #[test]
+    fn unsafe_code_is_found_outside_of_its_rooms() -> Result<()> {
+        let says = "#![expect(unsafe_code, reason = \"x\")]";
+        let files =
+            [("kernel/a.rs", says), ("transport/sockopt.rs", says), ("transport/b.rs", says), ("c.rs", "")];
+        assert_eq!(house(&files)?.unsafe_elsewhere, [PathBuf::from("transport/b.rs")]);
+        Ok(())
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::AsRawFd,
-        unix::process::{CommandExt as _, ExitStatusExt as _},
+        fd::{AsFd as _, OwnedFd},
+        unix::process::ExitStatusExt as _,
     },
     path::PathBuf,
     process::{Command, ExitCode, ExitStatus},
@@ -21,6 +21,7 @@ use nix::sys::{
     signal::{SigSet, Signal, raise},
     signalfd::{SfdFlags, SignalFd, siginfo},
 };
+use rustix::process::{Pid, WaitOptions, waitpid};
 use tokio::io::unix::AsyncFd;
 
 use crate::{
@@ -28,6 +29,7 @@ use crate::{
     kernel::{
         cgroup::{CgroupError, Fresh, Hierarchy},
         inherited::{self, Inherited},
+        ready, sys,
     },
     observe::stats::{self, Record},
     process::exit::{Cause, Failure},
@@ -83,8 +85,8 @@ pub fn run<C: Carrier>(config: Config, options: &Options) -> Result<ExitCode, Fa
     let (status, report) = runtime.block_on(async {
         let signals = SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(|e| os("signals", e.into()))?;
-        // SAFETY: the descriptor is the signalfd's own, and stays open and the same as long as it lives.
-        let signals = unsafe { AsyncFd::register(signals) }.map_err(|e| os("signals", e.into()))?;
+        let pending = signals.as_fd().try_clone_to_owned().and_then(ready::readable);
+        let signals = Signals { signals, pending: pending.map_err(|e| os("signals", e))? };
         let mut running = C::start(config, &group, records)?;
         let status = match spawn(&options.command, &group, inherited) {
             Ok(mut child) => tokio::select! {
@@ -116,31 +118,14 @@ pub fn run<C: Carrier>(config: Config, options: &Options) -> Result<ExitCode, Fa
 }
 
 /// Starts the command in the group. The error is an exit code when the command is at fault.
-fn spawn(
-    command: &[OsString],
-    group: &Fresh,
-    mut inherited: Inherited,
-) -> Result<Child, Result<u8, Failure>> {
+fn spawn(command: &[OsString], group: &Fresh, inherited: Inherited) -> Result<Child, Result<u8, Failure>> {
     let Some((program, args)) = command.split_first() else {
         return Err(Err(Failure::Config(Cause::new("no command was given", "tunnel exec ... -- CMD ARGS"))));
     };
     let procs = group.open_procs().map_err(|e| Err(os("cannot open the cgroup of the command", e)))?;
     let mut child = Command::new(program);
     child.args(args);
-    let fd = procs.as_raw_fd();
-    // SAFETY: between fork and exec only async-signal-safe calls are made (signal-safety(7)): write(2) to a descriptor that
-    // lives until spawn returns, and those of `Inherited::give`, for which the child has one thread and `inherited`, which is
-    // the closure's, stays where it is.
-    unsafe {
-        child.pre_exec(move || {
-            if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 {
-                return Err(io::Error::last_os_error());
-            }
-            inherited.give()
-        });
-    }
-    let spawned = child.spawn();
-    drop(procs);
+    let spawned = inherited.spawn(child, &procs);
     spawned.map(|child| Child { pid: child.id().cast_signed(), stopped: false }).map_err(|e| {
         let program = program.to_string_lossy();
         match e.kind() {
@@ -157,6 +142,13 @@ fn spawn(
     })
 }
 
+/// Signals that came for this process.
+struct Signals {
+    signals: SignalFd,
+    /// The same descriptor once more, for the runtime.
+    pending: AsyncFd<OwnedFd>,
+}
+
 /// The command, as it runs.
 struct Child {
     pid: libc::pid_t,
@@ -166,11 +158,11 @@ struct Child {
 
 impl Child {
     /// Waits for its end; passes on the signals that are meant for it, and stops when it does.
-    async fn ended(&mut self, signals: &AsyncFd<SignalFd>) -> io::Result<ExitStatus> {
+    async fn ended(&mut self, signals: &Signals) -> io::Result<ExitStatus> {
         loop {
-            let mut ready = signals.readable().await?;
+            let mut ready = signals.pending.readable().await?;
             let mut resumed = false;
-            while let Ok(Some(info)) = ready.get_inner().read_signal() {
+            while let Ok(Some(info)) = signals.signals.read_signal() {
                 match info.ssi_signo.cast_signed() {
                     // Looked after below.
                     libc::SIGCHLD => {}
@@ -187,8 +179,8 @@ impl Child {
     }
 
     fn send(&self, signal: libc::c_int) {
-        // SAFETY: a system call on numbers. The command may have ended just now; its id is its own until it is waited for.
-        let _gone = unsafe { libc::kill(self.pid, signal) };
+        // The command may have ended just now; its id is its own until it is waited for.
+        sys::kill(self.pid, signal);
     }
 
     /// Takes note of what has become of it: its status when it has ended. Where it has stopped, so do we, because whoever
@@ -215,14 +207,9 @@ impl Child {
 
     /// The next change of its state, if there was one.
     fn news(&self) -> io::Result<Option<ExitStatus>> {
-        const CHANGES: libc::c_int = libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED;
-        let mut status = 0;
-        // SAFETY: waitpid(2) writes an int.
-        match unsafe { libc::waitpid(self.pid, &raw mut status, CHANGES) } {
-            0 => Ok(None),
-            -1 => Err(io::Error::last_os_error()),
-            _ => Ok(Some(ExitStatus::from_raw(status))),
-        }
+        let changes = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
+        let news = waitpid(Pid::from_raw(self.pid), changes)?;
+        Ok(news.map(|(_, status)| ExitStatus::from_raw(status.as_raw())))
     }
 }
 

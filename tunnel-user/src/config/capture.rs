@@ -54,7 +54,7 @@ pub enum Bypass {
 /// where it wanted to go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Redirect {
-    /// What routes call it.
+    /// Name, for routes.
     pub name: Option<String>,
     /// Where the rules send connections; at least one.
     pub listen: Vec<SocketAddr>,
@@ -127,45 +127,45 @@ const EBPF_ONLY: [(&str, &str); 8] = [
 
 impl Section for AnyCapture {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name = r.optional::<String>("name", "What routes call it. Default: its cgroup or unit.");
+        let name = r.optional::<String>("name", "Name, for routes. Default: its cgroup or unit.");
         let mode = r.optional::<Mode>(
             "mode",
-            "Who captures: \"ebpf\", this daemon, by kernel programs on a cgroup; \"redirect\", iptables or nftables rules, which the operator writes. Default: \"ebpf\".",
+            "\"ebpf\": kernel programs on a cgroup, which this daemon attaches; \"redirect\": iptables or nftables rules, which the operator writes. Default: \"ebpf\".",
         );
         let listen: Option<Vec<At<SocketAddr>>> = r.optional(
             "listen",
-            "Where the rules redirect connections to: ADDRESS:PORT. Needed in mode \"redirect\", and only there.",
+            "Addresses that the rules redirect connections to: ADDRESS:PORT. Required in mode \"redirect\", and only there.",
         );
         let path = r.optional::<FuturePath>(
             "cgroup",
-            "Path of a cgroup (version 2), which need not exist yet and may be removed and created again. This, or unit.",
+            "Path of a cgroup (version 2), which need not exist yet and may be removed and created again. Either this or unit.",
         );
         let unit =
-            r.optional::<String>("unit", "Name of a systemd unit below slices, such as legacy.service, which need not run yet. This, or cgroup.");
+            r.optional::<String>("unit", "Name of a systemd unit below slices, such as legacy.service, which need not run yet. Either this or cgroup.");
         let everything = || super::flags::EVERYTHING.map(AddrPattern::net_only).to_vec();
-        let include = r.default("include", "What is captured: CIDR[:PORTS]. Of it, what a \"deny\" route refuses by address and port alone, or no route takes, fails in connect() with ECONNREFUSED.", everything());
+        let include = r.default("include", "Destinations that are captured: CIDR[:PORTS]. Those that a \"deny\" route matches by address and port alone, or that match no route, fail in connect() with ECONNREFUSED.", everything());
         let refuse: Vec<AddrPattern> = r.default(
             "refuse",
-            "What fails in connect() with ENETUNREACH, as without a route to such addresses: CIDR[:PORTS]. With \"::/0\" clients fall back to IPv4 at once.",
+            "Destinations that fail in connect() with ENETUNREACH, as without a route: CIDR[:PORTS]. With \"::/0\" clients fall back to IPv4 at once.",
             Vec::new(),
         );
         let exclude: Vec<AddrPattern> = r.default(
             "exclude",
-            "What is left alone. The longest prefix over include, refuse and exclude decides; at the same prefix, exclude over refuse over include. Loopback, link-local, multicast and unspecified addresses are left alone unless include or refuse names the same prefix or a longer one.",
+            "Destinations that are not captured. The longest prefix of include, refuse and exclude decides; at the same prefix, exclude takes precedence over refuse, and refuse over include. Loopback, link-local, multicast and unspecified addresses are excluded unless include or refuse names the same prefix or a longer one.",
             Vec::new(),
         );
         let on_failure = r.default(
             "on_failure",
-            "What captured applications get while no daemon runs: \"closed\", their connections are refused; \"open\", they go out in plaintext.",
+            "What happens to captured connections while no daemon runs: \"closed\", they are refused; \"open\", they connect directly, in plaintext.",
             OnFailure::Closed,
         );
         let proxy = r.optional(
             "proxy",
-            "Hand captured connections to this proxy, which asks SO_ORIGINAL_DST, and not to this daemon.",
+            "Address of another proxy that receives the captured connections instead of this daemon, and queries SO_ORIGINAL_DST.",
         );
         let bypass = r.default(
             "bypass",
-            "Whether busy connections go past the loopback's TCP: \"off\"; \"auto\", those of programs that nothing speaks against, where the kernel can; \"on\", the same, and a kernel that cannot is an error.",
+            "Whether busy connections bypass the loopback's TCP: \"off\"; \"auto\", those of suitable programs, if the kernel supports it; \"on\", the same, and a kernel without support is an error.",
             Bypass::Off,
         );
 

@@ -44,20 +44,21 @@ section! {
     pub struct Daemon {
         /// What a process cannot change while it runs.
         bootstrap: flat Bootstrap,
-        /// How long flows may go on after we were told to stop.
+        /// How long established flows may continue after the daemon was told to stop.
         drain_timeout: default Duration = DRAIN_RUN,
-        /// Flows at a time, shared out to the workers; more are refused. One peer of the listeners gets three quarters of them
-        /// (7,500 of the default), and the limit of file descriptors may allow fewer, which the log says.
+        /// Maximum of concurrent flows, divided among the workers; more are rejected. One peer of the listeners gets at
+        /// most three quarters of them (7,500 of the default). The limit of file descriptors may allow fewer, which is
+        /// logged.
         max_flows: default NonZeroUsize = MAX_FLOWS,
         /// How bytes are moved between two connections without framing or TLS of our own (captured, dialled by a route to
         /// "direct", or HTTP/1 without TLS): "copy", through this process; "splice", by a kernel program while a flow exchanges
         /// small messages, else as "copy"; "pipe", in the kernel (splice(2)), which takes less than half the CPU for bulk and as
         /// much for small messages; "auto", as "splice" where kernel and privileges allow it, else as "copy".
         relay: default Relay = Relay::Copy,
-        /// How long what a client sends first is waited for, where a route asks for sni or http_host. A client that waits for its
-        /// server to speak first is held up for as long.
+        /// How long to wait for a client's first bytes, where a route has sni or http_host. A client that waits for its
+        /// server to speak first is delayed for as long.
         inspect_timeout: default Duration = INSPECT_TIMEOUT,
-        /// Whether this file is read again when it changes. SIGHUP has it read again anyway.
+        /// Whether to reload this file when it changes. SIGHUP always reloads it.
         watch: default bool = true,
     }
     check |r| {}
@@ -76,14 +77,13 @@ section! {
     pub struct Bootstrap {
         /// Worker threads. Default: one per core.
         workers: optional NonZeroUsize,
-        /// The SO_MARK of our own sockets, for rules of yours that are to leave them alone: VALUE or VALUE/MASK. Bits that
-        /// nothing else on the node uses (`tunnel doctor` names rules that match them). Captures do not go by it: they know
-        /// the sockets that this daemon made.
+        /// SO_MARK of the daemon's own sockets, for firewall rules to match: VALUE or VALUE/MASK. Choose bits that nothing
+        /// else on the node uses (`tunnel doctor` names rules that match them). Captures do not depend on it.
         mark: default Mark = MARK,
         /// The bpffs mount.
         bpffs: default PathBuf = PathBuf::from(BPFFS),
-        /// When a silent TCP peer is taken for gone: after time + probes * interval (135 s), whether the connection is idle or
-        /// bytes are on their way to it. A peer that answers, with its window closed for however long, is not silent.
+        /// When a silent TCP peer is given up: after time + probes * interval (135 s), whether the connection is idle or
+        /// has unacknowledged bytes. A peer that answers with a closed window is not silent.
         tcp_keepalive: section Keepalive,
     }
     check |r| {}
@@ -115,11 +115,11 @@ section! {
     /// whether the connection is idle or bytes are on their way.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Keepalive {
-        /// Silence until the peer is asked whether it is there, in whole seconds.
+        /// Idle time before the first probe (TCP_KEEPIDLE), in whole seconds.
         time: default Duration = TCP_KEEPALIVE_TIME,
-        /// Between two questions, in whole seconds.
+        /// Time between probes (TCP_KEEPINTVL), in whole seconds.
         interval: default Duration = TCP_KEEPALIVE_INTERVAL,
-        /// Questions in a row that may stay unanswered.
+        /// Number of unanswered probes (TCP_KEEPCNT).
         probes: default NonZeroU32 = TCP_KEEPALIVE_PROBES,
     }
     check |r| {

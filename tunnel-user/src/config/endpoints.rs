@@ -58,10 +58,10 @@ pub(crate) enum Method {
 /// Reads `endpoints`, `endpoints_file` and `discovery`.
 pub(super) fn read(r: &mut Reader<'_>) -> Option<(Vec<Target>, Discovery)> {
     let endpoints: Option<Vec<Target>> =
-        r.optional("endpoints", "Where it is: HOST:PORT. This, or endpoints_file.");
+        r.optional("endpoints", "Addresses: HOST:PORT. Either this or endpoints_file.");
     let file = r.optional::<PathBuf>(
         "endpoints_file",
-        "A file that says where it is, HOST:PORT on each line, # for comments; read again when it changes. This, or endpoints.",
+        "A file with one HOST:PORT on each line, # for comments; reloaded when it changes. Either this or endpoints.",
     );
     let method = r.default(
         "discovery",
@@ -128,16 +128,16 @@ section! {
     /// `[upstream.outlier_detection]`: which endpoints are left out for what flows have met there. The names are Envoy's.
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub struct OutlierDetection {
-        /// Connections in a row that fail, until the endpoint gets no new flows.
+        /// Consecutive failed connections after which the endpoint is ejected.
         consecutive_failures: default NonZeroU32 = CONSECUTIVE_FAILURES,
-        /// Answers to CONNECT in a row that are 502, 503 or 504, or do not come, until the endpoint gets no new flows. Default:
-        /// they do not count, because a gateway is not at fault when a target behind it is down.
+        /// Consecutive answers to CONNECT of 502, 503 or 504, or missing answers, after which the endpoint is ejected.
+        /// Default: they do not count, because a gateway gives them for targets behind it.
         consecutive_gateway_failures: optional NonZeroU32,
-        /// How long an endpoint gets no flows before a connection tries whether it is well again; doubled each time.
+        /// How long an endpoint is ejected before it is probed; doubled each time.
         base_ejection_time: default Duration = BASE_EJECTION_TIME,
-        /// The longest of these waits.
+        /// Upper bound of the ejection time.
         max_ejection_time: default Duration = MAX_EJECTION_TIME,
-        /// How many of a hundred endpoints may be ejected at a time, rounded down.
+        /// Percentage of endpoints that may be ejected at a time, rounded down.
         max_ejection_percent: default Percent = Percent::ALL,
     }
     check |r| {
@@ -171,13 +171,13 @@ section! {
         /// How: "tcp", by a connection that is closed at once, from the far end of the upstream that it goes through if there is
         /// one; "ping", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.
         kind as "type": required CheckKind,
-        /// How often each worker checks each endpoint; up to a tenth more or less, by chance.
+        /// Interval at which each worker checks each endpoint, plus or minus up to a tenth.
         interval: default Duration = CHECK_INTERVAL,
-        /// How long one check may take.
+        /// Timeout of a check.
         timeout: default Duration = CHECK_TIMEOUT,
-        /// Checks in a row that fail, until the endpoint gets no new flows.
+        /// Consecutive failed checks after which the endpoint gets no new flows.
         unhealthy_threshold: default NonZeroU32 = UNHEALTHY_THRESHOLD,
-        /// Checks in a row that succeed, until it gets flows again.
+        /// Consecutive successful checks after which it gets flows again.
         healthy_threshold: default NonZeroU32 = HEALTHY_THRESHOLD,
     }
     check |r| {}
@@ -197,11 +197,11 @@ section! {
     /// `[upstream.limits]`, in the whole process; shared out to the workers, rounded up.
     #[derive(Clone, Debug, Default, PartialEq, Eq)]
     pub struct Limits {
-        /// Connections at a time, those being made too.
+        /// Maximum of concurrent connections, including those being opened.
         connections: optional NonZeroUsize,
-        /// Flows at a time, those being opened too.
+        /// Maximum of concurrent flows, including those being opened.
         streams: optional NonZeroUsize,
-        /// Flows at a time that wait for a connection.
+        /// Maximum of flows that wait for a connection.
         pending: optional NonZeroUsize,
     }
     check |r| {}

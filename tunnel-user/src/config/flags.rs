@@ -13,7 +13,7 @@ use super::{
     Match, OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::model::{
-    flow::{Source, Target},
+    flow::{SourceKind, Target},
     mark::Mark,
     names::IdentityName,
     san::SanPattern,
@@ -97,7 +97,7 @@ pub struct GatewayOptions {
     pub verify: Vec<SanPattern>,
     /// What every client may reach.
     pub allow: Vec<TargetPattern>,
-    /// How long a dial to a target may take.
+    /// Timeout for dialling a target.
     pub dial_timeout: Duration,
     /// Worker threads.
     pub workers: Option<NonZeroUsize>,
@@ -143,7 +143,7 @@ impl Config {
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
             listeners: Vec::new(),
-            routes: vec![every(Source::Captured, Action::Upstreams(vec![("gateway".into(), 1)]))],
+            routes: vec![every(SourceKind::Capture, Action::Upstreams(vec![("gateway".into(), 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
         }
@@ -165,13 +165,13 @@ impl Config {
             captures: Vec::new(),
             redirects: Vec::new(),
             listeners: o.listen.iter().copied().map(listener).collect(),
-            routes: vec![every(Source::Listener, Action::Direct)],
+            routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
             policies: vec![Policy { identity: Peers::Any, target: o.allow }],
         }
     }
 }
 
-fn every(source: Source, to: Action) -> Route {
+fn every(source: SourceKind, to: Action) -> Route {
     Route { matches: Match { source: vec![source], ..Match::default() }, to, terms: Terms::default() }
 }

@@ -24,35 +24,34 @@ section! {
     /// `[[listener]]`
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub struct Listener {
-        /// What routes call it.
+        /// Name, for routes.
         name: optional String,
-        /// Where to listen: ADDRESS:PORT.
+        /// Address to listen on: ADDRESS:PORT.
         address: required SocketAddr,
         /// The HTTP versions to take: with TLS the first that the client offers too (ALPN; "h1" when it offers none), in
         /// plaintext what its first bytes say.
         protocols: default Vec<Protocol> = vec![Protocol::H2],
         /// Whether it speaks TLS. Without it no client can prove who it is: only policies for "any" match.
         tls: default bool = true,
-        /// Whether every connection begins with a PROXY header (version 1 or 2), whose client address is believed: for listeners
-        /// that a balancer alone can reach. Connections without one are closed.
+        /// Whether every connection begins with a PROXY header (version 1 or 2), whose client address is used. Only for
+        /// listeners that nothing but a load balancer can reach. Connections without a header are closed.
         proxy_protocol: default bool = false,
         /// Whether clients must present a certificate.
         client_auth: default ClientAuth = ClientAuth::Required,
         /// Who we are to clients, where it speaks TLS.
         identity: other IdentityName = IdentityName::default(),
-        /// Names of which a client's certificate must carry one, to be let in at all. Empty: every name that the CA vouches for.
+        /// Names (SAN); a client's certificate must have one of them to be accepted. Empty: any certificate of the CA.
         verify: default Vec<SanPattern> = Vec::new(),
-        /// How long a dial to a target may take.
+        /// Timeout for dialling a target.
         dial_timeout: default Duration = DIAL_TIMEOUT,
-        /// How long a peer may take for its TLS handshake and the start of HTTP; over HTTP/1 that is the whole head of its
-        /// request.
+        /// Timeout for the TLS handshake and the start of HTTP; over HTTP/1, the whole head of the request.
         handshake_timeout: default Duration = HANDSHAKE_TIMEOUT,
-        /// CONNECT streams at a time on one connection.
+        /// Maximum of concurrent CONNECT streams on one connection.
         max_streams: default NonZeroU32 = LISTENER_STREAMS,
-        /// How often a quiet HTTP/2 connection is asked whether its peer is alive. With keepalive_timeout it is how long a peer
-        /// may be suspended before its flows are reset.
+        /// Interval of PINGs on an idle HTTP/2 connection. With keepalive_timeout it bounds how long a peer may be
+        /// suspended before its flows are reset.
         keepalive_interval: default Duration = KEEPALIVE_INTERVAL,
-        /// How long the answer to that may take.
+        /// Timeout for the answer to a PING.
         keepalive_timeout: default Duration = KEEPALIVE_TIMEOUT,
     }
     check |r| {

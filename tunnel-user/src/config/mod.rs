@@ -63,13 +63,13 @@ use crate::model::{names::IdentityName, trust::IdentityFiles};
 
 /// How often a quiet connection is asked whether it is alive (PING).
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-/// How long the answer to that may take.
+/// Timeout for the answer to a PING.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything that a process is told.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The process itself.
+    /// The process.
     pub daemon: Daemon,
     /// Who we are. Those that listeners and upstreams with TLS name are present.
     pub identities: BTreeMap<IdentityName, IdentityFiles>,
@@ -77,7 +77,7 @@ pub struct Config {
     pub captures: Vec<Capture>,
     /// Where rules of the operator's redirect connections to.
     pub redirects: Vec<Redirect>,
-    /// Where CONNECT requests arrive.
+    /// Sockets that accept CONNECT requests.
     pub listeners: Vec<Listener>,
     /// Where flows go; the first match wins, no match is refused.
     pub routes: Vec<Route>,

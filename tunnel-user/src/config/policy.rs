@@ -16,7 +16,7 @@ section! {
     pub struct Policy {
         /// Who: a list of names, or "any".
         identity: required Peers,
-        /// What: CIDR\[:PORTS] or NAME\[:PORTS], NAME may be *.suffix.
+        /// Targets: CIDR\[:PORTS] or NAME\[:PORTS], NAME may be *.suffix.
         target: required Vec<TargetPattern>,
     }
     check |r| {

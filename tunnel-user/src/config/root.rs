@@ -13,23 +13,23 @@ use crate::model::{names::IdentityName, trust::IdentityFiles};
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let daemon = r.section("daemon", "The process itself.").unwrap_or_default();
-        let identity: Option<IdentityFiles> = r.section(
-            "identity",
-            "Who we are to our peers, and whom we believe. Read again when the files change.",
-        );
+        let daemon = r.section("daemon", "The process.").unwrap_or_default();
+        let identity: Option<IdentityFiles> =
+            r.section("identity", "Certificate, key and CA certificates. Reloaded when the files change.");
         let captures: Vec<At<AnyCapture>> = r.sections(
             "capture",
-            "Whose TCP connections are captured: those of a cgroup, or those that rules redirect.",
+            "TCP connections to capture: those of a cgroup, or those that firewall rules redirect.",
         );
-        let listeners: Vec<At<Listener>> = r.sections("listener", "Where CONNECT requests arrive.");
-        let routes: Vec<RouteByName> =
-            r.sections("route", "Where flows go. The first match wins; no match is refused.");
+        let listeners: Vec<At<Listener>> = r.sections("listener", "Sockets that accept CONNECT requests.");
+        let routes: Vec<RouteByName> = r.sections(
+            "route",
+            "Where flows go. The first route that matches decides; a flow that matches no route is rejected.",
+        );
         let upstreams: Vec<UpstreamByName> =
-            r.sections("upstream", "A gateway or proxy that flows are tunnelled through.");
+            r.sections("upstream", "A gateway or proxy that flows are sent through.");
         let policies: Vec<At<Policy>> = r.sections(
             "policy",
-            "Who may reach what through our listeners. Nothing is allowed until a rule says so.",
+            "Which peers may reach which targets through the listeners. By default nothing is allowed.",
         );
 
         check_together(r, &listeners, &captures);
@@ -126,10 +126,9 @@ fn check_peers(r: &Reader<'_>, listeners: &[At<Listener>], policies: &[At<Policy
 
 impl Section for IdentityFiles {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let cert =
-            r.required::<PathBuf>("cert", "Our certificate, PEM; the leaf first, intermediates after it.");
-        let key = r.required::<PathBuf>("key", "Its private key, PEM.");
-        let ca = r.required::<PathBuf>("ca", "The CA certificates that peers are verified against, PEM.");
+        let cert = r.required::<PathBuf>("cert", "Certificate, PEM; the leaf first, intermediates after it.");
+        let key = r.required::<PathBuf>("key", "Private key of the certificate, PEM.");
+        let ca = r.required::<PathBuf>("ca", "CA certificates that peers are verified with, PEM.");
         Some(Self { cert: cert?, key: key?, ca: ca? })
     }
 }

@@ -35,11 +35,11 @@ section! {
     /// `[[upstream]]`
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub struct Upstream {
-        /// What routes call it.
+        /// Name, for routes.
         name: required UpstreamName,
         /// The HTTP version to speak: "h2", many flows on one connection; "h1", a connection for each flow.
         protocol: default Protocol = Protocol::H2,
-        /// Whether to speak TLS to it. Without it nobody proves anything.
+        /// Whether to use TLS. Without TLS there are no identities.
         tls: default bool = true,
         /// Who we are to it, where it is spoken to over TLS.
         identity: other IdentityName = IdentityName::default(),
@@ -50,34 +50,35 @@ section! {
         /// How an endpoint is picked: "least_request", the one with fewer flows of two picked by chance; "round_robin", each in
         /// turn; "random", by chance; "consistent_hash", the same for the same target.
         balance: default Balance = Balance::LeastRequest,
-        /// The name to ask for and, without verify, to verify. Default: the endpoint's.
+        /// Server name to send (SNI) and, without verify, to verify. Default: the host of the endpoint.
         sni: optional ServerName<'static>,
-        /// Names of which its certificate must carry one. Empty: the certificate must be valid for sni or the endpoint.
+        /// Names (SAN); its certificate must have one of them. Empty: the certificate must be valid for sni or the
+        /// endpoint.
         verify: default Vec<SanPattern> = Vec::new(),
-        /// Added to every CONNECT request, such as baggage.
+        /// Headers to add to every CONNECT request, such as baggage.
         headers: default Vec<(HeaderName, HeaderValue)> = Vec::new(),
-        /// CONNECT streams at a time on one connection.
+        /// Maximum of concurrent CONNECT streams on one connection.
         max_streams: default NonZeroU32 = UPSTREAM_STREAMS,
-        /// How long a connection may take, TLS included.
+        /// Timeout for connecting, including TLS.
         connect_timeout: default Duration = CONNECT_TIMEOUT,
-        /// How long a connection without streams is kept.
+        /// How long to keep a connection without streams.
         idle_timeout: default Duration = IDLE_TIMEOUT,
-        /// How often a quiet connection is asked whether it is alive.
+        /// Interval of PINGs on an idle connection.
         keepalive_interval: default Duration = KEEPALIVE_INTERVAL,
-        /// How long the answer to that may take.
+        /// Timeout for the answer to a PING.
         keepalive_timeout: default Duration = KEEPALIVE_TIMEOUT,
-        /// How long the answer to CONNECT may take.
+        /// Timeout for the answer to a CONNECT request.
         response_timeout: default Duration = RESPONSE_TIMEOUT,
-        /// Whether what a client sends goes with the CONNECT request, before its answer, which spares a round trip: false for a
-        /// peer that takes no DATA before its 200, or passes it on over HTTP/1 without waiting for one. Over HTTP/1 nothing is
-        /// sent before the answer.
+        /// Whether to send a client's first bytes with the CONNECT request, before its answer, which saves a round trip. false for a
+        /// peer that does not accept DATA before its 200, or forwards it over HTTP/1 without waiting for one. Over HTTP/1 nothing
+        /// is sent before the answer.
         optimistic_data: default bool = true,
-        /// Which endpoints get no new flows for a while, for what flows have met there.
+        /// When an endpoint is ejected because flows failed there.
         outlier_detection: section OutlierDetection,
-        /// Checks of every endpoint, before a flow finds out. Default: none.
+        /// Active health checks of every endpoint. Default: none.
         health_check: maybe HealthCheck,
-        /// How much it gets, in the whole process; each worker has its share, rounded up. Beyond it flows are refused at once.
-        /// Default: no limit.
+        /// Limits for the whole process; each worker has its share, rounded up. Flows that exceed them are rejected at
+        /// once. Default: no limit.
         limits: section Limits,
         /// Which other upstream its connections go through. That one is another process, and does not come back here.
         via: other Option<UpstreamName> = None,

@@ -23,7 +23,7 @@ use super::{
     route::{ProxyProtocol, Regex},
 };
 use crate::model::{
-    flow::{Source, Target},
+    flow::{SourceKind, Target},
     mark::Mark,
     names::UpstreamName,
     san::SanPattern,
@@ -120,7 +120,7 @@ by_word!(
     Balance,
     Relay,
     ProxyProtocol,
-    Source,
+    SourceKind,
     Method,
     CheckKind
 );
@@ -173,9 +173,9 @@ impl Word for Relay {
 impl Word for ProxyProtocol {
     const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];
 }
-impl Word for Source {
+impl Word for SourceKind {
     const WORDS: &'static [(&'static str, Self)] =
-        &[("captured", Self::Captured), ("listener", Self::Listener)];
+        &[("captured", Self::Capture), ("listener", Self::Listener)];
 }
 
 impl<T: Value> Value for Vec<T> {

@@ -19,11 +19,11 @@ impl Section for UpstreamByName {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let via = r.optional(
             "via",
-            "Name of another upstream that its connections go through, each as one CONNECT stream, to any depth. An endpoint that is a name is resolved behind that upstream.",
+            "Name of another upstream that its connections go through, each as one CONNECT stream, to any depth. An endpoint that is a name is resolved by that upstream.",
         );
         let listener = r.optional(
             "self",
-            "In place of endpoints: it is this process. Name of the listener that takes its flows as if a peer with our certificate had asked for them; policies and routes apply again, and no connection is made.",
+            "Instead of endpoints: the upstream is this process. Name of the listener that handles its flows as if a peer with our certificate had sent them; policies and routes apply again, and no connection is made.",
         );
         let upstream = Upstream::read(r);
         if r.has("self") {

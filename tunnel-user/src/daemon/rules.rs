@@ -43,7 +43,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{Action, Authority, Capture, HeaderMatch, Match, Route, Terms, ValueMatch, Wanted},
-        model::flow::{ClientAddr, Source, Target},
+        model::flow::{ClientAddr, Direction, SourceKind, Target, Transport},
         routing::{
             flow::Flow,
             index::NOBODY,
@@ -123,7 +123,7 @@ mod tests {
             "[fd00::1]:1-80",
         ]);
         (
-            some_of(vec![Source::Captured, Source::Listener]),
+            some_of(vec![SourceKind::Capture, SourceKind::Listener]),
             some_of(vec!["a".to_owned(), "b".to_owned()]),
             some_of(vec!["a".to_owned(), "b".to_owned()]),
             prop_oneof![Just(Vec::new()), prop::collection::vec(prop::sample::select(destinations), 1..4)],
@@ -210,7 +210,9 @@ mod tests {
             let router = Router::new(config.routes);
             let target = Target::Addr(to);
             let flow = Flow {
-                source: Source::Captured,
+                transport: Transport::Tcp,
+                direction: Direction::Outbound,
+                source: SourceKind::Capture,
                 name,
                 target: &target,
                 client: ClientAddr("192.0.2.1:40000".parse().unwrap()),
@@ -222,7 +224,7 @@ mod tests {
             };
             let wanted = match router.decide(&flow, 0) {
                 Decision::Deny | Decision::NoRoute => Kind::Denied,
-                Decision::Upstream { .. } | Decision::Dial { .. } | Decision::Look => Kind::Captured,
+                Decision::Upstream { .. } | Decision::Dial { .. } | Decision::NeedsSniff => Kind::Captured,
             };
             prop_assert_eq!(look(&rules, to), Some(wanted));
         }

@@ -13,9 +13,10 @@ use std::{
     collections::HashMap,
     fs, io,
     io::{IoSlice, IoSliceMut, Write as _},
+    mem::MaybeUninit,
     net::SocketAddr,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         linux::net::SocketAddrExt as _,
         unix::{
             ffi::OsStrExt as _,
@@ -27,10 +28,11 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sendmsg, sockopt::PeerCredentials,
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
+use rustix::{
+    fs::FlockOperation,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
 };
-use rustix::fs::FlockOperation;
 use socket2::Socket;
 
 /// The most descriptors in one message (SCM_MAX_FD of `include/net/scm.h`).
@@ -289,18 +291,22 @@ fn send(stream: &UnixStream, text: &str, descriptors: &[RawFd]) -> Result<(), Ta
 /// message but the last has some.
 fn receive(stream: &UnixStream) -> Result<(String, Vec<OwnedFd>), TakeoverError> {
     let mut message = [0; MESSAGE];
-    let mut space = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut slices = [IoSliceMut::new(&mut message)];
-    let received =
-        recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-            .map_err(io::Error::from)?;
-    let mut descriptors = Vec::new();
-    for control in received.cmsgs().map_err(io::Error::from)? {
-        if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel has just installed these descriptors in this process; nobody else owns them.
-            descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    let received = loop {
+        match recvmsg(stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            received => break received.map_err(io::Error::from)?,
         }
-    }
+    };
+    let descriptors = control
+        .drain()
+        .filter_map(
+            |message| if let RecvAncillaryMessage::ScmRights(fds) = message { Some(fds) } else { None },
+        )
+        .flatten()
+        .collect();
     if received.bytes != MESSAGE {
         return Err(TakeoverError::Protocol);
     }

@@ -72,8 +72,8 @@ impl Discover {
         if let Some(itself) = &u.itself {
             let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
             let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
-            let itself = upstream::Itself { name: u.name.to_string(), listener, proof, dial_timeout };
-            return Ok(Next::Itself(Arc::new(itself)));
+            let own = upstream::InProcessUpstream { name: u.name.to_string(), listener, proof, dial_timeout };
+            return Ok(Next::InProcess(Arc::new(own)));
         }
         let proving = |check| Ok::<_, Failure>(upstream::UpstreamTls { store: store()?, check });
         let limits = Limits::share(&u.limits, self.workers);

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
-use super::{blockers, btf::OffsetsError};
+use super::{blockers, btf::OffsetsError, map::Mismatch};
 
 /// What went wrong with the kernel side. None of it is the application's or a peer's fault.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,17 @@ pub enum BpfError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// A map that is pinned is not one of this version's.
+    #[error("pinned map {name} {why}: {}", path.display())]
+    PinnedMap {
+        /// The map.
+        name: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// In what it differs.
+        #[source]
+        why: Mismatch,
     },
     /// A pin could not be made, read or removed.
     #[error("pin {}: {source}", path.display())]

@@ -8,10 +8,18 @@
 //! - What is restored was read before this process, or its runtime, changed it.
 //! - Between fork and exec only async-signal-safe calls are made (signal-safety(7)), and nothing is allocated.
 
+#![expect(
+    unsafe_code,
+    reason = "signal dispositions, the environment between fork and exec, and what runs before main"
+)]
+
 use std::{
     ffi::{CStr, c_char, c_int},
+    fs::File,
     io::{self, Write as _},
     mem::MaybeUninit,
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
+    process::{Child, Command},
     ptr,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -87,11 +95,29 @@ impl Inherited {
         Ok((Self { mask, ignored, nofile, meant_for: MeantFor::new(std::process::id()) }, blocked))
     }
 
+    /// Starts a command with it, in the cgroup whose `cgroup.procs` this is, open for writing.
+    pub fn spawn(mut self, mut command: Command, procs: &File) -> io::Result<Child> {
+        let fd = procs.as_raw_fd();
+        // SAFETY: between fork and exec only async-signal-safe calls are made (signal-safety(7)), and nothing is allocated or
+        // locked: write(2) to a descriptor that is borrowed until spawn has returned, and those of `give`. The child has one
+        // thread there, and `self` is the closure's, which lives in `command` and so stays where it is until exec.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 {
+                    return Err(io::Error::last_os_error());
+                }
+                self.give()
+            });
+        }
+        // The closure is dropped with the command: no later spawn finds another file behind the number.
+        command.spawn()
+    }
+
     /// Gives it to the process that calls, between fork and exec.
     ///
     /// # Safety
     /// The process has one thread, and `self` stays where it is until exec.
-    pub unsafe fn give(&mut self) -> io::Result<()> {
+    unsafe fn give(&mut self) -> io::Result<()> {
         setrlimit(Resource::RLIMIT_NOFILE, self.nofile.0, self.nofile.1)?;
         for (signal, ignored) in self.ignored {
             // SAFETY: no handler is installed.

@@ -1,5 +1,7 @@
 //! Configures the allocator once: how much freed memory it keeps.
 
+#![cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "mallopt(3)"))]
+
 /// Freed memory at the top of a heap that is kept for the next: each worker has a heap, and a bulk flow takes and gives
 /// back 64 KiB many times a millisecond. With glibc's 128 KiB the kernel gets it back each time, and clears it again: 15 %
 /// of a busy gateway's time.
@@ -18,7 +20,7 @@ pub fn keep_freed() {
     for (parameter, value) in
         [(libc::M_TRIM_THRESHOLD, KEPT_MAX), (libc::M_TOP_PAD, AHEAD), (libc::M_MMAP_THRESHOLD, MAPPED_MIN)]
     {
-        // SAFETY: mallopt(3) takes a parameter and a number, and locks what it changes.
+        // SAFETY: two numbers. glibc locks what it changes, so that other threads may allocate meanwhile.
         let understood = unsafe { libc::mallopt(parameter, value) };
         if understood == 0 {
             tracing::debug!(parameter, value, "mallopt rejected the parameter");

@@ -1,6 +1,9 @@
-//! The bpf(2) commands that aya does not export.
+//! System calls that no library in the tree has in a safe form: bpf(2) as far as aya keeps it to itself, and a few others.
 //!
-//! Every block of memory that is passed to the kernel lives for the call and has exactly the length that is stated.
+//! # Invariants
+//! - Every block of memory that the kernel is handed lives for the call, and is as long as the kernel takes it for.
+
+#![expect(unsafe_code, reason = "system calls take pointers, and return descriptors as numbers")]
 
 use std::{
     ffi::CString,
@@ -13,20 +16,18 @@ use std::{
 };
 
 /// Commands and flags of `linux/bpf.h`.
-const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
-const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_F_ALLOW_MULTI: u32 = 2;
-const BPF_ANY: u64 = 0;
-const BPF_NOEXIST: u64 = 1;
+/// `enum bpf_map_type`
+pub const BPF_MAP_TYPE_ARRAY: u32 = 2;
 
 /// `enum bpf_attach_type`: where a program sits.
 #[repr(u32)]
@@ -58,9 +59,14 @@ pub enum AttachType {
     SkLookup = 36,
 }
 
-fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: `attr` is a whole, initialised `repr(C)` prefix of `union bpf_attr`, valid for reads and
-    // writes of its size, which is what the kernel is told.
+/// bpf(2).
+///
+/// # Safety
+/// `T` is `repr(C)`, made of integers without padding, and a beginning of `union bpf_attr` as this command reads it; what its
+/// pointers point to lives for the call, and is as large as the kernel takes it for.
+pub(super) unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is valid for reads and writes of its size, which is what the kernel is told, and all of it is
+    // initialised; the rest is as the caller says.
     let ret = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
 }
@@ -74,16 +80,14 @@ pub fn prog_attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachTy
         attach_type: u32,
         attach_flags: u32,
     }
-    bpf(
-        BPF_PROG_ATTACH,
-        &mut Attr {
-            target_fd: cgroup.as_raw_fd(),
-            attach_bpf_fd: program.as_raw_fd(),
-            attach_type: at as u32,
-            attach_flags: BPF_F_ALLOW_MULTI,
-        },
-    )?;
-    Ok(())
+    let mut attr = Attr {
+        target_fd: cgroup.as_raw_fd(),
+        attach_bpf_fd: program.as_raw_fd(),
+        attach_type: at as u32,
+        attach_flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: four numbers.
+    unsafe { bpf(BPF_PROG_ATTACH, &mut attr) }.map(drop)
 }
 
 /// Attaches a program to a cgroup, or to a network namespace, for as long as the link's descriptor, or a pin of it, is there.
@@ -96,30 +100,25 @@ pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, at: AttachTy
         attach_type: u32,
         flags: u32,
     }
-    let fd = bpf(
-        BPF_LINK_CREATE,
-        &mut Attr {
-            prog_fd: program.as_raw_fd(),
-            target_fd: target.as_raw_fd(),
-            attach_type: at as u32,
-            flags: 0,
-        },
-    )?;
-    owned(fd)
+    let mut attr = Attr {
+        prog_fd: program.as_raw_fd(),
+        target_fd: target.as_raw_fd(),
+        attach_type: at as u32,
+        flags: 0,
+    };
+    // SAFETY: four numbers.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
+    // SAFETY: this command returns a descriptor.
+    unsafe { owned(fd) }
 }
 
 /// Pins a link at `path`, in a bpffs.
 pub fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    bpf(
-        BPF_OBJ_PIN,
-        &mut ObjAttr {
-            pathname: path.as_ptr() as u64,
-            bpf_fd: object.as_raw_fd().cast_unsigned(),
-            file_flags: 0,
-        },
-    )?;
-    Ok(())
+    let bpf_fd = object.as_raw_fd().cast_unsigned();
+    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 };
+    // SAFETY: the path is a C string that lives for the call.
+    unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
 
 /// Puts another program behind a link, with no moment in which none is attached.
@@ -131,11 +130,10 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
         flags: u32,
         old_prog_fd: u32,
     }
-    bpf(
-        BPF_LINK_UPDATE,
-        &mut Attr { link_fd: link.as_raw_fd(), new_prog_fd: program.as_raw_fd(), flags: 0, old_prog_fd: 0 },
-    )?;
-    Ok(())
+    let mut attr =
+        Attr { link_fd: link.as_raw_fd(), new_prog_fd: program.as_raw_fd(), flags: 0, old_prog_fd: 0 };
+    // SAFETY: four numbers.
+    unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
 /// Detaches what is behind a link, now: the kernel drops the last reference to a link some time later.
@@ -144,14 +142,18 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     struct Attr {
         link_fd: i32,
     }
-    bpf(BPF_LINK_DETACH, &mut Attr { link_fd: link.as_raw_fd() })?;
-    Ok(())
+    // SAFETY: a number.
+    unsafe { bpf(BPF_LINK_DETACH, &mut Attr { link_fd: link.as_raw_fd() }) }.map(drop)
 }
 
 /// Opens what is pinned at `path`.
 pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    owned(bpf(BPF_OBJ_GET, &mut ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })?)
+    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: the path is a C string that lives for the call.
+    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
+    // SAFETY: this command returns a descriptor.
+    unsafe { owned(fd) }
 }
 
 /// Loads a program of type `BPF_PROG_TYPE_SK_LOOKUP`, under a licence that is compatible with the GPL.
@@ -179,23 +181,24 @@ pub fn load_sk_lookup(name: &str, instructions: &[[u8; 8]]) -> io::Result<OwnedF
     for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
         *to = from;
     }
-    owned(bpf(
-        BPF_PROG_LOAD,
-        &mut Attr {
-            prog_type: BPF_PROG_TYPE_SK_LOOKUP,
-            insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
-            insns: instructions.as_ptr() as u64,
-            license: c"Dual MIT/GPL".as_ptr() as u64,
-            log_level: 0,
-            log_size: 0,
-            log_buf: 0,
-            kern_version: 0,
-            prog_flags: 0,
-            prog_name,
-            prog_ifindex: 0,
-            expected_attach_type: AttachType::SkLookup as u32,
-        },
-    )?)
+    let mut attr = Attr {
+        prog_type: BPF_PROG_TYPE_SK_LOOKUP,
+        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        insns: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name,
+        prog_ifindex: 0,
+        expected_attach_type: AttachType::SkLookup as u32,
+    };
+    // SAFETY: as many instructions as it says, and a C string, both of which live for the call; no log is asked for.
+    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr) }?;
+    // SAFETY: this command returns a descriptor.
+    unsafe { owned(fd) }
 }
 
 /// What is attached to a cgroup itself at one place, in the order in which it runs.
@@ -231,7 +234,8 @@ pub fn prog_query(cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<Attached
         prog_cnt: u32::try_from(PROGRAMS_MAX).unwrap_or(u32::MAX),
         _hole: 0,
     };
-    bpf(BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: `ids` has room for as many as it says, which are written at most, and lives for the call.
+    unsafe { bpf(BPF_PROG_QUERY, &mut attr) }?;
     let n = usize::try_from(attr.prog_cnt).map_or(PROGRAMS_MAX, |n| n.min(PROGRAMS_MAX));
     Ok(Attached { programs: ids[..n].to_vec(), multi: attr.attach_flags & BPF_F_ALLOW_MULTI != 0 })
 }
@@ -249,14 +253,13 @@ unsafe fn object_info<T>(object: BorrowedFd<'_>) -> io::Result<T> {
     }
     // SAFETY: as the caller says.
     let mut info: T = unsafe { mem::zeroed() };
-    bpf(
-        BPF_OBJ_GET_INFO_BY_FD,
-        &mut Attr {
-            bpf_fd: object.as_raw_fd().cast_unsigned(),
-            info_len: u32::try_from(size_of::<T>()).map_err(io::Error::other)?,
-            info: (&raw mut info) as u64,
-        },
-    )?;
+    let mut attr = Attr {
+        bpf_fd: object.as_raw_fd().cast_unsigned(),
+        info_len: u32::try_from(size_of::<T>()).map_err(io::Error::other)?,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: `info` is as long as it says, and the kernel writes no more; no list is asked for, since all counts are zero.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
 }
 
@@ -282,7 +285,10 @@ pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
         next_id: u32,
         open_flags: u32,
     }
-    owned(bpf(BPF_PROG_GET_FD_BY_ID, &mut Attr { prog_id: id, next_id: 0, open_flags: 0 })?)
+    // SAFETY: three numbers.
+    let fd = unsafe { bpf(BPF_PROG_GET_FD_BY_ID, &mut Attr { prog_id: id, next_id: 0, open_flags: 0 }) }?;
+    // SAFETY: this command returns a descriptor.
+    unsafe { owned(fd) }
 }
 
 #[repr(C)]
@@ -292,10 +298,13 @@ struct ObjAttr {
     file_flags: u32,
 }
 
-/// A descriptor that bpf(2) returned. The kernel sets close-on-exec on all of them.
-fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+/// A descriptor that a system call has returned. The kernel sets close-on-exec on those of bpf(2).
+///
+/// # Safety
+/// The call has just made it, for nobody else.
+unsafe fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    // SAFETY: as the caller says.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -326,62 +335,43 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     Ok(LinkInfo { program: info.prog_id, cgroup: info.cgroup_id })
 }
 
-/// Takes an entry out of a hash map (Linux 5.14). `None` when it is not there.
-pub fn map_take<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+/// What is known of a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapInfo {
+    /// `enum bpf_map_type`.
+    pub kind: u32,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value, as the map was made with.
+    pub value_size: u32,
+    /// The most entries.
+    pub max_entries: u32,
+}
+
+/// What `struct bpf_map_info` tells of a map.
+pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     #[repr(C)]
-    struct Attr {
-        map_fd: u32,
-        _hole: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
+    struct Info {
+        kind: u32,
+        _id: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
     }
-    let mut value = mem::MaybeUninit::<V>::uninit();
-    let mut attr = Attr {
-        map_fd: map.as_raw_fd().cast_unsigned(),
-        _hole: 0,
-        key: std::ptr::from_ref(key) as u64,
-        value: value.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    match bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) {
-        // SAFETY: the kernel has written a whole value; any bytes are a `Pod`.
-        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        Err(e) => Err(e),
-    }
+    // SAFETY: a beginning of `struct bpf_map_info`, made of integers only.
+    let Info { kind, key_size, value_size, max_entries, .. } = unsafe { object_info(map) }?;
+    Ok(MapInfo { kind, key_size, value_size, max_entries })
 }
 
-/// Puts an entry into a map, in place of what is there.
-pub fn map_update<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
-    map_set(map, key, value, BPF_ANY)
-}
-
-/// Puts an entry into a map that has none under this key.
-pub fn map_insert<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
-    map_set(map, key, value, BPF_NOEXIST)
-}
-
-fn map_set<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K, value: &V, flags: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        map_fd: u32,
-        _hole: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
-    bpf(
-        BPF_MAP_UPDATE_ELEM,
-        &mut Attr {
-            map_fd: map.as_raw_fd().cast_unsigned(),
-            _hole: 0,
-            key: std::ptr::from_ref(key) as u64,
-            value: std::ptr::from_ref(value) as u64,
-            flags,
-        },
-    )?;
-    Ok(())
+/// Makes a map.
+#[cfg(test)]
+pub(crate) fn map_create(kind: u32, key: u32, value: u32, entries: u32, flags: u32) -> io::Result<OwnedFd> {
+    const BPF_MAP_CREATE: libc::c_int = 0;
+    let mut attr = [kind, key, value, entries, flags];
+    // SAFETY: of this command these are five numbers.
+    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr) }?;
+    // SAFETY: this command returns a descriptor.
+    unsafe { owned(fd) }
 }
 
 /// Whether a descriptor has `O_NONBLOCK`.
@@ -392,24 +382,39 @@ pub fn is_nonblocking(fd: BorrowedFd<'_>) -> io::Result<bool> {
 /// The network namespace of a socket (`SIOCGSKNS`, netdevice(7)).
 pub fn netns_of(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const SIOCGSKNS: libc::Ioctl = 0x894c;
-    // SAFETY: takes no argument, and makes a descriptor or fails.
+    // SAFETY: on a socket it takes no argument, and makes a descriptor or fails; whatever else the descriptor is, the kernel is
+    // handed no pointer.
     let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
-    if fd < 0 { Err(io::Error::last_os_error()) } else { owned(fd.into()) }
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the request has returned a descriptor.
+    unsafe { owned(fd.into()) }
 }
 
 /// A duplicate of a descriptor of another process. Whoever gets it closes it at once: the application's close() sends no
 /// FIN before.
 pub fn duplicate(pid: u32, fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: plain numbers; each call makes a descriptor, or fails.
-    let owned = |ret: libc::c_long| match i32::try_from(ret) {
-        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    };
-    // SAFETY: plain numbers.
-    let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    // SAFETY: plain numbers.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })
+    // SAFETY: numbers.
+    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if process < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has returned a descriptor.
+    let process = unsafe { owned(process) }?;
+    // SAFETY: numbers.
+    let theirs = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
+    if theirs < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has returned a descriptor of ours.
+    unsafe { owned(theirs) }
+}
+
+/// Sends a signal. It is no error where the process has ended.
+pub fn kill(pid: libc::pid_t, signal: libc::c_int) {
+    // SAFETY: numbers.
+    let _ended = unsafe { libc::kill(pid, signal) };
 }
 
 /// Sends one message.
@@ -476,7 +481,7 @@ fn u64_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
 fn socket_option<T: Default + aya::Pod>(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<T> {
     let mut value = T::default();
     let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
-    // SAFETY: `value` is valid for writes of `len` bytes, and any bytes are a `Pod`.
+    // SAFETY: `value` and `len` live for the call; the kernel writes `len` bytes at most, and any bytes are a `Pod`.
     let ret = unsafe {
         libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
     };

@@ -10,11 +10,27 @@ use http::{HeaderMap, Version};
 
 /// Who handed us a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum SourceKind {
     /// eBPF, or a rule, redirected an application's connect() to us.
-    Captured,
+    Capture,
     /// A peer sent a CONNECT request to one of our listeners.
     Listener,
+}
+
+/// What a flow is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// The bytes of a TCP connection.
+    Tcp,
+}
+
+/// Which way a flow goes, seen from this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// An application on this node opened it.
+    Outbound,
+    /// It came from the network.
+    Inbound,
 }
 
 /// What the first bytes of a carried connection say of where it wants to go.

@@ -1,9 +1,10 @@
-//! What a worker writes of that which others can bring about as often as they like.
+//! Log lines that others can cause as often as they like: each kind is limited, and what was left out is counted.
 //!
-//! Enters: each refusal. Leaves: whether its line is written, and later how many were not. Invariant: kinds are apart, so
-//! that many of one hide none of another.
+//! # Invariants
+//! - Kinds are apart, so that many lines of one suppress none of another.
 
-use crate::{observe::repeats::Repeats, sinks::upstream::TunnelError, sources::listener::request::Refusal};
+use super::Refusal;
+use crate::{observe::repeats::Repeats, sinks::upstream::TunnelError};
 
 /// One for each kind of line.
 pub(super) struct Lines {
@@ -13,8 +14,8 @@ pub(super) struct Lines {
     pub(super) strays: Repeats,
     /// Times that a listener has as many tunnel connections as it takes.
     pub(super) full: Repeats,
-    /// Captured connections that there is no place for.
-    pub(super) crowded: Repeats,
+    /// Flows that are refused because the worker has as many as it takes.
+    crowded: Repeats,
     bad_requests: Repeats,
     denied: Repeats,
     dials: Repeats,
@@ -43,16 +44,11 @@ impl Lines {
     /// Of flows that are refused for this kind of reason.
     pub(super) fn of(&self, refusal: &Refusal) -> &Repeats {
         match refusal {
-            Refusal::Method(_)
-            | Refusal::Authority(_)
-            | Refusal::Head(_)
-            | Refusal::Content(_)
-            | Refusal::Host(_) => &self.bad_requests,
+            Refusal::Request(_) => &self.bad_requests,
             Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => &self.denied,
             Refusal::Dial(_) => &self.dials,
-            Refusal::Tunnel(TunnelError::Limit { .. }) | Refusal::Limit(_) | Refusal::PeerLimit(_) => {
-                &self.limits
-            }
+            Refusal::Limit(_) => &self.crowded,
+            Refusal::Tunnel(TunnelError::Limit { .. }) | Refusal::PeerLimit(_) => &self.limits,
             Refusal::Tunnel(_) => &self.upstreams,
         }
     }
@@ -60,15 +56,15 @@ impl Lines {
     /// Tells what was left out since it was last told.
     pub(super) fn tell(&self) {
         for (repeats, what) in [
-            (&self.handshakes, "connections of peers that were not let in"),
+            (&self.handshakes, "rejected peer connections"),
             (&self.strays, "connections to capture listeners that were reset"),
             (&self.full, "connections of peers that had to wait for another one's end"),
-            (&self.crowded, "captured connections that were reset at the limit of flows"),
+            (&self.crowded, "flows that were refused at the limit of flows"),
             (&self.bad_requests, "requests that make no sense"),
             (&self.denied, "flows that policy or a route refused"),
             (&self.dials, "flows whose target was not reached"),
             (&self.upstreams, "flows that an upstream did not take"),
-            (&self.limits, "flows that were refused at a limit"),
+            (&self.limits, "flows that were refused at another limit"),
         ] {
             if let Some(suppressed) = repeats.left_out() {
                 tracing::warn!(suppressed, "more {what}, each without a line of its own");

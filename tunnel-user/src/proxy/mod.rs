@@ -3,50 +3,36 @@
 //! A [`Proxy`] is what one worker carries flows by: the configuration in force, its upstreams, and its books. A flow keeps
 //! the [`Setup`] that it began with, and what that has connected to.
 
-mod captured;
+mod carry;
+mod client;
 mod in_process;
 mod log;
 mod reach;
-mod requests;
-mod sniff;
+mod refusal;
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
-    io,
-    net::IpAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::{net::TcpListener, time::sleep};
-
-use self::{log::Lines, reach::Sink};
+use self::{client::Account, log::Lines, reach::Sink};
+pub use self::{client::Client, refusal::Refusal};
 use crate::{
-    model::{
-        end::EndReason,
-        flow::{ClientAddr, Identity},
-    },
+    model::{end::EndReason, flow::Identity},
     observe::stats::{Counters, Record, Records},
-    process::{
-        drain::{Tasks, Watch},
-        limits,
-    },
+    process::{drain::Watch, limits},
     relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
     sinks::upstream::{TunnelError, Upstreams},
-    sources::{
-        capture::accept::Accept,
-        listener::{accept, request::Refusal},
-    },
+    sources::{Event, capture::accept::Stray},
     transport::{resolver::Lookups, tcp::Own},
 };
 
 /// One peer leaves at least one in this many of a worker's flows to the others.
 const PEER_LEAVES: usize = 4;
-/// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
-const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
 
 /// What all workers share of one configuration.
 pub struct Shared {
@@ -90,33 +76,6 @@ impl Setup {
     }
 }
 
-/// Where flows come from: one capture, or one listener.
-pub struct At {
-    /// What routes call it.
-    name: RefCell<Option<Arc<str>>>,
-    /// How long a dial for one of its flows may take.
-    dial_timeout: Duration,
-    /// Told when nothing more is taken from it.
-    watch: Watch,
-}
-
-impl At {
-    /// Of a source that is accepted from until `watch` says otherwise.
-    pub fn new(name: Option<Arc<str>>, dial_timeout: Duration, watch: Watch) -> Self {
-        Self { name: RefCell::new(name), dial_timeout, watch }
-    }
-
-    /// What routes call it now.
-    fn name(&self) -> Option<Arc<str>> {
-        self.name.borrow().clone()
-    }
-
-    /// From now on routes call it so.
-    pub fn rename(&self, name: Option<Arc<str>>) {
-        self.name.replace(name);
-    }
-}
-
 /// See the module.
 pub struct Proxy {
     /// What new flows are carried by.
@@ -133,47 +92,24 @@ pub struct Proxy {
     stop: Watch,
 }
 
-async fn back_off(e: &io::Error) {
-    // The connection was gone before it was accepted: nothing is wrong here.
-    if e.kind() != io::ErrorKind::ConnectionAborted {
-        tracing::warn!("accepting failed: {e}");
-        sleep(ACCEPT_BACK_OFF).await;
-    }
-}
-
 /// What a flow goes on with once its target is reached. A task holds no more of it than a pointer, and nothing of what
 /// it took to come so far.
-struct Going {
+struct EstablishedFlow {
     sink: Sink,
     /// What has moved already.
     early: Early,
     record: Record,
     started: Instant,
-}
-
-/// Whose flows are counted together.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Account {
-    /// Those of an identity.
-    Known(Identity),
-    /// Those from an address where nobody has proved who he is.
-    At(IpAddr),
-}
-
-impl Account {
-    /// An identity's, or where there is none, an address's.
-    fn of(identity: Option<&Identity>, client: ClientAddr) -> Self {
-        identity.cloned().map_or(Self::At(client.0.ip().to_canonical()), Self::Known)
-    }
+    permit: Permit,
 }
 
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.
-struct Place {
+struct Permit {
     proxy: Rc<Proxy>,
     account: Option<Account>,
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.proxy.active.set(self.proxy.active.get() - 1);
         let Some(account) = &self.account else { return };
@@ -218,22 +154,6 @@ impl Proxy {
         self.active.get()
     }
 
-    /// Accepts what was captured until `at` says to stop; see [`captured::accept_captured`].
-    pub async fn accept_captured(self: Rc<Self>, accept: Accept, at: Rc<At>, flows: Rc<Tasks>) {
-        captured::accept_captured(self, accept, at, flows).await;
-    }
-
-    /// Accepts peers until `at` says to stop; see [`requests::accept_tunnels`].
-    pub async fn accept_tunnels(
-        self: Rc<Self>,
-        socket: TcpListener,
-        settings: Arc<accept::Settings>,
-        at: Rc<At>,
-        flows: Rc<Tasks>,
-    ) {
-        requests::accept_tunnels(self, socket, settings, at, flows).await;
-    }
-
     /// Writes what was left out of the log since the last time.
     pub fn log_suppressed(&self) {
         self.lines.tell();
@@ -244,27 +164,27 @@ impl Proxy {
         self.records.take()
     }
 
-    /// A place for a flow of the operator's own applications, or of a peer. At the limit none.
-    fn admit(self: &Rc<Self>, account: Option<&Account>) -> Result<Place, Refusal> {
+    /// A place for a flow of the operator's own applications, or of a peer. At the limit there is none.
+    fn admit(self: &Rc<Self>, account: Option<Account>) -> Result<Permit, Refusal> {
         let most = self.setup.borrow().shared.flows_max;
         let share = most - most / PEER_LEAVES;
         let mut peers = self.peers.borrow_mut();
-        let active = account.and_then(|a| peers.get(a).copied()).unwrap_or(0);
+        let active = account.as_ref().and_then(|a| peers.get(a).copied()).unwrap_or(0);
         if self.active.get() >= most || active >= share {
             return Err(if active >= share { Refusal::PeerLimit(share) } else { Refusal::Limit(most) });
         }
         self.active.set(self.active.get() + 1);
-        if let Some(account) = account {
+        if let Some(account) = &account {
             peers.insert(account.clone(), active + 1);
         }
-        Ok(Place { proxy: Rc::clone(self), account: account.cloned() })
+        Ok(Permit { proxy: Rc::clone(self), account })
     }
 
     /// Relays to the end, and books it.
-    async fn relay(&self, client: &mut impl Leg, mut going: Box<Going>) {
+    async fn relay(&self, client: &mut impl Leg, mut flow: Box<EstablishedFlow>) {
         let meter = Meter::default();
         let path = self.setup.borrow().path.clone();
-        let Going { sink, early, .. } = &mut *going;
+        let EstablishedFlow { sink, early, .. } = &mut *flow;
         let relayed = async {
             match sink {
                 Sink::Direct(leg, first) => {
@@ -283,7 +203,7 @@ impl Proxy {
             () = stop.stopping() => Outcome::Ended(EndReason::DrainTimeout),
         };
         // Their resets, or their ends, go out before anything is written about them.
-        let Going { sink, mut record, started, .. } = *going;
+        let EstablishedFlow { sink, mut record, started, permit, .. } = *flow;
         drop(sink);
         (record.sent, record.received) = (meter.sent.get(), meter.received.get());
         record.ended(outcome.reason(), outcome.detail());
@@ -295,6 +215,7 @@ impl Proxy {
             self.counters.flows_reset.add(1);
         }
         self.book(record, started);
+        drop(permit);
     }
 
     /// Books what was done in the kernel since it was last asked.
@@ -342,11 +263,7 @@ impl Proxy {
 
     fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
         let counter = match refusal {
-            Refusal::Method(_)
-            | Refusal::Authority(_)
-            | Refusal::Head(_)
-            | Refusal::Content(_)
-            | Refusal::Host(_) => &self.counters.bad_requests,
+            Refusal::Request(_) => &self.counters.bad_requests,
             Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => {
                 &self.counters.denied
             }
@@ -375,9 +292,33 @@ impl Proxy {
         self.records.push(record);
     }
 
-    /// Books a flow whose client did not wait for it.
-    fn left(&self, mut record: Record, started: Instant) {
-        record.ended(EndReason::ClientLeft, None);
-        self.book(record, started);
+    /// Books what happened at a source and is no flow.
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::PeerRejected { peer, error } => {
+                self.counters.handshakes_failed.add(1);
+                if self.lines.handshakes.admit() {
+                    tracing::warn!(%peer, %error, "rejected peer connection");
+                }
+            }
+            Event::Stray(stray) => {
+                let (reason, counter) = match stray {
+                    Stray::ToUs(_) => (EndReason::ToOurselves, &self.counters.to_ourselves),
+                    Stray::NotCaptured | Stray::Unreadable(_) | Stray::NotRedirected(_) => {
+                        (EndReason::NoOriginalDst, &self.counters.no_origin)
+                    }
+                };
+                counter.add(1);
+                self.counters.ended.of(reason).add(1);
+                if self.lines.strays.admit() {
+                    tracing::warn!(%reason, "reset a connection to the capture listener that {stray}");
+                }
+            }
+            Event::ConnectionLimit(limit) => {
+                if self.lines.full.admit() {
+                    tracing::warn!(limit, "connection limit of a listener reached: more wait in the backlog");
+                }
+            }
+        }
     }
 }

@@ -1,20 +1,16 @@
-//! Reaches the target of a flow: the router, and what it says.
+//! Reaches the target of a flow, as the router decides: through an upstream, or by dialling.
 //!
-//! Enters: a flow that policy has let through as far as its target. Leaves: a sink, or why there is none.
-//! Invariant: what a listener's peer reaches is within its permit, whatever a route does. It never moves a byte.
+//! # Invariants
+//! - What a listener's peer reaches is within its permit, whatever a route does.
 
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
-use http::StatusCode;
 
-use super::{Account, Proxy, Setup};
+use super::{Proxy, Refusal, Setup, client::Account, in_process::Hop};
 use crate::{
     config::{Authority, ProxyProtocol},
-    model::{
-        flow::{Inside, Target},
-        names::UpstreamName,
-    },
+    model::flow::{Inside, Target},
     observe::stats::{Record, Via},
     relay::{Ahead, TcpLeg},
     routing::{
@@ -25,21 +21,16 @@ use crate::{
     sinks::{
         dial::{self, DialError},
         upstream::{
-            self, Itself, Next, TunnelError, Upstream,
-            headers::{Ask, is_loop},
+            self,
+            failover::{self, Opened},
+            headers::Ask,
         },
     },
-    sources::listener::request::Refusal,
     transport::{
         proxy::Header,
         tcp::{Connected, FirstSpeaker},
     },
 };
-
-/// Answers after which another upstream may be asked, where a route says so: its target, or its next hop, was not
-/// reached.
-const AGAIN: [StatusCode; 3] =
-    [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
 
 /// Where a flow goes on.
 pub(super) enum Sink {
@@ -48,12 +39,9 @@ pub(super) enum Sink {
     Tunnel(upstream::Stream),
 }
 
-/// An upstream and a stream through it, or one that is this process.
-type Chosen<'a> = Result<(&'a Upstream, upstream::Stream), &'a Itself>;
-
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]
-pub(super) struct Wish<'a> {
+pub(super) struct FlowRequest<'a> {
     /// What it is carried by.
     pub(super) setup: &'a Setup,
     pub(super) flow: Flow<'a>,
@@ -65,20 +53,20 @@ pub(super) struct Wish<'a> {
 
 impl Proxy {
     /// Asks the router.
-    pub(super) fn route<'a>(&self, wish: &Wish<'a>) -> Decision<'a> {
-        wish.setup.shared.router.decide(&wish.flow, fastrand::u32(..))
+    pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
+        request.setup.shared.router.decide(&request.flow, fastrand::u32(..))
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
     /// meanwhile may go `ahead` through an upstream.
     pub(super) async fn reach(
         &self,
-        wish: &Wish<'_>,
+        request: &FlowRequest<'_>,
         decision: Decision<'_>,
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
-        let Wish { setup, flow, permit, dial_timeout } = *wish;
+        let FlowRequest { setup, flow, permit, dial_timeout } = *request;
         let target = flow.target;
         match decision {
             Decision::Upstream { upstream, shares, terms } => {
@@ -100,14 +88,15 @@ impl Proxy {
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
                 let ask = Ask { target, instead, client, received, pseudonym, terms };
-                match self.connect(setup, upstream, shares, &ask, ahead).await? {
-                    Ok((upstream, stream)) => {
+                let hop = Hop { proxy: self, request, record: &mut *record, ahead };
+                let another = |tried: &[_]| another(shares, tried, fastrand::u32(..));
+                match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
+                    Opened::Stream(upstream, stream) => {
                         let (number, identity) = (stream.number(), stream.identity.as_ref());
                         record.through(upstream.name(), &stream.peer, number, identity);
                         Ok(Sink::Tunnel(stream))
                     }
-                    // Boxed, because it comes here again.
-                    Err(itself) => Box::pin(self.hand_over(itself, wish, &ask, record, ahead)).await,
+                    Opened::InProcess(sink) => Ok(sink),
                 }
             }
             Decision::Dial { instead, terms } => {
@@ -130,8 +119,8 @@ impl Proxy {
                 Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }
             Decision::Deny => Err(Refusal::Route(format!("{target} is refused: a route denies it"))),
-            // Nothing depends on what has been looked at already.
-            Decision::NoRoute | Decision::Look => Err(Refusal::NoRoute(target.clone())),
+            // It has been sniffed already.
+            Decision::NoRoute | Decision::NeedsSniff => Err(Refusal::NoRoute(target.clone())),
         }
     }
 
@@ -151,64 +140,6 @@ impl Proxy {
         let asked = self.lookups.in_turn(&who, dial::resolve(dialled, &setup.shared.own));
         let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
         tokio::time::timeout_at(deadline, asked).await.map_err(late)?
-    }
-
-    /// Opens a stream through an upstream; where that fails, and the route has it tried again, through another one of
-    /// `shares`, or another endpoint.
-    async fn connect<'a, 's>(
-        &self,
-        setup: &'a Setup,
-        mut upstream: &'s UpstreamName,
-        shares: &'s [(UpstreamName, u32)],
-        ask: &Ask<'_>,
-        ahead: Option<&Ahead<'_>>,
-    ) -> Result<Chosen<'a>, Refusal> {
-        let mut left = ask.terms.retries;
-        let mut tried = Vec::new();
-        loop {
-            let chosen =
-                match setup.upstreams.get(upstream).ok_or_else(|| Refusal::NoRoute(ask.target.clone()))? {
-                    Next::Tunnel(chosen) => chosen,
-                    Next::Itself(itself) => return Ok(Err(itself)),
-                };
-            // What is dialled here goes around no further.
-            if ask.received.is_some_and(|r| is_loop(r.headers, ask.pseudonym)) {
-                return Err(Refusal::Loop);
-            }
-            let failed = match chosen.connect(ask, ahead).await {
-                Ok(stream) => return Ok(Ok((chosen, stream))),
-                Err(e) => e,
-            };
-            tried.push(upstream);
-            let next = match &failed {
-                _ if left == 0 => None,
-                // All of its endpoints were tried, or none may be.
-                TunnelError::Connect { .. }
-                | TunnelError::NoEndpoint { .. }
-                | TunnelError::Empty { .. }
-                | TunnelError::Limit { .. } => another(shares, &tried, fastrand::u32(..)),
-                TunnelError::Refused { status, .. } if AGAIN.contains(status) => {
-                    // Its next endpoint, when it is the only one.
-                    another(shares, &tried, fastrand::u32(..)).or_else(|| {
-                        tried.clear();
-                        another(shares, &tried, fastrand::u32(..))
-                    })
-                }
-                // The connection was lost, or seems to be, and nothing was carried on it.
-                TunnelError::Dropped { .. } if ahead.is_none_or(|ahead| !ahead.has_carried()) => {
-                    another(shares, &tried, fastrand::u32(..)).or_else(|| {
-                        tried.clear();
-                        another(shares, &tried, fastrand::u32(..))
-                    })
-                }
-                // Somebody has, or may have, acted on it; or will say the same again.
-                _ => None,
-            };
-            let Some(next) = next else { return Err(failed.into()) };
-            tracing::debug!(target = %ask.target, upstream = %chosen.name(), "trying again: {failed}");
-            left -= 1;
-            upstream = next;
-        }
     }
 }
 

@@ -4,22 +4,13 @@
 //! - The window is given back only as the other side accepts.
 //! - Capacity of the connection is reserved only for bytes that are in hand, so an idle stream takes none from the others.
 
-use std::{
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use h2::{Reason, RecvStream, server::SendResponse};
-use http::Response;
-use tokio::time::timeout;
+use h2::{Reason, RecvStream};
 
-use super::{Broken, Cause, EarlySource, Leg, Payload, Queue, Sender};
+use super::{Broken, Cause, Leg, Queue, Sender};
 use crate::transport::window::Share;
-
-/// How long a peer may take to notice that it was refused: longer than any round trip, and as long as h2 remembers
-/// streams that were reset.
-const REFUSED_LINGER: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub struct H2Leg {
@@ -52,66 +43,8 @@ impl H2Leg {
     }
 }
 
-/// A stream that we serve, before its answer.
-///
-/// What its peer sends meanwhile is kept within the stream's window, of which nothing is given back until somebody has
-/// taken the bytes.
-pub struct Waiting {
-    body: RecvStream,
-    respond: SendResponse<Payload>,
-    share: Share,
-}
-
-impl Waiting {
-    /// Nothing has been read of it.
-    pub fn new(body: RecvStream, respond: SendResponse<Payload>, share: Share) -> Self {
-        Self { body, respond, share }
-    }
-
-    /// Answers 200. Fails only when the peer has reset the stream.
-    pub fn accept(mut self) -> Result<H2Leg, h2::Error> {
-        let send = self.respond.send_response(Response::new(()), false)?;
-        Ok(H2Leg::server(Sender::new(send), self.body, self.share))
-    }
-
-    /// Answers with a refusal, and hears out what the peer sends before it knows, within the stream's window. Reset
-    /// instead, the stream would be forgotten while its bytes still come, which h2 takes for an attack on the connection.
-    pub async fn refuse(mut self, refusal: Response<()>) {
-        // Fails only when the peer has reset the stream, and then nobody waits for the answer.
-        let _gone = self.respond.send_response(refusal, true);
-        let until_ended = async {
-            while let Some(Ok(chunk)) = self.body.data().await {
-                self.share.received(chunk.len());
-            }
-        };
-        // It goes on: now it is reset.
-        let _gave_up = timeout(REFUSED_LINGER, until_ended).await;
-    }
-}
-
-impl EarlySource for Waiting {
-    fn prefetches(&self) -> bool {
-        true
-    }
-
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-        let next = ready!(self.body.poll_data(cx));
-        if let Some(Ok(chunk)) = &next {
-            self.share.received(chunk.len());
-        }
-        Poll::Ready(next.transpose().map_err(|e| broken(&e, &self.share)))
-    }
-
-    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        self.respond.poll_reset(cx).map(|reset| match reset {
-            Ok(reason) => Broken::Reset(Cause::Stream(reason)),
-            Err(e) => broken(&e, &self.share),
-        })
-    }
-}
-
 /// What an error means. Of a connection that is lost, the connection knows better why than one of its streams.
-fn broken(e: &h2::Error, share: &Share) -> Broken {
+pub fn stream_broken(e: &h2::Error, share: &Share) -> Broken {
     match e.reason() {
         Some(Reason::NO_ERROR) if e.is_reset() => Broken::Done,
         Some(reason) if e.is_reset() => Broken::Reset(Cause::Stream(reason)),
@@ -133,7 +66,7 @@ impl Leg for H2Leg {
                 Poll::Ready(Ok(Some(chunk)))
             }
             None => Poll::Ready(Ok(None)),
-            Some(Err(e)) => Poll::Ready(match broken(&e, &self.share) {
+            Some(Err(e)) => Poll::Ready(match stream_broken(&e, &self.share) {
                 // All that was sent has been received: END_STREAM came before the reset.
                 Broken::Done => Ok(None),
                 why => Err(why),
@@ -151,7 +84,7 @@ impl Leg for H2Leg {
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         let room = match ready!(self.send.poll_room(cx, queue.front_len())) {
             Some(Ok(room)) => room,
-            Some(Err(e)) => return Poll::Ready(Err(broken(&e, &self.share))),
+            Some(Err(e)) => return Poll::Ready(Err(stream_broken(&e, &self.share))),
             None => return Poll::Ready(Err(self.gone(cx))),
         };
         let chunk = queue.take(room);
@@ -172,7 +105,7 @@ impl Leg for H2Leg {
         match ready!(self.send.poll_reset(cx)) {
             Ok(Reason::NO_ERROR) => Poll::Ready(Broken::Done),
             Ok(reason) => Poll::Ready(Broken::Reset(Cause::Stream(reason))),
-            Err(e) => Poll::Ready(broken(&e, &self.share)),
+            Err(e) => Poll::Ready(stream_broken(&e, &self.share)),
         }
     }
 

@@ -1,13 +1,17 @@
 //! What the router is asked about.
 
 use super::index::PeerSet;
-use crate::model::flow::{ClientAddr, Head, Identity, Inside, Source, Target};
+use crate::model::flow::{ClientAddr, Direction, Head, Identity, Inside, SourceKind, Target, Transport};
 
 /// One connection, as the router sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct Flow<'a> {
+    /// What it is made of.
+    pub transport: Transport,
+    /// Which way it goes.
+    pub direction: Direction,
     /// Who handed it to us.
-    pub source: Source,
+    pub source: SourceKind,
     /// What the configuration calls the listener, or the capture, that it came by.
     pub name: Option<&'a str>,
     /// Where it is to end.

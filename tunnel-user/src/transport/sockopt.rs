@@ -1,6 +1,10 @@
-//! Socket options and TCP_INFO, read from the kernel.
+//! Socket options and requests that neither the standard library nor `socket2` has: what the kernel knows of a connection.
 //!
-//! Every block of memory that is passed to the kernel lives for the call and has exactly the length that is stated.
+//! # Invariants
+//! - Every block of memory that the kernel is handed lives for the call, and is exactly as long as the kernel is told.
+//! - What the kernel writes to is made of integers ([`Plain`]): whatever it writes is a value.
+
+#![expect(unsafe_code, reason = "getsockopt(2), setsockopt(2) and ioctl(2) take pointers")]
 
 use std::{
     io, mem,
@@ -13,6 +17,22 @@ const SO_MEMINFO: libc::c_int = 55;
 const SK_MEMINFO_SNDBUF: usize = 3;
 const SK_MEMINFO_WMEM_QUEUED: usize = 5;
 const SK_MEMINFO_VARS: usize = 9;
+
+/// What may be a socket option's value.
+///
+/// # Safety
+/// The type is made of integers, without padding: every bit pattern is a value of it, and every byte of a value is
+/// initialised.
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: integers.
+unsafe impl Plain for i32 {}
+// SAFETY: an integer.
+unsafe impl Plain for u32 {}
+// SAFETY: an integer.
+unsafe impl Plain for u64 {}
+// SAFETY: an array has no padding between its elements.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 
 /// `SO_COOKIE`: never another socket's while the node is up.
 pub fn cookie(socket: &impl AsFd) -> io::Result<u64> {
@@ -31,7 +51,9 @@ pub fn accepted(socket: &impl AsFd) -> io::Result<u64> {
         _pacing_rates: [u64; 2],
         bytes_acked: u64,
     }
-    // SAFETY (of `option`): made of integers only.
+    const _: () = assert!(size_of::<Info>() == 8 + 24 * 4 + 2 * 8 + 8);
+    // SAFETY: made of integers; its size is the sum of its fields'.
+    unsafe impl Plain for Info {}
     let info: Info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
     Ok(info.bytes_acked.wrapping_add(ioctl(socket, libc::TIOCOUTQ)?))
 }
@@ -69,7 +91,9 @@ pub fn progress(socket: &impl AsFd) -> io::Result<Progress> {
         _sacked_to_last_data_recv: [u32; 7],
         last_ack_recv: u32,
     }
-    // SAFETY (of `option`): made of integers only.
+    const _: () = assert!(size_of::<Info>() == 8 + 4 * 4 + 4 + 7 * 4 + 4);
+    // SAFETY: made of integers; its size is the sum of its fields'.
+    unsafe impl Plain for Info {}
     let info: Info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
     Ok(Progress {
         waiting: info.unacked > 0 || unacknowledged(socket)? > 0,
@@ -95,22 +119,23 @@ pub fn room(socket: &impl AsFd) -> io::Result<u64> {
     Ok(u64::from((memory[SK_MEMINFO_SNDBUF] / 2).saturating_sub(memory[SK_MEMINFO_WMEM_QUEUED])))
 }
 
-/// A socket option whose value is made of integers; what the kernel does not fill is zero.
-pub fn option<T: Copy>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
-    // SAFETY: every T here is made of integers only, of which all bits zero is a value.
+/// A socket option; what the kernel does not fill is zero.
+pub fn option<T: Plain>(socket: &impl AsFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+    // SAFETY: all bits zero is a value of a `Plain`.
     let mut value: T = unsafe { mem::zeroed() };
     let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: `value` is valid for writes of `len` bytes.
+    // SAFETY: `value` and `len` are valid for reads and writes, for the call; the kernel writes `len` bytes at most, and
+    // whatever it writes is a value of a `Plain`. The descriptor is borrowed, so it is open and no other's.
     let ret = unsafe { libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut len) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
-/// Sets an option of TCP; the value is made of integers.
-pub fn set<T: Copy>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Result<()> {
+/// Sets an option of TCP.
+pub fn set<T: Plain>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Result<()> {
     let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: `value` is valid for reads of `len` bytes.
+    // SAFETY: `value` is valid for reads of `len` bytes, all of which are initialised in a `Plain`; the kernel copies them.
     let ret = unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, name, (&raw const value).cast(), len) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -125,7 +150,7 @@ pub fn at_mark(socket: &impl AsFd) -> bool {
 /// A request that answers with a number.
 fn ioctl(socket: &impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
     let mut n: libc::c_int = 0;
-    // SAFETY: all of these requests write one int.
+    // SAFETY: the requests of this file (TIOCOUTQ, FIONREAD, SIOCATMARK) write one int on a TCP socket, which `n` is.
     let ret = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut n) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(u64::from(n.unsigned_abs())) }
 }

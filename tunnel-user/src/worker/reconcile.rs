@@ -16,9 +16,13 @@ use super::{CaptureSocket, ConnectSocket, Listening, STOP_PATIENCE, Sockets, Sou
 use crate::{
     model::names::SourceName,
     process::drain::{self, Phase, Tasks, Trigger},
-    proxy::{At, Proxy, Setup},
+    proxy::{Proxy, Setup},
     sinks::upstream::{Upstream, Upstreams},
-    sources::capture::accept::Accept,
+    sources::{
+        SourceHandle,
+        capture::accept::{self, Accept},
+        listener,
+    },
 };
 
 /// How often an upstream that is no longer configured is looked at, once its connections are closed: a flow that
@@ -71,7 +75,7 @@ impl Sources {
             let key = (source.name.clone(), source.netns);
             let open = match before.remove(&key) {
                 Some(open) if Arc::ptr_eq(&open.sockets, &source.sockets) => {
-                    open.at.rename(source.called.clone());
+                    open.handle.rename(source.called.clone());
                     open
                 }
                 replaced => {
@@ -101,7 +105,7 @@ struct Open {
     sockets: Arc<Sockets>,
     /// Dropped, it tells the source that nothing more is taken.
     trigger: Trigger,
-    at: Rc<At>,
+    handle: Rc<SourceHandle>,
     accepting: Tasks,
 }
 
@@ -112,10 +116,10 @@ impl Open {
             Listening::Requests(socket) => Some(socket.dial_timeout),
             Listening::Captured(_) => None,
         });
-        let dial_timeout = dial_timeout.unwrap_or_else(|| worker.proxy.setup().shared.dial_timeout);
         let (trigger, watch) = drain::channel();
-        let at = Rc::new(At::new(source.called.clone(), dial_timeout, watch));
-        let open = Self { sockets: Arc::clone(&source.sockets), trigger, at, accepting: Tasks::default() };
+        let handle = Rc::new(SourceHandle::new(source.called.clone(), dial_timeout, watch));
+        let open =
+            Self { sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
         for listening in listening {
             if let Err(error) = open.accept(listening, &worker.proxy, flows) {
                 tracing::error!(source = %source.name, %error, "failed to accept from a listener");
@@ -125,15 +129,15 @@ impl Open {
     }
 
     fn accept(&self, listening: Listening, proxy: &Rc<Proxy>, flows: &Rc<Tasks>) -> std::io::Result<()> {
-        let (proxy, at, flows) = (Rc::clone(proxy), Rc::clone(&self.at), Rc::clone(flows));
+        let (proxy, handle, flows) = (Rc::clone(proxy), Rc::clone(&self.handle), Rc::clone(flows));
         match listening {
             Listening::Captured(CaptureSocket { socket, origins }) => {
                 let accept = Accept::new(socket, origins)?;
-                self.accepting.spawn(proxy.accept_captured(accept, at, flows));
+                self.accepting.spawn(accept::serve(proxy, accept, handle, flows));
             }
             Listening::Requests(ConnectSocket { socket, settings, .. }) => {
                 let socket = TcpListener::from_std(socket.into())?;
-                self.accepting.spawn(proxy.accept_tunnels(socket, settings, at, flows));
+                self.accepting.spawn(listener::serve(proxy, socket, settings, handle, flows));
             }
         }
         Ok(())

@@ -46,8 +46,9 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub(crate) fn check() -> Self {
-        Self { check: true, no_build: true, program: None }
+    /// What CI does, with a `tunnel` that is built.
+    pub(crate) fn check(program: PathBuf) -> Self {
+        Self { check: true, no_build: true, program: Some(program) }
     }
 }
 

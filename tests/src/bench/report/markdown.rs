@@ -1,6 +1,5 @@
-//! A report as a part of a Markdown document, as GitHub shows it: between two markers, with the plots beside it.
-//!
-//! The report replaces what is between two markers of the document; some of its plots are written beside it.
+//! A report as a part of a Markdown document, as GitHub shows it: it replaces what is between two markers, and some of its plots
+//! are written beside it.
 //!
 //! # Invariants
 //! - What is outside of the markers stays as it is, and what is between them is of one report.

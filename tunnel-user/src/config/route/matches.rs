@@ -14,7 +14,7 @@ use super::super::{
     reader::{At, Cell, Reader, Section, Value, schema_of},
     section::section,
 };
-use crate::model::{flow::Source, san::SanPattern};
+use crate::model::{flow::SourceKind, san::SanPattern};
 
 /// What a regular expression may take when it is compiled. A page of alternatives takes a tenth of it.
 const REGEX_SIZE: usize = 1 << 20;
@@ -23,35 +23,34 @@ section! {
     /// Which flows: those of which every condition that is there is true.
     #[derive(Clone, Debug, Default)]
     pub struct Match {
-        /// Flows from where. Empty: from everywhere.
-        source: default Vec<Source> = Vec::new(),
-        /// Flows from listeners of these names. Beside capture: from one of either.
+        /// Kinds of source. Empty: any.
+        source: default Vec<SourceKind> = Vec::new(),
+        /// Names of listeners. Together with capture: one of either.
         listener: default Vec<String> = Vec::new(),
-        /// Flows from captures of these names; one without a name is called by its cgroup or unit. Beside listener: from one of
-        /// either.
+        /// Names of captures; the default name is the cgroup or unit. Together with listener: one of either.
         capture: default Vec<String> = Vec::new(),
-        /// Flows to which addresses: CIDR\[:PORTS]. Beside host: to one of either.
+        /// Target addresses: CIDR\[:PORTS]. Together with host: one of either.
         destination: default Vec<AddrPattern> = Vec::new(),
-        /// Flows to which names: NAME\[:PORTS], NAME may be *.suffix. Beside destination: to one of either.
+        /// Target names: NAME\[:PORTS], NAME may be *.suffix. Together with destination: one of either.
         host: default Vec<NamePattern> = Vec::new(),
-        /// Flows of peers whose certificate carries one of these names; * stands for a whole segment.
+        /// Identities of the peer: names in its certificate; * matches one segment.
         identity: default Vec<SanPattern> = Vec::new(),
-        /// Flows of peers that asked for one of these names when they connected to us (SNI); it may be *.suffix.
+        /// Server names that the peer requested when it connected (SNI); *.suffix is allowed.
         server_name: default Vec<NamePattern> = Vec::new(),
-        /// What the CONNECT request has to say: every one of these.
+        /// Headers of the CONNECT request; all have to match.
         headers: default Vec<HeaderMatch> = Vec::new(),
-        /// Flows whose own TLS asks for one of these names; it may be *.suffix. What the client sends first is looked at, for
-        /// inspect_timeout at most. Beside http_host: one of either.
+        /// Server names in the TLS that the flow carries; *.suffix is allowed. The client's first bytes are sniffed, for
+        /// inspect_timeout at most. Together with http_host: one of either.
         sni: default Vec<NamePattern> = Vec::new(),
-        /// Flows whose own first HTTP/1 request is for one of these hosts; it may be *.suffix. What the client sends first is
-        /// looked at, for inspect_timeout at most. Beside sni: one of either.
+        /// Hosts of the first HTTP/1 request that the flow carries; *.suffix is allowed. The client's first bytes are
+        /// sniffed, for inspect_timeout at most. Together with sni: one of either.
         http_host: default Vec<NamePattern> = Vec::new(),
     }
     check |r| {
         // Read again when the captures are known: they become names of captures.
         let _names: Vec<String> = r.default(
             "cgroup",
-            "Flows from captures of these cgroups or units, whatever their names; PATH/* is every cgroup below PATH that is captured. Beside listener: from one of either.",
+            "Cgroups or units of captures, whatever the captures' names; PATH/* matches every captured cgroup below PATH. Together with listener: one of either.",
             Vec::new(),
         );
         r.never(
@@ -72,7 +71,7 @@ section! {
             r.wrong("cgroup", "stands beside capture: only one of them can be meant");
         }
         for (key, source_of) in
-            [("listener", Source::Listener), ("capture", Source::Captured), ("cgroup", Source::Captured)]
+            [("listener", SourceKind::Listener), ("capture", SourceKind::Capture), ("cgroup", SourceKind::Capture)]
         {
             if r.has(key) && !source.is_empty() && !source.contains(&source_of) {
                 r.wrong(key, "names flows that source leaves out: nothing would match");
@@ -179,12 +178,14 @@ impl fmt::Display for Regex {
 
 impl Section for HeaderMatch {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name: Option<At<String>> = r.required("name", "Which header of the CONNECT request.");
-        let exact = r.optional("exact", "What one of its lines has to be.").map(ValueMatch::Exact);
-        let prefix = r.optional("prefix", "What one of its lines has to begin with.").map(ValueMatch::Prefix);
-        let present = r.optional("present", "Whether it has to be there.").map(ValueMatch::Present);
+        let name: Option<At<String>> = r.required("name", "Name of the header.");
+        let exact = r.optional("exact", "Value that one of its lines must have.").map(ValueMatch::Exact);
+        let prefix = r.optional("prefix", "Prefix that one of its lines must have.").map(ValueMatch::Prefix);
+        let present = r
+            .optional("present", "Whether it must be present (true) or absent (false).")
+            .map(ValueMatch::Present);
         let regex = r
-            .optional("regex", "A regular expression that describes the whole of one of its lines.")
+            .optional("regex", "Regular expression that must match one of its lines entirely.")
             .map(ValueMatch::Regex);
 
         let mut said = ["exact", "prefix", "present", "regex"].into_iter().filter(|key| r.has(key));

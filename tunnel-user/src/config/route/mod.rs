@@ -65,23 +65,23 @@ pub(super) struct RouteByName {
 
 impl Section for RouteByName {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let matches = r.section("match", "Which flows. Without it: every flow.");
+        let matches = r.section("match", "Conditions. Without it: every flow.");
         let to = r.required(
             "to",
             "Where they go: \"direct\" (dialled by this process), { dial = \"HOST:PORT\" } (that is dialled in their place), \"deny\", or upstreams by weight.",
         );
         let timeout = r.optional(
             "timeout",
-            "How long the dial, or the answer to CONNECT, may take, in place of the dial_timeout of the listener or the response_timeout of the upstream.",
+            "Timeout for the dial, or for the answer to CONNECT, instead of the listener's dial_timeout or the upstream's response_timeout.",
         );
         let Retries(retries) = r.default(
             "retries",
-            "How often the CONNECT request to the upstream is made again when no endpoint of it can be connected to or none has room, or when it was answered with 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
+            "How often the CONNECT request to the upstream is retried if no endpoint of it can be connected to or has capacity, or if the answer was 502, 503 or 504: through another upstream of the route, or another endpoint. Never once a byte was carried.",
             Retries(0),
         );
         let authority = r.default(
             "authority",
-            "What the CONNECT request to the upstream asks for: \"{destination}\"; \"{sni}\" or \"{host}\", the name that the connection's own TLS or HTTP/1 request asks for, at the destination's port (the destination where it asks for none); or another HOST:PORT.",
+            "Target of the CONNECT request to the upstream: \"{destination}\"; \"{sni}\" or \"{host}\", the name in the TLS or HTTP/1 request that the flow carries, with the port of the destination (without a name, the destination); or another HOST:PORT.",
             Authority::Destination,
         );
         let proxy_protocol = r.optional(
@@ -89,7 +89,7 @@ impl Section for RouteByName {
             "What a target that is dialled from here is told before anything else: \"v2\", a PROXY header with the address and the proven name of the client.",
         );
         let headers: Option<HeaderChanges> =
-            r.section("request_headers", "How the headers of the CONNECT request to the upstream differ.");
+            r.section("request_headers", "Changes to the headers of the CONNECT request to the upstream.");
 
         let [listeners, captures, cgroups] =
             ["listener", "capture", "cgroup"].map(|key| r.texts_below("match", key));
@@ -160,7 +160,7 @@ section! {
     struct Share {
         /// Name of an upstream.
         upstream: required At<String>,
-        /// Its share of the route's flows, out of the sum of the weights. 0 takes it out of use.
+        /// Share of the route's flows, relative to the sum of the weights. 0 disables it.
         weight: default u32 [Weight] = Weight(1),
     }
     check |r| {
@@ -171,7 +171,7 @@ section! {
 section! {
     /// `{ dial = "HOST:PORT" }`
     struct Rewrite {
-        /// What is dialled in place of the target: HOST:PORT.
+        /// Address that is dialled instead of the target: HOST:PORT.
         dial: required Target,
     }
     check |r| {}

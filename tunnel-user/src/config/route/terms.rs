@@ -75,11 +75,11 @@ section! {
     /// `[route.request_headers]`: changes of a CONNECT request's headers, in the order in which they are made.
     #[derive(Clone, Debug, Default)]
     pub struct HeaderChanges {
-        /// Headers to take over from the CONNECT request that the flow came with. baggage is taken over anyway.
+        /// Headers to copy from the received CONNECT request. baggage is always copied.
         copy: default Vec<HeaderName> [Vec<At<String>>] = Vec::new(),
-        /// Headers to leave out, whoever has put them there.
+        /// Headers to remove, wherever they come from.
         remove: default Vec<HeaderName> [Vec<At<String>>] = Vec::new(),
-        /// Headers to add, once others are left out.
+        /// Headers to add, after others were removed.
         add: default Vec<(HeaderName, HeaderValue)> = Vec::new(),
     }
     check |r| {

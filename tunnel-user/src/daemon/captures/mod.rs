@@ -287,6 +287,10 @@ pub(in crate::daemon) fn bpf_failure(e: BpfError) -> Failure {
             e.summary(),
             "Capture a group that holds several of them: each [[capture]] takes one of these places.",
         )),
+        BpfError::PinnedMap { .. } => Failure::Other(Cause::new(
+            e.summary(),
+            "Another version has pinned it. `tunnel detach --config F` with that version removes it, once its daemon has stopped.",
+        )),
         BpfError::Program { .. } | BpfError::Load(_) => Failure::Kernel(Cause::new(
             e.summary(),
             "`tunnel doctor` says what this kernel lacks; capture takes Linux 6.1 or newer.",

@@ -5,8 +5,10 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink, socket_with};
 
 use super::Refusal;
 use crate::kernel::{group::Group, sys};
@@ -88,15 +90,8 @@ impl Diag {
 }
 
 fn netlink() -> io::Result<OwnedFd> {
-    const NETLINK_SOCK_DIAG: libc::c_int = 4;
-    // SAFETY: makes a descriptor, or fails.
-    let fd =
-        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::SOCK_DIAG))?)
 }
 
 /// The one process of a group that has this socket, and one of its descriptors for it.

@@ -7,18 +7,16 @@
 mod holder;
 mod judge;
 mod promote;
+mod slot;
 #[cfg(test)]
+#[expect(unsafe_code, reason = "calls of which the answer is what is tested")]
 mod tests;
 mod trial;
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    ptr::{self, NonNull},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
 };
 
 use aya::{
@@ -27,13 +25,14 @@ use aya::{
     programs::{Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SkMsg, TestRun as _},
 };
 use tunnel_common::{
-    fastpath::bypass::{APPLICATION, DAEMON, SLOTS_MAX, Side, Slot, Tag},
+    fastpath::bypass::{APPLICATION, DAEMON, SLOTS_MAX, Tag},
     names,
 };
 
 pub use self::promote::{Asked, Candidate, Counts, Promoter, Promotions, Refusal};
+use self::slot::{SharedSide, SharedSlot};
 use crate::kernel::btf::{self, OffsetsError};
-use crate::kernel::sys;
+use crate::kernel::{map::TypedMap, mapped::MappedArray, sys};
 
 /// The program, as the build script made or found it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bypass.bpf.o"));
@@ -88,9 +87,9 @@ impl BypassError {
 pub struct Bypass {
     /// Holds what the descriptors below belong to.
     ebpf: Ebpf,
-    sockets: OwnedFd,
-    tags: OwnedFd,
-    slots: Slots,
+    sockets: TypedMap<u64, u32>,
+    tags: TypedMap<i32, Tag>,
+    slots: MappedArray<SharedSlot>,
     free: Mutex<Free>,
 }
 
@@ -124,9 +123,10 @@ impl Bypass {
         };
         verdict.load().map_err(refused)?;
         verdict.attach(sockets.fd()).map_err(refused)?;
-        let sockets = dup(sockets.fd().as_fd())?;
-        let tags = fd_of(&ebpf, names::bypass::TAGS)?;
-        let slots = Slots::map(fd_of(&ebpf, names::bypass::SLOTS)?.as_fd()).map_err(BypassError::Slots)?;
+        let sockets = TypedMap::new(dup(sockets.fd().as_fd())?).map_err(BypassError::Slots)?;
+        let tags = TypedMap::new(fd_of(&ebpf, names::bypass::TAGS)?).map_err(BypassError::Slots)?;
+        let slots =
+            MappedArray::new(fd_of(&ebpf, names::bypass::SLOTS)?.as_fd()).map_err(BypassError::Slots)?;
         let free = Mutex::new(Free { given_back: Vec::new(), never_used: 0, generation: 0 });
         let bypass = Arc::new(Self { ebpf, sockets, tags, slots, free });
         trial::run(&bypass)?;
@@ -141,12 +141,12 @@ impl Bypass {
         pair.claim(cookies);
         for (side, socket) in [(APPLICATION, application), (DAEMON, ours)] {
             let tag = Tag { slot, generation, side, reserved: 0 };
-            sys::map_update(self.tags.as_fd(), &socket.as_raw_fd(), &tag)?;
+            self.tags.update(&socket.as_raw_fd(), &tag)?;
         }
         // Ours first: what it sends by TCP is right in any case, and the application's socket stays as it is when this
         // fails. Each is there once and for all: a socket in the map has no place in it a second time.
         for (cookie, socket) in [(cookies[1], ours), (cookies[0], application)] {
-            sys::map_insert(self.sockets.as_fd(), &cookie, &socket.as_raw_fd().cast_unsigned())?;
+            self.sockets.insert(&cookie, &socket.as_raw_fd().cast_unsigned())?;
         }
         Ok(pair)
     }
@@ -193,7 +193,7 @@ pub struct Waiting {
 
 impl Pair {
     fn slot(&self) -> &SharedSlot {
-        self.bypass.slots.at(self.slot)
+        self.bypass.slots.at(self.slot as usize)
     }
 
     fn claim(&self, cookies: [u64; 2]) {
@@ -252,87 +252,6 @@ impl Drop for Pair {
         slot.generation.store(0, Ordering::Release);
         let mut free = self.bypass.free.lock().unwrap_or_else(PoisonError::into_inner);
         free.given_back.push(self.slot);
-    }
-}
-
-/// A slot as it lies in memory that the kernel writes too.
-#[repr(C)]
-struct SharedSlot {
-    generation: AtomicU32,
-    gates: AtomicU32,
-    sides: [SharedSide; 2],
-}
-
-#[repr(C)]
-struct SharedSide {
-    cookie: AtomicU64,
-    sock: AtomicU64,
-    redirected: AtomicU64,
-    passed: AtomicU64,
-    burst: AtomicU32,
-    queued: AtomicU32,
-    unread: AtomicU32,
-    unacked: AtomicU32,
-    alive: AtomicU32,
-    reserved: AtomicU32,
-}
-
-const _: () =
-    assert!(size_of::<SharedSlot>() == size_of::<Slot>() && size_of::<SharedSide>() == size_of::<Side>());
-
-impl SharedSide {
-    fn clear(&self, cookie: u64) {
-        for word in [&self.sock, &self.redirected, &self.passed] {
-            word.store(0, Ordering::Relaxed);
-        }
-        for word in [&self.burst, &self.queued, &self.unread, &self.unacked, &self.alive] {
-            word.store(0, Ordering::Relaxed);
-        }
-        self.cookie.store(cookie, Ordering::Relaxed);
-    }
-}
-
-/// All slots.
-struct Slots(NonNull<SharedSlot>);
-
-// SAFETY: the memory is mapped until it is dropped, and made of atomics only.
-unsafe impl Send for Slots {}
-// SAFETY: as above.
-unsafe impl Sync for Slots {}
-
-impl Slots {
-    const LEN: usize = SLOTS_MAX * size_of::<Slot>();
-
-    fn map(array: BorrowedFd<'_>) -> io::Result<Self> {
-        // SAFETY: a new mapping, at an address of the kernel's choice.
-        let at = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                Self::LEN,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                array.as_raw_fd(),
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(at.cast()).map(Self).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
-    }
-
-    fn at(&self, slot: u32) -> &SharedSlot {
-        let index = usize::try_from(slot).map_or(0, |n| n.min(SLOTS_MAX - 1));
-        // SAFETY: inside the mapping, which has SLOTS_MAX of them one after the other (an array's values lie at multiples
-        // of eight, which their size is), aligned, and of types for which every bit pattern is a value.
-        unsafe { self.0.add(index).as_ref() }
-    }
-}
-
-impl Drop for Slots {
-    fn drop(&mut self) {
-        // SAFETY: what `map` mapped, and nobody has a reference into it any more.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), Self::LEN) };
     }
 }
 

@@ -9,9 +9,9 @@ use std::{
     collections::VecDeque,
     future::poll_fn,
     io,
+    mem::offset_of,
     net::TcpStream,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
-    ptr::NonNull,
+    os::fd::{AsFd, OwnedFd},
     rc::{Rc, Weak},
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, Waker},
@@ -23,15 +23,16 @@ use aya::{
     programs::Program,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use tokio::io::{Interest, unix::AsyncFd};
-use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, DIRECTIONS_MAX, FLOWS_MAX, SHUT, Words};
+use tokio::io::unix::AsyncFd;
+use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, FLOWS_MAX, SHUT, Words};
 
 use super::overlap::repeats;
 use crate::{
     kernel::{
         bpf::BpfError,
         btf::{self, OffsetsError},
-        privileges,
+        mapped::MappedArray,
+        privileges, ready,
     },
     process::drain::Tasks,
     transport::sockopt,
@@ -40,6 +41,8 @@ use crate::{
 /// The program, as the build script made or found it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/splice.bpf.o"));
 
+/// How many words a direction has.
+const WORDS: usize = size_of::<Words>() / size_of::<u64>();
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
 /// What stands for the program's ring among the events; others are numbers of slot pairs.
@@ -83,7 +86,7 @@ pub(super) struct SpliceMap {
     pub(super) done: Cell<Spliced>,
     /// One read of any flow.
     pub(super) scratch: RefCell<Vec<u8>>,
-    words: Mapped,
+    words: MappedArray<[AtomicU64; WORDS]>,
     slots: RefCell<HashMap<MapData, u64, u32>>,
     sockets: RefCell<SockMap<MapData>>,
     told: RefCell<RingBuf<MapData>>,
@@ -202,7 +205,7 @@ impl SpliceMap {
             return Err(BpfError::Missing(abi::DIRECTIONS).into());
         };
         let io = |name| move |source| BpfError::MapIo { name, source };
-        let words = Mapped::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
+        let words = MappedArray::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
         let slots = HashMap::try_from(take(&mut ebpf, abi::SLOTS)?).map_err(map_error(abi::SLOTS))?;
         let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map_error(abi::SOCKETS))?;
         let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map_error(abi::TOLD))?;
@@ -215,9 +218,7 @@ impl SpliceMap {
         let os = |e: nix::Error| io::Error::from(e);
         let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(os).map_err(io(abi::TOLD))?;
         let ring = EpollEvent::new(EpollFlags::EPOLLIN, RING);
-        // SAFETY: the ring is open as long as `told`, which lives beside `events`.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(told.as_raw_fd()) };
-        events.add(fd, ring).map_err(os).map_err(io(abi::TOLD))?;
+        events.add(&told, ring).map_err(os).map_err(io(abi::TOLD))?;
         let flows = u32::try_from(FLOWS_MAX).unwrap_or(u32::MAX);
         Ok(Self {
             credit,
@@ -238,8 +239,7 @@ impl SpliceMap {
     /// What is ready when something has happened, in the worker's runtime.
     fn notifier(&self) -> io::Result<AsyncFd<OwnedFd>> {
         let events: OwnedFd = self.events.0.try_clone()?;
-        // SAFETY: the descriptor is owned by what registers it, and closed only after that.
-        Ok(unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?)
+        ready::readable(events)
     }
 
     /// Counts.
@@ -357,7 +357,7 @@ impl SlotPair {
 
     /// The words of the direction that begins at one side: 0 is the client's.
     pub(super) fn words(&self, side: usize) -> Shared<'_> {
-        self.map.words.at(self.slots()[side & 1])
+        Shared::new(self.map.words.at(self.slots()[side & 1] as usize))
     }
 
     /// Whether everything of this pair is told from now on: ends, resets, and what the program passes.
@@ -431,7 +431,25 @@ pub(super) struct Shared<'a> {
     pub(super) broken: &'a AtomicU64,
 }
 
-impl Shared<'_> {
+impl<'a> Shared<'a> {
+    fn new(words: &'a [AtomicU64; WORDS]) -> Self {
+        macro_rules! word {
+            ($name:ident) => {
+                &words[offset_of!(Words, $name) / size_of::<u64>()]
+            };
+        }
+        Self {
+            passed: word!(passed),
+            redirected: word!(redirected),
+            spent: word!(spent),
+            told: word!(told),
+            gate: word!(gate),
+            limit: word!(limit),
+            next: word!(next),
+            broken: word!(broken),
+        }
+    }
+
     /// For a new flow: no program runs on this direction.
     fn reset(&self) {
         self.gate.store(SHUT, Ordering::Relaxed);
@@ -440,52 +458,6 @@ impl Shared<'_> {
         for word in others {
             word.store(0, Ordering::Relaxed);
         }
-    }
-}
-
-/// The array of [`Words`], mapped.
-struct Mapped(NonNull<Words>);
-
-impl Mapped {
-    const LEN: usize = DIRECTIONS_MAX * size_of::<Words>();
-
-    fn new(map: std::os::fd::BorrowedFd<'_>) -> io::Result<Self> {
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at a place of the kernel's choice.
-        let at = unsafe {
-            libc::mmap(std::ptr::null_mut(), Self::LEN, protection, libc::MAP_SHARED, map.as_raw_fd(), 0)
-        };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(at.cast()).map(Self).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
-    }
-
-    fn at(&self, slot: u32) -> Shared<'_> {
-        let slot = (slot as usize).min(DIRECTIONS_MAX - 1);
-        // SAFETY: within the mapping, which lives as long as `self`; aligned to 8 bytes, and never accessed otherwise than
-        // word by word on both sides.
-        unsafe {
-            let words = self.0.as_ptr().add(slot);
-            let word = |at: *mut u64| AtomicU64::from_ptr(at);
-            Shared {
-                passed: word(&raw mut (*words).passed),
-                redirected: word(&raw mut (*words).redirected),
-                spent: word(&raw mut (*words).spent),
-                told: word(&raw mut (*words).told),
-                gate: word(&raw mut (*words).gate),
-                limit: word(&raw mut (*words).limit),
-                next: word(&raw mut (*words).next),
-                broken: word(&raw mut (*words).broken),
-            }
-        }
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        // SAFETY: mapped with this length in `new`, and nothing borrowed from it is left.
-        let _unmapped = unsafe { libc::munmap(self.0.as_ptr().cast(), Self::LEN) };
     }
 }
 

@@ -75,7 +75,7 @@ fn repeats_between<T>(join: impl FnOnce(&TcpStream, &TcpStream) -> io::Result<T>
 fn replace(old: TcpStream) -> io::Result<Socket> {
     let old = Socket::from(old);
     let (local, peer) = (old.local_addr()?, old.peer_addr()?);
-    set(&old, libc::TCP_REPAIR, 1)?;
+    set(&old, libc::TCP_REPAIR, 1i32)?;
     let sent = sequence(&old, TCP_SEND_QUEUE)?.wrapping_sub(u32::try_from(AGAIN).unwrap_or(0));
     let received = sequence(&old, TCP_RECV_QUEUE)?;
     let window: RepairWindow = option(&old, libc::IPPROTO_TCP, libc::TCP_REPAIR_WINDOW)?;
@@ -83,7 +83,7 @@ fn replace(old: TcpStream) -> io::Result<Socket> {
     drop(old);
     let new = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), None)?;
     new.set_reuse_address(true)?;
-    set(&new, libc::TCP_REPAIR, 1)?;
+    set(&new, libc::TCP_REPAIR, 1i32)?;
     new.bind(&local)?;
     for (queue, at) in [(TCP_SEND_QUEUE, sent), (TCP_RECV_QUEUE, received)] {
         set(&new, libc::TCP_REPAIR_QUEUE, queue)?;

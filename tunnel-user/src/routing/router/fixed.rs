@@ -7,10 +7,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use super::takes;
-use crate::model::flow::Source;
 use crate::{
     config::{Action, AddrPattern, Route},
-    model::flow::{ClientAddr, Target},
+    model::flow::{ClientAddr, Direction, SourceKind, Target, Transport},
     routing::{flow::Flow, index::NOBODY},
 };
 
@@ -32,7 +31,9 @@ pub fn fixed<'a>(routes: &'a [Route], capture: Option<&str>) -> impl Iterator<It
     routes.iter().filter_map(move |route| {
         let matches = &route.matches;
         let flow = Flow {
-            source: Source::Captured,
+            transport: Transport::Tcp,
+            direction: Direction::Outbound,
+            source: SourceKind::Capture,
             name: capture.as_deref(),
             target: &target,
             client: ClientAddr(nowhere),

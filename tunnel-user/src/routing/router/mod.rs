@@ -8,7 +8,7 @@
 //! - The first route that matches decides; a flow that matches no route is rejected.
 //! - There is no state, and no name is resolved: chance is an argument.
 
-use crate::model::flow::Source;
+use crate::model::flow::SourceKind;
 use crate::{
     config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
     model::{
@@ -48,7 +48,7 @@ pub enum Decision<'a> {
         terms: &'a Terms,
     },
     /// It depends on what the client sends first: to be asked again with [`Flow::inside`].
-    Look,
+    NeedsSniff,
     /// A route refuses it.
     Deny,
     /// No route takes it; it is refused.
@@ -86,7 +86,7 @@ impl Router {
     pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
         let route = match self.first(flow) {
             Some(Taken::By(route)) => route,
-            Some(Taken::Perhaps) => return Decision::Look,
+            Some(Taken::Undetermined) => return Decision::NeedsSniff,
             None => return Decision::NoRoute,
         };
         let terms = &route.terms;
@@ -114,7 +114,7 @@ impl Router {
                     return Some(Taken::By(route));
                 }
                 match flow.inside {
-                    None => return Some(Taken::Perhaps),
+                    None => return Some(Taken::Undetermined),
                     Some(inside) if takes_inside(&route.matches, inside) => return Some(Taken::By(route)),
                     Some(_) => {}
                 }
@@ -128,7 +128,7 @@ impl Router {
 enum Taken<'a> {
     By(&'a Route),
     /// Nobody has looked at what it asks for.
-    Perhaps,
+    Undetermined,
 }
 
 fn peers_of(route: &Route) -> Option<&[SanPattern]> {
@@ -139,8 +139,8 @@ fn peers_of(route: &Route) -> Option<&[SanPattern]> {
 fn takes(wanted: &Match, flow: &Flow<'_>) -> bool {
     let named = || {
         let names = match flow.source {
-            Source::Captured => &wanted.capture,
-            Source::Listener => &wanted.listener,
+            SourceKind::Capture => &wanted.capture,
+            SourceKind::Listener => &wanted.listener,
         };
         flow.name.is_some_and(|name| names.iter().any(|n| n == name))
     };

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     config::{Authority, HeaderMatch, Terms, ValueMatch},
     model::{
-        flow::{ClientAddr, Head},
+        flow::{ClientAddr, Direction, Head, Transport},
         san::San,
     },
 };
@@ -16,7 +16,7 @@ use crate::{
 /// A flow, owned.
 #[derive(Clone, Debug)]
 struct Told {
-    source: Source,
+    source: SourceKind,
     name: Option<&'static str>,
     target: Target,
     who: Option<Identity>,
@@ -29,7 +29,7 @@ impl Told {
     fn captured(target: &str) -> Self {
         let target = target.parse().unwrap();
         Self {
-            source: Source::Captured,
+            source: SourceKind::Capture,
             name: None,
             target,
             who: None,
@@ -40,7 +40,7 @@ impl Told {
     }
 
     fn asked(target: &str) -> Self {
-        Self { source: Source::Listener, headers: Some(HeaderMap::new()), ..Self::captured(target) }
+        Self { source: SourceKind::Listener, headers: Some(HeaderMap::new()), ..Self::captured(target) }
     }
 
     fn by(self, who: &str) -> Self {
@@ -70,6 +70,8 @@ impl Told {
         let client = ClientAddr("192.0.2.1:40000".parse().unwrap());
         let request = self.headers.as_ref().map(|headers| Head { version: Version::HTTP_2, headers });
         look(&Flow {
+            transport: Transport::Tcp,
+            direction: Direction::Outbound,
             source: self.source,
             name: self.name,
             target: &self.target,
@@ -116,7 +118,7 @@ fn taken(router: &Router, told: &Told) -> Option<usize> {
 /// The same; nothing where the router wants to look first.
 fn decided(router: &Router, told: &Told) -> Option<Option<usize>> {
     told.with(router, |flow| match router.decide(flow, 0) {
-        Decision::Look => None,
+        Decision::NeedsSniff => None,
         Decision::Upstream { upstream, .. } => Some(Some(number(upstream))),
         _ => Some(None),
     })
@@ -128,15 +130,15 @@ fn the_first_match_wins_and_no_match_is_refused() {
     let router = Router::new(vec![
         route(to(&["10.1.0.0/16"]), Action::Deny),
         route(
-            Match { source: vec![Source::Captured], ..to(&["10.0.0.0/8:80"]) },
+            Match { source: vec![SourceKind::Capture], ..to(&["10.0.0.0/8:80"]) },
             Action::Upstreams(vec![(numbered_name(3), 1)]),
         ),
         route(
-            Match { source: vec![Source::Listener], host: all(&["*.internal"]), ..Match::default() },
+            Match { source: vec![SourceKind::Listener], host: all(&["*.internal"]), ..Match::default() },
             Action::Direct,
         ),
         route(
-            Match { source: vec![Source::Listener], host: all(&["db.example:5432"]), ..Match::default() },
+            Match { source: vec![SourceKind::Listener], host: all(&["db.example:5432"]), ..Match::default() },
             Action::Dial("10.3.0.1:5432".parse().unwrap()),
         ),
     ]);
@@ -147,7 +149,7 @@ fn the_first_match_wins_and_no_match_is_refused() {
             Decision::Dial { instead: Some(target), .. } => target.to_string(),
             Decision::Deny => "deny".to_owned(),
             Decision::NoRoute => "none".to_owned(),
-            Decision::Look => "look".to_owned(),
+            Decision::NeedsSniff => "look".to_owned(),
         })
     };
     assert_eq!(decide(Told::captured("10.1.0.1:80")), "deny");
@@ -339,7 +341,7 @@ fn another_upstream_is_one_that_was_not_tried_and_is_in_use() {
 fn linear(routes: &[Match], told: &Told) -> Option<Option<usize>> {
     let takes = |m: &Match| {
         let from = m.source.is_empty() || m.source.contains(&told.source);
-        let names = if told.source == Source::Captured { &m.capture } else { &m.listener };
+        let names = if told.source == SourceKind::Capture { &m.capture } else { &m.listener };
         let named = (m.listener.is_empty() && m.capture.is_empty())
             || told.name.is_some_and(|name| names.iter().any(|n| n == name));
         let to = (m.destination.is_empty() && m.host.is_empty())
@@ -382,7 +384,7 @@ fn any_match() -> impl Strategy<Value = Match> {
     };
     let destination = all(&["0.0.0.0/0", "10.0.0.0/8:80", "10.1.0.0/16", "10.1.0.1:81", "::/0", "fd00::/8"]);
     (
-        some_of(vec![Source::Captured, Source::Listener]),
+        some_of(vec![SourceKind::Capture, SourceKind::Listener]),
         some_of(vec!["a".to_owned(), "b".to_owned()]),
         some_of(vec!["a".to_owned(), "b".to_owned()]),
         some_of(destination),

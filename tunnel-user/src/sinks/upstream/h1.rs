@@ -267,10 +267,10 @@ mod tests {
             ("HTTP/1.1 200 OK\r\n", "closed before the head was complete"),
             ("HTTP/1.1 100 Continue\r\n\r\n", "closed before the head was complete"),
             ("HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n", "unasked"),
-            ("HTTP/2.0 200 OK\r\n\r\n", "not HTTP/1"),
-            ("HTTP/1.1 99 x\r\n\r\n", "not HTTP/1"),
-            ("SSH-2.0-OpenSSH_9.2\r\n", "not HTTP/1"),
-            ("\u{15}\u{3}\u{3}\0\u{2}\u{2}F", "not HTTP/1"),
+            ("HTTP/2.0 200 OK\r\n\r\n", "malformed HTTP/1 head"),
+            ("HTTP/1.1 99 x\r\n\r\n", "malformed HTTP/1 head"),
+            ("SSH-2.0-OpenSSH_9.2\r\n", "malformed HTTP/1 head"),
+            ("\u{15}\u{3}\u{3}\0\u{2}\u{2}F", "malformed HTTP/1 head"),
         ] {
             let (got, _) = answered(answer.as_bytes()).await;
             assert!(got.as_ref().is_err_and(|e| e.contains(why)), "{answer:?}: {got:?}");

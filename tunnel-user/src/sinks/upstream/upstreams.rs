@@ -8,7 +8,7 @@
 use std::{collections::HashMap, rc::Rc, sync::Arc};
 
 use super::{
-    itself::Itself,
+    in_process::InProcessUpstream,
     open::Upstream,
     settings::UpstreamSettings,
     underlay::{Underlay as _, Via},
@@ -21,7 +21,7 @@ pub enum Next<U> {
     /// A gateway or proxy.
     Tunnel(U),
     /// This process.
-    Itself(Arc<Itself>),
+    InProcess(Arc<InProcessUpstream>),
 }
 
 impl Next<UpstreamSettings> {
@@ -29,7 +29,7 @@ impl Next<UpstreamSettings> {
     pub fn name(&self) -> &str {
         match self {
             Self::Tunnel(settings) => &settings.name,
-            Self::Itself(itself) => &itself.name,
+            Self::InProcess(own) => &own.name,
         }
     }
 }
@@ -63,7 +63,7 @@ impl Upstreams {
             before.and_then(|before| before.0.get(name)).filter(|b| Arc::ptr_eq(&b.configured, configured));
         let next = match (kept, &**configured) {
             (Some(kept), _) => kept.next.clone(),
-            (None, Next::Itself(itself)) => Next::Itself(Arc::clone(itself)),
+            (None, Next::InProcess(own)) => Next::InProcess(Arc::clone(own)),
             (None, Next::Tunnel(settings)) => {
                 let via = match settings.via.as_ref().map(|outer| self.get(outer)) {
                     None => None,
@@ -86,7 +86,7 @@ impl Upstreams {
     pub fn tunnels(&self) -> impl Iterator<Item = &Rc<Upstream>> {
         self.0.values().filter_map(|made| match &made.next {
             Next::Tunnel(upstream) => Some(upstream),
-            Next::Itself(_) => None,
+            Next::InProcess(_) => None,
         })
     }
 

@@ -1,14 +1,16 @@
-//! Redirected connections: the listeners that the kernel programs, or the operator's rules, send them to.
+//! Redirected connections: the listeners that the kernel programs, or the operator's rules, send them to, and the loop that
+//! accepts from one.
 //!
-//! Enters: a network namespace, or listening sockets. Leaves: accepted sockets, each with the address its
-//! application asked for. Invariant: no original destination, no flow: such a socket is reset and counted. It
-//! never opens a listener that another process could join.
+//! # Invariants
+//! - A connection without an original destination is no flow: it is reset and recorded.
+//! - No other process can join a listener.
 
 use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     os::fd::AsFd,
+    rc::Rc,
     sync::Arc,
 };
 
@@ -25,9 +27,12 @@ use crate::kernel::sys;
 use crate::{
     kernel::own::OwnListeners,
     model::{
-        flow::{ClientAddr, OriginalDst},
+        flow::{ClientAddr, OriginalDst, Target},
         mark::Mark,
     },
+    process::drain::Tasks,
+    relay::TcpLeg,
+    sources::{Answered, Event, FlowHandler, Incoming, SourceHandle, back_off},
     transport::tcp::{self, OnClose},
 };
 
@@ -208,16 +213,35 @@ pub enum Stray {
     ToUs(OriginalDst),
 }
 
-/// A redirected connection.
-pub struct Captured {
-    /// The socket, connected to the application's. Dropped, it resets that: [`OnClose::Abort`].
-    pub stream: TcpStream,
-    /// The application's address.
-    pub client: ClientAddr,
-    /// Where it wanted to go.
-    pub original_dst: OriginalDst,
-    /// By which it may ask to go past TCP.
-    pub bypass: Option<Candidate>,
+/// Accepts until the source is told to stop. Then it takes what is waiting: the kernel has told those applications that they
+/// are connected.
+pub async fn serve<H: FlowHandler>(
+    handler: Rc<H>,
+    accept: Accept,
+    source: Rc<SourceHandle>,
+    tasks: Rc<Tasks>,
+) {
+    let mut watch = source.watch();
+    let mut draining = false;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            accepted = accept.next() => accepted,
+            () = watch.draining(), if !draining => {
+                draining = true;
+                continue;
+            }
+            () = std::future::ready(()), if draining => return,
+        };
+        match accepted {
+            Ok((addr, Ok(incoming))) => {
+                let client = handler.captured(&source, addr);
+                tasks.spawn(Rc::clone(&handler).carry(client, incoming));
+            }
+            Ok((_, Err(stray))) => handler.record(Event::Stray(&stray)),
+            Err(e) => back_off(&e).await,
+        }
+    }
 }
 
 impl Accept {
@@ -226,14 +250,17 @@ impl Accept {
         Ok(Self { listener: TcpListener::from_std(socket.into())?, origins })
     }
 
-    /// The next connection, or why it is no flow: then it has been reset.
-    pub async fn next(&self) -> io::Result<Result<Captured, Stray>> {
-        let (stream, peer) = self.listener.accept().await?;
-        let origin = self.origin(&stream, peer);
-        Ok(origin.map(|(original_dst, bypass)| {
-            let client = ClientAddr(peer);
-            Captured { stream, client, original_dst, bypass }
-        }))
+    /// The next connection with its application's address, or why it is no flow: then it has been reset. Also a flow is
+    /// reset when its leg is dropped: [`OnClose::Abort`].
+    async fn next(&self) -> io::Result<(ClientAddr, Result<Incoming<Answered<TcpLeg>>, Stray>)> {
+        let (stream, addr) = self.listener.accept().await?;
+        let origin = self.origin(&stream, addr);
+        let incoming = origin.map(|(original_dst, bypass)| Incoming {
+            target: Ok(Target::from(original_dst)),
+            head: None,
+            request: Answered(TcpLeg::captured(stream, bypass)),
+        });
+        Ok((ClientAddr(addr), incoming))
     }
 
     fn origin(

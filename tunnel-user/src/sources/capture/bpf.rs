@@ -43,7 +43,8 @@ use super::{
 use crate::kernel::bpf::BpfError;
 use crate::kernel::{
     group::ByName,
-    sys::{self, AttachType},
+    map::{Mismatch, TypedMap},
+    sys::{self, AttachType, MapInfo},
 };
 use crate::{kernel::btf, transport::tcp::Register};
 
@@ -112,8 +113,8 @@ pub struct Capture {
     before: Mutex<Option<Before>>,
     listeners: Mutex<HashMap<MapData, u64, Listener>>,
     flows: FlowTable,
-    sockets: OwnedFd,
-    own: Arc<OwnedFd>,
+    sockets: TypedMap<SocketKey, u32>,
+    own: Arc<TypedMap<i32, u32>>,
     sources: Mutex<Sources>,
     /// Under which the listening sockets of this daemon are.
     generation: u32,
@@ -123,12 +124,12 @@ pub struct Capture {
 
 /// Where accepted connections wanted to go. Cheap to clone; every worker has one.
 #[derive(Clone)]
-pub struct FlowTable(Arc<OwnedFd>);
+pub struct FlowTable(Arc<TypedMap<FlowKey, Origin>>);
 
 impl FlowTable {
     /// Takes the origin of the connection that `key` names; `None` if it was not captured.
     pub fn take(&self, key: &FlowKey) -> io::Result<Option<Origin>> {
-        sys::map_take(self.0.as_fd(), key)
+        self.0.take(key)
     }
 }
 
@@ -153,6 +154,7 @@ impl Capture {
     /// Loads every program and fills the rules. Nothing is attached yet.
     pub fn load(spec: &Spec, rules: &Rules) -> Result<Self, BpfError> {
         let Lifetime::Pinned(dir) = &spec.lifetime else { return Self::load_here(spec, rules, false) };
+        check_pinned(dir)?;
         // Maps alone capture nothing: they are what a start left that failed.
         let adopted = PROGRAMS.iter().any(|(name, _)| sys::obj_get(&link_path(dir, name)).is_ok());
         let loaded = Self::load_here(spec, rules, adopted);
@@ -217,9 +219,9 @@ impl Capture {
         }
         let listeners =
             HashMap::try_from(take(&mut ebpf, names::LISTENERS)?).map_err(map(names::LISTENERS))?;
-        let flows_fd = fd_of(&ebpf, names::FLOWS)?;
+        let shared_flows = typed(&ebpf, names::FLOWS)?;
         let flows = take(&mut ebpf, names::FLOWS)?;
-        let (sockets, own) = (fd_of(&ebpf, names::SOCKETS)?, fd_of(&ebpf, names::OWN)?);
+        let (sockets, own) = (typed(&ebpf, names::SOCKETS)?, typed(&ebpf, names::OWN)?);
         let sources = Sources::new(take(&mut ebpf, names::SOURCES_V4)?, take(&mut ebpf, names::SOURCES_V6)?)?;
         let sweeper = Sweeper(HashMap::try_from(flows).map_err(map(names::FLOWS))?);
         let counters =
@@ -232,7 +234,7 @@ impl Capture {
             adopted,
             before: Mutex::new(adopted.then(Before::default)),
             listeners: Mutex::new(listeners),
-            flows: FlowTable(Arc::new(flows_fd)),
+            flows: FlowTable(Arc::new(shared_flows)),
             sockets,
             own: Arc::new(own),
             sources: Mutex::new(sources),
@@ -276,8 +278,7 @@ impl Capture {
                 let v4 = socket.domain().is_ok_and(|domain| domain == Domain::IPV4);
                 let key = SocketKey::new(sockets.netns, self.generation, lane, v4);
                 let fd = socket.as_raw_fd().cast_unsigned();
-                sys::map_update(self.sockets.as_fd(), &key, &fd)
-                    .map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
+                self.sockets.update(&key, &fd).map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
             }
         }
         let first = sockets.per_worker.first().and_then(|own| own.first());
@@ -306,7 +307,8 @@ impl Capture {
         let Some(first) = sockets.per_worker.first().and_then(|own| own.first()) else { return Ok(()) };
         let listener = Listener::own(sockets.port, 1, self.generation, true);
         let fd = first.as_raw_fd().cast_unsigned();
-        sys::map_update(self.sockets.as_fd(), &listener.first(DAEMON, true), &fd)
+        self.sockets
+            .update(&listener.first(DAEMON, true), &fd)
             .map_err(|e| map(names::SOCKETS)(MapError::IoError(e)))?;
         self.set_listener(DAEMON, listener)
     }
@@ -314,7 +316,7 @@ impl Capture {
     /// Registers sockets of ours, which are never captured.
     pub fn register(&self) -> Register {
         let own = Arc::clone(&self.own);
-        Arc::new(move |socket| sys::map_update(own.as_fd(), &socket.as_raw_fd(), &1u32))
+        Arc::new(move |socket| own.update(&socket.as_raw_fd(), &1))
     }
 
     /// Says what source addresses the routes of a network namespace give.
@@ -418,6 +420,33 @@ pub fn probe_steering() -> Result<Result<(), steer::SteerError>, BpfError> {
     Ok(steer::probe(&steer::Maps { flows: flows.as_fd(), sockets: sockets.as_fd() }))
 }
 
+/// Compares the maps that are pinned here with those that this version makes. The kernel reads and writes as much as a map says,
+/// and aya takes what is pinned for what the object declares.
+fn check_pinned(dir: &Path) -> Result<(), BpfError> {
+    let object = aya_obj::Object::parse(OBJECT).map_err(|e| BpfError::Load(Box::new(e.into())))?;
+    for name in PINNED {
+        let path = map_path(dir, name);
+        let pinned = match sys::obj_get(&path) {
+            Ok(pinned) => pinned,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(source) => return Err(BpfError::Pin { path, source }),
+        };
+        let declared = object.maps.get(name).ok_or(BpfError::Missing(name))?;
+        let needs = MapInfo {
+            kind: declared.map_type(),
+            key_size: declared.key_size(),
+            value_size: declared.value_size(),
+            max_entries: declared.max_entries(),
+        };
+        let has = match sys::map_info(pinned.as_fd()) {
+            Ok(has) => has,
+            Err(source) => return Err(BpfError::Pin { path, source }),
+        };
+        Mismatch::check(has, needs).map_err(|why| BpfError::PinnedMap { name, path, why })?;
+    }
+    Ok(())
+}
+
 fn map_path(dir: &Path, map: &str) -> PathBuf {
     dir.join(format!("{map}_{}", names::ABI))
 }
@@ -484,6 +513,10 @@ fn fd_of(ebpf: &Ebpf, name: &'static str) -> Result<OwnedFd, BpfError> {
     data.fd().as_fd().try_clone_to_owned().map_err(|e| map(name)(MapError::IoError(e)))
 }
 
+fn typed<K: aya::Pod, V: aya::Pod>(ebpf: &Ebpf, name: &'static str) -> Result<TypedMap<K, V>, BpfError> {
+    TypedMap::new(fd_of(ebpf, name)?).map_err(|source| BpfError::MapIo { name, source })
+}
+
 fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
     ebpf.take_map(name).ok_or(BpfError::Missing(name))
 }
@@ -542,6 +575,45 @@ mod tests {
         for name in names::MAPS {
             assert!(ebpf.contains(&name.to_owned()), "no map {name}");
         }
+    }
+
+    #[test]
+    fn a_pinned_map_of_another_size_is_refused_by_its_name_and_stays_and_one_of_this_version_is_adopted() {
+        /// `BPF_MAP_TYPE_HASH` of `linux/bpf.h`.
+        const HASH: u32 = 1;
+        // A bpffs of its own, in a mount namespace of the thread's own.
+        let tested = std::thread::spawn(|| {
+            use nix::{mount::MsFlags, sched::CloneFlags};
+            let (none, fs) = (None::<&str>, tempfile::tempdir().unwrap());
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS).expect("this takes root: run the tests as root");
+            nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            nix::mount::mount(Some("bpf"), fs.path(), Some("bpf"), MsFlags::empty(), none).unwrap();
+            let dir = fs.path().join("capture");
+            let lifetime = Lifetime::Pinned(dir.clone());
+            let spec = Spec { on_failure: 0, generation: 1, for_proxy: false, group: None, lifetime };
+            let load = || Capture::load(&spec, &Rules::default()).map(drop);
+            load().expect("nothing is pinned");
+            load().expect("what this version has pinned is its own");
+            let flows = map_path(&dir, names::FLOWS);
+            for (key, value, said) in
+                [(48, 56, "has values of 56 bytes, this version needs 48"), (40, 48, "has keys of 40 bytes")]
+            {
+                fs::remove_file(&flows).unwrap();
+                let other = sys::map_create(HASH, key, value, 16, 0).unwrap();
+                sys::obj_pin(other.as_fd(), &flows).unwrap();
+                let refused = load().expect_err("another size").summary();
+                let wanted = format!("pinned map FLOWS {said}");
+                assert!(
+                    refused.starts_with(&wanted) && refused.contains(&flows.display().to_string()),
+                    "{refused}"
+                );
+                assert!(flows.exists(), "it is somebody's");
+            }
+            fs::remove_file(&flows).unwrap();
+            load().expect("nothing stands in the way any more");
+            nix::mount::umount2(fs.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+        });
+        tested.join().unwrap();
     }
 
     fn aya_obj_names() -> Vec<String> {

@@ -1,20 +1,19 @@
-//! Rings that the kernel programs write to.
-//!
-//! Enters: the programs of a capture. Leaves: what they log, and a wake-up when they have written something.
-//! Invariant: nothing wakes up while nothing is written. It never acts on what they say.
+//! The ring buffers that the kernel programs of a capture write to: their log, and connections from network namespaces without
+//! a listener. Whoever polls them is woken when something was written, and not before.
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     task::{Context, Poll, ready},
 };
 
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::unix::AsyncFd;
 use tunnel_common::capture::Missing;
 
 use super::bpf::Capture;
+use crate::kernel::ready;
 
 /// The rings of one capture's programs.
 pub struct Rings {
@@ -68,10 +67,7 @@ impl Wake {
     /// Watches a ring. Its reader stays with the caller.
     pub(super) fn new(ring: &impl AsFd) -> io::Result<Self> {
         let fd = ring.as_fd().try_clone_to_owned()?;
-        debug_assert!(fd.as_raw_fd() >= 0);
-        // SAFETY: the descriptor is a duplicate that belongs to the AsyncFd, and stays open and the same
-        // as long as that lives.
-        unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map(Self).map_err(Into::into)
+        ready::readable(fd).map(Self)
     }
 
     /// Ready when something was written since the last time.

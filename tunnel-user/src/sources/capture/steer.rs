@@ -129,6 +129,10 @@ fn replace(code: &mut [bpf_insn], placeholder: u64, value: u64) -> usize {
 
 /// An instruction as the kernel takes it (`struct bpf_insn`).
 fn bytes(insn: &bpf_insn) -> [u8; 8] {
-    // SAFETY: eight bytes without padding, of integers.
-    unsafe { std::mem::transmute_copy(insn) }
+    // Two fields of four bits: the first one is the lower half where the least significant bit comes first.
+    let (dst, src) = (insn.dst_reg(), insn.src_reg());
+    let registers = if cfg!(target_endian = "little") { src << 4 | dst } else { dst << 4 | src };
+    let [off0, off1] = insn.off.to_ne_bytes();
+    let [imm0, imm1, imm2, imm3] = insn.imm.to_ne_bytes();
+    [insn.code, registers, off0, off1, imm0, imm1, imm2, imm3]
 }

@@ -1,8 +1,8 @@
-//! From an accepted TCP connection to a peer that has been let in, and what it speaks.
+//! The handshake of a peer's connection: an optional PROXY header, TLS, and the start of HTTP.
 //!
-//! Enters: an accepted TCP connection. Leaves: the peer, who it has proved to be, and an HTTP/2 connection or
-//! an HTTP/1 request. Invariant: all of it, a PROXY header first, happens within the handshake timeout; with TLS no
-//! byte of HTTP is looked at before the peer's certificate was verified. It never answers a request.
+//! # Invariants
+//! - All of it completes within the handshake timeout.
+//! - With TLS no byte of HTTP is read before the peer's certificate was verified.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -22,10 +22,8 @@ use crate::{
         store::TlsStore,
         verify::{check_expiry, explain, explain_hinted},
     },
-    model::{
-        flow::{ClientAddr, Identity},
-        trust::ClientCheck,
-    },
+    model::{flow::ClientAddr, trust::ClientCheck},
+    sources::Peer,
     transport::{
         h1::ReadError,
         io::{Wire, peek_until},
@@ -96,14 +94,10 @@ pub enum ServeError {
     KeepaliveTimeout(Duration),
 }
 
-/// A peer that has been let in.
+/// A peer that has completed its handshake.
 pub struct Accepted {
-    /// Its address, or the one that a PROXY header says.
-    pub client: ClientAddr,
-    /// Who it has proved to be; nobody without TLS.
-    pub identity: Option<Identity>,
-    /// The name by which it asked for us (SNI, RFC 6066 section 3).
-    pub server_name: Option<Box<str>>,
+    /// Who it is.
+    pub peer: Peer,
     /// What it speaks.
     pub link: Link,
 }
@@ -152,7 +146,7 @@ async fn plain(settings: &Settings, stream: TcpStream, client: ClientAddr) -> Re
         Protocol::H1 => Link::H1Plain(Box::new(request(stream).await?)),
     };
     tracing::debug!(peer = %client, ?protocol, "accepted in plaintext");
-    Ok(Accepted { client, identity: None, server_name: None, link })
+    Ok(Accepted { peer: Peer { client, identity: None, server_name: None }, link })
 }
 
 async fn secure(
@@ -196,7 +190,7 @@ async fn secure(
         ?protocol,
         "tunnel accepted"
     );
-    Ok(Accepted { client, identity, server_name, link })
+    Ok(Accepted { peer: Peer { client, identity, server_name }, link })
 }
 
 /// Which protocol a client speaks in plaintext, by its first bytes, which stay where they are.

@@ -1,24 +1,26 @@
 //! CONNECT over HTTP/1.1, and over HTTP/1.0 as older clients send it (RFC 9112, RFC 9110 section 9.3.6).
 //!
-//! Enters: a connection whose peer has been let in. Leaves: one request, and after the answer the connection
-//! itself, which is the tunnel. Invariant: what came behind the head goes nowhere before a 200, and first after
-//! it; a request that could be read in two ways is refused, and its connection ends. It never takes a second
-//! request.
+//! # Invariants
+//! - What came behind the head goes nowhere before a 200, and first after it.
+//! - A request that could be read in two ways is refused, and its connection ends.
+//! - A connection carries one request: after the answer it is the tunnel.
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Version};
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt as _},
+    sync::OwnedSemaphorePermit,
     time::timeout,
 };
 
 use super::{
     accept::{LINGER, drain_and_close},
-    request::Refusal,
+    request::{Malformed, RequestError},
 };
 use crate::{
     model::flow::Target,
     relay::{IntoLeg, Queue},
+    sources::{self, Answer, PendingRequest},
     transport::{
         h1::{HeadError, ReadError, no_fields, read_head},
         io::Wire,
@@ -28,58 +30,60 @@ use crate::{
 /// How much of what a peer asked for is shown in the log: the longest name, and its port.
 const SHOWN: usize = 260;
 
-/// What a request asks for.
+/// The head of a request.
 #[derive(Debug)]
-pub struct Asked {
-    /// In its own words, as far as they can be shown.
-    pub authority: String,
-    /// What they mean.
-    pub target: Result<Target, Refusal>,
+pub struct Head {
+    /// What it asks for.
+    pub target: Result<Target, Malformed>,
     /// The version of HTTP that it came by.
     pub version: Version,
     /// Its fields.
     pub headers: HeaderMap,
 }
 
-/// One request.
-pub struct Incoming<W> {
-    /// What it asks for.
-    pub asked: Asked,
-    /// Its connection, on which it is to be answered.
-    pub pending: Pending<W>,
-}
+/// One request, on its connection.
+pub type Incoming<W> = sources::Incoming<Pending<W>>;
 
 /// A connection whose request waits for its answer.
 pub struct Pending<W> {
     wire: W,
     /// What came behind the head.
     early: Bytes,
+    /// Its place among the connections of its listener.
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 /// Reads a request. One that is malformed is a request too: it is to be answered. The caller bounds the time.
 pub async fn read<W: Wire>(mut wire: W) -> Result<Incoming<W>, ReadError> {
     let mut buf = BytesMut::new();
-    let asked = match read_head(&mut wire, &mut buf, parse).await {
-        Ok(asked) => asked,
-        Err(ReadError::Head(e)) => Asked {
-            authority: String::new(),
-            target: Err(e.into()),
+    let Head { target, version, headers } = match read_head(&mut wire, &mut buf, parse).await {
+        Ok(head) => head,
+        Err(ReadError::Head(e)) => Head {
+            target: Err(Malformed { authority: Box::default(), error: e.into() }),
             version: Version::HTTP_11,
             headers: HeaderMap::new(),
         },
         Err(e) => return Err(e),
     };
-    Ok(Incoming { asked, pending: Pending { wire, early: buf.freeze() } })
+    let request = Pending { wire, early: buf.freeze(), permit: None };
+    Ok(Incoming { target, head: Some((version, headers)), request })
 }
 
-impl<W: IntoLeg> Pending<W> {
-    /// The connection.
-    pub fn wire(&self) -> &W {
-        &self.wire
+impl<W> Pending<W> {
+    /// Holds a permit until the request is accepted: from then on it is the limit of flows that bounds it.
+    pub(super) fn hold(&mut self, permit: OwnedSemaphorePermit) {
+        self.permit = Some(permit);
+    }
+}
+
+impl<W: IntoLeg + 'static> PendingRequest for Pending<W> {
+    type Leg = W::Leg;
+
+    async fn left(&mut self) {
+        self.wire.failed().await;
     }
 
-    /// Answers 200; from here on the connection is the tunnel. `None` when the peer has gone.
-    pub async fn accept(mut self) -> Option<(W::Leg, Queue)> {
+    async fn accept(mut self) -> Option<(W::Leg, Queue)> {
         // RFC 9110 section 9.3.6: neither Content-Length nor Transfer-Encoding.
         timeout(LINGER, write(&mut self.wire, b"HTTP/1.1 200 OK\r\n\r\n")).await.ok()?.ok()?;
         let mut early = Queue::default();
@@ -87,9 +91,9 @@ impl<W: IntoLeg> Pending<W> {
         Some((self.wire.into_leg(0), early))
     }
 
-    /// Answers with a refusal, and closes the connection so that the peer can read it.
-    pub async fn refuse(mut self, refusal: &Refusal) {
-        let answer = encode(&refusal.response());
+    /// Closes the connection so that the peer can read the answer.
+    async fn refuse(mut self, answer: &impl Answer) {
+        let answer = encode(&answer.response());
         if let Ok(Ok(())) = timeout(LINGER, write(&mut self.wire, &answer)).await {
             drain_and_close(self.wire).await;
         }
@@ -117,7 +121,7 @@ fn encode(response: &Response<()>) -> Vec<u8> {
 }
 
 /// Parses the head at the front of `bytes`; it and its length, or nothing while it is not whole.
-pub fn parse(bytes: &[u8]) -> Result<Option<(Asked, usize)>, HeadError> {
+pub fn parse(bytes: &[u8]) -> Result<Option<(Head, usize)>, HeadError> {
     let mut fields = no_fields();
     let mut request = httparse::Request::new(&mut fields);
     let httparse::Status::Complete(length) = request.parse(bytes)? else { return Ok(None) };
@@ -129,20 +133,20 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(Asked, usize)>, HeadError> {
         let value = HeaderValue::from_bytes(field.value).map_err(|_| httparse::Error::HeaderValue)?;
         headers.append(name, value);
     }
-    let asked = Asked {
-        authority: shown(authority),
-        target: target(&request, authority),
+    let malformed = |error| Malformed { authority: shown(authority).into(), error };
+    let head = Head {
+        target: target(&request, authority).map_err(malformed),
         version: if request.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 },
         headers,
     };
-    Ok(Some((asked, length)))
+    Ok(Some((head, length)))
 }
 
-fn target(request: &httparse::Request<'_, '_>, authority: &str) -> Result<Target, Refusal> {
+fn target(request: &httparse::Request<'_, '_>, authority: &str) -> Result<Target, RequestError> {
     let method = request.method.unwrap_or_default();
     if method != Method::CONNECT.as_str() {
         // What the parser takes for a method is one.
-        return Err(Refusal::Method(Method::from_bytes(method.as_bytes()).unwrap_or_default()));
+        return Err(RequestError::Method(Method::from_bytes(method.as_bytes()).unwrap_or_default()));
     }
     // The authority and nothing else (RFC 9112 section 3.2.3).
     let target: Target = authority.parse()?;
@@ -151,7 +155,7 @@ fn target(request: &httparse::Request<'_, '_>, authority: &str) -> Result<Target
     // where the request ends.
     for name in ["content-length", "transfer-encoding"] {
         if fields().any(|f| f.name.eq_ignore_ascii_case(name)) {
-            return Err(Refusal::Content(name));
+            return Err(RequestError::Content(name));
         }
     }
     let mut hosts = fields().filter(|f| f.name.eq_ignore_ascii_case("host"));
@@ -159,7 +163,7 @@ fn target(request: &httparse::Request<'_, '_>, authority: &str) -> Result<Target
     match (hosts.next(), hosts.next()) {
         (None, _) => Ok(target),
         (Some(host), None) if is_host_of(host.value, &target) => Ok(target),
-        _ => Err(Refusal::Host(target)),
+        _ => Err(RequestError::Host(target)),
     }
 }
 
@@ -182,15 +186,19 @@ mod tests {
     use super::*;
     use crate::transport::h1::FIELDS_MAX;
 
+    fn status(error: &RequestError) -> u16 {
+        error.reason().status().unwrap().as_u16()
+    }
+
     /// The target, or the status of the refusal.
     fn answer(text: &str) -> Result<String, u16> {
         match parse(text.as_bytes()) {
-            Ok(Some((asked, length))) => {
+            Ok(Some((head, length))) => {
                 assert_eq!(length, text.len());
-                asked.target.map(|t| t.to_string()).map_err(|e| e.status().as_u16())
+                head.target.map(|t| t.to_string()).map_err(|e| status(&e.error))
             }
             Ok(None) => panic!("{text:?} is not whole"),
-            Err(e) => Err(Refusal::from(e).status().as_u16()),
+            Err(e) => Err(status(&e.into())),
         }
     }
 
@@ -245,30 +253,30 @@ mod tests {
 
     #[test]
     fn what_is_behind_the_head_is_not_of_it() {
-        let (asked, length) =
+        let (head, length) =
             parse(b"CONNECT a:1 HTTP/1.1\r\n\r\nCONNECT b:2 HTTP/1.1\r\n\r\n").unwrap().unwrap();
-        assert_eq!((asked.target.unwrap().to_string().as_str(), length), ("a:1", 24));
+        assert_eq!((head.target.unwrap().to_string().as_str(), length), ("a:1", 24));
     }
 
     #[test]
     fn what_routes_look_at_is_read_too() {
         let head = b"CONNECT a:1 HTTP/1.0\r\nX-Canary: yes\r\nVia: 1.1 one\r\nvia: 1.1 two\r\n\r\n";
-        let (asked, _) = parse(head).unwrap().unwrap();
-        assert_eq!(asked.version, Version::HTTP_10);
-        assert_eq!(asked.headers["x-canary"], "yes");
-        assert_eq!(asked.headers.get_all("via").iter().count(), 2);
+        let (head, _) = parse(head).unwrap().unwrap();
+        assert_eq!(head.version, Version::HTTP_10);
+        assert_eq!(head.headers["x-canary"], "yes");
+        assert_eq!(head.headers.get_all("via").iter().count(), 2);
     }
 
     #[test]
     fn an_answer_ends_its_connection_and_says_why() {
-        let text = String::from_utf8(encode(&Refusal::Denied("no".to_owned()).response())).unwrap();
+        let answer =
+            Response::builder().status(405).header("allow", "CONNECT").header("proxy-status", "tunnel");
+        let text = String::from_utf8(encode(&answer.body(()).unwrap())).unwrap();
         assert_eq!(
             text,
-            "HTTP/1.1 403 Forbidden\r\nproxy-status: tunnel; error=http_request_denied; details=\"no\"\r\n\
+            "HTTP/1.1 405 Method Not Allowed\r\nallow: CONNECT\r\nproxy-status: tunnel\r\n\
              content-length: 0\r\nconnection: close\r\n\r\n"
         );
-        let get = String::from_utf8(encode(&Refusal::Method(Method::GET).response())).unwrap();
-        assert!(get.starts_with("HTTP/1.1 405 ") && get.contains("\r\nallow: CONNECT\r\n"), "{get}");
     }
 
     proptest! {
@@ -299,9 +307,9 @@ mod tests {
                 prop_assert!(matches!(parse(&all[..cut]), Ok(None)), "cut at {}", cut);
             }
             for end in head.len()..=all.len() {
-                let (asked, length) = parse(&all[..end]).unwrap().unwrap();
+                let (parsed, length) = parse(&all[..end]).unwrap().unwrap();
                 prop_assert_eq!(length, head.len());
-                prop_assert_eq!(asked.target.unwrap().to_string(), format!("{name}.example:{port}"));
+                prop_assert_eq!(parsed.target.unwrap().to_string(), format!("{name}.example:{port}"));
             }
         }
     }

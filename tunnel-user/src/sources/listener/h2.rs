@@ -1,26 +1,33 @@
-//! CONNECT over HTTP/2.
+//! CONNECT over HTTP/2: the connection, and each request on it.
 //!
-//! Enters: a connection whose peer has been let in. Leaves: one call of `handle` per stream. Invariant: every
-//! handshake, header list, window and number of streams is bounded (the constants say by what); a peer
-//! that goes beyond ends its own connection. It never answers a request itself.
+//! # Invariants
+//! - Every handshake, header list, window and number of streams is bounded (the constants say by what); a peer that goes
+//!   beyond ends its own connection.
 
 use std::{
     future::{Future, poll_fn},
     rc::Rc,
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
+use bytes::Bytes;
 use h2::{
     RecvStream,
     server::{Connection, SendResponse},
 };
-use http::Request;
+use http::{Request, Response};
 use tokio::time::{sleep_until, timeout};
 
-use super::accept::{LINGER, ServeError, Settings};
+use super::{
+    accept::{LINGER, ServeError, Settings},
+    request,
+};
 use crate::{
     identity::verify::explain,
     process::drain::{Tasks, Watch},
-    relay::Payload,
+    relay::{Broken, Cause, EarlySource, H2Leg, Payload, Queue, Sender, stream_broken},
+    sources::{self, Answer, PendingRequest},
     transport::{
         http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
         io::{Linger as _, Wire},
@@ -36,15 +43,77 @@ fn pending_resets_max(streams: u32) -> usize {
 }
 /// Errors that the peer may make us answer with a reset.
 const LOCAL_ERRORS_MAX: usize = 256;
+/// How long a peer may take to notice that it was refused: longer than any round trip, and as long as h2 remembers
+/// streams that were reset.
+const REFUSED_LINGER: Duration = Duration::from_secs(1);
 
-/// One request.
-pub struct Incoming {
-    /// Its head, and the bytes that follow.
-    pub request: Request<RecvStream>,
-    /// Where the answer goes.
-    pub respond: SendResponse<Payload>,
-    /// What the stream reports to.
-    pub share: Share,
+/// One request, on its stream.
+pub type Incoming = sources::Incoming<Pending>;
+
+fn incoming(request: Request<RecvStream>, respond: SendResponse<Payload>, share: Share) -> Incoming {
+    let target = request::target(&request);
+    let (parts, body) = request.into_parts();
+    let head = Some((parts.version, parts.headers));
+    Incoming { target, head, request: Pending { body, respond, share } }
+}
+
+/// A stream whose request waits for its answer.
+///
+/// What its peer sends meanwhile is kept within the stream's window, of which nothing is given back until somebody has
+/// taken the bytes.
+pub struct Pending {
+    body: RecvStream,
+    respond: SendResponse<Payload>,
+    share: Share,
+}
+
+impl PendingRequest for Pending {
+    type Leg = H2Leg;
+
+    fn early_data(&mut self) -> Option<&mut dyn EarlySource> {
+        Some(self)
+    }
+
+    async fn accept(mut self) -> Option<(H2Leg, Queue)> {
+        // Fails only when the peer has reset the stream.
+        let send = self.respond.send_response(Response::new(()), false).ok()?;
+        Some((H2Leg::server(Sender::new(send), self.body, self.share), Queue::default()))
+    }
+
+    /// Hears out what the peer sends before it knows, within the stream's window. Reset instead, the stream would be
+    /// forgotten while its bytes still come, which h2 takes for an attack on the connection.
+    async fn refuse(mut self, answer: &impl Answer) {
+        // Fails only when the peer has reset the stream, and then nobody waits for the answer.
+        let _gone = self.respond.send_response(answer.response(), true);
+        let until_ended = async {
+            while let Some(Ok(chunk)) = self.body.data().await {
+                self.share.received(chunk.len());
+            }
+        };
+        // It goes on: now it is reset.
+        let _gave_up = timeout(REFUSED_LINGER, until_ended).await;
+    }
+}
+
+impl EarlySource for Pending {
+    fn prefetches(&self) -> bool {
+        true
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        let next = ready!(self.body.poll_data(cx));
+        if let Some(Ok(chunk)) = &next {
+            self.share.received(chunk.len());
+        }
+        Poll::Ready(next.transpose().map_err(|e| stream_broken(&e, &self.share)))
+    }
+
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        self.respond.poll_reset(cx).map(|reset| match reset {
+            Ok(reason) => Broken::Reset(Cause::Stream(reason)),
+            Err(e) => stream_broken(&e, &self.share),
+        })
+    }
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
@@ -73,12 +142,12 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
     Ok(Tunnel { connection, last })
 }
 
-/// Serves a connection to its end. `handle` makes the task of each stream; they end with the connection.
+/// Serves a connection to its end. `carry` makes the task of each request; they end with the connection.
 pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     settings: &Settings,
     tunnel: Tunnel<W>,
     mut drain: Watch,
-    handle: impl Fn(Incoming) -> F,
+    carry: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
     let Tunnel { mut connection, last } = tunnel;
     let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
@@ -97,7 +166,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
             biased;
             event = poll_fn(|cx| pulse.poll(cx, &mut connection, Connection::poll_accept)) => match event {
                 Event::Of(Some(Ok((request, respond)))) => {
-                    streams.spawn(handle(Incoming { request, respond, share: traffic.share() }));
+                    streams.spawn(carry(incoming(request, respond, traffic.share())));
                 }
                 Event::Of(Some(Err(e))) => break Err(h2_error(e)),
                 Event::Of(None) => break Ok(()),

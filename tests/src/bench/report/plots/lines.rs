@@ -36,7 +36,7 @@ const LEFT: u32 = 62;
 /// Panels in two columns.
 pub(super) fn draw(sheet: &Sheet<'_>, panels: &[Lines], [x_unit, y_unit]: [&str; 2]) -> String {
     let labels = panels.iter().flat_map(|p| &p.series).map(|one| one.label.as_str());
-    let right = widest(labels) + 16;
+    let right = widest(labels) + 20;
     let grid = Grid { columns: panels.len().min(2), panels: panels.len(), height: 290 };
     sheet.draw(grid, |index, area| one(area, &panels[index], [x_unit, y_unit], right))
 }

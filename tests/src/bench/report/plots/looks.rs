@@ -60,7 +60,7 @@ const KNOWN: [(&str, RGBColor, Mark); 10] = [
     ("ebpf", BLUE, Mark::Square),
     ("pipe", BLUE, Mark::Square),
     ("ours-envoy", GREEN, Mark::Diamond),
-    ("sk_skb", GREEN, Mark::Diamond),
+    ("splice", GREEN, Mark::Diamond),
     ("envoy", VERMILLION, Mark::Up),
     ("iptables", VERMILLION, Mark::Up),
     ("copy", ORANGE, Mark::Down),

@@ -26,6 +26,8 @@ pub(super) const WIDTH: u32 = 880;
 const MARGIN: u32 = 16;
 /// plotters' pixels of each of ours.
 const FINE: u32 = 10;
+/// By how much plotters writes a size smaller than it was told.
+const SHRUNK: f64 = 1.24;
 /// Of all words but titles.
 const SIZE: f64 = 12.0;
 const FONT: &str = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif";
@@ -163,6 +165,7 @@ pub(super) fn panel<'a, 's>(
         .bold_line_style(super::looks::GRID.stroke_width(FINE))
         .axis_style(super::looks::GRID.stroke_width(FINE))
         .set_all_tick_mark_size(0)
+        .set_tick_mark_size(LabelAreaPosition::Left, 5 * FINE)
         .label_style(font(SIZE).color(&SOFT))
         .axis_desc_style(font(SIZE).color(&SOFT));
     if !has_lines {
@@ -181,7 +184,7 @@ pub(super) fn panel<'a, 's>(
 /// Words in a chart, beside a place.
 pub(super) fn label(chart: &mut Chart<'_, '_>, at: (f64, f64), words: &str, color: RGBColor) -> Drawn {
     let style = font(SIZE).color(&color).pos(Pos::new(HPos::Left, VPos::Center));
-    chart.draw_series([EmptyElement::at(at) + Text::new(clean(words), (fine(6), 0), style)])?;
+    chart.draw_series([EmptyElement::at(at) + Text::new(clean(words), (fine(10), 0), style)])?;
     Ok(())
 }
 
@@ -234,7 +237,7 @@ fn named(arm: &Arm) -> String {
 }
 
 fn font(size: f64) -> FontDesc<'static> {
-    FontDesc::new(FontFamily::SansSerif, size * f64::from(FINE), FontStyle::Normal)
+    FontDesc::new(FontFamily::SansSerif, size * f64::from(FINE) * SHRUNK, FontStyle::Normal)
 }
 
 fn text(root: &Area<'_>, (x, y): (u32, u32), words: &str, style: TextStyle<'_>) -> Drawn {
@@ -252,8 +255,9 @@ fn clean(words: &str) -> String {
 
 /// The document for a page: in our pixels, with a title for those who do not see it.
 fn document(svg: &str, height: u32, title: &str) -> String {
-    // Said once for all words, and not by each.
-    let svg = svg.replace(" font-family=\"sans-serif\"", "");
+    // Said once for all words, or by default; plotters says them of each element.
+    let said = [" font-family=\"sans-serif\"", " opacity=\"1\"", " stroke=\"none\""];
+    let svg = said.iter().fold(svg.to_owned(), |svg, words| svg.replace(words, ""));
     let body = svg.split_once('>').map_or("", |(_, body)| body);
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" role=\"img\" width=\"{WIDTH}\" height=\"{height}\" \

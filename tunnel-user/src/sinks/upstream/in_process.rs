@@ -1,15 +1,18 @@
-//! An upstream that is this process: a flow goes to a listener of ours without a connection. The listener's own check on its
-//! clients holds.
+//! An upstream that is this process: a flow goes to a listener of ours without a connection.
+//!
+//! # Invariants
+//! - The listener's own check on its clients holds.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
+use super::headers::Ask;
 use crate::{
     identity::{store::TlsStore, verify::PeerRejected},
     model::{flow::Identity, trust::ClientCheck},
 };
 
-/// See the module.
-pub struct Itself {
+/// An upstream that is this process.
+pub struct InProcessUpstream {
     /// The upstream's name, for logs and statistics.
     pub name: String,
     /// What routes call the listener.
@@ -20,18 +23,33 @@ pub struct Itself {
     pub dial_timeout: Duration,
 }
 
-impl std::fmt::Debug for Itself {
+impl std::fmt::Debug for InProcessUpstream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Itself")
+        f.debug_struct("InProcessUpstream")
             .field("name", &self.name)
             .field("listener", &self.listener)
             .finish_non_exhaustive()
     }
 }
 
-impl Itself {
+impl InProcessUpstream {
     /// Who we are to the listener.
     pub fn identity(&self) -> Result<Option<Identity>, PeerRejected> {
         self.proof.as_ref().map_or(Ok(None), |(store, check)| store.as_client(check))
     }
+}
+
+/// The way of a flow back into this process.
+pub trait DispatchInProcess {
+    /// What the flow goes on with.
+    type Sink;
+    /// Why it does not.
+    type Error;
+
+    /// Goes on as if a peer had asked the listener.
+    fn dispatch_in_process(
+        self,
+        to: &InProcessUpstream,
+        ask: &Ask<'_>,
+    ) -> impl Future<Output = Result<Self::Sink, Self::Error>>;
 }

@@ -1,0 +1,216 @@
+//! The life of a flow, the same for every source: admit, route, sniff, reach, relay or refuse, record.
+//!
+//! # Invariants
+//! - A request is accepted when its target has been reached, and not before, but for a flow whose route depends on what its
+//!   client sends; policy has allowed that one's target before a byte of it is read.
+//! - Every flow is recorded once.
+
+use std::{future::Future, rc::Rc, time::Instant};
+
+use super::{
+    EstablishedFlow, Permit, Proxy,
+    client::Client,
+    reach::{FlowRequest, Sink},
+    refusal::Refusal,
+};
+use crate::{
+    model::{
+        end::EndReason,
+        flow::{ClientAddr, Head, Identity, Target},
+    },
+    observe::stats::{Destination, Record},
+    relay::{Ahead, Early, EarlySource, Leg, Queue},
+    routing::{flow::Flow, router::Decision, sniff::inspect},
+    sources::{
+        Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle,
+        listener::request::Malformed,
+    },
+};
+
+impl FlowHandler for Proxy {
+    type Client = Client;
+
+    fn captured(&self, source: &Rc<SourceHandle>, addr: ClientAddr) -> Client {
+        Client::Application { source: Rc::clone(source), addr }
+    }
+
+    fn peer(&self, source: &Rc<SourceHandle>, peer: Peer) -> Client {
+        self.counters.tunnels_accepted.add(1);
+        Client::new_peer(Rc::clone(source), peer, self.setup())
+    }
+
+    fn carry<P: PendingRequest>(
+        self: Rc<Self>,
+        client: Client,
+        incoming: Incoming<P>,
+    ) -> impl Future<Output = ()> + 'static {
+        // Apart: the request, and what it takes to reach its target, are not held as long as the flow.
+        let established = Box::pin(establish(Rc::clone(&self), client, incoming));
+        async move {
+            if let Some((mut leg, flow)) = established.await {
+                self.relay(&mut leg, flow).await;
+            }
+        }
+    }
+
+    fn record(&self, event: Event<'_>) {
+        self.event(&event);
+    }
+}
+
+/// The client's leg, and its flow once the target has been reached. One that does not get so far is answered and recorded.
+async fn establish<P: PendingRequest>(
+    proxy: Rc<Proxy>,
+    client: Client,
+    incoming: Incoming<P>,
+) -> Option<(P::Leg, Box<EstablishedFlow>)> {
+    let started = Instant::now();
+    let Incoming { target, head, request } = incoming;
+    let permit = proxy.admit(client.account());
+    let (record, admitted) = match target {
+        Ok(target) => (client.record(&target), permit.map(|permit| (permit, target))),
+        Err(Malformed { authority, error }) => {
+            let mut record = Record::new(&Target::Name(String::new(), 0), client.addr());
+            record.destination = Destination::Asked(authority);
+            (record, permit.and(Err(error.into())))
+        }
+    };
+    let (permit, target) = match admitted {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
+            proxy.refused(&refusal, record, client.identity(), started);
+            request.refuse(&refusal).await;
+            return None;
+        }
+    };
+    let progress = Progress { record, started, permit };
+    let (context, name) = (client.context(&proxy), client.source().name());
+    let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
+    let wanted = match client.request(&context, name.as_deref(), &target, head) {
+        Ok(wanted) => wanted,
+        Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
+    };
+    match proxy.route(&wanted) {
+        // Apart, so that other flows take no more room for it.
+        Decision::NeedsSniff => Box::pin(proxy.sniff(request, wanted, progress)).await,
+        decision => proxy.reach_and_accept(request, Queue::default(), wanted, decision, progress).await,
+    }
+}
+
+/// A flow that has not been established yet.
+struct Progress {
+    record: Record,
+    started: Instant,
+    permit: Permit,
+}
+
+impl Proxy {
+    /// Accepts a request whose route depends on what its client sends, and routes it again when that has come: a client sends
+    /// nothing before it is accepted.
+    async fn sniff<P: PendingRequest>(
+        &self,
+        request: P,
+        wanted: FlowRequest<'_>,
+        mut progress: Progress,
+    ) -> Option<(P::Leg, Box<EstablishedFlow>)> {
+        let Some((mut leg, mut early)) = request.accept().await else { return self.left(progress) };
+        let mut stop = self.stop.clone();
+        let sniffed = tokio::select! {
+            biased;
+            sniffed = inspect(&mut leg, &mut early, wanted.setup.shared.inspect_timeout) => Some(sniffed),
+            () = stop.stopping() => None,
+        };
+        let inside = match sniffed {
+            Some(Ok(inside)) => inside,
+            Some(Err(_)) => return self.left(progress),
+            None => {
+                leg.abort();
+                progress.record.ended(EndReason::DrainTimeout, None);
+                self.book(progress.record, progress.started);
+                return None;
+            }
+        };
+        tracing::debug!(target = %wanted.flow.target, ?inside, "sniffed");
+        let wanted = FlowRequest { flow: Flow { inside: Some(&inside), ..wanted.flow }, ..wanted };
+        let decision = self.route(&wanted);
+        self.reach_and_accept(Answered(leg), early, wanted, decision, progress).await
+    }
+
+    /// Reaches the target, and answers. `early`: what the client has sent already.
+    async fn reach_and_accept<P: PendingRequest>(
+        &self,
+        mut request: P,
+        early: Queue,
+        wanted: FlowRequest<'_>,
+        decision: Decision<'_>,
+        mut progress: Progress,
+    ) -> Option<(P::Leg, Box<EstablishedFlow>)> {
+        let record = &mut progress.record;
+        let reached = if let Some(client) = request.early_data() {
+            self.reach_ahead(client, early, &wanted, decision, record).await
+        } else {
+            let reached = tokio::select! {
+                reached = self.reach(&wanted, decision, record, None) => Some(reached),
+                () = request.left() => None,
+            };
+            reached.map(|reached| Ok((reached?, Early { sent: early, ..Early::default() })))
+        };
+        match reached {
+            Some(Ok((sink, mut early))) => match request.accept().await {
+                Some((leg, behind)) => {
+                    // Nothing went ahead of a request that has something behind it.
+                    if !behind.is_empty() {
+                        early.sent = behind;
+                    }
+                    let Progress { record, started, permit } = progress;
+                    Some((leg, Box::new(EstablishedFlow { sink, early, record, started, permit })))
+                }
+                None => self.left(progress),
+            },
+            Some(Err(refusal)) => self.refuse(request, &refusal, wanted.flow.identity, progress).await,
+            None => self.left(progress),
+        }
+    }
+
+    /// Reaches the target, while what the client sends may go ahead. `None` when the client leaves first.
+    async fn reach_ahead(
+        &self,
+        client: &mut dyn EarlySource,
+        early: Queue,
+        wanted: &FlowRequest<'_>,
+        decision: Decision<'_>,
+        record: &mut Record,
+    ) -> Option<Result<(Sink, Early), Refusal>> {
+        let ahead = Ahead::new(client, early);
+        tokio::select! {
+            biased;
+            reached = self.reach(wanted, decision, record, Some(&ahead)) => {
+                Some(reached.map(|sink| (sink, ahead.into_early())))
+            }
+            _ = ahead.left() => None,
+        }
+    }
+
+    /// Refuses a request, and records that.
+    async fn refuse<P: PendingRequest, T>(
+        &self,
+        request: P,
+        refusal: &Refusal,
+        identity: Option<&Identity>,
+        progress: Progress,
+    ) -> Option<T> {
+        let Progress { record, started, permit } = progress;
+        drop(permit);
+        self.refused(refusal, record, identity, started);
+        request.refuse(refusal).await;
+        None
+    }
+
+    /// Records a flow whose client did not wait for its answer.
+    fn left<T>(&self, progress: Progress) -> Option<T> {
+        let Progress { mut record, started, .. } = progress;
+        record.ended(EndReason::ClientLeft, None);
+        self.book(record, started);
+        None
+    }
+}
