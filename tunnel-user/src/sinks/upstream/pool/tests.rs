@@ -83,7 +83,7 @@ impl Connection for Fake {
 
 /// Dials when it is let, and counts.
 #[derive(Clone, Default)]
-struct Dialer {
+struct FakeDialer {
     /// Streams that each connection takes.
     max_streams: Rc<Cell<usize>>,
     /// Endpoints whose dials take for ever.
@@ -94,13 +94,13 @@ struct Dialer {
     is_shared: bool,
 }
 
-impl Dialer {
+impl FakeDialer {
     fn new(max_streams: usize) -> Self {
         Self { max_streams: Rc::new(Cell::new(max_streams)), is_shared: true, ..Self::default() }
     }
 }
 
-impl Connect for Dialer {
+impl Connect for FakeDialer {
     type Connection = Fake;
 
     fn is_shared(&self) -> bool {
@@ -120,7 +120,7 @@ impl Connect for Dialer {
     }
 }
 
-fn pool(dialer: &Dialer, max_streams: usize, max_connections: usize) -> Rc<Pool<Dialer>> {
+fn pool(dialer: &FakeDialer, max_streams: usize, max_connections: usize) -> Rc<Pool<FakeDialer>> {
     Rc::new(Pool::new(
         dialer.clone(),
         PoolSettings {
@@ -145,7 +145,11 @@ fn run(test: impl Future<Output = ()>) {
 }
 
 /// So many flows at once that want a connection.
-async fn flows(pool: &Rc<Pool<Dialer>>, key: &Key, n: usize) -> Vec<Result<Checkout<Fake>, ConnectError>> {
+async fn flows(
+    pool: &Rc<Pool<FakeDialer>>,
+    key: &Key,
+    n: usize,
+) -> Vec<Result<Checkout<Fake>, ConnectError>> {
     let each = (0..n).map(|_| {
         let (pool, key) = (Rc::clone(pool), key.clone());
         spawn_local(async move { pool.checkout(&key).await })
@@ -160,7 +164,7 @@ async fn flows(pool: &Rc<Pool<Dialer>>, key: &Key, n: usize) -> Vec<Result<Check
 #[test]
 fn a_connection_is_shared_only_by_flows_whose_whole_key_is_equal() {
     run(async {
-        let dialer = Dialer::new(10);
+        let dialer = FakeDialer::new(10);
         let pool = pool(&dialer, 10, 100);
         let (one, again) = (pool.checkout(&key(1)).await.unwrap(), pool.checkout(&key(1)).await.unwrap());
         let other = pool.checkout(&key(2)).await.unwrap();
@@ -172,13 +176,13 @@ fn a_connection_is_shared_only_by_flows_whose_whole_key_is_equal() {
 #[test]
 fn never_more_dials_are_in_flight_than_the_waiting_flows_need() {
     run(async {
-        let dialer = Dialer::new(10);
+        let dialer = FakeDialer::new(10);
         let pool = pool(&dialer, 10, 100);
         let all = flows(&pool, &key(1), 9).await;
         assert_eq!((all.len(), dialer.dials.get()), (9, 1));
         drop(all);
         // A peer that takes less than we thought: what is missing is dialled as it shows.
-        let dialer = Dialer::new(3);
+        let dialer = FakeDialer::new(3);
         let pool = self::pool(&dialer, 10, 100);
         let all = flows(&pool, &key(1), 35).await;
         assert!(all.iter().all(Result::is_ok));
@@ -189,7 +193,7 @@ fn never_more_dials_are_in_flight_than_the_waiting_flows_need() {
 #[test]
 fn a_connection_never_carries_more_streams_than_it_takes() {
     run(async {
-        let dialer = Dialer::new(3);
+        let dialer = FakeDialer::new(3);
         let pool = pool(&dialer, 10, 100);
         let all = flows(&pool, &key(1), 9).await;
         let most = all.iter().map(|c| c.as_ref().unwrap().entry.active.get()).max();
@@ -200,7 +204,7 @@ fn a_connection_never_carries_more_streams_than_it_takes() {
 #[test]
 fn a_connection_that_drains_takes_no_new_streams_and_its_old_ones_go_on() {
     run(async {
-        let dialer = Dialer::new(10);
+        let dialer = FakeDialer::new(10);
         let pool = pool(&dialer, 10, 100);
         let old = pool.checkout(&key(1)).await.unwrap();
         old.connection().drain();
@@ -218,14 +222,14 @@ fn a_connection_that_drains_takes_no_new_streams_and_its_old_ones_go_on() {
 #[test]
 fn there_are_never_more_connections_and_dials_than_the_limit() {
     run(async {
-        let dialer = Dialer::new(2);
+        let dialer = FakeDialer::new(2);
         let pool = pool(&dialer, 100, 2);
         let mut all = flows(&pool, &key(1), 5).await;
         assert!(matches!(all.pop(), Some(Err(ConnectError::Limit { most: 2 }))));
         assert!(all.iter().all(Result::is_ok) && dialer.dials.get() == 2);
         drop(all);
         // So where each flow has a connection of its own.
-        let dialer = Dialer { is_shared: false, ..Dialer::new(1) };
+        let dialer = FakeDialer { is_shared: false, ..FakeDialer::new(1) };
         let pool = self::pool(&dialer, 1, 2);
         let mut all = flows(&pool, &key(1), 3).await;
         assert!(matches!(all.pop(), Some(Err(ConnectError::Limit { most: 2 }))));
@@ -238,7 +242,7 @@ fn there_are_never_more_connections_and_dials_than_the_limit() {
 #[test]
 fn a_slow_dial_of_one_key_holds_up_no_other() {
     run(async {
-        let dialer = Dialer::new(10);
+        let dialer = FakeDialer::new(10);
         dialer.stuck.borrow_mut().push(key(1).endpoint);
         let pool = pool(&dialer, 10, 100);
         let stuck = {
@@ -258,7 +262,7 @@ fn a_slow_dial_of_one_key_holds_up_no_other() {
 #[test]
 fn flows_that_wait_are_served_in_the_order_in_which_they_came() {
     run(async {
-        let dialer = Dialer::new(1);
+        let dialer = FakeDialer::new(1);
         dialer.stuck.borrow_mut().push(key(1).endpoint);
         let pool = pool(&dialer, 1, 100);
         let served = Rc::new(RefCell::new(Vec::new()));
@@ -287,7 +291,7 @@ fn flows_that_wait_are_served_in_the_order_in_which_they_came() {
 #[test]
 fn a_flow_that_no_longer_waits_takes_nobodys_permit() {
     run(async {
-        let dialer = Dialer::new(1);
+        let dialer = FakeDialer::new(1);
         dialer.stuck.borrow_mut().push(key(1).endpoint);
         let pool = pool(&dialer, 1, 100);
         let key = key(1);
@@ -308,7 +312,7 @@ fn a_flow_that_no_longer_waits_takes_nobodys_permit() {
 #[test]
 fn an_idle_connection_is_closed_and_one_whose_endpoint_is_gone_at_once() {
     run(async {
-        let dialer = Dialer::new(10);
+        let dialer = FakeDialer::new(10);
         let pool = pool(&dialer, 10, 100);
         drop(pool.checkout(&key(1)).await.unwrap());
         tokio::time::sleep(PATIENCE / 2).await;
