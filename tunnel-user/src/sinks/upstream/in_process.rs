@@ -1,7 +1,5 @@
-//! An upstream that is this process: a flow goes to a listener of ours without a connection.
-//!
-//! # Invariants
-//! - The listener's own check on its clients holds.
+//! An upstream that is this process: a flow goes to a listener of ours without a connection. The listener's own check on its
+//! clients holds.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
