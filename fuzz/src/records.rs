@@ -3,7 +3,10 @@
 //! The peer is rustls for the handshake; after it the peer seals whatever the input says with the keys of the connection,
 //! so that what lies behind the encryption (content types, padding, handshake messages, alerts) is reached too.
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, LazyLock},
+};
 
 use aws_lc_rs::aead::{self, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use rustls::{
@@ -114,6 +117,8 @@ struct Model {
     received: usize,
     /// Where on the wire each record begins that was sealed properly, with what may have been read before it.
     records: Vec<(usize, usize, bool)>,
+    /// Bytes of the wire that were changed; once each, as a second change could be back to what was sealed.
+    flipped: BTreeSet<usize>,
     /// The plaintext that the session may give, in this order.
     expected: Vec<u8>,
     read: usize,
@@ -138,6 +143,7 @@ impl Model {
             wire: Vec::new(),
             received: 0,
             records: Vec::new(),
+            flipped: BTreeSet::new(),
             expected: Vec::new(),
             read: 0,
             sealed: 0,
@@ -181,7 +187,7 @@ impl Model {
     /// Somebody on the way changes a byte.
     fn flip(&mut self, at: usize, bits: u8) {
         let at = self.received + at;
-        if at >= self.wire.len() || bits == 0 {
+        if at >= self.wire.len() || bits == 0 || !self.flipped.insert(at) {
             return;
         }
         // The two bytes of the version are not looked at, but they are sealed along.

@@ -265,7 +265,7 @@ fn relay(extent: Extent) -> Scenario {
             direct(),
             ours("copy", "userspace copy"),
             ours("pipe", "splice(2)"),
-            ours("splice", "sk_skb, while it chats"),
+            ours("splice", "sk_skb, while it is interactive"),
         ],
         tasks,
         rounds: rounds(extent),

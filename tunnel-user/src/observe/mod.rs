@@ -1,5 +1,6 @@
 //! What is told about flows: counters, records, log lines.
 
+pub mod flows;
 pub mod repeats;
 pub mod stats;
 pub mod telemetry;

@@ -192,6 +192,11 @@ pub struct Record {
     /// Who asked for it.
     #[serde(serialize_with = "shown")]
     pub client: ClientAddr,
+    /// The name of the capture, or of the listener, that it came by.
+    #[serde(serialize_with = "shown_if_known")]
+    pub source: Option<Arc<str>>,
+    /// Which route took it: its place in the configuration, from 0. None where none did.
+    pub route: Option<usize>,
     /// How it left.
     pub via: Via,
     /// Upstreams before that which were this process itself.
@@ -217,9 +222,9 @@ fn shown<S: Serializer>(what: &impl fmt::Display, to: S) -> Result<S::Ok, S::Err
     to.collect_str(what)
 }
 
-fn shown_if_known<S: Serializer>(who: &Option<Identity>, to: S) -> Result<S::Ok, S::Error> {
-    match who {
-        Some(who) => to.collect_str(who),
+fn shown_if_known<S: Serializer>(what: &Option<impl fmt::Display>, to: S) -> Result<S::Ok, S::Error> {
+    match what {
+        Some(what) => to.collect_str(what),
         None => to.serialize_none(),
     }
 }
@@ -230,6 +235,8 @@ impl Record {
         Self {
             destination: Destination::Target(target.clone()),
             client,
+            source: None,
+            route: None,
             via: Via::Nowhere,
             passed: Vec::new(),
             identity: None,

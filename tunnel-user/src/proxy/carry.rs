@@ -163,7 +163,8 @@ impl Proxy {
                         early.sent = behind;
                     }
                     let Progress { record, started, permit } = progress;
-                    Some((leg, Box::new(EstablishedFlow { sink, early, record, started, permit })))
+                    let live = self.flows.open(record, started);
+                    Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
                 }
                 None => self.left(progress),
             },

@@ -123,6 +123,7 @@ impl Client {
     /// A record of a flow that got nowhere, to be filled in.
     pub(super) fn record(&self, target: &Target) -> Record {
         let mut record = Record::new(target, self.addr());
+        record.source = self.source().name();
         record.identity = self.identity().cloned();
         record
     }

@@ -22,9 +22,12 @@ use self::{client::Account, log::Lines, reach::Sink};
 pub use self::{client::Client, refusal::Refusal};
 use crate::{
     model::{end::EndReason, flow::Identity},
-    observe::stats::{Counters, Record, Records},
+    observe::{
+        flows::{Open, Registry},
+        stats::{Counters, Record, Records},
+    },
     process::{drain::Watch, limits},
-    relay::{Early, Leg, Meter, Outcome, Path, PathKind, Piped, Spliced, relay},
+    relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
     sinks::{
         dial::Dialer,
@@ -84,6 +87,8 @@ pub struct Proxy {
     /// What new flows are carried by.
     setup: RefCell<Rc<Setup>>,
     counters: Arc<Counters>,
+    /// Those that are carried now.
+    flows: Rc<Registry>,
     records: Records,
     lines: Lines,
     active: Cell<usize>,
@@ -101,8 +106,8 @@ struct EstablishedFlow {
     sink: Sink,
     /// What has moved already.
     early: Early,
-    record: Record,
-    started: Instant,
+    /// Its place among the live ones, with what is known of it.
+    live: Open,
     permit: Permit,
 }
 
@@ -131,6 +136,7 @@ impl Proxy {
     pub fn new(setup: Setup, counters: Arc<Counters>, stop: Watch) -> Rc<Self> {
         let shared = &setup.shared;
         Rc::new(Self {
+            flows: Rc::default(),
             records: Records::new(shared.keep_records),
             lookups: Lookups::new(shared.flows_max),
             setup: RefCell::new(Rc::new(setup)),
@@ -162,6 +168,11 @@ impl Proxy {
         self.lines.tell();
     }
 
+    /// The flows that are carried now.
+    pub fn flows(&self) -> &Registry {
+        &self.flows
+    }
+
     /// Takes the records, and how many there was no room for.
     pub fn take_records(&self) -> (Vec<Record>, u64) {
         self.records.take()
@@ -185,30 +196,29 @@ impl Proxy {
 
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, mut flow: Box<EstablishedFlow>) {
-        let meter = Meter::default();
         let path = self.setup.borrow().path.clone();
-        let EstablishedFlow { sink, early, .. } = &mut *flow;
+        let EstablishedFlow { sink, early, live, .. } = &mut *flow;
+        let meter = live.meter();
         let relayed = async {
             match sink {
                 Sink::Direct(leg, first) => {
                     early.ours = first.len();
                     early.sent.put_first(std::mem::take(first));
-                    relay(client, leg, early, &meter, &path).await
+                    relay(client, leg, early, meter, &path).await
                 }
-                Sink::Tunnel(stream) => stream.relay(client, early, &meter, &path).await,
+                Sink::Tunnel(stream) => stream.relay(client, early, meter, &path).await,
             }
         };
-        let mut stop = self.stop.clone();
         let outcome = tokio::select! {
             biased;
             outcome = relayed => outcome,
             // Both legs are dropped before their ends: both are reset.
-            () = stop.stopping() => Outcome::Ended(EndReason::DrainTimeout),
+            reason = live.ended() => Outcome::Ended(reason),
         };
         // Their resets, or their ends, go out before anything is written about them.
-        let EstablishedFlow { sink, mut record, started, permit, .. } = *flow;
+        let EstablishedFlow { sink, live, permit, .. } = *flow;
         drop(sink);
-        (record.sent, record.received) = (meter.sent.get(), meter.received.get());
+        let (mut record, started) = live.close();
         record.ended(outcome.reason(), outcome.detail());
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);

@@ -69,7 +69,8 @@ impl Proxy {
         let FlowRequest { setup, flow, permit, dial_timeout } = *request;
         let target = flow.target;
         match decision {
-            Decision::Upstream { upstream, shares, terms } => {
+            Decision::Upstream { route, upstream, shares, terms } => {
+                record.route = Some(route);
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
@@ -99,7 +100,8 @@ impl Proxy {
                     Opened::InProcess(sink) => Ok(sink),
                 }
             }
-            Decision::Dial { instead, terms } => {
+            Decision::Dial { route, instead, terms } => {
+                record.route = Some(route);
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
                 let first = match ahead {
                     _ if terms.proxy_protocol.is_some() => FirstSpeaker::Local,

@@ -23,6 +23,7 @@ use std::{
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{Broken, Leg, Meter, Outcome, Side};
+use crate::observe::flows::CurrentPath;
 
 /// How long the bytes in front of a reset may stay where they are, without one of them moving on, before the reset goes
 /// ahead of them: as long as Linux keeps a closed connection that the peer has not closed (`TCP_FIN_TIMEOUT`, tcp.h).
@@ -151,7 +152,14 @@ pub(super) async fn run<C: Leg, T: Leg>(
     down: &mut impl Way<T, C>,
 ) -> Outcome {
     let mut linger = Linger::default();
-    let ended = poll_fn(|cx| step(cx, client, target, meter, up, down, &mut linger)).await;
+    let ended = poll_fn(|cx| {
+        let ended = step(cx, client, target, meter, up, down, &mut linger);
+        if client.is_bypassed() {
+            meter.path.set(CurrentPath::Bypass);
+        }
+        ended
+    });
+    let ended = ended.await;
     conclude(client, target, ended)
 }
 

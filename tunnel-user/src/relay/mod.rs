@@ -26,7 +26,6 @@ mod tests;
 mod tls;
 
 use std::{
-    cell::Cell,
     fmt, io, mem,
     rc::Rc,
     task::{Context, Poll},
@@ -51,8 +50,10 @@ pub use self::{
     tcp::TcpLeg,
     tls::TlsLeg,
 };
+pub use crate::observe::flows::Meter;
 use crate::{
     model::end::EndReason,
+    observe::flows::CurrentPath,
     transport::{io::Wire, record::TlsStream},
 };
 
@@ -111,6 +112,11 @@ pub trait Leg: 'static {
 
     /// Ends both directions with a reset.
     fn abort(&mut self);
+
+    /// Whether its bytes go past TCP.
+    fn is_bypassed(&self) -> bool {
+        false
+    }
 }
 
 /// A connection that becomes a leg, once all that was to be said on it before has been said.
@@ -283,15 +289,6 @@ impl Outcome {
     }
 }
 
-/// Bytes that a flow has moved, readable while it runs.
-#[derive(Debug, Default)]
-pub struct Meter {
-    /// From the client to the target.
-    pub sent: Cell<u64>,
-    /// From the target to the client.
-    pub received: Cell<u64>,
-}
-
 /// What has moved before the relay began. Where it has not been sent on, it goes first.
 #[derive(Default)]
 pub struct Early {
@@ -372,6 +369,7 @@ pub async fn relay<C: Leg, T: Leg>(
     {
         // Apart, because few flows have them. A socket says its end again, but not its error.
         let (sent, received, broken) = (mem::take(sent), mem::take(received), broken.take());
+        meter.path.set(CurrentPath::Pipe);
         let piped = async {
             let mut up = pipe::Through::new(pipes, sent, *ours, broken);
             let mut down = pipe::Through::new(pipes, received, 0, None);

@@ -357,6 +357,10 @@ impl Leg for TcpLeg {
     fn abort(&mut self) {
         // The drop does it.
     }
+
+    fn is_bypassed(&self) -> bool {
+        self.hot.as_ref().is_some_and(|hot| hot.is_on())
+    }
 }
 
 impl TcpLeg {

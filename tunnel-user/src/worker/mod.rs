@@ -26,7 +26,7 @@ use tokio::{
 use self::reconcile::{Sources, Worker};
 pub use crate::proxy::Shared;
 use crate::{
-    model::names::SourceName,
+    model::{end::EndReason, names::SourceName},
     observe::stats::{Counters, Record},
     process::{
         drain::{self, Phase, Tasks, Watch},
@@ -200,6 +200,7 @@ async fn work(start: Start) -> io::Result<Report> {
         tracing::warn!("{} flows were reset at the drain deadline", worker.proxy.active());
     }
     stop.enter(Phase::Stop);
+    worker.proxy.flows().end_all(EndReason::DrainTimeout);
     let _ended = timeout(STOP_PATIENCE, flows.ended()).await;
     // What the flows have handed over is not on the wire yet.
     let closed = async {

@@ -11,7 +11,7 @@ mod map;
 mod overlap;
 mod pair;
 
-use std::{future::poll_fn, net::TcpStream, rc::Rc, task::Poll};
+use std::{future::poll_fn, io, net::TcpStream, rc::Rc, task::Poll};
 
 use tunnel_common::fastpath::splice::{HOLE, STUCK};
 
@@ -23,8 +23,9 @@ use self::{
 use super::{
     Broken, Cause, Direction, Meter, Outcome, Queue, Side, TcpLeg,
     ends::{Ended, Linger, conclude, step},
-    tcp::{Taken, let_arrive, reset},
+    tcp::{Taken, let_arrive},
 };
+use crate::observe::flows::CurrentPath;
 
 /// Bytes that one wake-up moves, in either direction, in an interactive flow; more is bulk, which is copied for less.
 pub const INTERACTIVE_BYTES: u64 = 8 * 1024;
@@ -56,8 +57,8 @@ pub(super) async fn relay(
         taken = match (client.take(), target.take()) {
             (Ok(client), Ok(target)) => Some([client, target]),
             // There is nothing left that could be copied.
-            (Err(e), _) => return Outcome::Reset(Side::Client, reset(e)),
-            (_, Err(e)) => return Outcome::Reset(Side::Target, reset(e)),
+            (Err(e), _) => return Outcome::Reset(Side::Client, ours(&e)),
+            (_, Err(e)) => return Outcome::Reset(Side::Target, ours(&e)),
         };
         let Some([own, theirs]) = &taken else { continue };
         joined = match joined {
@@ -66,6 +67,7 @@ pub(super) async fn relay(
         };
         if let Joined::Yes(pair) = &mut joined {
             map.count(|done| done.promotions += 1);
+            meter.path.set(CurrentPath::Splice);
             let moved = [&meter.sent, &meter.received];
             match pair.run([own, theirs], moved, [&mut up, &mut down]).await {
                 Ok(true) => {
@@ -73,7 +75,10 @@ pub(super) async fn relay(
                     let_arrive(&**theirs);
                     return Outcome::Closed;
                 }
-                Ok(false) => map.count(|done| done.demotions += 1),
+                Ok(false) => {
+                    meter.path.set(CurrentPath::Copy);
+                    map.count(|done| done.demotions += 1);
+                }
                 // Dropping the sockets resets both.
                 Err((side, why)) => return Outcome::Reset(side, why),
             }
@@ -85,10 +90,10 @@ pub(super) async fn relay(
             target.has_failed(theirs);
         }
         if let Err(e) = client.put(own) {
-            return Outcome::Reset(Side::Client, reset(e));
+            return Outcome::Reset(Side::Client, ours(&e));
         }
         if let Err(e) = target.put(theirs) {
-            return Outcome::Reset(Side::Target, reset(e));
+            return Outcome::Reset(Side::Target, ours(&e));
         }
     }
 }
@@ -147,6 +152,11 @@ impl Joined {
             Self::Never { slots } => slots.as_ref(),
         }
     }
+}
+
+/// The runtime did not let go of a socket, or did not take it again.
+fn ours(e: &io::Error) -> Broken {
+    Broken::Reset(Cause::Ours(e.to_string()))
 }
 
 /// Bytes are gone: the program could not leave out what had come before.

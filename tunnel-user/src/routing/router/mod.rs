@@ -34,6 +34,8 @@ pub use self::fixed::{Fixed, fixed};
 pub enum Decision<'a> {
     /// Through an upstream.
     Upstream {
+        /// By which route: the place of it in the configuration, from 0.
+        route: usize,
         /// Which.
         upstream: &'a UpstreamName,
         /// All that the route names, and their weights; see [`another`].
@@ -43,6 +45,8 @@ pub enum Decision<'a> {
     },
     /// We dial.
     Dial {
+        /// By which route: the place of it in the configuration, from 0.
+        route: usize,
         /// What, in place of the target.
         instead: Option<&'a Target>,
         /// On which terms.
@@ -85,18 +89,19 @@ impl Router {
 
     /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
     pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
-        let route = match self.first(flow) {
-            Some(Taken::By(route)) => route,
+        let (number, route) = match self.first(flow) {
+            Some(Taken::By(number, route)) => (number, route),
             Some(Taken::Undetermined) => return Decision::NeedsSniff,
             None => return Decision::NoRoute,
         };
         let terms = &route.terms;
         match &route.to {
             Action::Deny => Decision::Deny,
-            Action::Direct => Decision::Dial { instead: None, terms },
-            Action::Dial(target) => Decision::Dial { instead: Some(target), terms },
-            Action::Upstreams(shares) => pick(shares, random, &[])
-                .map_or(Decision::NoRoute, |upstream| Decision::Upstream { upstream, shares, terms }),
+            Action::Direct => Decision::Dial { route: number, instead: None, terms },
+            Action::Dial(target) => Decision::Dial { route: number, instead: Some(target), terms },
+            Action::Upstreams(shares) => pick(shares, random, &[]).map_or(Decision::NoRoute, |upstream| {
+                Decision::Upstream { route: number, upstream, shares, terms }
+            }),
         }
     }
 
@@ -112,11 +117,13 @@ impl Router {
             let route = self.routes.get(rule)?;
             if takes(&route.matches, flow) {
                 if !self.asks_inside || !route.asks_inside() {
-                    return Some(Taken::By(route));
+                    return Some(Taken::By(rule, route));
                 }
                 match flow.inside {
                     None => return Some(Taken::Undetermined),
-                    Some(inside) if takes_inside(&route.matches, inside) => return Some(Taken::By(route)),
+                    Some(inside) if takes_inside(&route.matches, inside) => {
+                        return Some(Taken::By(rule, route));
+                    }
                     Some(_) => {}
                 }
             }
@@ -127,7 +134,8 @@ impl Router {
 
 /// The first route that takes a flow, as far as is known.
 enum Taken<'a> {
-    By(&'a Route),
+    /// With its place in the configuration.
+    By(usize, &'a Route),
     /// Nobody has looked at what it asks for.
     Undetermined,
 }

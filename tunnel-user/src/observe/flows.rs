@@ -1,0 +1,404 @@
+//! The flows that a worker carries at this moment: what is known of each, how much it has moved, and a handle to end it.
+//!
+//! The access log, metrics, `--stats` and whatever ends flows (the drain timeout, a policy that has changed, an operator) are
+//! its observers.
+//!
+//! # Invariants
+//! - A registry is its worker's own, and is used on its thread only: nothing takes a lock, and no counter crosses a core.
+//!   Other threads get copies, [`Snapshot`]s.
+//! - A flow is in it from when its target has been reached until its end is recorded.
+//! - Once [`Registry::end_all`] has been called, a flow that is opened ends at once.
+
+use std::{
+    cell::{Cell, RefCell},
+    fmt,
+    future::{Future, poll_fn},
+    ops::Deref,
+    rc::Rc,
+    sync::atomic::{AtomicU16, Ordering},
+    task::{Poll, Waker},
+    time::Instant,
+};
+
+use serde::{Serialize, Serializer};
+
+use super::stats::Record;
+use crate::model::end::EndReason;
+
+/// Which flow it is, as no other one while the process runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlowId {
+    worker: u16,
+    number: u64,
+}
+
+impl fmt::Display for FlowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.worker, self.number)
+    }
+}
+
+impl Serialize for FlowId {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+/// By what a flow's bytes are moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CurrentPath {
+    /// Through this process.
+    #[default]
+    Copy,
+    /// Through pipes.
+    Pipe,
+    /// By the kernel program that joins two sockets of ours.
+    Splice,
+    /// Between the application and us past TCP.
+    Bypass,
+}
+
+/// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part comes late: when the program
+/// needs us, or when [`Registry`]'s owner asks.
+#[derive(Debug, Default)]
+pub struct Meter {
+    /// Bytes from the client to the target.
+    pub sent: Cell<u64>,
+    /// Bytes from the target to the client.
+    pub received: Cell<u64>,
+    /// By what they are moved now.
+    pub path: Cell<CurrentPath>,
+}
+
+/// A flow that is carried.
+pub struct LiveFlow {
+    id: FlowId,
+    slot: u32,
+    /// Everything that is known but for how much it has moved and how it ends.
+    record: Record,
+    started: Instant,
+    meter: Meter,
+    end: Cell<Option<EndReason>>,
+    waker: Cell<Option<Waker>>,
+}
+
+impl fmt::Debug for LiveFlow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveFlow")
+            .field("id", &self.id)
+            .field("record", &self.record)
+            .field("meter", &self.meter)
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LiveFlow {
+    /// Which one it is.
+    pub fn id(&self) -> FlowId {
+        self.id
+    }
+
+    /// What is known of it. Bytes and duration are those of [`Self::meter`] and [`Self::started`].
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// When it was accepted.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// What it has moved.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// Has it end soon, with a reset of both sides. The first reason stays.
+    pub fn end(&self, reason: EndReason) {
+        if self.end.get().is_none() {
+            self.end.set(Some(reason));
+            if let Some(waker) = self.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Ready when it is to end. For the task that carries it, which is the only one that waits.
+    pub fn ended(&self) -> impl Future<Output = EndReason> {
+        poll_fn(|cx| {
+            if let Some(reason) = self.end.get() {
+                return Poll::Ready(reason);
+            }
+            let waker = self.waker.take().filter(|waker| waker.will_wake(cx.waker()));
+            self.waker.set(Some(waker.unwrap_or_else(|| cx.waker().clone())));
+            Poll::Pending
+        })
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut record = self.record.clone();
+        (record.sent, record.received) = (self.meter.sent.get(), self.meter.received.get());
+        record.lasted(self.started.elapsed());
+        Snapshot { id: self.id, path: self.meter.path.get(), record }
+    }
+}
+
+/// What a flow was at one moment. Its record's reason means nothing yet.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Which one it is.
+    pub id: FlowId,
+    /// By what its bytes are moved.
+    pub path: CurrentPath,
+    /// What is known of it, with its bytes and its age.
+    pub record: Record,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Registry {
+    worker: u16,
+    next: Cell<u64>,
+    slots: RefCell<Slots>,
+    /// Flows that are opened end at once.
+    ending: Cell<Option<EndReason>>,
+    /// What flows had moved that are gone.
+    gone: Cell<[u64; 2]>,
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    flows: Vec<Option<Rc<LiveFlow>>>,
+    free: Vec<u32>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        static WORKERS: AtomicU16 = AtomicU16::new(0);
+        Self {
+            worker: WORKERS.fetch_add(1, Ordering::Relaxed),
+            next: Cell::default(),
+            slots: RefCell::default(),
+            ending: Cell::default(),
+            gone: Cell::default(),
+        }
+    }
+}
+
+impl Registry {
+    /// Takes up a flow.
+    pub fn open(self: &Rc<Self>, record: Record, started: Instant) -> Open {
+        let number = self.next.get();
+        self.next.set(number + 1);
+        let slots = &mut *self.slots.borrow_mut();
+        let slot = slots.free.pop().unwrap_or_else(|| {
+            slots.flows.push(None);
+            // Flows are bounded by far less (`daemon.max_flows`).
+            u32::try_from(slots.flows.len() - 1).unwrap_or(u32::MAX)
+        });
+        let flow = Rc::new(LiveFlow {
+            id: FlowId { worker: self.worker, number },
+            slot,
+            record,
+            started,
+            meter: Meter::default(),
+            end: self.ending.clone(),
+            waker: Cell::default(),
+        });
+        if let Some(place) = slots.flows.get_mut(slot as usize) {
+            *place = Some(Rc::clone(&flow));
+        }
+        Open { registry: Rc::clone(self), flow }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        let slots = self.slots.borrow();
+        slots.flows.len() - slots.free.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes from clients and from targets that all flows have moved: those that are gone, and those that are here.
+    pub fn moved(&self) -> [u64; 2] {
+        self.slots.borrow().flows.iter().flatten().fold(self.gone.get(), |[sent, received], flow| {
+            [sent + flow.meter.sent.get(), received + flow.meter.received.get()]
+        })
+    }
+
+    /// Copies of as many flows as `most`, from the place `from` on, and the place where the next ones are. The first ones are
+    /// at 0; `None` says that there are no more. A flow that is there all the time is in one of the answers.
+    pub fn page(&self, from: usize, most: usize) -> (Vec<Snapshot>, Option<usize>) {
+        let slots = self.slots.borrow();
+        let mut page = Vec::new();
+        for (place, flow) in slots.flows.iter().enumerate().skip(from) {
+            if page.len() == most {
+                return (page, Some(place));
+            }
+            page.extend(flow.as_ref().map(|flow| flow.snapshot()));
+        }
+        (page, None)
+    }
+
+    /// Has those flows end of which `which` says so; how many. It may not open or close any.
+    pub fn end_where(&self, reason: EndReason, which: impl Fn(&LiveFlow) -> bool) -> usize {
+        let slots = self.slots.borrow();
+        let ending = slots.flows.iter().flatten().filter(|flow| which(flow));
+        ending.map(|flow| flow.end(reason)).count()
+    }
+
+    /// Has all flows end, and those that come.
+    pub fn end_all(&self, reason: EndReason) -> usize {
+        self.ending.set(Some(reason));
+        self.end_where(reason, |_| true)
+    }
+
+    fn remove(&self, flow: &LiveFlow) {
+        let slots = &mut *self.slots.borrow_mut();
+        if let Some(place) = slots.flows.get_mut(flow.slot as usize) {
+            *place = None;
+            slots.free.push(flow.slot);
+        }
+        let [sent, received] = self.gone.get();
+        self.gone.set([sent + flow.meter.sent.get(), received + flow.meter.received.get()]);
+    }
+}
+
+/// A flow's place in the registry, given back when dropped.
+#[derive(Debug)]
+pub struct Open {
+    registry: Rc<Registry>,
+    flow: Rc<LiveFlow>,
+}
+
+impl Deref for Open {
+    type Target = LiveFlow;
+
+    fn deref(&self) -> &LiveFlow {
+        &self.flow
+    }
+}
+
+impl Open {
+    /// Takes the flow out; what is known of it, with what it has moved, and when it was accepted.
+    pub fn close(self) -> (Record, Instant) {
+        let flow = Rc::clone(&self.flow);
+        drop(self);
+        let started = flow.started;
+        let (sent, received) = (flow.meter.sent.get(), flow.meter.received.get());
+        // Nobody else holds it: what looks at it borrows it.
+        let mut record = Rc::try_unwrap(flow).map_or_else(|flow| flow.record.clone(), |flow| flow.record);
+        (record.sent, record.received) = (sent, received);
+        (record, started)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.registry.remove(&self.flow);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        pin::pin,
+        sync::{Arc, atomic::AtomicUsize},
+        task::{Context, Wake},
+    };
+
+    use super::*;
+    use crate::model::flow::ClientAddr;
+
+    fn record(port: u16) -> Record {
+        Record::new(&format!("a.example:{port}").parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()))
+    }
+
+    fn open(registry: &Rc<Registry>, port: u16) -> Open {
+        registry.open(record(port), Instant::now())
+    }
+
+    #[test]
+    fn what_a_flow_has_moved_can_be_read_while_it_runs_and_counts_once_when_it_is_gone() {
+        let registry = Rc::new(Registry::default());
+        let (one, two) = (open(&registry, 1), open(&registry, 2));
+        one.meter().sent.set(5);
+        two.meter().received.set(7);
+        assert_eq!((registry.len(), registry.moved()), (2, [5, 7]));
+        let (page, next) = registry.page(0, 10);
+        assert_eq!((page.len(), next), (2, None));
+        assert_eq!((page[0].record.sent, page[1].record.received), (5, 7));
+        one.meter().sent.set(6);
+        let (record, _) = one.close();
+        assert_eq!((record.sent, record.destination.to_string().as_str()), (6, "a.example:1"));
+        drop(two);
+        assert_eq!((registry.is_empty(), registry.moved()), (true, [6, 7]));
+    }
+
+    #[test]
+    fn pages_hold_every_flow_that_is_there_all_the_time_once() {
+        let registry = Rc::new(Registry::default());
+        let mut flows: Vec<_> = (1..=10).map(|port| open(&registry, port)).collect();
+        let kept: BTreeSet<_> = flows.iter().skip(5).map(|flow| flow.id()).collect();
+        let (mut seen, mut from) = (Vec::new(), Some(0));
+        while let Some(place) = from {
+            let (page, next) = registry.page(place, 3);
+            seen.extend(page.into_iter().map(|flow| flow.id));
+            from = next;
+            // Others come and go meanwhile, in the same places.
+            drop(flows.remove(0));
+            flows.push(open(&registry, 99));
+        }
+        for id in kept {
+            assert_eq!(seen.iter().filter(|seen| **seen == id).count(), 1, "{id}");
+        }
+    }
+
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_flow_that_is_to_end_is_woken_once_and_the_first_reason_stays() {
+        let registry = Rc::new(Registry::default());
+        let (one, two) = (open(&registry, 1), open(&registry, 2));
+        let woken = Arc::new(Woken(AtomicUsize::default()));
+        let waker = Arc::clone(&woken).into();
+        let mut cx = Context::from_waker(&waker);
+        let mut ended = pin!(one.ended());
+        assert!(ended.as_mut().poll(&mut cx).is_pending());
+        assert!(ended.as_mut().poll(&mut cx).is_pending());
+        let id = one.id();
+        assert_eq!(registry.end_where(EndReason::Killed, |flow| flow.id() == id), 1);
+        assert_eq!(registry.end_all(EndReason::DrainTimeout), 2);
+        assert_eq!(woken.0.load(Ordering::Relaxed), 1);
+        assert_eq!(ended.as_mut().poll(&mut cx), Poll::Ready(EndReason::Killed));
+        assert_eq!(pin!(two.ended()).poll(&mut cx), Poll::Ready(EndReason::DrainTimeout));
+        let late = open(&registry, 3);
+        assert_eq!(pin!(late.ended()).poll(&mut cx), Poll::Ready(EndReason::DrainTimeout));
+    }
+
+    #[test]
+    fn places_are_given_again_and_numbers_are_not() {
+        let registry = Rc::new(Registry::default());
+        let ids: BTreeSet<_> = (0..100).map(|_| open(&registry, 1).id()).collect();
+        assert_eq!((ids.len(), registry.slots.borrow().flows.len()), (100, 1));
+    }
+
+    #[test]
+    fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
+        // A pointer to it, and its place; two counters of the `Rc`; and what a record does not hold.
+        let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
+        assert!(added <= 72, "{added}");
+    }
+}
