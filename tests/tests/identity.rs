@@ -183,6 +183,11 @@ fn without_verify_the_gateway_must_be_valid_for_the_address_that_was_dialled() -
     Ok(())
 }
 
+/// A log with the quotes inside its quoted fields as they were before.
+fn unquoted(log: &str) -> String {
+    log.replace("\\\"", "\"")
+}
+
 /// A CA with name constraints for URIs, which nobody here can check, is named by both logs, whoever has its certificate.
 ///
 /// Failure: peer-certificate.
@@ -199,13 +204,16 @@ fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Resu
         let done = assert_no_byte_passes(&world.exec(&gateway).credentials(node), &target)?;
         let said = gateway.logs("rejected peer connection")?;
         assert!(said.contains("failed the chain check") && said.contains(SAID), "{said}");
-        assert!(!lines_with(&done.stderr, &["the peer refused our certificate", SAID]).is_empty(), "{done}");
+        assert!(
+            !lines_with(&unquoted(&done.stderr), &["the peer refused our certificate", SAID]).is_empty(),
+            "{done}"
+        );
 
         let id = format!("URI:{GATEWAY_ID}");
         let credentials = world.pki().issue_constrained("c-gateway", &id, constraints)?;
         let mut gateway = world.gateway().credentials(credentials).listen(port(i, 1)).start()?;
         let done = assert_no_byte_passes(&world.exec(&gateway), &target)?;
-        assert!(!lines_with(&done.stderr, &["failed the chain check", SAID]).is_empty(), "{done}");
+        assert!(!lines_with(&unquoted(&done.stderr), &["failed the chain check", SAID]).is_empty(), "{done}");
         let said = gateway.logs("rejected peer connection")?;
         assert!(said.contains("the peer refused our certificate") && said.contains(SAID), "{said}");
     }

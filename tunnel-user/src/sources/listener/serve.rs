@@ -120,7 +120,6 @@ async fn serve_h1<H: FlowHandler, W: IntoLeg + 'static>(
 mod tests {
     use std::{
         cell::{Cell, RefCell},
-        future::Future,
         time::Duration,
     };
 
@@ -169,16 +168,10 @@ mod tests {
             peer.client
         }
 
-        fn carry<P: PendingRequest>(
-            self: Rc<Self>,
-            _client: ClientAddr,
-            incoming: Incoming<P>,
-        ) -> impl Future<Output = ()> + 'static {
-            async move {
-                let asked = incoming.target.map_or_else(|e| e.error.to_string(), |target| target.to_string());
-                self.targets.borrow_mut().push(asked);
-                incoming.request.refuse(&Forbidden).await;
-            }
+        async fn carry<P: PendingRequest>(self: Rc<Self>, _client: ClientAddr, incoming: Incoming<P>) {
+            let asked = incoming.target.map_or_else(|e| e.error.to_string(), |target| target.to_string());
+            self.targets.borrow_mut().push(asked);
+            incoming.request.refuse(&Forbidden).await;
         }
 
         fn record(&self, event: Event<'_>) {
