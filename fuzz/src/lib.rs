@@ -15,7 +15,7 @@ use tunnel::{
     routing::{
         policy::Policies,
         router::Router,
-        sniff::{Look, look},
+        sniff::{self, Parse},
     },
     sources::{
         Answer as _,
@@ -34,7 +34,7 @@ pub type Check = fn(&[u8]);
 pub const ALL: [(&str, Check); 6] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
-    ("inspect", inspect),
+    ("sniff", sniff),
     ("proxy_header", proxy_header),
     ("config", config),
     ("records", records),
@@ -108,11 +108,11 @@ pub fn h1_head(input: &[u8]) {
 }
 
 /// The first bytes of a carried connection.
-pub fn inspect(input: &[u8]) {
-    let whole = look(input);
+pub fn sniff(input: &[u8]) {
+    let whole = sniff::parse(input);
     for cut in 0..input.len().min(64) {
-        match look(&input[..cut]) {
-            Look::More => {}
+        match sniff::parse(&input[..cut]) {
+            Parse::More => {}
             done => assert_eq!(done, whole, "what was found stays found, whatever follows"),
         }
     }

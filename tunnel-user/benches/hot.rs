@@ -82,7 +82,7 @@ fn captured(target: &Target) -> Flow<'_> {
         peer: &NOBODY,
         server_name: None,
         request: None,
-        inside: None,
+        sniffed: None,
     }
 }
 

@@ -51,7 +51,7 @@ pub use route::{
 };
 pub use schema::schema;
 pub use upstream::{
-    Balance, CONNECT_TIMEOUT, IDLE_TIMEOUT, Itself, RESPONSE_TIMEOUT, UPSTREAM_STREAMS, Upstream,
+    Balance, CONNECT_TIMEOUT, IDLE_TIMEOUT, InProcess, RESPONSE_TIMEOUT, UPSTREAM_STREAMS, Upstream,
 };
 pub use value::{
     HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,

@@ -83,7 +83,7 @@ section! {
         /// Which other upstream its connections go through. That one is another process, and does not come back here.
         via: other Option<UpstreamName> = None,
         /// It is this process: nothing else of this is used then.
-        itself: other Option<Itself> = None,
+        in_process: other Option<InProcess> = None,
     }
     check |r| {
         let found = endpoints::read(r);
@@ -140,7 +140,7 @@ pub enum Balance {
 
 /// An upstream that is this process: flows go to one of its listeners, as a peer's would.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Itself {
+pub struct InProcess {
     /// The listener's name.
     pub listener: String,
     /// What its clients must prove; without TLS nothing.

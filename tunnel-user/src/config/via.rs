@@ -4,7 +4,7 @@
 //! What they name is there, and who goes through whom ends at an upstream that has a socket.
 
 use super::{
-    Itself, Listener, Upstream,
+    InProcess, Listener, Upstream,
     reader::{At, Reader, Section, nearest},
 };
 
@@ -72,7 +72,7 @@ pub(super) fn resolve(
             is_there("listener", &listener_names, &name).then_some(())?;
             let listener =
                 listeners.iter().map(|at| &at.value).find(|l| l.name.as_ref() == Some(&name.value))?;
-            upstream.itself = Some(Itself {
+            upstream.in_process = Some(InProcess {
                 listener: name.value,
                 check: listener.check(),
                 dial_timeout: listener.dial_timeout,
@@ -139,9 +139,9 @@ mod tests {
     #[test]
     fn an_upstream_that_is_this_process_names_a_listener_and_nothing_else() {
         let c = parse(ITSELF).unwrap();
-        let itself = c.upstreams[0].itself.as_ref().unwrap();
-        assert_eq!((itself.listener.as_str(), itself.dial_timeout), ("gw", Duration::from_secs(3)));
-        assert!(itself.check.is_none(), "nobody proves anything where there is no TLS");
+        let in_process = c.upstreams[0].in_process.as_ref().unwrap();
+        assert_eq!((in_process.listener.as_str(), in_process.dial_timeout), ("gw", Duration::from_secs(3)));
+        assert!(in_process.check.is_none(), "nobody proves anything where there is no TLS");
         assert_eq!(
             mistakes(&ITSELF.replace("self = \"gw\"", "self = \"gv\"")),
             ["15:8: upstream.self: no listener is named \"gv\", did you mean \"gw\"?"]

@@ -220,7 +220,7 @@ mod tests {
                 peer: &NOBODY,
                 server_name: None,
                 request: None,
-                inside: None,
+                sniffed: None,
             };
             let wanted = match router.decide(&flow, 0) {
                 Decision::Deny | Decision::NoRoute => Kind::Denied,

@@ -72,9 +72,10 @@ impl Discover {
         identities: &Identities,
     ) -> Result<Next<upstream::UpstreamSettings>, Failure> {
         let store = || identities.store(&u.identity);
-        if let Some(itself) = &u.itself {
-            let proof = itself.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
-            let (listener, dial_timeout) = (itself.listener.clone(), itself.dial_timeout);
+        if let Some(in_process) = &u.in_process {
+            let proof =
+                in_process.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
+            let (listener, dial_timeout) = (in_process.listener.clone(), in_process.dial_timeout);
             let own = upstream::InProcessUpstream { name: u.name.to_string(), listener, proof, dial_timeout };
             return Ok(Next::InProcess(Arc::new(own)));
         }

@@ -34,7 +34,7 @@ pub enum Direction {
 
 /// What the first bytes of a carried connection say of where it wants to go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Inside {
+pub enum Sniffed {
     /// Nothing that we understand.
     Nothing,
     /// TLS: the name that the client asks for (SNI, RFC 6066 section 3).
@@ -43,7 +43,7 @@ pub enum Inside {
     Host(HostName),
 }
 
-impl Inside {
+impl Sniffed {
     /// The name that TLS asks for.
     pub fn sni(&self) -> Option<&HostName> {
         if let Self::Sni(name) = self { Some(name) } else { None }

@@ -170,14 +170,14 @@ pub enum Destination {
     /// A target.
     Target(Target),
     /// What was asked for, and is none.
-    Asked(Box<str>),
+    Unparsed(Box<str>),
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Target(target) => target.fmt(f),
-            Self::Asked(text) => f.write_str(text),
+            Self::Unparsed(text) => f.write_str(text),
         }
     }
 }

@@ -112,7 +112,7 @@ fn follow(mut places: Places, stop: BorrowedFd<'_>, every: Duration, mut look: i
             Woken::Stop => return,
             Woken::Time => {
                 next = Instant::now() + every;
-                if unsure { Concerned::Yes } else { Concerned::Perhaps }
+                if unsure { Concerned::Yes } else { Concerned::Unknown }
             }
             Woken::Event => {
                 let first = Instant::now();
@@ -131,7 +131,7 @@ fn follow(mut places: Places, stop: BorrowedFd<'_>, every: Duration, mut look: i
         };
         let changed = match concerned {
             Concerned::No => false,
-            Concerned::Perhaps => known != places.state(),
+            Concerned::Unknown => known != places.state(),
             Concerned::Yes => true,
         };
         if changed {
@@ -154,7 +154,7 @@ enum Woken {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Concerned {
     No,
-    Perhaps,
+    Unknown,
     Yes,
 }
 
@@ -260,7 +260,7 @@ impl Places {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => break,
                 // Whatever was to be heard is found by comparing.
-                Err(_) => return concerned.max(Concerned::Perhaps),
+                Err(_) => return concerned.max(Concerned::Unknown),
             }
         }
         concerned
@@ -278,7 +278,7 @@ impl Places {
 fn concerns(place: Option<&Place>, what: ReadFlags, name: Option<&OsStr>) -> Concerned {
     // More has happened than the kernel could keep.
     if what.contains(ReadFlags::QUEUE_OVERFLOW) {
-        return Concerned::Perhaps;
+        return Concerned::Unknown;
     }
     match (place, name) {
         // Of a watch that is no more, or that this is the end of.

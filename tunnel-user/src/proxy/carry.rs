@@ -20,7 +20,7 @@ use crate::{
     },
     observe::stats::{Destination, Record},
     relay::{Ahead, Early, EarlySource, Leg, Queue},
-    routing::{flow::Flow, router::Decision, sniff::inspect},
+    routing::{flow::Flow, router::Decision, sniff::sniff},
     sources::{
         Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle,
         listener::request::Malformed,
@@ -71,7 +71,7 @@ async fn establish<P: PendingRequest>(
         Ok(target) => (client.record(&target), permit.map(|permit| (permit, target))),
         Err(Malformed { authority, error }) => {
             let mut record = Record::new(&Target::Name(String::new(), 0), client.addr());
-            record.destination = Destination::Asked(authority);
+            record.destination = Destination::Unparsed(authority);
             (record, permit.and(Err(error.into())))
         }
     };
@@ -117,11 +117,11 @@ impl Proxy {
         let mut stop = self.stop.clone();
         let sniffed = tokio::select! {
             biased;
-            sniffed = inspect(&mut leg, &mut early, wanted.setup.shared.inspect_timeout) => Some(sniffed),
+            sniffed = sniff(&mut leg, &mut early, wanted.setup.shared.inspect_timeout) => Some(sniffed),
             () = stop.stopping() => None,
         };
-        let inside = match sniffed {
-            Some(Ok(inside)) => inside,
+        let found = match sniffed {
+            Some(Ok(found)) => found,
             Some(Err(_)) => return self.left(progress),
             None => {
                 leg.abort();
@@ -130,8 +130,8 @@ impl Proxy {
                 return None;
             }
         };
-        tracing::debug!(target = %wanted.flow.target, ?inside, "sniffed");
-        let wanted = FlowRequest { flow: Flow { inside: Some(&inside), ..wanted.flow }, ..wanted };
+        tracing::debug!(target = %wanted.flow.target, ?found, "sniffed");
+        let wanted = FlowRequest { flow: Flow { sniffed: Some(&found), ..wanted.flow }, ..wanted };
         let decision = self.route(&wanted);
         self.reach_and_accept(Answered(leg), early, wanted, decision, progress).await
     }

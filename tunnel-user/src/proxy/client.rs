@@ -173,7 +173,7 @@ impl Client {
             peer,
             server_name,
             request: head,
-            inside: None,
+            sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
         Ok(FlowRequest { setup, flow, permit, dial_timeout })

@@ -7,7 +7,7 @@ use super::Refusal;
 use crate::{observe::repeats::Repeats, sinks::upstream::TunnelError};
 
 /// One for each kind of line.
-pub(super) struct Lines {
+pub(super) struct LimitedLog {
     /// Connections of peers that did not get as far as a request.
     pub(super) handshakes: Repeats,
     /// Connections to capture listeners that are no flows.
@@ -23,7 +23,7 @@ pub(super) struct Lines {
     limits: Repeats,
 }
 
-impl Default for Lines {
+impl Default for LimitedLog {
     fn default() -> Self {
         Self {
             handshakes: Repeats::default(),
@@ -40,7 +40,7 @@ impl Default for Lines {
     }
 }
 
-impl Lines {
+impl LimitedLog {
     /// Of flows that are refused for this kind of reason.
     pub(super) fn of(&self, refusal: &Refusal) -> &Repeats {
         match refusal {

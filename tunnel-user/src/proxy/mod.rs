@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::{client::Account, log::Lines, reach::Sink};
+use self::{client::Account, log::LimitedLog, reach::Sink};
 pub use self::{client::Client, refusal::Refusal};
 use crate::{
     model::{end::EndReason, flow::Identity},
@@ -90,7 +90,7 @@ pub struct Proxy {
     /// Those that are carried now.
     flows: Rc<Registry>,
     records: Records,
-    lines: Lines,
+    log: LimitedLog,
     active: Cell<usize>,
     /// Whose turn it is to look a name up.
     lookups: Lookups<Account>,
@@ -141,7 +141,7 @@ impl Proxy {
             lookups: Lookups::new(shared.flows_max),
             setup: RefCell::new(Rc::new(setup)),
             counters,
-            lines: Lines::default(),
+            log: LimitedLog::default(),
             active: Cell::default(),
             peers: RefCell::default(),
             stop,
@@ -165,7 +165,7 @@ impl Proxy {
 
     /// Writes what was left out of the log since the last time.
     pub fn log_suppressed(&self) {
-        self.lines.tell();
+        self.log.tell();
     }
 
     /// The flows that are carried now.
@@ -289,7 +289,7 @@ impl Proxy {
         record.ended(refusal.reason(), Some(refusal.to_string()));
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
-        if self.lines.of(refusal).admit() {
+        if self.log.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",
                 reason = %record.reason,
@@ -310,7 +310,7 @@ impl Proxy {
         match event {
             Event::PeerRejected { peer, error } => {
                 self.counters.handshakes_failed.add(1);
-                if self.lines.handshakes.admit() {
+                if self.log.handshakes.admit() {
                     tracing::warn!(%peer, %error, "rejected peer connection");
                 }
             }
@@ -323,12 +323,12 @@ impl Proxy {
                 };
                 counter.add(1);
                 self.counters.ended.of(reason).add(1);
-                if self.lines.strays.admit() {
+                if self.log.strays.admit() {
                     tracing::warn!(%reason, "reset a connection to the capture listener that {stray}");
                 }
             }
             Event::ConnectionLimit(limit) => {
-                if self.lines.full.admit() {
+                if self.log.full.admit() {
                     tracing::warn!(limit, "connection limit of a listener reached: more wait in the backlog");
                 }
             }

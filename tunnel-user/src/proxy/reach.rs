@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::{Proxy, Refusal, Setup, client::Account, in_process::Hop};
 use crate::{
     config::{Authority, ProxyProtocol},
-    model::flow::{Inside, Target},
+    model::flow::{Sniffed, Target},
     observe::stats::{Record, Via},
     relay::{Ahead, TcpLeg},
     routing::{
@@ -76,8 +76,8 @@ impl Proxy {
                 }
                 let pseudonym = &setup.shared.pseudonym;
                 let named = match terms.authority {
-                    Authority::Sni => flow.inside.and_then(Inside::sni),
-                    Authority::Host => flow.inside.and_then(Inside::host),
+                    Authority::Sni => flow.sniffed.and_then(Sniffed::sni),
+                    Authority::Host => flow.sniffed.and_then(Sniffed::host),
                     Authority::Destination | Authority::Is(_) => None,
                 };
                 let named = named.map(|name| name.with_port(target.port()));

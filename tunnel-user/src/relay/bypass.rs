@@ -19,7 +19,7 @@ use tokio::{
 };
 use tunnel_common::fastpath::bypass::{APPLICATION, Budget, DAEMON};
 
-use crate::kernel::bypass::{Asked, Candidate, Pair};
+use crate::kernel::bypass::{Candidate, Pair, PendingPair};
 
 /// Exchanges after which a connection asks. To look for who has its socket, judge a known program and join the sockets
 /// takes 0.3 ms of another thread, which some 50 exchanges save (5 to 10 µs each): five times as many, so that a
@@ -52,7 +52,7 @@ pub(super) struct Hot {
 
 enum State {
     Watching,
-    Asked(Asked),
+    Requested(PendingPair),
     On(On),
     /// It was refused.
     Off,
@@ -101,11 +101,11 @@ impl Hot {
         match &mut self.state {
             State::Watching if self.turns >= TURNS => {
                 if self.since.elapsed() < WINDOW && self.bytes < BULKY * u64::from(self.turns) {
-                    self.state = self.candidate.ask(stream).map_or(State::Watching, State::Asked);
+                    self.state = self.candidate.ask(stream).map_or(State::Watching, State::Requested);
                 }
                 self.begin();
             }
-            State::Asked(asked) => match asked.try_recv() {
+            State::Requested(pending) => match pending.try_recv() {
                 Ok(Ok(pair)) => {
                     pair.open(APPLICATION);
                     pair.open(DAEMON);
@@ -164,7 +164,7 @@ impl Hot {
         match &self.state {
             State::On(on) => on.pair.passed(APPLICATION) == on.passed,
             // It may be joined at this moment, but nothing is redirected before we say so.
-            State::Watching | State::Asked(_) | State::Off => true,
+            State::Watching | State::Requested(_) | State::Off => true,
         }
     }
 
@@ -172,7 +172,7 @@ impl Hot {
     pub(super) fn passed(&self) -> u64 {
         match &self.state {
             State::On(on) => on.pair.passed(APPLICATION),
-            State::Watching | State::Asked(_) | State::Off => 0,
+            State::Watching | State::Requested(_) | State::Off => 0,
         }
     }
 

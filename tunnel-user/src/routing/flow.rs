@@ -1,7 +1,7 @@
 //! What the router is asked about.
 
 use super::index::PeerSet;
-use crate::model::flow::{ClientAddr, Direction, Head, Identity, Inside, SourceKind, Target, Transport};
+use crate::model::flow::{ClientAddr, Direction, Head, Identity, Sniffed, SourceKind, Target, Transport};
 
 /// One connection, as the router sees it.
 #[derive(Clone, Copy, Debug)]
@@ -27,5 +27,5 @@ pub struct Flow<'a> {
     /// The CONNECT request that it sent.
     pub request: Option<Head<'a>>,
     /// What the connection that it carries says of itself; `None` until somebody has looked.
-    pub inside: Option<&'a Inside>,
+    pub sniffed: Option<&'a Sniffed>,
 }

@@ -82,7 +82,7 @@ section! {
 
 impl Match {
     /// Whether it asks for something that only the first bytes of the carried connection tell.
-    pub fn asks_inside(&self) -> bool {
+    pub fn needs_sniff(&self) -> bool {
         !self.sni.is_empty() || !self.http_host.is_empty()
     }
 }

@@ -35,8 +35,8 @@ pub struct Route {
 
 impl Route {
     /// Whether it needs to know what only the first bytes of the carried connection tell.
-    pub fn asks_inside(&self) -> bool {
-        self.matches.asks_inside() || self.terms.authority.asks_inside()
+    pub fn needs_sniff(&self) -> bool {
+        self.matches.needs_sniff() || self.terms.authority.needs_sniff()
     }
 }
 

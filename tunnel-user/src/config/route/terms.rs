@@ -105,7 +105,7 @@ section! {
 
 impl Authority {
     /// Whether it is what only the first bytes of the carried connection tell.
-    pub fn asks_inside(&self) -> bool {
+    pub fn needs_sniff(&self) -> bool {
         matches!(self, Self::Sni | Self::Host)
     }
 }

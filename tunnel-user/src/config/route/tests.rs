@@ -77,11 +77,11 @@ fn a_route_says_which_flows_where_to_and_on_which_terms() {
     {
         let said = parse(&ROUTES.replace("web.internal:443", text)).unwrap();
         assert_eq!(said.routes[1].terms.authority, wanted);
-        assert_eq!(said.routes[1].asks_inside(), wanted != Authority::Destination);
+        assert_eq!(said.routes[1].needs_sniff(), wanted != Authority::Destination);
     }
     let inside = "sni = [\"*.internal\"]\nhttp_host = [\"web.internal\"]\nsource = [\"listener\"]";
     let inside = parse(&ROUTES.replace("source = [\"listener\"]", inside)).unwrap();
-    assert!(inside.routes[1].asks_inside() && !inside.routes[0].asks_inside());
+    assert!(inside.routes[1].needs_sniff() && !inside.routes[0].needs_sniff());
 }
 
 #[test]

@@ -29,7 +29,7 @@ use tunnel_common::{
     names,
 };
 
-pub use self::promote::{Asked, Candidate, Counts, Promoter, Promotions, Refusal};
+pub use self::promote::{Candidate, Counts, PendingPair, Promoter, Promotions, Refusal};
 use self::slot::{SharedSide, SharedSlot};
 use crate::kernel::btf::{self, OffsetsError};
 use crate::kernel::{map::TypedMap, mapped::MappedArray, sys};

@@ -115,7 +115,7 @@ pub struct Candidate {
 }
 
 /// What was asked for and is not answered yet.
-pub type Asked = oneshot::Receiver<Result<Pair, Refusal>>;
+pub type PendingPair = oneshot::Receiver<Result<Pair, Refusal>>;
 
 impl Promoter {
     /// For the connection of the application's socket with this cookie.
@@ -126,7 +126,7 @@ impl Promoter {
 
 impl Candidate {
     /// Asks; `None` where too many do.
-    pub fn ask(&self, ours: &impl AsFd) -> Option<Asked> {
+    pub fn ask(&self, ours: &impl AsFd) -> Option<PendingPair> {
         let (answer, asked) = oneshot::channel();
         let ours = ours.as_fd().try_clone_to_owned().ok()?;
         self.promoter.asks.try_send(Some(Ask { ours, cookie: self.cookie, answer })).ok()?;

@@ -41,14 +41,14 @@ pub fn fixed<'a>(routes: &'a [Route], capture: Option<&str>) -> impl Iterator<It
             peer: &NOBODY,
             server_name: None,
             request: None,
-            inside: None,
+            sniffed: None,
         };
         // Applications prove no identity, and what they connect to is an address.
         let never =
             !matches.identity.is_empty() || (matches.destination.is_empty() && !matches.host.is_empty());
         (!never && takes(matches, &flow)).then(|| Fixed {
             to: &matches.destination,
-            denies: route.to == Action::Deny && !route.asks_inside(),
+            denies: route.to == Action::Deny && !route.needs_sniff(),
         })
     })
 }

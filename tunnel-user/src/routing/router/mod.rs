@@ -2,7 +2,7 @@
 //!
 //! What a route asks of the carried connection itself (`sni`, `http_host`, and an authority made of them) is not
 //! known before its first bytes. If the first route that matches depends on them, the decision is
-//! [`Decision::NeedsSniff`], and the router is asked again with [`Flow::inside`]. A flow that an earlier route matches is not
+//! [`Decision::NeedsSniff`], and the router is asked again with [`Flow::sniffed`]. A flow that an earlier route matches is not
 //! sniffed.
 //!
 //! # Invariants
@@ -13,7 +13,7 @@ use crate::model::flow::SourceKind;
 use crate::{
     config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
     model::{
-        flow::{HostName, Identity, Inside, Target},
+        flow::{HostName, Identity, Sniffed, Target},
         names::UpstreamName,
         san::SanPattern,
     },
@@ -52,7 +52,7 @@ pub enum Decision<'a> {
         /// On which terms.
         terms: &'a Terms,
     },
-    /// It depends on what the client sends first: to be asked again with [`Flow::inside`].
+    /// It depends on what the client sends first; the router decides again with [`Flow::sniffed`].
     NeedsSniff,
     /// A route refuses it.
     Deny,
@@ -64,8 +64,8 @@ pub enum Decision<'a> {
 #[derive(Clone, Debug)]
 pub struct Router {
     routes: Vec<Route>,
-    /// Whether one of them asks for what is inside: else no flow pays for the question.
-    asks_inside: bool,
+    /// Whether one of them depends on sniffed bytes: no flow is delayed otherwise.
+    needs_sniff: bool,
     targets: TargetIndex,
     peers: PeerIndex,
 }
@@ -78,8 +78,8 @@ impl Router {
             addresses.chain(r.matches.host.iter().cloned().map(TargetPattern::Name))
         }));
         let peers = PeerIndex::new(routes.iter().map(peers_of));
-        let asks_inside = routes.iter().any(Route::asks_inside);
-        Self { routes, asks_inside, targets, peers }
+        let needs_sniff = routes.iter().any(Route::needs_sniff);
+        Self { routes, needs_sniff, targets, peers }
     }
 
     /// Which routes speak of a peer, for [`Flow::peer`]: found out once for a connection.
@@ -116,12 +116,12 @@ impl Router {
             }
             let route = self.routes.get(rule)?;
             if takes(&route.matches, flow) {
-                if !self.asks_inside || !route.asks_inside() {
+                if !self.needs_sniff || !route.needs_sniff() {
                     return Some(Taken::By(rule, route));
                 }
-                match flow.inside {
+                match flow.sniffed {
                     None => return Some(Taken::Undetermined),
-                    Some(inside) if takes_inside(&route.matches, inside) => {
+                    Some(sniffed) if matches_sniffed(&route.matches, sniffed) => {
                         return Some(Taken::By(rule, route));
                     }
                     Some(_) => {}
@@ -162,11 +162,11 @@ fn takes(wanted: &Match, flow: &Flow<'_>) -> bool {
 }
 
 /// Whether the conditions hold that are about the carried connection.
-fn takes_inside(wanted: &Match, inside: &Inside) -> bool {
+fn matches_sniffed(wanted: &Match, sniffed: &Sniffed) -> bool {
     let is = |names: &[NamePattern], found: Option<&HostName>| {
         found.is_some_and(|found| names.iter().any(|name| name.contains(found.as_str(), 0)))
     };
-    !wanted.asks_inside() || is(&wanted.sni, inside.sni()) || is(&wanted.http_host, inside.host())
+    !wanted.needs_sniff() || is(&wanted.sni, sniffed.sni()) || is(&wanted.http_host, sniffed.host())
 }
 
 /// One more upstream of a route, in the place of those that were tried; none when all were.

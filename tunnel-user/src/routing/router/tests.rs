@@ -22,7 +22,7 @@ struct Told {
     who: Option<Identity>,
     server_name: Option<&'static str>,
     headers: Option<HeaderMap>,
-    inside: Option<Inside>,
+    sniffed: Option<Sniffed>,
 }
 
 impl Told {
@@ -35,7 +35,7 @@ impl Told {
             who: None,
             server_name: None,
             headers: None,
-            inside: None,
+            sniffed: None,
         }
     }
 
@@ -61,8 +61,8 @@ impl Told {
         self
     }
 
-    fn showing(self, inside: Inside) -> Self {
-        Self { inside: Some(inside), ..self }
+    fn showing(self, inside: Sniffed) -> Self {
+        Self { sniffed: Some(inside), ..self }
     }
 
     fn with<T>(&self, router: &Router, look: impl FnOnce(&Flow<'_>) -> T) -> T {
@@ -80,7 +80,7 @@ impl Told {
             peer: &peer,
             server_name: self.server_name,
             request,
-            inside: self.inside.as_ref(),
+            sniffed: self.sniffed.as_ref(),
         })
     }
 }
@@ -301,17 +301,17 @@ fn what_a_client_sends_is_looked_at_only_where_it_decides() {
     assert_eq!(decided(&router, &Told::captured("10.2.0.1:80")), None, "the last route might");
     let name = |name| HostName::new(name).unwrap();
     for (inside, wanted) in [
-        (Inside::Nothing, 3),
-        (Inside::Sni(name("A.internal.")), 1),
-        (Inside::Sni(name("internal")), 3),
-        (Inside::Host(name("a.internal")), 3),
-        (Inside::Sni(name("both.example")), 2),
-        (Inside::Host(name("both.example")), 2),
-        (Inside::Sni(name("late.internal")), 1),
+        (Sniffed::Nothing, 3),
+        (Sniffed::Sni(name("A.internal.")), 1),
+        (Sniffed::Sni(name("internal")), 3),
+        (Sniffed::Host(name("a.internal")), 3),
+        (Sniffed::Sni(name("both.example")), 2),
+        (Sniffed::Host(name("both.example")), 2),
+        (Sniffed::Sni(name("late.internal")), 1),
     ] {
         assert_eq!(decided(&router, &told().showing(inside.clone())), Some(Some(wanted)), "{inside:?}");
     }
-    let other = Told::captured("10.2.0.1:80").showing(Inside::Nothing);
+    let other = Told::captured("10.2.0.1:80").showing(Sniffed::Nothing);
     assert_eq!(decided(&router, &other), Some(None));
 }
 
@@ -322,7 +322,7 @@ fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     let router = Router::new(vec![Route { matches: Match::default(), to, terms }]);
     let told = Told::captured("10.2.0.1:443");
     assert_eq!(decided(&router, &told), None);
-    assert_eq!(decided(&router, &told.showing(Inside::Nothing)), Some(Some(0)));
+    assert_eq!(decided(&router, &told.showing(Sniffed::Nothing)), Some(Some(0)));
 }
 
 #[test]
@@ -357,7 +357,7 @@ fn linear(routes: &[Match], told: &Told) -> Option<Option<usize>> {
         from && named && to && by && calling && saying
     };
     for (number, m) in routes.iter().enumerate().filter(|(_, m)| takes(m)) {
-        let (sni, host) = match &told.inside {
+        let (sni, host) = match &told.sniffed {
             _ if m.sni.is_empty() && m.http_host.is_empty() => return Some(Some(number)),
             None => return None,
             Some(inside) => (inside.sni(), inside.host()),
@@ -429,15 +429,16 @@ fn any_told() -> impl Strategy<Value = Told> {
         .prop_map(|(captured, name, (host, port), who, server_name, header, inside)| {
             let target = format!("{host}:{port}");
             let told = if captured { Told::captured(&target) } else { Told::asked(&target) };
-            let told = Told { name, who: who.map(|w| Identity(w.into())), server_name, inside, ..told };
+            let told =
+                Told { name, who: who.map(|w| Identity(w.into())), server_name, sniffed: inside, ..told };
             header.into_iter().fold(told, |told, value| told.saying("x-route", value))
         })
 }
 
-fn any_inside() -> impl Strategy<Value = Inside> {
+fn any_inside() -> impl Strategy<Value = Sniffed> {
     let name = prop::sample::select(vec!["a.inside", "x.b.inside", "c.inside", "elsewhere"]);
     let name = name.prop_map(|name| HostName::new(name).unwrap());
-    prop_oneof![Just(Inside::Nothing), name.clone().prop_map(Inside::Sni), name.prop_map(Inside::Host),]
+    prop_oneof![Just(Sniffed::Nothing), name.clone().prop_map(Sniffed::Sni), name.prop_map(Sniffed::Host),]
 }
 
 proptest! {

@@ -3,18 +3,18 @@
 //! # Invariants
 //! - A request that names two hosts names none.
 
-use super::Look;
+use super::Parse;
 use crate::{
-    model::flow::{HostName, Inside},
+    model::flow::{HostName, Sniffed},
     transport::h1::no_fields,
 };
 
 /// The longest method: among those that IANA lists the longest is UPDATEREDIRECTREF, with 17 letters.
 const METHOD_MAX: usize = 24;
-const NOTHING: Look = Look::Done(Inside::Nothing);
+const NOTHING: Parse = Parse::Done(Sniffed::Nothing);
 
 /// Looks at bytes that begin with a capital letter.
-pub(super) fn look(bytes: &[u8]) -> Look {
+pub(super) fn parse(bytes: &[u8]) -> Parse {
     let method = bytes.iter().take_while(|b| b.is_ascii_uppercase() || **b == b'-').count();
     // SSH-2.0-, PING\r\n: other protocols begin with capitals too, and need not wait for the end of a head.
     if method > METHOD_MAX || bytes.get(method).is_some_and(|b| *b != b' ') {
@@ -23,8 +23,10 @@ pub(super) fn look(bytes: &[u8]) -> Look {
     let mut fields = no_fields();
     let mut request = httparse::Request::new(&mut fields);
     match request.parse(bytes) {
-        Ok(httparse::Status::Partial) => Look::More,
-        Ok(httparse::Status::Complete(_)) => Look::Done(host(&request).map_or(Inside::Nothing, Inside::Host)),
+        Ok(httparse::Status::Partial) => Parse::More,
+        Ok(httparse::Status::Complete(_)) => {
+            Parse::Done(host(&request).map_or(Sniffed::Nothing, Sniffed::Host))
+        }
         // "PRI * HTTP/2.0" among others: the requests of HTTP/2 are not for us to unpack.
         Err(_) => NOTHING,
     }

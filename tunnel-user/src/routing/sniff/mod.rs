@@ -12,7 +12,7 @@ use std::{future::poll_fn, time::Duration};
 use tokio::time::timeout;
 
 use crate::{
-    model::flow::Inside,
+    model::flow::Sniffed,
     relay::{Broken, Leg, Queue},
 };
 
@@ -23,46 +23,46 @@ pub const BYTES_MAX: usize = 16 * 1024;
 
 /// What the first bytes of a connection say.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum Parse {
     /// Nothing yet: more bytes may change that.
     More,
     /// This, whatever follows.
-    Done(Inside),
+    Done(Sniffed),
 }
 
-/// Looks at the first bytes of a connection. TLS begins with a handshake record, HTTP/1 with a method in capital
+/// Parses the first bytes of a connection. TLS begins with a handshake record, HTTP/1 with a method in capital
 /// letters; what begins otherwise is neither, from its first byte.
-pub fn look(bytes: &[u8]) -> Look {
+pub fn parse(bytes: &[u8]) -> Parse {
     match bytes.first() {
-        None => Look::More,
-        Some(&tls::HANDSHAKE) => tls::look(bytes),
-        Some(b'A'..=b'Z') => http::look(bytes),
-        Some(_) => Look::Done(Inside::Nothing),
+        None => Parse::More,
+        Some(&tls::HANDSHAKE) => tls::parse(bytes),
+        Some(b'A'..=b'Z') => http::parse(bytes),
+        Some(_) => Parse::Done(Sniffed::Nothing),
     }
 }
 
 /// Reads from `leg` until its first bytes have said what they are, for `limit` at most. `early` holds what was
 /// read before, and then what was read here too. An end is left for the relay to pass on: a leg says it again.
-pub async fn inspect(leg: &mut impl Leg, early: &mut Queue, limit: Duration) -> Result<Inside, Broken> {
+pub async fn sniff(leg: &mut impl Leg, early: &mut Queue, limit: Duration) -> Result<Sniffed, Broken> {
     let mut seen = Vec::new();
     early.with_slices(|slices| slices.iter().for_each(|slice| note(&mut seen, slice)));
     let reading = async {
         loop {
-            if let Look::Done(found) = look(&seen) {
+            if let Parse::Done(found) = parse(&seen) {
                 return Ok(found);
             }
             if seen.len() >= BYTES_MAX {
-                return Ok(Inside::Nothing);
+                return Ok(Sniffed::Nothing);
             }
             let Some(chunk) = poll_fn(|cx| leg.poll_recv(cx)).await? else {
-                return Ok(Inside::Nothing);
+                return Ok(Sniffed::Nothing);
             };
             note(&mut seen, &chunk);
             early.push(chunk);
         }
     };
     // A client that waits for its server to speak is not kept waiting for longer.
-    timeout(limit, reading).await.unwrap_or(Ok(Inside::Nothing))
+    timeout(limit, reading).await.unwrap_or(Ok(Sniffed::Nothing))
 }
 
 fn note(seen: &mut Vec<u8>, bytes: &[u8]) {

@@ -21,18 +21,18 @@ use crate::relay::TcpLeg;
 const PATIENCE: Duration = Duration::from_secs(30);
 const GET: &[u8] = b"GET / HTTP/1.1\r\nUser-Agent: x\r\nHost: web.internal:8080\r\n\r\n";
 
-fn sni(name: &str) -> Inside {
-    Inside::Sni(crate::model::flow::HostName::new(name).unwrap())
+fn sni(name: &str) -> Sniffed {
+    Sniffed::Sni(crate::model::flow::HostName::new(name).unwrap())
 }
 
-fn host(name: &str) -> Inside {
-    Inside::Host(crate::model::flow::HostName::new(name).unwrap())
+fn host(name: &str) -> Sniffed {
+    Sniffed::Host(crate::model::flow::HostName::new(name).unwrap())
 }
 
-fn found(bytes: &[u8]) -> Inside {
-    match look(bytes) {
-        Look::Done(found) => found,
-        Look::More => panic!("{} bytes are not whole", bytes.len()),
+fn found(bytes: &[u8]) -> Sniffed {
+    match parse(bytes) {
+        Parse::Done(found) => found,
+        Parse::More => panic!("{} bytes are not whole", bytes.len()),
     }
 }
 
@@ -129,7 +129,7 @@ fn what_names_nothing_or_two_things_is_nothing_found() {
         ("another version of records", vec![22, 2]),
         ("data in the middle", [&record(22, &[1, 0, 1, 0])[..], &record(23, b"x")].concat()),
     ] {
-        assert_eq!(found(&records), Inside::Nothing, "{what}");
+        assert_eq!(found(&records), Sniffed::Nothing, "{what}");
     }
 }
 
@@ -144,22 +144,22 @@ fn http_requests_say_where_they_want_to_go() {
         ("OPTIONS * HTTP/1.1\r\nHost: a_b.internal\r\n\r\n", host("a_b.internal")),
         ("M-SEARCH * HTTP/1.1\r\nHost: a.internal\r\n\r\n", host("a.internal")),
         ("GET /?u=http://b.internal/ HTTP/1.1\r\nHost: a.internal\r\n\r\n", host("a.internal")),
-        ("GET / HTTP/1.1\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost:\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost: 10.0.0.1:80\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost: me@a.internal\r\n\r\n", Inside::Nothing),
-        ("GET http://me@a.internal/ HTTP/1.1\r\nHost: a.internal\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost: a.internal\r\nHost: a.internal\r\n\r\n", Inside::Nothing),
-        ("GET / HTTP/1.1\r\nHost : a.internal\r\n\r\n", Inside::Nothing),
-        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Inside::Nothing),
+        ("GET / HTTP/1.1\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost:\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost: 10.0.0.1:80\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost: me@a.internal\r\n\r\n", Sniffed::Nothing),
+        ("GET http://me@a.internal/ HTTP/1.1\r\nHost: a.internal\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost: a.internal\r\nHost: a.internal\r\n\r\n", Sniffed::Nothing),
+        ("GET / HTTP/1.1\r\nHost : a.internal\r\n\r\n", Sniffed::Nothing),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Sniffed::Nothing),
     ] {
         assert_eq!(found(request.as_bytes()), wanted, "{request:?}");
     }
     let many = "x: y\r\n".repeat(crate::transport::h1::FIELDS_MAX);
     let request = format!("GET / HTTP/1.1\r\nHost: a.internal\r\n{many}\r\n");
-    assert_eq!(found(request.as_bytes()), Inside::Nothing, "more fields than anybody reads");
+    assert_eq!(found(request.as_bytes()), Sniffed::Nothing, "more fields than anybody reads");
 }
 
 #[test]
@@ -176,10 +176,10 @@ fn what_is_neither_is_known_by_its_first_bytes() {
         b"\x15\x03",
         b"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
     ] {
-        assert_eq!(look(bytes), Look::Done(Inside::Nothing), "{bytes:?}");
+        assert_eq!(parse(bytes), Parse::Done(Sniffed::Nothing), "{bytes:?}");
     }
     for bytes in [&b""[..], b"\x16", b"\x16\x03", b"G", b"GET", b"GET / HTTP/1.1\r\nHost: a.internal\r\n"] {
-        assert_eq!(look(bytes), Look::More, "{bytes:?}");
+        assert_eq!(parse(bytes), Parse::More, "{bytes:?}");
     }
 }
 
@@ -197,19 +197,19 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
     #[test]
     fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let _verdict = look(&bytes);
+        let _verdict = parse(&bytes);
     }
 
     #[test]
     fn no_bytes_behind_a_good_beginning_panic(
         bytes in proptest::collection::vec(any::<u8>(), 0..200), lie in any::<u8>(), at in any::<prop::sample::Index>(),
     ) {
-        let _verdict = look(&record(22, &[&[1][..], &prefixed(3, &bytes)].concat()));
-        let _verdict = look(&hello(Some(&bytes)));
+        let _verdict = parse(&record(22, &[&[1][..], &prefixed(3, &bytes)].concat()));
+        let _verdict = parse(&hello(Some(&bytes)));
         let mut records = hello(Some(&name_extension(&[(0, b"a.internal")])));
         let at = at.index(records.len());
         records[at] = lie;
-        let _verdict = look(&records);
+        let _verdict = parse(&records);
     }
 
     #[test]
@@ -223,10 +223,10 @@ proptest! {
         let records = cut(&hello(Some(&extensions))[5..], &places);
         let whole = [&records[..], &behind].concat();
         for end in 0..records.len() {
-            prop_assert_eq!(look(&whole[..end]), Look::More, "cut at {}", end);
+            prop_assert_eq!(parse(&whole[..end]), Parse::More, "cut at {}", end);
         }
         for end in records.len()..=whole.len() {
-            prop_assert_eq!(look(&whole[..end]), Look::Done(sni(&name)));
+            prop_assert_eq!(parse(&whole[..end]), Parse::Done(sni(&name)));
         }
     }
 
@@ -234,7 +234,7 @@ proptest! {
     fn where_rustls_reads_a_name_so_do_we(name in "[a-z]([a-z0-9-]{0,8}[a-z0-9])?(\\.[a-z]{1,8}){0,3}", split in 32usize..200) {
         let records = hello_of(&name, Some(split));
         prop_assert_eq!(by_rustls(&records), Some(name.clone()));
-        prop_assert_eq!(look(&records), Look::Done(sni(&name)));
+        prop_assert_eq!(parse(&records), Parse::Done(sni(&name)));
     }
 
     #[test]
@@ -244,10 +244,10 @@ proptest! {
         let head = format!("POST /x HTTP/1.1\r\nx-y: {value}\r\nHost: {name}:80\r\n\r\n");
         let whole: Vec<u8> = head.bytes().chain(behind).collect();
         for end in 0..head.len() {
-            prop_assert_eq!(look(&whole[..end]), Look::More, "cut at {}", end);
+            prop_assert_eq!(parse(&whole[..end]), Parse::More, "cut at {}", end);
         }
         for end in head.len()..=whole.len() {
-            prop_assert_eq!(look(&whole[..end]), Look::Done(host(&name)));
+            prop_assert_eq!(parse(&whole[..end]), Parse::Done(host(&name)));
         }
     }
 }
@@ -280,7 +280,7 @@ async fn every_byte_that_was_read_is_handed_on_however_they_came() {
             tokio::task::yield_now().await;
         }
     };
-    let (found, ()) = tokio::join!(inspect(&mut leg, &mut early, PATIENCE), dripped);
+    let (found, ()) = tokio::join!(sniff(&mut leg, &mut early, PATIENCE), dripped);
     assert_eq!(found.unwrap(), sni("web.internal"));
     assert_eq!(drained(early), records);
 }
@@ -290,7 +290,7 @@ async fn what_came_before_may_be_enough() {
     let (_client, mut leg) = pair().await;
     let mut early = Queue::default();
     early.push(GET.into());
-    assert_eq!(inspect(&mut leg, &mut early, PATIENCE).await.unwrap(), host("web.internal"));
+    assert_eq!(sniff(&mut leg, &mut early, PATIENCE).await.unwrap(), host("web.internal"));
     assert_eq!(drained(early), GET);
 }
 
@@ -301,7 +301,7 @@ async fn a_silent_client_is_waited_for_no_longer_than_the_limit() {
     for start in [&b""[..], &GET[..9]] {
         client.write_all(start).await.unwrap();
         let (started, mut early) = (Instant::now(), Queue::default());
-        assert_eq!(inspect(&mut leg, &mut early, LIMIT).await.unwrap(), Inside::Nothing);
+        assert_eq!(sniff(&mut leg, &mut early, LIMIT).await.unwrap(), Sniffed::Nothing);
         assert!(started.elapsed() >= LIMIT);
         assert_eq!(drained(early), start);
     }
@@ -314,14 +314,14 @@ async fn an_end_is_nothing_found_and_is_still_there_and_a_reset_is_a_reset() {
         client.write_all(start).await.unwrap();
         SockRef::from(&client).shutdown(Shutdown::Write).unwrap();
         let mut early = Queue::default();
-        assert_eq!(inspect(&mut leg, &mut early, PATIENCE).await.unwrap(), Inside::Nothing);
+        assert_eq!(sniff(&mut leg, &mut early, PATIENCE).await.unwrap(), Sniffed::Nothing);
         assert_eq!(drained(early), start);
         assert!(poll_fn(|cx| leg.poll_recv(cx)).await.unwrap().is_none());
     }
     let (client, mut leg) = pair().await;
     SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
     drop(client);
-    let broken = inspect(&mut leg, &mut Queue::default(), PATIENCE).await.unwrap_err();
+    let broken = sniff(&mut leg, &mut Queue::default(), PATIENCE).await.unwrap_err();
     assert!(
         matches!(broken, Broken::Reset(crate::relay::Cause::Tcp(e)) if e.kind() == io::ErrorKind::ConnectionReset)
     );
@@ -336,8 +336,8 @@ async fn no_more_is_read_than_a_hello_can_take() {
         while timeout(Duration::from_millis(200), client.write_all(&[b'x'; 4096])).await.is_ok() {}
     };
     let mut early = Queue::default();
-    let (found, ()) = tokio::join!(inspect(&mut leg, &mut early, PATIENCE), endless);
-    assert_eq!(found.unwrap(), Inside::Nothing);
+    let (found, ()) = tokio::join!(sniff(&mut leg, &mut early, PATIENCE), endless);
+    assert_eq!(found.unwrap(), Sniffed::Nothing);
     let read = drained(early).len();
     assert!((BYTES_MAX..BYTES_MAX + 64 * 1024).contains(&read), "{read}");
 }

@@ -7,8 +7,8 @@
 
 use std::borrow::Cow;
 
-use super::{BYTES_MAX, Look};
-use crate::model::flow::{HostName, Inside};
+use super::{BYTES_MAX, Parse};
+use crate::model::flow::{HostName, Sniffed};
 
 /// The type of a handshake record (RFC 8446 section 5.1).
 pub(super) const HANDSHAKE: u8 = 22;
@@ -29,21 +29,21 @@ const RANDOM: usize = 32;
 struct NoHello;
 
 /// Looks at bytes that begin with [`HANDSHAKE`].
-pub(super) fn look(bytes: &[u8]) -> Look {
-    match inside(bytes) {
-        Ok(Some(found)) => Look::Done(found),
-        Ok(None) => Look::More,
-        Err(NoHello) => Look::Done(Inside::Nothing),
+pub(super) fn parse(bytes: &[u8]) -> Parse {
+    match client_hello(bytes) {
+        Ok(Some(found)) => Parse::Done(found),
+        Ok(None) => Parse::More,
+        Err(NoHello) => Parse::Done(Sniffed::Nothing),
     }
 }
 
 /// A ClientHello may come in any number of records.
-fn inside(bytes: &[u8]) -> Result<Option<Inside>, NoHello> {
+fn client_hello(bytes: &[u8]) -> Result<Option<Sniffed>, NoHello> {
     let mut rest = bytes;
     let mut message = Cow::Borrowed(&[][..]);
     loop {
         if let Some(hello) = whole(&message)? {
-            return Ok(Some(server_name(hello).map_or(Inside::Nothing, Inside::Sni)));
+            return Ok(Some(server_name(hello).map_or(Sniffed::Nothing, Sniffed::Sni)));
         }
         let (part, behind) = fragment(rest)?;
         if part.is_empty() {

@@ -63,16 +63,16 @@ impl Handshake for H1Handshake {
 /// A byte stream on which nothing was asked yet, of whatever kind.
 trait Unasked {
     /// Asks, and waits for the answer. After a 2xx, the byte stream is the tunnel; and its first bytes.
-    fn ask(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Asked>>>;
+    fn send(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Answer>>>;
 }
 
-type Asked = Result<(StreamLeg, Bytes), Closed>;
+type Answer = Result<(StreamLeg, Bytes), Closed>;
 
 impl<W: IntoLeg> Unasked for W
 where
     StreamLeg: From<W::Leg>,
 {
-    fn ask(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Asked>>> {
+    fn send(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Answer>>> {
         let mut wire = self;
         Box::pin(async move {
             let first = ask_on(&mut *wire, &request).await?;
@@ -117,7 +117,7 @@ impl Connection for H1Connection {
     async fn open(&self, request: OpenRequest<'_, '_>, permits: StreamPermits) -> Result<Stream, OpenError> {
         let wire = self.wire.take();
         let wire = wire.ok_or_else(|| OpenError::NotProcessed("the connection is closed".to_owned()))?;
-        match timeout(request.timeout, wire.ask(encode(&request.head))).await {
+        match timeout(request.timeout, wire.send(encode(&request.head))).await {
             Ok(Ok((leg, first))) => {
                 let mut early = Queue::default();
                 early.push(first);

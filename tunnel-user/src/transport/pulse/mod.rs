@@ -100,7 +100,7 @@ impl Pulse {
                     Err(e) => Event::Gone(e),
                 });
             }
-            match self.tend(connection) {
+            match self.adjust(connection) {
                 // What it has to send now, it sends when it is polled.
                 Ok(true) => {}
                 Ok(false) => return Poll::Pending,
@@ -110,7 +110,7 @@ impl Pulse {
     }
 
     /// Whether the connection has something new to send.
-    fn tend(&mut self, connection: &mut impl Resize) -> Result<bool, h2::Error> {
+    fn adjust(&mut self, connection: &mut impl Resize) -> Result<bool, h2::Error> {
         let received = self.traffic.received();
         let mut new = false;
         if let Some(window) = self.windows.change(self.traffic.held())

@@ -51,7 +51,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     mut below: S,
 ) -> Result<(TlsStream<S>, Agreed), (io::Error, S)> {
     // rustls tells the name that was asked for to nobody but who picks the certificate.
-    let asked = Arc::new(Asked { pick: Arc::clone(&config.cert_resolver), name: OnceLock::new() });
+    let asked = Arc::new(RequestedName { pick: Arc::clone(&config.cert_resolver), name: OnceLock::new() });
     let mut config = config.clone();
     config.cert_resolver = Arc::clone(&asked) as Arc<dyn ResolvesServerCert>;
     let shaken = match UnbufferedServerConnection::new(Arc::new(config)) {
@@ -69,12 +69,12 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
 
 /// Whoever picks the certificate, and the name that he was told.
 #[derive(Debug)]
-struct Asked {
+struct RequestedName {
     pick: Arc<dyn ResolvesServerCert>,
     name: OnceLock<Box<str>>,
 }
 
-impl ResolvesServerCert for Asked {
+impl ResolvesServerCert for RequestedName {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         if let Some(name) = hello.server_name() {
             self.name.get_or_init(|| name.into());
@@ -207,7 +207,7 @@ async fn shake<C: Unbuffered, S: AsyncRead + AsyncWrite + Unpin>(
 fn encode<D>(data: &mut EncodeTlsData<'_, D>, to_send: &mut Vec<u8>) -> Step {
     let before = to_send.len();
     let mut needed = 0;
-    // Asked once how much it is, and then given that.
+    // RequestedName once how much it is, and then given that.
     for _ in 0..2 {
         to_send.resize(before + needed, 0);
         match data.encode(&mut to_send[before..]) {
@@ -224,7 +224,7 @@ fn encode<D>(data: &mut EncodeTlsData<'_, D>, to_send: &mut Vec<u8>) -> Step {
 }
 
 /// What a failed handshake may leave to be said: a flight that was begun, and the alert.
-const LAST_WORDS: usize = 8;
+const MAX_FINAL_RECORDS: usize = 8;
 
 /// The alert that goes with an error.
 fn say_why<C: Unbuffered>(conn: &mut C, why: &io::Error, received: &mut Buffer, to_send: &mut Vec<u8>) {
@@ -234,7 +234,7 @@ fn say_why<C: Unbuffered>(conn: &mut C, why: &io::Error, received: &mut Buffer, 
         why.get_ref().and_then(|e| e.downcast_ref()),
         Some(Error::InvalidMessage(_) | Error::PeerSentOversizedRecord | Error::DecryptError)
     );
-    for _ in 0..if once { 1 } else { LAST_WORDS } {
+    for _ in 0..if once { 1 } else { MAX_FINAL_RECORDS } {
         // Messages that wait in it are found there again.
         let Ok(ConnectionState::EncodeTlsData(mut data)) = conn.process(received.filled_mut()).state else {
             return;
