@@ -1,7 +1,8 @@
-//! The bpf(2) commands that tests take to make what other programs, and earlier versions, would have made.
+//! Makes, with bpf(2), what other programs or earlier versions would have made: links that are pinned, programs that
+//! are attached.
 //!
-//! Enters: pins, groups. Leaves: links and programs, attached. Invariant: what is attached here is on groups of the test's
-//! own, and goes with them.
+//! # Invariants
+//! - Programs are attached only to cgroups of the test's own, and are detached when these are removed.
 
 use std::{
     ffi::CString,

@@ -1,7 +1,8 @@
-//! Echoes for more connections than there are threads or descriptors to spare.
+//! An echo server for more connections than there are threads or descriptors to spare. It counts the connections that
+//! are up, and how many have come from which address.
 //!
-//! Enters: addresses of a host. Leaves: how many connections there are, and how many have come from which address.
-//! Invariant: a connection costs one descriptor, and nothing once it has ended.
+//! # Invariants
+//! - A connection costs one descriptor, and nothing once it has ended.
 
 use std::{
     collections::BTreeMap,

@@ -1,6 +1,7 @@
-//! Talking with an application, line by line.
+//! A dialogue with an application's process, line by line.
 //!
-//! Enters: a word. Leaves: the answer to it, not one to an earlier word. Invariant: one answer per word.
+//! # Invariants
+//! - Each word gets one answer, and an answer to an earlier word is not taken for it.
 
 use anyhow::Result;
 

@@ -1,13 +1,11 @@
-//! What the kernel complains of meanwhile.
-//!
-//! Enters: a moment. Leaves: the warnings that the kernel has logged since, each with the lines behind it. It judges text:
-//! whatever a kernel says of a broken promise of its own has one of the `SIGNS` in it.
+//! Warnings of the kernel since a moment, each with the lines that follow it. A line is judged by its text: whatever a
+//! kernel says of a broken promise of its own has one of the `SIGNS` in it.
 //!
 //! # Invariants
-//! - What was logged before the moment is nobody's.
+//! - What was logged before the moment is not reported.
 //! - A log that cannot be read, or that was overwritten, is an error and never silence.
-//! - Most warnings speak once a boot (`WARN_ON_ONCE`). Before a moment they are made to speak again; where the kernel does
-//!   not permit that and has warned already, the check is blind, and [`NOTES`] says whose it was.
+//! - Most warnings are logged once a boot (`WARN_ON_ONCE`). They are re-armed before a moment; where the kernel does
+//!   not permit that and has warned already, the check is blind, and [`NOTES`] records for which test.
 
 use std::{
     collections::BTreeMap,

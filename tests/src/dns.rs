@@ -1,7 +1,8 @@
-//! A name server, authoritative for what a test tells it.
+//! An authoritative name server over UDP, with the names that a test gives it. An answer is valid for a second, and a
+//! name that the test has not given does not exist (NXDOMAIN).
 //!
-//! Enters: questions over UDP. Leaves: the addresses that the test has named, good for a second. Invariant: a question
-//! is counted before it is answered. What it was not told of has no address.
+//! # Invariants
+//! - A question is counted before it is answered.
 
 use std::{
     collections::HashMap,

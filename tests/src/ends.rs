@@ -1,7 +1,8 @@
-//! What a byte stream with two ends promises, asked of a chain of proxies by the tests' application.
+//! What a byte stream with two ends promises, checked over a chain of proxies with the tests' application. Each
+//! function is one promise, for any [`Way`] from the application to a target.
 //!
-//! Enters: how an application gets to a target. Leaves: nothing, or a failed assertion. Invariant: every byte is
-//! checked, at both ends; an end is an end and a reset is a reset, and none is taken for the other.
+//! # Invariants
+//! - Every byte is checked at both ends, and a FIN and a reset are not taken for each other.
 
 use std::{ffi::OsString, net::SocketAddr, sync::Arc};
 

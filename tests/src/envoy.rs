@@ -1,8 +1,9 @@
-//! Envoy, with the configurations of `examples/envoy/`, so that what users read is what was tried.
+//! Envoy with the configurations of `examples/envoy/`, so that the examples are tested as users read them.
 //!
-//! Enters: an example, and where its addresses are in this test. Leaves: a running Envoy. Invariant: it has its own
-//! certificate of the world's CA, one thread, and no administration port; it ends with its guard. It is never left
-//! out: where Envoy is not installed, the test fails and says how to install it.
+//! # Invariants
+//! - It has a certificate of its own from the world's CA, one thread and no administration port, and ends with its
+//!   guard.
+//! - It is not skipped: where Envoy is not installed, the test fails and says how to install it.
 
 use std::{path::Path, process::Command};
 

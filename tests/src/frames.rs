@@ -1,7 +1,8 @@
-//! Every frame that passes the devices of a host, and whether a secret is in one.
+//! Captures every frame that passes the devices of a host, loopback left out, and reports the first one that holds a
+//! secret.
 //!
-//! Enters: a host, a secret. Leaves: how many frames there were, and the first that held the secret. Invariant: nothing that
-//! passed is missed: what the kernel had no room for fails the test. Loopback is left out.
+//! # Invariants
+//! - No frame is missed: one that the kernel had no room for fails the test.
 
 use std::{
     io,

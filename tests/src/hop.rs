@@ -1,7 +1,8 @@
-//! A next hop: it takes every CONNECT request, echoes, and remembers what it was asked for.
+//! A next hop that accepts every CONNECT request, echoes, and keeps the heads of the requests. It requires no client
+//! certificate.
 //!
-//! Enters: connections of gateways. Leaves: the heads of their requests, as they came. Invariant: a request is
-//! remembered before it is answered. It asks nobody for a certificate.
+//! # Invariants
+//! - A request is recorded before it is answered.
 
 use std::{
     net::SocketAddr,

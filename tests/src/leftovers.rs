@@ -1,7 +1,5 @@
-//! What a test left behind.
-//!
-//! Enters: the names and numbers of what a test made. Leaves: what of it is still there. It never
-//! removes anything: a test that leaves something is a broken test, or has found a broken program.
+//! Finds processes and cgroups that a test left behind. Nothing is removed: a test that leaves something behind is
+//! broken, or has found a broken program.
 
 use std::{
     fmt, fs,

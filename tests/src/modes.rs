@@ -1,8 +1,8 @@
-//! The ways to carry a flow, and a stage on which each is tried.
+//! The ways to carry a flow, and a stage for tests of each: two hosts, a cgroup of the first that a daemon captures in
+//! the given mode, and programs in it. A counter of the daemon proves the mode, where the mode names one.
 //!
-//! Enters: a mode. Leaves: two hosts, a group of the first that a daemon captures in this mode, programs in it, and the
-//! daemon's own word that it was this way. Invariant: what is asked of one mode is asked of all:
-//! [`each_mode`](crate::each_mode) makes the tests.
+//! # Invariants
+//! - Each test runs in every mode: [`each_mode`](crate::each_mode) generates them.
 
 use std::{net::SocketAddr, path::PathBuf, process::Command};
 

@@ -1,7 +1,4 @@
-//! Files of `/etc` as a process is to see them.
-//!
-//! Enters: a command, and files in place of others. Leaves: a command that runs in a mount namespace of its own.
-//! Invariant: nobody else sees them.
+//! Replaces files of `/etc` for one command, in a mount namespace of its own, so that no other process sees them.
 
 use std::{ffi::CString, io, os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 

@@ -1,8 +1,9 @@
-//! A host: one network namespace.
+//! A host of the tests: one network namespace, with the commands, threads and futures that run in it. The namespace of
+//! the test itself is not changed.
 //!
-//! Enters: a role. Leaves: commands, threads and futures that run there. Invariant: it is called
-//! `tt-PID-N-ROLE`, by which `cargo xtask test` finds what a test left; it goes when its guard is dropped
-//! or the test's process dies. It never touches the namespace of the test itself.
+//! # Invariants
+//! - Its name is `tt-PID-N-ROLE`, by which `cargo xtask test` finds what a test left behind.
+//! - It is removed when its guard is dropped, or when the test's process dies.
 
 use std::{
     fs::{self, File},

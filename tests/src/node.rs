@@ -1,7 +1,7 @@
-//! The node's applications in a group of their own, and the daemon that captures it.
+//! A node with a cgroup of its own for applications, and a daemon that captures it.
 //!
-//! Enters: what a daemon is told. Leaves: applications, captured. Invariant: the group and what is pinned are the test's
-//! own, and gone with it.
+//! # Invariants
+//! - The cgroup and the pins belong to the test, and are removed with it.
 
 use std::net::SocketAddr;
 

@@ -1,7 +1,5 @@
-//! Bytes of which each says where it belongs.
-//!
-//! Enters: a seed and an offset. Leaves: the bytes that belong there. Lost, repeated, swapped or foreign
-//! bytes are found at the first one, without either side keeping what it sent.
+//! Byte patterns in which each byte depends on its offset: a lost, repeated, swapped or foreign byte is found at the
+//! first one, and neither side keeps what it sent.
 
 use std::io::{self, Read, Write};
 

@@ -1,6 +1,5 @@
-//! A client of the gateway that speaks HTTP/2 CONNECT word by word.
-//!
-//! Enters: requests, good and bad. Leaves: the gateway's answers, as they are.
+//! A client of the gateway that sends single HTTP/2 CONNECT requests, good and bad, and returns the gateway's answers
+//! as they are. For plaintext it sends bytes, and reads until the other side closes.
 
 use std::{
     fs,

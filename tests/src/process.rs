@@ -1,8 +1,8 @@
-//! A process that ends with its guard.
+//! A child process that ends with its guard, its output and its status.
 //!
-//! Enters: a command. Leaves: its output, as it grows, and its status. Invariant: output goes to files, so
-//! that no process ever waits for a test to read, unless the caller asks to read standard output itself; a
-//! guard that drops has ended and reaped its process. When the test fails, what the process said is shown.
+//! # Invariants
+//! - Output goes to files, so that no process waits for a test to read, unless the caller reads standard output itself.
+//! - A guard that is dropped has ended and reaped its process. When the test fails, the process's output is shown.
 
 use std::{
     ffi::OsStr,

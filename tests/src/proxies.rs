@@ -1,7 +1,9 @@
-//! Real proxies that take CONNECT, Debian's, in `net`, or on the node before one of ours.
+//! Debian's proxies that accept CONNECT, in `net`, or on the node in front of another proxy.
 //!
-//! Enters: an address. Leaves: a running proxy, which ends with its guard. Invariant: each runs in the foreground, with
-//! a configuration of its own in the world's folder; none reads `/etc`. What is not installed fails the test.
+//! # Invariants
+//! - Each runs in the foreground, with a configuration of its own in the world's folder, does not read `/etc`, and ends
+//!   with its guard.
+//! - A proxy that is not installed fails the test.
 
 use std::{fs, net::SocketAddr};
 

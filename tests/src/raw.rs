@@ -1,6 +1,5 @@
-//! A peer that speaks HTTP/2 frame by frame, and need not mean well (RFC 9113 section 4.1).
-//!
-//! Enters: frames, good and bad. Leaves: what the other side answered. It keeps no rule by itself.
+//! A peer that speaks HTTP/2 frame by frame (RFC 9113 section 4.1). It enforces no rule of the protocol, so that a test
+//! can break any.
 
 use std::net::SocketAddr;
 

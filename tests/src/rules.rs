@@ -1,6 +1,5 @@
-//! Rules that an operator would write: what iptables is told, in a test's own namespace.
-//!
-//! Enters: a host and a group. Leaves: rules, which go with the host. It never touches the machine's own.
+//! The iptables rules that an operator would write, in a test's own network namespace. They are removed with the host;
+//! the machine's own rules are not touched.
 
 use std::path::Path;
 

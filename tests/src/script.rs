@@ -1,7 +1,8 @@
-//! A gateway by script: HTTP/2 over mTLS, frame by frame, answered when the script says so.
+//! A scripted gateway: HTTP/2 over mTLS, frame by frame, in which a test's script decides on every answer.
 //!
-//! Enters: connections. Leaves: what came, in order. Invariant: what keeps a connection alive (SETTINGS, PING) is answered
-//! by itself; nothing else is. A script that fails fails the test that waits for its end.
+//! # Invariants
+//! - Only the frames that keep a connection alive (SETTINGS, PING) are answered without the script.
+//! - A script that fails, fails the test that waits for its end.
 
 use std::{future::Future, net::SocketAddr, sync::mpsc, thread::JoinHandle};
 

@@ -1,8 +1,8 @@
-//! Small real servers in `net`, scripted.
+//! Small scripted servers on a host. A [`Handler`] plays a connection, and the functions here make the common ones; a
+//! [`Target`] records who connected and how each connection ended.
 //!
-//! Enters: connections. Leaves: who connected, and how each conversation ended. Invariant: every
-//! connection is played to its end by its own thread; a target that drops has ended all of them. What a
-//! conversation is, a [`Handler`] says; the functions here make the common ones.
+//! # Invariants
+//! - Every connection is played to its end by a thread of its own, and a target that is dropped has ended all of them.
 
 use std::{
     cell::RefCell,

@@ -1,6 +1,7 @@
-//! A terminal, with a test in front of it.
+//! A pseudo-terminal: a test types keys and reads what programs show on it.
 //!
-//! Enters: keys. Leaves: what programs show. Invariant: whoever is started on it ends with its guard.
+//! # Invariants
+//! - A child in a [`Guarded`] ends with the test.
 
 use std::{
     fs::File,

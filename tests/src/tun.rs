@@ -1,7 +1,8 @@
-//! A network device whose other end is a descriptor (`Documentation/networking/tuntap.rst`).
+//! A TUN device whose other end is a descriptor (`Documentation/networking/tuntap.rst`): one packet that the host sends
+//! per read, one that it receives per write. No call blocks.
 //!
-//! Enters: a host, a name. Leaves: the packets that the host sends into the device, one per read, and a way to have it
-//! receive packets, one per write. Invariant: the device exists as long as its [`Tun`] does. It never waits.
+//! # Invariants
+//! - The device exists as long as its [`Tun`] does.
 
 use std::{
     fs::{File, OpenOptions},

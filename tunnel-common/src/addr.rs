@@ -1,9 +1,9 @@
-//! Network-order endpoints.
+//! Network-order endpoints, made from addresses of the kernel's contexts or of the standard library. [`Endpoint`] is
+//! one form for IPv4, IPv6 and v4-mapped IPv6, so that both ends of a connection, which may name it differently,
+//! compute the same key.
 //!
-//! Enters: addresses as the kernel's contexts or the standard library hold them. Leaves: [`Endpoint`],
-//! one form for IPv4, IPv6 and v4-mapped IPv6, so that the two sides of a connection that name it
-//! differently still compute the same key. Invariant: an IPv4 address is always held v4-mapped
-//! (RFC 4291 section 2.5.5.2). It never resolves, prints or parses.
+//! # Invariants
+//! - An IPv4 address is always held v4-mapped (RFC 4291 section 2.5.5.2).
 
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 

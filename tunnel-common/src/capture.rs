@@ -1,10 +1,10 @@
-//! The capture decision.
+//! The capture decision on a connect(2), from its destination, the rule that its address matches, and the listener of
+//! its network namespace: capture it, hold it for the daemon, leave it alone, or refuse it.
 //!
-//! Enters: one `connect` (its destination), the rule its address matched, the listener of its network
-//! namespace. Leaves: capture it (by which address), leave it alone, or refuse it, and with which error. Invariant: the
-//! cost is one trie lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules; a
-//! connection that ought to be captured and cannot be never leaves in plaintext unless the operator said so,
-//! and one that is denied never does. It never looks at more than it is given.
+//! # Invariants
+//! - The cost is one trie lookup and a walk over at most [`PORT_RANGES`] ranges, whatever the number of rules.
+//! - A connection that should be captured and cannot be leaves in plaintext only if the operator configured that; a
+//!   denied one does not leave.
 
 use crate::addr::Endpoint;
 

@@ -1,9 +1,9 @@
-//! What the hooks record about a captured connection.
+//! What the hooks record about a captured connection: its [`Origin`], kept with the application's socket and, from the
+//! SYN on, in the flow map under [`FlowKey`], which the listener computes from a socket that it accepted.
 //!
-//! Enters: what `connect` and the established callback saw. Leaves: [`Origin`], kept with the
-//! application's socket and, from its SYN to its close, in the flow map under [`FlowKey`], which the
-//! listener computes from a socket it accepted. Invariant: both sides compute equal bytes for the same
-//! connection. It never holds anything that outlives the application's socket.
+//! # Invariants
+//! - Both sides compute equal bytes for the same connection.
+//! - A flow in the map outlives the application's socket until it is taken, or stale (`STALE_AFTER`).
 
 use crate::addr::Endpoint;
 

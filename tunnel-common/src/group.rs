@@ -1,8 +1,8 @@
-//! Whether a control group lies in a captured one, by their names.
+//! Whether a cgroup lies in a captured one, by the names of the cgroups around a task, from the attach root down.
 //!
-//! Enters: the names of the groups around a task, from the attach root down, one at a time. Leaves: captured, outside, or
-//! look one level deeper. Invariant: a group that is removed and made again under its name is the same group to it, from the
-//! first moment; one of that name elsewhere is not. It never allocates, and never sees more of a name than a chunk.
+//! # Invariants
+//! - A cgroup that is recreated under its name matches from the first moment on. A path matches in its place only, the
+//!   name of a unit below slices only.
 
 /// How a capture names its group: everything below the place where its programs are attached,
 pub const EVERYTHING: u32 = 0;

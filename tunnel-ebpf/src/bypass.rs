@@ -1,9 +1,9 @@
-//! What an application and the daemon write to each other, past TCP: an object of its own, loaded where a capture asks
-//! for it.
+//! `sk_msg`: redirects what an application and the daemon send to each other past TCP; `look` reports the state of both
+//! sockets to the daemon. An object of its own, loaded where a capture asks for it.
 //!
-//! Enters: messages that sockets in the map send, before TCP has them. Leaves: the same, redirected into the queue of
-//! the pair's other socket, or left to TCP. Invariant: nothing is lost; what cannot be looked up or read goes by TCP. It
-//! never returns `SK_DROP`: the kernel would keep that verdict and not ask again (`psock->eval`, net/ipv4/tcp_bpf.c).
+//! # Invariants
+//! - Nothing is lost: a message goes by TCP where something cannot be looked up or read.
+//! - No `SK_DROP`: the kernel would keep that verdict and not ask again (`psock->eval`, net/ipv4/tcp_bpf.c).
 
 #![no_std]
 #![no_main]

@@ -1,9 +1,9 @@
-//! `cgroup/connect4` and `connect6`.
+//! `cgroup/connect4` and `connect6`: redirects a captured connect(2) to the listener of its network namespace.
 //!
-//! Enters: a `connect` of a captured cgroup. Leaves: the same call, to the capture listener of its network
-//! namespace, with the original destination kept in the socket. Invariant: a destination is rewritten only
-//! after it was recorded, and only where the connection cannot leave the machine. It never captures sockets
-//! that the daemon made, nor anything but TCP.
+//! # Invariants
+//! - A destination is rewritten only after it was recorded with the socket.
+//! - A redirected connection stays on the machine: a socket bound to a network device is unbound, or refused.
+//! - Only TCP is captured, and no socket that the daemon created.
 
 use core::mem;
 

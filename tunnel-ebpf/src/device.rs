@@ -1,8 +1,8 @@
-//! `setsockopt` for `SO_BINDTODEVICE` and `SO_BINDTOIFINDEX`.
+//! `setsockopt` for `SO_BINDTODEVICE` and `SO_BINDTOIFINDEX`: on a captured connection the call succeeds, as it would
+//! without the capture, and binds nothing. Other options pass unchanged.
 //!
-//! Enters: options that a program of the captured group sets. Leaves: the same, but for a captured connection that is to be
-//! bound to a network device: it stays on loopback, and the program is told that all is well, as it would be without us.
-//! Invariant: what a captured socket sends never leaves by another device than loopback. It never looks at other options.
+//! # Invariants
+//! - What a captured socket sends leaves by no device but loopback.
 
 use aya_ebpf::{
     bindings::{BPF_TCP_CLOSE, BPF_TCP_LISTEN, bpf_sock},

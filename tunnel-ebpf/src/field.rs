@@ -1,7 +1,7 @@
-//! Fields of the kernel's own structures.
+//! Reads fields of the kernel's own structures, at offsets from its BTF. Nothing is written there.
 //!
-//! Enters: an address, and an offset from the kernel's BTF. Leaves: a number. Invariant: what cannot be read is nothing,
-//! whatever the address is. It never writes there.
+//! # Invariants
+//! - An address that cannot be read, whatever it is, yields `None`.
 
 use core::mem::MaybeUninit;
 

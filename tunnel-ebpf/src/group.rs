@@ -1,9 +1,9 @@
-//! Whose connections are captured: those of tasks in a control group of a certain name.
+//! Which tasks are captured: those whose cgroup, or one above it, is the configured one, by its name in the kernel.
 //!
-//! Enters: the task that calls connect(2). Leaves: whether its group is the captured one, or below it. Invariant: a group
-//! that is made anew under the captured name is found with its first connection; the answer for a group is looked for once,
-//! because its id is never another's (`kernfs_node.id`, 64 bits that only grow) and cgroup2 renames no group
-//! (`cgroup_kf_syscall_ops` has no `rename`). It reads names; it never follows what a program may write.
+//! # Invariants
+//! - A cgroup that is recreated under the captured name is captured from its first connection on.
+//! - A verdict may be cached by the cgroup's id, because an id is never another's (`kernfs_node.id`, 64 bits that only
+//!   grow), and cgroup2 renames no cgroup (`cgroup_kf_syscall_ops` has no `rename`).
 
 use aya_ebpf::{
     Global,

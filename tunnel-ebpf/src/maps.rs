@@ -1,7 +1,7 @@
-//! Every map and global of the programs, with typed accessors.
+//! The maps and globals of the capture's hooks, with typed accessors; those of `group` are in its own file.
 //!
-//! Enters: keys and values of `tunnel_common`. Leaves: the same. Invariant: a name here is a name in
-//! `tunnel_common::names`. It decides nothing.
+//! # Invariants
+//! - Every map and global that the daemon opens has its name in `tunnel_common::names`.
 
 use core::ptr;
 

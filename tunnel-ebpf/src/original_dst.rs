@@ -1,8 +1,8 @@
-//! `getpeername4/6`, `getsockname4/6`, and `getsockopt` for `SO_ORIGINAL_DST`.
+//! `getpeername4/6`, `getsockname4/6` and `getsockopt` for `SO_ORIGINAL_DST`: on a captured socket they return its
+//! original destination, and the source address that its route would have given it.
 //!
-//! Enters: the questions by which programs learn where a connection went, and from where. Leaves: the address the
-//! application asked for, and the one that its route would have given it. Invariant: whatever is not about a captured connection passes unchanged. It
-//! never makes a question fail that would have succeeded.
+//! # Invariants
+//! - Calls on other sockets pass unchanged, and no call fails that would have succeeded.
 
 use core::ptr;
 

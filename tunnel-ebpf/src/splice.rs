@@ -1,9 +1,9 @@
-//! Joins two sockets of the daemon: what one receives, the other sends.
+//! Joins two sockets of the daemon: each buffer that one receives, the other sends, as `fastpath::splice` decides.
 //!
-//! Enters: what a socket has received, one buffer at a time, with the socket locked. Leaves: the verdict of
-//! `fastpath::splice`, and its words brought up to date. Invariant: a buffer is counted by what became of it, what
-//! cannot be sent on is passed to the daemon, and what has come before is left out (`fastpath::splice::fresh`). It never
-//! looks at the bytes.
+//! # Invariants
+//! - A buffer is counted by what became of it: redirected, or passed to the daemon where it cannot be redirected.
+//! - Bytes that were seen before are left out (`fastpath::splice::fresh`), and a buffer of a flow that is over or
+//!   broken is dropped.
 
 #![no_std]
 #![no_main]

@@ -1,9 +1,9 @@
-//! `sk_lookup`: from the address that a captured connection was given to the daemon's listener. An object of its own: it is
-//! loaded for each network namespace, with the maps of its capture.
+//! `sk_lookup`: assigns a captured connection to the daemon's listener. An object of its own, loaded for each network
+//! namespace with the maps of its capture.
 //!
-//! Enters: segments that begin a connection in the namespace, or datagrams, for which the kernel looks for a socket. Leaves:
-//! a listener of the daemon's, if the flow is one that was captured; otherwise the kernel looks as it always does. Invariant:
-//! only sockets that the daemon put into the map get captured connections; where none is left the connection is refused.
+//! # Invariants
+//! - Captured connections go only to sockets that the daemon put into the map, and are refused where there is none.
+//! - For everything else, datagrams included, the kernel looks up the socket as usual.
 
 #![no_std]
 #![no_main]

@@ -1,9 +1,9 @@
-//! `sockops`: from the socket to the 4-tuple.
+//! `sockops`: records a captured socket's flow before its SYN goes out (fast open may accept it at once), marks it
+//! closed with its socket, and holds back the SYN of a connection that waits for its listener.
 //!
-//! Enters: TCP events of a captured cgroup. Leaves: a flow in the map before the SYN goes out (by which the steering program
-//! knows it, and a listener with fast open may accept it before the application hears anything), and the note that its socket
-//! has closed. Invariant: only sockets with an origin have a flow. It never removes one that may have been established:
-//! whoever accepts the connection may do so after the application has closed it.
+//! # Invariants
+//! - Only sockets with an origin have a flow.
+//! - A flow that may be established is not removed: it may be accepted after the application has closed it.
 
 use core::ptr;
 

@@ -1,7 +1,8 @@
-//! What every new flow costs before its first byte moves: the pure functions on its way.
+//! What every new flow costs before its first byte moves: benchmarks of the pure functions on its way, with tables of
+//! 10 to 10,000 entries (`cargo bench -p tunnel-user -- --quick`). No socket is opened.
 //!
-//! Enters: tables of 10 to 10,000 entries. Leaves: times, by `cargo bench -p tunnel-user -- --quick`.
-//! Invariant: what is looked up stands last in its table, or nowhere: the dearest case. It never opens a socket.
+//! # Invariants
+//! - The entry that is looked up is the last of its table, or missing: the most expensive case.
 
 use std::{
     hint::black_box,

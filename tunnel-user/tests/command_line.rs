@@ -1,7 +1,4 @@
-//! The program as a script sees it: exit codes, and what is printed where.
-//!
-//! Enters: arguments. Leaves: a status and two streams. Invariant: no privilege is needed. It never looks
-//! inside the library.
+//! The program as a script sees it: exit codes, and what is printed on which stream. No privilege is needed.
 
 use std::{
     fs,

@@ -1,7 +1,5 @@
-//! What is said where a privilege or a part of the kernel is missing.
-//!
-//! Enters: the program, as root, as nobody, and on a kernel without bpf(2). Leaves: exit codes and what
-//! was printed. Invariant: run as root, as every test that loads programs. It never captures anything.
+//! What `tunnel doctor` and `tunnel exec` report where a privilege or a part of the kernel is missing: run as root, as
+//! nobody, and with bpf(2) failing with ENOSYS. The tests need root, and capture nothing.
 
 use std::{
     fs, io,

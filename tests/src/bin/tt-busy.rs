@@ -1,8 +1,9 @@
-//! An application that exchanges one message after the other, and does not block: tokio, edge-triggered epoll, a short
-//! read is the end of what there is.
+//! An application that exchanges messages with an echo on non-blocking sockets (tokio, edge-triggered epoll, where a
+//! short read ends the reading), and with `blocking` on a blocking one. `busy` and `crowd` take commands from standard
+//! input, one a line.
 //!
-//! Enters: a subcommand, then lines. Leaves: an answer to each. Invariant: every byte of the echo is checked. It links
-//! nothing that calls splice(2).
+//! # Invariants
+//! - Every byte of the echo is checked. Nothing that calls splice(2) is linked.
 
 use std::{
     env,

@@ -1,7 +1,5 @@
-//! The load generator of the benchmarks.
-//!
-//! Enters: a subcommand. Leaves: `ready` and an outcome on standard output, what went wrong on standard error, and an
-//! exit status that is 0 only if nothing did. The work is in `tunnel_tests::load`.
+//! The load generator of the benchmarks; `tunnel_tests::load` does the work. It prints `ready` and an outcome on
+//! standard output, errors on standard error, and exits with 0 only if there were none.
 
 use std::{
     io::{self, Write as _},

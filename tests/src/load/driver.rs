@@ -1,8 +1,9 @@
-//! The load generator, as benchmarks run it.
+//! Starts the two processes of the load generator for benchmarks, and reads their outcomes.
 //!
-//! Enters: where its two processes run. Leaves: outcomes. Invariant: a client that failed fails whoever waits for it,
-//! with what the client said; guards that drop have ended their processes. While a client measures, nothing here takes
-//! any processor time: its lines are waited for in a read, by a thread.
+//! # Invariants
+//! - A client that failed fails the caller that waits for it, with the client's error message.
+//! - A guard that is dropped has ended its process.
+//! - While a client measures, nothing here takes processor time: a thread waits for its lines in a blocking read.
 
 use std::{
     io::{BufRead as _, BufReader},

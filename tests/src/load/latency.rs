@@ -1,7 +1,8 @@
-//! How long things took.
+//! Records durations and summarizes their distribution.
 //!
-//! Enters: durations. Leaves: their distribution. Invariant: what was recorded is in the distribution, to three
-//! significant digits; what is too long for it is an error, never a smaller number.
+//! # Invariants
+//! - What was recorded is in the distribution, to three significant digits. A duration that is too long for it is an
+//!   error, never a smaller number.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

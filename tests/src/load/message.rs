@@ -1,15 +1,16 @@
-//! Messages: what is sent there and back.
+//! The messages that a client and the server exchange. A message is made of a number, and a *request* is a message that
+//! also says its length, and whether it is the connection's last.
 //!
-//! Enters: a number. Leaves: bytes that hold it, every 1,024 bytes anew; a *request* is a message that says how long
-//! it is, and whether it is the connection's last. Invariant: two messages of a connection differ in every piece of
-//! 1,024 bytes, so that an answer to another message, or one put together of two, is not taken for the right one.
+//! A request's first byte is [`MORE`] or [`LAST`], followed by three bytes of its length, little-endian; or it has the
+//! top bit set, and is the whole request, and the last. After the answer to a last request the server closes, and then
+//! the client does. So the end that was dialled closes first, on each connection of a chain of proxies, and holds
+//! TIME_WAIT, which takes up no ephemeral port there: the 28,232 that Linux has would otherwise be used up within 60
+//! seconds, by the client as by a proxy that dials the target. (A SYN to a socket in TIME_WAIT is accepted when its
+//! timestamp is newer: `tcp_timewait_state_process`, net/ipv4/tcp_minisocks.c.)
 //!
-//! A request's first byte is [`MORE`] or [`LAST`], and then come three bytes of its length, little-endian; or it has
-//! the top bit set, and is all of the request, and the last. After the answer to a last request the server ends, and
-//! then the client does. So the end that was dialled closes first, on each connection of a chain of proxies, and
-//! TIME_WAIT is at its side, where it takes up no ephemeral port: the 28,232 that Linux has would otherwise be used
-//! up within 60 seconds, by the client as by a proxy that dials the target. (A SYN to a socket in TIME_WAIT is taken
-//! when its timestamp is newer: `tcp_timewait_state_process`, net/ipv4/tcp_minisocks.c.)
+//! # Invariants
+//! - Two messages of a connection differ in every piece of 1,024 bytes, so that the answer to another message, or one
+//!   put together of two, is not mistaken for the right one.
 
 use std::io;
 

@@ -1,12 +1,13 @@
-//! The load generator: what it can be asked, and what it answers.
+//! The load generator: a [`Workload`], as `tt-load run` takes it on its command line, and its [`Outcome`], one line of
+//! JSON.
 //!
-//! Enters: a [`Workload`], as `tt-load run` takes it on its command line. Leaves: an [`Outcome`], one line of
-//! JSON. Invariant: every byte that an outcome counts was received and checked by the other side; what is not
-//! as it should be is an error, never a smaller number.
+//! `tt-load run` and the process that started it take turns, so that processor time can be read at the right moments:
+//! it connects, warms up, writes `ready` and waits for a line; measures, writes the outcome, and waits for another line
+//! with its connections still open; closes them, checks that they end well, and exits with 0.
 //!
-//! `tt-load run` and whoever started it take turns, so that processor time can be read at the right moments:
-//! it connects, warms up, writes `ready` and waits for a line; measures, writes the outcome, and waits for
-//! another line with its connections still open; closes them, checks that they end well, and exits with 0.
+//! # Invariants
+//! - Every byte that an outcome counts was received and checked by the other side. A deviation is an error, never a
+//!   smaller number.
 
 mod buffer;
 pub mod client;

@@ -1,8 +1,9 @@
-//! The server: the target of every workload.
+//! The server of the load generator: the target of every workload, on the ports of [`port`].
 //!
-//! Enters: connections, on the ports of [`port`]. Leaves: answers. Invariant: a client sees an end where everything
-//! was right, and a reset where anything was not; what was wrong is said on standard error. It never holds a buffer
-//! for a connection that is idle.
+//! # Invariants
+//! - A client sees a FIN where everything was right, and a reset where anything was not; the error goes to standard
+//!   error.
+//! - An idle connection holds no buffer.
 
 use std::{
     future::pending,

@@ -1,12 +1,13 @@
-//! Both directions at once, in sizes and at moments that nobody foresees: what a soak is made of.
+//! The traffic of a soak: both directions at once, in random sizes and at random times. Each direction is generated
+//! from a seed, and its receiver checks it, whatever pieces it arrives in.
 //!
-//! Enters: two seeds, one for each direction. Leaves: frames, and on the other side, whatever pieces they come in, the
-//! proof that they are these. Invariant: every byte of a direction's payload is compared with the one that belongs there,
-//! and each stop says how many there were, so that nothing is lost at the end either.
+//! A connection begins with two seeds. A frame is a kind, three unused bytes, and a length; [`DATA`] is followed by
+//! that many bytes of the direction's pattern. The client's [`GO`] starts the server's sending; its [`STOP`] ends what
+//! it sends, and has the server stop too. A stop's length is the number of payload bytes so far, modulo 2³².
 //!
-//! A connection begins with two seeds. A frame is a kind, three bytes of nothing, and a length; [`DATA`] has so many bytes
-//! of the direction's pattern behind it. The client's [`GO`] sets the server going, its [`STOP`] ends what it sends and
-//! has the server end too; a stop's length is the number of bytes of payload so far, modulo 2³².
+//! # Invariants
+//! - Every byte of a direction's payload is compared with the expected one, and each stop says how many there were, so
+//!   that nothing is lost at the end either.
 
 use std::time::{Duration, SystemTime};
 

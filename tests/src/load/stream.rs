@@ -1,12 +1,13 @@
-//! Bulk: a stream of blocks of which each says where it belongs.
-//!
-//! Enters: a stream's id. Leaves: its bytes, and on the other side, whatever pieces they come in, the proof that
-//! they are these. Invariant: bytes that are lost, repeated, swapped, altered or of another stream are an error at
-//! the block they are in, and a [`Mark`] is only taken when everything in front of it has come.
+//! The bulk streams of the load generator: blocks that each hold their stream's id and their offset. The receiver
+//! checks them, whatever pieces they arrive in.
 //!
 //! A block is 4,096 bytes: eight made of the stream's id and the block's offset, and then the same filler in every
-//! block, so that to make one is to write eight bytes, and to check one is to compare two pieces of memory. Between
-//! two blocks there may be a mark: eight bytes that no offset has, and the number of bytes of blocks in front of it.
+//! block, so that to make one is to write eight bytes, and to check one is to compare two pieces of memory. Between two
+//! blocks there may be a mark: eight bytes that no offset has, and the number of bytes of blocks in front of it.
+//!
+//! # Invariants
+//! - Bytes that are lost, repeated, swapped, altered or of another stream are an error at the block that they are in.
+//! - A [`Mark`] is accepted only when everything in front of it has arrived.
 
 use std::{cell::RefCell, future::poll_fn, io, pin::Pin, sync::LazyLock};
 

@@ -1,23 +1,23 @@
-//! Bypass: what an application and the daemon write to each other over loopback goes into the other's queue, and TCP
-//! does not see it.
+//! Bypass: what an application and the daemon send to each other over loopback goes to the receiver's queue, not TCP.
 //!
-//! Enters: what a program sees of both sockets when one of them sends. Leaves: by which way the message goes.
-//! Invariant: whatever is interleaved, bytes are read in the order in which they were sent, and what waits in front of
-//! a reader is bounded. It keeps nothing: each message is decided by what is seen.
+//! # Invariants
+//! - Bytes are read in the order in which they were sent, however sends and reads interleave.
+//! - What waits in front of a reader is bounded.
+//! - Each message is decided by what is seen of both sockets when it is sent.
 //!
 //! A socket in a sockmap has two queues: that of redirected messages, which a read empties first, and TCP's. So a
-//! message may always go by TCP behind redirected ones, and may be redirected only where TCP has nothing on its way:
-//! the sender's peer has acknowledged everything (`write_seq == snd_una`), and everything acknowledged was read
+//! message may always go by TCP behind redirected ones, and may be redirected only where TCP has nothing in flight: the
+//! sender's peer has acknowledged everything (`write_seq == snd_una`), and all of that was read
 //! (`rcv_nxt == copied_seq`).
 //!
-//! A read takes from one queue only. Who reads by the edges of epoll may take a short read for the end of what there is
-//! (epoll(7), question 9), so the application's socket never has something in both: the daemon redirects no more than
-//! surely fits ([`Budget`]), and writes by TCP only once all of it was read. The daemon's own socket may have both, and
-//! its reader knows.
+//! A read takes from one queue only. A reader with edge-triggered epoll may take a short read for the end of what there
+//! is (epoll(7), question 9), so the application's socket never has something in both: the daemon redirects no more
+//! than surely fits ([`Budget`]), and writes by TCP only once all of it was read. The daemon's own socket may have
+//! both, and its reader handles that.
 //!
 //! What is redirected is charged to its reader. Where the kernel refuses that, `sendmsg(2)` fails with ENOMEM, which it
 //! never does by TCP. So what an application sends is not redirected while memory is short; the daemon's own writes are
-//! tried, because it knows what to do then, and the promise above leaves it no other way.
+//! tried, because it handles that error, and the order of bytes leaves it no other way.
 
 /// The most that is redirected into one queue: half of a socket's receive buffer as Linux makes it (`tcp_rmem`, 128 KiB),
 /// which what is redirected is charged to. The other half is TCP's window; without one TCP would wait for probes.

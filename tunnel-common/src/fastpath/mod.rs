@@ -1,8 +1,8 @@
-//! The fast paths: bytes that the kernel moves without asking the daemon.
+//! Decisions of the fast paths, on which the kernel moves bytes without the daemon. None depends on the bytes.
 //!
-//! Enters: what a program sees of a socket's bytes, and what the daemon has told it. Leaves: what becomes of them,
-//! and what the daemon may do next. Invariant: bytes arrive once and in order, whichever of both moves them, and
-//! what waits in front of a socket is never more than a named bound. It never looks at the bytes.
+//! # Invariants
+//! - Bytes arrive once and in order, whether the kernel or the daemon moves them.
+//! - What waits in front of a socket is at most a named bound.
 
 pub mod bypass;
 pub mod splice;

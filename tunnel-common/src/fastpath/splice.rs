@@ -1,14 +1,14 @@
-//! One direction between two sockets of the daemon, of which the kernel program sends on what arrives.
+//! One direction between two sockets of the daemon, in which the kernel program forwards what arrives: the verdict on
+//! each buffer, and when the daemon may write, resume the forwarding, or pass on the end of the stream.
 //!
-//! Enters: the length of what has arrived, the words that the program and the daemon share, and what the daemon
-//! knows of both sockets. Leaves: the verdict, and whether the daemon may write, let the program go on, or pass an
-//! end on. Invariant: the program sends on only while the daemon has written everything that it was passed, and
-//! only as much as the daemon has granted; the daemon writes only when everything that was sent on before has
-//! left the kernel's list. Neither waits for the other, and neither makes a system call for it.
+//! # Invariants
+//! - The program forwards only while the daemon has written all that it was passed, and no more than it has granted.
+//! - The daemon writes only when all that was forwarded has left the kernel's list.
+//! - Neither side waits for the other, nor makes a system call for it.
 //!
-//! Why a stale read is safe: `gate` and `limit` are one word each and `limit` only grows, so the program sees an
-//! older state in which it may do less; the program's own words have one writer at a time, as it runs with its
-//! socket locked. What the daemon reads of them it reads after a system call that took that lock.
+//! Why a stale read is safe: `gate` and `limit` are one word each and `limit` only grows, so the program sees an older
+//! state in which it may do less; the program's own words have one writer at a time, as it runs with its socket locked.
+//! What the daemon reads of them it reads after a system call that took that lock.
 
 /// What one direction may have under way in the kernel, in [`cost`]: sent on by the program and not yet taken by the
 /// other socket's TCP. Such bytes count nowhere in the kernel, so this is the bound of a slow reader (unbounded, a

@@ -1,8 +1,9 @@
-//! Names in certificates, and the patterns that a configuration states them with.
+//! Subject alternative names of certificates, SPIFFE IDs, and the patterns by which a configuration matches them.
 //!
-//! Enters: certificates, and patterns as typed. Leaves: the names a certificate carries, whether a
-//! pattern takes one, and the [`Identity`] of a peer. Invariant: a pattern takes names of its own kind
-//! only. It never checks a signature: whoever calls has verified the chain, or is about to.
+//! No signature is checked here: the caller has verified the chain, or is about to.
+//!
+//! # Invariants
+//! - A pattern matches only names of its own kind.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 

@@ -1,7 +1,7 @@
-//! Network namespaces that a program makes, and connects from.
+//! Network namespaces that a program creates, and connects from.
 //!
-//! Enters: where to. Leaves: how it went. Invariant: the first thing that is done in a new namespace, once its loopback is up,
-//! is connect(2).
+//! # Invariants
+//! - A new namespace's loopback is up before its first connection, and nothing else is set up in it.
 
 use std::{
     io::{self, Read as _, Write as _},

@@ -1,7 +1,8 @@
-//! A program that tries to get out of its capture, in every way that it knows, for a while.
+//! A program that tries to bypass its capture in every way that it knows, from several threads, for a given time. It
+//! prints for each way how often each outcome came.
 //!
-//! Enters: targets, a secret, groups in which it may make others, a device. Leaves: for each way, how often each outcome came.
-//! Invariant: each connection that comes about sends the secret; the ways are tried by several threads at once.
+//! # Invariants
+//! - Each connection that is established sends the secret, so that a bypass shows on the wire.
 
 use std::{
     collections::BTreeMap,

@@ -1,7 +1,7 @@
-//! Control groups that come and go around the application.
+//! Cgroups that are created and removed around the application, and how the connections go that it makes in them.
 //!
-//! Enters: where it may make groups. Leaves: how connections went that it made in them. Invariant: the first system call
-//! after it has joined a group is connect(2).
+//! # Invariants
+//! - The application connects immediately after it has joined a cgroup.
 
 use std::{
     collections::BTreeMap,

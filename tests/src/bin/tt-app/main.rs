@@ -1,7 +1,8 @@
-//! The application of the tests: it connects, and knows nothing of tunnels.
+//! The application of the tests: it connects by ordinary system calls, as any program would, and knows nothing of
+//! tunnels.
 //!
-//! Enters: a subcommand. Leaves: lines `KEY=VALUE` on standard output, and an exit status that is 0 only if
-//! everything went as the subcommand says. Invariant: it uses ordinary system calls, as any program would.
+//! Each subcommand prints lines `KEY=VALUE` on standard output. The exit status is 0 only if everything went as the
+//! subcommand says.
 
 mod beside;
 mod elsewhere;

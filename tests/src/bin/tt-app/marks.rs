@@ -1,7 +1,8 @@
-//! What a process does that has CAP_NET_RAW and no other capability, as in a container, and takes itself for the daemon.
+//! A process that has CAP_NET_RAW and no other capability, as in a container, and uses the daemon's mark: to connect,
+//! and to listen beside the daemon.
 //!
-//! Enters: a mark, addresses. Leaves: what the kernel said, and who has connected. Invariant: nothing is done before the
-//! other capabilities are gone.
+//! # Invariants
+//! - Nothing else is done before the other capabilities are dropped.
 
 use std::{
     io::{self, BufRead as _, Read as _},

@@ -1,7 +1,5 @@
-//! Many connections: one after the other, and at once.
-//!
-//! Enters: where to, how many. Leaves: how many there were, and how the others failed. Invariant: one that fails stops no
-//! other.
+//! Many connections, one after the other or at once: how many succeeded, and how the others failed. A failure does not
+//! stop the rest.
 
 use std::{
     collections::BTreeMap,

@@ -1,9 +1,9 @@
-//! What a program sees of its own sockets and of its host's network.
+//! What a program observes of its own sockets and of its host's network, one line for each behaviour. A line holds no
+//! time, no chosen port and nothing of a tunnel, so that direct and captured runs print the same. Lines that begin with
+//! [`ONLY`] exist in a captured run only.
 //!
-//! Enters: a family, two echoes, an address that is refused, one that is not captured, a device that leads to it. Leaves: a
-//! line for each behaviour, in which no time, no chosen port and nothing of a tunnel appears: what is printed directly is
-//! printed captured. Lines with [`ONLY`] in front are about what only a captured program has. Invariant: one row depends on
-//! no other.
+//! # Invariants
+//! - No row depends on another.
 
 use std::{
     fs,

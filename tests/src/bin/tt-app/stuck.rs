@@ -1,7 +1,5 @@
-//! What happens while one side does not read.
-//!
-//! Enters: where to, and whom to ping meanwhile. Leaves: how much was taken, and how fast the other was. Invariant: every step
-//! waits for a line.
+//! Connections on which one side does not read: how many bytes are accepted, and how fast another connection stays
+//! meanwhile. Every step waits for a line on standard input.
 
 use std::{
     io::{self, Read as _, Write as _},

@@ -1,6 +1,5 @@
-//! connect(2) by io_uring, without a library: one request, one answer (`linux/io_uring.h`).
-//!
-//! Enters: a socket, an address. Leaves: what the kernel answered. Invariant: a ring is made for each request, and gone with it.
+//! connect(2) by io_uring, without a library: one request, one completion (`linux/io_uring.h`). Each request has a ring
+//! of its own, which is removed with it.
 
 use std::{
     io,

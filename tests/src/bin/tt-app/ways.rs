@@ -1,7 +1,5 @@
-//! Ways to connect that an application may take, beside connect(2) on a blocking socket.
-//!
-//! Enters: where to. Leaves: a connection, or what the kernel said. Invariant: system calls as a program would make
-//! them.
+//! Ways to connect that an application may use besides connect(2) on a blocking socket, with the system calls that a
+//! program would make.
 
 use std::{
     io,

@@ -1,13 +1,13 @@
-//! One named behaviour on a connected socket, and what the program that shows it can observe.
-//!
-//! Enters: the name of a behaviour, which part of it to play, whether to listen or to connect. Leaves: lines `KEY=VALUE`
-//! in the order in which things were seen, and `done` when nothing is left to be seen. Invariant: what is printed does not
-//! depend on time: a part waits for what the other part says over a channel of its own, which nobody captures, and for
-//! what the kernel says of the socket; an amount that depends on buffers is told as "some". So two runs over the same
-//! kind of path print the same, and a difference between two kinds of path is a difference in behaviour.
+//! One named behaviour on a connected socket, and what the program that shows it can observe: lines `KEY=VALUE` in the
+//! order in which things were seen, and `done` when nothing is left to observe.
 //!
 //! The *subject* shows the behaviour, the *partner* is the other end. Either may be the one that connects. Before that
 //! they chat: so many exchanges, a rest, and as many again, for paths that treat flows by what they have done so far.
+//!
+//! # Invariants
+//! - The output does not depend on time: a part waits for the other part over a channel that nobody captures, and for
+//!   the kernel's events on the socket; an amount that depends on buffers is printed as "some". So two runs over the
+//!   same kind of path print the same, and a difference between two kinds of path is a difference in behaviour.
 
 mod ending;
 mod late;

@@ -1,7 +1,8 @@
-//! System calls on a connected socket, as a program in C makes them, with what came of each.
+//! System calls on a connected socket, as a C program makes them, with the result of each and errors by name.
 //!
-//! Enters: a descriptor. Leaves: the kernel's answer, an error by its name. Invariant: one call, one system call; nothing
-//! is retried, not even after a signal, because what a call answers is what is looked at.
+//! # Invariants
+//! - One call is one system call. Nothing is retried, not even after a signal, because the result of the call is what
+//!   is tested.
 
 use std::{
     io, mem,

@@ -1,11 +1,12 @@
-//! The client: what applications do.
-//!
-//! Enters: a server's base port, a [`Workload`], lines that say when to go on. Leaves: an [`Outcome`]. Invariant: an
-//! outcome is of a run in which every byte came that should, and none that should not; it is given before the
-//! connections are closed, and [`Session::end`] fails when they do not end well. Whatever does not get on for
-//! [`STALL`] is an error.
+//! The client of the load generator: it runs a [`Workload`] against a server's base port, and waits for a line before
+//! each step.
 //!
 //! Everything but a soak runs in one thread, so that a run's processor time is that of one client that does one thing.
+//!
+//! # Invariants
+//! - An outcome is of a run in which every expected byte arrived, and no other. It is given before the connections are
+//!   closed, and [`Session::end`] fails when they do not end well.
+//! - A run that makes no progress for [`STALL`] is an error.
 
 mod bulk;
 mod crowd;

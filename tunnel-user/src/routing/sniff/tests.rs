@@ -1,7 +1,5 @@
-//! What a client's first bytes say: by example, for any bytes, and over real sockets.
-//!
-//! Enters: bytes, whole and in pieces. Leaves: verdicts. Invariant: where rustls reads a name, so do we. It never
-//! waits for longer than a limit of its own.
+//! Tests of what a client's first bytes say: by example, on arbitrary bytes, and over real sockets. The reference is
+//! rustls: where it reads a server name, so does the parser.
 
 use std::{io, net::Shutdown, sync::Arc, time::Duration};
 

@@ -1,9 +1,10 @@
-//! The name that a TLS client asks for.
+//! The server name in a TLS client's ClientHello, parsed from the first bytes of a connection.
 //!
-//! Enters: the first bytes of a connection. Leaves: the name in its ClientHello. Invariant: every length is
-//! checked before it is believed, and a ClientHello is whole before anything is made of it. It never judges
-//! whether a server would take it: rustls's Acceptor, which does, refuses clients of TLS 1.2 that are nobody's
-//! business but their server's (without signature_algorithms, for one).
+//! Whether a server would accept the ClientHello is not judged. rustls's Acceptor judges it, and rejects TLS 1.2
+//! clients that only their server should reject (without signature_algorithms, for one).
+//!
+//! # Invariants
+//! - Every length is checked before it is used, and a ClientHello is complete before it is parsed.
 
 use std::borrow::Cow;
 

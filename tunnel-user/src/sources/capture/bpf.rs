@@ -1,9 +1,9 @@
-//! Loads, attaches and detaches the kernel programs of one capture.
+//! Loads, attaches and detaches the kernel programs of one capture, and holds typed handles on their maps. The programs
+//! make the decisions.
 //!
-//! Enters: a cgroup and what is to be captured in it. Leaves: attached programs, and typed handles on
-//! their maps. Invariant: the maps hold the rules before anything is attached, and a capture whose links
-//! are pinned is taken over without a moment in which nothing is attached. It never decides anything:
-//! the programs do.
+//! # Invariants
+//! - The maps hold the rules before anything is attached.
+//! - A capture with pinned links is taken over without an interval in which nothing is attached.
 
 mod attach;
 
