@@ -168,6 +168,7 @@ impl Receiver {
                 return Ok(None);
             }
             self.have = 0;
+            ensure!(self.head[1..4] == [0; 3], "a frame that begins with {:?}", self.head);
             let number = u32::from_le_bytes([self.head[4], self.head[5], self.head[6], self.head[7]]);
             match self.head[0] {
                 DATA => {
