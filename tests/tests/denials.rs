@@ -236,7 +236,8 @@ fn a_denial_that_a_reload_adds_or_removes_holds_for_the_next_connect() -> Result
         node.hold(&target)?;
     }
     let answers = daemon.answers();
-    let replaced = |answer: &String| answer.contains("reloaded configuration") && answer.contains("captures=1");
+    let replaced =
+        |answer: &String| answer.contains("reloaded configuration") && answer.contains("captures=1");
     assert!(answers.len() == 4 && answers.iter().all(replaced), "{answers:?}");
     // Routes that mean nothing to the kernel replace nothing there.
     let web = "[[route]]\nmatch = { destination = [\"10.200.0.0/24\"] }\nto = [{ upstream = \"gateway\" }]\n";

@@ -105,11 +105,16 @@ pub(super) enum AnyCapture {
     Redirect { name: Option<String>, listen: Vec<At<SocketAddr>> },
 }
 
-/// A capture and the place of its mode.
+/// A capture and the place of its group, or of its mode where the operator's rules decide.
 impl Section for At<AnyCapture> {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let capture = AnyCapture::read(r)?;
-        Some(r.at("mode", capture))
+        let key = match &capture {
+            AnyCapture::Ebpf(Capture { cgroup: CgroupRef::Path(_), .. }) => "cgroup",
+            AnyCapture::Ebpf(Capture { cgroup: CgroupRef::Unit(_), .. }) => "unit",
+            AnyCapture::Ebpf(_) | AnyCapture::Redirect { .. } => "mode",
+        };
+        Some(r.at(key, capture))
     }
 }
 

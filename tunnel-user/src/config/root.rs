@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use super::{
-    Config, Listener, Peers, Policy, Redirect,
+    Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect,
     capture::AnyCapture,
     reader::{At, Reader, Section},
     route::{RouteByName, resolve},
@@ -92,6 +92,15 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         if seen.insert(at.value.address, ()).is_some() {
             r.wrong_at(at, format!("another listener is at {} already", at.value.address));
         }
+    }
+    let mut groups = Vec::new();
+    for capture in captures {
+        let AnyCapture::Ebpf(Capture { cgroup, .. }) = &capture.value else { continue };
+        // Paths are compared by their components: /app/ and /app are one group.
+        if *cgroup != CgroupRef::Fresh && groups.contains(&cgroup) {
+            r.wrong_at(capture, format!("another capture is of \"{}\" already", cgroup.name()));
+        }
+        groups.push(cgroup);
     }
     for capture in captures {
         let AnyCapture::Redirect { listen, .. } = &capture.value else { continue };

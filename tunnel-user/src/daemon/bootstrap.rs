@@ -58,7 +58,9 @@ pub(super) fn require_same(now: &Config, next: &Config) -> Result<(), Failure> {
         return fixed(&format!("daemon.{key}"));
     }
     for capture in &next.captures {
-        let Some(before) = now.captures.iter().find(|c| c.cgroup == capture.cgroup) else { continue };
+        let Some(before) = now.captures.iter().find(|c| c.cgroup.name() == capture.cgroup.name()) else {
+            continue;
+        };
         if before.proxy != capture.proxy {
             return fixed("the proxy of a capture");
         }

@@ -120,7 +120,6 @@ impl Running {
     ) -> Result<Prepared, Failure> {
         let mut changed = Changed::default();
         let path = path(&config)?;
-        let lock = lock_if_pinned(&config, self.config.captures.iter().chain(&config.captures))?;
         let identities = self.identities.next(&config, gate)?;
         let same_identity = |name: &IdentityName| self.identities.is_same(&identities, name);
 
@@ -147,10 +146,13 @@ impl Running {
         };
         let (kept, retuned) = opener.finish();
 
+        // Only from here on: what may block above, or fail more often, keeps no other daemon of this node waiting, and leaves
+        // no file system mounted. Dropped after what is loaded.
+        let lock = lock_if_pinned(&config, self.config.captures.iter().chain(&config.captures))?;
         let (mut captures, mut programs) = (Loaded::default(), Vec::new());
         for wanted in &config.captures {
             let group = wanted.cgroup.name();
-            let Some(active) = self.captures.iter().find(|a| a.wanted.cgroup == wanted.cgroup) else {
+            let Some(active) = self.captures.iter().find(|a| a.wanted.cgroup.name() == group) else {
                 gate(&Step::LoadCapture(group))?;
                 captures.0.extend(captures::load(wanted, &config, fresh, &self.process)?.keep());
                 continue;
@@ -233,7 +235,7 @@ impl Running {
     ) -> Result<(), Failure> {
         for (group, next) in programs {
             let Some(active) = self.captures.iter_mut().find(|a| a.wanted.cgroup.name() == group) else {
-                continue;
+                return Err(other(&format!("new rules for {group}, which is not captured")));
             };
             gate(&Step::ReplaceRules(group.clone()))?;
             replaced.push((group, active.replace(next)?));
@@ -252,7 +254,7 @@ impl Running {
         self.captures.iter().chain(&new).for_each(|capture| capture.programs.capture.settle());
         listen::set_inherited_options(&kept, &retuned);
         for mut capture in mem::take(&mut self.captures) {
-            match config.captures.iter().find(|wanted| wanted.cgroup == capture.wanted.cgroup) {
+            match config.captures.iter().find(|wanted| wanted.cgroup.name() == capture.wanted.cgroup.name()) {
                 Some(wanted) => {
                     capture.wanted = wanted.clone();
                     self.captures.push(capture);

@@ -69,9 +69,15 @@ impl Workers {
     /// Waits until the latest state is in force at every worker.
     pub(super) async fn in_force(&mut self) {
         let latest = self.version();
-        for thread in &mut self.threads {
-            // One that has ended has nothing in force; why, is said when it is joined.
-            let _ended = thread.in_force.wait_for(|version| *version >= latest).await;
+        for (index, thread) in self.threads.iter_mut().enumerate() {
+            if thread.in_force.wait_for(|version| *version >= latest).await.is_ok() {
+                continue;
+            }
+            // The reason is logged when it is joined. Nobody accepts from its sockets: clients are refused, and do not wait.
+            tracing::error!(worker = index, "a worker has ended: its listening sockets are closed");
+            for source in self.states.borrow().iter().flat_map(|state| &state.sources) {
+                source.sockets.close(index);
+            }
         }
     }
 

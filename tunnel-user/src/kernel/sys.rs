@@ -379,11 +379,12 @@ pub fn is_nonblocking(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(rustix::fs::fcntl_getfl(fd)?.contains(rustix::fs::OFlags::NONBLOCK))
 }
 
-/// The network namespace of a socket (`SIOCGSKNS`, netdevice(7)).
+/// The network namespace of a socket (`SIOCGSKNS`, netdevice(7)); `ENOTSOCK` of anything else.
 pub fn netns_of(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const SIOCGSKNS: libc::Ioctl = 0x894c;
-    // SAFETY: on a socket it takes no argument, and makes a descriptor or fails; whatever else the descriptor is, the kernel is
-    // handed no pointer.
+    // To a driver the number may mean anything.
+    rustix::net::sockopt::socket_type(socket)?;
+    // SAFETY: on a socket, which it is, it takes no argument, and makes a descriptor or fails.
     let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
     if fd < 0 {
         return Err(io::Error::last_os_error());

@@ -107,6 +107,11 @@ impl Sockets {
         Arc::new(Self(per_worker.into_iter().map(Mutex::new).collect()))
     }
 
+    /// Closes those of a worker that has not taken them and will not.
+    pub fn close(&self, worker: usize) {
+        drop(self.take(worker));
+    }
+
     /// Those of one worker, for the first who asks.
     fn take(&self, worker: usize) -> Vec<Listening> {
         let own = self.0.get(worker).map(|own| own.lock().unwrap_or_else(PoisonError::into_inner));

@@ -14,7 +14,6 @@ use tokio::{
 
 use super::{CaptureSocket, ConnectSocket, Listening, STOP_PATIENCE, Sockets, Source, State};
 use crate::{
-    model::names::SourceName,
     process::drain::{self, Phase, Tasks, Trigger},
     proxy::{Proxy, Setup},
     sinks::upstream::{Upstream, Upstreams},
@@ -60,8 +59,8 @@ impl Worker {
 /// Everything that is accepted from.
 #[derive(Default)]
 pub(super) struct Sources {
-    /// A capture has one entry for each network namespace.
-    open: HashMap<(SourceName, Option<u64>), Open>,
+    /// By their sockets, which each holds: the same source with other sockets is another one.
+    open: HashMap<*const Sockets, Open>,
     /// What was retired, until it has ended.
     retired: Tasks,
 }
@@ -70,22 +69,19 @@ impl Sources {
     /// Accepts from these and from no others.
     fn reconcile(&mut self, wanted: &[Source], worker: &Worker, flows: &Rc<Tasks>) {
         let mut before = mem::take(&mut self.open);
-        let mut ended = Vec::new();
         for source in wanted {
-            let key = (source.name.clone(), source.netns);
+            let key = Arc::as_ptr(&source.sockets);
             let open = match before.remove(&key) {
-                Some(open) if Arc::ptr_eq(&open.sockets, &source.sockets) => {
+                Some(open) => {
                     open.handle.rename(source.called.clone());
                     open
                 }
-                replaced => {
-                    ended.extend(replaced);
-                    Open::new(source, worker, flows)
-                }
+                None => Open::new(source, worker, flows),
             };
             self.open.insert(key, open);
         }
-        for source in ended.into_iter().chain(before.into_values()) {
+        // What takes their place is accepted from already.
+        for source in before.into_values() {
             self.retired.spawn(source.end());
         }
     }
@@ -102,7 +98,8 @@ impl Sources {
 
 /// A source that is accepted from.
 struct Open {
-    sockets: Arc<Sockets>,
+    /// Held, so that their address is nobody else's.
+    _sockets: Arc<Sockets>,
     /// Dropped, it tells the source that nothing more is taken.
     trigger: Trigger,
     handle: Rc<SourceHandle>,
@@ -119,7 +116,7 @@ impl Open {
         let (trigger, watch) = drain::channel();
         let handle = Rc::new(SourceHandle::new(source.called.clone(), dial_timeout, watch));
         let open =
-            Self { sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
+            Self { _sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
         for listening in listening {
             if let Err(error) = open.accept(listening, &worker.proxy, flows) {
                 tracing::error!(source = %source.name, %error, "failed to accept from a listener");
