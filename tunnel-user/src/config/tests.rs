@@ -323,6 +323,25 @@ fn rules_take_an_address_and_nothing_else() {
     assert!(parse(&with("mode = \"ebpf\"", "unit = \"legacy.service\"")).is_ok(), "the default may be said");
 }
 
+/// Two captures of one group would be pinned in one place, and rules of which nobody could say the order.
+#[test]
+fn a_group_is_captured_once_however_its_path_is_spelled() {
+    let twice = |first: &str, second: &str| {
+        mistakes(&format!(
+            "[[route]]\nto = \"direct\"\n[[capture]]\n{first}\n[[capture]]\nname = \"b\"\n{second}\n"
+        ))
+    };
+    assert_eq!(
+        twice("unit = \"legacy.service\"", "unit = \"legacy.service\""),
+        ["7:8: capture.unit: another capture is of \"legacy.service\" already"]
+    );
+    assert_eq!(
+        twice("cgroup = \"/sys/fs/cgroup/app\"", "cgroup = \"/sys/fs/cgroup/./app/\""),
+        ["7:10: capture.cgroup: another capture is of \"/sys/fs/cgroup/./app/\" already"]
+    );
+    assert!(twice("unit = \"a.service\"", "unit = \"b.service\"").is_empty());
+}
+
 #[test]
 fn exec_takes_no_capture_by_rules_from_a_file() {
     let dir = tempfile::tempdir().unwrap();

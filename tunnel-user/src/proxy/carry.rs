@@ -70,7 +70,7 @@ async fn establish<P: PendingRequest>(
     let (record, admitted) = match target {
         Ok(target) => (client.record(&target), permit.map(|permit| (permit, target))),
         Err(Malformed { authority, error }) => {
-            let mut record = Record::new(&Target::Name(String::new(), 0), client.addr());
+            let mut record = client.record(&Target::Name(String::new(), 0));
             record.destination = Destination::Unparsed(authority);
             (record, permit.and(Err(error.into())))
         }
@@ -78,7 +78,11 @@ async fn establish<P: PendingRequest>(
     let (permit, target) = match admitted {
         Ok(admitted) => admitted,
         Err(refusal) => {
-            proxy.refused(&refusal, record, client.identity(), started);
+            let record = proxy.refused(&refusal, record, client.identity(), started);
+            // An application may try as often as it likes: at the limit it would take the place of records of flows.
+            if !(client.is_application() && matches!(refusal, Refusal::Limit(_))) {
+                proxy.records.push(record);
+            }
             request.refuse(&refusal).await;
             return None;
         }
@@ -202,7 +206,7 @@ impl Proxy {
     ) -> Option<T> {
         let Progress { record, started, permit } = progress;
         drop(permit);
-        self.refused(refusal, record, identity, started);
+        self.records.push(self.refused(refusal, record, identity, started));
         request.refuse(refusal).await;
         None
     }

@@ -120,6 +120,11 @@ impl Client {
         }
     }
 
+    /// Whether it is an application on this node.
+    pub(super) const fn is_application(&self) -> bool {
+        matches!(self, Self::Application { .. })
+    }
+
     /// A record of a flow that got nowhere, to be filled in.
     pub(super) fn record(&self, target: &Target) -> Record {
         let mut record = Record::new(target, self.addr());

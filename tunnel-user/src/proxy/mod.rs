@@ -274,7 +274,14 @@ impl Proxy {
         self.records.push(record);
     }
 
-    fn refused(&self, refusal: &Refusal, mut record: Record, identity: Option<&Identity>, started: Instant) {
+    /// Counts and logs a flow that is refused; its record, to be kept or not.
+    fn refused(
+        &self,
+        refusal: &Refusal,
+        mut record: Record,
+        identity: Option<&Identity>,
+        started: Instant,
+    ) -> Record {
         let counter = match refusal {
             Refusal::Request(_) => &self.counters.bad_requests,
             Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => {
@@ -302,7 +309,7 @@ impl Proxy {
                 "flow refused"
             );
         }
-        self.records.push(record);
+        record
     }
 
     /// Books what happened at a source and is no flow.

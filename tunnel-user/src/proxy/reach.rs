@@ -70,7 +70,7 @@ impl Proxy {
         let target = flow.target;
         match decision {
             Decision::Upstream { route, upstream, shares, terms } => {
-                record.route = Some(route);
+                record.route.get_or_insert(route);
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
@@ -101,7 +101,7 @@ impl Proxy {
                 }
             }
             Decision::Dial { route, instead, terms } => {
-                record.route = Some(route);
+                record.route.get_or_insert(route);
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
                 let first = match ahead {
                     _ if terms.proxy_protocol.is_some() => FirstSpeaker::Local,

@@ -234,6 +234,11 @@ pub(super) fn step<C: Leg, T: Leg>(
         (State::Refused { why: Some(why), .. }, State::Refused { why: None, .. }) => {
             Ended::Reset(Side::Client, why)
         }
+        // That a side wants no more is no reset: the other side's is.
+        (
+            State::Refused { why: Some(Broken::Done), .. },
+            State::Refused { why: Some(why @ Broken::Reset(_)), .. },
+        ) => Ended::Reset(Side::Client, why),
         (State::Refused { why: Some(why), .. }, State::Open | State::Refused { .. }) => {
             Ended::Reset(Side::Target, why)
         }

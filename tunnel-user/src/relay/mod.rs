@@ -265,8 +265,10 @@ impl Outcome {
     /// Which of the ends it is.
     pub fn reason(&self) -> EndReason {
         let (side, cause) = match self {
-            Self::Closed | Self::Reset(_, Broken::Done) => return EndReason::Closed,
+            Self::Closed => return EndReason::Closed,
             Self::Ended(reason) => return *reason,
+            Self::Reset(Side::Client, Broken::Done) => return EndReason::ClientReset,
+            Self::Reset(Side::Target, Broken::Done) => return EndReason::TargetReset,
             Self::Reset(side, Broken::Reset(cause)) => (side, cause),
         };
         match (side, cause) {

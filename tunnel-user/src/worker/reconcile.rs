@@ -73,7 +73,9 @@ impl Sources {
             let key = Arc::as_ptr(&source.sockets);
             let open = match before.remove(&key) {
                 Some(open) => {
-                    open.handle.rename(source.called.clone());
+                    if open.handle.name() != source.called {
+                        open.handle.rename(own_copy(source));
+                    }
                     open
                 }
                 None => Open::new(source, worker, flows),
@@ -114,7 +116,7 @@ impl Open {
             Listening::Captured(_) => None,
         });
         let (trigger, watch) = drain::channel();
-        let handle = Rc::new(SourceHandle::new(source.called.clone(), dial_timeout, watch));
+        let handle = Rc::new(SourceHandle::new(own_copy(source), dial_timeout, watch));
         let open =
             Self { _sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
         for listening in listening {
@@ -145,6 +147,11 @@ impl Open {
         self.trigger.enter(Phase::Drain);
         let _late = timeout(STOP_PATIENCE, self.accepting.ended()).await;
     }
+}
+
+/// What routes call a source, for this worker alone: every flow counts a use of it, and cores share no count.
+fn own_copy(source: &Source) -> Option<Arc<str>> {
+    source.called.as_deref().map(Arc::from)
 }
 
 /// Holds an upstream that is no longer configured until nobody uses it, and closes its connections as their streams

@@ -209,6 +209,11 @@ impl Connector {
         self.pool.checkout(&self.key(site)).await
     }
 
+    /// Whether a connection can be made there, as for an ejected endpoint; it stays in the pool, if there is one.
+    pub async fn probe(&self, site: &Site) -> Result<(), ConnectError> {
+        self.pool.probe(&self.key(site)).await
+    }
+
     /// Whether TCP connects there: from here, or from the far end of the upstream that it goes through.
     pub async fn reach(&self, site: &Site, allowed: Duration) -> Result<(), CheckError> {
         if let Some(via) = &self.via {

@@ -136,9 +136,9 @@ async fn probe(health: Weak<Inner>, endpoint: Weak<Endpoint>, first: Duration, m
     loop {
         sleep(wait).await;
         let (Some(health), Some(endpoint)) = (health.upgrade(), endpoint.upgrade()) else { return };
-        match health.connector.checkout(&endpoint.site).await {
+        match health.connector.probe(&endpoint.site).await {
             // At a limit of ours there is nothing to try it with: a flow will.
-            Ok(_) | Err(ConnectError::Limit { .. } | ConnectError::Overflow { .. }) => {
+            Ok(()) | Err(ConnectError::Limit { .. } | ConnectError::Overflow { .. }) => {
                 health.endpoints.readmit(&endpoint);
                 tracing::info!(upstream = health.upstream, endpoint = %endpoint.site.at, "readmitted");
                 return;

@@ -260,6 +260,14 @@ impl<D: Connect> Pool<D> {
         }
     }
 
+    /// Whether a connection can be made there. One that carries one stream is made beside those of flows, and not counted.
+    pub async fn probe(&self, key: &Key) -> Result<(), ConnectError> {
+        if self.0.dialer.is_shared() {
+            return self.checkout(key).await.map(drop);
+        }
+        self.0.dialer.connect(key).await.map(drop)
+    }
+
     /// Whether what there is to an endpoint has not answered for a while, and may be lost.
     pub fn is_overdue(&self, key: &Key) -> bool {
         let slot = self.0.slots.borrow().get(key).cloned();
