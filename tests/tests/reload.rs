@@ -232,6 +232,29 @@ fn what_is_included_or_excluded_changes_for_new_connections() -> Result<()> {
     Ok(())
 }
 
+/// A reload that spells the path of a captured cgroup in another way leaves it captured, and nothing in plaintext.
+#[test]
+fn a_group_whose_path_is_spelled_otherwise_stays_captured() -> Result<()> {
+    let world = World::new()?;
+    let gateway = world.gateway().allow("10.77.0.0/30").start()?;
+    let target = world.serve(NET4, target::echo())?;
+    let node = Node::new(&world)?;
+    let path = node.cgroup.path().display().to_string();
+    let config = node.config(&gateway, "", "on_failure = \"open\"");
+    let mut daemon = node.daemon(&config)?;
+    node.hold(&target)?;
+    for spelled in [format!("{path}/"), path.replacen("/sys/", "/sys/./", 1), path.clone()] {
+        daemon.tell(&config.replace(&format!("\"{path}\""), &format!("\"{spelled}\"")))?;
+        for _ in 0..3 {
+            node.hold(&target)?;
+        }
+    }
+    assert_eq!(target.peers().len(), 10);
+    assert!(target.peers().iter().all(|peer| peer.ip() == NET4), "{:?}", target.peers());
+    daemon.process().stop()?;
+    Ok(())
+}
+
 /// A reload attaches a new capture and detaches a removed one.
 #[test]
 fn a_group_is_captured_from_now_on_and_another_is_let_go() -> Result<()> {
