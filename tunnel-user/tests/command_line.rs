@@ -85,5 +85,5 @@ fn a_made_identity_passes_the_check_of_a_configuration() {
 
     let (status, _, err) = said(&tunnel(&["pki", "init", &path("")]));
     assert_eq!(status, Some(64));
-    assert!(err.contains("ca.pem exists already; --force replaces it"), "{err}");
+    assert!(err.contains("ca.pem already exists; --force replaces it"), "{err}");
 }

@@ -63,16 +63,16 @@ impl Handshake for H1Handshake {
 /// A byte stream on which nothing was asked yet, of whatever kind.
 trait Unasked {
     /// Asks, and waits for the answer. After a 2xx, the byte stream is the tunnel; and its first bytes.
-    fn send(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Answer>>>;
+    fn send(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Sent>>>;
 }
 
-type Answer = Result<(StreamLeg, Bytes), Closed>;
+type Sent = Result<(StreamLeg, Bytes), Closed>;
 
 impl<W: IntoLeg> Unasked for W
 where
     StreamLeg: From<W::Leg>,
 {
-    fn send(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Answer>>> {
+    fn send(self: Box<Self>, request: Vec<u8>) -> Pin<Box<dyn Future<Output = Sent>>> {
         let mut wire = self;
         Box::pin(async move {
             let first = ask_on(&mut *wire, &request).await?;
