@@ -327,9 +327,7 @@ fn rules_take_an_address_and_nothing_else() {
 #[test]
 fn a_group_is_captured_once_however_its_path_is_spelled() {
     let twice = |first: &str, second: &str| {
-        mistakes(&format!(
-            "[[route]]\nto = \"direct\"\n[[capture]]\n{first}\n[[capture]]\nname = \"b\"\n{second}\n"
-        ))
+        format!("[[route]]\nto = \"direct\"\n[[capture]]\n{first}\n[[capture]]\nname = \"b\"\n{second}\n")
     };
     assert_eq!(
         mistakes(&twice("unit = \"legacy.service\"", "unit = \"legacy.service\"")),
