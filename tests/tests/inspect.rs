@@ -349,7 +349,7 @@ fn what_a_client_sends_between_its_look_and_its_target_is_taken_and_its_reset_is
         let (response, mut stuck) = requests.send_request(connect_request("10.200.0.10:80")?, false)?;
         ensure!(response.await?.status() == 200);
         stuck.send_data("GET / HTTP/1.1\r\nHost: hole.internal\r\n\r\n".into(), false)?;
-        logged(gateway, "inside=Host(HostName(\"hole.internal\"))").await?;
+        logged(gateway, "found=Host(HostName(\"hole.internal\"))").await?;
         for _ in 0..FRAMES {
             stuck.send_data(Bytes::from_static(b"x"), false)?;
             tokio::task::yield_now().await;
