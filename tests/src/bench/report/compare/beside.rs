@@ -3,11 +3,11 @@
 //! Two reports of one machine differ by what the machine did in between, which is often more than what is looked for.
 //! Here each run has a twin of the other build in the same round, seconds away, and a figure is the ratio of the two.
 
-use super::{Basis, Change, Comparison, DEVIATES, FEWEST, FLOOR, SIGMAS, Verdict, deviate, standard_error};
+use super::{Basis, Change, Comparison, FLOOR, SIGMAS, Verdict, standard_error};
 use crate::bench::{
     model::{Arm, Report, Scenario, Task},
     plan::OTHER,
-    stats::{Better, Metric, Summary},
+    stats::{Metric, Summary},
 };
 
 /// Compares every arm with the arm of the other build.
@@ -40,15 +40,7 @@ fn change(scenario: &Scenario, other: &str, arm: &Arm, task: &Task, metric: Metr
     let noise = (SIGMAS * standard_error(&ratio)).max(FLOOR);
     let inverses: Vec<f64> = ratios.iter().map(|ratio| 1.0 / ratio).collect();
     let significance = moved.abs() / noise;
-    let verdict = if ratio.n < FEWEST {
-        Verdict::TooFew
-    } else if significance <= 1.0 || deviate(&ratios, &inverses) <= DEVIATES {
-        Verdict::Inside
-    } else if (moved > 0.0) == (metric.better() == Better::Higher) {
-        Verdict::Better
-    } else {
-        Verdict::Worse
-    };
+    let verdict = Verdict::of(metric, moved, significance, [&ratios, &inverses]);
     Some(Change {
         scenario: scenario.name.clone(),
         arm: arm.name.clone(),

@@ -163,15 +163,7 @@ fn change(then: &Scenario, now: &Scenario, arm: &Arm, task: &Task, metric: Metri
     let noise = (SIGMAS * standard_error(&old).hypot(standard_error(&new))).max(FLOOR * old.median.abs());
     let share = |of: f64| (old.median != 0.0).then(|| of / old.median.abs());
     let significance = if moved == 0.0 { 0.0 } else { moved.abs() / noise };
-    let verdict = if old.n < FEWEST || new.n < FEWEST {
-        Verdict::TooFew
-    } else if significance <= 1.0 || deviate(&before, &after) <= DEVIATES {
-        Verdict::Inside
-    } else if (moved > 0.0) == (metric.better() == Better::Higher) {
-        Verdict::Better
-    } else {
-        Verdict::Worse
-    };
+    let verdict = Verdict::of(metric, moved, significance, [&before, &after]);
     Some(Change {
         scenario: then.name.clone(),
         arm: arm.name.clone(),
@@ -225,6 +217,19 @@ impl Comparison {
 }
 
 impl Verdict {
+    /// What to make of medians that are `moved` apart, `significance` times the noise, of these two samples.
+    fn of(metric: Metric, moved: f64, significance: f64, samples: [&[f64]; 2]) -> Self {
+        if samples.iter().any(|sample| sample.len() < FEWEST) {
+            Self::TooFew
+        } else if significance <= 1.0 || deviate(samples[0], samples[1]) <= DEVIATES {
+            Self::Inside
+        } else if (moved > 0.0) == (metric.better() == Better::Higher) {
+            Self::Better
+        } else {
+            Self::Worse
+        }
+    }
+
     /// What a reader wants to see first.
     fn rank(self) -> u8 {
         match self {
