@@ -304,3 +304,13 @@ fn each_side_may_end_first_and_the_other_goes_on() {
         assert_eq!(end_of_flow(flow.relayed).await, (EndReason::Closed, 0, 0), "{way:?}");
     });
 }
+
+/// That a side wanted no more is its end; where the flow was reset all the same, it is booked as reset by that side.
+#[test]
+fn a_reset_is_booked_as_one_whatever_its_side_had_said_before() {
+    use crate::model::end::EndReason;
+
+    assert_eq!(Outcome::Closed.reason(), EndReason::Closed);
+    assert_eq!(Outcome::Reset(Side::Client, Broken::Done).reason(), EndReason::ClientReset);
+    assert_eq!(Outcome::Reset(Side::Target, Broken::Done).reason(), EndReason::TargetReset);
+}
