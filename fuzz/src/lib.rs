@@ -8,8 +8,10 @@ mod records;
 use std::path::Path;
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use rustls_pki_types::CertificateDer;
 use tunnel::{
     config::{CheckFiles, Config},
+    identity::{peer, sds, verify, workload_api},
     model::flow::Target,
     proxy::Refusal,
     routing::{
@@ -31,13 +33,16 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 6] = [
+pub const ALL: [(&str, Check); 9] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("sniff", sniff),
     ("proxy_header", proxy_header),
     ("config", config),
     ("records", records),
+    ("certificate", certificate),
+    ("svid", svid),
+    ("sds", sds),
 ];
 
 /// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
@@ -140,6 +145,41 @@ pub fn proxy_header(input: &[u8]) {
 /// A TLS record session: what its peer seals, what happens to that on the way, and what is written and read meanwhile.
 pub fn records(input: &[u8]) {
     records::run(input);
+}
+
+/// A peer's certificates, the leaf first, each behind its length in two bytes: what is read of them, before and beside webpki.
+pub fn certificate(input: &[u8]) {
+    let mut rest = input;
+    let mut chain = Vec::new();
+    while let Some((length, behind)) = rest.split_first_chunk::<2>() {
+        let length = usize::from(u16::from_be_bytes(*length)).min(behind.len());
+        chain.push(CertificateDer::from(behind[..length].to_vec()));
+        rest = &behind[length..];
+    }
+    let names = chain.first().map(peer::names_of).unwrap_or_default();
+    let identity = peer::peer_identity(&chain);
+    assert!(
+        identity.is_none_or(|id| names.iter().any(|name| name.to_string() == *id.0)),
+        "an identity is one of the names"
+    );
+    let claims = verify::claims(&chain);
+    assert!(claims.is_ok() || !chain.is_empty(), "nobody claims nothing");
+}
+
+/// An answer of a Workload API.
+pub fn svid(input: &[u8]) {
+    if let Ok(material) = workload_api::read_answer(input) {
+        assert!(material.bundles.general.is_none(), "roots are of a trust domain");
+        assert!(!material.bundles.domains.is_empty() && !material.certificate.cert.is_empty());
+        assert!(material.bundles.domains.values().all(|bundle| !bundle.is_empty()));
+    }
+}
+
+/// An answer of an SDS server.
+pub fn sds(input: &[u8]) {
+    if let Err(why) = sds::read_answer(input) {
+        assert!(!why.is_empty() && !why.contains('\0'), "it is logged");
+    }
 }
 
 /// A configuration file.

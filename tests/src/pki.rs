@@ -43,6 +43,11 @@ impl Pki {
         Ok(Self { folder: folder.to_owned() })
     }
 
+    /// The one whose CA has signed these.
+    pub fn of(credentials: &Credentials) -> Self {
+        Self { folder: credentials.cert.parent().unwrap_or(Path::new("")).to_owned() }
+    }
+
     /// The CA's certificate.
     pub fn ca(&self) -> PathBuf {
         self.folder.join("ca.pem")
@@ -67,6 +72,10 @@ impl Pki {
         params.subject_alt_names = vec![SanType::URI(id.try_into()?)];
         params.not_before = (end - 48 * HOUR).into();
         params.not_after = end.into();
+        self.sign(name, &params)
+    }
+
+    fn sign(&self, name: &str, params: &CertificateParams) -> Result<Credentials> {
         let ca_key = KeyPair::from_pem(&fs::read_to_string(self.folder.join("ca-key.pem"))?)?;
         let issuer = Issuer::from_ca_cert_pem(&fs::read_to_string(self.ca())?, ca_key)?;
         let key = KeyPair::generate()?;
@@ -74,6 +83,16 @@ impl Pki {
         fs::write(&made.cert, params.signed_by(&key, &issuer)?.pem())?;
         fs::write(&made.key, key.serialize_pem())?;
         Ok(made)
+    }
+
+    /// A certificate that this CA signed for several URI names.
+    pub fn issue_with_names(&self, name: &str, ids: &[&str]) -> Result<Credentials> {
+        let mut params = CertificateParams::default();
+        let uri = |id: &&str| Ok(SanType::URI((*id).try_into()?));
+        params.subject_alt_names = ids.iter().map(uri).collect::<Result<_>>()?;
+        params.not_before = (SystemTime::now() - HOUR).into();
+        params.not_after = (SystemTime::now() + HOUR).into();
+        self.sign(name, &params)
     }
 
     /// A certificate of a CA below this one which has these name constraints, as openssl's x509v3_config writes them.

@@ -118,6 +118,7 @@ impl Capture {
             on_failure: OnFailure::Closed,
             proxy: None,
             bypass: Bypass::Off,
+            identity: None,
         }
     }
 }
@@ -139,7 +140,7 @@ impl Config {
                 drain_timeout: DRAIN_EXEC,
                 ..Daemon::default()
             },
-            identities: [(IdentityName::default(), o.identity)].into(),
+            identities: [(IdentityName::default(), o.identity.into())].into(),
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
             listeners: Vec::new(),
@@ -161,7 +162,7 @@ impl Config {
                 bootstrap: Bootstrap { workers: o.workers, ..Bootstrap::default() },
                 ..Daemon::default()
             },
-            identities: [(IdentityName::default(), o.identity)].into(),
+            identities: [(IdentityName::default(), o.identity.into())].into(),
             captures: Vec::new(),
             redirects: Vec::new(),
             listeners: o.listen.iter().copied().map(listener).collect(),

@@ -55,6 +55,10 @@ section! {
         keepalive_timeout: default Duration = KEEPALIVE_TIMEOUT,
     }
     check |r| {
+        let identity = r.optional(
+            "identity",
+            "Name of the identity that clients are shown, and whose CA certificates they are verified with. Default: the only identity, or the one named \"default\".",
+        ).unwrap_or(identity);
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
@@ -62,7 +66,7 @@ section! {
             r.wrong("protocols", "says the same twice");
         }
         if !tls {
-            for key in ["client_auth", "verify"] {
+            for key in ["client_auth", "verify", "identity"] {
                 if r.has(key) {
                     r.wrong(key, "has no meaning with tls = false: clients show certificates in TLS only");
                 }

@@ -14,6 +14,7 @@ use super::{
     refusal::Refusal,
 };
 use crate::{
+    identity::standing::EndOfStanding,
     model::{
         end::EndReason,
         flow::{ClientAddr, Head, Identity, Target},
@@ -87,10 +88,11 @@ async fn establish<P: PendingRequest>(
             return None;
         }
     };
-    let progress = Progress { record, started, permit };
-    let (context, name) = (client.context(&proxy), client.source().name());
+    let progress = Progress { record, started, permit, end: client.end_of_flows() };
+    let (context, name, identity) =
+        (client.context(&proxy), client.source().name(), client.source().identity());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
-    let wanted = match client.request(&context, name.as_deref(), &target, head) {
+    let wanted = match client.request(&context, name.as_deref(), identity.as_ref(), &target, head) {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
     };
@@ -106,6 +108,8 @@ struct Progress {
     record: Record,
     started: Instant,
     permit: Permit,
+    /// When it is to end because its client's connection has lost its standing.
+    end: Option<EndOfStanding>,
 }
 
 impl Proxy {
@@ -166,9 +170,11 @@ impl Proxy {
                     if !behind.is_empty() {
                         early.sent = behind;
                     }
-                    let Progress { record, started, permit } = progress;
+                    let Progress { record, started, permit, end } = progress;
+                    let mut sink = sink;
+                    let ends = end.into_iter().chain(sink.end_of_flow()).collect();
                     let live = self.flows.open(record, started);
-                    Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
+                    Some((leg, Box::new(EstablishedFlow { sink, early, live, ends, permit })))
                 }
                 None => self.left(progress),
             },
@@ -204,7 +210,7 @@ impl Proxy {
         identity: Option<&Identity>,
         progress: Progress,
     ) -> Option<T> {
-        let Progress { record, started, permit } = progress;
+        let Progress { record, started, permit, .. } = progress;
         drop(permit);
         self.records.push(self.refused(refusal, record, identity, started));
         request.refuse(refusal).await;

@@ -430,7 +430,7 @@ impl Rotation {
 
     fn shake(&self) -> (String, Option<HandshakeKind>) {
         let s = Shaken::new(
-            self.store.client_config(&servers(&[SERVER]), Protocol::H2),
+            self.store.client_config(&servers(&[SERVER]), Protocol::H2).unwrap(),
             self.peer.server_config(&clients(&[]), &[Protocol::H2]),
             "10.9.0.1",
         );

@@ -19,7 +19,10 @@ use http::{
 
 use crate::{
     config::Terms,
-    model::flow::{ClientAddr, Head, Target},
+    model::{
+        flow::{ClientAddr, Head, Target},
+        names::IdentityName,
+    },
 };
 
 /// `traceparent`, W3C Trace Context section 3.2.
@@ -36,6 +39,8 @@ pub struct Ask<'a> {
     pub target: &'a Target,
     /// Who opened it; nobody in particular where it is to carry a connection that many flows share.
     pub client: Option<ClientAddr>,
+    /// Who we are to be for it, where its capture says so.
+    pub identity: Option<&'a IdentityName>,
     /// The request that it came with, in a chain.
     pub received: Option<Head<'a>>,
     /// What is asked for in its place, because the route says so.
@@ -279,8 +284,15 @@ mod tests {
         let received = Some(Head { version: Version::HTTP_2, headers: received });
         let terms = Terms { headers, ..Terms::default() };
         let client = Some(client("192.0.2.9:1"));
-        let ask =
-            Ask { target: &target, instead: None, client, received, pseudonym: PSEUDONYM, terms: &terms };
+        let ask = Ask {
+            target: &target,
+            instead: None,
+            client,
+            identity: None,
+            received,
+            pseudonym: PSEUDONYM,
+            terms: &terms,
+        };
         request(ask, configured).headers().clone()
     }
 
@@ -294,6 +306,7 @@ mod tests {
         let (target, terms) = ("10.0.0.1:80".parse().unwrap(), Terms::default());
         let client = Some(client("[2001:db8::7]:40000"));
         let ask = Ask {
+            identity: None,
             target: &target,
             instead: None,
             client,
@@ -316,6 +329,7 @@ mod tests {
     fn a_request_for_a_connection_of_many_names_no_client() {
         let (target, terms) = ("gw.internal:15008".parse().unwrap(), Terms::default());
         let ask = Ask {
+            identity: None,
             target: &target,
             instead: None,
             client: None,
@@ -455,8 +469,15 @@ mod tests {
             let target = text.parse().unwrap();
             for (instead, wanted) in [(None, text), (Some(&other), "other.internal:81")] {
                 let received = None;
-                let ask =
-                    Ask { target: &target, instead, client, received, pseudonym: PSEUDONYM, terms: &terms };
+                let ask = Ask {
+                    target: &target,
+                    instead,
+                    client,
+                    identity: None,
+                    received,
+                    pseudonym: PSEUDONYM,
+                    terms: &terms,
+                };
                 assert_eq!(request(ask, &[]).uri().authority().unwrap(), wanted);
             }
         }

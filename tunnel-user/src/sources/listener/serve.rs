@@ -17,6 +17,7 @@ use super::{
     handshakes::{Handshakes, Place},
 };
 use crate::{
+    identity::standing::Standing,
     model::flow::PeerAddr,
     process::drain::{Tasks, Watch},
     relay::IntoLeg,
@@ -81,11 +82,13 @@ async fn serve_connection<H: FlowHandler>(
         Err(error) => return handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error }),
     };
     drop(place);
-    let addr = PeerAddr(peer.client.0);
+    let (addr, standing) = (PeerAddr(peer.client.0), peer.standing.clone());
     let client = handler.peer(&source, peer);
     match link {
-        Link::H2(link) => serve_h2(handler, settings, *link, source.watch(), addr, client).await,
-        Link::H2Plain(link) => serve_h2(handler, settings, *link, source.watch(), addr, client).await,
+        Link::H2(link) => serve_h2(handler, settings, *link, source.watch(), (addr, standing), client).await,
+        Link::H2Plain(link) => {
+            serve_h2(handler, settings, *link, source.watch(), (addr, standing), client).await;
+        }
         Link::H1(link) => serve_h1(handler, *link, client, permit).await,
         Link::H1Plain(link) => serve_h1(handler, *link, client, permit).await,
     }
@@ -96,11 +99,11 @@ async fn serve_h2<H: FlowHandler, W: Wire>(
     settings: &Settings,
     link: h2::Tunnel<W>,
     watch: Watch,
-    addr: PeerAddr,
+    (addr, standing): (PeerAddr, Option<Rc<Standing>>),
     client: H::Client,
 ) {
     let carry = |incoming| Rc::clone(&handler).carry(client.clone(), incoming);
-    if let Err(e) = h2::serve(settings, link, watch, carry).await {
+    if let Err(e) = h2::serve(settings, link, watch, standing, carry).await {
         tracing::debug!(peer = %addr, error = %e, "connection closed");
     }
 }
