@@ -71,7 +71,7 @@ fn an_expired_certificate_takes_no_new_streams_and_its_flows_go_on() -> Result<(
     let end = SystemTime::now() + Duration::from_secs(6);
     let short = world.pki().issue_until("short", NODE_ID, end)?;
     let mut app = hold(&world, &target, &node(&short.toml()))?;
-    daemon.process().wait_for_line("reason=\"the peer's certificate has expired\"")?;
+    daemon.process().wait_for_line("reason=the peer's certificate has expired")?;
     wait_for("the node's own word", PATIENCE, || {
         app.process().stderr().contains("our certificate has expired").then_some(())
     })?;

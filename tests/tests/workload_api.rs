@@ -162,6 +162,6 @@ fn a_federated_bundle_vouches_for_its_own_trust_domain_only() -> Result<()> {
     assert!(!run(&third, "third.toml")?.success());
     daemon
         .process()
-        .wait_for_line("of the trust domain \\\"third.test\\\", for which there are no CA certificates")?;
+        .wait_for_line("of the trust domain \"third.test\", for which there are no CA certificates")?;
     Ok(())
 }

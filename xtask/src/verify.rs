@@ -1,7 +1,7 @@
 //! `cargo xtask verify`: what has to hold before an issue is closed, and takes too long for every merge.
 //!
 //! The suite under each congestion control that hosts commonly have, the default tests on other kernels, long soaks, a long
-//! try to escape. The first part that fails ends it.
+//! try to escape, a thousand rotations of certificates. The first part that fails ends it.
 //!
 //! # Invariants
 //! - The host's own congestion control is put back, whatever ends this process, SIGKILL included.
@@ -34,6 +34,9 @@ const AVAILABLE: &str = "tcp_available_congestion_control";
 /// How long a captured program tries to escape.
 const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 
+/// How often certificates are replaced under load.
+const ROTATIONS: [&str; 2] = ["TUNNEL_ROTATIONS", "1000"];
+
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
 
@@ -58,11 +61,13 @@ enum Part {
     Soak,
     /// A captured program that tries to escape for ten minutes, while every frame is read.
     Escape,
+    /// A thousand rotations of certificates under load.
+    Rotations,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape
+  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape, rotations
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -97,6 +102,10 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         heading(&format!("{} s of trying to escape", ESCAPE[1]));
         escape()?;
     }
+    if wanted(Part::Rotations) {
+        heading(&format!("{} rotations under load", ROTATIONS[1]));
+        rotations()?;
+    }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
 }
@@ -106,6 +115,13 @@ fn escape() -> Result<()> {
     let mut test = Command::new(std::env::current_exe()?);
     test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "binary(=escape)"]);
     foreground("the test", test.env(ESCAPE[0], ESCAPE[1]))
+}
+
+/// Runs the test that replaces certificates more often than in the suite.
+fn rotations() -> Result<()> {
+    let mut test = Command::new(std::env::current_exe()?);
+    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "test(many_rotations_under_load)"]);
+    foreground("the test", test.env(ROTATIONS[0], ROTATIONS[1]))
 }
 
 /// Keeps an arm busy with the soak of the load generator, which compares every byte; the kernel has nothing to complain of.

@@ -443,7 +443,9 @@ mod tests {
         assert_eq!(config.upstreams[0].headers[0].1, "a=b");
         assert_eq!(config.upstreams[0].check().unwrap().server_name(&args.gateway.unwrap()).to_str(), "gw");
         let identity = &config.identities[&IdentityName::default()].source;
-        assert!(matches!(identity, IdentitySource::Files(files) if files.key == std::path::Path::new("k.pem")));
+        assert!(
+            matches!(identity, IdentitySource::Files(files) if files.key == std::path::Path::new("k.pem"))
+        );
 
         let exec = parse(&format!("exec --gateway gw:1 {id} --refuse ::/0 --exclude 10.0.0.0/8:22 -- curl"));
         let Command::Exec(args) = exec.unwrap().command else { panic!("not exec") };

@@ -9,9 +9,10 @@ use std::{
 use super::{
     files::{FilesError, bundle_of, read},
     pem,
-    provider::{IdentityError, IdentityProvider, Material, Subscription, fingerprint},
+    provider::{IdentityError, IdentityProvider, Material, Subscription, TrustBundles, fingerprint},
     pushed::{Pushed, Source},
     sds::Sds,
+    tls::TlsIdentity,
     workload_api::WorkloadApi,
 };
 use crate::{
@@ -52,23 +53,42 @@ fn start(endpoint: &ProviderAddr, source: impl Source) -> Result<Pushed, Identit
     Pushed::start(origin.clone(), source).map_err(failed)
 }
 
+/// Checks what is configured as far as files say it: no provider is asked, which is perhaps on another machine.
+pub fn check(settings: &IdentitySettings) -> Result<(), IdentityError> {
+    let bundles = match &settings.source {
+        IdentitySource::Files(_) => return TlsIdentity::load(&Configured::new(settings)?).map(drop),
+        IdentitySource::WorkloadApi { .. } | IdentitySource::Sds { .. } => &mut TrustBundles::default(),
+    };
+    add(bundles, &settings.trust_domains, &settings.crls).map(drop)
+}
+
+/// Adds what is in files; the contents of those.
+fn add(
+    bundles: &mut TrustBundles,
+    trust_domains: &[TrustDomain],
+    crls: &[PathBuf],
+) -> Result<Vec<Vec<u8>>, IdentityError> {
+    let mut added = Vec::new();
+    for TrustDomain { name, ca, verify } in trust_domains {
+        let pem = read(ca)?;
+        let mut bundle = bundle_of(ca, &pem)?;
+        bundle.verify.clone_from(verify);
+        bundles.domains.insert(name.clone(), bundle);
+        added.push(pem);
+    }
+    for path in crls {
+        let bytes = read(path)?;
+        let found = pem::crls(&bytes).map_err(|e| FilesError::content(path, e))?;
+        bundles.crls.extend(found);
+        added.push(bytes);
+    }
+    Ok(added)
+}
+
 impl IdentityProvider for Configured {
     fn fetch(&self) -> Result<Material, IdentityError> {
         let mut material = self.provider.fetch()?;
-        let mut added = Vec::new();
-        for TrustDomain { name, ca, verify } in &self.trust_domains {
-            let pem = read(ca)?;
-            let mut bundle = bundle_of(ca, &pem)?;
-            bundle.verify.clone_from(verify);
-            material.bundles.domains.insert(name.clone(), bundle);
-            added.push(pem);
-        }
-        for path in &self.crls {
-            let bytes = read(path)?;
-            let crls = pem::crls(&bytes).map_err(|e| FilesError::content(path, e))?;
-            material.bundles.crls.extend(crls);
-            added.push(bytes);
-        }
+        let added = add(&mut material.bundles, &self.trust_domains, &self.crls)?;
         material.fingerprint = fingerprint((material.fingerprint, added));
         Ok(material)
     }
