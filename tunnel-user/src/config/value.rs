@@ -256,7 +256,9 @@ impl Value for WorkloadApiAddr {
         if cell.text(WANTED)? != "env" {
             return parsed(cell, WANTED).map(Self);
         }
-        let Some(addr) = std::env::var_os(ENDPOINT_VARIABLE) else {
+        #[expect(clippy::disallowed_methods, reason = "the text asks for it, and it is parsed here, once")]
+        let found = std::env::var_os(ENDPOINT_VARIABLE);
+        let Some(addr) = found else {
             return match cell.doc.check_files {
                 true => cell.wrong(format!("is \"env\", and {ENDPOINT_VARIABLE} is not set")),
                 // For another machine, whose environment is not known.

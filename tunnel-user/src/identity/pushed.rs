@@ -110,11 +110,23 @@ impl Pushed {
 async fn again_and_again(source: &impl Source, sink: &Sink) {
     let shared = &sink.0;
     let mut pause = BACK_OFF.0;
+    // What was logged last: said once, and not every few seconds while it lasts.
+    let mut said = String::new();
     loop {
         let before = *shared.changes.borrow();
         let broken = source.listen(sink).await;
         if *shared.changes.borrow() != before {
             pause = BACK_OFF.0;
+            said.clear();
+        }
+        let (Broken::Lost(why) | Broken::Withdrawn(why)) = &broken;
+        if said != *why {
+            tracing::warn!(
+                provider = shared.origin,
+                reason = why,
+                "lost the identity provider: trying again"
+            );
+            said.clone_from(why);
         }
         match broken {
             Broken::Lost(why) => {
@@ -122,11 +134,8 @@ async fn again_and_again(source: &impl Source, sink: &Sink) {
                 if let Latest::Waiting(said) = &mut *latest {
                     said.clone_from(&why);
                 }
-                drop(latest);
-                tracing::warn!(provider = shared.origin, reason = why, retry_in = ?pause, "lost the identity provider");
             }
             Broken::Withdrawn(why) => {
-                tracing::warn!(provider = shared.origin, reason = why, retry_in = ?pause, "no identity is issued");
                 let news = match &mut *shared.latest() {
                     Latest::Waiting(said) => {
                         said.clone_from(&why);
