@@ -282,7 +282,7 @@ fn a_chain_with_one_good_path_is_accepted() -> Result<()> {
     let broken = "-----BEGIN CERTIFICATE-----\nMIIBAAAA\n-----END CERTIFICATE-----\n";
     let own = fs::read_to_string(world.pki().ca())?;
     let bundle = read("old.pem")?.repeat(100) + broken + &own + &read("old.pem")?.repeat(99);
-    let with_new = bundle.clone() + &read("new.pem")?;
+    let with_new = bundle + &read("new.pem")?;
     let ca = world.file("200.pem", with_new)?;
     let gateway = world.pki().named("gateway").believing(&ca);
     let mut gateway = world.gateway().credentials(gateway).start()?;

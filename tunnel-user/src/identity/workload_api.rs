@@ -81,7 +81,7 @@ impl Source for WorkloadApi {
                     Ok(material) => sink.put(material),
                     // The next one may be better, and the one before is valid still.
                     Err(why) => {
-                        tracing::error!(provider = %self.endpoint, reason = why, "rejected an identity")
+                        tracing::error!(provider = %self.endpoint, reason = why, "rejected an identity");
                     }
                 }
             }

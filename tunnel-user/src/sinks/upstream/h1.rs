@@ -148,7 +148,7 @@ impl Connection for H1Connection {
 
     /// Nothing happens on it but its stream.
     async fn retired(&self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     async fn run(&self, _grew: &dyn Fn()) {}

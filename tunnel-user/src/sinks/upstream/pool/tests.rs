@@ -73,7 +73,7 @@ impl Connection for Fake {
     }
 
     async fn retired(&self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     async fn run(&self, _: &dyn Fn()) {
