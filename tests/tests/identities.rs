@@ -1,7 +1,10 @@
 //! Several identities in one daemon, and several trust domains: each connection shows the one that was named for it, and none
 //! is shared between two.
 
-use std::net::SocketAddr;
+use std::{
+    io::Read as _,
+    net::{SocketAddr, TcpListener},
+};
 
 use anyhow::Result;
 use tunnel_tests::{
@@ -131,5 +134,42 @@ fn a_trust_domain_has_roots_and_verified_names_of_its_own() -> Result<()> {
     daemon.process().wait_for_line("failed the chain check")?;
     assert!(!passes(&db)?, "{}", daemon.log());
     daemon.process().wait_for_line("failed the SAN check: wanted spiffe://guest.test/web")?;
+    Ok(())
+}
+
+/// Where TCP connects and nothing answers a ClientHello of two segments, the error says what may be the matter. With
+/// `key_exchange = ["x25519"]` the ClientHello fits into one, and a gateway accepts it.
+#[test]
+fn a_long_client_hello_without_an_answer_is_hinted_at_and_key_exchange_shortens_it() -> Result<()> {
+    const HINT: &str = "key_exchange = [\"x25519\"] in [identity] keeps it within one";
+    const SEGMENT: usize = 1460;
+    let world = World::new()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let silent = SocketAddr::new(NET4, 15010);
+    let listener = world.net().run(|| TcpListener::bind(silent))?;
+    let _daemon = Daemon::start(&world, world.net(), &gateway(&world.pki().named("gateway").toml()))?;
+    let config = |more: &str, endpoint: SocketAddr| {
+        format!(
+            "[daemon]\nworkers = 1\n{}{more}\n[[route]]\nto = [{{ upstream = \"gateway\" }}]\n[[upstream]]\nname = \"gateway\"\n\
+             connect_timeout = \"1s\"\nendpoints = [\"{endpoint}\"]\nverify = [\"{GATEWAY_ID}\"]\n",
+            world.pki().named("node").toml()
+        )
+    };
+    for (more, is_long) in [("", true), ("key_exchange = [\"x25519\"]", false)] {
+        let exec = world.exec_with(&world.file("agent.toml", config(more, silent))?);
+        let done = exec.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+        assert!(!done.success(), "{done}");
+        assert_eq!(done.stderr.replace("\\\"", "\"").contains(HINT), is_long, "{done}");
+        let mut hello = Vec::new();
+        listener.accept()?.0.read_to_end(&mut hello)?;
+        assert_eq!(hello.len() > SEGMENT, is_long, "{} bytes", hello.len());
+        let exec = world.exec_with(&world.file("agent.toml", config(more, GATEWAY))?);
+        let done = exec.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+        assert!(done.success(), "{done}");
+        // Of the attempts before.
+        listener.set_nonblocking(true)?;
+        while listener.accept().is_ok() {}
+        listener.set_nonblocking(false)?;
+    }
     Ok(())
 }
