@@ -91,7 +91,7 @@ const PACKAGES: &[Package] = &[
     package("postgresql", &[], &[Test]),
     package("procps", &["ps"], &[Test]),
     package("python3", &["python3"], &[Test, Demo, Peers, Matrix]),
-    package("python3-venv", &[], &[Peers, Matrix]),
+    package("python3-venv", &[], &[Test, Peers, Matrix]),
     package("qemu-system-x86", &["qemu-system-x86_64"], &[Matrix]),
     package("redis-server", &["redis-server"], &[Test]),
     package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
@@ -172,6 +172,10 @@ const PROVIDERS: Python = Python {
 /// Written to the folder of an environment once everything is in it.
 const INSTALLED: &str = "installed";
 
+/// The messages of OpenTelemetry, as its maintainers' Python package has them: what traces are sent to in tests.
+const COLLECTOR: Python =
+    Python { packages: &["opentelemetry-proto==1.45.2"], folder: "collector", dependencies: true };
+
 /// A program from PyPI, in a virtual environment of its own among the project's tools.
 struct Python {
     /// Each with its version.
@@ -200,7 +204,8 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
     let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
     let providers = groups.contains(&Test) && !PROVIDERS.is_there(checkout);
-    if packages.is_empty() && tools.is_empty() && !envoy && !virtme && !providers {
+    let collector = groups.contains(&Test) && !collector_is_there(checkout);
+    if packages.is_empty() && tools.is_empty() && !envoy && !virtme && !providers && !collector {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -223,7 +228,7 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    let pythons = [(envoy, ENVOY), (virtme, VIRTME), (providers, PROVIDERS)];
+    let pythons = [(envoy, ENVOY), (virtme, VIRTME), (providers, PROVIDERS), (collector, COLLECTOR)];
     for python in pythons.into_iter().filter_map(|(missing, p)| missing.then_some(p)) {
         python.install(checkout)?;
     }
@@ -276,6 +281,12 @@ fn envoy_is_there(checkout: &Checkout) -> bool {
     let libraries = fs::read_dir(ENVOY.folder(checkout).join("lib")).into_iter().flatten().flatten();
     let mut inside = libraries.map(|python| python.path().join("site-packages/envoy/_bin/envoy"));
     inside.any(|program| program.is_file()) || in_path_or_sbin("envoy").is_some()
+}
+
+fn collector_is_there(checkout: &Checkout) -> bool {
+    let libraries = fs::read_dir(COLLECTOR.folder(checkout).join("lib")).into_iter().flatten().flatten();
+    let mut inside = libraries.map(|python| python.path().join("site-packages/opentelemetry/proto"));
+    inside.any(|messages| messages.is_dir())
 }
 
 /// The folder of virtme-ng's programs, which belongs on its `PATH`.

@@ -12,7 +12,7 @@ use crate::{
         flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
         names::IdentityName,
     },
-    observe::stats::Record,
+    observe::{marks::Marks, stats::Record},
     routing::{
         flow::Flow,
         index::{NOBODY, PeerSet},
@@ -134,6 +134,10 @@ impl Client {
         let mut record = Record::new(target, self.addr());
         record.source = self.source().name();
         record.identity = self.identity().cloned();
+        record.client_identity.clone_from(&record.identity);
+        if !self.is_application() {
+            record.kind = SourceKind::Listener;
+        }
         record
     }
 
@@ -166,6 +170,7 @@ impl Client {
         identity: Option<&'a IdentityName>,
         target: &'a Target,
         head: Option<Head<'a>>,
+        marks: &'a Marks,
     ) -> Result<FlowRequest<'a>, Refusal> {
         let setup = context.setup();
         let (source, direction, peer, permit) = match context {
@@ -194,6 +199,6 @@ impl Client {
             sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
-        Ok(FlowRequest { setup, flow, permit, dial_timeout, identity })
+        Ok(FlowRequest { setup, flow, permit, dial_timeout, identity, marks })
     }
 }

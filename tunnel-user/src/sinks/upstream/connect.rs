@@ -97,6 +97,8 @@ pub struct Far {
     pub identity: Option<Identity>,
     /// What that rests on.
     pub standing: Option<Rc<Standing>>,
+    /// When TCP was connected, or the stream that it goes through was open.
+    pub connected: std::time::Instant,
 }
 
 /// What is spoken on a connection: made of a byte stream, of whatever kind, whose far end has passed the checks.
@@ -168,8 +170,9 @@ async fn over<W: IntoLeg, H: Handshake>(
 where
     StreamLeg: From<W::Leg> + From<TlsLeg<W::Leg>>,
 {
+    let connected = std::time::Instant::now();
     let Some(tls) = &key.tls else {
-        return handshake.shake(wire, Far { peer, identity: None, standing: None }).await;
+        return handshake.shake(wire, Far { peer, identity: None, standing: None, connected }).await;
     };
     // What the network drops of this hello it would drop of the next, where that resumes a session too.
     let mut forget = ForgetSessions(Some(tls));
@@ -178,7 +181,7 @@ where
     long_hello.set(false);
     let (stream, identity, standing) = secured?;
     let standing = Some(Rc::new(standing));
-    let made = handshake.shake(stream, Far { peer, identity, standing }).await?;
+    let made = handshake.shake(stream, Far { peer, identity, standing, connected }).await?;
     forget.0 = None;
     Ok(made)
 }

@@ -153,6 +153,10 @@ impl Connection for H2Connection {
         self.far.identity.as_ref()
     }
 
+    fn connected(&self) -> Option<std::time::Instant> {
+        Some(self.far.connected)
+    }
+
     fn max_streams(&self) -> usize {
         let send = self.send.borrow();
         let Some(send) = send.as_ref().filter(|_| !self.draining.get()) else { return 0 };
@@ -213,7 +217,7 @@ impl Connection for H2Connection {
             ahead.answered();
         }
         let leg = H2Leg::client(send, response.into_body(), self.traffic.share()).into();
-        let Far { peer, identity, standing } = self.far.clone();
+        let Far { peer, identity, standing, .. } = self.far.clone();
         let end = standing.as_ref().and_then(Standing::end_of_flows);
         Ok(Stream { leg, early: Queue::default(), peer, identity, end, permits })
     }
