@@ -77,6 +77,8 @@ reasons! {
     ClientReset = "client_reset", Client, None, None;
     /// The client's HTTP/2 or TLS connection was lost, and its streams with it.
     ClientLost = "client_lost", Client, None, None;
+    /// The client's HTTP/2 connection was closed because the client flooded it.
+    ClientFlood = "client_flood", Client, None, None;
     /// The client acknowledged nothing for as long as the keep-alive settings allow.
     ClientTimeout = "client_timeout", Client, None, None;
     /// The client left before the target had answered.

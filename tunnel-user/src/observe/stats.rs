@@ -91,6 +91,8 @@ counters! {
     over_limit,
     /// Tunnel connections accepted.
     tunnels_accepted,
+    /// Of those: closed because their peer flooded them.
+    tunnels_flooded,
 }
 
 /// A counter with one writer.

@@ -321,6 +321,12 @@ impl Proxy {
                     tracing::warn!(%peer, %error, "rejected peer connection");
                 }
             }
+            Event::Flooded { peer, error } => {
+                self.counters.tunnels_flooded.add(1);
+                if self.log.floods.admit() {
+                    tracing::warn!(%peer, %error, "closed peer connection");
+                }
+            }
             Event::Stray(stray) => {
                 let (reason, counter) = match stray {
                     Stray::ToUs(_) => (EndReason::ToOurselves, &self.counters.to_ourselves),

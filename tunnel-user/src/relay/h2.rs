@@ -48,9 +48,10 @@ pub fn stream_broken(e: &h2::Error, share: &Share) -> Broken {
     match e.reason() {
         Some(Reason::NO_ERROR) if e.is_reset() => Broken::Done,
         Some(reason) if e.is_reset() => Broken::Reset(Cause::Stream(reason)),
-        _ => Broken::Reset(Cause::Connection(
-            share.why_lost().map_or_else(|| e.to_string(), |why| why.to_string()),
-        )),
+        _ => {
+            let why = share.why_lost().map_or_else(|| e.to_string(), |why| why.to_string());
+            Broken::Reset(if share.was_flooded() { Cause::Flood(why) } else { Cause::Connection(why) })
+        }
     }
 }
 

@@ -89,6 +89,13 @@ pub enum Event<'a> {
         /// Why.
         error: &'a ServeError,
     },
+    /// A peer's connection was closed because the peer flooded it.
+    Flooded {
+        /// Its address.
+        peer: PeerAddr,
+        /// With what.
+        error: &'a ServeError,
+    },
     /// A connection to a capture listener was reset, because it was not captured.
     Stray(&'a Stray),
     /// A listener has reached its limit of connections: more wait in the backlog.

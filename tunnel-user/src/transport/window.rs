@@ -16,6 +16,8 @@ use std::{
 
 use tokio::time::Instant;
 
+use super::http2::FloodDetector;
+
 /// The window of a stream at first: 1 MiB carries 400 Mbit/s over 20 ms, and what one core seals over 1 ms.
 pub const WINDOW_START: u32 = 1 << 20;
 /// The most it grows to: what Envoy offers, 6.7 Gbit/s over 20 ms.
@@ -56,7 +58,9 @@ const FREE: u32 = 16;
 pub struct Traffic {
     received: Cell<u64>,
     held: Cell<u64>,
+    streams: Cell<u32>,
     lost: RefCell<Option<Rc<str>>>,
+    flood: FloodDetector,
 }
 
 impl Traffic {
@@ -75,8 +79,19 @@ impl Traffic {
         self.lost.borrow_mut().get_or_insert_with(|| why.into());
     }
 
+    /// Its streams.
+    pub fn streams(&self) -> u32 {
+        self.streams.get()
+    }
+
+    /// Whether the peer floods the connection.
+    pub const fn flood(&self) -> &FloodDetector {
+        &self.flood
+    }
+
     /// The part of a new stream.
     pub fn share(self: &Rc<Self>) -> Share {
+        self.streams.set(self.streams.get() + 1);
         Share { traffic: Rc::clone(self), held: 0 }
     }
 }
@@ -92,6 +107,11 @@ impl Share {
     /// Why the connection was lost, once it was.
     pub fn why_lost(&self) -> Option<Rc<str>> {
         self.traffic.lost.borrow().clone()
+    }
+
+    /// Whether that was because its peer flooded it.
+    pub fn was_flooded(&self) -> bool {
+        self.traffic.flood.detected().is_some()
     }
 
     /// So many bytes have come.
@@ -113,6 +133,7 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.traffic.held.set(self.traffic.held.get() - self.held);
+        self.traffic.streams.set(self.traffic.streams.get() - 1);
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::{
-    RecvStream,
+    Reason, RecvStream,
     server::{Connection, SendResponse},
 };
 use http::{Request, Response};
@@ -29,7 +29,7 @@ use crate::{
     relay::{Broken, Cause, EarlySource, H2Leg, Payload, Queue, Sender, stream_broken},
     sources::{self, Answer, PendingRequest},
     transport::{
-        http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
+        http2::{FRAME, Guarded, HEADERS, RESET_STREAMS_MAX, Role, SEND_BUFFER, SMALL_FRAMES},
         io::{Linger as _, Wire},
         pulse::{Event, Pulse},
         window::{Share, Traffic, WINDOW_START, connection_window},
@@ -118,13 +118,16 @@ impl EarlySource for Pending {
 
 /// A connection on which the peer has begun to speak HTTP/2.
 pub struct Tunnel<W: Wire> {
-    connection: Connection<W, Payload>,
+    connection: Connection<Guarded<W>, Payload>,
     last: W::Last,
+    traffic: Rc<Traffic>,
 }
 
 /// Shakes hands on HTTP/2. The caller bounds the time.
 pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
     let last = wire.share()?;
+    let traffic = Rc::new(Traffic::default());
+    let wire = Guarded::new(wire, Role::Server, Rc::clone(&traffic));
     let connection = h2::server::Builder::new()
         .initial_window_size(WINDOW_START)
         .initial_connection_window_size(connection_window(settings.max_streams))
@@ -139,7 +142,13 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
         .handshake::<_, Payload>(wire)
         .await
         .map_err(|e| ServeError::H2(explain(&e)))?;
-    Ok(Tunnel { connection, last })
+    Ok(Tunnel { connection, last, traffic })
+}
+
+/// What ended a connection. The library finds floods too, of what it keeps itself.
+fn h2_error(e: h2::Error) -> ServeError {
+    let flood = e.is_go_away() && e.is_library() && e.reason() == Some(Reason::ENHANCE_YOUR_CALM);
+    if flood { ServeError::Flood(explain(&e)) } else { ServeError::H2(explain(&e)) }
 }
 
 /// Serves a connection to its end. `carry` makes the task of each request; they end with the connection.
@@ -149,13 +158,11 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     mut drain: Watch,
     carry: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
-    let Tunnel { mut connection, last } = tunnel;
-    let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
+    let Tunnel { mut connection, last, traffic } = tunnel;
     let stuck = ServeError::KeepaliveTimeout(settings.keepalive_timeout);
     let Some(ping) = connection.ping_pong() else {
         return Err(ServeError::H2("no PING handle".to_owned()));
     };
-    let traffic = Rc::new(Traffic::default());
     let mut pulse = Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &traffic);
     // Owned here: when the connection goes, so do its streams.
     let streams = Rc::new(Tasks::default());
@@ -166,11 +173,18 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
             biased;
             event = poll_fn(|cx| pulse.poll(cx, &mut connection, Connection::poll_accept)) => match event {
                 Event::Of(Some(Ok((request, respond)))) => {
+                    traffic.flood().took_request();
                     streams.spawn(carry(incoming(request, respond, traffic.share())));
                 }
                 Event::Of(Some(Err(e))) => break Err(h2_error(e)),
                 Event::Of(None) => break Ok(()),
                 Event::Answered => {}
+                Event::Flood(frames) => {
+                    connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                    // Ready once GOAWAY is on the wire; a peer that does not read is not waited for.
+                    let _told = timeout(LINGER, poll_fn(|cx| connection.poll_closed(cx))).await;
+                    break Err(ServeError::Flood(format!("{frames} frames")));
+                }
                 Event::Gone(e) => break Err(h2_error(e)),
             },
             () = sleep_until(wake_at) => {

@@ -9,6 +9,7 @@ use std::{net::SocketAddr, rc::Rc, sync::Arc};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::yield_now,
 };
 
 use super::{
@@ -27,6 +28,8 @@ use crate::{
 /// Connections of one listener and worker. One of HTTP/2 carries many flows; one of HTTP/1 is a flow, and counts as one as
 /// soon as that is accepted.
 const CONNECTIONS_MAX: usize = 4096;
+/// Connections that are accepted before others on this worker have a turn: at 20 µs each 320 µs.
+const ACCEPTS_PER_TURN: u32 = 16;
 
 /// Accepts until the source is told to stop. What waits then is the next daemon's, or its client tries again.
 pub async fn serve<H: FlowHandler>(
@@ -38,6 +41,7 @@ pub async fn serve<H: FlowHandler>(
 ) {
     let mut watch = source.watch();
     let handshakes = Handshakes::default();
+    let mut accepts: u32 = 0;
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         if connections.available_permits() == 0 {
@@ -52,12 +56,16 @@ pub async fn serve<H: FlowHandler>(
         match accepted {
             Ok((stream, addr)) => {
                 let (handler, source) = (Rc::clone(&handler), Rc::clone(&source));
-                let (settings, place) = (Arc::clone(&settings), handshakes.place());
+                let (settings, place) = (Arc::clone(&settings), handshakes.place(addr.ip()));
                 tasks.spawn(async move {
                     serve_connection(handler, &settings, stream, addr, source, place, permit).await;
                 });
             }
             Err(e) => back_off(&e).await,
+        }
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN) {
+            yield_now().await;
         }
     }
 }
@@ -72,8 +80,9 @@ async fn serve_connection<H: FlowHandler>(
     mut place: Place,
     permit: OwnedSemaphorePermit,
 ) {
+    let pace = place.pace();
     let accepted = tokio::select! {
-        accepted = accept::handshake(settings, stream, addr) => accepted,
+        accepted = accept::handshake(settings, stream, addr, &pace) => accepted,
         () = place.needed() => Err(ServeError::Crowded),
     };
     let Accepted { peer, link } = match accepted {
@@ -100,8 +109,10 @@ async fn serve_h2<H: FlowHandler, W: Wire>(
     client: H::Client,
 ) {
     let carry = |incoming| Rc::clone(&handler).carry(client.clone(), incoming);
-    if let Err(e) = h2::serve(settings, link, watch, carry).await {
-        tracing::debug!(peer = %addr, error = %e, "connection closed");
+    match h2::serve(settings, link, watch, carry).await {
+        Ok(()) => {}
+        Err(error @ ServeError::Flood(_)) => handler.record(Event::Flooded { peer: addr, error: &error }),
+        Err(e) => tracing::debug!(peer = %addr, error = %e, "connection closed"),
     }
 }
 

@@ -59,6 +59,8 @@ pub enum Event<T> {
     Of(T),
     /// A PING was answered.
     Answered,
+    /// The peer floods the connection, with frames of this type.
+    Flood(&'static str),
     /// The connection has gone, and its PINGs with it.
     Gone(h2::Error),
 }
@@ -86,7 +88,11 @@ impl Pulse {
         mut poll: impl FnMut(&mut C, &mut Context<'_>) -> Poll<T>,
     ) -> Poll<Event<T>> {
         loop {
-            if let Poll::Ready(done) = poll(connection, cx) {
+            let polled = poll(connection, cx);
+            if let Some(frames) = self.traffic.flood().detected() {
+                return Poll::Ready(Event::Flood(frames));
+            }
+            if let Poll::Ready(done) = polled {
                 return Poll::Ready(Event::Of(done));
             }
             if self.asked

@@ -515,7 +515,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
             pending::<()>().await;
         });
         let (stream, peer) = socket.accept().await.unwrap();
-        let accepted = accept::handshake(&settings, stream, peer).await.unwrap();
+        let accepted = accept::handshake(&settings, stream, peer, &crate::transport::record::Pace::default()).await.unwrap();
         let Link::H2(tunnel) = accepted.link else { panic!("it spoke HTTP/2 over TLS") };
         let (_trigger, watch) = drain::channel();
         let served = listener::serve(&settings, *tunnel, watch, |_| async {}).await;
