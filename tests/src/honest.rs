@@ -78,7 +78,8 @@ impl Honest {
         let first = trips.partition_point(|(at, _)| *at < since).saturating_sub(1);
         let mut took: Vec<_> = trips[first..].iter().map(|(at, took)| took.unwrap_or(at.elapsed())).collect();
         took.sort_unstable();
-        let of = |share: usize| took.get((took.len() * share / 100).min(took.len().saturating_sub(1))).copied();
+        let of =
+            |share: usize| took.get((took.len() * share / 100).min(took.len().saturating_sub(1))).copied();
         let none = "no round trip began";
         Ok(Pace {
             count: took.len(),

@@ -17,7 +17,7 @@ use std::{
     rc::Rc,
     sync::atomic::{AtomicU16, Ordering},
     task::{Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde::{Serialize, Serializer};
@@ -69,6 +69,21 @@ pub struct Meter {
     pub received: Cell<u64>,
     /// By what they are moved now.
     pub path: Cell<CurrentPath>,
+    /// What had moved when that was last asked, and at what age of the flow, in seconds, it first was as much.
+    quiet: Cell<(u64, u32)>,
+}
+
+impl Meter {
+    /// Whether nothing has moved for so long on a flow of this age, as far as is known to who asks every second.
+    pub fn is_idle(&self, age: Duration, idle: Duration) -> bool {
+        let moved = self.sent.get() + self.received.get();
+        let (before, since) = self.quiet.get();
+        if before == moved {
+            return age.saturating_sub(Duration::from_secs(since.into())) >= idle;
+        }
+        self.quiet.set((moved, u32::try_from(age.as_secs()).unwrap_or(u32::MAX)));
+        false
+    }
 }
 
 /// A flow that is carried.

@@ -50,8 +50,12 @@ impl LimitedLog {
             Refusal::Request(_) => &self.bad_requests,
             Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => &self.denied,
             Refusal::Dial(_) => &self.dials,
-            Refusal::Limit(_) => &self.crowded,
-            Refusal::Tunnel(TunnelError::Limit { .. }) | Refusal::PeerLimit(_) => &self.limits,
+            Refusal::Limit(_) | Refusal::SourceLimit(_) => &self.crowded,
+            Refusal::Tunnel(TunnelError::Limit { .. })
+            | Refusal::PeerLimit(_)
+            | Refusal::PeerRate(_)
+            | Refusal::PeerMemory
+            | Refusal::Memory => &self.limits,
             Refusal::Tunnel(_) => &self.upstreams,
         }
     }

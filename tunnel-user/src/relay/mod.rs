@@ -41,7 +41,7 @@ use self::{
 pub use self::{
     early::{Ahead, EARLY_MAX, EarlySource, EarlyStream},
     ends::RESET_LINGER,
-    h2::{H2Leg, stream_broken},
+    h2::{Body, H2Leg, stream_broken},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     sender::{Payload, Sender},

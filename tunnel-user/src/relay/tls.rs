@@ -232,7 +232,7 @@ mod tests {
             let name = check.server_name(&Target::Addr(app.peer_addr().unwrap()));
             let connector = TlsConnector::from(identity.client_config(&check, Protocol::H1));
             let config = identity.server_config(&ClientCheck::default(), &[Protocol::H1]);
-            let (app, inside) = tokio::join!(connector.connect(name, app), record::accept(&config, inside, &record::Pace::default()));
+            let (app, inside) = tokio::join!(connector.connect(name, app), record::accept(&config, inside));
             let (inside, mut onward) = (inside.map_err(|(e, _)| e).unwrap().0, TcpLeg::new(onward));
             let relayed = tokio::task::spawn_local(async move {
                 let (mut early, meter) = (Early::default(), Meter::default());

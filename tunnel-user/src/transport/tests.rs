@@ -569,8 +569,7 @@ async fn a_refusal_is_explained_through_h2() {
     let server = identity_of(&ours, &request(SERVER), &ours);
     let (near, far) = tokio::io::duplex(64 * 1024);
     let config = server.server_config(&clients(&[]), &[Protocol::H2]);
-    let pace = record::Pace::default();
-    let accept = record::accept(&config, far, &pace);
+    let accept = record::accept(&config, far);
     let connect = async {
         let name = ServerName::try_from("10.9.0.1").unwrap();
         let config = client.client_config(&servers(&[]), Protocol::H2);

@@ -63,7 +63,8 @@ mod tests {
     /// only every 61 tasks.
     #[test]
     fn whatever_the_driver_finds_goes_before_a_task_that_waits_for_it() {
-        let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
+        let runtime =
+            Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
         runtime.block_on(async {
             let heard = UdpSocket::bind("127.0.0.1:0").await.unwrap();
             let addr = heard.local_addr().unwrap();

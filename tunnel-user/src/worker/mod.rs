@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use self::reconcile::{Sources, Worker};
-pub use crate::proxy::Shared;
+pub use crate::proxy::{Limits, Shared, Timeouts};
 use crate::{
     model::{end::EndReason, names::SourceName},
     observe::stats::{Counters, Record},
@@ -188,7 +188,7 @@ async fn work(start: Start) -> io::Result<Report> {
             () = watch.draining() => break,
             _ = pulse.tick() => {
                 give_up_silent_peers();
-                worker.proxy.log_suppressed();
+                worker.proxy.tick();
             }
             state = next(&mut states) => {
                 worker.reconcile(&state, &mut sources, &flows);

@@ -55,6 +55,8 @@ pub struct Settings {
     pub keepalive_interval: Duration,
     /// A PING unanswered for this long means that the connection is lost.
     pub keepalive_timeout: Duration,
+    /// A connection without a stream for this long is closed.
+    pub idle_timeout: Duration,
 }
 
 /// How a listener speaks TLS.
@@ -92,6 +94,12 @@ pub enum ServeError {
     /// The peer sends more than goes with any work. Its connection was closed with ENHANCE_YOUR_CALM (RFC 9113 section 7).
     #[error("HTTP/2: flooded by the peer: {0}")]
     Flood(String),
+    /// It has as many connections as it may.
+    #[error("the limit of {0} connections of one peer is reached (daemon.limits.peer_connections)")]
+    PeerConnections(usize),
+    /// It makes us hold as much as it may, or others do.
+    #[error("the memory for peers is in use (daemon.limits)")]
+    Memory,
     /// The peer does not answer.
     #[error("no answer to PING within {0:?}")]
     KeepaliveTimeout(Duration),
@@ -167,7 +175,7 @@ async fn secure(
     pace: &Pace,
 ) -> Result<Accepted, ServeError> {
     let config = store.server_config(check, &settings.protocols);
-    let (tls, agreed) = match record::accept(&config, stream, pace).await {
+    let (tls, agreed) = match record::accept_at(&config, stream, pace).await {
         Ok(shaken) => shaken,
         Err((e, stream)) => {
             drain_and_close(stream).await;

@@ -163,7 +163,10 @@ mod tests {
         answered.pace().reached(Stage::Answered);
         let mut silent: Vec<_> = (0..4 * HANDSHAKES_MAX).map(|_| handshakes.place(NEAR)).collect();
         assert!(!told(&mut spoken) && !told(&mut answered));
-        assert_eq!(silent.iter_mut().filter_map(|place| told(place).then_some(())).count(), 3 * HANDSHAKES_MAX + 2);
+        assert_eq!(
+            silent.iter_mut().filter_map(|place| told(place).then_some(())).count(),
+            3 * HANDSHAKES_MAX + 2
+        );
     }
 
     #[test]

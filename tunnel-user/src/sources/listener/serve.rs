@@ -19,17 +19,18 @@ use super::{
 };
 use crate::{
     model::flow::PeerAddr,
-    process::drain::{Tasks, Watch},
+    process::{
+        books::Connected,
+        drain::{Tasks, Watch},
+    },
     relay::IntoLeg,
-    sources::{Event, FlowHandler, SourceHandle, back_off},
+    sources::{ACCEPTS_PER_TURN, Event, FlowHandler, SourceHandle, back_off},
     transport::io::Wire,
 };
 
 /// Connections of one listener and worker. One of HTTP/2 carries many flows; one of HTTP/1 is a flow, and counts as one as
 /// soon as that is accepted.
 const CONNECTIONS_MAX: usize = 4096;
-/// Connections that are accepted before others on this worker have a turn: at 20 µs each 320 µs.
-const ACCEPTS_PER_TURN: u32 = 16;
 
 /// Accepts until the source is told to stop. What waits then is the next daemon's, or its client tries again.
 pub async fn serve<H: FlowHandler>(
@@ -91,12 +92,16 @@ async fn serve_connection<H: FlowHandler>(
     };
     drop(place);
     let addr = PeerAddr(peer.client.0);
-    let client = handler.peer(&source, peer);
+    let (client, connected) = match handler.peer(&source, peer) {
+        Ok(client) => client,
+        Err(error) => return handler.record(Event::PeerRejected { peer: addr, error: &error }),
+    };
+    let watch = source.watch();
     match link {
-        Link::H2(link) => serve_h2(handler, settings, *link, source.watch(), addr, client).await,
-        Link::H2Plain(link) => serve_h2(handler, settings, *link, source.watch(), addr, client).await,
-        Link::H1(link) => serve_h1(handler, *link, client, permit).await,
-        Link::H1Plain(link) => serve_h1(handler, *link, client, permit).await,
+        Link::H2(link) => serve_h2(handler, settings, *link, watch, addr, client, &connected).await,
+        Link::H2Plain(link) => serve_h2(handler, settings, *link, watch, addr, client, &connected).await,
+        Link::H1(link) => serve_h1(handler, *link, client, (permit, connected)).await,
+        Link::H1Plain(link) => serve_h1(handler, *link, client, (permit, connected)).await,
     }
 }
 
@@ -107,9 +112,10 @@ async fn serve_h2<H: FlowHandler, W: Wire>(
     watch: Watch,
     addr: PeerAddr,
     client: H::Client,
+    connected: &Connected,
 ) {
     let carry = |incoming| Rc::clone(&handler).carry(client.clone(), incoming);
-    match h2::serve(settings, link, watch, carry).await {
+    match h2::serve(settings, link, connected.memory(), watch, carry).await {
         Ok(()) => {}
         Err(error @ ServeError::Flood(_)) => handler.record(Event::Flooded { peer: addr, error: &error }),
         Err(e) => tracing::debug!(peer = %addr, error = %e, "connection closed"),
@@ -121,9 +127,9 @@ async fn serve_h1<H: FlowHandler, W: IntoLeg + 'static>(
     handler: Rc<H>,
     mut link: h1::Incoming<W>,
     client: H::Client,
-    permit: OwnedSemaphorePermit,
+    places: (OwnedSemaphorePermit, Connected),
 ) {
-    link.request.hold(permit);
+    link.request.hold(places);
     handler.carry(client, link).await;
 }
 
@@ -145,7 +151,10 @@ mod tests {
     use crate::{
         config::Protocol,
         model::flow::ClientAddr,
-        process::drain::{self, Phase},
+        process::{
+            books::Books,
+            drain::{self, Phase},
+        },
         sources::{Answer, Incoming, Peer, PendingRequest},
     };
 
@@ -175,8 +184,13 @@ mod tests {
             addr
         }
 
-        fn peer(&self, _source: &Rc<SourceHandle>, peer: Peer) -> ClientAddr {
-            peer.client
+        fn peer(
+            &self,
+            _source: &Rc<SourceHandle>,
+            peer: Peer,
+        ) -> Result<(ClientAddr, Connected), ServeError> {
+            let connected = Rc::new(Books::default()).connect(1).expect("the first");
+            Ok((peer.client, connected))
         }
 
         async fn carry<P: PendingRequest>(self: Rc<Self>, _client: ClientAddr, incoming: Incoming<P>) {
@@ -225,6 +239,7 @@ mod tests {
                 max_streams: 10,
                 keepalive_interval: PATIENCE,
                 keepalive_timeout: PATIENCE,
+                idle_timeout: PATIENCE,
             });
             let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let addr = socket.local_addr().unwrap();

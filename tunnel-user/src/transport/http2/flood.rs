@@ -12,17 +12,20 @@ use std::{cell::Cell, time::Duration};
 
 use tokio::time::Instant;
 
-use super::frames::{CONTINUATION, DATA, END_STREAM, Frame, HEADERS, PADDED, SETTINGS};
+use super::frames::{CONTINUATION, DATA, END_STREAM, Frame, HEADERS, PADDED, RST_STREAM, SETTINGS};
 
 /// What a connection begins with, and has at most. nghttp2 allows 1,000 frames (`stream_reset_burst`, `max_outbound_ack`), as
 /// does Envoy (`max_outbound_control_frames`).
-pub const BALANCE_MAX: i64 = 2000;
+pub(super) const BALANCE_MAX: i64 = 2000;
 /// What a second adds. A peer that measures its round trip with a PING every 10 ms takes half of it.
-pub const PER_SECOND_CREDIT: i64 = 200;
-/// What a request that was taken up adds: its HEADERS of 16 KiB, its end, its reset.
-pub const REQUEST_CREDIT: i64 = 20;
+pub(super) const PER_SECOND_CREDIT: i64 = 200;
+/// What a request adds that was taken up: its HEADERS of 16 KiB.
+const REQUEST_CREDIT: i64 = 18;
+/// What its answer adds, and a reset takes: whoever waits for the answers may reset every stream, and who does not has as many
+/// resets as [`BALANCE_MAX`] allows (CVE-2023-44487).
+const ANSWER_CREDIT: i64 = 20;
 /// What a DATA frame of ours adds: a WINDOW_UPDATE for the stream, one for the connection, a PING that measures.
-pub const FRAME_CREDIT: i64 = 3;
+pub(super) const FRAME_CREDIT: i64 = 3;
 /// What as many bytes in it add besides: clients that read 4 KiB at a time give each 4 KiB back, twice.
 const BYTES_PER_CREDIT: u32 = 1024;
 /// Bytes of a header block that cost as much as a frame.
@@ -50,7 +53,8 @@ impl FloodDetector {
     pub(super) fn tick(&self, now: Instant) {
         let Some(since) = self.since.get() else { return self.since.set(Some(now)) };
         let passed = now.saturating_duration_since(since);
-        let credit = i64::try_from(passed.as_millis()).unwrap_or(i64::MAX).saturating_mul(PER_SECOND_CREDIT) / 1000;
+        let credit =
+            i64::try_from(passed.as_millis()).unwrap_or(i64::MAX).saturating_mul(PER_SECOND_CREDIT) / 1000;
         if credit > 0 {
             self.add(credit);
             // What is less than one counts later.
@@ -64,6 +68,7 @@ impl FloodDetector {
         let cost = match frame.kind {
             DATA if frame.flags & END_STREAM != 0 || frame.length > 0 && frame.flags & PADDED == 0 => return,
             HEADERS | CONTINUATION => 1 + i64::from(frame.length / HEADER_BYTES),
+            RST_STREAM => ANSWER_CREDIT,
             SETTINGS => 1 + i64::from(streams) / STREAMS_PER_COST,
             _ => 1,
         };
@@ -74,11 +79,11 @@ impl FloodDetector {
         }
     }
 
-    /// A frame of ours leaves. `opens`: HEADERS are requests.
-    pub(super) fn sent(&self, frame: Frame, opens: bool) {
+    /// A frame of ours leaves. Our HEADERS are an answer to the peer, or a request that it will answer, and may reset.
+    pub(super) fn sent(&self, frame: Frame) {
         match frame.kind {
             DATA => self.add(FRAME_CREDIT + i64::from(frame.length / BYTES_PER_CREDIT)),
-            HEADERS if opens => self.add(REQUEST_CREDIT),
+            HEADERS => self.add(ANSWER_CREDIT),
             _ => {}
         }
     }
@@ -128,11 +133,12 @@ mod tests {
             (11, 0, 0, 2000),
             (SETTINGS, 6, 200, 77),
             (HEADERS, 16 * 1024, 0, 118),
+            (RST_STREAM, 4, 0, 100),
             (DATA, 0, 10, 2000),
         ] {
             let flood = FloodDetector::default();
             for sent in 0.. {
-                assert!(sent <= most, "{kind}: {sent}");
+                assert!(sent <= most + 1, "{kind}: {sent}");
                 if flood.detected().is_some() {
                     break;
                 }
@@ -147,19 +153,20 @@ mod tests {
     fn what_goes_with_work_never_runs_out() {
         let flood = FloodDetector::default();
         for _ in 0..100_000 {
-            // Requests that are reset at once.
+            // Requests that are reset as soon as they are answered.
             flood.received(frame(HEADERS, 60, 0), 1);
             flood.took_request();
-            flood.received(frame(super::super::frames::RST_STREAM, 4, 0), 1);
+            flood.sent(frame(HEADERS, 10, 0));
+            flood.received(frame(RST_STREAM, 4, 0), 1);
             // Messages of one byte, both ways, each with two WINDOW_UPDATEs.
             flood.received(frame(DATA, 1, 0), 1);
-            flood.sent(frame(DATA, 1, 0), false);
+            flood.sent(frame(DATA, 1, 0));
             flood.received(frame(WINDOW_UPDATE, 4, 0), 1);
             flood.received(frame(WINDOW_UPDATE, 4, 0), 1);
         }
         // Bulk, of which each 4 KiB is given back twice.
         for _ in 0..100_000 {
-            flood.sent(frame(DATA, 16 * 1024, 0), false);
+            flood.sent(frame(DATA, 16 * 1024, 0));
             for _ in 0..8 {
                 flood.received(frame(WINDOW_UPDATE, 4, 0), 1);
             }

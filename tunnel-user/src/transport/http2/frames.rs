@@ -1,36 +1,36 @@
 //! The frames of an HTTP/2 connection, found as their bytes pass (RFC 9113 section 4.1). Only headers are looked at.
 
 /// DATA.
-pub const DATA: u8 = 0;
+pub(super) const DATA: u8 = 0;
 /// HEADERS.
-pub const HEADERS: u8 = 1;
+pub(super) const HEADERS: u8 = 1;
 /// RST_STREAM.
-pub const RST_STREAM: u8 = 3;
+pub(super) const RST_STREAM: u8 = 3;
 /// SETTINGS.
-pub const SETTINGS: u8 = 4;
+pub(super) const SETTINGS: u8 = 4;
 /// CONTINUATION.
-pub const CONTINUATION: u8 = 9;
+pub(super) const CONTINUATION: u8 = 9;
 /// The flag of DATA and HEADERS that ends a stream.
-pub const END_STREAM: u8 = 1;
+pub(super) const END_STREAM: u8 = 1;
 /// The flag of DATA and HEADERS with padding.
-pub const PADDED: u8 = 8;
+pub(super) const PADDED: u8 = 8;
 /// Length, type, flags, stream.
 const HEADER: usize = 9;
 
 /// The header of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frame {
+pub(super) struct Frame {
     /// Bytes that follow the header.
-    pub length: u32,
+    pub(super) length: u32,
     /// Its type.
-    pub kind: u8,
+    pub(super) kind: u8,
     /// Its flags.
-    pub flags: u8,
+    pub(super) flags: u8,
 }
 
 /// One direction of a connection.
 #[derive(Debug)]
-pub struct Frames {
+pub(super) struct Frames {
     /// Bytes until the next header: of a payload, or of the preface.
     skip: usize,
     header: [u8; HEADER],
@@ -40,12 +40,12 @@ pub struct Frames {
 
 impl Frames {
     /// Of a direction in which `skip` bytes come before the first frame.
-    pub const fn after(skip: usize) -> Self {
+    pub(super) const fn after(skip: usize) -> Self {
         Self { skip, header: [0; HEADER], have: 0 }
     }
 
     /// Calls `frame` for each frame whose header is complete with these bytes; how many.
-    pub fn pass(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) -> usize {
+    pub(super) fn pass(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) -> usize {
         let mut frames = 0;
         loop {
             let skipped = self.skip.min(bytes.len());

@@ -19,17 +19,19 @@ use tokio::{
     time::Instant,
 };
 
-use super::frames::Frames;
+use super::frames::{DATA, Frames, HEADERS};
 use crate::transport::{turn::AfterDriver, window::Traffic};
 
 /// Frames of one connection before others have a turn. Each may wake a task, which makes a system call.
-pub const TURN_FRAMES: usize = 64;
+pub(super) const TURN_FRAMES: usize = 64;
+/// What a request counts as among them: a new task, a socket, a line in the log, some 100 µs in all.
+const REQUEST_FRAMES: usize = 16;
 /// Bytes of one connection before others have a turn: about 50 µs' worth.
-pub const TURN_BYTES: usize = 256 * 1024;
+pub(super) const TURN_BYTES: usize = 256 * 1024;
 /// Time that one connection takes before others have a turn, whatever its frames are. Looked at between two reads.
-pub const TURN_TIME: Duration = Duration::from_micros(200);
-/// The least that is read at once: 78 of the smallest frames that have something in them.
-const READ_MIN: usize = 1024;
+pub(super) const TURN_TIME: Duration = Duration::from_micros(200);
+/// The least that is read at once: 39 of the smallest frames that have something in them.
+const READ_MIN: usize = 512;
 /// What is read at first.
 const READ_START: usize = 4096;
 /// How much faster than before it may get, with each read.
@@ -49,7 +51,6 @@ pub enum Role {
 /// See the module.
 pub struct Guarded<S> {
     inner: S,
-    role: Role,
     traffic: Rc<Traffic>,
     incoming: Frames,
     outgoing: Frames,
@@ -68,7 +69,6 @@ impl<S> Guarded<S> {
         let preface = |of| Frames::after(if role == of { PREFACE } else { 0 });
         Self {
             inner,
-            role,
             traffic,
             incoming: preface(Role::Server),
             outgoing: preface(Role::Client),
@@ -110,20 +110,31 @@ impl<S> Guarded<S> {
 
     /// Whether what has come may go on.
     fn received(&mut self, bytes: &[u8]) -> bool {
-        let (flood, streams) = (self.traffic.flood(), self.traffic.streams());
-        let frames = self.incoming.pass(bytes, |frame| flood.received(frame, streams));
-        self.frames += frames;
+        let traffic = &*self.traffic;
+        let (flood, streams) = (traffic.flood(), traffic.streams());
+        let mut weight = 0;
+        self.incoming.pass(bytes, |frame| {
+            weight += if frame.kind == HEADERS { REQUEST_FRAMES } else { 1 };
+            if frame.kind == DATA {
+                traffic.arrived(frame.length);
+            }
+            flood.received(frame, streams);
+        });
+        self.frames += weight;
         self.bytes += bytes.len();
-        let fits = bytes.len().checked_div(frames).map_or(TURN_BYTES, |each| each * TURN_FRAMES);
+        let fits = match weight {
+            0 => TURN_BYTES,
+            _ => bytes.len() * TURN_FRAMES / weight,
+        };
         self.allowance = fits.min(self.allowance * GROWTH).clamp(READ_MIN, TURN_BYTES);
         flood.detected().is_none()
     }
 
     fn sent(&mut self, mut n: usize, bufs: &[IoSlice<'_>]) {
-        let (flood, opens) = (self.traffic.flood(), self.role == Role::Client);
+        let flood = self.traffic.flood();
         for buf in bufs {
             let part = n.min(buf.len());
-            self.outgoing.pass(&buf[..part], |frame| flood.sent(frame, opens));
+            self.outgoing.pass(&buf[..part], |frame| flood.sent(frame));
             n -= part;
         }
     }

@@ -45,9 +45,17 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     Ok((TlsStream::new(below, session), agreed))
 }
 
+/// Shakes hands as the server.
+pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+    config: &ServerConfig,
+    below: S,
+) -> Result<(TlsStream<S>, Agreed), (io::Error, S)> {
+    accept_at(config, below, &Pace::default()).await
+}
+
 /// Shakes hands as the server, at its `pace` among others. The stream comes back with the error: there may be something to read
 /// on it.
-pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+pub async fn accept_at<S: AsyncRead + AsyncWrite + Unpin>(
     config: &ServerConfig,
     mut below: S,
     pace: &Pace,

@@ -14,7 +14,7 @@ mod session;
 mod stream;
 
 pub use self::{
-    handshake::{Agreed, accept, connect},
+    handshake::{Agreed, accept, accept_at, connect},
     pace::{Pace, Stage},
     session::{Next, RecordError, Session},
     stream::TlsStream,

@@ -44,7 +44,6 @@ impl Default for Pace {
 }
 
 impl Pace {
-
     /// How far it has come.
     pub fn stage(&self) -> Stage {
         self.stage.get()
@@ -80,7 +79,8 @@ mod tests {
 
     #[test]
     fn between_two_handshakes_whatever_is_ready_has_its_turn() {
-        let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
+        let runtime =
+            Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
         runtime.block_on(async {
             let order = Rc::new(RefCell::new(Vec::new()));
             let mut tasks = JoinSet::new();
@@ -95,7 +95,9 @@ mod tests {
                     yield_now().await;
                 }
             });
-            timeout(Duration::from_secs(10), async { while tasks.join_next().await.is_some() {} }).await.unwrap();
+            timeout(Duration::from_secs(10), async { while tasks.join_next().await.is_some() {} })
+                .await
+                .unwrap();
             let order: String = order.take().into_iter().collect();
             assert!(!order.contains("hhh"), "{order}");
         });
