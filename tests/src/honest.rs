@@ -23,6 +23,8 @@ use crate::{
 
 /// What is sent, and has to come back.
 const MESSAGE: [u8; 64] = [7; 64];
+/// What says something of a share of them.
+const COUNT_MIN: usize = 50;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -33,6 +35,8 @@ pub struct Pace {
     pub count: usize,
     /// Half of them took no longer.
     pub p50: Duration,
+    /// Of ten, nine.
+    pub p90: Duration,
     /// Of a hundred, 99.
     pub p99: Duration,
     /// None took longer.
@@ -71,8 +75,13 @@ impl Honest {
         trips.iter().filter(|(_, took)| took.is_some()).count()
     }
 
-    /// Of the round trips that began since then. One that is not over counts as if it were now.
+    /// Of the round trips that began since then, of which there have to be some. One that is not over counts as if it were now.
     pub fn pace_since(&self, since: Instant) -> Result<Pace> {
+        let begun = || {
+            let trips = self.trips.lock().unwrap_or_else(PoisonError::into_inner);
+            trips.len() - trips.partition_point(|(at, _)| *at < since)
+        };
+        wait_for("more round trips", PATIENCE, || (begun() >= COUNT_MIN).then_some(()))?;
         let trips = self.trips.lock().unwrap_or_else(PoisonError::into_inner);
         // The one that was under way then, too.
         let first = trips.partition_point(|(at, _)| *at < since).saturating_sub(1);
@@ -84,6 +93,7 @@ impl Honest {
         Ok(Pace {
             count: took.len(),
             p50: of(50).context(none)?,
+            p90: of(90).context(none)?,
             p99: of(99).context(none)?,
             longest: took.last().copied().context(none)?,
         })

@@ -412,8 +412,8 @@ mod tests {
 
     #[test]
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
-        // A pointer to it, and its place; two counters of the `Rc`; and what a record does not hold.
+        // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
-        assert!(added <= 72, "{added}");
+        assert!(added <= 80, "{added}");
     }
 }
