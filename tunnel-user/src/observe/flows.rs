@@ -22,7 +22,7 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
-use super::stats::Record;
+use super::{marks::Micros, stats::Record};
 use crate::model::end::EndReason;
 
 /// Which flow it is, as no other one while the process runs.
@@ -30,6 +30,16 @@ use crate::model::end::EndReason;
 pub struct FlowId {
     worker: u16,
     number: u64,
+}
+
+impl FlowId {
+    pub(super) fn worker(self) -> u16 {
+        self.worker
+    }
+
+    pub(super) fn number(self) -> u64 {
+        self.number
+    }
 }
 
 impl fmt::Display for FlowId {
@@ -61,19 +71,49 @@ pub enum CurrentPath {
 
 /// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part comes late: when the program
 /// needs us, or when [`Registry`]'s owner asks.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Meter {
+    /// When the flow was accepted.
+    pub started: Instant,
     /// Bytes from the client to the target.
     pub sent: Cell<u64>,
     /// Bytes from the target to the client.
     pub received: Cell<u64>,
     /// By what they are moved now.
     pub path: Cell<CurrentPath>,
+    /// How long after its start the first byte from the target was passed on.
+    pub first_byte: Cell<Option<Micros>>,
     /// What had moved when that was last asked, and at what age of the flow, in seconds, it first was as much.
     quiet: Cell<(u64, u32)>,
 }
 
+impl Default for Meter {
+    fn default() -> Self {
+        Self::new(Instant::now())
+    }
+}
+
 impl Meter {
+    /// That of a flow which was accepted then.
+    pub fn new(started: Instant) -> Self {
+        let (sent, received) = (Cell::default(), Cell::default());
+        Self {
+            started,
+            sent,
+            received,
+            path: Cell::default(),
+            first_byte: Cell::default(),
+            quiet: Cell::default(),
+        }
+    }
+
+    /// To be told after bytes may have been passed on.
+    pub fn note(&self) {
+        if self.first_byte.get().is_none() && self.received.get() > 0 {
+            self.first_byte.set(Some(self.started.elapsed().into()));
+        }
+    }
+
     /// Whether nothing has moved for so long on a flow of this age, as far as is known to who asks every second.
     pub fn is_idle(&self, age: Duration, idle: Duration) -> bool {
         let moved = self.sent.get() + self.received.get();
@@ -92,7 +132,6 @@ pub struct LiveFlow {
     slot: u32,
     /// Everything that is known but for how much it has moved and how it ends.
     record: Record,
-    started: Instant,
     meter: Meter,
     end: Cell<Option<EndReason>>,
     waker: Cell<Option<Waker>>,
@@ -122,7 +161,7 @@ impl LiveFlow {
 
     /// When it was accepted.
     pub fn started(&self) -> Instant {
-        self.started
+        self.meter.started
     }
 
     /// What it has moved.
@@ -152,10 +191,10 @@ impl LiveFlow {
         })
     }
 
-    fn snapshot(&self) -> Snapshot {
+    pub(super) fn snapshot(&self) -> Snapshot {
         let mut record = self.record.clone();
-        (record.sent, record.received) = (self.meter.sent.get(), self.meter.received.get());
-        record.lasted(self.started.elapsed());
+        record.has_moved(&self.meter);
+        record.lasted(self.meter.started.elapsed());
         Snapshot { id: self.id, path: self.meter.path.get(), record }
     }
 }
@@ -217,8 +256,7 @@ impl Registry {
             id: FlowId { worker: self.worker, number },
             slot,
             record,
-            started,
-            meter: Meter::default(),
+            meter: Meter::new(started),
             end: self.ending.clone(),
             waker: Cell::default(),
         });
@@ -258,6 +296,11 @@ impl Registry {
             page.extend(flow.as_ref().map(|flow| flow.snapshot()));
         }
         (page, None)
+    }
+
+    /// Calls `look` for each of them. It may not open or close any.
+    pub fn for_each(&self, look: impl FnMut(&LiveFlow)) {
+        self.slots.borrow().flows.iter().flatten().map(Rc::as_ref).for_each(look);
     }
 
     /// Has those flows end of which `which` says so; how many. It may not open or close any.
@@ -304,11 +347,13 @@ impl Open {
     pub fn close(self) -> (Record, Instant) {
         let flow = Rc::clone(&self.flow);
         drop(self);
-        let started = flow.started;
-        let (sent, received) = (flow.meter.sent.get(), flow.meter.received.get());
+        let started = flow.meter.started;
         // Nobody else holds it: what looks at it borrows it.
-        let mut record = Rc::try_unwrap(flow).map_or_else(|flow| flow.record.clone(), |flow| flow.record);
-        (record.sent, record.received) = (sent, received);
+        let (mut record, meter) = match Rc::try_unwrap(flow) {
+            Ok(flow) => (flow.record, flow.meter),
+            Err(flow) => (flow.record.clone(), flow.meter.clone()),
+        };
+        record.has_moved(&meter);
         (record, started)
     }
 }
@@ -414,6 +459,6 @@ mod tests {
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
         // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
-        assert!(added <= 80, "{added}");
+        assert!(added <= 88, "{added}");
     }
 }

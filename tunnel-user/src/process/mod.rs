@@ -8,4 +8,5 @@ pub mod limits;
 pub mod memory;
 pub mod panics;
 pub mod random;
+pub mod service;
 pub mod signal;
