@@ -221,7 +221,7 @@ fn a_flow_without_bytes_and_one_that_lasts_too_long_are_reset_with_their_reasons
             assert!(start.elapsed() >= Duration::from_secs(1), "after {:?}", start.elapsed());
             anyhow::Ok(ended)
         })?;
-        assert_eq!(ended.contains(&1), true, "{reason}: {ended:?}");
+        assert!(ended.contains(&1), "{reason}: {ended:?}");
         assert_eq!(ended.contains(&3), talks, "{reason}: {ended:?}");
         daemon.process().wait_for_line(&format!("reason={reason}"))?;
         daemon.process().stop()?;
