@@ -5,13 +5,18 @@
 
 mod records;
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
-use rustls_pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tunnel::{
     config::{CheckFiles, Config},
-    identity::{peer, sds, verify, workload_api},
+    identity::{
+        peer::{names_of, peer_identity},
+        sds,
+        verify::{self, check_expiry},
+        workload_api,
+    },
     model::flow::Target,
     proxy::Refusal,
     routing::{
@@ -33,7 +38,7 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 9] = [
+pub const ALL: [(&str, Check); 10] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("sniff", sniff),
@@ -43,6 +48,7 @@ pub const ALL: [(&str, Check); 9] = [
     ("certificate", certificate),
     ("svid", svid),
     ("sds", sds),
+    ("certificate_names", certificate_names),
 ];
 
 /// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
@@ -156,8 +162,8 @@ pub fn certificate(input: &[u8]) {
         chain.push(CertificateDer::from(behind[..length].to_vec()));
         rest = &behind[length..];
     }
-    let names = chain.first().map(peer::names_of).unwrap_or_default();
-    let identity = peer::peer_identity(&chain);
+    let names = chain.first().map(names_of).unwrap_or_default();
+    let identity = peer_identity(&chain);
     assert!(
         identity.is_none_or(|id| names.iter().any(|name| name.to_string() == *id.0)),
         "an identity is one of the names"
@@ -180,6 +186,19 @@ pub fn sds(input: &[u8]) {
     if let Err(why) = sds::read_answer(input) {
         assert!(!why.is_empty() && !why.contains('\0'), "it is logged");
     }
+}
+
+/// A certificate, as a peer shows it before anybody has verified it: its names, and who it says the peer is.
+pub fn certificate_names(input: &[u8]) {
+    let certs = [CertificateDer::from(input)];
+    let names: Vec<String> = names_of(&certs[0]).iter().map(ToString::to_string).collect();
+    if let Some(identity) = peer_identity(&certs) {
+        assert!(names.contains(&identity.to_string()), "it is one of its names: {identity}");
+        let is_spiffe = |name: &str| name.starts_with("spiffe://");
+        assert!(is_spiffe(&identity.to_string()) || !names.iter().any(|name| is_spiffe(name)), "{names:?}");
+    }
+    // Whatever it says of its dates.
+    let _checked = check_expiry(&certs, UnixTime::since_unix_epoch(Duration::from_secs(1 << 31)));
 }
 
 /// A configuration file.

@@ -36,6 +36,8 @@ const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 
 /// How often certificates are replaced under load.
 const ROTATIONS: [&str; 2] = ["TUNNEL_ROTATIONS", "1000"];
+/// How long each flood lasts.
+const PRESSURE: [&str; 2] = ["TUNNEL_PRESSURE_SECONDS", "10"];
 
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
@@ -63,11 +65,13 @@ enum Part {
     Escape,
     /// A thousand rotations of certificates under load.
     Rotations,
+    /// Every known flood for ten seconds, and an honest peer beside it.
+    Pressure,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape, rotations
+  cargo xtask verify                              two suites, two kernels, two soaks, an escape, floods, rotations
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -104,7 +108,11 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     }
     if wanted(Part::Rotations) {
         heading(&format!("{} rotations under load", ROTATIONS[1]));
-        rotations()?;
+        longer("test(many_rotations_under_load)", ROTATIONS)?;
+    }
+    if wanted(Part::Pressure) {
+        heading(&format!("floods of {} s each", PRESSURE[1]));
+        longer("binary(=pressure)", PRESSURE)?;
     }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
@@ -112,16 +120,14 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
 
 /// Runs the test whose program tries to escape for longer than in the suite.
 fn escape() -> Result<()> {
-    let mut test = Command::new(std::env::current_exe()?);
-    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "binary(=escape)"]);
-    foreground("the test", test.env(ESCAPE[0], ESCAPE[1]))
+    longer("binary(=escape)", ESCAPE)
 }
 
-/// Runs the test that replaces certificates more often than in the suite.
-fn rotations() -> Result<()> {
+/// Runs tests for longer than in the suite.
+fn longer(tests: &str, [name, value]: [&str; 2]) -> Result<()> {
     let mut test = Command::new(std::env::current_exe()?);
-    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "test(many_rotations_under_load)"]);
-    foreground("the test", test.env(ROTATIONS[0], ROTATIONS[1]))
+    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", tests]);
+    foreground("the test", test.env(name, value))
 }
 
 /// Keeps an arm busy with the soak of the load generator, which compares every byte; the kernel has nothing to complain of.

@@ -22,6 +22,7 @@ mod daemon;
 mod endpoints;
 mod flags;
 mod identity;
+mod limits;
 mod listener;
 pub mod pattern;
 mod policy;
@@ -49,6 +50,7 @@ pub use flags::{DEFAULT_EXCLUDE, ExecOptions, GatewayOptions, Wanted};
 pub use identity::{
     ENDPOINT_VARIABLE, IdentitySettings, IdentitySource, KeyExchange, OnExpiry, ProviderAddr, TrustDomain,
 };
+pub use limits::{Bytes, Limits as ProcessLimits};
 pub use listener::{ClientAuth, DIAL_TIMEOUT, HANDSHAKE_TIMEOUT, LISTENER_STREAMS, Listener};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
 pub use policy::{Peers, Policy};

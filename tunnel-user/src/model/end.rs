@@ -77,6 +77,8 @@ reasons! {
     ClientReset = "client_reset", Client, None, None;
     /// The client's HTTP/2 or TLS connection was lost, and its streams with it.
     ClientLost = "client_lost", Client, None, None;
+    /// The client's HTTP/2 connection was closed because the client flooded it.
+    ClientFlood = "client_flood", Client, None, None;
     /// The client acknowledged nothing for as long as the keep-alive settings allow.
     ClientTimeout = "client_timeout", Client, None, None;
     /// The client left before the target had answered.
@@ -94,6 +96,10 @@ reasons! {
     /// A certificate that its connection rests on has expired, is not trusted any more or was withdrawn, and the identity says
     /// on_expiry = "end".
     IdentityExpired = "identity_expired", Us, None, None;
+    /// No byte has moved for as long as a flow may be idle.
+    IdleTimeout = "idle_timeout", Us, None, None;
+    /// It has lasted as long as a flow may.
+    MaxDuration = "max_duration", Us, None, None;
     /// An operator ended it.
     Killed = "killed", Us, None, None;
     /// This process could not carry it on.
@@ -119,6 +125,12 @@ reasons! {
     FlowLimit = "flow_limit", Us, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
     /// As many flows as one peer gets are there.
     PeerLimit = "peer_limit", Client, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
+    /// As many new flows as one peer gets in a second have begun.
+    PeerRate = "peer_rate", Client, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
+    /// As much memory as one peer gets is in use.
+    PeerMemory = "peer_memory", Client, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
+    /// As much memory as there is for all peers is in use.
+    MemoryLimit = "memory_limit", Us, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
     /// As much as this upstream gets is in use.
     UpstreamLimit = "upstream_limit", Us, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
 
