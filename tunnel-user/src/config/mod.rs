@@ -13,11 +13,14 @@ use std::{
     collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
+mod admin;
 mod capture;
 mod daemon;
+mod effective;
 mod endpoints;
 mod flags;
 mod listener;
@@ -34,6 +37,7 @@ mod upstream;
 mod value;
 mod via;
 
+pub use admin::Admin;
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
     BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, INSPECT_TIMEOUT, Keepalive, MARK, MAX_FLOWS, Relay,
@@ -71,6 +75,8 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Config {
     /// The process.
     pub daemon: Daemon,
+    /// Where operators and monitoring reach it.
+    pub admin: Admin,
     /// Who we are. Those that listeners and upstreams with TLS name are present.
     pub identities: BTreeMap<IdentityName, IdentityFiles>,
     /// Whose connections are captured by eBPF.
@@ -85,6 +91,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// Who may reach what through our listeners; nothing is allowed until a rule says so.
     pub policies: Vec<Policy>,
+    /// What the file says, with defaults and without secrets; null where there is no file.
+    pub effective: Arc<serde_json::Value>,
 }
 
 /// An HTTP version that carries CONNECT.
@@ -121,6 +129,7 @@ impl Config {
     pub fn empty(daemon: Daemon) -> Self {
         Self {
             daemon,
+            admin: Admin::default(),
             identities: BTreeMap::new(),
             captures: Vec::new(),
             redirects: Vec::new(),
@@ -128,6 +137,7 @@ impl Config {
             routes: Vec::new(),
             upstreams: Vec::new(),
             policies: Vec::new(),
+            effective: Arc::default(),
         }
     }
 
@@ -166,11 +176,9 @@ impl Config {
 
     fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(|mistakes| ConfigErrors {
-            file: file.to_owned(),
-            unreadable: None,
-            mistakes,
-        })
+        let wrong = |mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes };
+        let read: Self = Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(wrong)?;
+        Ok(Self { effective: Arc::new(effective::of(text)), ..read })
     }
 }
 

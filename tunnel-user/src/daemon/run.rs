@@ -5,8 +5,9 @@
 
 use std::{os::unix::net::UnixStream, path::Path, time::Duration};
 
-use super::{Options, Running, begin, control_runtime, file::ConfigFile, other};
+use super::{Options, Running, admin, begin, control_runtime, file::ConfigFile, other};
 use crate::{
+    admin::{Admin, Command},
     config::Config,
     daemon::takeover::{self, Offer, TakeoverError},
     process::{
@@ -27,6 +28,7 @@ enum Event {
         asked: bool,
     },
     TakeOver(Result<UnixStream, TakeoverError>),
+    Asked(Command),
 }
 
 /// Until a signal ends it, or another daemon takes over. A second signal ends the draining. `file` names the daemon: the
@@ -39,7 +41,9 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
         let mut hangup = Hangup::new().map_err(signal_failed)?;
         // Before it is used: a change in between is seen.
         let mut source = file.map(|file| ConfigFile::new(file, config.daemon.watch));
+        let bound = admin::bind(&config, file, take_over)?;
         let mut running = start(config, file.filter(|_| take_over))?;
+        let mut admin = bound.map(|bound| running.serve_admin(bound, file)).transpose()?;
         let mut offer = None;
         let why = loop {
             let event = tokio::select! {
@@ -48,12 +52,18 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
                 () = hangup.next() => Event::Reload { asked: true },
                 () = changed(&mut source) => Event::Reload { asked: false },
                 stream = requested(file, &mut offer) => Event::TakeOver(stream),
+                command = asked(&mut admin) => Event::Asked(command),
             };
             match (event, &mut source) {
                 (Event::Stop(why), _) => break why,
                 (Event::Reload { asked }, Some(source)) => source.reload(&mut running, asked).await,
                 (Event::Reload { .. }, None) => {
                     tracing::warn!("SIGHUP: there is no configuration file to read again");
+                }
+                (Event::Asked(command), _) => {
+                    if let Some(why) = running.answer(command) {
+                        break why;
+                    }
                 }
                 (Event::TakeOver(Err(e)), _) => tracing::warn!("{e}"),
                 (Event::TakeOver(Ok(stream)), _) => {
@@ -72,7 +82,10 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
         };
         drop((offer, source));
         tracing::info!("{why}: draining");
-        stop(running, &mut signals).await
+        // The admin interface is there until the last flow has ended.
+        let stopped = stop(running, &mut signals).await;
+        drop(admin);
+        stopped
     })
 }
 
@@ -133,6 +146,14 @@ async fn requested(file: Option<&Path>, offer: &mut Option<Offer>) -> Result<Uni
                 tokio::time::sleep(OFFER_RETRY).await;
             }
         }
+    }
+}
+
+/// What the admin interface asks.
+async fn asked(admin: &mut Option<Admin>) -> Command {
+    match admin {
+        Some(admin) => admin.command().await,
+        None => std::future::pending().await,
     }
 }
 

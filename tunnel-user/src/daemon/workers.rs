@@ -16,6 +16,7 @@ use crate::{
         drain::{self, Phase, Trigger},
         exit::Failure,
     },
+    proxy::questions::{self, Asked},
     worker::{self, Report, Start, State},
 };
 
@@ -24,7 +25,7 @@ pub(super) struct Workers {
     trigger: Trigger,
     states: watch::Sender<Option<Arc<State>>>,
     threads: Vec<Thread>,
-    counters: Vec<Arc<Counters>>,
+    asked: Vec<Asked>,
 }
 
 struct Thread {
@@ -37,21 +38,23 @@ impl Workers {
     pub(super) fn start(number: usize) -> Result<Self, Failure> {
         let (trigger, phase) = drain::channel();
         let mut workers =
-            Self { trigger, states: watch::Sender::new(None), threads: Vec::new(), counters: Vec::new() };
+            Self { trigger, states: watch::Sender::new(None), threads: Vec::new(), asked: Vec::new() };
         for index in 0..number {
             let counters = Arc::new(Counters::default());
+            let (asked, questions) = questions::questions(Arc::clone(&counters));
             let (tell, in_force) = watch::channel(0);
             let start = Start {
                 index,
-                counters: Arc::clone(&counters),
+                counters,
                 states: workers.states.subscribe(),
                 in_force: tell,
                 watch: phase.clone(),
+                questions,
             };
             let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(|| worker::run(start));
             let handle = thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?;
             workers.threads.push(Thread { handle, in_force });
-            workers.counters.push(counters);
+            workers.asked.push(asked);
         }
         Ok(workers)
     }
@@ -105,11 +108,16 @@ impl Workers {
         report
     }
 
+    /// By which they are asked.
+    pub(super) fn asked(&self) -> &[Asked] {
+        &self.asked
+    }
+
     /// Their counters, summed.
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut sums: Vec<(&'static str, u64)> = Vec::new();
-        for counters in &self.counters {
-            for (i, (name, n)) in counters.all().into_iter().enumerate() {
+        for worker in &self.asked {
+            for (i, (name, n)) in worker.counters.all().into_iter().enumerate() {
                 match sums.get_mut(i) {
                     Some((_, sum)) => *sum += n,
                     None => sums.push((name, n)),

@@ -4,6 +4,7 @@ pub mod drain;
 pub mod exit;
 pub mod files;
 pub mod limits;
+pub mod nice;
 pub mod panics;
 pub mod random;
 pub mod signal;

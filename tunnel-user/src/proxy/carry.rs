@@ -18,7 +18,7 @@ use crate::{
         end::EndReason,
         flow::{ClientAddr, Head, Identity, Target},
     },
-    observe::stats::{Destination, Record},
+    observe::stats::{Destination, Record, Via},
     relay::{Ahead, Early, EarlySource, Leg, Queue},
     routing::{flow::Flow, router::Decision, sniff::sniff},
     sources::{
@@ -167,6 +167,11 @@ impl Proxy {
                         early.sent = behind;
                     }
                     let Progress { record, started, permit } = progress;
+                    self.counters.flows_opened.add(1);
+                    self.counters.durations.connect.observe(started.elapsed());
+                    if matches!(record.via, Via::Direct) {
+                        self.counters.flows_dialled.add(1);
+                    }
                     let live = self.flows.open(record, started);
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
                 }

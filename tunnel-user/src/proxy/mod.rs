@@ -7,6 +7,7 @@ mod carry;
 mod client;
 mod in_process;
 mod log;
+pub mod questions;
 mod reach;
 mod refusal;
 
@@ -218,7 +219,13 @@ impl Proxy {
         // Their resets, or their ends, go out before anything is written about them.
         let EstablishedFlow { sink, live, permit, .. } = *flow;
         drop(sink);
+        let first_byte = live.meter().first_byte.get();
         let (mut record, started) = live.close();
+        let durations = &self.counters.durations;
+        if let Some(at) = first_byte {
+            durations.first_byte.observe(at.saturating_duration_since(started));
+        }
+        durations.flow.observe(started.elapsed());
         record.ended(outcome.reason(), outcome.detail());
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
@@ -315,8 +322,10 @@ impl Proxy {
     /// Books what happened at a source and is no flow.
     fn event(&self, event: &Event<'_>) {
         match event {
+            Event::PeerAccepted { took } => self.counters.durations.handshake.observe(*took),
             Event::PeerRejected { peer, error } => {
                 self.counters.handshakes_failed.add(1);
+                self.counters.rejected.by(error.check()).add(1);
                 if self.log.handshakes.admit() {
                     tracing::warn!(%peer, %error, "rejected peer connection");
                 }

@@ -32,7 +32,7 @@ use crate::{
         drain::{self, Phase, Tasks, Watch},
         random,
     },
-    proxy::{Proxy, Setup},
+    proxy::{Proxy, Setup, questions::Questions},
     relay::give_up_silent_peers,
     sinks::upstream::{self, Upstreams},
     sources::{capture::accept::Origins, listener::accept},
@@ -137,6 +137,8 @@ pub struct Start {
     pub in_force: watch::Sender<u64>,
     /// The order to stop.
     pub watch: Watch,
+    /// What it is asked.
+    pub questions: Questions,
 }
 
 /// What one worker leaves.
@@ -159,7 +161,7 @@ pub fn run(start: Start) -> io::Result<Report> {
 }
 
 async fn work(start: Start) -> io::Result<Report> {
-    let Start { index, counters, mut states, in_force, mut watch } = start;
+    let Start { index, counters, mut states, in_force, mut watch, questions } = start;
     let first = tokio::select! {
         // What was published is accepted from, if only to the end of what waits there.
         biased;
@@ -170,6 +172,9 @@ async fn work(start: Start) -> io::Result<Report> {
     let setup = Setup::new(Arc::clone(&first.shared), Upstreams::new(&first.upstreams, None), None);
     let worker = Worker { index, proxy: Proxy::new(setup, counters, stopped), retired: Tasks::default() };
     let flows = Rc::new(Tasks::default());
+    // Also while it drains.
+    let answering = Tasks::default();
+    answering.spawn(questions.answer(Rc::clone(&worker.proxy)));
     let mut sources = Sources::default();
     worker.reconcile(&first, &mut sources, &flows);
     in_force.send_replace(first.version);
@@ -219,6 +224,7 @@ async fn work(start: Start) -> io::Result<Report> {
         () = watch.stopping() => {}
     }
     worker.proxy.log_suppressed();
+    drop(answering);
     let (records, dropped) = worker.proxy.take_records();
     let connections_opened = setup.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })
