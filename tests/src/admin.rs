@@ -11,7 +11,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value as Json;
 
-use crate::{daemon::Daemon, netns::NetNs, wait::PATIENCE};
+use crate::{
+    daemon::Daemon,
+    netns::NetNs,
+    wait::{PATIENCE, wait_for},
+};
 
 /// What was answered.
 #[derive(Clone, Debug)]
@@ -43,10 +47,13 @@ impl Answer {
 pub struct Admin(PathBuf);
 
 impl Admin {
-    /// That of a daemon whose configuration does not name one.
+    /// That of a daemon whose configuration does not name one. Waits until it is there: it comes after what is captured.
     pub fn of(daemon: &Daemon) -> Self {
         let name = daemon.config().file_stem().unwrap_or_default().to_string_lossy();
-        Self(PathBuf::from(format!("/run/tunnel/admin-{name}.sock")))
+        let path = PathBuf::from(format!("/run/tunnel/admin-{name}.sock"));
+        // Where it does not come, the first request says so.
+        let _late = wait_for("the admin socket", PATIENCE, || path.exists().then_some(()));
+        Self(path)
     }
 
     /// Its path.

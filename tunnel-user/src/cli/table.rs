@@ -88,7 +88,7 @@ mod tests {
         let mut table = Table::new(&["NAME", "N"], &[1]);
         table.push(["a\x1b[2J".to_owned(), "5".to_owned()]);
         table.push(["bc".to_owned(), "1234".to_owned()]);
-        assert_eq!(table.text(), "NAME            N\na\\u{1b}[2J      5\nbc           1234\n");
+        assert_eq!(table.text(), "NAME           N\na\\u{1b}[2J     5\nbc          1234\n");
     }
 
     #[test]
