@@ -57,6 +57,7 @@ const fn change(path: &'static str, what: &'static str) -> Endpoint {
 
 /// All of them.
 const ENDPOINTS: &[Endpoint] = &[
+    read("/", "a page for browsers, which shows what is below; else this list"),
     read("/healthz/live", "200 while every worker answers, else 503"),
     read(
         "/healthz/ready",
@@ -90,7 +91,16 @@ pub(super) async fn answer<B>(context: &std::rc::Rc<Context>, request: &Request<
         return kill(context, id).await;
     }
     match (path, posted) {
-        ("/", false) => index(),
+        ("/", false) => match request.headers().get(header::ACCEPT) {
+            Some(accept) if accept.as_bytes().windows(9).any(|part| part == b"text/html") => page(),
+            _ => index(),
+        },
+        ("/page.css", false) => {
+            respond(StatusCode::OK, "text/css; charset=utf-8", include_str!("page/page.css"))
+        }
+        ("/page.js", false) => {
+            respond(StatusCode::OK, "text/javascript; charset=utf-8", include_str!("page/page.js"))
+        }
         ("/healthz/live", false) => live(context).await,
         ("/healthz/ready", false) => ready(context).await,
         ("/metrics", false) => metrics(context, request.headers().get(header::ACCEPT)).await,
@@ -193,6 +203,17 @@ fn index() -> Response<Body> {
         text += &format!("{method} {path:<16} {what}\n");
     }
     respond(StatusCode::OK, "text/plain; charset=utf-8", text)
+}
+
+/// What a page of ours may do: show what this interface answers, and nothing of anybody else.
+const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; \
+                           form-action 'none'; frame-ancestors 'none'";
+
+/// The page for browsers.
+fn page() -> Response<Body> {
+    let mut answer = respond(StatusCode::OK, "text/html; charset=utf-8", include_str!("page/page.html"));
+    answer.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_POLICY));
+    answer
 }
 
 async fn live(context: &Context) -> Response<Body> {
@@ -305,7 +326,9 @@ async fn explain(context: &Context, query: &Query<'_>) -> Response<Body> {
 fn set_log(context: &Context, query: &Query<'_>) -> Response<Body> {
     let filter = match (query.get("filter"), query.get("target"), query.get("level")) {
         (None, None, None) if query.get("reset").is_some() => Ok(context.log.first()),
-        (Some(filter), None, None) if !filter.trim().is_empty() => filter.parse(),
+        (Some(filter), None, None) if !filter.trim().is_empty() => {
+            filter.parse().map_err(|e| format!("this is no log filter: {e}"))
+        }
         (None, target, Some(level)) => context.log.with(target.as_deref(), &level),
         _ => {
             let why = "say ?level=LEVEL, ?target=TARGET&level=LEVEL, ?filter=FILTER or ?reset";
@@ -315,7 +338,7 @@ fn set_log(context: &Context, query: &Query<'_>) -> Response<Body> {
     let filter: LogFilter = match filter {
         Ok(filter) if filter.as_str().len() <= FILTER_MAX => filter,
         Ok(_) => return error(StatusCode::BAD_REQUEST, "the filter is too long"),
-        Err(e) => return error(StatusCode::BAD_REQUEST, &format!("this is no log filter: {e}")),
+        Err(why) => return error(StatusCode::BAD_REQUEST, &why),
     };
     if !context.log.set(&filter) {
         return error(StatusCode::INTERNAL_SERVER_ERROR, "this process does not log");

@@ -14,7 +14,7 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     task::JoinSet,
     time::{MissedTickBehavior, interval, sleep, timeout},
@@ -29,7 +29,10 @@ use super::{
 };
 use crate::{
     observe::telemetry::LogHandle,
-    process::{drain::Tasks, nice},
+    process::{
+        drain::{self, Phase, Tasks, Watch},
+        nice,
+    },
 };
 
 /// Connections of each of the two ways at once. Prometheus needs one, an operator a few.
@@ -46,6 +49,8 @@ const HEAD_MAX: usize = 16 * 1024;
 const HEADERS_MAX: usize = 64;
 /// After an error of accept(2) that is not the connection's: out of descriptors.
 const BACK_OFF: Duration = Duration::from_millis(200);
+/// How long who has connected may take for the rest when the daemon ends.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// How much less the kernel favours this thread than the workers (nice(2)).
 const NICENESS: i32 = 10;
 
@@ -75,49 +80,57 @@ impl Context {
     }
 }
 
-/// Serves until it is told to stop.
+/// Serves until it is told to stop, and answers who has connected until then.
 pub(super) fn run(mut bound: Bound, context: Context, stopped: oneshot::Receiver<()>) -> io::Result<()> {
     // The workers are worth more; where it cannot be had, it is served all the same.
     let _as_before = nice::lower_this_thread(NICENESS);
     let options = tokio::runtime::LocalOptions::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(options)?;
     runtime.block_on(async {
+        let (trigger, stop) = drain::channel();
         let context = Rc::new(context);
-        let mut tasks = JoinSet::new();
+        let mut serving = JoinSet::new();
         // The socket's file goes when everything has ended.
         let unix = bound.unix.as_ref().map(|socket| socket.listener.try_clone()).transpose()?;
         if let Some(listener) = unix {
-            tasks.spawn_local(unix_connections(UnixListener::from_std(listener)?, Rc::clone(&context)));
+            let connections = Connections::new(Rc::clone(&context), Way::Unix, stop.clone());
+            serving.spawn_local(connections.accept(UnixListener::from_std(listener)?));
         }
         if let Some(listener) = bound.tcp.take() {
-            tasks.spawn_local(tcp_connections(TcpListener::from_std(listener)?, Rc::clone(&context)));
+            let connections = Connections::new(Rc::clone(&context), Way::Tcp, stop);
+            serving.spawn_local(connections.accept(TcpListener::from_std(listener)?));
         }
-        tasks.spawn_local(keep_history(context));
+        let mut history = JoinSet::new();
+        history.spawn_local(keep_history(context));
         // An error says that whoever could tell it has gone.
         let _stopped = stopped.await;
+        trigger.enter(Phase::Drain);
+        let ended = async { while serving.join_next().await.is_some() {} };
+        let _late = timeout(STOP_PATIENCE, ended).await;
         Ok(())
     })
 }
 
-async fn unix_connections(listener: UnixListener, context: Rc<Context>) {
-    let mut connections = Connections::new(context, Way::Unix);
-    loop {
-        let place = connections.place().await;
-        match listener.accept().await {
-            Ok((stream, _)) => connections.serve(stream, place),
-            Err(e) => back_off(&e).await,
-        }
+/// What connections are accepted from.
+trait Accept {
+    type Stream: AsyncRead + AsyncWrite + Unpin + 'static;
+
+    async fn next(&self) -> io::Result<Self::Stream>;
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _)| stream)
     }
 }
 
-async fn tcp_connections(listener: TcpListener, context: Rc<Context>) {
-    let mut connections = Connections::new(context, Way::Tcp);
-    loop {
-        let place = connections.place().await;
-        match listener.accept().await {
-            Ok((stream, _)) => connections.serve(stream, place),
-            Err(e) => back_off(&e).await,
-        }
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        self.accept().await.map(|(stream, _)| stream)
     }
 }
 
@@ -130,20 +143,38 @@ async fn back_off(error: &io::Error) {
 struct Connections {
     context: Rc<Context>,
     way: Way,
+    stop: Watch,
     places: Arc<Semaphore>,
     tasks: JoinSet<()>,
 }
 
 impl Connections {
-    fn new(context: Rc<Context>, way: Way) -> Self {
-        Self { context, way, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)), tasks: JoinSet::new() }
+    fn new(context: Rc<Context>, way: Way, stop: Watch) -> Self {
+        Self { context, way, stop, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)), tasks: JoinSet::new() }
     }
 
-    /// A place for one more. While there is none, more wait in the backlog.
-    async fn place(&mut self) -> Option<OwnedSemaphorePermit> {
-        while self.tasks.try_join_next().is_some() {}
-        // It is never closed.
-        Arc::clone(&self.places).acquire_owned().await.ok()
+    /// Accepts until it is told to stop, and waits for the ends of those that it has accepted.
+    async fn accept(mut self, listener: impl Accept) {
+        let mut stop = self.stop.clone();
+        loop {
+            while self.tasks.try_join_next().is_some() {}
+            let places = Arc::clone(&self.places);
+            let accepted = async {
+                // While there is no place, more wait in the backlog. It is never closed.
+                let place = places.acquire_owned().await;
+                (listener.next().await, place)
+            };
+            tokio::select! {
+                // What waits there is answered too.
+                biased;
+                (accepted, place) = accepted => match accepted {
+                    Ok(stream) => self.serve(stream, place.ok()),
+                    Err(e) => back_off(&e).await,
+                },
+                () = stop.draining() => break,
+            }
+        }
+        while self.tasks.join_next().await.is_some() {}
     }
 
     fn serve<S: AsyncRead + AsyncWrite + Unpin + 'static>(
@@ -151,7 +182,7 @@ impl Connections {
         stream: S,
         place: Option<OwnedSemaphorePermit>,
     ) {
-        let (context, way) = (Rc::clone(&self.context), self.way);
+        let (context, way, mut stop) = (Rc::clone(&self.context), self.way, self.stop.clone());
         self.tasks.spawn_local(async move {
             let answered = service_fn(move |request| answer(Rc::clone(&context), way, request));
             let served = http1::Builder::new()
@@ -161,15 +192,20 @@ impl Connections {
                 .max_headers(HEADERS_MAX)
                 .serve_connection(TokioIo::new(stream), answered);
             let mut served = pin!(served);
-            let served = match timeout(CONNECTION_TIMEOUT, served.as_mut()).await {
-                Ok(served) => Ok(served),
+            let ended = tokio::select! {
+                ended = served.as_mut() => Some(ended),
+                () = sleep(CONNECTION_TIMEOUT) => None,
+                () = stop.draining() => None,
+            };
+            let ended = match ended {
+                Some(ended) => Ok(ended),
                 // After the answer that it is in, if it is in one.
-                Err(_) => {
+                None => {
                     served.as_mut().graceful_shutdown();
                     timeout(CONNECTION_LINGER, served).await
                 }
             };
-            match served {
+            match ended {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!(%error, "admin connection failed"),
                 Err(_) => tracing::debug!("admin connection closed: its answer was not read"),

@@ -9,7 +9,12 @@ use std::{
 
 use clap::ValueEnum;
 use tracing_subscriber::{
-    EnvFilter, Registry, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    EnvFilter, Registry,
+    filter::{LevelFilter, ParseError},
+    fmt,
+    layer::SubscriberExt as _,
+    reload,
+    util::SubscriberInitExt as _,
 };
 
 use super::recent;
@@ -36,7 +41,7 @@ impl LogFilter {
 }
 
 impl std::str::FromStr for LogFilter {
-    type Err = tracing_subscriber::filter::ParseError;
+    type Err = ParseError;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         EnvFilter::builder().parse(s).map(|_| Self(s.to_owned()))
@@ -102,13 +107,19 @@ impl LogHandle {
         set
     }
 
-    /// The filter in force with another level for one target, or, with none, for all that have no level of their own.
-    pub fn with(
-        &self,
-        target: Option<&str>,
-        level: &str,
-    ) -> Result<LogFilter, tracing_subscriber::filter::ParseError> {
-        with(&self.filter(), target, level).parse()
+    /// The filter in force with another level for one target, or, with none, for all that have no level of their own. The error
+    /// says what is wrong.
+    pub fn with(&self, target: Option<&str>, level: &str) -> Result<LogFilter, String> {
+        if level.parse::<LevelFilter>().is_err() {
+            return Err(format!("\"{level}\" is no level: off, error, warn, info, debug and trace are"));
+        }
+        let is_target = |target: &str| {
+            !target.is_empty() && target.bytes().all(|b| b.is_ascii_alphanumeric() || b"_:-".contains(&b))
+        };
+        if let Some(target) = target.filter(|target| !is_target(target)) {
+            return Err(format!("\"{target}\" is no target, which is a path such as tunnel::relay"));
+        }
+        with(&self.filter(), target, level).parse().map_err(|e: ParseError| e.to_string())
     }
 }
 
