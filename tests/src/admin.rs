@@ -5,7 +5,6 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -139,20 +138,14 @@ fn unchunk(mut rest: &str) -> Result<String> {
     }
 }
 
-/// Between two looks of [`Admin::until`].
-const LOOK: Duration = Duration::from_millis(50);
-
 impl Admin {
     /// Waits until the status says so.
     pub fn until(&self, what: &str, is: impl Fn(&Json) -> bool) -> Result<Json> {
-        let deadline = std::time::Instant::now() + PATIENCE;
-        loop {
-            let status = self.json("/status")?;
-            if is(&status) {
-                return Ok(status);
-            }
-            ensure!(std::time::Instant::now() < deadline, "{what}: {status:#}");
-            std::thread::sleep(LOOK);
-        }
+        wait_for(what, PATIENCE, || match self.json("/status") {
+            Ok(status) if is(&status) => Some(Ok(status)),
+            Ok(_) => None,
+            // At no moment is nobody there.
+            Err(e) => Some(Err(e)),
+        })?
     }
 }

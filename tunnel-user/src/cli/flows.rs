@@ -98,35 +98,42 @@ pub fn run(args: &FlowsArgs, mut out: impl Write) -> Result<(), Failure> {
     let client = Client::new(&args.daemon)?;
     if let Some(id) = args.kill {
         client.post(&format!("/flows/{id}/kill"))?;
-        return write(&mut out, &format!("ended flow {id}\n"));
+        return write(&mut out, &format!("ended flow {id}\n")).map(drop);
     }
     let path = args.path();
     if args.json {
-        return write(&mut out, &String::from_utf8_lossy(&client.get(&path)?));
+        return write(&mut out, &String::from_utf8_lossy(&client.get(&path)?)).map(drop);
     }
     let flows: Vec<FlowView> = client.read(&path)?;
     if !args.watch {
-        return write(&mut out, &text(&flows, None));
+        return write(&mut out, &text(&flows, None)).map(drop);
     }
     let mut before = (Instant::now(), flows);
     loop {
-        thread::sleep(Duration::from_secs(1));
+        pause();
         let flows: Vec<FlowView> = client.read(&path)?;
         let now = Instant::now();
         let rates = Rates::new(&before.1, now.duration_since(before.0));
-        write(&mut out, &format!("{CLEAR}{}", text(&flows, Some(&rates))))?;
+        if !write(&mut out, &format!("{CLEAR}{}", text(&flows, Some(&rates))))? {
+            return Ok(());
+        }
         before = (now, flows);
     }
 }
 
-fn write(out: &mut impl Write, text: &str) -> Result<(), Failure> {
+/// Between two looks.
+#[expect(clippy::disallowed_methods, reason = "a command that has nothing else to do, and no worker")]
+fn pause() {
+    thread::sleep(Duration::from_secs(1));
+}
+
+/// Whether somebody still reads.
+fn write(out: &mut impl Write, text: &str) -> Result<bool, Failure> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
             Err(Failure::Other(Cause::new(format!("standard output: {e}"), "")))
         }
-        // Nobody reads any more: there is nothing more to do.
-        Err(_) => std::process::exit(0),
-        Ok(()) => Ok(()),
+        written => Ok(written.is_ok()),
     }
 }
 
