@@ -13,7 +13,7 @@ use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
     cli::{
         Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, explain, flows, pki,
-        status, support,
+        service, status, support,
     },
     config::{Config, schema},
     daemon::{self, Running},
@@ -51,9 +51,13 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
                 exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
             exec::run::<Daemon>(config, &options)
         }
-        Command::Run(args) => daemon::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
-            .map(|()| ExitCode::SUCCESS),
-        Command::Gateway(args) => daemon::run(args.to_config(), None, false).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => {
+            let (config, service) = (Config::load(&args.config)?, service::read()?);
+            daemon::run(config, Some(&args.config), args.takeover, service).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Gateway(args) => {
+            daemon::run(args.to_config(), None, false, service::read()?).map(|()| ExitCode::SUCCESS)
+        }
         Command::Detach(args) => {
             daemon::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
         }

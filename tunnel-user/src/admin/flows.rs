@@ -43,10 +43,14 @@ pub struct FlowView {
     pub destination: String,
     /// Whose it is: an application's address, or a peer's.
     pub client: String,
+    /// Who that has proved to be.
+    pub client_identity: Option<String>,
     /// The capture, or the listener, that it came by.
     pub source: Option<String>,
     /// Which route took it, from 0.
     pub route: Option<usize>,
+    /// What the configuration calls that route.
+    pub route_name: Option<String>,
     /// Its upstream; none where it was dialled from here.
     pub upstream: Option<String>,
     /// The upstream's endpoint.
@@ -67,20 +71,34 @@ pub struct FlowView {
 
 impl From<Snapshot> for FlowView {
     fn from(Snapshot { id, path, record }: Snapshot) -> Self {
-        let Record { destination, client, source, route, via, identity, sent, received, duration_ms, .. } =
-            record;
+        let Record {
+            destination,
+            client,
+            client_identity,
+            source,
+            route,
+            route_name,
+            via,
+            identity,
+            sent,
+            received,
+            duration_ms,
+            ..
+        } = record;
         let (upstream, endpoint, stream) = match via {
             Via::Tunnel { upstream, peer, stream } => {
                 (Some(upstream.to_string()), Some(peer.to_string()), stream)
             }
-            Via::Direct | Via::Nowhere => (None, None, None),
+            Via::Direct(_) | Via::Nowhere => (None, None, None),
         };
         Self {
             id: id.to_string(),
             destination: destination.to_string(),
             client: client.to_string(),
+            client_identity: client_identity.map(|i| i.to_string()),
             source: source.map(|s| s.to_string()),
             route,
+            route_name: route_name.map(|n| n.to_string()),
             upstream,
             endpoint,
             stream,

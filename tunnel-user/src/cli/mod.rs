@@ -8,6 +8,7 @@ pub mod exec;
 pub mod explain;
 pub mod flows;
 pub mod pki;
+pub mod service;
 pub mod status;
 pub mod support;
 mod table;

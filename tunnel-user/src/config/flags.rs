@@ -148,6 +148,8 @@ impl Config {
             upstreams: vec![upstream],
             policies: Vec::new(),
             effective: Arc::default(),
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 
@@ -172,10 +174,13 @@ impl Config {
             upstreams: Vec::new(),
             policies: vec![Policy { identity: Peers::Any, target: o.allow }],
             effective: Arc::default(),
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 }
 
 fn every(source: SourceKind, to: Action) -> Route {
-    Route { matches: Match { source: vec![source], ..Match::default() }, to, terms: Terms::default() }
+    let matches = Match { source: vec![source], ..Match::default() };
+    Route { name: None, matches, to, terms: Terms::default() }
 }

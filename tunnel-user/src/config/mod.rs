@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+mod access_log;
 mod admin;
 mod capture;
 mod daemon;
@@ -33,10 +34,12 @@ mod schema;
 mod section;
 #[cfg(test)]
 mod tests;
+mod traces;
 mod upstream;
 mod value;
 mod via;
 
+pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
 pub use admin::Admin;
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
@@ -54,12 +57,13 @@ pub use route::{
     ValueMatch,
 };
 pub use schema::schema;
+pub use traces::{Collector, Ratio, Traces};
 pub use upstream::{
     Balance, CONNECT_TIMEOUT, IDLE_TIMEOUT, InProcess, RESPONSE_TIMEOUT, UPSTREAM_STREAMS, Upstream,
 };
 pub use value::{
-    HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,
-    parse_socket_addr,
+    FuturePath, HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name,
+    parse_server_name, parse_socket_addr,
 };
 
 use self::reader::{Document, Purpose};
@@ -93,6 +97,10 @@ pub struct Config {
     pub policies: Vec<Policy>,
     /// What the file says, with defaults and without secrets; null where there is no file.
     pub effective: Arc<serde_json::Value>,
+    /// Where flows have a line.
+    pub access_logs: Vec<AccessLog>,
+    /// Where spans of flows are sent.
+    pub traces: Option<Traces>,
 }
 
 /// An HTTP version that carries CONNECT.
@@ -138,6 +146,8 @@ impl Config {
             upstreams: Vec::new(),
             policies: Vec::new(),
             effective: Arc::default(),
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 

@@ -1,8 +1,12 @@
 //! What is told about flows: counters, records, log lines.
 
+pub mod access_log;
 pub mod flows;
 pub mod histogram;
+pub mod marks;
 pub mod recent;
 pub mod repeats;
 pub mod stats;
 pub mod telemetry;
+pub mod totals;
+pub mod traces;

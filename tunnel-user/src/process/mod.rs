@@ -7,4 +7,5 @@ pub mod limits;
 pub mod nice;
 pub mod panics;
 pub mod random;
+pub mod service;
 pub mod signal;

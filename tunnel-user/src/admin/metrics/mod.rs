@@ -25,7 +25,10 @@ use super::{
 };
 use crate::{
     model::end::Fault,
-    observe::histogram::{BOUNDS_US, Buckets},
+    observe::{
+        histogram::{BOUNDS_US, Buckets},
+        totals,
+    },
     process::panics,
     sinks::upstream::report::UpstreamReport,
 };
@@ -140,6 +143,11 @@ impl Scrape {
         out.counter(&m::RELOADS, [(["success"], reloads.succeeded), (["failure"], reloads.failed)])?;
         out.gauge(&m::RELOAD_OK, [([], reloads.last_error.is_none().into())])?;
         out.gauge(&m::RELOADED_AT, [([], reloads.last_success_at)])?;
+        let totals: BTreeMap<_, _> = totals::all().into_iter().collect();
+        let of = |name| totals.get(name).copied().unwrap_or_default();
+        let lines = [(["written"], of("access_log_lines")), (["lost"], of("access_log_lost"))];
+        out.counter(&m::ACCESS_LOG_LINES, lines)?;
+        out.counter(&m::SPANS, [(["exported"], of("spans_exported")), (["dropped"], of("spans_dropped"))])?;
         let requests = self.requests.by_code();
         out.counter(&m::ADMIN_REQUESTS, requests.iter().map(|(code, n)| ([code.as_str()], *n)))
     }

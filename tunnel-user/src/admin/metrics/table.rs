@@ -142,6 +142,10 @@ metrics! {
     /// When its validity began.
     CERTIFICATE_BEGIN = "tunnel_certificate_not_before_timestamp_seconds", Gauge, ["identity"];
 
+    /// Lines of access logs, by result: written or lost.
+    ACCESS_LOG_LINES = "tunnel_access_log_lines", Counter, ["result"];
+    /// Spans of traces, by result: exported or dropped.
+    SPANS = "tunnel_spans", Counter, ["result"];
     /// Requests to the admin interface, by the status that they were answered with.
     ADMIN_REQUESTS = "tunnel_admin_requests", Counter, ["code"];
 }
