@@ -217,7 +217,7 @@ fn uri_name_constraints_of_a_ca_are_checked() -> Result<()> {
         gateway.stop()?;
     }
     // A target of its own, which nobody comes to.
-    let lonely = world.serve("10.200.0.11".parse()?, target::echo())?;
+    let lonely = world.serve(TARGET4, target::echo())?;
     let outside = ["critical,permitted;URI:elsewhere.test", "critical,excluded;URI:test.tunnel"];
     for (i, constraints) in outside.iter().enumerate() {
         let node = issue("c-node", &node_id, constraints)?;

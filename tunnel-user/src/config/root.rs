@@ -1,6 +1,6 @@
 //! The whole file: which sections there are, and what no section can see by itself.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use super::{
     AccessLog, Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect, Traces,
@@ -14,6 +14,7 @@ use super::{
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let daemon = r.section("daemon", "The process.").unwrap_or_default();
+        let admin = r.section("admin", "The admin interface: status, flows, metrics.").unwrap_or_default();
         let identities: Vec<At<Named>> = r.one_or_several(
             "identity",
             "Who this process is, and whom it trusts. One [identity], or several [[identity]] with names.",
@@ -77,6 +78,7 @@ impl Section for Config {
         let access_logs = access_logs.into_iter().map(|log| log.value).collect();
         Some(Self {
             daemon,
+            admin,
             identities: identities.0,
             captures: ebpf,
             redirects,
@@ -84,6 +86,7 @@ impl Section for Config {
             routes: routes?,
             upstreams: upstreams?,
             policies,
+            effective: Arc::default(),
             access_logs,
             traces: if r.has("traces") { Some(traces?) } else { None },
         })

@@ -2,6 +2,7 @@
 
 pub mod configured;
 mod constraints;
+pub mod describe;
 mod files;
 mod grpc;
 pub mod peer;

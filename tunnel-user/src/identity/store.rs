@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use crate::{
     config::{KeyExchange, OnExpiry, Protocol},
     identity::{
+        describe::Certificate,
         provider::{IdentityError, IdentityProvider, Subscription},
         tls::{TlsIdentity, Wanted},
         verify::PeerRejected,
@@ -137,6 +138,15 @@ impl TlsStore {
     /// See [`TlsIdentity::as_client`].
     pub fn as_client(&self, check: &ClientCheck) -> Result<Option<Identity>, PeerRejected> {
         self.current().map_err(|e| PeerRejected::withdrawn(&e))?.as_client(check)
+    }
+
+    /// See [`TlsIdentity::describe`].
+    pub fn describe(&self) -> (String, Vec<Certificate>, Vec<Certificate>) {
+        match self.current() {
+            Ok(current) => current.describe(),
+            // It was withdrawn.
+            Err(e) => (e.to_string(), Vec::new(), Vec::new()),
+        }
     }
 
     /// Who we are to our peers now.

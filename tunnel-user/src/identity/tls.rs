@@ -26,6 +26,7 @@ use rustls_pki_types::{ServerName, UnixTime};
 use crate::{
     config::{KeyExchange, Protocol},
     identity::{
+        describe::Certificate,
         peer::peer_identity,
         provider::{IdentityError, IdentityProvider, Material},
         svid,
@@ -81,7 +82,7 @@ pub struct ClientSide {
 }
 
 impl ClientSide {
-    /// Whether its ClientHello takes more than one TCP segment.
+    /// Whether its ClientHello fills a TCP segment, or more.
     pub fn has_long_hello(&self) -> bool {
         // The first one is offered with a key share: 1,216 bytes of this one (RFC 8446 section 4.2.8).
         let first = self.config.crypto_provider().kx_groups.first();
@@ -104,6 +105,9 @@ pub struct TlsIdentity {
     not_after: u64,
     /// Why a peer may refuse our certificate without being able to say so.
     hint: Option<Arc<str>>,
+    /// Where it is from, and what its roots say, for operators.
+    origin: String,
+    trusted: Vec<Certificate>,
     trust: Arc<Trust>,
     provider: Arc<CryptoProvider>,
     // One entry per upstream's and listener's checks, which the configuration in force bounds (`keep`), and whether our
@@ -122,6 +126,8 @@ impl TlsIdentity {
     /// From what a provider has returned. `key_exchange`: what is offered and taken; empty: the default.
     pub(crate) fn new(material: Material, key_exchange: &[KeyExchange]) -> Result<Self, IdentityError> {
         let Material { certificate: key, bundles, origin, fingerprint } = material;
+        let bundles_of_all = bundles.general.iter().chain(bundles.domains.values());
+        let trusted = bundles_of_all.flat_map(|b| &b.certificates).map(Certificate::read).collect();
         let trust = Arc::new(Trust::new(bundles, &origin)?);
         if let Err(why) = check_expiry(&key.cert, UnixTime::now()) {
             tracing::warn!(certificate = origin, reason = %why.detail, "peers will reject our certificate");
@@ -142,6 +148,8 @@ impl TlsIdentity {
             fingerprint,
             not_after,
             hint: hint.map(Into::into),
+            origin,
+            trusted,
             trust,
             provider: with_key_exchange(key_exchange),
             clients: Mutex::default(),
@@ -152,6 +160,11 @@ impl TlsIdentity {
     /// Who we are to our peers. `None` when the certificate carries no name.
     pub fn identity(&self) -> Option<&Identity> {
         self.identity.as_ref()
+    }
+
+    /// Where it is from, what its certificates say, and what its roots say.
+    pub fn describe(&self) -> (String, Vec<Certificate>, Vec<Certificate>) {
+        (self.origin.clone(), self.key.cert.iter().map(Certificate::read).collect(), self.trusted.clone())
     }
 
     /// Why a peer may refuse our certificate without being able to say so.

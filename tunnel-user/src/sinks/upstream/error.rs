@@ -17,7 +17,7 @@ use crate::{
 
 /// What may be the matter where TCP connects and TLS is not answered.
 const LONG_HELLO: &str = ": TCP connected, and the TLS ClientHello was not answered; with its post-quantum key exchange it takes \
-                          two segments, of which some networks drop one: key_exchange = [\"x25519\"] in [identity] keeps it \
+                          up to two segments, of which some networks drop one: key_exchange = [\"x25519\"] in [identity] keeps it \
                           within one";
 
 /// Why there is no connection.
