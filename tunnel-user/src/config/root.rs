@@ -1,6 +1,6 @@
 //! The whole file: which sections there are, and what no section can see by itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use super::{
     AccessLog, Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect, Traces,
