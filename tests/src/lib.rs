@@ -30,6 +30,7 @@ pub mod envoy;
 pub mod exec;
 pub mod frames;
 pub mod gateway;
+pub mod h3;
 pub mod hop;
 pub mod janitor;
 pub mod leftovers;
