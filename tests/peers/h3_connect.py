@@ -56,7 +56,10 @@ async def main(host, port, ca, cert, key, does, target, count):
         stream = client._quic.get_next_available_stream_id()
         client.http.send_headers(stream, [(b":method", b"CONNECT"), (b":authority", target.encode())])
         client.transmit()
-        print(f"status={await asyncio.wait_for(client.status, 20)}", flush=True)
+        status = await asyncio.wait_for(client.status, 20)
+        print(f"status={status}", flush=True)
+        if status != "200":
+            return
         client.http.send_data(stream, b"x" * int(count), end_stream=does == "echo")
         client.transmit()
         ended = await asyncio.wait_for(client.ended, 20)

@@ -133,9 +133,9 @@ impl Peer {
 /// An integer (RFC 9000 section 16), as short as it can be.
 pub fn integer(value: u64) -> Vec<u8> {
     match value {
-        0..0x40 => vec![value as u8],
-        0x40..0x4000 => (value as u16 | 0x4000).to_be_bytes().to_vec(),
-        0x4000..0x4000_0000 => (value as u32 | 0x8000_0000).to_be_bytes().to_vec(),
+        0..0x40 => value.to_be_bytes()[7..].to_vec(),
+        0x40..0x4000 => (value | 0x4000).to_be_bytes()[6..].to_vec(),
+        0x4000..0x4000_0000 => (value | 0x8000_0000).to_be_bytes()[4..].to_vec(),
         _ => (value | 0xc000_0000_0000_0000).to_be_bytes().to_vec(),
     }
 }
@@ -162,15 +162,16 @@ pub fn connect(authority: &str) -> Vec<u8> {
 
 fn text(out: &mut Vec<u8>, flags: u8, prefix: u32, text: &str) {
     let most = (1_usize << prefix) - 1;
+    let low = |n: usize| n.to_le_bytes()[0];
     match text.len().checked_sub(most) {
-        None => out.push(flags | text.len() as u8),
+        None => out.push(flags | low(text.len())),
         Some(mut rest) => {
-            out.push(flags | most as u8);
+            out.push(flags | low(most));
             while rest >= 0x80 {
-                out.push(rest as u8 & 0x7f | 0x80);
+                out.push(low(rest) & 0x7f | 0x80);
                 rest >>= 7;
             }
-            out.push(rest as u8);
+            out.push(low(rest));
         }
     }
     out.extend_from_slice(text.as_bytes());
