@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use tunnel_tests::{
     NET4, PATIENCE, TARGET4, World,
     daemon::{Daemon, through},
+    dialogue::ask,
     ends::{self, Way},
     envoy::{ENVOY_ID, Envoy},
     gateway,
@@ -31,12 +32,15 @@ fn gateway(world: &World, protocols: &str, keys: &str) -> Result<Daemon> {
 }
 
 fn gateway_as(world: &World, who: &Credentials, protocols: &str, keys: &str) -> Result<Daemon> {
-    let config = format!(
+    Daemon::start(world, world.net(), &gateway_config(who, protocols, keys))
+}
+
+fn gateway_config(who: &Credentials, protocols: &str, keys: &str) -> String {
+    format!(
         "[daemon]\nworkers = 2\n{}[[listener]]\naddress = \"{HBONE}\"\nprotocols = [{protocols}]\n{keys}\n\
          [[route]]\nto = \"direct\"\n[[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
         who.toml()
-    );
-    Daemon::start(world, world.net(), &config)
+    )
 }
 
 /// For `tunnel exec`: everything goes to [`HBONE`] over a protocol.
@@ -334,6 +338,24 @@ fn a_gateway_that_drains_says_goaway_and_carries_on_what_it_has() -> Result<()> 
         Ok(())
     })?;
     ours.process().wait(PATIENCE)?;
+    Ok(())
+}
+
+/// What is not there yet is refused: a listener with "h3" that is changed or taken over while it runs, and what has no meaning
+/// with it; its flows go on.
+#[test]
+fn a_listener_with_h3_is_not_changed_or_taken_over_while_it_runs_and_its_flows_go_on() -> Result<()> {
+    let world = World::new()?;
+    let mut ours = gateway(&world, "\"h3\"", "")?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let exec = world.exec_with(&agent(&world, "h3", GATEWAY_ID)?);
+    let mut app = exec.spawn_app(&["hold", &target.addr().to_string(), "1"])?;
+    app.says("held=1")?;
+    ours.tell(&gateway_config(&world.pki().named("gateway"), "\"h3\"", "max_streams = 7"))?;
+    let answers = ours.answers();
+    assert!(answers.last().is_some_and(|answer| answer.contains("failed to reload")), "{answers:?}");
+    assert!(ours.log().contains("for HTTP/3 (UDP)"), "{}", ours.log());
+    assert_eq!(ask(app.process(), "ping")?, "ok");
     Ok(())
 }
 

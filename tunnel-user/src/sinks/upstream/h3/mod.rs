@@ -79,13 +79,14 @@ struct Draining {
     is: Cell<bool>,
     /// The first request that the peer has refused by GOAWAY.
     from: Cell<Option<u64>>,
-    begun: Notify,
+    /// One of these has changed, or what the connection is believed to allow.
+    changed: Notify,
 }
 
 impl Draining {
     fn begin(&self) {
         self.is.set(true);
-        self.begun.notify_one();
+        self.changed.notify_one();
     }
 
     fn goaway(&self, from: u64) {
@@ -117,6 +118,7 @@ impl H3Connection {
             Ok(Err(e)) => Err(refused(quic::why_lost(&e))),
             Err(_) => {
                 self.allowed.set(Some((others, Instant::now() + BELIEVED)));
+                self.draining.changed.notify_one();
                 Err(OpenError::NotProcessed("the peer allows no more streams".to_owned()))
             }
         }
@@ -270,7 +272,7 @@ impl Connection for H3Connection {
             let believed = self.allowed.get().map(|(_, until)| until);
             tokio::select! {
                 ended = &mut watching => break ended,
-                () = self.draining.begun.notified(), if !self.draining.is.get() => {}
+                () = self.draining.changed.notified(), if !self.draining.is.get() => {}
                 () = self.open.none(), if self.draining.is.get() => {
                     quic::close_clean(&self.connection).await;
                     break Ended::Lost(ConnectionError::LocallyClosed);
