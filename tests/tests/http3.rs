@@ -349,7 +349,7 @@ fn a_listener_with_h3_is_not_changed_or_taken_over_while_it_runs_and_its_flows_g
     let mut ours = gateway(&world, "\"h3\"", "")?;
     let target = world.serve(TARGET4, target::echo())?;
     let exec = world.exec_with(&agent(&world, "h3", GATEWAY_ID)?);
-    let mut app = exec.spawn_app(&["hold", &target.addr().to_string(), "1"])?;
+    let mut app = exec.spawn_app(&["hold", &target.addr().to_string()])?;
     app.says("held=1")?;
     ours.tell(&gateway_config(&world.pki().named("gateway"), "\"h3\"", "max_streams = 7"))?;
     let answers = ours.answers();
