@@ -179,7 +179,11 @@ impl Stage {
     /// A gateway, if the mode takes one.
     pub fn gateway(&self, mode: &Mode) -> Result<Option<Far>> {
         let speaking = |protocol: &str, port: u16, to: &str| {
-            let listen = format!("[[listener]]\naddress = \"{NET4}:{port}\"\nprotocols = [\"{protocol}\"]\n");
+            // A process that is killed says nothing over UDP.
+            let silence = "keepalive_interval = \"3s\"\nkeepalive_timeout = \"3s\"\n";
+            let keys = if protocol == "h3" { silence } else { "" };
+            let listen =
+                format!("[[listener]]\naddress = \"{NET4}:{port}\"\nprotocols = [\"{protocol}\"]\n{keys}");
             self.far(&(self.world.pki().named("gateway").toml() + &listen), to)
         };
         let gateway = |port: u16, to: &str| speaking("h2", port, to);
