@@ -124,7 +124,7 @@ pub fn http3(input: &[u8]) {
         let (mut frames, mut items) = (Frames::new(on), Vec::new());
         for piece in stream.chunks(step.max(1)) {
             frames.push(Bytes::copy_from_slice(piece));
-            while let Some(item) = frames.next()? {
+            while let Some(item) = frames.item()? {
                 match (items.last_mut(), item) {
                     (Some(Item::Data(before)), Item::Data(more)) => {
                         *before = [&before[..], &more].concat().into();

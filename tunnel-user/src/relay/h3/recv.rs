@@ -57,7 +57,7 @@ impl Receiver {
     /// The next of what the peer has sent; `None` at its end.
     fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Item>, ReadFailure>> {
         loop {
-            if let Some(item) = self.frames.next().map_err(ReadFailure::Wrong)? {
+            if let Some(item) = self.frames.item().map_err(ReadFailure::Wrong)? {
                 return Poll::Ready(Ok(Some(item)));
             }
             match ready!(pin!(self.stream.read_chunk(CHUNK, true)).poll(cx)) {

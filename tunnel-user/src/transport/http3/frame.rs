@@ -111,7 +111,7 @@ impl Frames {
         Self { on, state: State::Head, head: BytesMut::new(), input: Bytes::new() }
     }
 
-    /// Takes the next bytes of the stream. To be called when [`next`](Self::next) has nothing more.
+    /// Takes the next bytes of the stream. To be called when [`item`](Self::item) has nothing more.
     pub fn push(&mut self, bytes: Bytes) {
         if self.input.is_empty() {
             self.input = bytes;
@@ -124,7 +124,7 @@ impl Frames {
     }
 
     /// The next item that is whole; of DATA whatever there is.
-    pub fn next(&mut self) -> Result<Option<Item>, ProtocolError> {
+    pub fn item(&mut self) -> Result<Option<Item>, ProtocolError> {
         loop {
             match &mut self.state {
                 State::Over => return Ok(None),

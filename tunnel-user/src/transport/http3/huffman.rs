@@ -82,9 +82,9 @@ mod tests {
     /// The code of each byte, and its length.
     fn codes() -> Vec<(u32, u32)> {
         let mut codes = vec![(0, 0); 256];
-        for (length, (first, count, at)) in CODE.of_length.iter().enumerate() {
+        for ((first, count, at), length) in CODE.of_length.iter().zip(0..) {
             for nth in 0..*count {
-                codes[usize::from(CODE.bytes[at + nth as usize])] = (first + nth, length as u32);
+                codes[usize::from(CODE.bytes[at + nth as usize])] = (first + nth, length);
             }
         }
         codes

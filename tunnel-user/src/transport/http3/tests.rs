@@ -29,10 +29,10 @@ fn read(on: On, bytes: &[u8], step: usize) -> Result<Vec<Item>, ProtocolError> {
     let (mut frames, mut items) = (Frames::new(on), Vec::new());
     for piece in bytes.chunks(step.max(1)) {
         frames.push(Bytes::copy_from_slice(piece));
-        while let Some(item) = frames.next()? {
+        while let Some(item) = frames.item()? {
             match (items.last_mut(), item) {
                 (Some(Item::Data(before)), Item::Data(more)) => {
-                    *before = [&before[..], &more].concat().into()
+                    *before = [&before[..], &more].concat().into();
                 }
                 (_, item) => items.push(item),
             }
@@ -67,7 +67,7 @@ fn a_frame_that_does_not_belong_on_its_stream_is_an_error_before_its_payload() {
     let code = |on, kind| {
         let mut frames = Frames::new(on);
         frames.push(Bytes::from([&number(kind)[..], &number(1 << 40)[..]].concat()));
-        frames.next().map(|_| ()).map_err(|e| e.code)
+        frames.item().map(|_| ()).map_err(|e| e.code)
     };
     for kind in [0x02, 0x06, 0x08, 0x09, 0x05] {
         for on in [On::Request, On::Control] {

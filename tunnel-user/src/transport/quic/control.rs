@@ -205,7 +205,7 @@ async fn control(
     frames.push(first);
     let (mut has_settings, mut last) = (false, None);
     loop {
-        while let Some(item) = frames.next()? {
+        while let Some(item) = frames.item()? {
             let (kind, payload) = match item {
                 Item::Frame(kind, payload) => (kind, payload),
                 Item::TooLong(_) | Item::Data(_) => {

@@ -132,7 +132,7 @@ mod tests {
     fn packets_find_the_worker_of_their_connection_id_from_any_address() {
         let free = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let sockets: Vec<UdpSocket> = bind(free, 3, None).unwrap().into_iter().map(UdpSocket::from).collect();
-        for worker in 0..3 {
+        for (worker, socket) in sockets.iter().enumerate() {
             let mut ids = WorkerIds::new(worker);
             for _ in 0..20 {
                 let id = ids.generate_cid();
@@ -140,9 +140,9 @@ mod tests {
                 let client = UdpSocket::bind("127.0.0.1:0").unwrap();
                 client.send_to(&[&[0x40], &id[..]].concat(), free).unwrap();
                 let mut got = [0; 20];
-                sockets[worker].set_nonblocking(false).unwrap();
-                sockets[worker].set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
-                assert_eq!(sockets[worker].recv(&mut got).unwrap(), 1 + ID);
+                socket.set_nonblocking(false).unwrap();
+                socket.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+                assert_eq!(socket.recv(&mut got).unwrap(), 1 + ID);
             }
         }
         let mut by_address = [0; 3];
