@@ -63,7 +63,7 @@ fn spiffe(i: u32) -> String {
 }
 
 fn route(matches: Match) -> Route {
-    Route { matches, to: Action::Direct, terms: Terms::default() }
+    Route { name: None, matches, to: Action::Direct, terms: Terms::default() }
 }
 
 fn to(destination: Vec<AddrPattern>) -> Route {
@@ -201,6 +201,7 @@ fn headers(c: &mut Criterion) {
         received: None,
         pseudonym: "tunnel-0",
         terms: &terms,
+        marks: None,
     };
     for extra in [0, 1, 8] {
         let configured: Vec<_> = (0..extra)

@@ -146,6 +146,8 @@ impl Config {
             routes: vec![every(SourceKind::Capture, Action::Upstreams(vec![("gateway".into(), 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 
@@ -168,10 +170,13 @@ impl Config {
             routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
             policies: vec![Policy { identity: Peers::Any, target: o.allow }],
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 }
 
 fn every(source: SourceKind, to: Action) -> Route {
-    Route { matches: Match { source: vec![source], ..Match::default() }, to, terms: Terms::default() }
+    let matches = Match { source: vec![source], ..Match::default() };
+    Route { name: None, matches, to, terms: Terms::default() }
 }

@@ -17,6 +17,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     Balance, Bypass, CheckKind, ClientAuth, Congestion, OnFailure, Peers, Protocol, Relay,
+    access_log::{LineFormat, Only, Output},
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
@@ -123,7 +124,10 @@ by_word!(
     ProxyProtocol,
     SourceKind,
     Method,
-    CheckKind
+    CheckKind,
+    Output,
+    LineFormat,
+    Only
 );
 
 /// Who captures.
@@ -172,6 +176,16 @@ impl Word for CheckKind {
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] =
         &[("auto", Self::Auto), ("splice", Self::Splice), ("copy", Self::Copy), ("pipe", Self::Pipe)];
+}
+impl Word for Output {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("stdout", Self::Stdout), ("file", Self::File), ("journal", Self::Journal)];
+}
+impl Word for LineFormat {
+    const WORDS: &'static [(&'static str, Self)] = &[("json", Self::Json), ("text", Self::Text)];
+}
+impl Word for Only {
+    const WORDS: &'static [(&'static str, Self)] = &[("all", Self::All), ("failures", Self::Failures)];
 }
 impl Word for ProxyProtocol {
     const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];
@@ -337,8 +351,8 @@ impl Value for PathBuf {
 }
 
 /// A path of which nothing need exist yet, relative to the file that names it.
-#[derive(Clone, Debug)]
-pub(crate) struct FuturePath(pub(crate) PathBuf);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FuturePath(pub PathBuf);
 
 impl Value for FuturePath {
     fn schema() -> Json {

@@ -50,6 +50,8 @@ impl Layers {
             all.redirects.extend(layer.redirects);
             all.routes.extend(layer.routes);
             all.policies.extend(layer.policies);
+            all.access_logs.extend(layer.access_logs);
+            all.traces = all.traces.or(layer.traces);
         }
         Ok(all)
     }

@@ -8,7 +8,7 @@ use std::{cell::RefCell, net::IpAddr, rc::Rc};
 use super::{Proxy, Setup, reach::FlowRequest, refusal::Refusal};
 use crate::{
     model::flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
-    observe::stats::Record,
+    observe::{marks::Marks, stats::Record},
     routing::{
         flow::Flow,
         index::{NOBODY, PeerSet},
@@ -130,6 +130,10 @@ impl Client {
         let mut record = Record::new(target, self.addr());
         record.source = self.source().name();
         record.identity = self.identity().cloned();
+        record.client_identity.clone_from(&record.identity);
+        if !self.is_application() {
+            record.kind = SourceKind::Listener;
+        }
         record
     }
 
@@ -153,6 +157,7 @@ impl Client {
         name: Option<&'a str>,
         target: &'a Target,
         head: Option<Head<'a>>,
+        marks: &'a Marks,
     ) -> Result<FlowRequest<'a>, Refusal> {
         let setup = context.setup();
         let (source, direction, peer, permit) = match context {
@@ -181,6 +186,6 @@ impl Client {
             sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
-        Ok(FlowRequest { setup, flow, permit, dial_timeout })
+        Ok(FlowRequest { setup, flow, permit, dial_timeout, marks })
     }
 }

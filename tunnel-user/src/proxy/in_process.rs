@@ -72,7 +72,8 @@ impl DispatchInProcess for Hop<'_, '_> {
             ..request.flow
         };
         let dial_timeout = ask.terms.timeout.unwrap_or(to.dial_timeout);
-        let request = FlowRequest { setup: request.setup, flow, permit: Some(permit), dial_timeout };
+        let (setup, marks, permit) = (request.setup, request.marks, Some(permit));
+        let request = FlowRequest { setup, flow, permit, dial_timeout, marks };
         match proxy.route(&request) {
             // Its client would have to be answered first, and that is for the route before.
             Decision::NeedsSniff => Err(Refusal::Route(format!(

@@ -23,8 +23,11 @@ pub use self::{client::Client, refusal::Refusal};
 use crate::{
     model::{end::EndReason, flow::Identity},
     observe::{
-        flows::{Open, Registry},
+        access_log::Logs,
+        flows::{FlowId, Open, Registry},
+        marks::Marks,
         stats::{Counters, Record, Records},
+        traces::Tracer,
     },
     process::{drain::Watch, limits},
     relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
@@ -62,6 +65,10 @@ pub struct Shared {
     pub drain_timeout: Duration,
     /// Whether records of flows are kept.
     pub keep_records: bool,
+    /// Where flows have lines.
+    pub access_logs: Logs,
+    /// What makes spans of flows.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 /// What flows are carried by.
@@ -72,13 +79,24 @@ pub struct Setup {
     pub upstreams: Upstreams,
     /// How bytes are moved between two sockets of ours.
     path: Path,
+    /// The names of the routes, for this worker alone: every flow counts a use of one, and cores share no count.
+    route_names: Vec<Option<Arc<str>>>,
 }
 
 impl Setup {
     /// `before` is the one that it replaces.
     pub fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
         let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
-        Self { shared, upstreams, path }
+        let route_names = shared.router.names().map(|name| name.map(Arc::from)).collect();
+        Self { shared, upstreams, path, route_names }
+    }
+
+    /// A flow goes by this route, unless it has gone by another one before.
+    fn note_route(&self, record: &mut Record, route: usize) {
+        if record.route.is_none() {
+            record.route = Some(route);
+            record.route_name = self.route_names.get(route).cloned().flatten();
+        }
     }
 }
 
@@ -218,6 +236,7 @@ impl Proxy {
         // Their resets, or their ends, go out before anything is written about them.
         let EstablishedFlow { sink, live, permit, .. } = *flow;
         drop(sink);
+        let id = live.id();
         let (mut record, started) = live.close();
         record.ended(outcome.reason(), outcome.detail());
         self.counters.flows.add(1);
@@ -227,7 +246,7 @@ impl Proxy {
         if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }
-        self.book(record, started);
+        self.book(Some(id), record, started);
         drop(permit);
     }
 
@@ -254,7 +273,20 @@ impl Proxy {
         }
     }
 
-    fn book(&self, mut record: Record, started: Instant) {
+    /// Flows that go on have lines in access logs, where one is due since they were looked at `ago`.
+    pub fn log_live_flows(&self, ago: Duration) {
+        let setup = self.setup.borrow();
+        let logs = &setup.shared.access_logs;
+        if !logs.have_interval() {
+            return;
+        }
+        self.flows.for_each(|flow| {
+            let age = flow.started().elapsed();
+            logs.live(flow, age.saturating_sub(ago), age);
+        });
+    }
+
+    fn book(&self, flow: Option<FlowId>, mut record: Record, started: Instant) {
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
         tracing::info!(
@@ -271,7 +303,25 @@ impl Proxy {
             ms = record.duration_ms,
             "flow ended"
         );
+        self.tell_of_end(flow, &record, started);
         self.records.push(record);
+    }
+
+    /// Its last line in access logs, and its span.
+    fn tell_of_end(&self, flow: Option<FlowId>, record: &Record, started: Instant) {
+        let setup = self.setup.borrow();
+        setup.shared.access_logs.ended(flow, record);
+        if let Some(tracer) = &setup.shared.tracer {
+            tracer.ended(record, started);
+        }
+    }
+
+    /// A flow has got as far as it gets: the durations, and the spans, of the way there.
+    fn trace(&self, record: &mut Record, started: Instant, marks: &Marks, failed: Option<EndReason>) {
+        record.phases = marks.phases();
+        if let Some(tracer) = &self.setup.borrow().shared.tracer {
+            tracer.reached(record, started, marks, failed);
+        }
     }
 
     /// Counts and logs a flow that is refused; its record, to be kept or not.
@@ -296,6 +346,7 @@ impl Proxy {
         record.ended(refusal.reason(), Some(refusal.to_string()));
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
+        self.tell_of_end(None, &record, started);
         if self.log.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",

@@ -3,15 +3,21 @@
 //! # Invariants
 //! - What a listener's peer reaches is within its permit, whatever a route does.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 
 use super::{Proxy, Refusal, Setup, client::Account, in_process::Hop};
 use crate::{
     config::{Authority, ProxyProtocol},
-    model::flow::{Sniffed, Target},
-    observe::stats::{Record, Via},
+    model::flow::{PeerAddr, Sniffed, Target},
+    observe::{
+        marks::Marks,
+        stats::{Record, Via},
+    },
     relay::{Ahead, TcpLeg},
     routing::{
         flow::Flow,
@@ -49,12 +55,16 @@ pub(super) struct FlowRequest<'a> {
     pub(super) permit: Option<Permit<'a>>,
     /// How long a dial may take, unless its route says otherwise.
     pub(super) dial_timeout: Duration,
+    /// How far it has got.
+    pub(super) marks: &'a Marks,
 }
 
 impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
-        request.setup.shared.router.decide(&request.flow, fastrand::u32(..))
+        let decision = request.setup.shared.router.decide(&request.flow, fastrand::u32(..));
+        request.marks.routed.set(Some(Instant::now()));
+        decision
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
@@ -66,11 +76,11 @@ impl Proxy {
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
-        let FlowRequest { setup, flow, permit, dial_timeout } = *request;
+        let FlowRequest { setup, flow, permit, dial_timeout, marks } = *request;
         let target = flow.target;
         match decision {
             Decision::Upstream { route, upstream, shares, terms } => {
-                record.route.get_or_insert(route);
+                setup.note_route(record, route);
                 if let Some(permit) = permit {
                     permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
                 }
@@ -88,7 +98,8 @@ impl Proxy {
                 let instead =
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
-                let ask = Ask { target, instead, client, received, pseudonym, terms };
+                let marks = Some(marks);
+                let ask = Ask { target, instead, client, received, pseudonym, terms, marks };
                 let hop = Hop { proxy: self, request, record: &mut *record, ahead };
                 let another = |tried: &[_]| another(shares, tried, fastrand::u32(..));
                 match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
@@ -101,7 +112,7 @@ impl Proxy {
                 }
             }
             Decision::Dial { route, instead, terms } => {
-                record.route.get_or_insert(route);
+                setup.note_route(record, route);
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
                 let first = match ahead {
                     _ if terms.proxy_protocol.is_some() => FirstSpeaker::Local,
@@ -116,7 +127,7 @@ impl Proxy {
                 let addrs = self.resolve(setup, dialled, &flow, deadline, dial_timeout).await?;
                 let way = Way { dialled, addrs, first, deadline, allowed: dial_timeout };
                 let (stream, addr) = dial(setup, target, instead, permit, way).await?;
-                record.via = Via::Direct;
+                record.via = Via::Direct(PeerAddr(addr));
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }

@@ -25,6 +25,8 @@ use crate::model::{flow::Target, names::UpstreamName};
 /// `[[route]]`
 #[derive(Clone, Debug)]
 pub struct Route {
+    /// What the log calls it.
+    pub name: Option<String>,
     /// Which flows.
     pub matches: Match,
     /// Where they go.
@@ -55,6 +57,7 @@ pub enum Action {
 
 /// A route whose upstreams are still names.
 pub(super) struct RouteByName {
+    name: Option<String>,
     matches: Match,
     to: ActionByName,
     terms: Terms,
@@ -65,6 +68,7 @@ pub(super) struct RouteByName {
 
 impl Section for RouteByName {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let name = r.optional("name", "Name, for access logs.");
         let matches = r.section("match", "Conditions. Without it: every flow.");
         let to = r.required(
             "to",
@@ -122,6 +126,7 @@ impl Section for RouteByName {
         }
         let headers = if r.has("request_headers") { headers? } else { HeaderChanges::default() };
         Some(Self {
+            name,
             matches,
             to: to?,
             terms: Terms { timeout, retries, authority, headers, proxy_protocol },
@@ -231,7 +236,7 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         found
     };
     let route = |route: RouteByName| {
-        let RouteByName { mut matches, to, terms, .. } = route;
+        let RouteByName { name, mut matches, to, terms, .. } = route;
         for name in &route.listeners {
             is_there("listener", &listeners, name);
         }
@@ -256,7 +261,7 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
                 Action::Upstreams(shares.into_iter().collect::<Option<_>>()?)
             }
         };
-        Some(Route { matches, to, terms })
+        Some(Route { name, matches, to, terms })
     };
     let resolved: Vec<_> = routes.into_iter().map(route).collect();
     resolved.into_iter().collect()

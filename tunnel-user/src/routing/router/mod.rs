@@ -82,6 +82,11 @@ impl Router {
         Self { routes, needs_sniff, targets, peers }
     }
 
+    /// What the configuration calls its routes, in their order.
+    pub fn names(&self) -> impl Iterator<Item = Option<&str>> {
+        self.routes.iter().map(|route| route.name.as_deref())
+    }
+
     /// Which routes speak of a peer, for [`Flow::peer`]: found out once for a connection.
     pub fn peer(&self, who: Option<&Identity>) -> PeerSet {
         self.peers.set(who)

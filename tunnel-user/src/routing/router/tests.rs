@@ -90,7 +90,7 @@ fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {
 }
 
 fn route(matches: Match, to: Action) -> Route {
-    Route { matches, to, terms: Terms::default() }
+    Route { name: None, matches, to, terms: Terms::default() }
 }
 
 fn numbered_name(i: usize) -> UpstreamName {
@@ -319,7 +319,7 @@ fn what_a_client_sends_is_looked_at_only_where_it_decides() {
 fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     let terms = Terms { authority: Authority::Sni, ..Terms::default() };
     let to = Action::Upstreams(vec![(numbered_name(0), 1)]);
-    let router = Router::new(vec![Route { matches: Match::default(), to, terms }]);
+    let router = Router::new(vec![Route { name: None, matches: Match::default(), to, terms }]);
     let told = Told::captured("10.2.0.1:443");
     assert_eq!(decided(&router, &told), None);
     assert_eq!(decided(&router, &told.showing(Sniffed::Nothing)), Some(Some(0)));
