@@ -128,6 +128,8 @@ impl Quic {
             }
             e => http(quic::why_lost(&e)),
         };
+        // There is no connection of TCP before the handshake: its beginning counts.
+        let connected = std::time::Instant::now();
         let connection = connecting.await.map_err(lost)?;
         let quic::Agreed { certificates, .. } = quic::agreed(&connection);
         // A resumed session brings its certificate along, and nobody has looked at the date since.
@@ -172,7 +174,8 @@ impl Quic {
             () = confirmed => {}
         }
         tracing::debug!(%endpoint, "QUIC handshake completed");
-        let far = Far { peer: FarEnd::Socket(PeerAddr(addr)), identity: peer_identity(&certificates) };
+        let identity = peer_identity(&certificates);
+        let far = Far { peer: FarEnd::Socket(PeerAddr(addr)), identity, connected };
         Ok(H3Connection {
             connection,
             far,

@@ -179,6 +179,10 @@ impl Connection for H3Connection {
         self.far.identity.as_ref()
     }
 
+    fn connected(&self) -> Option<std::time::Instant> {
+        Some(self.far.connected)
+    }
+
     fn max_streams(&self) -> usize {
         if self.draining.is.get() {
             return 0;
@@ -244,7 +248,7 @@ impl Connection for H3Connection {
         if let Some(ahead) = ahead {
             ahead.answered();
         }
-        let Far { peer, identity } = self.far.clone();
+        let Far { peer, identity, .. } = self.far.clone();
         let leg = StreamLeg::H3(Box::new(leg));
         Ok(Stream { leg, early: Queue::default(), peer, identity, permits })
     }
