@@ -110,7 +110,15 @@ fn each_mistake_is_named() {
             "capture.bypass",
             "must be \"off\" or \"auto\" or \"on\", not \"yes\"",
         ),
-        (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
+        (with("protocol = \"h3\"\ntls = false", upstream), "upstream.protocol", "with TLS only"),
+        (with("protocol = \"h3\"\nvia = \"west\"", upstream), "upstream.via", "no other upstream carries"),
+        (
+            with("protocol = \"h3\"\nhealth_check = { type = \"tcp\" }", upstream),
+            "upstream.health_check",
+            "is not there for protocol = \"h3\" yet",
+        ),
+        (with("protocol = \"auto\"", upstream), "upstream.protocol", "must be \"h2\" or \"h1\" or \"h3\""),
+        (with("congestion_control = \"bbr\"", upstream), "upstream.congestion_control", "the kernel's"),
         (
             with("balance = \"best\"", upstream),
             "upstream.balance",
