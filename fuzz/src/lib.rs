@@ -5,12 +5,17 @@
 
 mod records;
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tunnel::{
     config::{CheckFiles, Config},
+    identity::{
+        peer::{names_of, peer_identity},
+        verify::check_expiry,
+    },
     model::flow::Target,
     proxy::Refusal,
     routing::{
@@ -39,7 +44,7 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 7] = [
+pub const ALL: [(&str, Check); 8] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("http3", http3),
@@ -47,6 +52,7 @@ pub const ALL: [(&str, Check); 7] = [
     ("proxy_header", proxy_header),
     ("config", config),
     ("records", records),
+    ("certificate_names", certificate_names),
 ];
 
 /// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
@@ -206,6 +212,19 @@ pub fn proxy_header(input: &[u8]) {
 /// A TLS record session: what its peer seals, what happens to that on the way, and what is written and read meanwhile.
 pub fn records(input: &[u8]) {
     records::run(input);
+}
+
+/// A certificate, as a peer shows it before anybody has verified it: its names, and who it says the peer is.
+pub fn certificate_names(input: &[u8]) {
+    let certs = [CertificateDer::from(input)];
+    let names: Vec<String> = names_of(&certs[0]).iter().map(ToString::to_string).collect();
+    if let Some(identity) = peer_identity(&certs) {
+        assert!(names.contains(&identity.to_string()), "it is one of its names: {identity}");
+        let is_spiffe = |name: &str| name.starts_with("spiffe://");
+        assert!(is_spiffe(&identity.to_string()) || !names.iter().any(|name| is_spiffe(name)), "{names:?}");
+    }
+    // Whatever it says of its dates.
+    let _checked = check_expiry(&certs, UnixTime::since_unix_epoch(Duration::from_secs(1 << 31)));
 }
 
 /// A configuration file.

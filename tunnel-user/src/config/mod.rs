@@ -21,6 +21,7 @@ mod capture;
 mod daemon;
 mod endpoints;
 mod flags;
+mod limits;
 mod listener;
 pub mod pattern;
 mod policy;
@@ -45,6 +46,7 @@ pub use daemon::{
 };
 pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{DEFAULT_EXCLUDE, ExecOptions, GatewayOptions, Wanted};
+pub use limits::{Bytes, Limits as ProcessLimits};
 pub use listener::{ClientAuth, DIAL_TIMEOUT, HANDSHAKE_TIMEOUT, LISTENER_STREAMS, Listener};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
 pub use policy::{Peers, Policy};

@@ -415,7 +415,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.inspect_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
+    let taken = "daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.inspect_timeout daemon.limits daemon.limits.flow_idle_timeout daemon.limits.flow_max_duration daemon.limits.memory daemon.limits.peer_connections daemon.limits.peer_flows_per_second daemon.limits.peer_memory daemon.watch listener.idle_timeout listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode capture.refuse \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \

@@ -148,6 +148,7 @@ impl<'p> Opener<'p> {
             keepalive_interval: wanted.keepalive_interval,
             keepalive_timeout: wanted.keepalive_timeout,
             congestion: wanted.congestion_control,
+            idle_timeout: wanted.idle_timeout,
         });
         let (dial_timeout, workers) = (wanted.dial_timeout, self.process.workers);
         let (mut shares, mut at) = (self.shares(), wanted.address);

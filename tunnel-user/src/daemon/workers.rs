@@ -164,12 +164,13 @@ mod tests {
         config,
         kernel::own::OwnListeners,
         model::names::SourceName,
+        process::books::PeerLimits,
         relay::PathKind,
         routing::{policy::Policies, router::Router},
         sinks::dial::Dialer,
         sources::capture::accept::Origins,
         transport::tcp::{self, OnClose},
-        worker::{CaptureSocket, Listening, Shared, Sockets, Source},
+        worker::{CaptureSocket, Limits, Listening, Shared, Sockets, Source, Timeouts},
     };
 
     fn shared() -> Arc<Shared> {
@@ -184,6 +185,12 @@ mod tests {
             dial_timeout: config::DIAL_TIMEOUT,
             drain_timeout: Duration::from_secs(1),
             keep_records: false,
+            limits: Limits {
+                memory: 1 << 30,
+                peer_memory: 1 << 28,
+                peer: PeerLimits { connections: 10, flows_per_second: 1000 },
+                flows: Timeouts::default(),
+            },
             access_logs: Default::default(),
             tracer: None,
         })

@@ -17,7 +17,7 @@ use std::{
     rc::Rc,
     sync::atomic::{AtomicU16, Ordering},
     task::{Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde::{Serialize, Serializer};
@@ -83,6 +83,8 @@ pub struct Meter {
     pub path: Cell<CurrentPath>,
     /// How long after its start the first byte from the target was passed on.
     pub first_byte: Cell<Option<Micros>>,
+    /// What had moved when that was last asked, and at what age of the flow, in seconds, it first was as much.
+    quiet: Cell<(u64, u32)>,
 }
 
 impl Default for Meter {
@@ -95,7 +97,14 @@ impl Meter {
     /// That of a flow which was accepted then.
     pub fn new(started: Instant) -> Self {
         let (sent, received) = (Cell::default(), Cell::default());
-        Self { started, sent, received, path: Cell::default(), first_byte: Cell::default() }
+        Self {
+            started,
+            sent,
+            received,
+            path: Cell::default(),
+            first_byte: Cell::default(),
+            quiet: Cell::default(),
+        }
     }
 
     /// To be told after bytes may have been passed on.
@@ -103,6 +112,17 @@ impl Meter {
         if self.first_byte.get().is_none() && self.received.get() > 0 {
             self.first_byte.set(Some(self.started.elapsed().into()));
         }
+    }
+
+    /// Whether nothing has moved for so long on a flow of this age, as far as is known to who asks every second.
+    pub fn is_idle(&self, age: Duration, idle: Duration) -> bool {
+        let moved = self.sent.get() + self.received.get();
+        let (before, since) = self.quiet.get();
+        if before == moved {
+            return age.saturating_sub(Duration::from_secs(since.into())) >= idle;
+        }
+        self.quiet.set((moved, u32::try_from(age.as_secs()).unwrap_or(u32::MAX)));
+        false
     }
 }
 
@@ -437,8 +457,8 @@ mod tests {
 
     #[test]
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
-        // A pointer to it, and its place; two counters of the `Rc`; and what a record does not hold.
+        // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
-        assert!(added <= 72, "{added}");
+        assert!(added <= 88, "{added}");
     }
 }

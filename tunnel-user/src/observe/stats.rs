@@ -88,6 +88,12 @@ counters! {
     bad_requests,
     /// Peers that failed the handshake or were not let in.
     handshakes_failed,
+    /// Of those: their place was needed for another.
+    handshakes_evicted,
+    /// Of those: their peer had as many connections as one gets.
+    connections_over_limit,
+    /// Of those: the memory for peers was in use.
+    connections_without_memory,
     /// Accepted connections without an original destination.
     no_origin,
     /// Accepted connections whose original destination was our own capture listener.
@@ -96,6 +102,8 @@ counters! {
     over_limit,
     /// Tunnel connections accepted.
     tunnels_accepted,
+    /// Of those: closed because their peer flooded them.
+    tunnels_flooded,
 }
 
 /// A counter with one writer.

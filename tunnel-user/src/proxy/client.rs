@@ -9,6 +9,7 @@ use super::{Proxy, Setup, reach::FlowRequest, refusal::Refusal};
 use crate::{
     model::flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
     observe::{marks::Marks, stats::Record},
+    process::books::Books,
     routing::{
         flow::Flow,
         index::{NOBODY, PeerSet},
@@ -36,6 +37,7 @@ pub struct KnownPeer {
     source: Rc<SourceHandle>,
     peer: Peer,
     context: RefCell<Rc<PeerContext>>,
+    books: Rc<Books>,
 }
 
 /// What one configuration says of a peer: looked up once for all its requests.
@@ -86,9 +88,9 @@ impl Context {
 
 impl Client {
     /// A peer that has completed its handshake.
-    pub(super) fn new_peer(source: Rc<SourceHandle>, peer: Peer, setup: Rc<Setup>) -> Self {
+    pub(super) fn new_peer(source: Rc<SourceHandle>, peer: Peer, setup: Rc<Setup>, books: Rc<Books>) -> Self {
         let context = RefCell::new(PeerContext::new(setup, peer.identity.as_ref()));
-        Self::Peer(Rc::new(KnownPeer { source, peer, context }))
+        Self::Peer(Rc::new(KnownPeer { source, peer, context, books }))
     }
 
     pub(super) fn source(&self) -> &SourceHandle {
@@ -112,11 +114,11 @@ impl Client {
         }
     }
 
-    /// Of those whose share of the flows is limited: an application is the operator's own.
-    pub(super) fn account(&self) -> Option<Account> {
+    /// What its peer uses of this worker, or its capture: an application is the operator's own.
+    pub(super) fn books(&self) -> &Rc<Books> {
         match self {
-            Self::Application { .. } => None,
-            Self::Peer(known) => Some(Account::of(known.peer.identity.as_ref(), known.peer.client)),
+            Self::Application { source, .. } => source.books(),
+            Self::Peer(known) => &known.books,
         }
     }
 

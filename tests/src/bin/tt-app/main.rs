@@ -26,7 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::beside::{burst, now_and_then};
+use self::beside::{burst, churn, now_and_then};
 use self::elsewhere::{
     by_a_socket_of_nobodys, from_a_new_namespace, from_a_thread, many_namespaces, new_namespaces,
 };
@@ -94,6 +94,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["soak", addr, seconds, seed] => soak(&open(addr)?, seconds.parse()?, seed.parse()?),
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
+        ["churn", addr, threads] => churn(addr.parse()?, threads.parse()?),
         ["burst", addr, connections] => burst(addr, connections.parse()?),
         ["now-and-then", addr, connections, pause] => {
             now_and_then(addr, connections.parse()?, pause.parse()?)

@@ -118,7 +118,7 @@ pub async fn serve<H: FlowHandler>(
             }
         };
         let (handler, source, settings) = (Rc::clone(&handler), Rc::clone(&source), Arc::clone(&settings));
-        let (place, counted) = (handshakes.place(), Rc::clone(&under_way));
+        let (place, counted) = (handshakes.place(addr.ip()), Rc::clone(&under_way));
         tasks.spawn(async move {
             let shaken = handshake(&settings, connecting, place).await;
             drop(counted);
@@ -189,7 +189,14 @@ async fn serve_connection<H: FlowHandler>(
     permit: OwnedSemaphorePermit,
 ) {
     let addr = PeerAddr(peer.client.0);
-    let client = handler.peer(&source, peer);
+    // Its place among the peer's connections, as long as it lives.
+    let (client, _connected) = match handler.peer(&source, peer) {
+        Ok(client) => client,
+        Err(error) => {
+            connection.close(quic::wire_code(Code::EXCESSIVE_LOAD), &[]);
+            return handler.record(Event::PeerRejected { peer: addr, error: &error });
+        }
+    };
     let carry = Rc::new(move |incoming| Rc::clone(&handler).carry(client.clone(), incoming));
     if let Err(e) = requests(settings, &connection, source.watch(), carry).await {
         tracing::debug!(peer = %addr, error = %e, "connection closed");
@@ -211,6 +218,8 @@ async fn requests<F: Future<Output = ()> + 'static>(
     let (streams, open) = (Rc::new(Tasks::default()), Open::default());
     // The number that the next request has.
     let (mut next, mut draining, mut close_at) = (0_u64, false, None);
+    // When it has been without a stream for too long.
+    let mut idle_at = Instant::now() + settings.idle_timeout;
     let ended = loop {
         tokio::select! {
             ended = &mut watching => break ended,
@@ -222,6 +231,7 @@ async fn requests<F: Future<Output = ()> + 'static>(
                         continue;
                     }
                     next = next.max(leg.id() + 4);
+                    idle_at = Instant::now() + settings.idle_timeout;
                     streams.spawn(serve_stream(leg, settings.handshake_timeout, Rc::clone(&carry)));
                 }
                 Err(why) => break Ended::Lost(why),
@@ -229,6 +239,13 @@ async fn requests<F: Future<Output = ()> + 'static>(
             () = drain.draining(), if !draining => {
                 draining = true;
                 control.goaway(next).await;
+            }
+            () = sleep_until(idle_at), if !draining => {
+                idle_at = Instant::now() + settings.idle_timeout;
+                if open.count() == 0 {
+                    draining = true;
+                    control.goaway(next).await;
+                }
             }
             // Everything has ended and was acknowledged. What the peer has sent before it heard is refused as such.
             () = open.none(), if draining && close_at.is_none() => close_at = Some(Instant::now() + LINGER),
