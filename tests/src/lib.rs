@@ -16,6 +16,7 @@
 //! assert!(done.success(), "{done}");
 //! ```
 
+pub mod admin;
 pub mod bench;
 pub mod bpf;
 pub mod bpffs;

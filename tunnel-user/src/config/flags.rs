@@ -2,15 +2,15 @@
 //!
 //! What flags build, a file could have said.
 
-use std::{net::SocketAddr, num::NonZeroUsize, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Action, AddrPattern, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK,
-    Match, OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
+    Action, AddrPattern, Admin, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener,
+    MARK, Match, OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
 };
 use crate::model::{
     flow::{SourceKind, Target},
@@ -139,6 +139,7 @@ impl Config {
                 drain_timeout: DRAIN_EXEC,
                 ..Daemon::default()
             },
+            admin: Admin::default(),
             identities: [(IdentityName::default(), o.identity)].into(),
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
@@ -146,6 +147,7 @@ impl Config {
             routes: vec![every(SourceKind::Capture, Action::Upstreams(vec![("gateway".into(), 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
+            effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
         }
@@ -163,6 +165,7 @@ impl Config {
                 bootstrap: Bootstrap { workers: o.workers, ..Bootstrap::default() },
                 ..Daemon::default()
             },
+            admin: Admin::default(),
             identities: [(IdentityName::default(), o.identity)].into(),
             captures: Vec::new(),
             redirects: Vec::new(),
@@ -170,6 +173,7 @@ impl Config {
             routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
             policies: vec![Policy { identity: Peers::Any, target: o.allow }],
+            effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
         }

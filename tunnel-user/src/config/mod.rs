@@ -13,12 +13,15 @@ use std::{
     collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 mod access_log;
+mod admin;
 mod capture;
 mod daemon;
+mod effective;
 mod endpoints;
 mod flags;
 mod limits;
@@ -38,6 +41,7 @@ mod value;
 mod via;
 
 pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
+pub use admin::Admin;
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
     BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, INSPECT_TIMEOUT, Keepalive, MARK, MAX_FLOWS, Relay,
@@ -77,6 +81,8 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Config {
     /// The process.
     pub daemon: Daemon,
+    /// Where operators and monitoring reach it.
+    pub admin: Admin,
     /// Who we are. Those that listeners and upstreams with TLS name are present.
     pub identities: BTreeMap<IdentityName, IdentityFiles>,
     /// Whose connections are captured by eBPF.
@@ -91,6 +97,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// Who may reach what through our listeners; nothing is allowed until a rule says so.
     pub policies: Vec<Policy>,
+    /// What the file says, with defaults and without secrets; null where there is no file.
+    pub effective: Arc<serde_json::Value>,
     /// Where flows have a line.
     pub access_logs: Vec<AccessLog>,
     /// Where spans of flows are sent.
@@ -153,6 +161,7 @@ impl Config {
     pub fn empty(daemon: Daemon) -> Self {
         Self {
             daemon,
+            admin: Admin::default(),
             identities: BTreeMap::new(),
             captures: Vec::new(),
             redirects: Vec::new(),
@@ -160,6 +169,7 @@ impl Config {
             routes: Vec::new(),
             upstreams: Vec::new(),
             policies: Vec::new(),
+            effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
         }
@@ -200,11 +210,9 @@ impl Config {
 
     fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(|mistakes| ConfigErrors {
-            file: file.to_owned(),
-            unreadable: None,
-            mistakes,
-        })
+        let wrong = |mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes };
+        let read: Self = Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(wrong)?;
+        Ok(Self { effective: Arc::new(effective::of(text)), ..read })
     }
 }
 

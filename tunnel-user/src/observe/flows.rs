@@ -15,6 +15,7 @@ use std::{
     future::{Future, poll_fn},
     ops::Deref,
     rc::Rc,
+    str::FromStr,
     sync::atomic::{AtomicU16, Ordering},
     task::{Poll, Waker},
     time::{Duration, Instant},
@@ -48,6 +49,21 @@ impl fmt::Display for FlowId {
     }
 }
 
+impl FromStr for FlowId {
+    type Err = NoFlowId;
+
+    fn from_str(text: &str) -> Result<Self, NoFlowId> {
+        let (worker, number) = text.split_once('-').ok_or(NoFlowId)?;
+        let parsed = (worker.parse().map_err(|_| NoFlowId)?, number.parse().map_err(|_| NoFlowId)?);
+        Ok(Self { worker: parsed.0, number: parsed.1 })
+    }
+}
+
+/// A text that no flow is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is not the id of a flow, which is two numbers such as 0-1234")]
+pub struct NoFlowId;
+
 impl Serialize for FlowId {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.collect_str(self)
@@ -67,6 +83,21 @@ pub enum CurrentPath {
     Splice,
     /// Between the application and us past TCP.
     Bypass,
+}
+
+impl CurrentPath {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Copy, Self::Pipe, Self::Splice, Self::Bypass];
+
+    /// The word by which programs know it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Pipe => "pipe",
+            Self::Splice => "splice",
+            Self::Bypass => "bypass",
+        }
+    }
 }
 
 /// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part comes late: when the program
@@ -210,6 +241,17 @@ pub struct Snapshot {
     pub record: Record,
 }
 
+/// All flows of a registry together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Bytes from clients, of flows that are gone and of those that are here.
+    pub sent: u64,
+    /// Bytes from targets.
+    pub received: u64,
+    /// Flows that are here, by [`CurrentPath`].
+    pub live: [usize; CurrentPath::ALL.len()],
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Registry {
@@ -264,6 +306,19 @@ impl Registry {
             *place = Some(Rc::clone(&flow));
         }
         Open { registry: Rc::clone(self), flow }
+    }
+
+    /// How many there are by each path, and the bytes from clients and from targets that all flows have moved: those that are
+    /// gone, and those that are here.
+    pub fn totals(&self) -> Totals {
+        let [sent, received] = self.gone.get();
+        let mut totals = Totals { sent, received, ..Totals::default() };
+        for flow in self.slots.borrow().flows.iter().flatten() {
+            totals.sent += flow.meter.sent.get();
+            totals.received += flow.meter.received.get();
+            totals.live[flow.meter.path.get() as usize] += 1;
+        }
+        totals
     }
 
     /// How many there are.

@@ -2,7 +2,9 @@
 
 pub mod access_log;
 pub mod flows;
+pub mod histogram;
 pub mod marks;
+pub mod recent;
 pub mod repeats;
 pub mod stats;
 pub mod telemetry;

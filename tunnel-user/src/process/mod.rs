@@ -6,6 +6,7 @@ pub mod exit;
 pub mod files;
 pub mod limits;
 pub mod memory;
+pub mod nice;
 pub mod panics;
 pub mod random;
 pub mod service;

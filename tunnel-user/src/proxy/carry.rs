@@ -20,7 +20,7 @@ use crate::{
     },
     observe::{
         marks::Marks,
-        stats::{Destination, Record},
+        stats::{Destination, Record, Via},
     },
     process::books::Connected,
     relay::{Ahead, Early, EarlySource, Leg, Queue},
@@ -185,6 +185,11 @@ impl Proxy {
                     }
                     let Progress { mut record, started, permit, marks } = progress;
                     self.trace(&mut record, started, marks, None);
+                    self.counters.flows_opened.add(1);
+                    self.counters.durations.connect.observe(started.elapsed());
+                    if matches!(record.via, Via::Direct(_)) {
+                        self.counters.flows_dialled.add(1);
+                    }
                     let live = self.flows.open(record, started);
                     wanted.setup.shared.access_logs.started(&live);
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))

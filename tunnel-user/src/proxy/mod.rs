@@ -7,6 +7,7 @@ mod carry;
 mod client;
 mod in_process;
 mod log;
+pub mod questions;
 mod reach;
 mod refusal;
 
@@ -317,6 +318,11 @@ impl Proxy {
         drop(sink);
         let id = live.id();
         let (mut record, started) = live.close();
+        let durations = &self.counters.durations;
+        if let Some(length) = record.phases.first_byte {
+            durations.first_byte.observe(length.length());
+        }
+        durations.flow.observe(started.elapsed());
         record.ended(outcome.reason(), outcome.detail());
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
@@ -450,6 +456,7 @@ impl Proxy {
     /// Books what happened at a source and is no flow.
     fn event(&self, event: &Event<'_>) {
         match event {
+            Event::PeerAccepted { took } => self.counters.durations.handshake.observe(*took),
             Event::PeerRejected { peer, error } => {
                 match error {
                     ServeError::PeerConnections(_) => self.counters.connections_over_limit.add(1),
@@ -458,6 +465,7 @@ impl Proxy {
                     _ => {}
                 }
                 self.counters.handshakes_failed.add(1);
+                self.counters.rejected.by(error.check()).add(1);
                 if self.log.handshakes.admit() {
                     tracing::warn!(%peer, %error, "rejected peer connection");
                 }

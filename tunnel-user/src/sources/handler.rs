@@ -108,6 +108,11 @@ pub trait FlowHandler: 'static {
 
 /// What happens at a source and is no flow.
 pub enum Event<'a> {
+    /// A peer has completed its handshake.
+    PeerAccepted {
+        /// Since its connection was accepted.
+        took: Duration,
+    },
     /// A peer did not complete its handshake.
     PeerRejected {
         /// Its address.

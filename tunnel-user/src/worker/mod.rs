@@ -32,7 +32,7 @@ use crate::{
         drain::{self, Phase, Tasks, Watch},
         random,
     },
-    proxy::{Proxy, Setup},
+    proxy::{Proxy, Setup, questions::Questions},
     relay::give_up_silent_peers,
     sinks::upstream::{self, Upstreams},
     sources::{
@@ -158,6 +158,8 @@ pub struct Start {
     pub answer: watch::Sender<u64>,
     /// The order to stop.
     pub watch: Watch,
+    /// What it is asked.
+    pub questions: Questions,
 }
 
 /// What one worker leaves.
@@ -183,7 +185,7 @@ pub fn run(start: Start) -> io::Result<Report> {
 }
 
 async fn work(start: Start) -> io::Result<Report> {
-    let Start { index, counters, mut states, in_force, mut question, answer, mut watch } = start;
+    let Start { index, counters, mut states, in_force, mut question, answer, mut watch, questions } = start;
     let first = tokio::select! {
         // What was published is accepted from, if only to the end of what waits there.
         biased;
@@ -194,6 +196,9 @@ async fn work(start: Start) -> io::Result<Report> {
     let setup = Setup::new(Arc::clone(&first.shared), Upstreams::new(&first.upstreams, None), None);
     let worker = Worker { index, proxy: Proxy::new(setup, counters, stopped), retired: Tasks::default() };
     let flows = Rc::new(Tasks::default());
+    // Also while it drains.
+    let answering = Tasks::default();
+    answering.spawn(questions.answer(Rc::clone(&worker.proxy)));
     let mut sources = Sources::default();
     worker.reconcile(&first, &mut sources, &flows);
     in_force.send_replace(first.version);
@@ -250,6 +255,7 @@ async fn work(start: Start) -> io::Result<Report> {
         () = watch.stopping() => {}
     }
     worker.proxy.log_suppressed();
+    drop(answering);
     let (records, dropped) = worker.proxy.take_records();
     let connections_opened = setup.upstreams.connections_opened();
     Ok(Report { records, dropped, connections_opened })

@@ -154,7 +154,7 @@ fn duplex(stream: &TcpStream, bytes: u64) -> Result<()> {
 }
 
 /// Connects, then does what it is told by lines: "ping" exchanges one byte, "read" reads on, "peer" asks who
-/// the peer is, "connect" connects once more, "again" does so and exchanges one byte there.
+/// the peer is, "local" what its own address is, "connect" connects once more, "again" does so and exchanges one byte there.
 fn hold(addr: &str) -> Result<()> {
     let stream = open(addr)?;
     say("held=1");
@@ -166,6 +166,12 @@ fn hold(addr: &str) -> Result<()> {
                 say(&format!(
                     "peer={}",
                     stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())
+                ));
+            }
+            "local" => {
+                say(&format!(
+                    "local={}",
+                    stream.local_addr().map_or_else(|e| e.to_string(), |a| a.to_string())
                 ));
             }
             "again" => say(&format!("again={}", result(once(addr)))),

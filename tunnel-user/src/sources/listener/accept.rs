@@ -23,6 +23,7 @@ use crate::{
         verify::{check_expiry, explain, explain_hinted},
     },
     model::{flow::ClientAddr, trust::ClientCheck},
+    observe::stats::Check,
     sources::Peer,
     transport::{
         h1::ReadError,
@@ -108,6 +109,23 @@ pub enum ServeError {
     /// The peer does not answer.
     #[error("no answer to PING within {0:?}")]
     KeepaliveTimeout(Duration),
+}
+
+impl ServeError {
+    /// The check that the connection failed.
+    pub const fn check(&self) -> Check {
+        match self {
+            Self::Proxy(_) => Check::ProxyProtocol,
+            Self::Tls(_) => Check::Tls,
+            Self::H2(_) | Self::H1(_) => Check::Http,
+            Self::Gone(_) => Check::Gone,
+            Self::HandshakeTimeout(_) | Self::KeepaliveTimeout(_) => Check::Timeout,
+            Self::Crowded => Check::Crowded,
+            Self::Flood(_) => Check::Flood,
+            Self::PeerConnections(_) => Check::PeerConnections,
+            Self::Memory => Check::Memory,
+        }
+    }
 }
 
 /// A peer that has completed its handshake.

@@ -4,7 +4,7 @@
 //! - A connection that does not complete its handshake brings no flow.
 //! - At most [`CONNECTIONS_MAX`] connections of one listener are served by one worker; more wait in the backlog.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -81,6 +81,7 @@ async fn serve_connection<H: FlowHandler>(
     mut place: Place,
     permit: OwnedSemaphorePermit,
 ) {
+    let started = Instant::now();
     let pace = place.pace();
     let accepted = tokio::select! {
         accepted = accept::handshake(settings, stream, addr, &pace) => accepted,
@@ -91,6 +92,7 @@ async fn serve_connection<H: FlowHandler>(
         Err(error) => return handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error }),
     };
     drop(place);
+    handler.record(Event::PeerAccepted { took: started.elapsed() });
     let addr = PeerAddr(peer.client.0);
     let (client, connected) = match handler.peer(&source, peer) {
         Ok(client) => client,
