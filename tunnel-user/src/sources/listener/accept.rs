@@ -117,7 +117,7 @@ impl ServeError {
         match self {
             Self::Proxy(_) => Check::ProxyProtocol,
             Self::Tls(_) => Check::Tls,
-            Self::H2(_) | Self::H1(_) => Check::Http,
+            Self::H2(_) | Self::H1(_) | Self::H3(_) => Check::Http,
             Self::Gone(_) => Check::Gone,
             Self::HandshakeTimeout(_) | Self::KeepaliveTimeout(_) => Check::Timeout,
             Self::Crowded => Check::Crowded,
