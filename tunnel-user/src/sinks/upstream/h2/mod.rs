@@ -245,10 +245,7 @@ impl Connection for H2Connection {
     }
 
     async fn retired(&self) {
-        let Some(standing) = &self.far.standing else { return pending().await };
-        if let Some(lapse) = standing.superseded().await {
-            tracing::info!(peer = %self.far.peer, reason = %lapse, "draining connection to upstream");
-        }
+        self.far.retired().await;
     }
 
     async fn run(&self, grew: &dyn Fn()) {
