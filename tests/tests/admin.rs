@@ -664,7 +664,7 @@ fn an_attached_capture_lasts_over_a_reload_and_a_take_over_until_it_is_detached(
         Ok(())
     };
     sees(true)?;
-    assert!(carried());
+    wait_for("a flow through the gateway", PATIENCE, || carried().then_some(()))?;
     daemon.tell(&of("drain_timeout = \"7s\"\n"))?;
     sees(true)?;
     let (_, text) = tunnel(&daemon, &["status"])?;
@@ -696,14 +696,16 @@ fn an_attached_capture_lasts_over_a_reload_and_a_take_over_until_it_is_detached(
 fn a_capture_attached_until_exit_ends_with_its_process() -> Result<()> {
     let world = World::new()?;
     let gateway = world.gateway().start()?;
-    let target = world.serve(TARGET4, target::echo())?;
     let node = Node::new(&world)?;
     let elsewhere = Cgroup::new()?;
     let mine = node.cgroup.path().display().to_string();
     let text = config(&node, &gateway, "").replace(&mine, &elsewhere.path().display().to_string());
     let daemon = node.daemon(&text)?;
     let admin = Admin::of(&daemon);
-    let mut app = node.app(&["hold", &target.addr().to_string()])?;
+    let mut command = world.node().command(programs::system("sleep")?);
+    command.arg("600");
+    node.cgroup.adopt(&mut command)?;
+    let mut app = Process::spawn("sleep", world.folder(), command)?;
     let (code, text) = tunnel(&daemon, &["attach", "--pid", &app.id().to_string(), "--until-exit"])?;
     assert_eq!((code, text), (0, format!("attached {mine}\n")));
     let captures = |n: usize| {

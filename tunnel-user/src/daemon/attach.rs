@@ -18,7 +18,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 use super::{Running, layers::Owner, leavers};
 use crate::{
     admin::view::{Attach, Until},
-    config::{CheckFiles, Config},
+    config::Config,
     kernel::group::Group,
     process::exit::Failure,
 };
@@ -86,6 +86,9 @@ impl Attachments {
         let Attach { text, until } = wanted;
         let parsed = parse(&text)?;
         let [capture] = parsed.captures.as_slice() else { return Err("this is not one capture".to_owned()) };
+        if running.config.routes.is_empty() {
+            return Err("the daemon has no [[route]]: every captured connection would be refused".to_owned());
+        }
         let group = capture.cgroup.name().to_string();
         let until = match until {
             None => None,
@@ -158,7 +161,7 @@ impl Attached {
 }
 
 fn parse(text: &str) -> Result<Config, String> {
-    Config::parse(text, Path::new("attach"), CheckFiles::No).map_err(|e| e.to_string())
+    Config::parse_layer(text, Path::new("attach")).map_err(|e| e.to_string())
 }
 
 fn layer(list: &[Attached]) -> Result<Config, Failure> {
@@ -166,7 +169,7 @@ fn layer(list: &[Attached]) -> Result<Config, Failure> {
         return Ok(Config::empty(Default::default()));
     }
     let text: String = list.iter().map(|attached| attached.text.as_str()).collect();
-    Ok(Config::parse(&text, Path::new("attach"), CheckFiles::No)?)
+    Ok(Config::parse_layer(&text, Path::new("attach"))?)
 }
 
 fn keep(file: &Path, list: &[Attached]) -> io::Result<()> {
