@@ -131,7 +131,7 @@ section! {
     /// `[[identity.trust_domain]]`
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub struct TrustDomain {
-        /// The trust domain: its members are spiffe://NAME/…
+        /// The trust domain. Its members are those whose SPIFFE IDs begin with spiffe://NAME/.
         name: required String,
         /// CA certificates of this trust domain, PEM. They vouch for its members only, and no others do.
         ca: required PathBuf,
