@@ -10,7 +10,7 @@ use rustls_pki_types::ServerName;
 
 use super::{
     Action, AddrPattern, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK,
-    Match, OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
+    Match, OnFailure, Peers, Policy, Route, TargetPattern, Upstream,
 };
 use crate::model::{
     flow::{SourceKind, Target},
@@ -167,11 +167,11 @@ impl Config {
             listeners: o.listen.iter().copied().map(listener).collect(),
             routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
-            policies: vec![Policy { identity: Peers::Any, target: o.allow }],
+            policies: vec![Policy::allow("--allow", Peers::Any, o.allow)],
         }
     }
 }
 
 fn every(source: SourceKind, to: Action) -> Route {
-    Route { matches: Match { source: vec![source], ..Match::default() }, to, terms: Terms::default() }
+    Route::new(Match { source: vec![source], ..Match::default() }, to)
 }

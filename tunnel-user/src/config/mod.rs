@@ -44,7 +44,7 @@ pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, Ou
 pub use flags::{DEFAULT_EXCLUDE, ExecOptions, GatewayOptions, Wanted};
 pub use listener::{ClientAuth, DIAL_TIMEOUT, HANDSHAKE_TIMEOUT, LISTENER_STREAMS, Listener};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
-pub use policy::{Peers, Policy};
+pub use policy::{Peers, Policy, PolicyAction, PolicyMode, Targets};
 pub use route::{
     Action, Authority, HeaderChanges, HeaderMatch, Match, ProxyProtocol, Regex, RegexError, Route, Terms,
     ValueMatch,

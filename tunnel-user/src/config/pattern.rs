@@ -241,6 +241,11 @@ pub struct NamePattern {
 impl NamePattern {
     /// Whether it takes this name (any case, with or without the trailing dot) and port.
     pub fn contains(&self, name: &str, port: u16) -> bool {
+        self.takes_name(name) && self.ports.contains(port)
+    }
+
+    /// Whether it takes this name (any case, with or without the trailing dot) at some port.
+    pub fn takes_name(&self, name: &str) -> bool {
         let name = name.strip_suffix('.').unwrap_or(name).as_bytes();
         let (front, same) = match name.len().checked_sub(self.name.len()) {
             Some(at) => name.split_at(at),
@@ -248,7 +253,7 @@ impl NamePattern {
         };
         // More than the dot has to be left.
         let placed = if self.below { front.len() > 1 && front.ends_with(b".") } else { front.is_empty() };
-        placed && same.eq_ignore_ascii_case(self.name.as_bytes()) && self.ports.contains(port)
+        placed && same.eq_ignore_ascii_case(self.name.as_bytes())
     }
 
     /// The name, lower case: the one that it takes, or the one below which it takes all.

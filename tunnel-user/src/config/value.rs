@@ -16,7 +16,7 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, Bypass, CheckKind, ClientAuth, OnFailure, Peers, Protocol, Relay,
+    Balance, Bypass, CheckKind, ClientAuth, OnFailure, Peers, PolicyAction, PolicyMode, Protocol, Relay,
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
@@ -122,7 +122,9 @@ by_word!(
     ProxyProtocol,
     SourceKind,
     Method,
-    CheckKind
+    CheckKind,
+    PolicyAction,
+    PolicyMode
 );
 
 /// Who captures.
@@ -165,6 +167,12 @@ impl Word for Method {
 }
 impl Word for CheckKind {
     const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("ping", Self::Ping)];
+}
+impl Word for PolicyAction {
+    const WORDS: &'static [(&'static str, Self)] = &[("allow", Self::Allow), ("deny", Self::Deny)];
+}
+impl Word for PolicyMode {
+    const WORDS: &'static [(&'static str, Self)] = &[("enforce", Self::Enforce), ("report", Self::Report)];
 }
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] =

@@ -5,7 +5,7 @@
 //!   piles up.
 //! - No thread outlives this.
 
-use std::{io, mem, sync::Arc, thread};
+use std::{collections::BTreeMap, io, mem, sync::Arc, thread};
 
 use tokio::sync::watch;
 
@@ -117,6 +117,19 @@ impl Workers {
             }
         }
         sums
+    }
+}
+
+impl Workers {
+    /// Their counters of each policy, summed.
+    pub(super) fn policy_counters(&self) -> Vec<(String, u64)> {
+        let mut sums = BTreeMap::<String, u64>::new();
+        for (policy, counters) in self.counters.iter().flat_map(|counters| counters.policies.all()) {
+            for (name, n) in counters {
+                *sums.entry(format!("policy_{name}{{{policy}}}")).or_default() += n;
+            }
+        }
+        sums.into_iter().filter(|(_, n)| *n > 0).collect()
     }
 }
 

@@ -16,6 +16,7 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
+use super::policies::PolicyCounters;
 use crate::model::{
     end::EndReason,
     flow::{ClientAddr, FarEnd, Identity, Target},
@@ -33,6 +34,8 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: Counter,)*
             /// Flows by how they ended.
             pub ended: Ended,
+            /// What each policy did.
+            pub policies: PolicyCounters,
         }
 
         impl Counters {
@@ -213,6 +216,9 @@ pub struct Record {
     pub duration_ms: f64,
     /// How it ended.
     pub reason: EndReason,
+    /// The name of the policy or the route that refused it, or has ended it.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown_if_known")]
+    pub rule: Option<Arc<str>>,
     /// What else there is to say of that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<Box<str>>,
@@ -244,6 +250,7 @@ impl Record {
             received: 0,
             duration_ms: 0.0,
             reason: EndReason::InternalError,
+            rule: None,
             detail: None,
         }
     }

@@ -5,11 +5,12 @@
 //!   client sends; policy has allowed that one's target before a byte of it is read.
 //! - Every flow is recorded once.
 
-use std::{future::Future, rc::Rc, time::Instant};
+use std::{cell::RefCell, future::Future, rc::Rc, time::Instant};
 
 use super::{
     EstablishedFlow, Permit, Proxy,
     client::Client,
+    policy,
     reach::{FlowRequest, Sink},
     refusal::Refusal,
 };
@@ -90,7 +91,9 @@ async fn establish<P: PendingRequest>(
     let progress = Progress { record, started, permit };
     let (context, name) = (client.context(&proxy), client.source().name());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
-    let wanted = match client.request(&context, name.as_deref(), &target, head) {
+    let admissions = RefCell::default();
+    let wanted = client.request(&proxy, &context, name.as_ref(), &target, head, &admissions);
+    let wanted = match wanted {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
     };
@@ -159,6 +162,15 @@ impl Proxy {
             };
             reached.map(|reached| Ok((reached?, Early { sent: early, ..Early::default() })))
         };
+        // Policies may have changed since they were asked.
+        let denied = || {
+            let changed = !std::ptr::eq(wanted.setup, &*self.setup());
+            changed.then(|| self.refuses(&self.setup(), &wanted.admissions.borrow())).flatten()
+        };
+        let reached = match reached {
+            Some(Ok(reached)) => Some(denied().map_or(Ok(reached), Err)),
+            other => other,
+        };
         match reached {
             Some(Ok((sink, mut early))) => match request.accept().await {
                 Some((leg, behind)) => {
@@ -167,7 +179,13 @@ impl Proxy {
                         early.sent = behind;
                     }
                     let Progress { record, started, permit } = progress;
-                    let live = self.flows.open(record, started);
+                    let live = self.flows.open(record, started, wanted.admissions.take().into());
+                    // And while it was answered.
+                    if !std::ptr::eq(wanted.setup, &*self.setup())
+                        && let Some(refusal) = self.refuses(&self.setup(), live.admissions())
+                    {
+                        live.end_because(EndReason::PolicyChanged, Some(policy::cause(&refusal)));
+                    }
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
                 }
                 None => self.left(progress),

@@ -7,6 +7,7 @@ mod carry;
 mod client;
 mod in_process;
 mod log;
+mod policy;
 mod reach;
 mod refusal;
 
@@ -24,6 +25,7 @@ use crate::{
     model::{end::EndReason, flow::Identity},
     observe::{
         flows::{Open, Registry},
+        policies::PolicyHits,
         stats::{Counters, Record, Records},
     },
     process::{drain::Watch, limits},
@@ -70,15 +72,23 @@ pub struct Setup {
     pub shared: Arc<Shared>,
     /// This worker's upstreams.
     pub upstreams: Upstreams,
+    /// This worker's counters of each policy, by its place.
+    policies: Vec<Arc<PolicyHits>>,
     /// How bytes are moved between two sockets of ours.
     path: Path,
 }
 
 impl Setup {
     /// `before` is the one that it replaces.
-    pub fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        upstreams: Upstreams,
+        before: Option<&Self>,
+        counters: &Counters,
+    ) -> Self {
+        let policies = shared.policies.names().iter().map(|name| counters.policies.of(name)).collect();
         let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
-        Self { shared, upstreams, path }
+        Self { shared, upstreams, policies, path }
     }
 }
 
@@ -153,9 +163,15 @@ impl Proxy {
         Rc::clone(&self.setup.borrow())
     }
 
-    /// From now on new flows are carried by this.
+    /// From now on new flows are carried by this, and those end that its policies and routes no longer allow.
     pub fn replace_setup(&self, setup: Rc<Setup>) {
         self.setup.replace(setup);
+        self.review();
+    }
+
+    /// Its counters.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// How many flows there are.
@@ -200,6 +216,10 @@ impl Proxy {
         let EstablishedFlow { sink, early, live, .. } = &mut *flow;
         let meter = live.meter();
         let relayed = async {
+            // Not a byte of one that was to end before it began.
+            if let Some(reason) = live.ending() {
+                return Outcome::Ended(reason);
+            }
             match sink {
                 Sink::Direct(leg, first) => {
                     early.ours = first.len();
@@ -218,8 +238,10 @@ impl Proxy {
         // Their resets, or their ends, go out before anything is written about them.
         let EstablishedFlow { sink, live, permit, .. } = *flow;
         drop(sink);
+        let cause = live.take_cause().filter(|_| matches!(outcome, Outcome::Ended(_))).unwrap_or_default();
         let (mut record, started) = live.close();
-        record.ended(outcome.reason(), outcome.detail());
+        record.ended(outcome.reason(), cause.detail.or_else(|| outcome.detail()));
+        record.rule = cause.rule;
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
@@ -260,6 +282,7 @@ impl Proxy {
         tracing::info!(
             target: "tunnel::flow",
             reason = %record.reason,
+            rule = record.rule.as_deref(),
             detail = record.detail.as_deref(),
             destination = %record.destination,
             client = %record.client,
@@ -284,7 +307,7 @@ impl Proxy {
     ) -> Record {
         let counter = match refusal {
             Refusal::Request(_) => &self.counters.bad_requests,
-            Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => {
+            Refusal::Denied { .. } | Refusal::Route { .. } | Refusal::NoRoute(_) | Refusal::Loop => {
                 &self.counters.denied
             }
             Refusal::Dial(_) => &self.counters.dial_failed,
@@ -294,12 +317,14 @@ impl Proxy {
         };
         counter.add(1);
         record.ended(refusal.reason(), Some(refusal.to_string()));
+        record.rule = refusal.rule().cloned();
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
         if self.log.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",
                 reason = %record.reason,
+                rule = record.rule.as_deref(),
                 detail = record.detail.as_deref(),
                 destination = %record.destination,
                 client = %record.client,

@@ -44,7 +44,12 @@ impl Worker {
         // Otherwise only sources have come or gone.
         if !Arc::ptr_eq(&before.shared, &state.shared) {
             let upstreams = Upstreams::new(&state.upstreams, Some(&before.upstreams));
-            let next = Rc::new(Setup::new(Arc::clone(&state.shared), upstreams, Some(&before)));
+            let next = Rc::new(Setup::new(
+                Arc::clone(&state.shared),
+                upstreams,
+                Some(&before),
+                self.proxy.counters(),
+            ));
             for old in before.upstreams.tunnels() {
                 if !next.upstreams.tunnels().any(|kept| Rc::ptr_eq(kept, old)) {
                     self.retired.spawn(retired(Rc::clone(old)));

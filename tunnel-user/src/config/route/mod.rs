@@ -9,6 +9,8 @@ mod terms;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
 use serde_json::{Value as Json, json};
 
 use self::terms::Retries;
@@ -25,6 +27,8 @@ use crate::model::{flow::Target, names::UpstreamName};
 /// `[[route]]`
 #[derive(Clone, Debug)]
 pub struct Route {
+    /// Its name, for logs and explanations: the one in the file, or "route-N".
+    pub name: Arc<str>,
     /// Which flows.
     pub matches: Match,
     /// Where they go.
@@ -34,6 +38,11 @@ pub struct Route {
 }
 
 impl Route {
+    /// One without a name, on the usual terms.
+    pub fn new(matches: Match, to: Action) -> Self {
+        Self { name: Arc::from(""), matches, to, terms: Terms::default() }
+    }
+
     /// Whether it needs to know what only the first bytes of the carried connection tell.
     pub fn needs_sniff(&self) -> bool {
         self.matches.needs_sniff() || self.terms.authority.needs_sniff()
@@ -55,6 +64,7 @@ pub enum Action {
 
 /// A route whose upstreams are still names.
 pub(super) struct RouteByName {
+    name: Option<String>,
     matches: Match,
     to: ActionByName,
     terms: Terms,
@@ -65,6 +75,10 @@ pub(super) struct RouteByName {
 
 impl Section for RouteByName {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
+        let name = r.optional(
+            "name",
+            "Name, for logs and explanations. Default: \"route-N\", by its place in the file.",
+        );
         let matches = r.section("match", "Conditions. Without it: every flow.");
         let to = r.required(
             "to",
@@ -122,6 +136,7 @@ impl Section for RouteByName {
         }
         let headers = if r.has("request_headers") { headers? } else { HeaderChanges::default() };
         Some(Self {
+            name,
             matches,
             to: to?,
             terms: Terms { timeout, retries, authority, headers, proxy_protocol },
@@ -230,8 +245,9 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         }
         found
     };
-    let route = |route: RouteByName| {
-        let RouteByName { mut matches, to, terms, .. } = route;
+    let route = |(place, route): (usize, RouteByName)| {
+        let RouteByName { name, mut matches, to, terms, .. } = route;
+        let name = name.unwrap_or_else(|| format!("route-{}", place + 1)).into();
         for name in &route.listeners {
             is_there("listener", &listeners, name);
         }
@@ -256,9 +272,9 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
                 Action::Upstreams(shares.into_iter().collect::<Option<_>>()?)
             }
         };
-        Some(Route { matches, to, terms })
+        Some(Route { name, matches, to, terms })
     };
-    let resolved: Vec<_> = routes.into_iter().map(route).collect();
+    let resolved: Vec<_> = routes.into_iter().enumerate().map(route).collect();
     resolved.into_iter().collect()
 }
 

@@ -45,6 +45,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// One of no prefix. `entries` are in the order of the rules.
+    pub fn of(entries: Vec<Entry>) -> Self {
+        Self { entries, ..Self::default() }
+    }
+
     /// The prefix; a name has none.
     pub fn net(&self) -> Option<IpNet> {
         self.net

@@ -9,6 +9,8 @@
 //! - The first route that matches decides; a flow that matches no route is rejected.
 //! - There is no state, and no name is resolved: chance is an argument.
 
+use std::sync::Arc;
+
 use crate::model::flow::SourceKind;
 use crate::{
     config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
@@ -55,7 +57,10 @@ pub enum Decision<'a> {
     /// It depends on what the client sends first; the router decides again with [`Flow::sniffed`].
     NeedsSniff,
     /// A route refuses it.
-    Deny,
+    Deny {
+        /// Which: the place of it in the configuration, from 0.
+        route: usize,
+    },
     /// No route takes it; it is refused.
     NoRoute,
 }
@@ -87,6 +92,16 @@ impl Router {
         self.peers.set(who)
     }
 
+    /// The name of a route, by its place in the configuration.
+    pub fn name(&self, route: usize) -> Option<&Arc<str>> {
+        self.routes.get(route).map(|route| &route.name)
+    }
+
+    /// Whether a route asks for headers of the request.
+    pub fn needs_headers(&self) -> bool {
+        self.routes.iter().any(|route| !route.matches.headers.is_empty())
+    }
+
     /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
     pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
         let (number, route) = match self.first(flow) {
@@ -96,7 +111,7 @@ impl Router {
         };
         let terms = &route.terms;
         match &route.to {
-            Action::Deny => Decision::Deny,
+            Action::Deny => Decision::Deny { route: number },
             Action::Direct => Decision::Dial { route: number, instead: None, terms },
             Action::Dial(target) => Decision::Dial { route: number, instead: Some(target), terms },
             Action::Upstreams(shares) => pick(shares, random, &[]).map_or(Decision::NoRoute, |upstream| {

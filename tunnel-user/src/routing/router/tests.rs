@@ -90,7 +90,7 @@ fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {
 }
 
 fn route(matches: Match, to: Action) -> Route {
-    Route { matches, to, terms: Terms::default() }
+    Route::new(matches, to)
 }
 
 fn numbered_name(i: usize) -> UpstreamName {
@@ -147,7 +147,7 @@ fn the_first_match_wins_and_no_match_is_refused() {
             Decision::Upstream { upstream, .. } => upstream.to_string(),
             Decision::Dial { instead: None, .. } => "direct".to_owned(),
             Decision::Dial { instead: Some(target), .. } => target.to_string(),
-            Decision::Deny => "deny".to_owned(),
+            Decision::Deny { .. } => "deny".to_owned(),
             Decision::NoRoute => "none".to_owned(),
             Decision::NeedsSniff => "look".to_owned(),
         })
@@ -319,7 +319,7 @@ fn what_a_client_sends_is_looked_at_only_where_it_decides() {
 fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     let terms = Terms { authority: Authority::Sni, ..Terms::default() };
     let to = Action::Upstreams(vec![(numbered_name(0), 1)]);
-    let router = Router::new(vec![Route { matches: Match::default(), to, terms }]);
+    let router = Router::new(vec![Route { terms, ..Route::new(Match::default(), to) }]);
     let told = Told::captured("10.2.0.1:443");
     assert_eq!(decided(&router, &told), None);
     assert_eq!(decided(&router, &told.showing(Sniffed::Nothing)), Some(Some(0)));
