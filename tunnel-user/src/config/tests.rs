@@ -155,6 +155,28 @@ fn each_mistake_is_named() {
         (format!("{GOOD}\n[deamon]\nmark = 1"), "deamon", "did you mean `daemon`?"),
         (format!("{GOOD}\n[daemon]\nrelay = \"fast\""), "daemon.relay", "\"splice\""),
         (
+            format!("{GOOD}\n[[policy]]\nidentity = \"any\"\ntarget = \"any\""),
+            "policy.target",
+            "\"any\" is for action = \"deny\"",
+        ),
+        (
+            format!("{GOOD}\n[[policy]]\nidentity = \"any\"\ntarget = []"),
+            "policy.target",
+            "it would match nothing",
+        ),
+        (
+            format!("{GOOD}\n[[policy]]\nidentity = \"any\"\naction = \"block\"\ntarget = [\"10.0.0.0/8\"]"),
+            "policy.action",
+            "must be \"allow\" or \"deny\", not \"block\"",
+        ),
+        (
+            format!(
+                "{GOOD}\n[[policy]]\nidentity = \"any\"\nclient = [\"10.0.0.0/8:80\"]\ntarget = [\"10.0.0.0/8\"]"
+            ),
+            "policy.client[0]",
+            "a client's port is not matched",
+        ),
+        (
             format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
             "policy.identity",
             "nobody",
@@ -412,10 +434,11 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.keepalive_interval listener.keepalive_timeout listener.max_streams listener.name listener.protocols \
-        listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \
+        listener.tls listener.verify policy policy.action policy.client policy.headers policy.headers.exact policy.headers.name policy.headers.prefix \
+        policy.headers.present policy.headers.regex policy.identity policy.mode policy.name policy.target route route.authority route.match route.match.capture \
         route.match.destination route.match.headers route.match.headers.exact route.match.headers.name \
         route.match.headers.prefix route.match.headers.present route.match.headers.regex route.match.host \
-        route.match.identity route.match.listener route.match.server_name route.match.source \
+        route.match.identity route.match.listener route.match.server_name route.match.source route.name \
         route.request_headers route.request_headers.add route.request_headers.copy route.request_headers.remove \
         route.timeout route.to route.to.dial route.to.upstream route.to.weight upstream \
         upstream.balance upstream.connect_timeout upstream.discovery upstream.endpoints upstream.endpoints_file \
