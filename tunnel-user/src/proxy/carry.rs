@@ -10,7 +10,6 @@ use std::{cell::RefCell, future::Future, rc::Rc, time::Instant};
 use super::{
     EstablishedFlow, Permit, Proxy,
     client::Client,
-    policy,
     reach::{FlowRequest, Sink},
     refusal::Refusal,
 };
@@ -165,7 +164,7 @@ impl Proxy {
         // Policies may have changed since they were asked.
         let denied = || {
             let changed = !std::ptr::eq(wanted.setup, &*self.setup());
-            changed.then(|| self.refuses(&self.setup(), &wanted.admissions.borrow())).flatten()
+            changed.then(|| self.denies(&self.setup(), &wanted.admissions.borrow())).flatten()
         };
         let reached = match reached {
             Some(Ok(reached)) => Some(denied().map_or(Ok(reached), Err)),
@@ -182,9 +181,9 @@ impl Proxy {
                     let live = self.flows.open(record, started, wanted.admissions.take().into());
                     // And while it was answered.
                     if !std::ptr::eq(wanted.setup, &*self.setup())
-                        && let Some(refusal) = self.refuses(&self.setup(), live.admissions())
+                        && let Some(cause) = self.ends(&self.setup(), &live)
                     {
-                        live.end_because(EndReason::PolicyChanged, Some(policy::cause(&refusal)));
+                        live.end_because(EndReason::PolicyChanged, Some(cause));
                     }
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
                 }

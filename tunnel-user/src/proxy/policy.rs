@@ -25,14 +25,16 @@ use crate::{
     },
 };
 
-/// For the record of a flow that ends.
-pub(super) fn cause(refusal: &Refusal) -> Cause {
-    Cause { rule: refusal.rule().cloned(), detail: Some(refusal.to_string()) }
-}
-
 impl Setup {
     fn hits(&self, rule: RuleId) -> Option<&PolicyHits> {
         self.policies.get(rule).map(|hits| &**hits)
+    }
+
+    /// Of the policy that refuses.
+    fn hits_of(&self, refusal: &Refusal) -> Option<&PolicyHits> {
+        let (Refusal::Denied { .. }, Some(rule)) = (refusal, refusal.rule()) else { return None };
+        let place = self.shared.policies.names().iter().position(|name| name == rule)?;
+        self.hits(place)
     }
 
     fn count_denied(&self, denied: &Denied) {
@@ -95,16 +97,18 @@ impl Proxy {
         addrs: &mut Vec<SocketAddr>,
     ) -> Result<(), Refusal> {
         let request = permit.request();
-        let resolved = matches!(request.target, Target::Name(..));
-        let (mut rule, mut why) = (None, None);
+        // Of a literal address, and of a name as a name, that was asked before.
+        let asked = match request.target {
+            Target::Addr(_) => true,
+            Target::Name(..) => setup.shared.policies.would_differ(request, None, true).is_some(),
+        };
+        let (mut rule, mut why, mut reported) = (None, None, asked);
         addrs.retain(|addr| {
             let allowed = permit.allows_addr(*addr);
-            if resolved {
-                self.report(setup, request, Some(*addr), allowed.is_ok());
-            }
-            match allowed {
-                Ok(by) => rule = rule.or(Some(by)),
-                Err(ref denied) => why = Some(denied.clone()),
+            reported = reported || self.report(setup, request, Some(*addr), allowed.is_ok());
+            match &allowed {
+                Ok(by) => rule = rule.or(Some(*by)),
+                Err(denied) => why = Some(denied.clone()),
             }
             allowed.is_ok()
         });
@@ -119,10 +123,10 @@ impl Proxy {
         Ok(())
     }
 
-    /// Counts and logs what a policy in report mode would have decided otherwise.
-    fn report(&self, setup: &Setup, request: Request<'_>, addr: Option<SocketAddr>, allowed: bool) {
+    /// Counts and logs what a policy in report mode would have decided otherwise; whether there was one.
+    fn report(&self, setup: &Setup, request: Request<'_>, addr: Option<SocketAddr>, allowed: bool) -> bool {
         let policies = &setup.shared.policies;
-        let Some(rule) = policies.would_differ(request, addr, allowed) else { return };
+        let Some(rule) = policies.would_differ(request, addr, allowed) else { return false };
         if let Some(hits) = setup.hits(rule) {
             hits.reported.add(1);
         }
@@ -138,32 +142,35 @@ impl Proxy {
                 "policy in report mode would decide otherwise"
             );
         }
+        true
     }
 
     /// Ends the flows that the configuration in force no longer allows.
     pub(super) fn review(&self) {
         let setup = self.setup();
-        let why = |flow: &LiveFlow| {
-            let refusal = self.refuses(&setup, flow.admissions())?;
-            Some(cause(&refusal))
-        };
-        let ended = self.flows.end_because(EndReason::PolicyChanged, why);
+        let ended = self.flows.end_because(EndReason::PolicyChanged, |flow| self.ends(&setup, flow));
         if ended > 0 {
             tracing::info!(flows = ended, "ended flows that policies or routes no longer allow");
         }
     }
 
+    /// Why a live flow is to end, if a configuration that has come into force since it was admitted refuses it.
+    pub(super) fn ends(&self, setup: &Setup, flow: &LiveFlow) -> Option<Cause> {
+        let refusal = self.refuses(setup, flow.admissions())?;
+        setup.hits_of(&refusal).into_iter().for_each(|hits| hits.ended.add(1));
+        Some(Cause { rule: refusal.rule().cloned(), detail: Some(refusal.to_string()) })
+    }
+
     /// Why a flow that was admitted with this would be refused now.
     pub(super) fn refuses(&self, setup: &Setup, admissions: &[Admission]) -> Option<Refusal> {
-        admissions.iter().find_map(|admission| {
-            let refusal = refuses(&setup.shared, admission).err()?;
-            if let (Refusal::Denied { .. }, Some(rule)) = (&refusal, refusal.rule()) {
-                let policies = setup.shared.policies.names();
-                let place = policies.iter().position(|name| name == rule);
-                place.and_then(|place| setup.hits(place)).into_iter().for_each(|hits| hits.ended.add(1));
-            }
-            Some(refusal)
-        })
+        admissions.iter().find_map(|admission| refuses(&setup.shared, admission).err())
+    }
+
+    /// The same of one that has not been answered yet, and is counted as denied.
+    pub(super) fn denies(&self, setup: &Setup, admissions: &[Admission]) -> Option<Refusal> {
+        let refusal = self.refuses(setup, admissions)?;
+        setup.hits_of(&refusal).into_iter().for_each(|hits| hits.denied.add(1));
+        Some(refusal)
     }
 }
 
