@@ -100,6 +100,7 @@ pub(super) fn with(extra: &str, after: &str) -> String {
     format!("{}\n{extra}{}", &GOOD[..at], &GOOD[at..])
 }
 
+/// Each mistake is reported with its key and what to write in its place.
 #[test]
 fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
@@ -190,6 +191,7 @@ fn each_mistake_is_named() {
     }
 }
 
+/// A mistake is reported once, and not again by what depends on it.
 #[test]
 fn one_slip_gives_one_message() {
     for (from, to) in [
@@ -382,6 +384,7 @@ fn exec_takes_no_capture_by_rules_from_a_file() {
     assert_eq!((by_file.captures.len(), by_file.redirects.len()), (1, 0));
 }
 
+/// What is not TOML is reported with its line and column.
 #[test]
 fn text_that_is_not_toml_is_placed() {
     let found = mistakes(&format!("{GOOD}balance = \n"));
@@ -392,6 +395,7 @@ fn text_that_is_not_toml_is_placed() {
     assert_eq!(twice.len(), 1, "{twice:?}");
 }
 
+/// The column of a mistake counts characters, not bytes.
 #[test]
 fn columns_count_characters() {
     assert!(mistakes("é = 1 # é\n")[0].starts_with("1:1: "));

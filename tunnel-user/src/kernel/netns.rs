@@ -94,8 +94,6 @@ pub fn within<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt as _;
-
     use super::*;
 
     /// A socket's network namespace is the one that it was made in; of what is no socket nothing is asked but whether it is one.
