@@ -146,6 +146,7 @@ impl Config {
             routes: vec![every(SourceKind::Capture, Action::Upstreams(vec![("gateway".into(), 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -168,6 +169,7 @@ impl Config {
             routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
             policies: vec![Policy::allow("--allow", Peers::Any, o.allow)],
+            warnings: Vec::new(),
         }
     }
 }

@@ -36,7 +36,7 @@ mod via;
 
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
-    BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, INSPECT_TIMEOUT, Keepalive, MARK, MAX_FLOWS, Relay,
+    BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, Keepalive, MARK, MAX_FLOWS, Relay, SNIFF_TIMEOUT,
     TCP_KEEPALIVE_INTERVAL, TCP_KEEPALIVE_MAX, TCP_KEEPALIVE_PROBES, TCP_KEEPALIVE_PROBES_MAX,
     TCP_KEEPALIVE_TIME,
 };
@@ -85,6 +85,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// Who may reach what through our listeners; nothing is allowed until a rule says so.
     pub policies: Vec<Policy>,
+    /// What still means what it did, and should be written in another way: each with its place.
+    pub warnings: Vec<String>,
 }
 
 /// An HTTP version that carries CONNECT.
@@ -128,6 +130,7 @@ impl Config {
             routes: Vec::new(),
             upstreams: Vec::new(),
             policies: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -166,11 +169,11 @@ impl Config {
 
     fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(|mistakes| ConfigErrors {
-            file: file.to_owned(),
-            unreadable: None,
-            mistakes,
-        })
+        let read = Document::read::<Self>(text, base, check == CheckFiles::Yes, purpose);
+        let (mut config, warnings) =
+            read.map_err(|mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes })?;
+        config.warnings = warnings.iter().map(|warning| warning.shown(file)).collect();
+        Ok(config)
     }
 }
 
@@ -195,6 +198,14 @@ pub struct Mistake {
     pub message: String,
 }
 
+impl Mistake {
+    /// With the file that it is in.
+    fn shown(&self, file: &Path) -> String {
+        let colon = if self.key.is_empty() { "" } else { ": " };
+        format!("{}:{}:{}: {}{colon}{}", file.display(), self.line, self.column, self.key, self.message)
+    }
+}
+
 /// Everything that is wrong with a configuration file.
 #[derive(Debug)]
 pub struct ConfigErrors {
@@ -212,13 +223,12 @@ impl ConfigErrors {
 
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let file = self.file.display();
         if let Some(e) = &self.unreadable {
-            return write!(f, "{file}: {e}");
+            return write!(f, "{}: {e}", self.file.display());
         }
-        for (i, m) in self.mistakes.iter().enumerate() {
-            let (newline, colon) = (if i == 0 { "" } else { "\n" }, if m.key.is_empty() { "" } else { ": " });
-            write!(f, "{newline}{file}:{}:{}: {}{colon}{}", m.line, m.column, m.key, m.message)?;
+        for (i, mistake) in self.mistakes.iter().enumerate() {
+            let newline = if i == 0 { "" } else { "\n" };
+            write!(f, "{newline}{}", mistake.shown(&self.file))?;
         }
         Ok(())
     }

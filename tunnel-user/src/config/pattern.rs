@@ -375,6 +375,7 @@ mod tests {
         }
     }
 
+    /// A text that is nearly a pattern is refused with the reason, and where it can be told with what was meant.
     #[test]
     fn a_slip_is_named() {
         let v4 = |s: &str| s.parse::<IpNet>().unwrap();
@@ -404,6 +405,7 @@ mod tests {
         assert_eq!("10.0.0.1/8:80".parse::<TargetPattern>().unwrap_err().to_string().split(';').count(), 2);
     }
 
+    /// `*.suffix` takes names below the suffix and no name that merely ends like it.
     #[test]
     fn names_match_whole_labels() {
         let takes = |pattern: &str, name: &str| pattern.parse::<NamePattern>().unwrap().contains(name, 80);

@@ -64,6 +64,7 @@ impl Section for Config {
             routes: routes?,
             upstreams: upstreams?,
             policies,
+            warnings: Vec::new(),
         })
     }
 }

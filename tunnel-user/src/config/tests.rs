@@ -100,6 +100,7 @@ pub(super) fn with(extra: &str, after: &str) -> String {
     format!("{}\n{extra}{}", &GOOD[..at], &GOOD[at..])
 }
 
+/// Each mistake is reported with its key and what to write in its place.
 #[test]
 fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
@@ -190,6 +191,7 @@ fn each_mistake_is_named() {
     }
 }
 
+/// A mistake is reported once, and not again by what depends on it.
 #[test]
 fn one_slip_gives_one_message() {
     for (from, to) in [
@@ -382,6 +384,7 @@ fn exec_takes_no_capture_by_rules_from_a_file() {
     assert_eq!((by_file.captures.len(), by_file.redirects.len()), (1, 0));
 }
 
+/// What is not TOML is reported with its line and column.
 #[test]
 fn text_that_is_not_toml_is_placed() {
     let found = mistakes(&format!("{GOOD}balance = \n"));
@@ -392,6 +395,7 @@ fn text_that_is_not_toml_is_placed() {
     assert_eq!(twice.len(), 1, "{twice:?}");
 }
 
+/// The column of a mistake counts characters, not bytes.
 #[test]
 fn columns_count_characters() {
     assert!(mistakes("é = 1 # é\n")[0].starts_with("1:1: "));
@@ -424,12 +428,33 @@ fn keys(schema: &serde_json::Value, path: &str, into: &mut BTreeSet<String>) {
     }
 }
 
+/// A key by the name that it had in an earlier version is read, with a warning that has its place and its name now; beside that
+/// name it is a mistake.
+#[test]
+fn an_earlier_name_of_a_key_is_read_with_a_warning() {
+    let parse =
+        |keys: &str| Config::parse(&format!("[daemon]\n{keys}\n{GOOD}"), Path::new("a.toml"), CheckFiles::No);
+    let config = parse("inspect_timeout = \"3s\"").unwrap();
+    assert_eq!(config.daemon.sniff_timeout, Duration::from_secs(3));
+    assert_eq!(
+        config.warnings,
+        ["a.toml:2:19: daemon.inspect_timeout: is called sniff_timeout now: rename it"]
+    );
+    let now = parse("sniff_timeout = \"3s\"").unwrap();
+    assert_eq!((now.daemon.sniff_timeout, now.warnings), (Duration::from_secs(3), Vec::new()));
+    let both = parse("inspect_timeout = \"3s\"\nsniff_timeout = \"3s\"").unwrap_err().to_string();
+    assert_eq!(
+        both,
+        "a.toml:2:19: daemon.inspect_timeout: is the earlier name of sniff_timeout, which is there too: remove it"
+    );
+}
+
 #[test]
 fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.inspect_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
+    let taken = "daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.sniff_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode capture.refuse \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \

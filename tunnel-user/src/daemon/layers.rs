@@ -50,6 +50,7 @@ impl Layers {
             all.redirects.extend(layer.redirects);
             all.routes.extend(layer.routes);
             all.policies.extend(layer.policies);
+            all.warnings.extend(layer.warnings);
         }
         Ok(all)
     }

@@ -269,7 +269,8 @@ impl Running {
         (self.config, self.identities) = (config, identities);
         (self.listeners, self.redirects, self.upstreams, self.kept) = (listeners, redirects, upstreams, kept);
         self.publish();
-        following::nested(&self.config).iter().for_each(|warning| tracing::warn!("{warning}"));
+        let nested = following::nested(&self.config);
+        self.config.warnings.iter().chain(&nested).for_each(|warning| tracing::warn!("{warning}"));
         next.changed
     }
 

@@ -173,7 +173,7 @@ mod tests {
             pseudonym: "tunnel-test".to_owned(),
             flows_max: 10,
             path: PathKind::Copy,
-            inspect_timeout: config::INSPECT_TIMEOUT,
+            sniff_timeout: config::SNIFF_TIMEOUT,
             dial_timeout: config::DIAL_TIMEOUT,
             drain_timeout: Duration::from_secs(1),
             keep_records: false,
@@ -231,5 +231,22 @@ mod tests {
         assert!(is_accepted_from(&addresses[0]));
         workers.drain();
         assert_eq!(open(), 0);
+    }
+
+    /// The listening sockets of a worker that has ended are closed, so that clients are refused and do not wait; the others' go
+    /// on.
+    #[tokio::test]
+    async fn sockets_of_a_worker_that_has_ended_are_closed() {
+        let mut workers = Workers::start(1).unwrap();
+        let (_, in_force) = watch::channel(0);
+        workers.threads.push(Thread { handle: thread::spawn(|| Ok(Report::default())), in_force });
+        let ((own, first), (ended, second)) = (source(1), source(2));
+        let sources = vec![first, second];
+        workers.publish(State { version: 1, shared: shared(), upstreams: Vec::new(), sources });
+        workers.in_force().await;
+        let refused = TcpStream::connect(ended).expect_err("nobody accepts there");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(is_accepted_from(&own));
+        workers.drain();
     }
 }

@@ -434,6 +434,7 @@ mod tests {
         assert_eq!(pin!(late.ended()).poll(&mut cx), Poll::Ready(EndReason::DrainTimeout));
     }
 
+    /// The registry reuses the places of flows that are gone, and never their identifiers.
     #[test]
     fn places_are_given_again_and_numbers_are_not() {
         let registry = Rc::new(Registry::default());

@@ -277,9 +277,9 @@ impl Record {
         (self.reason, self.detail) = (reason, detail.map(String::into_boxed_str));
     }
 
-    /// It took this long.
+    /// It took this long; kept to the microsecond, so that a log line has no more digits than that.
     pub fn lasted(&mut self, duration: Duration) {
-        self.duration_ms = duration.as_secs_f64() * 1e3;
+        self.duration_ms = (duration.as_secs_f64() * 1e6).round() / 1e3;
     }
 }
 
@@ -417,6 +417,19 @@ mod tests {
         assert_eq!(lines[2], "and 2 more");
     }
 
+    /// A duration is shown in milliseconds with three digits behind the point at most.
+    #[test]
+    fn a_duration_has_microseconds_and_no_more() {
+        let mut record = Record::new(&"a:1".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        for (nanos, shown) in
+            [(1_234_567, "1.235"), (100_000_049, "100"), (99, "0"), (73_000_000_111, "73000")]
+        {
+            record.lasted(Duration::from_nanos(nanos));
+            assert_eq!(record.duration_ms.to_string(), shown);
+        }
+    }
+
+    /// No more than [`RECORDS_MAX`] records are kept, and the others are counted.
     #[test]
     fn records_are_bounded() {
         let records = Records::new(true);

@@ -123,7 +123,7 @@ impl Proxy {
         let mut stop = self.stop.clone();
         let sniffed = tokio::select! {
             biased;
-            sniffed = sniff(&mut leg, &mut early, wanted.setup.shared.inspect_timeout) => Some(sniffed),
+            sniffed = sniff(&mut leg, &mut early, wanted.setup.shared.sniff_timeout) => Some(sniffed),
             () = stop.stopping() => None,
         };
         let found = match sniffed {

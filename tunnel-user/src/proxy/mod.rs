@@ -57,7 +57,7 @@ pub struct Shared {
     /// How bytes are moved between two sockets of ours.
     pub path: PathKind,
     /// How long what a client sends first is waited for, where its route depends on it.
-    pub inspect_timeout: Duration,
+    pub sniff_timeout: Duration,
     /// How long a dial for a captured flow may take.
     pub dial_timeout: Duration,
     /// How long flows may go on after the order to stop.

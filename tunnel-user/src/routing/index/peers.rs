@@ -206,6 +206,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
+        /// Of any rules the index finds those, and no others, of which a pattern takes the peer.
         #[test]
         fn the_index_finds_what_the_patterns_take(
             rules in prop::collection::vec(

@@ -167,6 +167,7 @@ fn a_name_is_passed_on_unresolved_only_by_a_rule_for_names() {
     assert!(matches!(passed("web.example:80"), Err(Denied::NoRule { .. })));
 }
 
+/// Where the kernel does not say which addresses are local, every address with a listener's port counts as the listener.
 #[test]
 fn unknown_local_addresses_count_as_ours() {
     let mut p = policies(&[("any", &["0.0.0.0/0"])], &["0.0.0.0:15008"]);

@@ -284,6 +284,7 @@ fn weights_divide_the_flows_exactly() {
     assert_eq!(decide(u32::MAX), 2);
 }
 
+/// A flow is sniffed only where a route that could be the first to match depends on it.
 #[test]
 fn what_a_client_sends_is_looked_at_only_where_it_decides() {
     let sni = |names: &[&str]| Match { sni: all(names), ..Match::default() };
@@ -315,6 +316,7 @@ fn what_a_client_sends_is_looked_at_only_where_it_decides() {
     assert_eq!(decided(&router, &other), Some(None));
 }
 
+/// A route whose `authority` is made of sniffed bytes has them sniffed, and takes flows that have none.
 #[test]
 fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     let terms = Terms { authority: Authority::Sni, ..Terms::default() };
