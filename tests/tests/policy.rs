@@ -172,7 +172,7 @@ fn http_2_streams_that_a_changed_policy_denies_end_within_a_second_and_others_go
         assert_eq!(&*back, b"x");
         driving.abort();
         let _aborted = driving.await;
-        Ok(())
+        anyhow::Ok(())
     })?;
     let line = ended_by(&daemon, "closed")?;
     assert!(line.contains(&targets[0]) && line.contains(NODE_ID), "{line}");
@@ -208,7 +208,7 @@ fn a_policy_that_is_gone_ends_its_flows_after_sighup() -> Result<()> {
         assert!(ended.context("a clean end")?.is_err_and(|e| e.is_reset()));
         driving.abort();
         let _aborted = driving.await;
-        Ok(())
+        anyhow::Ok(())
     })?;
     let lines =
         lines_with(&daemon.log(), &["flow ended", "reason=policy_changed", "no policy lets", NODE_ID]);
@@ -383,7 +383,7 @@ fn a_flow_that_was_being_established_when_the_policy_changed_is_not_carried() ->
         let status = response.await?.status();
         driving.abort();
         let _aborted = driving.await;
-        Ok(status)
+        anyhow::Ok(status)
     })?;
     assert_eq!(status, 403, "{}", daemon.log());
     let logged = lines_with(&daemon.log(), &["flow refused", "reason=policy_denied", "rule=\"closed\""]);
