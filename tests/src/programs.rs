@@ -63,6 +63,13 @@ pub fn tools() -> PathBuf {
     elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools"))
 }
 
+/// The Python in whose environment the messages of OpenTelemetry are.
+pub fn collector() -> Result<PathBuf> {
+    let python = tools().join("collector/bin/python");
+    let found = python.is_file().then_some(python);
+    found.context("OpenTelemetry's messages are not installed: cargo xtask setup --only test installs them")
+}
+
 /// Envoy, in a folder of programs or in the system's.
 pub fn envoy(tools: &Path) -> Result<PathBuf> {
     // Where the Python package puts it, inside of a virtual environment.

@@ -263,6 +263,7 @@ fn headers(c: &mut Criterion) {
         received: None,
         pseudonym: "tunnel-0",
         terms: &terms,
+        marks: None,
     };
     for extra in [0, 1, 8] {
         let configured: Vec<_> = (0..extra)

@@ -11,7 +11,7 @@ use std::{
 
 use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
-    cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, pki},
+    cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, pki, service},
     config::{Config, schema},
     daemon::{self, Running},
     identity::tls::TlsIdentity,
@@ -48,9 +48,13 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
                 exec::Options { command: args.command, stats: args.stats, stats_json: args.stats_json };
             exec::run::<Daemon>(config, &options)
         }
-        Command::Run(args) => daemon::run(Config::load(&args.config)?, Some(&args.config), args.takeover)
-            .map(|()| ExitCode::SUCCESS),
-        Command::Gateway(args) => daemon::run(args.to_config(), None, false).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => {
+            let (config, service) = (Config::load(&args.config)?, service::read()?);
+            daemon::run(config, Some(&args.config), args.takeover, service).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Gateway(args) => {
+            daemon::run(args.to_config(), None, false, service::read()?).map(|()| ExitCode::SUCCESS)
+        }
         Command::Detach(args) => {
             daemon::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
         }

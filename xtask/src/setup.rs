@@ -91,7 +91,7 @@ const PACKAGES: &[Package] = &[
     package("postgresql", &[], &[Test]),
     package("procps", &["ps"], &[Test]),
     package("python3", &["python3"], &[Test, Demo, Peers, Matrix]),
-    package("python3-venv", &[], &[Peers, Matrix]),
+    package("python3-venv", &[], &[Test, Peers, Matrix]),
     package("qemu-system-x86", &["qemu-system-x86_64"], &[Matrix]),
     package("redis-server", &["redis-server"], &[Test]),
     package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
@@ -163,6 +163,10 @@ const ENVOY: Python =
 /// What boots a kernel on top of this machine's files: Debian packages it from 13 on.
 const VIRTME: Python = Python { package: "virtme-ng", version: "1.42", folder: "virtme", dependencies: true };
 
+/// The messages of OpenTelemetry, as its maintainers' Python package has them: what traces are sent to in tests.
+const COLLECTOR: Python =
+    Python { package: "opentelemetry-proto", version: "1.45.2", folder: "collector", dependencies: true };
+
 /// A program from PyPI, in a virtual environment of its own among the project's tools.
 struct Python {
     package: &'static str,
@@ -190,7 +194,8 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     let packages = missing_packages(checkout, groups)?;
     let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
     let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
-    if packages.is_empty() && tools.is_empty() && !envoy && !virtme {
+    let collector = groups.contains(&Test) && !collector_is_there(checkout);
+    if packages.is_empty() && tools.is_empty() && !envoy && !virtme && !collector {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -213,8 +218,9 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    for python in
-        [(envoy, ENVOY), (virtme, VIRTME)].into_iter().filter_map(|(missing, p)| missing.then_some(p))
+    for python in [(envoy, ENVOY), (virtme, VIRTME), (collector, COLLECTOR)]
+        .into_iter()
+        .filter_map(|(missing, p)| missing.then_some(p))
     {
         python.install(checkout)?;
     }
@@ -259,6 +265,12 @@ fn envoy_is_there(checkout: &Checkout) -> bool {
     let libraries = fs::read_dir(ENVOY.folder(checkout).join("lib")).into_iter().flatten().flatten();
     let mut inside = libraries.map(|python| python.path().join("site-packages/envoy/_bin/envoy"));
     inside.any(|program| program.is_file()) || in_path_or_sbin("envoy").is_some()
+}
+
+fn collector_is_there(checkout: &Checkout) -> bool {
+    let libraries = fs::read_dir(COLLECTOR.folder(checkout).join("lib")).into_iter().flatten().flatten();
+    let mut inside = libraries.map(|python| python.path().join("site-packages/opentelemetry/proto"));
+    inside.any(|messages| messages.is_dir())
 }
 
 /// The folder of virtme-ng's programs, which belongs on its `PATH`.

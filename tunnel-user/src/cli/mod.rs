@@ -5,6 +5,7 @@
 pub mod doctor;
 pub mod exec;
 pub mod pki;
+pub mod service;
 
 use std::{ffi::OsString, net::IpAddr, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 

@@ -106,6 +106,11 @@ impl Percent {
     /// All of it.
     pub const ALL: Self = Self(100);
 
+    /// Whether this share holds a number of which each is as likely.
+    pub fn holds(self, random: u64) -> bool {
+        random % 100 < u64::from(self.0)
+    }
+
     /// This share of `n`, rounded down.
     pub fn of(self, n: usize) -> usize {
         n.saturating_mul(self.0.into()) / 100

@@ -147,6 +147,8 @@ impl Config {
             upstreams: vec![upstream],
             policies: Vec::new(),
             warnings: Vec::new(),
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 
@@ -170,6 +172,8 @@ impl Config {
             upstreams: Vec::new(),
             policies: vec![Policy::allow("--allow", Peers::Any, o.allow)],
             warnings: Vec::new(),
+            access_logs: Vec::new(),
+            traces: None,
         }
     }
 }

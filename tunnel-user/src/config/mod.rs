@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+mod access_log;
 mod capture;
 mod daemon;
 mod endpoints;
@@ -30,10 +31,12 @@ mod schema;
 mod section;
 #[cfg(test)]
 mod tests;
+mod traces;
 mod upstream;
 mod value;
 mod via;
 
+pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
     BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, Keepalive, MARK, MAX_FLOWS, Relay, SNIFF_TIMEOUT,
@@ -50,12 +53,13 @@ pub use route::{
     ValueMatch,
 };
 pub use schema::schema;
+pub use traces::{Collector, Ratio, Traces};
 pub use upstream::{
     Balance, CONNECT_TIMEOUT, IDLE_TIMEOUT, InProcess, RESPONSE_TIMEOUT, UPSTREAM_STREAMS, Upstream,
 };
 pub use value::{
-    HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name, parse_server_name,
-    parse_socket_addr,
+    FuturePath, HeaderError, parse_duration, parse_header, parse_header_flag, parse_header_name,
+    parse_server_name, parse_socket_addr,
 };
 
 use self::reader::{Document, Purpose};
@@ -85,6 +89,10 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// Who may reach what through our listeners; nothing is allowed until a rule says so.
     pub policies: Vec<Policy>,
+    /// Where flows have a line.
+    pub access_logs: Vec<AccessLog>,
+    /// Where spans of flows are sent.
+    pub traces: Option<Traces>,
     /// What still means what it did, and should be written in another way: each with its place.
     pub warnings: Vec<String>,
 }
@@ -130,6 +138,8 @@ impl Config {
             routes: Vec::new(),
             upstreams: Vec::new(),
             policies: Vec::new(),
+            access_logs: Vec::new(),
+            traces: None,
             warnings: Vec::new(),
         }
     }

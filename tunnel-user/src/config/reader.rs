@@ -172,6 +172,16 @@ impl<'a> Cell<'a> {
         }
     }
 
+    /// The number.
+    pub(crate) fn number(&self, wanted: &str) -> Option<f64> {
+        let text = match self.value {
+            DeValue::Integer(i) if i.radix() == 10 => i.as_str(),
+            DeValue::Float(f) => f.as_str(),
+            _ => return self.wrong_type(wanted),
+        };
+        text.parse().map_or_else(|_| self.wrong_type(wanted), Some)
+    }
+
     /// The truth value.
     pub(crate) fn boolean(&self) -> Option<bool> {
         match self.value {

@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use super::{
-    Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect,
+    AccessLog, Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect, Traces,
     capture::AnyCapture,
-    reader::{At, Reader, Section},
+    reader::{At, Reader, Section, nearest},
     route::{RouteByName, resolve},
     via::{self, UpstreamByName},
 };
@@ -32,7 +32,14 @@ impl Section for Config {
             "Which peers may reach which targets through the listeners. What a policy denies is denied, whatever others allow; by default nothing is allowed.",
         );
 
+        let access_logs: Vec<At<AccessLog>> =
+            r.sections("access_log", "Where each flow has a line when it ends. Lines are lost, and counted, rather than flows delayed.");
+
+        let traces: Option<Traces> =
+            r.section("traces", "Spans of flows, for a collector of OpenTelemetry. Without it: none.");
+
         check_together(r, &listeners, &captures);
+        check_access_logs(r, &access_logs);
         check_peers(r, &listeners, &policies);
         let (mut ebpf, mut redirects) = (Vec::new(), Vec::new());
         for capture in captures {
@@ -55,6 +62,7 @@ impl Section for Config {
             policy
         };
         let policies = policies.into_iter().enumerate().map(named).collect();
+        let access_logs = access_logs.into_iter().map(|log| log.value).collect();
         Some(Self {
             daemon,
             identities: identity.map(|files| (IdentityName::default(), files)).into_iter().collect(),
@@ -64,6 +72,8 @@ impl Section for Config {
             routes: routes?,
             upstreams: upstreams?,
             policies,
+            access_logs,
+            traces: if r.has("traces") { Some(traces?) } else { None },
             warnings: Vec::new(),
         })
     }
@@ -127,6 +137,26 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
         }
     }
 }
+
+/// Access logs of routes that are not there.
+fn check_access_logs(r: &Reader<'_>, logs: &[At<AccessLog>]) {
+    let names = r.texts_in("route", &["name"]);
+    for log in logs {
+        for wanted in &log.value.routes {
+            if !names.iter().any(|name| name.value == *wanted) {
+                let near = nearest(wanted, names.iter().map(|name| name.value.as_str()));
+                let hint = near.map(|near| format!(", did you mean \"{near}\"?")).unwrap_or_default();
+                r.wrong_at(log, format!("no route is named \"{wanted}\"{hint}"));
+            }
+        }
+    }
+    if logs.len() > ACCESS_LOGS_MAX {
+        r.wrong("access_log", format!("there are more than {ACCESS_LOGS_MAX}: each has a thread of its own"));
+    }
+}
+
+/// Access logs of a process: each has a thread, and every flow is held against each.
+const ACCESS_LOGS_MAX: usize = 8;
 
 /// Policies that name peers, where nobody can prove to be one of them.
 fn check_peers(r: &Reader<'_>, listeners: &[At<Listener>], policies: &[At<Policy>]) {

@@ -461,6 +461,9 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         listener.dial_timeout listener.handshake_timeout listener.keepalive_interval listener.keepalive_timeout listener.max_streams listener.name listener.protocols \
         listener.tls listener.verify policy policy.action policy.client policy.headers policy.headers.exact policy.headers.name policy.headers.prefix \
         policy.headers.present policy.headers.regex policy.identity policy.mode policy.name policy.target route route.authority route.match route.match.capture \
+        access_log access_log.format access_log.interval access_log.only access_log.output access_log.path \
+        access_log.routes access_log.share access_log.start \
+        traces traces.endpoint traces.headers traces.sample traces.service_name traces.timeout \
         route.match.destination route.match.headers route.match.headers.exact route.match.headers.name \
         route.match.headers.prefix route.match.headers.present route.match.headers.regex route.match.host \
         route.match.identity route.match.listener route.match.server_name route.match.source route.name \

@@ -17,6 +17,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     Balance, Bypass, CheckKind, ClientAuth, OnFailure, Peers, PolicyAction, PolicyMode, Protocol, Relay,
+    access_log::{LineFormat, Only, Output},
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
@@ -124,7 +125,10 @@ by_word!(
     Method,
     CheckKind,
     PolicyAction,
-    PolicyMode
+    PolicyMode,
+    Output,
+    LineFormat,
+    Only
 );
 
 /// Who captures.
@@ -177,6 +181,16 @@ impl Word for PolicyMode {
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] =
         &[("auto", Self::Auto), ("splice", Self::Splice), ("copy", Self::Copy), ("pipe", Self::Pipe)];
+}
+impl Word for Output {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("stdout", Self::Stdout), ("file", Self::File), ("journal", Self::Journal)];
+}
+impl Word for LineFormat {
+    const WORDS: &'static [(&'static str, Self)] = &[("json", Self::Json), ("text", Self::Text)];
+}
+impl Word for Only {
+    const WORDS: &'static [(&'static str, Self)] = &[("all", Self::All), ("failures", Self::Failures)];
 }
 impl Word for ProxyProtocol {
     const WORDS: &'static [(&'static str, Self)] = &[("v2", Self::V2)];
@@ -342,8 +356,8 @@ impl Value for PathBuf {
 }
 
 /// A path of which nothing need exist yet, relative to the file that names it.
-#[derive(Clone, Debug)]
-pub(crate) struct FuturePath(pub(crate) PathBuf);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FuturePath(pub PathBuf);
 
 impl Value for FuturePath {
     fn schema() -> Json {

@@ -65,19 +65,24 @@ impl ConfigFile {
     }
 
     /// Reads the file again. `asked`: somebody wants to hear of it, also if nothing is different.
-    pub(super) async fn reload(&mut self, running: &mut Running, asked: bool) {
+    /// Whether what it says is in force.
+    pub(super) async fn reload(&mut self, running: &mut Running, asked: bool) -> bool {
         let file = self.file.display().to_string();
         let failed = |e: &dyn std::fmt::Display| {
             tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            false
         };
         let text = match fs::read_to_string(&self.file) {
             Ok(text) => text,
             // A file that is being replaced is there again in a moment, and then there is another word.
-            Err(e) if !asked => return tracing::debug!("{file}: {e}"),
+            Err(e) if !asked => {
+                tracing::debug!("{file}: {e}");
+                return true;
+            }
             Err(e) => return failed(&e),
         };
         if text == self.text && !asked {
-            return;
+            return true;
         }
         self.text = text;
         let config = match Config::parse(&self.text, &self.file, CheckFiles::Yes) {
@@ -96,5 +101,6 @@ impl ConfigFile {
             Err(e) => return failed(&e),
         }
         self.watch(watch);
+        true
     }
 }

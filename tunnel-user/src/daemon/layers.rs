@@ -51,6 +51,8 @@ impl Layers {
             all.routes.extend(layer.routes);
             all.policies.extend(layer.policies);
             all.warnings.extend(layer.warnings);
+            all.access_logs.extend(layer.access_logs);
+            all.traces = all.traces.or(layer.traces);
         }
         Ok(all)
     }

@@ -15,8 +15,10 @@ mod following;
 mod identities;
 mod layers;
 mod leavers;
+mod lifecycle;
 mod listen;
 mod namespaces;
+mod observers;
 mod pins;
 mod reconcile;
 mod rules;
@@ -29,7 +31,7 @@ mod upstreams;
 mod workers;
 
 use std::{
-    future::poll_fn, io, net::SocketAddr, os::unix::net::UnixStream, sync::Arc, task::Poll, thread,
+    future::poll_fn, io, mem, net::SocketAddr, os::unix::net::UnixStream, sync::Arc, task::Poll, thread,
     time::Duration,
 };
 
@@ -41,6 +43,7 @@ use self::{
     identities::Identities,
     layers::{Layers, Owner as LayerOwner},
     listen::{ActiveListener, ActiveRedirect, Kept},
+    observers::Observers,
     reconcile::{Changed, Gate, Prepared, proceed},
     upstreams::{ActiveUpstream, Discover},
     workers::Workers,
@@ -50,6 +53,7 @@ use crate::{
     config::{Config, OnFailure},
     daemon::takeover::{Listeners, TakeoverError},
     kernel::cgroup::Fresh,
+    observe::totals,
     process::{
         exit::{Cause, Failure},
         panics,
@@ -75,6 +79,9 @@ pub struct Running {
     redirects: Vec<ActiveRedirect>,
     listeners: Vec<ActiveListener>,
     upstreams: Vec<ActiveUpstream>,
+    observers: Observers,
+    /// Those that workers may still write to.
+    retired: Vec<Observers>,
     /// For a daemon that replaces this one, and for a configuration that says something else about them.
     kept: Kept,
     /// What all workers are told; nothing before the first configuration is in force.
@@ -163,6 +170,8 @@ fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Star
         redirects: Vec::new(),
         listeners: Vec::new(),
         upstreams: Vec::new(),
+        observers: Observers::default(),
+        retired: Vec::new(),
         kept: Kept::new(),
         shared: None,
         discover: Discover::new(process.own.clone(), process.workers),
@@ -223,6 +232,11 @@ impl Running {
         }
     }
 
+    /// Opens the files of access logs by their names again.
+    pub fn reopen_access_logs(&self) {
+        self.observers.reopen();
+    }
+
     /// Gives the listeners to a daemon that replaces this one. Dropped, it is given up, and the listeners stay.
     async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
         let kept = listen::copies(&self.kept)?;
@@ -270,6 +284,9 @@ impl Running {
             });
         }
         let mut sums = self.workers.counters();
+        // Written out before what of it was lost is told.
+        drop((mem::take(&mut self.observers), mem::take(&mut self.retired), self.shared.take()));
+        sums.extend(totals::all());
         sums.push(("panics", panics::count()));
         sums.retain(|(_, n)| *n > 0);
         tracing::info!(?sums, "counters");

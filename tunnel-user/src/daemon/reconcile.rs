@@ -17,6 +17,7 @@ use super::{
     following,
     identities::Identities,
     listen::{self, ActiveListener, ActiveRedirect, Kept, Opener},
+    observers::Observers,
     other,
     pins::lock_if_pinned,
     rules,
@@ -43,6 +44,8 @@ pub(super) enum Step {
     LoadCapture(GroupName),
     LoadRules(GroupName),
     AddUpstream(UpstreamName),
+    OpenAccessLog(usize),
+    StartTraces,
     ReplaceRules(GroupName),
     Attach(GroupName),
 }
@@ -75,6 +78,7 @@ pub(super) struct Prepared {
     /// See [`listen::set_inherited_options`].
     retuned: Vec<(SocketAddr, OnClose)>,
     upstreams: Vec<ActiveUpstream>,
+    observers: Observers,
     /// New captures.
     captures: Loaded,
     /// Programs for captures that stay.
@@ -97,6 +101,8 @@ impl Running {
         let changed = self.change(config, &proceed)?;
         self.workers.in_force().await;
         self.identities.forget_unused(&self.config);
+        // Until here workers wrote to them.
+        self.retired.clear();
         Ok(changed)
     }
 
@@ -146,6 +152,7 @@ impl Running {
             opener.redirects(&config.redirects)?
         };
         let (kept, retuned) = opener.finish();
+        let observers = self.observers.next(&config, &self.process, gate)?;
 
         // Only from here on: what may block above, or fail more often, keeps no other daemon of this node waiting, and leaves
         // no file system mounted. Dropped after what is loaded.
@@ -188,6 +195,7 @@ impl Running {
             kept,
             retuned,
             upstreams,
+            observers,
             captures,
             programs,
             changed,
@@ -246,7 +254,18 @@ impl Running {
 
     /// Puts in force what was attached. Nothing fails here.
     pub(super) fn commit(&mut self, next: Prepared) -> Changed {
-        let Prepared { config, path, identities, listeners, redirects, kept, retuned, upstreams, .. } = next;
+        let Prepared {
+            config,
+            path,
+            identities,
+            listeners,
+            redirects,
+            kept,
+            retuned,
+            upstreams,
+            observers,
+            ..
+        } = next;
         let new = next.captures.keep();
         for capture in &new {
             capture.announce();
@@ -265,7 +284,10 @@ impl Running {
         }
         self.captures.extend(new);
         self.register(&[]);
-        self.shared = Some(shared(&config, &self.process, listeners.iter().map(|l| l.bound), path));
+        let (logs, tracer) = (observers.logs(), observers.tracer());
+        self.shared =
+            Some(shared(&config, &self.process, listeners.iter().map(|l| l.bound), path, logs, tracer));
+        self.retired.push(mem::replace(&mut self.observers, observers));
         (self.config, self.identities) = (config, identities);
         (self.listeners, self.redirects, self.upstreams, self.kept) = (listeners, redirects, upstreams, kept);
         self.publish();

@@ -5,14 +5,15 @@
 
 use std::{os::unix::net::UnixStream, path::Path, time::Duration};
 
-use super::{Options, Running, begin, control_runtime, file::ConfigFile, other};
+use super::{Options, Running, begin, control_runtime, file::ConfigFile, lifecycle::Lifecycle, other};
 use crate::{
     config::Config,
-    daemon::takeover::{self, Offer, TakeoverError},
+    daemon::takeover::{self, Listeners, Offer, TakeoverError},
     process::{
         drain::Phase,
         exit::Failure,
-        signal::{Hangup, Terminate},
+        service::Service,
+        signal::{Hangup, Reopen, Terminate},
     },
 };
 
@@ -27,34 +28,50 @@ enum Event {
         asked: bool,
     },
     TakeOver(Result<UnixStream, TakeoverError>),
+    ReopenLogs,
+    FeedWatchdog,
 }
 
 /// Until a signal ends it, or another daemon takes over. A second signal ends the draining. `file` names the daemon: the
 /// one that replaces it is started with the same.
-pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), Failure> {
+pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Service) -> Result<(), Failure> {
     let runtime = control_runtime()?;
     runtime.block_on(async {
         let signal_failed = |e| other(&format!("signals: {e}"));
         let mut signals = Terminate::new().map_err(signal_failed)?;
         let mut hangup = Hangup::new().map_err(signal_failed)?;
+        let mut reopen = Reopen::new().map_err(signal_failed)?;
         // Before it is used: a change in between is seen.
         let mut source = file.map(|file| ConfigFile::new(file, config.daemon.watch));
-        let mut running = start(config, file.filter(|_| take_over))?;
+        let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
+        let (mut running, took_over) = start(config, file.filter(|_| take_over), passed)?;
+        running.workers.in_force().await;
+        lifecycle.ready(&running, took_over);
         let mut offer = None;
         let why = loop {
             let event = tokio::select! {
                 why = signals.next() => Event::Stop(why),
                 () = running.watch_captures() => return Ok(()),
                 () = hangup.next() => Event::Reload { asked: true },
+                () = lifecycle.watchdog_due() => Event::FeedWatchdog,
+                () = reopen.next() => Event::ReopenLogs,
                 () = changed(&mut source) => Event::Reload { asked: false },
                 stream = requested(file, &mut offer) => Event::TakeOver(stream),
             };
             match (event, &mut source) {
                 (Event::Stop(why), _) => break why,
-                (Event::Reload { asked }, Some(source)) => source.reload(&mut running, asked).await,
-                (Event::Reload { .. }, None) => {
-                    tracing::warn!("SIGHUP: there is no configuration file to read again");
+                (Event::Reload { asked }, Some(source)) => {
+                    lifecycle.reloading();
+                    let in_force = source.reload(&mut running, asked).await;
+                    lifecycle.reloaded(&running, in_force);
                 }
+                (Event::FeedWatchdog, _) => lifecycle.feed_watchdog(&mut running),
+                (Event::Reload { .. }, None) => {
+                    lifecycle.reloading();
+                    tracing::warn!("SIGHUP: there is no configuration file to read again");
+                    lifecycle.reloaded(&running, true);
+                }
+                (Event::ReopenLogs, _) => running.reopen_access_logs(),
                 (Event::TakeOver(Err(e)), _) => tracing::warn!("{e}"),
                 (Event::TakeOver(Ok(stream)), _) => {
                     // The new daemon makes the same offer as soon as it runs.
@@ -72,12 +89,14 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool) -> Result<(), F
         };
         drop((offer, source));
         tracing::info!("{why}: draining");
+        lifecycle.stopping(why, running.config.daemon.drain_timeout);
         stop(running, &mut signals).await
     })
 }
 
-/// Starts, in place of the daemon of the file `replacing` if one runs.
-fn start(config: Config, replacing: Option<&Path>) -> Result<Running, Failure> {
+/// Starts, in place of the daemon of the file `replacing` if one runs; whether it has taken over from one. `passed` are
+/// sockets of the service manager.
+fn start(config: Config, replacing: Option<&Path>, passed: Listeners) -> Result<(Running, bool), Failure> {
     let old = match replacing {
         Some(file) => takeover::take(file).map_err(|e| other(&e.to_string()))?,
         None => None,
@@ -86,16 +105,22 @@ fn start(config: Config, replacing: Option<&Path>) -> Result<Running, Failure> {
         tracing::warn!("no daemon runs with this configuration file: nothing to take over");
     }
     let (taken, old) = old.map(takeover::Taken::split).unzip();
-    let starting = begin(config, Options { taken: taken.unwrap_or_default(), ..Options::default() })?;
+    let mut taken = taken.unwrap_or_default();
+    for (address, sockets) in passed {
+        // The daemon before has them, too.
+        taken.entry(address).or_insert(sockets);
+    }
+    let starting = begin(config, Options { taken, ..Options::default() })?;
     for address in starting.addresses() {
         tracing::info!(%address, "listening");
     }
+    let took_over = old.is_some();
     if let Some(old) = old {
         // It may go on without us: it gave up waiting, or was told to stop. What is begun is taken back then.
         old.done().map_err(|e| other(&format!("the old daemon no longer hands over: {e}")))?;
         tracing::info!("took over from the old daemon");
     }
-    Ok(starting.commit())
+    Ok((starting.commit(), took_over))
 }
 
 /// Drains, until a second signal.

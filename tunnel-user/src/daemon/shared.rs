@@ -6,6 +6,7 @@ use super::bootstrap::Process;
 use crate::{
     config::{self, Config, Relay},
     kernel::version::{Feature, Kernel},
+    observe::{access_log::Logs, traces::Tracer},
     process::{
         exit::{Cause, Failure},
         limits,
@@ -22,6 +23,8 @@ pub(super) fn shared(
     process: &Process,
     bound: impl Iterator<Item = SocketAddr>,
     path: PathKind,
+    access_logs: Logs,
+    tracer: Option<Arc<Tracer>>,
 ) -> Arc<Shared> {
     let own: Vec<_> = bound.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
     let per_flow = limits::per_flow(config);
@@ -40,6 +43,8 @@ pub(super) fn shared(
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: process.keep_records,
+        access_logs,
+        tracer,
     })
 }
 

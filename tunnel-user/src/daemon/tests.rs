@@ -74,7 +74,9 @@ impl Host {
                 "[[listener]]\naddress = \"{more}\"\ntls = false\n\
                  [[capture]]\nmode = \"redirect\"\nlisten = [\"{redirect}\"]\n\
                  [[capture]]\ncgroup = \"{cgroup2}/tunnel-{pid}-other\"\ninclude = [\"192.0.2.0/24\"]\n\
-                 [[upstream]]\nname = \"other\"\nendpoints = [\"192.0.2.2:1\"]\ntls = false\n"
+                 [[upstream]]\nname = \"other\"\nendpoints = [\"192.0.2.2:1\"]\ntls = false\n\
+                 [[access_log]]\noutput = \"file\"\npath = \"{dir}/access.log\"\n\
+                 [traces]\nendpoint = \"http://127.0.0.1:1\"\n"
             );
         }
         Config::parse(&text, Path::new("test.toml"), CheckFiles::No).unwrap_or_else(|e| panic!("{e}"))

@@ -23,6 +23,8 @@ use crate::{
 pub(super) struct Workers {
     trigger: Trigger,
     states: watch::Sender<Option<Arc<State>>>,
+    /// A number for all of them to say again.
+    question: watch::Sender<u64>,
     threads: Vec<Thread>,
     counters: Vec<Arc<Counters>>,
 }
@@ -30,27 +32,36 @@ pub(super) struct Workers {
 struct Thread {
     handle: thread::JoinHandle<io::Result<Report>>,
     in_force: watch::Receiver<u64>,
+    answer: watch::Receiver<u64>,
 }
 
 impl Workers {
     /// Starts so many, which do nothing yet.
     pub(super) fn start(number: usize) -> Result<Self, Failure> {
         let (trigger, phase) = drain::channel();
-        let mut workers =
-            Self { trigger, states: watch::Sender::new(None), threads: Vec::new(), counters: Vec::new() };
+        let mut workers = Self {
+            trigger,
+            states: watch::Sender::new(None),
+            question: watch::Sender::new(0),
+            threads: Vec::new(),
+            counters: Vec::new(),
+        };
         for index in 0..number {
             let counters = Arc::new(Counters::default());
             let (tell, in_force) = watch::channel(0);
+            let (say, answer) = watch::channel(0);
             let start = Start {
                 index,
                 counters: Arc::clone(&counters),
                 states: workers.states.subscribe(),
                 in_force: tell,
+                question: workers.question.subscribe(),
+                answer: say,
                 watch: phase.clone(),
             };
             let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(|| worker::run(start));
             let handle = thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?;
-            workers.threads.push(Thread { handle, in_force });
+            workers.threads.push(Thread { handle, in_force, answer });
             workers.counters.push(counters);
         }
         Ok(workers)
@@ -79,6 +90,15 @@ impl Workers {
                 source.sockets.close(index);
             }
         }
+    }
+
+    /// Asks whether they are there; those that have not answered what was asked before.
+    pub(super) fn ask(&self) -> Vec<usize> {
+        let asked = *self.question.borrow();
+        let silent = |(_, thread): &(usize, &Thread)| *thread.answer.borrow() != asked;
+        let silent = self.threads.iter().enumerate().filter(silent).map(|(index, _)| index).collect();
+        self.question.send_modify(|question| *question += 1);
+        silent
     }
 
     /// By which they are told to stop.
@@ -177,6 +197,8 @@ mod tests {
             dial_timeout: config::DIAL_TIMEOUT,
             drain_timeout: Duration::from_secs(1),
             keep_records: false,
+            access_logs: Default::default(),
+            tracer: None,
         })
     }
 

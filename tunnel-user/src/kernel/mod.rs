@@ -14,6 +14,7 @@ pub mod memory;
 pub mod netlink;
 pub mod netns;
 pub mod own;
+pub mod passed;
 pub mod privileges;
 pub mod ready;
 pub mod sys;

@@ -25,7 +25,7 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
-use super::stats::Record;
+use super::{marks::Micros, stats::Record};
 use crate::model::{admission::Admission, end::EndReason};
 
 /// Which flow it is, as no other one while the process runs.
@@ -33,6 +33,16 @@ use crate::model::{admission::Admission, end::EndReason};
 pub struct FlowId {
     worker: u16,
     number: u64,
+}
+
+impl FlowId {
+    pub(super) fn worker(self) -> u16 {
+        self.worker
+    }
+
+    pub(super) fn number(self) -> u64 {
+        self.number
+    }
 }
 
 impl fmt::Display for FlowId {
@@ -64,14 +74,39 @@ pub enum CurrentPath {
 
 /// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part comes late: when the program
 /// needs us, or when [`Registry`]'s owner asks.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Meter {
+    /// When the flow was accepted.
+    pub started: Instant,
     /// Bytes from the client to the target.
     pub sent: Cell<u64>,
     /// Bytes from the target to the client.
     pub received: Cell<u64>,
     /// By what they are moved now.
     pub path: Cell<CurrentPath>,
+    /// How long after its start the first byte from the target was passed on.
+    pub first_byte: Cell<Option<Micros>>,
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        Self::new(Instant::now())
+    }
+}
+
+impl Meter {
+    /// That of a flow which was accepted then.
+    pub fn new(started: Instant) -> Self {
+        let (sent, received) = (Cell::default(), Cell::default());
+        Self { started, sent, received, path: Cell::default(), first_byte: Cell::default() }
+    }
+
+    /// To be told after bytes may have been passed on.
+    pub fn note(&self) {
+        if self.first_byte.get().is_none() && self.received.get() > 0 {
+            self.first_byte.set(Some(self.started.elapsed().into()));
+        }
+    }
 }
 
 /// A flow that is carried.
@@ -80,7 +115,6 @@ pub struct LiveFlow {
     slot: u32,
     /// Everything that is known but for how much it has moved and how it ends.
     record: Record,
-    started: Instant,
     meter: Meter,
     /// What it was admitted with, by each listener that it passed in this process.
     admissions: Box<[Admission]>,
@@ -122,7 +156,7 @@ impl LiveFlow {
 
     /// When it was accepted.
     pub fn started(&self) -> Instant {
-        self.started
+        self.meter.started
     }
 
     /// What it has moved.
@@ -173,10 +207,10 @@ impl LiveFlow {
         })
     }
 
-    fn snapshot(&self) -> Snapshot {
+    pub(super) fn snapshot(&self) -> Snapshot {
         let mut record = self.record.clone();
-        (record.sent, record.received) = (self.meter.sent.get(), self.meter.received.get());
-        record.lasted(self.started.elapsed());
+        record.has_moved(&self.meter);
+        record.lasted(self.meter.started.elapsed());
         Snapshot { id: self.id, path: self.meter.path.get(), record }
     }
 }
@@ -238,8 +272,7 @@ impl Registry {
             id: FlowId { worker: self.worker, number },
             slot,
             record,
-            started,
-            meter: Meter::default(),
+            meter: Meter::new(started),
             admissions,
             end: self.ending.clone(),
             cause: Cell::default(),
@@ -281,6 +314,11 @@ impl Registry {
             page.extend(flow.as_ref().map(|flow| flow.snapshot()));
         }
         (page, None)
+    }
+
+    /// Calls `look` for each of them. It may not open or close any.
+    pub fn for_each(&self, look: impl FnMut(&LiveFlow)) {
+        self.slots.borrow().flows.iter().flatten().map(Rc::as_ref).for_each(look);
     }
 
     /// Has those flows end of which `which` says so; how many. It may not open or close any.
@@ -335,11 +373,13 @@ impl Open {
     pub fn close(self) -> (Record, Instant) {
         let flow = Rc::clone(&self.flow);
         drop(self);
-        let started = flow.started;
-        let (sent, received) = (flow.meter.sent.get(), flow.meter.received.get());
+        let started = flow.meter.started;
         // Nobody else holds it: what looks at it borrows it.
-        let mut record = Rc::try_unwrap(flow).map_or_else(|flow| flow.record.clone(), |flow| flow.record);
-        (record.sent, record.received) = (sent, received);
+        let (mut record, meter) = match Rc::try_unwrap(flow) {
+            Ok(flow) => (flow.record, flow.meter),
+            Err(flow) => (flow.record.clone(), flow.meter.clone()),
+        };
+        record.has_moved(&meter);
         (record, started)
     }
 }

@@ -1,7 +1,11 @@
 //! What is told about flows: counters, records, log lines.
 
+pub mod access_log;
 pub mod flows;
+pub mod marks;
 pub mod policies;
 pub mod repeats;
 pub mod stats;
 pub mod telemetry;
+pub mod totals;
+pub mod traces;

@@ -14,12 +14,17 @@ use std::{
     time::Duration,
 };
 
-use serde::{Serialize, Serializer};
+use serde::{Serialize, Serializer, ser::SerializeStructVariant as _};
 
-use super::policies::PolicyCounters;
+use super::{
+    flows::{CurrentPath, Meter},
+    marks::Phases,
+    policies::PolicyCounters,
+    traces::Trace,
+};
 use crate::model::{
     end::EndReason,
-    flow::{ClientAddr, FarEnd, Identity, Target},
+    flow::{ClientAddr, FarEnd, Identity, PeerAddr, SourceKind, Target},
 };
 
 /// Records that one worker keeps for `--stats`; later flows are counted only.
@@ -132,18 +137,15 @@ impl Ended {
 }
 
 /// How a flow left this process.
-#[derive(Clone, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone)]
 pub enum Via {
-    /// Dialled from here.
-    Direct,
+    /// Dialled from here, at this address.
+    Direct(PeerAddr),
     /// In a stream of a connection to this peer.
     Tunnel {
         /// The upstream's name.
-        #[serde(serialize_with = "shown")]
         upstream: Arc<str>,
         /// Its endpoint.
-        #[serde(serialize_with = "shown")]
         peer: FarEnd,
         /// The stream's number on its connection; none where the connection is the flow's alone.
         stream: Option<u32>,
@@ -152,10 +154,26 @@ pub enum Via {
     Nowhere,
 }
 
+impl Serialize for Via {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Direct(_) => to.serialize_unit_variant("Via", 0, "direct"),
+            Self::Tunnel { upstream, peer, stream } => {
+                let mut fields = to.serialize_struct_variant("Via", 1, "tunnel", 3)?;
+                fields.serialize_field("upstream", &**upstream)?;
+                fields.serialize_field("peer", &peer.to_string())?;
+                fields.serialize_field("stream", stream)?;
+                fields.end()
+            }
+            Self::Nowhere => to.serialize_unit_variant("Via", 2, "nowhere"),
+        }
+    }
+}
+
 impl fmt::Debug for Via {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Direct => f.write_str("Direct"),
+            Self::Direct(_) => f.write_str("Direct"),
             Self::Nowhere => f.write_str("Nowhere"),
             Self::Tunnel { upstream, peer, stream } => {
                 let mut shown = f.debug_struct("Tunnel");
@@ -195,11 +213,23 @@ pub struct Record {
     /// Who asked for it.
     #[serde(serialize_with = "shown")]
     pub client: ClientAddr,
+    /// Who that proved to be.
+    #[serde(serialize_with = "shown_if_known", skip_serializing_if = "Option::is_none")]
+    pub client_identity: Option<Identity>,
+    /// Whether it came by a capture or by a listener.
+    #[serde(skip)]
+    pub kind: SourceKind,
     /// The name of the capture, or of the listener, that it came by.
     #[serde(serialize_with = "shown_if_known")]
     pub source: Option<Arc<str>>,
+    /// The name in the TLS or HTTP/1 that it carries, where a route asked for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<Box<str>>,
     /// Which route took it: its place in the configuration, from 0. None where none did.
     pub route: Option<usize>,
+    /// What the configuration calls that route.
+    #[serde(serialize_with = "shown_if_known", skip_serializing_if = "Option::is_none")]
+    pub route_name: Option<Arc<str>>,
     /// How it left.
     pub via: Via,
     /// Upstreams before that which were this process itself.
@@ -208,10 +238,19 @@ pub struct Record {
     /// Who the far end proved to be.
     #[serde(serialize_with = "shown_if_known")]
     pub identity: Option<Identity>,
+    /// By what its bytes were moved in the end.
+    #[serde(skip)]
+    pub path: CurrentPath,
     /// Bytes from the client.
     pub sent: u64,
     /// Bytes to the client.
     pub received: u64,
+    /// The trace that it is part of, where traces are configured.
+    #[serde(skip)]
+    pub trace: Option<Box<Trace>>,
+    /// How long its parts took.
+    #[serde(flatten)]
+    pub phases: Phases,
     /// From connect to end, in milliseconds.
     pub duration_ms: f64,
     /// How it ended.
@@ -241,13 +280,20 @@ impl Record {
         Self {
             destination: Destination::Target(target.clone()),
             client,
+            client_identity: None,
+            kind: SourceKind::Capture,
             source: None,
+            host: None,
             route: None,
+            route_name: None,
             via: Via::Nowhere,
             passed: Vec::new(),
             identity: None,
+            path: CurrentPath::default(),
             sent: 0,
             received: 0,
+            trace: None,
+            phases: Phases::default(),
             duration_ms: 0.0,
             reason: EndReason::InternalError,
             rule: None,
@@ -275,6 +321,12 @@ impl Record {
     /// It ended so.
     pub fn ended(&mut self, reason: EndReason, detail: Option<String>) {
         (self.reason, self.detail) = (reason, detail.map(String::into_boxed_str));
+    }
+
+    /// It has moved this.
+    pub fn has_moved(&mut self, meter: &Meter) {
+        (self.sent, self.received) = (meter.sent.get(), meter.received.get());
+        (self.path, self.phases.first_byte) = (meter.path.get(), meter.first_byte.get());
     }
 
     /// It took this long; kept to the microsecond, so that a log line has no more digits than that.
@@ -324,7 +376,7 @@ pub fn table(records: &[Record], dropped: u64) -> String {
         .iter()
         .map(|r| {
             let (gateway, stream) = match &r.via {
-                Via::Direct => ("direct".to_owned(), "-".to_owned()),
+                Via::Direct(_) => ("direct".to_owned(), "-".to_owned()),
                 Via::Tunnel { peer, stream, .. } => {
                     (peer.to_string(), stream.map_or_else(|| "-".to_owned(), |n| n.to_string()))
                 }

@@ -6,4 +6,5 @@ pub mod files;
 pub mod limits;
 pub mod panics;
 pub mod random;
+pub mod service;
 pub mod signal;

@@ -1,4 +1,4 @@
-//! Signals that end the daemon, and the one that reloads its configuration.
+//! Signals that end the daemon, the one that reloads its configuration, and the one after which log files are reopened.
 //!
 //! From the moment that this is created, none is lost.
 
@@ -24,6 +24,21 @@ impl Terminate {
             _ = self.term.recv() => "SIGTERM",
             _ = self.int.recv() => "SIGINT",
         }
+    }
+}
+
+/// SIGUSR1.
+pub struct Reopen(Signal);
+
+impl Reopen {
+    /// Catches it from now on, in a runtime.
+    pub fn new() -> io::Result<Self> {
+        signal(SignalKind::user_defined1()).map(Self)
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        let _usr1 = self.0.recv().await;
     }
 }
 

@@ -18,9 +18,13 @@ use crate::{
         end::EndReason,
         flow::{ClientAddr, Head, Identity, Target},
     },
-    observe::stats::{Destination, Record},
+    observe::{
+        marks::Marks,
+        stats::{Destination, Record},
+    },
     relay::{Ahead, Early, EarlySource, Leg, Queue},
     routing::{flow::Flow, router::Decision, sniff::sniff},
+    sinks::upstream::headers::received_trace,
     sources::{
         Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle,
         listener::request::Malformed,
@@ -87,11 +91,17 @@ async fn establish<P: PendingRequest>(
             return None;
         }
     };
-    let progress = Progress { record, started, permit };
+    let marks = Marks::default();
+    let mut progress = Progress { record, started, permit, marks: &marks };
     let (context, name) = (client.context(&proxy), client.source().name());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
+    if let Some(tracer) = &context.setup().shared.tracer {
+        let trace = tracer.begin(head.and_then(|head| received_trace(head.headers)));
+        marks.trace.set(Some(trace));
+        progress.record.trace = Some(Box::new(trace));
+    }
     let admissions = RefCell::default();
-    let wanted = client.request(&proxy, &context, name.as_ref(), &target, head, &admissions);
+    let wanted = client.request(&proxy, &context, name.as_ref(), &target, head, &marks, &admissions);
     let wanted = match wanted {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
@@ -104,10 +114,11 @@ async fn establish<P: PendingRequest>(
 }
 
 /// A flow that has not been established yet.
-struct Progress {
+struct Progress<'a> {
     record: Record,
     started: Instant,
     permit: Permit,
+    marks: &'a Marks,
 }
 
 impl Proxy {
@@ -117,7 +128,7 @@ impl Proxy {
         &self,
         request: P,
         wanted: FlowRequest<'_>,
-        mut progress: Progress,
+        mut progress: Progress<'_>,
     ) -> Option<(P::Leg, Box<EstablishedFlow>)> {
         let Some((mut leg, mut early)) = request.accept().await else { return self.left(progress) };
         let mut stop = self.stop.clone();
@@ -132,11 +143,12 @@ impl Proxy {
             None => {
                 leg.abort();
                 progress.record.ended(EndReason::DrainTimeout, None);
-                self.book(progress.record, progress.started);
+                self.book(None, progress.record, progress.started);
                 return None;
             }
         };
         tracing::debug!(target = %wanted.flow.target, ?found, "sniffed");
+        progress.record.host = found.sni().or(found.host()).map(|name| name.as_str().into());
         let wanted = FlowRequest { flow: Flow { sniffed: Some(&found), ..wanted.flow }, ..wanted };
         let decision = self.route(&wanted);
         self.reach_and_accept(Answered(leg), early, wanted, decision, progress).await
@@ -149,7 +161,7 @@ impl Proxy {
         early: Queue,
         wanted: FlowRequest<'_>,
         decision: Decision<'_>,
-        mut progress: Progress,
+        mut progress: Progress<'_>,
     ) -> Option<(P::Leg, Box<EstablishedFlow>)> {
         let record = &mut progress.record;
         let reached = if let Some(client) = request.early_data() {
@@ -170,6 +182,9 @@ impl Proxy {
             Some(Ok(reached)) => Some(denied().map_or(Ok(reached), Err)),
             other => other,
         };
+        if matches!(reached, Some(Ok(_))) {
+            wanted.marks.reached.set(Some(Instant::now()));
+        }
         match reached {
             Some(Ok((sink, mut early))) => match request.accept().await {
                 Some((leg, behind)) => {
@@ -177,7 +192,8 @@ impl Proxy {
                     if !behind.is_empty() {
                         early.sent = behind;
                     }
-                    let Progress { record, started, permit } = progress;
+                    let Progress { mut record, started, permit, marks } = progress;
+                    self.trace(&mut record, started, marks, None);
                     let live = self.flows.open(record, started, wanted.admissions.take().into());
                     // And while it was answered.
                     if !std::ptr::eq(wanted.setup, &*self.setup())
@@ -185,6 +201,7 @@ impl Proxy {
                     {
                         live.end_because(EndReason::PolicyChanged, Some(cause));
                     }
+                    wanted.setup.shared.access_logs.started(&live);
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
                 }
                 None => self.left(progress),
@@ -219,20 +236,23 @@ impl Proxy {
         request: P,
         refusal: &Refusal,
         identity: Option<&Identity>,
-        progress: Progress,
+        progress: Progress<'_>,
     ) -> Option<T> {
-        let Progress { record, started, permit } = progress;
+        let Progress { mut record, started, permit, marks } = progress;
         drop(permit);
+        record.ended(refusal.reason(), Some(refusal.to_string()));
+        self.trace(&mut record, started, marks, Some(refusal.reason()));
         self.records.push(self.refused(refusal, record, identity, started));
         request.refuse(refusal).await;
         None
     }
 
     /// Records a flow whose client did not wait for its answer.
-    fn left<T>(&self, progress: Progress) -> Option<T> {
-        let Progress { mut record, started, .. } = progress;
+    fn left<T>(&self, progress: Progress<'_>) -> Option<T> {
+        let Progress { mut record, started, marks, .. } = progress;
         record.ended(EndReason::ClientLeft, None);
-        self.book(record, started);
+        self.trace(&mut record, started, marks, Some(EndReason::ClientLeft));
+        self.book(None, record, started);
         None
     }
 }

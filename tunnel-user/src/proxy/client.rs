@@ -9,7 +9,7 @@ use super::{Proxy, Setup, reach::FlowRequest, refusal::Refusal};
 use crate::{
     model::admission::Admission,
     model::flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
-    observe::stats::Record,
+    observe::{marks::Marks, stats::Record},
     routing::{
         flow::Flow,
         index::{NOBODY, PeerSet},
@@ -131,6 +131,10 @@ impl Client {
         let mut record = Record::new(target, self.addr());
         record.source = self.source().name();
         record.identity = self.identity().cloned();
+        record.client_identity.clone_from(&record.identity);
+        if !self.is_application() {
+            record.kind = SourceKind::Listener;
+        }
         record
     }
 
@@ -155,6 +159,7 @@ impl Client {
         name: Option<&'a Arc<str>>,
         target: &'a Target,
         head: Option<Head<'a>>,
+        marks: &'a Marks,
         admissions: &'a RefCell<Vec<Admission>>,
     ) -> Result<FlowRequest<'a>, Refusal> {
         let setup = context.setup();
@@ -185,6 +190,6 @@ impl Client {
             sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
-        Ok(FlowRequest { setup, flow, name, permit, dial_timeout, admissions })
+        Ok(FlowRequest { setup, flow, name, permit, dial_timeout, marks, admissions })
     }
 }

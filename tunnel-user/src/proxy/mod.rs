@@ -24,9 +24,12 @@ pub use self::{client::Client, refusal::Refusal};
 use crate::{
     model::{end::EndReason, flow::Identity},
     observe::{
-        flows::{Open, Registry},
+        access_log::Logs,
+        flows::{FlowId, Open, Registry},
+        marks::Marks,
         policies::PolicyHits,
         stats::{Counters, Record, Records},
+        traces::Tracer,
     },
     process::{drain::Watch, limits},
     relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
@@ -64,6 +67,10 @@ pub struct Shared {
     pub drain_timeout: Duration,
     /// Whether records of flows are kept.
     pub keep_records: bool,
+    /// Where flows have lines.
+    pub access_logs: Logs,
+    /// What makes spans of flows.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 /// What flows are carried by.
@@ -76,6 +83,8 @@ pub struct Setup {
     policies: Vec<Arc<PolicyHits>>,
     /// How bytes are moved between two sockets of ours.
     path: Path,
+    /// The names of the routes, for this worker alone: every flow counts a use of one, and cores share no count.
+    route_names: Vec<Option<Arc<str>>>,
 }
 
 impl Setup {
@@ -88,7 +97,16 @@ impl Setup {
     ) -> Self {
         let policies = shared.policies.names().iter().map(|name| counters.policies.of(name)).collect();
         let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
-        Self { shared, upstreams, policies, path }
+        let route_names = shared.router.names().map(|name| name.map(Arc::from)).collect();
+        Self { shared, upstreams, policies, path, route_names }
+    }
+
+    /// A flow goes by this route, unless it has gone by another one before.
+    fn note_route(&self, record: &mut Record, route: usize) {
+        if record.route.is_none() {
+            record.route = Some(route);
+            record.route_name = self.route_names.get(route).cloned().flatten();
+        }
     }
 }
 
@@ -239,6 +257,7 @@ impl Proxy {
         let EstablishedFlow { sink, live, permit, .. } = *flow;
         drop(sink);
         let cause = live.take_cause().filter(|_| matches!(outcome, Outcome::Ended(_))).unwrap_or_default();
+        let id = live.id();
         let (mut record, started) = live.close();
         record.ended(outcome.reason(), cause.detail.or_else(|| outcome.detail()));
         record.rule = cause.rule;
@@ -249,7 +268,7 @@ impl Proxy {
         if !matches!(outcome, Outcome::Closed) {
             self.counters.flows_reset.add(1);
         }
-        self.book(record, started);
+        self.book(Some(id), record, started);
         drop(permit);
     }
 
@@ -276,7 +295,20 @@ impl Proxy {
         }
     }
 
-    fn book(&self, mut record: Record, started: Instant) {
+    /// Flows that go on have lines in access logs, where one is due since they were looked at `ago`.
+    pub fn log_live_flows(&self, ago: Duration) {
+        let setup = self.setup.borrow();
+        let logs = &setup.shared.access_logs;
+        if !logs.have_interval() {
+            return;
+        }
+        self.flows.for_each(|flow| {
+            let age = flow.started().elapsed();
+            logs.live(flow, age.saturating_sub(ago), age);
+        });
+    }
+
+    fn book(&self, flow: Option<FlowId>, mut record: Record, started: Instant) {
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
         tracing::info!(
@@ -294,7 +326,25 @@ impl Proxy {
             ms = record.duration_ms,
             "flow ended"
         );
+        self.tell_of_end(flow, &record, started);
         self.records.push(record);
+    }
+
+    /// Its last line in access logs, and its span.
+    fn tell_of_end(&self, flow: Option<FlowId>, record: &Record, started: Instant) {
+        let setup = self.setup.borrow();
+        setup.shared.access_logs.ended(flow, record);
+        if let Some(tracer) = &setup.shared.tracer {
+            tracer.ended(record, started);
+        }
+    }
+
+    /// A flow has got as far as it gets: the durations, and the spans, of the way there.
+    fn trace(&self, record: &mut Record, started: Instant, marks: &Marks, failed: Option<EndReason>) {
+        record.phases = marks.phases();
+        if let Some(tracer) = &self.setup.borrow().shared.tracer {
+            tracer.reached(record, started, marks, failed);
+        }
     }
 
     /// Counts and logs a flow that is refused; its record, to be kept or not.
@@ -320,6 +370,7 @@ impl Proxy {
         record.rule = refusal.rule().cloned();
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
+        self.tell_of_end(None, &record, started);
         if self.log.of(refusal).admit() {
             tracing::warn!(
                 target: "tunnel::flow",

@@ -3,7 +3,12 @@
 //! # Invariants
 //! - What a listener's peer reaches is within its permit, whatever a route does.
 
-use std::{cell::RefCell, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    cell::RefCell,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 
@@ -12,9 +17,12 @@ use crate::{
     config::{Authority, ProxyProtocol},
     model::{
         admission::{Admission, HeldHead, Onward},
-        flow::{Sniffed, Target},
+        flow::{PeerAddr, Sniffed, Target},
     },
-    observe::stats::{Record, Via},
+    observe::{
+        marks::Marks,
+        stats::{Record, Via},
+    },
     relay::{Ahead, TcpLeg},
     routing::{
         flow::Flow,
@@ -54,6 +62,8 @@ pub(super) struct FlowRequest<'a> {
     pub(super) permit: Option<Permit<'a>>,
     /// How long a dial may take, unless its route says otherwise.
     pub(super) dial_timeout: Duration,
+    /// How far it has got.
+    pub(super) marks: &'a Marks,
     /// What it was admitted with, here and at each listener of this process that it was handed to.
     pub(super) admissions: &'a RefCell<Vec<Admission>>,
 }
@@ -80,7 +90,9 @@ impl FlowRequest<'_> {
 impl Proxy {
     /// Asks the router.
     pub(super) fn route<'a>(&self, request: &FlowRequest<'a>) -> Decision<'a> {
-        request.setup.shared.router.decide(&request.flow, fastrand::u32(..))
+        let decision = request.setup.shared.router.decide(&request.flow, fastrand::u32(..));
+        request.marks.routed.set(Some(Instant::now()));
+        decision
     }
 
     /// Reaches the target, as the router has decided: through an upstream, or by dialling. What the client sends
@@ -92,11 +104,11 @@ impl Proxy {
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
-        let FlowRequest { setup, flow, permit, dial_timeout, .. } = *request;
+        let FlowRequest { setup, flow, permit, dial_timeout, marks, .. } = *request;
         let target = flow.target;
         match decision {
             Decision::Upstream { route, upstream, shares, terms } => {
-                record.route.get_or_insert(route);
+                setup.note_route(record, route);
                 if let Some(permit) = permit {
                     self.pass_on(setup, &permit)?;
                 }
@@ -115,7 +127,8 @@ impl Proxy {
                 let instead =
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
-                let ask = Ask { target, instead, client, received, pseudonym, terms };
+                let marks = Some(marks);
+                let ask = Ask { target, instead, client, received, pseudonym, terms, marks };
                 let hop = Hop { proxy: self, request, record: &mut *record, ahead };
                 let another = |tried: &[_]| another(shares, tried, fastrand::u32(..));
                 match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {
@@ -128,7 +141,7 @@ impl Proxy {
                 }
             }
             Decision::Dial { route, instead, terms } => {
-                record.route.get_or_insert(route);
+                setup.note_route(record, route);
                 let dial_timeout = terms.timeout.unwrap_or(dial_timeout);
                 let first = match ahead {
                     _ if terms.proxy_protocol.is_some() => FirstSpeaker::Local,
@@ -145,12 +158,12 @@ impl Proxy {
                 let (stream, addr) = self.dial(setup, target, instead, permit, way).await?;
                 let onward = if instead.is_some() { Onward::Unresolved(None) } else { Onward::Dialled(addr) };
                 request.admitted(onward);
-                record.via = Via::Direct;
+                record.via = Via::Direct(PeerAddr(addr));
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }
             Decision::Deny { route } => {
-                record.route.get_or_insert(route);
+                setup.note_route(record, route);
                 Err(Refusal::by_route(target, setup.shared.router.name(route)))
             }
             // It has been sniffed already.

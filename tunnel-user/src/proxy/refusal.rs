@@ -87,11 +87,10 @@ impl Refusal {
     }
 
     /// Because a route denies it.
-    pub fn by_route(target: &Target, route: Option<&Arc<str>>) -> Self {
-        let name = route.map_or("", |name| name);
-        let detail = format!("{target} is refused: route \"{name}\" denies it");
+    pub fn by_route(target: &Target, route: Arc<str>) -> Self {
+        let detail = format!("{target} is refused: route \"{route}\" denies it");
         let public = format!("{target} is refused: a route denies it");
-        Self::Route { detail, public, rule: route.cloned() }
+        Self::Route { detail, public, rule: Some(route) }
     }
 
     /// The name of the policy or the route that refuses it.

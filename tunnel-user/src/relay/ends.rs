@@ -176,6 +176,7 @@ pub(super) fn step<C: Leg, T: Leg>(
     loop {
         up.poll(cx, client, target, &meter.sent);
         down.poll(cx, target, client, &meter.received);
+        meter.note();
         // A reset is one of both directions. One that is refused is polled once more, to drop what comes from its source:
         // nothing else would wake it.
         let refused = |state: &State| matches!(state, State::Refused { .. });

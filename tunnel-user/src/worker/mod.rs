@@ -135,6 +135,10 @@ pub struct Start {
     pub states: watch::Receiver<Option<Arc<State>>>,
     /// Told the version of the state that is in force.
     pub in_force: watch::Sender<u64>,
+    /// A number,
+    pub question: watch::Receiver<u64>,
+    /// which it says again as soon as it runs.
+    pub answer: watch::Sender<u64>,
     /// The order to stop.
     pub watch: Watch,
 }
@@ -159,7 +163,7 @@ pub fn run(start: Start) -> io::Result<Report> {
 }
 
 async fn work(start: Start) -> io::Result<Report> {
-    let Start { index, counters, mut states, in_force, mut watch } = start;
+    let Start { index, counters, mut states, in_force, mut question, answer, mut watch } = start;
     let first = tokio::select! {
         // What was published is accepted from, if only to the end of what waits there.
         biased;
@@ -175,6 +179,7 @@ async fn work(start: Start) -> io::Result<Report> {
     worker.reconcile(&first, &mut sources, &flows);
     in_force.send_replace(first.version);
     drop(first);
+    let mut looked = tokio::time::Instant::now();
     let mut pulse = interval(PULSE);
     pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -183,6 +188,12 @@ async fn work(start: Start) -> io::Result<Report> {
             _ = pulse.tick() => {
                 give_up_silent_peers();
                 worker.proxy.log_suppressed();
+                worker.proxy.log_live_flows(looked.elapsed());
+                looked = tokio::time::Instant::now();
+            }
+            Ok(()) = question.changed() => {
+                let asked = *question.borrow_and_update();
+                answer.send_replace(asked);
             }
             state = next(&mut states) => {
                 worker.reconcile(&state, &mut sources, &flows);

@@ -67,6 +67,11 @@ pub(super) fn counters(root: &Path) -> Result<String> {
     for Entry { meaning, line } in entries(&text, "\ncounters! {")? {
         let _ = writeln!(page, "| `{}` | {meaning} |", line.trim_end_matches(','));
     }
+    page.push_str("\n## Of the process\n\n| counter | counts |\n|---|---|\n");
+    let text = fs::read_to_string(root.join("tunnel-user/src/observe/totals.rs"))?;
+    for Entry { meaning, line } in entries(&text, "\ntotals! {")? {
+        let _ = writeln!(page, "| `{}` | {meaning} |", line.split(' ').next().unwrap_or_default());
+    }
     page.push_str("\n## Of a capture's programs\n\n| counter | counts |\n|---|---|\n");
     let text = fs::read_to_string(root.join("tunnel-common/src/names.rs"))?;
     for Entry { meaning, line } in entries(&text, "\npub enum Counter {")? {

@@ -9,8 +9,6 @@ mod terms;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
-
 use serde_json::{Value as Json, json};
 
 use self::terms::Retries;
@@ -27,8 +25,8 @@ use crate::model::{flow::Target, names::UpstreamName};
 /// `[[route]]`
 #[derive(Clone, Debug)]
 pub struct Route {
-    /// Its name, for logs and explanations: the one in the file, or "route-N".
-    pub name: Arc<str>,
+    /// What logs call it; without a name "route-N", by its place.
+    pub name: Option<String>,
     /// Which flows.
     pub matches: Match,
     /// Where they go.
@@ -40,7 +38,7 @@ pub struct Route {
 impl Route {
     /// One without a name, on the usual terms.
     pub fn new(matches: Match, to: Action) -> Self {
-        Self { name: Arc::from(""), matches, to, terms: Terms::default() }
+        Self { name: None, matches, to, terms: Terms::default() }
     }
 
     /// Whether it needs to know what only the first bytes of the carried connection tell.
@@ -245,9 +243,8 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         }
         found
     };
-    let route = |(place, route): (usize, RouteByName)| {
+    let route = |route: RouteByName| {
         let RouteByName { name, mut matches, to, terms, .. } = route;
-        let name = name.unwrap_or_else(|| format!("route-{}", place + 1)).into();
         for name in &route.listeners {
             is_there("listener", &listeners, name);
         }
@@ -274,7 +271,7 @@ pub(super) fn resolve(r: &Reader<'_>, routes: Vec<RouteByName>) -> Option<Vec<Ro
         };
         Some(Route { name, matches, to, terms })
     };
-    let resolved: Vec<_> = routes.into_iter().enumerate().map(route).collect();
+    let resolved: Vec<_> = routes.into_iter().map(route).collect();
     resolved.into_iter().collect()
 }
 

@@ -87,14 +87,20 @@ impl Router {
         Self { routes, needs_sniff, targets, peers }
     }
 
+    /// What the configuration calls its routes, in their order.
+    pub fn names(&self) -> impl Iterator<Item = Option<&str>> {
+        self.routes.iter().map(|route| route.name.as_deref())
+    }
+
     /// Which routes speak of a peer, for [`Flow::peer`]: found out once for a connection.
     pub fn peer(&self, who: Option<&Identity>) -> PeerSet {
         self.peers.set(who)
     }
 
-    /// The name of a route, by its place in the configuration.
-    pub fn name(&self, route: usize) -> Option<&Arc<str>> {
-        self.routes.get(route).map(|route| &route.name)
+    /// What refusals call a route, by its place in the configuration: its name, or "route-N".
+    pub fn name(&self, route: usize) -> Arc<str> {
+        let name = self.routes.get(route).and_then(|route| route.name.as_deref());
+        name.map_or_else(|| format!("route-{}", route + 1).into(), Arc::from)
     }
 
     /// Whether a route asks for headers of the request.

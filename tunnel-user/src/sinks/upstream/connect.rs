@@ -77,6 +77,8 @@ pub struct Far {
     pub peer: FarEnd,
     /// Who it has proved to be; nobody without TLS.
     pub identity: Option<Identity>,
+    /// When TCP was connected, or the stream that it goes through was open.
+    pub connected: std::time::Instant,
 }
 
 /// What is spoken on a connection: made of a byte stream, of whatever kind, whose far end has passed the checks.
@@ -141,11 +143,12 @@ async fn over<W: IntoLeg, H: Handshake>(
 where
     StreamLeg: From<W::Leg> + From<TlsLeg<W::Leg>>,
 {
+    let connected = std::time::Instant::now();
     let Some(tls) = &key.tls else {
-        return handshake.shake(wire, Far { peer, identity: None }).await;
+        return handshake.shake(wire, Far { peer, identity: None, connected }).await;
     };
     let (stream, identity) = secure(&key.endpoint, tls, protocol, wire).await?;
-    handshake.shake(stream, Far { peer, identity }).await
+    handshake.shake(stream, Far { peer, identity, connected }).await
 }
 
 /// TLS, and who the far end has proved to be.

@@ -4,7 +4,7 @@
 //! socket, or a stream of another upstream, with TLS or without. The pool knows no more of a connection than this, so that
 //! another protocol is added without a change to it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::{Request, StatusCode};
 
@@ -21,6 +21,11 @@ pub trait Connection: 'static {
 
     /// Who it has proved to be; nobody without TLS.
     fn identity(&self) -> Option<&Identity>;
+
+    /// When what it is spoken on was connected, before any handshake, where that is known.
+    fn connected(&self) -> Option<Instant> {
+        None
+    }
 
     /// Streams that it may carry at once, by our limit and the peer's, those that are open included. None once it drains,
     /// or has ended.

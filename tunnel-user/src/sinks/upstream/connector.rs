@@ -58,6 +58,10 @@ impl Connection for HttpConnection {
         of_kind!(self, c => c.identity())
     }
 
+    fn connected(&self) -> Option<std::time::Instant> {
+        of_kind!(self, c => c.connected())
+    }
+
     fn max_streams(&self) -> usize {
         of_kind!(self, c => c.max_streams())
     }

@@ -102,6 +102,10 @@ impl Connection for H1Connection {
         self.far.identity.as_ref()
     }
 
+    fn connected(&self) -> Option<std::time::Instant> {
+        Some(self.far.connected)
+    }
+
     fn max_streams(&self) -> usize {
         usize::from(self.wire.borrow().is_some())
     }
@@ -121,7 +125,7 @@ impl Connection for H1Connection {
             Ok(Ok((leg, first))) => {
                 let mut early = Queue::default();
                 early.push(first);
-                let Far { peer, identity } = self.far.clone();
+                let Far { peer, identity, .. } = self.far.clone();
                 Ok(Stream { leg, early, peer, identity, permits })
             }
             Ok(Err(Closed::Refused(Answer { status, detail }))) => Err(OpenError::Refused { status, detail }),

@@ -20,6 +20,10 @@ use http::{
 use crate::{
     config::Terms,
     model::flow::{ClientAddr, Head, Target},
+    observe::{
+        marks::Marks,
+        traces::{Received, Trace},
+    },
 };
 
 /// `traceparent`, W3C Trace Context section 3.2.
@@ -44,6 +48,8 @@ pub struct Ask<'a> {
     pub pseudonym: &'a str,
     /// What the route changes.
     pub terms: &'a Terms,
+    /// Where it is noted how far the flow has got; nowhere for what is not a flow's.
+    pub marks: Option<&'a Marks>,
 }
 
 impl Ask<'_> {
@@ -70,26 +76,32 @@ pub fn connect_request(
         .body(())?;
     let headers = request.headers_mut();
     let changes = &ask.terms.headers;
+    let trace = ask.marks.and_then(|marks| marks.trace.get());
     match ask.received {
         None => {
             if let Some(client) = ask.client {
                 headers.insert(FORWARDED, text.value(format_args!("{}", Forwarded(client)))?);
             }
-            headers.insert(TRACEPARENT, start_trace(&mut text)?);
+            let parent = match trace {
+                Some(trace) => as_parent(trace, &mut text),
+                None => start_trace(&mut text),
+            };
+            headers.insert(TRACEPARENT, parent?);
         }
         Some(Head { version, headers: received }) => {
             if let Some(client) = ask.client {
                 headers.insert(FORWARDED, appended(received, &FORWARDED, &Forwarded(client).to_string())?);
             }
             headers.insert(VIA, appended(received, &VIA, &via(version, ask.pseudonym))?);
-            match continue_trace(received, &mut text)? {
-                Some(parent) => {
-                    headers.insert(TRACEPARENT, parent);
-                    copy(received, &TRACESTATE, headers);
-                }
-                None => {
-                    headers.insert(TRACEPARENT, start_trace(&mut text)?);
-                }
+            let continued = received_trace(received);
+            let parent = match (trace, continued) {
+                (Some(trace), _) => as_parent(trace, &mut text)?,
+                (None, Some(trace)) => continue_trace(trace, &mut text)?,
+                (None, None) => start_trace(&mut text)?,
+            };
+            headers.insert(TRACEPARENT, parent);
+            if continued.is_some() {
+                copy(received, &TRACESTATE, headers);
             }
             copy(received, &BAGGAGE, headers);
             for name in &changes.copy {
@@ -217,18 +229,27 @@ fn start_trace(text: &mut Text) -> Result<HeaderValue, http::Error> {
     text.unique(format_args!("00-{id:032x}-{parent:016x}-01"))
 }
 
-/// The trace of a request, with us as the parent; `None` where its `traceparent` is malformed.
-fn continue_trace(received: &HeaderMap, text: &mut Text) -> Result<Option<HeaderValue>, http::Error> {
-    let mut lines = received.get_all(&TRACEPARENT).iter();
-    let only = lines.next().filter(|_| lines.next().is_none());
-    let Some((id, flags)) = only.and_then(|v| trace_of(v.to_str().ok()?)) else { return Ok(None) };
+/// The trace of a request, with us as the parent.
+fn continue_trace(Received { id, flags, .. }: Received, text: &mut Text) -> Result<HeaderValue, http::Error> {
     let parent = fastrand::u64(1..);
-    text.unique(format_args!("00-{id}-{parent:016x}-{flags:02x}")).map(Some)
+    text.unique(format_args!("00-{id:032x}-{parent:016x}-{flags:02x}"))
 }
 
-/// The id of the trace, and the flags that version 00 knows: sampled, and random (W3C Trace Context section
-/// 3.2). A later version may have more behind them.
-fn trace_of(text: &str) -> Option<(&str, u8)> {
+/// The trace of a flow that has spans of its own, with the one of its request as the parent.
+fn as_parent(Trace { id, connect, flags, .. }: Trace, text: &mut Text) -> Result<HeaderValue, http::Error> {
+    text.unique(format_args!("00-{id:032x}-{connect:016x}-{flags:02x}"))
+}
+
+/// The trace that a request is part of; `None` where its `traceparent` is missing or malformed.
+pub fn received_trace(received: &HeaderMap) -> Option<Received> {
+    let mut lines = received.get_all(&TRACEPARENT).iter();
+    let only = lines.next().filter(|_| lines.next().is_none());
+    only.and_then(|v| trace_of(v.to_str().ok()?))
+}
+
+/// Of the flags those that version 00 knows: sampled, and random (W3C Trace Context section 3.2). A later version may have
+/// more behind them.
+fn trace_of(text: &str) -> Option<Received> {
     const KNOWN: u8 = 0b11;
     let mut parts = text.splitn(5, '-');
     let (version, id, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
@@ -239,7 +260,11 @@ fn trace_of(text: &str) -> Option<(&str, u8)> {
     let well_formed = hex(version, 2) && hex(id, 32) && hex(parent, 16) && hex(flags, 2);
     let ends = version != "00" || parts.next().is_none();
     (well_formed && ends && version != "ff" && !zero(id) && !zero(parent))
-        .then(|| Some((id, u8::from_str_radix(flags, 16).ok()? & KNOWN)))
+        .then(|| {
+            let id = u128::from_str_radix(id, 16).ok()?;
+            let parent = u64::from_str_radix(parent, 16).ok()?;
+            Some(Received { id, parent, flags: u8::from_str_radix(flags, 16).ok()? & KNOWN })
+        })
         .flatten()
 }
 
@@ -279,8 +304,15 @@ mod tests {
         let received = Some(Head { version: Version::HTTP_2, headers: received });
         let terms = Terms { headers, ..Terms::default() };
         let client = Some(client("192.0.2.9:1"));
-        let ask =
-            Ask { target: &target, instead: None, client, received, pseudonym: PSEUDONYM, terms: &terms };
+        let ask = Ask {
+            target: &target,
+            instead: None,
+            client,
+            received,
+            pseudonym: PSEUDONYM,
+            terms: &terms,
+            marks: None,
+        };
         request(ask, configured).headers().clone()
     }
 
@@ -300,6 +332,7 @@ mod tests {
             received: None,
             pseudonym: PSEUDONYM,
             terms: &terms,
+            marks: None,
         };
         let request = request(ask, &[baggage]);
         assert_eq!(request.method(), Method::CONNECT);
@@ -322,6 +355,7 @@ mod tests {
             received: None,
             pseudonym: PSEUDONYM,
             terms: &terms,
+            marks: None,
         };
         let request = request(ask, &[]);
         let names: Vec<_> = request.headers().keys().map(HeaderName::as_str).collect();
@@ -455,8 +489,15 @@ mod tests {
             let target = text.parse().unwrap();
             for (instead, wanted) in [(None, text), (Some(&other), "other.internal:81")] {
                 let received = None;
-                let ask =
-                    Ask { target: &target, instead, client, received, pseudonym: PSEUDONYM, terms: &terms };
+                let ask = Ask {
+                    target: &target,
+                    instead,
+                    client,
+                    received,
+                    pseudonym: PSEUDONYM,
+                    terms: &terms,
+                    marks: None,
+                };
                 assert_eq!(request(ask, &[]).uri().authority().unwrap(), wanted);
             }
         }

@@ -11,6 +11,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     sync::Arc,
+    time::Instant,
 };
 
 use tokio::{task::JoinSet, time::timeout};
@@ -122,7 +123,13 @@ impl Upstream {
         let permit = self.stream_permit()?;
         let mut tries = 0;
         loop {
+            let from = Instant::now();
             let (checkout, endpoint) = self.checkout(ask).await?;
+            if let Some(marks) = ask.marks {
+                marks.queued.set(Some([from, Instant::now()]));
+                // What was there before it came is not its own.
+                marks.made.set(Some(checkout.made()).filter(|made| made.ready > from));
+            }
             match self.open(checkout, &endpoint, ask, ahead).await {
                 Ok(mut stream) => {
                     self.health.answered(&endpoint);
@@ -276,7 +283,8 @@ impl Underlay for Upstream {
         Box::pin(async move {
             // Nothing was received, so there is no `via` to stand in.
             let (terms, pseudonym) = (&Terms::default(), "");
-            let ask = Ask { target: endpoint, instead: None, client: None, received: None, pseudonym, terms };
+            let (client, received, marks) = (None, None, None);
+            let ask = Ask { target: endpoint, instead: None, client, received, pseudonym, terms, marks };
             let mut stream = self.connect(&ask, None).await?;
             let early = mem::take(&mut stream.early);
             Ok(Nested::new(stream, early))

@@ -42,7 +42,7 @@ use super::{
     signal::Signal,
     stream::{LINGER, Stream},
 };
-use crate::model::flow::Target;
+use crate::{model::flow::Target, observe::marks::Made};
 
 /// Flows that wait for a connection to the same peer; more are refused at once.
 const WAITING_MAX: usize = 4096;
@@ -79,12 +79,14 @@ struct Entry<C: Connection> {
     unwanted: Cell<bool>,
     /// The last permit was given back, or it is unwanted.
     changed: Signal,
+    /// When its dial was begun, and when it was ready.
+    dialled: [std::time::Instant; 2],
     /// Among the connections of the pool, for one that is not a task of it.
     _open: Option<Permit>,
 }
 
 impl<C: Connection> Entry<C> {
-    fn new(connection: C, slot: Weak<Slot<C>>, open: Option<Permit>) -> Rc<Self> {
+    fn new(connection: C, begun: std::time::Instant, slot: Weak<Slot<C>>, open: Option<Permit>) -> Rc<Self> {
         Rc::new(Self {
             connection,
             slot,
@@ -92,6 +94,7 @@ impl<C: Connection> Entry<C> {
             idle_since: Cell::new(Instant::now()),
             unwanted: Cell::default(),
             changed: Signal::default(),
+            dialled: [begun, std::time::Instant::now()],
             _open: open,
         })
     }
@@ -163,6 +166,12 @@ impl<C: Connection> Checkout<C> {
     /// The connection.
     pub fn connection(&self) -> &C {
         &self.entry.connection
+    }
+
+    /// How it was made.
+    pub fn made(&self) -> Made {
+        let [begun, ready] = self.entry.dialled;
+        Made { begun, connected: self.entry.connection.connected().unwrap_or(begun), ready }
     }
 
     /// Opens the stream. `endpoint` is its permit there.
@@ -294,9 +303,10 @@ impl<D: Connect> Inner<D> {
     async fn dial_for_one(&self, key: &Key) -> Result<Checkout<D::Connection>, ConnectError> {
         let most = self.settings.max_connections;
         let permit = self.open.take(most).ok_or(ConnectError::Limit { most })?;
+        let begun = std::time::Instant::now();
         let connection = self.dialer.connect(key).await?;
         self.opened.set(self.opened.get() + 1);
-        Ok(Checkout::new(&Entry::new(connection, Weak::new(), Some(permit))))
+        Ok(Checkout::new(&Entry::new(connection, begun, Weak::new(), Some(permit))))
     }
 
     /// As many dials as those who wait need. Where there may be none, nobody waits.
@@ -327,6 +337,7 @@ impl<D: Connect> Inner<D> {
         while tasks.try_join_next().is_some() {}
         tasks.spawn_local(async move {
             let permit: Permit = permit;
+            let begun = std::time::Instant::now();
             let dialled = dialer.connect(&key).await;
             slot.dialing.set(slot.dialing.get() - 1);
             let connection = match dialled {
@@ -340,7 +351,7 @@ impl<D: Connect> Inner<D> {
                     return;
                 }
             };
-            let entry = Entry::new(connection, Rc::downgrade(&slot), None);
+            let entry = Entry::new(connection, begun, Rc::downgrade(&slot), None);
             slot.connections.borrow_mut().push(Rc::clone(&entry));
             slot.serve();
             let Some(inner) = pool.upgrade() else { return };

@@ -152,6 +152,10 @@ impl Connection for H2Connection {
         self.far.identity.as_ref()
     }
 
+    fn connected(&self) -> Option<std::time::Instant> {
+        Some(self.far.connected)
+    }
+
     fn max_streams(&self) -> usize {
         let send = self.send.borrow();
         let Some(send) = send.as_ref().filter(|_| !self.draining.get()) else { return 0 };
@@ -212,7 +216,7 @@ impl Connection for H2Connection {
             ahead.answered();
         }
         let leg = H2Leg::client(send, response.into_body(), self.traffic.share()).into();
-        let Far { peer, identity } = self.far.clone();
+        let Far { peer, identity, .. } = self.far.clone();
         Ok(Stream { leg, early: Queue::default(), peer, identity, permits })
     }
 

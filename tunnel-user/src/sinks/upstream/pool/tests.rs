@@ -278,7 +278,8 @@ fn flows_that_wait_are_served_in_the_order_in_which_they_came() {
         assert!(served.borrow().is_empty());
         // A connection that takes one stream at a time.
         let slot = pool.0.slot(&key(1));
-        let entry = Entry::new(Fake::new(&key(1), &dialer.max_streams), Rc::downgrade(&slot), None);
+        let fake = Fake::new(&key(1), &dialer.max_streams);
+        let entry = Entry::new(fake, std::time::Instant::now(), Rc::downgrade(&slot), None);
         slot.connections.borrow_mut().push(entry);
         slot.serve();
         while served.borrow().len() < 3 {
