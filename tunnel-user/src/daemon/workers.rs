@@ -260,8 +260,9 @@ mod tests {
     #[tokio::test]
     async fn sockets_of_a_worker_that_has_ended_are_closed() {
         let mut workers = Workers::start(1).unwrap();
-        let (_, in_force) = watch::channel(0);
-        workers.threads.push(Thread { handle: thread::spawn(|| Ok(Report::default())), in_force });
+        let ((_, in_force), (_, answer)) = (watch::channel(0), watch::channel(0));
+        let handle = thread::spawn(|| Ok(Report::default()));
+        workers.threads.push(Thread { handle, in_force, answer });
         let ((own, first), (ended, second)) = (source(1), source(2));
         let sources = vec![first, second];
         workers.publish(State { version: 1, shared: shared(), upstreams: Vec::new(), sources });
