@@ -5,11 +5,16 @@
 
 mod records;
 
-use std::{net::SocketAddr, path::Path};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tunnel::{
     config::{CheckFiles, Config, Peers, Policy, TargetPattern},
+    identity::{
+        peer::{names_of, peer_identity},
+        verify::check_expiry,
+    },
     model::flow::{ClientAddr, Identity, Target},
     proxy::Refusal,
     routing::{
@@ -34,13 +39,14 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 6] = [
+pub const ALL: [(&str, Check); 7] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("sniff", sniff),
     ("proxy_header", proxy_header),
     ("config", config),
     ("records", records),
+    ("certificate_names", certificate_names),
 ];
 
 /// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
@@ -143,6 +149,19 @@ pub fn proxy_header(input: &[u8]) {
 /// A TLS record session: what its peer seals, what happens to that on the way, and what is written and read meanwhile.
 pub fn records(input: &[u8]) {
     records::run(input);
+}
+
+/// A certificate, as a peer shows it before anybody has verified it: its names, and who it says the peer is.
+pub fn certificate_names(input: &[u8]) {
+    let certs = [CertificateDer::from(input)];
+    let names: Vec<String> = names_of(&certs[0]).iter().map(ToString::to_string).collect();
+    if let Some(identity) = peer_identity(&certs) {
+        assert!(names.contains(&identity.to_string()), "it is one of its names: {identity}");
+        let is_spiffe = |name: &str| name.starts_with("spiffe://");
+        assert!(is_spiffe(&identity.to_string()) || !names.iter().any(|name| is_spiffe(name)), "{names:?}");
+    }
+    // Whatever it says of its dates.
+    let _checked = check_expiry(&certs, UnixTime::since_unix_epoch(Duration::from_secs(1 << 31)));
 }
 
 /// A configuration file.

@@ -16,6 +16,7 @@
 //! assert!(done.success(), "{done}");
 //! ```
 
+pub mod admin;
 pub mod bench;
 pub mod bpf;
 pub mod bpffs;
@@ -30,6 +31,7 @@ pub mod envoy;
 pub mod exec;
 pub mod frames;
 pub mod gateway;
+pub mod honest;
 pub mod hop;
 pub mod janitor;
 pub mod leftovers;

@@ -192,6 +192,14 @@ impl Process {
         let (dirty, clean) = kib.context("smaps_rollup has no line Private_Dirty")?;
         Ok((dirty + clean) * 1024)
     }
+
+    /// The most memory that it has held so far, in bytes.
+    pub fn memory_peak(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = text.lines().find(|line| line.starts_with("VmHWM:")).context("no line VmHWM")?;
+        let kib: u64 = line.split_whitespace().nth(1).context("no number")?.parse()?;
+        Ok(kib * 1024)
+    }
 }
 
 impl fmt::Display for Process {

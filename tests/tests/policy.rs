@@ -83,16 +83,14 @@ fn what_a_policy_denies_is_403_whatever_others_allow_and_the_answer_holds_no_add
     let world = World::new()?;
     let target = world.serve(TARGET4, target::echo())?;
     let port = target.addr().port();
-    let policies = format!(
-        "[[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\", \"*.internal\"]\n\
+    let policies = "[[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\", \"*.internal\"]\n\
          [[policy]]\nname = \"no-secrets\"\naction = \"deny\"\nidentity = [\"spiffe://test.tunnel/**\"]\n\
          target = [\"secret.internal\", \"10.200.0.77\"]\n\
          [[policy]]\nname = \"other-domain\"\naction = \"deny\"\nidentity = [\"spiffe://other.tunnel/**\"]\ntarget = \"any\"\n\
          [[policy]]\nname = \"no-clients-from-there\"\naction = \"deny\"\nidentity = \"any\"\nclient = [\"192.0.2.0/24\"]\ntarget = \"any\"\n\
          [[policy]]\nname = \"quarantine\"\naction = \"deny\"\nidentity = \"any\"\ntarget = \"any\"\n\
-         headers = [{{ name = \"x-quarantine\", present = true }}]\n"
-    );
-    let config = gateway(&world, "", "", &policies);
+         headers = [{ name = \"x-quarantine\", present = true }]\n";
+    let config = gateway(&world, "", "", policies);
     let hosts = world.file("hosts", format!("{TARGET4} web.internal\n10.200.0.77 moved.internal\n"))?;
     let mut daemon = Daemon::start_seeing(&world, world.net(), &config, &[(hosts, "/etc/hosts")])?;
     let request = |authority: String| connect_request(&authority);
@@ -337,6 +335,10 @@ fn denied_by_a_route(mode: &Mode) -> Result<()> {
         app.wait_for_line("held=1")?;
         for _ in 0..mode.chat {
             assert_eq!(ask(&mut app, "ping")?, "ok");
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "a flow has to be at rest: that is what its path waits for"
+            )]
             std::thread::sleep(Duration::from_millis(mode.rest.into()));
         }
         anyhow::Ok(app)

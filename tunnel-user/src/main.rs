@@ -11,14 +11,17 @@ use std::{
 
 use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
-    cli::{Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, pki, service},
+    cli::{
+        Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, explain, flows, pki,
+        service, status, support,
+    },
     config::{Config, schema},
     daemon::{self, Running},
     identity::tls::TlsIdentity,
     kernel::cgroup::Fresh,
     observe::{stats::Record, telemetry},
     process::{
-        exit::{Cause, EXIT_CONFIG, Failure},
+        exit::{Cause, EXIT_CONFIG, EXIT_OTHER, Failure},
         panics,
     },
 };
@@ -57,6 +60,20 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Detach(args) => {
             daemon::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Status(args) => {
+            let (text, ready) = status::run(&args)?;
+            print(text.as_bytes())?;
+            Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(EXIT_OTHER) })
+        }
+        Command::Flows(args) => flows::run(&args, io::stdout()).map(|()| ExitCode::SUCCESS),
+        Command::Explain(args) => print(explain::run(&args)?.as_bytes()),
+        Command::Support(args) => {
+            let (folder, missing) = support::run(&args)?;
+            for what in missing {
+                eprintln!("tunnel: not in the report: {what}");
+            }
+            print(format!("{}\n", folder.display()).as_bytes())
         }
         Command::Doctor(args) => diagnose(args.json),
         Command::Config(command) => config(command),

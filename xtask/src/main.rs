@@ -22,6 +22,7 @@ mod rooms;
 mod run;
 mod setup;
 mod test;
+mod unsafes;
 mod verify;
 
 use std::process::ExitCode;

@@ -18,6 +18,8 @@ use crate::run::{Checkout, bold, dim, green};
 
 /// Where end-to-end tests are.
 const END_TO_END: &str = "tests/tests";
+/// The threat model, which names the test of each of its promises.
+const SECURITY: &str = "SECURITY.md";
 /// Where the others are.
 const OTHERS: [&str; 5] =
     ["tests/src", "tunnel-common/src", "tunnel-user/src", "tunnel-user/tests", "xtask/src"];
@@ -135,7 +137,9 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     for folder in OTHERS {
         all.extend(read(&checkout.root, folder)?);
     }
-    let mistakes = mistakes(&end_to_end, &all);
+    let mut mistakes = mistakes(&end_to_end, &all);
+    let security = fs::read_to_string(checkout.root.join(SECURITY)).context(SECURITY)?;
+    mistakes.extend(unknown(&security, &end_to_end));
     let wanted: Vec<&Test> = all.iter().filter(|test| test.has(&args.words)).collect();
     match args {
         Args { check: true, .. } => {}
@@ -175,6 +179,21 @@ fn print_failures(tests: &[&Test]) {
         }
         println!();
     }
+}
+
+/// Tests that the threat model names, as `FILE::TEST`, and that are not there.
+fn unknown(security: &str, end_to_end: &[Test]) -> Vec<String> {
+    let is_there = |file: &str, name: &str| {
+        end_to_end
+            .iter()
+            .any(|test| test.name == name && test.file.file_stem().is_some_and(|stem| stem == file))
+    };
+    // Every second part is between backticks.
+    let named = security.split('`').skip(1).step_by(2).filter_map(|text| text.split_once("::"));
+    named
+        .filter(|(file, name)| *file != "file" && !is_there(file, name))
+        .map(|(file, name)| format!("{SECURITY}: {file}::{name}: there is no such end-to-end test"))
+        .collect()
 }
 
 fn mistakes(end_to_end: &[Test], all: &[Test]) -> Vec<String> {
@@ -391,5 +410,12 @@ mod tests {
         let early =
             format!("{every}/// It holds.\n///\n/// Failure: {}.\n#[test] fn b() {{}}", WITHOUT_TEST[0]);
         assert_eq!(of(&early).len(), 1);
+    }
+
+    #[test]
+    fn a_test_that_the_threat_model_names_has_to_be_there() {
+        let tests = read("#[test] fn a() {}");
+        assert!(unknown("as `file::test`: `x::a`, and `x`", &tests).is_empty());
+        assert_eq!(unknown("`x::b`, `y::a`", &tests).len(), 2);
     }
 }

@@ -17,7 +17,10 @@ use syn::{
     visit::{self, Visit},
 };
 
-use crate::run::{Checkout, green};
+use crate::{
+    run::{Checkout, green},
+    unsafes,
+};
 
 /// The rooms, from the left to the right: each may import those behind it, and none of its own rank.
 const ORDER: [&[&str]; 10] = [
@@ -80,6 +83,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
             UNSAFE.join(" and ")
         )
     }));
+    wrong.extend(unsafes::check(&checkout.root)?);
     for ((from, to), places) in &arrows {
         let known = KNOWN.contains(&(from, to));
         let back = !may_import(from, to);

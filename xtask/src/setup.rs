@@ -89,6 +89,8 @@ const PACKAGES: &[Package] = &[
     package("nghttp2-proxy", &["nghttpx"], &[Test]),
     package("openssl", &["openssl"], &[Test]),
     package("postgresql", &[], &[Test]),
+    // With promtool.
+    package("prometheus", &["prometheus", "promtool"], &[Test]),
     package("procps", &["ps"], &[Test]),
     package("python3", &["python3"], &[Test, Demo, Peers, Matrix]),
     package("python3-venv", &[], &[Test, Peers, Matrix]),
@@ -118,11 +120,12 @@ const BPF_PACKAGES: [&str; 7] = [
 const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src --component clippy";
 
 /// Services, and the packages that bring them: wanted for their programs, not as services of this machine.
-const SERVICES: [(&str, &str); 7] = [
+const SERVICES: [(&str, &str); 8] = [
     ("haproxy", "haproxy"),
     ("iperf3", "iperf3"),
     ("nghttpx", "nghttp2-proxy"),
     ("postgresql", "postgresql"),
+    ("prometheus", "prometheus"),
     ("redis-server", "redis-server"),
     ("redsocks", "redsocks"),
     ("squid", "squid"),

@@ -34,6 +34,9 @@ const AVAILABLE: &str = "tcp_available_congestion_control";
 /// How long a captured program tries to escape.
 const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 
+/// How long each flood lasts.
+const PRESSURE: [&str; 2] = ["TUNNEL_PRESSURE_SECONDS", "10"];
+
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
 
@@ -58,11 +61,13 @@ enum Part {
     Soak,
     /// A captured program that tries to escape for ten minutes, while every frame is read.
     Escape,
+    /// Every known flood for ten seconds, and an honest peer beside it.
+    Pressure,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape
+  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape, floods
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -97,15 +102,24 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         heading(&format!("{} s of trying to escape", ESCAPE[1]));
         escape()?;
     }
+    if wanted(Part::Pressure) {
+        heading(&format!("floods of {} s each", PRESSURE[1]));
+        longer("binary(=pressure)", PRESSURE)?;
+    }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
 }
 
 /// Runs the test whose program tries to escape for longer than in the suite.
 fn escape() -> Result<()> {
+    longer("binary(=escape)", ESCAPE)
+}
+
+/// Runs tests for longer than in the suite.
+fn longer(tests: &str, [name, value]: [&str; 2]) -> Result<()> {
     let mut test = Command::new(std::env::current_exe()?);
-    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", "binary(=escape)"]);
-    foreground("the test", test.env(ESCAPE[0], ESCAPE[1]))
+    test.args(["test", "--e2e", "--", "--profile", "verify", "-E", tests]);
+    foreground("the test", test.env(name, value))
 }
 
 /// Keeps an arm busy with the soak of the load generator, which compares every byte; the kernel has nothing to complain of.

@@ -2,10 +2,16 @@
 //!
 //! Values that are not valid are rejected here, with an example of a valid one.
 
+pub mod client;
 pub mod doctor;
 pub mod exec;
+pub mod explain;
+pub mod flows;
 pub mod pki;
 pub mod service;
+pub mod status;
+pub mod support;
+mod table;
 
 use std::{ffi::OsString, net::IpAddr, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
@@ -85,6 +91,25 @@ pub enum Command {
     /// A daemon that stops leaves captures with on_failure = "closed" in place: their connections are refused until a
     /// daemon is running again, or until the captures are detached.
     Detach(DetachArgs),
+    /// Show what a running daemon is doing: captures, listeners, upstreams, certificates, rates and problems, each with its
+    /// remedy.
+    ///
+    /// Asks the daemon's admin socket. Exits with 1 if the daemon is not ready.
+    Status(status::StatusArgs),
+    /// List the flows that a running daemon carries, watch them, or end one.
+    ///
+    /// Asks the daemon's admin socket.
+    Flows(Box<flows::FlowsArgs>),
+    /// Explain where a connection would go, and why: whether it is captured, what policy and each route say, and which upstream
+    /// and endpoints it may take.
+    ///
+    /// Asks the daemon's admin socket; nothing is sent to any target.
+    Explain(Box<explain::ExplainArgs>),
+    /// Write a folder for a bug report: versions, doctor, status, metrics, the configuration without secrets, and the latest log
+    /// lines.
+    ///
+    /// Nothing is sent anywhere. It names addresses, identities and file names: read it before you pass it on.
+    Support(support::SupportArgs),
     /// Run a gateway without a configuration file.
     ///
     /// Accepts CONNECT requests (HTTP/2 over TLS 1.3) from clients with a certificate of the CA, and dials the targets that
@@ -427,7 +452,7 @@ mod tests {
                 assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
             }
         }
-        assert_eq!(leaves, 11);
+        assert_eq!(leaves, 15);
     }
 
     #[test]

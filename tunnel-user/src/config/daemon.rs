@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::section::section;
+use super::{limits::Limits, section::section};
 use crate::model::mark::Mark;
 
 /// The mark on our own sockets, for rules of the operator's: one bit, which is none of those that kube-proxy (0x4000, 0x8000),
@@ -60,6 +60,8 @@ section! {
         sniff_timeout: default Duration = SNIFF_TIMEOUT,
         /// Whether to reload this file when it changes. SIGHUP always reloads it.
         watch: default bool = true,
+        /// What peers may use of the process, and how long flows may last.
+        limits: section Limits,
     }
     check |r| {
         let sniff_timeout = r.renamed("inspect_timeout", "sniff_timeout").unwrap_or(sniff_timeout);

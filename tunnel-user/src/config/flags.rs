@@ -2,15 +2,15 @@
 //!
 //! What flags build, a file could have said.
 
-use std::{net::SocketAddr, num::NonZeroUsize, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Action, AddrPattern, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener, MARK,
-    Match, OnFailure, Peers, Policy, Route, TargetPattern, Upstream,
+    Action, AddrPattern, Admin, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener,
+    MARK, Match, OnFailure, Peers, Policy, Route, TargetPattern, Upstream,
 };
 use crate::model::{
     flow::{SourceKind, Target},
@@ -139,6 +139,7 @@ impl Config {
                 drain_timeout: DRAIN_EXEC,
                 ..Daemon::default()
             },
+            admin: Admin::default(),
             identities: [(IdentityName::default(), o.identity)].into(),
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
@@ -147,6 +148,7 @@ impl Config {
             upstreams: vec![upstream],
             policies: Vec::new(),
             warnings: Vec::new(),
+            effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
         }
@@ -164,6 +166,7 @@ impl Config {
                 bootstrap: Bootstrap { workers: o.workers, ..Bootstrap::default() },
                 ..Daemon::default()
             },
+            admin: Admin::default(),
             identities: [(IdentityName::default(), o.identity)].into(),
             captures: Vec::new(),
             redirects: Vec::new(),
@@ -172,6 +175,7 @@ impl Config {
             upstreams: Vec::new(),
             policies: vec![Policy::allow("--allow", Peers::Any, o.allow)],
             warnings: Vec::new(),
+            effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
         }

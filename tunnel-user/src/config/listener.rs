@@ -17,6 +17,8 @@ use crate::model::{
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a peer may take for its TLS handshake. As long as a dial, of which it is the second half.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a peer's connection may be without a stream. Clients pool theirs: Envoy closes its own after an hour.
+pub(super) const LISTENER_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// CONNECT streams that a listener takes on one connection: twice what our own client opens.
 pub const LISTENER_STREAMS: NonZeroU32 = NonZeroU32::new(200).expect("not 0");
 
@@ -53,6 +55,8 @@ section! {
         keepalive_interval: default Duration = KEEPALIVE_INTERVAL,
         /// Timeout for the answer to a PING.
         keepalive_timeout: default Duration = KEEPALIVE_TIMEOUT,
+        /// How long an HTTP/2 connection may be without a stream before it is closed.
+        idle_timeout: default Duration = LISTENER_IDLE_TIMEOUT,
     }
     check |r| {
         if protocols.is_empty() {
@@ -69,7 +73,7 @@ section! {
             }
         }
         if protocols == [Protocol::H1] {
-            for key in ["max_streams", "keepalive_interval", "keepalive_timeout"] {
+            for key in ["max_streams", "keepalive_interval", "keepalive_timeout", "idle_timeout"] {
                 if r.has(key) {
                     r.wrong(key, "has no meaning without \"h2\": over HTTP/1 a connection carries one flow");
                 }

@@ -13,14 +13,18 @@ use std::{
     collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 mod access_log;
+mod admin;
 mod capture;
 mod daemon;
+mod effective;
 mod endpoints;
 mod flags;
+mod limits;
 mod listener;
 pub mod pattern;
 mod policy;
@@ -37,6 +41,7 @@ mod value;
 mod via;
 
 pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
+pub use admin::Admin;
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
     BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, Keepalive, MARK, MAX_FLOWS, Relay, SNIFF_TIMEOUT,
@@ -45,6 +50,7 @@ pub use daemon::{
 };
 pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{DEFAULT_EXCLUDE, ExecOptions, GatewayOptions, Wanted};
+pub use limits::{Bytes, Limits as ProcessLimits};
 pub use listener::{ClientAuth, DIAL_TIMEOUT, HANDSHAKE_TIMEOUT, LISTENER_STREAMS, Listener};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
 pub use policy::{Peers, Policy, PolicyAction, PolicyMode, Targets};
@@ -75,6 +81,8 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Config {
     /// The process.
     pub daemon: Daemon,
+    /// Where operators and monitoring reach it.
+    pub admin: Admin,
     /// Who we are. Those that listeners and upstreams with TLS name are present.
     pub identities: BTreeMap<IdentityName, IdentityFiles>,
     /// Whose connections are captured by eBPF.
@@ -89,6 +97,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// Who may reach what through our listeners; nothing is allowed until a rule says so.
     pub policies: Vec<Policy>,
+    /// What the file says, with defaults and without secrets; null where there is no file.
+    pub effective: Arc<serde_json::Value>,
     /// Where flows have a line.
     pub access_logs: Vec<AccessLog>,
     /// Where spans of flows are sent.
@@ -131,6 +141,7 @@ impl Config {
     pub fn empty(daemon: Daemon) -> Self {
         Self {
             daemon,
+            admin: Admin::default(),
             identities: BTreeMap::new(),
             captures: Vec::new(),
             redirects: Vec::new(),
@@ -138,6 +149,7 @@ impl Config {
             routes: Vec::new(),
             upstreams: Vec::new(),
             policies: Vec::new(),
+            effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
             warnings: Vec::new(),
@@ -179,11 +191,11 @@ impl Config {
 
     fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
-        let read = Document::read::<Self>(text, base, check == CheckFiles::Yes, purpose);
-        let (mut config, warnings) =
-            read.map_err(|mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes })?;
-        config.warnings = warnings.iter().map(|warning| warning.shown(file)).collect();
-        Ok(config)
+        let wrong = |mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes };
+        let (read, warnings) =
+            Document::read::<Self>(text, base, check == CheckFiles::Yes, purpose).map_err(wrong)?;
+        let warnings = warnings.iter().map(|warning| warning.shown(file)).collect();
+        Ok(Self { effective: Arc::new(effective::of(text)), warnings, ..read })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The whole file: which sections there are, and what no section can see by itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use super::{
     AccessLog, Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect, Traces,
@@ -14,6 +14,7 @@ use crate::model::{names::IdentityName, trust::IdentityFiles};
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let daemon = r.section("daemon", "The process.").unwrap_or_default();
+        let admin = r.section("admin", "The admin interface: status, flows, metrics.").unwrap_or_default();
         let identity: Option<IdentityFiles> =
             r.section("identity", "Certificate, key and CA certificates. Reloaded when the files change.");
         let captures: Vec<At<AnyCapture>> = r.sections(
@@ -65,6 +66,7 @@ impl Section for Config {
         let access_logs = access_logs.into_iter().map(|log| log.value).collect();
         Some(Self {
             daemon,
+            admin,
             identities: identity.map(|files| (IdentityName::default(), files)).into_iter().collect(),
             captures: ebpf,
             redirects,
@@ -72,6 +74,7 @@ impl Section for Config {
             routes: routes?,
             upstreams: upstreams?,
             policies,
+            effective: Arc::default(),
             access_logs,
             traces: if r.has("traces") { Some(traces?) } else { None },
             warnings: Vec::new(),

@@ -32,7 +32,7 @@
 //!
 //! `check` runs when every key has been read, whatever was wrong with some: it sees each field by its name (a `required` one as
 //! an `Option`), reports what is wrong with several keys together, and may shadow a field with another value. With
-//! `default T [U] = VALUE` the key is read as a `U`, of which `check` makes the `T`. `defaults NAME;` adds a constructor that
+//! `default T [U] = VALUE`, or `optional T [U]`, the key is read as a `U`, of which `check` makes the `T`. `defaults NAME;` adds a constructor that
 //! takes the required fields. A bracket in docs is written `\[`, so that rustdoc does not take it for a link.
 
 macro_rules! section {
@@ -81,6 +81,9 @@ macro_rules! section {
 
     (@read required ($ty:ty) () () $r:ident, $key:expr, $doc:expr) => { $r.required::<$ty>($key, $doc) };
     (@read optional ($ty:ty) () () $r:ident, $key:expr, $doc:expr) => { $r.optional::<$ty>($key, $doc) };
+    (@read optional ($ty:ty) ($read:ty) () $r:ident, $key:expr, $doc:expr) => {
+        $r.optional::<$read>($key, $doc)
+    };
     (@read default ($ty:ty) () ($default:expr) $r:ident, $key:expr, $doc:expr) => {
         $r.default::<$ty>($key, $doc, $default)
     };

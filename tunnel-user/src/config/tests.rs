@@ -454,7 +454,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.sniff_timeout daemon.watch listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
+    let taken = "admin admin.enabled admin.listen admin.socket admin.write_over_tcp daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.sniff_timeout daemon.limits daemon.limits.flow_idle_timeout daemon.limits.flow_max_duration daemon.limits.memory daemon.limits.peer_connections daemon.limits.peer_flows_per_second daemon.limits.peer_memory daemon.watch listener.idle_timeout listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode capture.refuse \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
@@ -531,4 +531,19 @@ fn the_examples_are_configurations() {
         }
     }
     assert!(seen >= 7, "{seen} examples");
+}
+
+#[test]
+fn the_admin_interface_listens_on_loopback_only() {
+    let admin = |keys: &str| mistakes(&format!("[admin]\n{keys}\n{GOOD}"));
+    let said = admin("listen = \"0.0.0.0:15000\"");
+    assert!(
+        said.len() == 1 && said[0].starts_with("2:10: admin.listen: is not a loopback address"),
+        "{said:?}"
+    );
+    let said = admin("write_over_tcp = true");
+    assert!(said.len() == 1 && said[0].contains("has no effect without listen"), "{said:?}");
+    let config = parse(&format!("[admin]\nlisten = \"[::1]:1\"\nsocket = \"a.sock\"\n{GOOD}")).unwrap();
+    assert_eq!(config.admin.socket, Some(PathBuf::from("etc/a.sock")));
+    assert_eq!(config.admin.listen, Some("[::1]:1".parse().unwrap()));
 }

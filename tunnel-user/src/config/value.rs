@@ -16,7 +16,8 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, Bypass, CheckKind, ClientAuth, OnFailure, Peers, PolicyAction, PolicyMode, Protocol, Relay,
+    Balance, Bypass, Bytes, CheckKind, ClientAuth, OnFailure, Peers, PolicyAction, PolicyMode, Protocol,
+    Relay,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
@@ -293,6 +294,42 @@ impl Value for NonZeroUsize {
     }
     fn show(&self) -> Json {
         json!(self)
+    }
+}
+
+impl Value for Bytes {
+    fn schema() -> Json {
+        json!({ "type": "string", "pattern": "^[0-9]+(KiB|MiB|GiB)$", "examples": ["512MiB", "2GiB"] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        let text = cell.text("a size in quotes, such as \"512MiB\" or \"2GiB\"")?;
+        parse_bytes(text).map_or_else(|e| cell.wrong(format!("\"{text}\": {e}")), Some)
+    }
+    fn show(&self) -> Json {
+        let Self(n) = *self;
+        match [(30, "GiB"), (20, "MiB")].into_iter().find(|(shift, _)| n.is_multiple_of(1 << shift)) {
+            Some((shift, unit)) => json!(format!("{}{unit}", n >> shift)),
+            None => json!(format!("{}KiB", n >> 10)),
+        }
+    }
+}
+
+/// Reads `64KiB`, `512MiB`, `2GiB`. At least 1 MiB: with less nothing moves.
+fn parse_bytes(text: &str) -> Result<Bytes, &'static str> {
+    const WANTED: &str = "must be a number and a unit: 512KiB, 64MiB, 2GiB";
+    const MIN: u64 = 1 << 20;
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let number: u64 = text[..digits].parse().map_err(|_| WANTED)?;
+    let unit = match &text[digits..] {
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return Err(WANTED),
+    };
+    match number.checked_mul(unit) {
+        Some(n) if n >= MIN => Ok(Bytes(n)),
+        Some(_) => Err("must be at least 1MiB"),
+        None => Err("is more than there is"),
     }
 }
 

@@ -57,6 +57,9 @@ pub(super) fn require_same(now: &Config, next: &Config) -> Result<(), Failure> {
     if let Some(key) = now.daemon.bootstrap.differs_in(&next.daemon.bootstrap) {
         return fixed(&format!("daemon.{key}"));
     }
+    if now.admin != next.admin {
+        return fixed("[admin]");
+    }
     for capture in &next.captures {
         let Some(before) = now.captures.iter().find(|c| c.cgroup.name() == capture.cgroup.name()) else {
             continue;

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::{Running, layers::Owner};
 use crate::{
     config::{CheckFiles, Config},
-    process::files,
+    process::{exit::Failure, files},
 };
 
 /// See the module.
@@ -68,8 +68,9 @@ impl ConfigFile {
     /// Whether what it says is in force.
     pub(super) async fn reload(&mut self, running: &mut Running, asked: bool) -> bool {
         let file = self.file.display().to_string();
-        let failed = |e: &dyn std::fmt::Display| {
+        let failed = |running: &mut Running, e: &dyn std::fmt::Display| {
             tracing::error!("failed to reload {file}: {e}; keeping the previous configuration");
+            running.notes.reloaded(Err(e));
             false
         };
         let text = match fs::read_to_string(&self.file) {
@@ -79,7 +80,7 @@ impl ConfigFile {
                 tracing::debug!("{file}: {e}");
                 return true;
             }
-            Err(e) => return failed(&e),
+            Err(e) => return failed(running, &e),
         };
         if text == self.text && !asked {
             return true;
@@ -87,18 +88,21 @@ impl ConfigFile {
         self.text = text;
         let config = match Config::parse(&self.text, &self.file, CheckFiles::Yes) {
             Ok(config) => config,
-            Err(e) => return failed(&e),
+            Err(e) => return failed(running, &e),
         };
         let watch = config.daemon.watch;
         match running.set_layer(Owner::FILE, config).await {
-            Ok(changed) => tracing::info!(
-                file = %file,
-                listeners = changed.listeners,
-                captures = changed.captures,
-                upstreams = changed.upstreams,
-                "reloaded configuration"
-            ),
-            Err(e) => return failed(&e),
+            Ok(changed) => {
+                running.notes.reloaded::<Failure>(Ok(()));
+                tracing::info!(
+                    file = %file,
+                    listeners = changed.listeners,
+                    captures = changed.captures,
+                    upstreams = changed.upstreams,
+                    "reloaded configuration"
+                );
+            }
+            Err(e) => return failed(running, &e),
         }
         self.watch(watch);
         true

@@ -7,6 +7,7 @@ use super::{
     reconcile::{Gate, Step},
 };
 use crate::{
+    admin::view,
     config::Config,
     identity::{
         provider::Subscription,
@@ -49,6 +50,16 @@ impl Identities {
     pub(super) fn is_same(&self, other: &Self, name: &IdentityName) -> bool {
         let store = |of: &Self| of.0.get(name).map(|identity| Arc::as_ptr(&identity.store));
         store(self) == store(other)
+    }
+
+    /// What operators may know of them.
+    pub(super) fn describe(&self) -> Vec<view::Identity> {
+        let each = self.0.iter().map(|(name, Identity { store, .. })| {
+            let (origin, chain, roots) = store.describe();
+            let identity = store.identity().map(|identity| identity.to_string());
+            view::Identity { name: name.to_string(), origin, identity, chain, roots }
+        });
+        each.collect()
     }
 
     /// The one of this name.

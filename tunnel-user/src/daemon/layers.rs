@@ -7,7 +7,10 @@
 //! - A name is defined in one layer.
 //! - `[daemon]` is the lowest layer's. Routes of a lower layer come before those of a higher one.
 
-use std::{collections::BTreeMap, fmt::Display};
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display},
+};
 
 use crate::{
     config::Config,
@@ -23,6 +26,15 @@ impl Owner {
     pub(super) const FILE: Self = Self(0);
 }
 
+impl Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::FILE => f.write_str("file"),
+            Self(number) => write!(f, "layer {number}"),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Layers(BTreeMap<Owner, Config>);
@@ -33,6 +45,14 @@ impl Layers {
         let mut next = self.clone();
         next.0.insert(owner, layer);
         next
+    }
+
+    /// What each of them says, by whose it is.
+    pub(super) fn describe(&self) -> serde_json::Value {
+        let each = self.0.iter().map(|(owner, config)| {
+            serde_json::json!({ "source": owner.to_string(), "config": &*config.effective })
+        });
+        each.collect()
     }
 
     /// What all of them want together.

@@ -32,9 +32,15 @@ pub(super) struct Leavers {
     seen: u64,
     looked: Option<Instant>,
     warned: Option<Instant>,
+    warnings: u64,
 }
 
 impl Leavers {
+    /// How often it has warned.
+    pub(super) fn warnings(&self) -> u64 {
+        self.warnings
+    }
+
     /// Looks, if it is time to.
     pub(super) fn look(&mut self, group: &Group, processes: &[u32]) {
         if processes.len() <= FEW || self.looked.is_none_or(|at| at.elapsed() >= EVERY) {
@@ -66,6 +72,7 @@ impl Leavers {
             return;
         }
         self.warned = Some(Instant::now());
+        self.warnings += 1;
         let name = fs::read_to_string(format!("/proc/{first}/comm")).unwrap_or_default();
         let at = fs::read_to_string(format!("/proc/{first}/cgroup")).unwrap_or_default();
         let at = at.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or_default();

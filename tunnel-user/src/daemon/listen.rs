@@ -141,6 +141,7 @@ impl<'p> Opener<'p> {
             max_streams: wanted.max_streams.get(),
             keepalive_interval: wanted.keepalive_interval,
             keepalive_timeout: wanted.keepalive_timeout,
+            idle_timeout: wanted.idle_timeout,
         });
         let opened = self.open(wanted.address, OnClose::Deliver)?;
         let bound = bound(&opened, wanted.address);

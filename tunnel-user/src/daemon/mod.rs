@@ -8,8 +8,10 @@
 //!   everything as it was.
 //! - Only this room wires others together.
 
+mod admin;
 mod bootstrap;
 mod captures;
+mod explain;
 mod file;
 mod following;
 mod identities;
@@ -88,6 +90,7 @@ pub struct Running {
     shared: Option<Arc<Shared>>,
     discover: Discover,
     duties: Duties,
+    notes: admin::Notes,
     /// Looks at other people's rules, and ends.
     looking: Option<thread::JoinHandle<()>>,
 }
@@ -177,6 +180,7 @@ fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Star
         discover: Discover::new(process.own.clone(), process.workers),
         process,
         duties: Duties::new(),
+        notes: admin::Notes::default(),
         looking: None,
     };
     let config = running.layers.merged()?;

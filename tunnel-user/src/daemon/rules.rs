@@ -10,14 +10,19 @@ use crate::{
     sources::capture::rules::{self, Pattern, Patterns, Rules, Step},
 };
 
-/// The rules of one capture.
-pub(super) fn compile(wanted: &config::Capture, config: &Config) -> Result<Rules, Failure> {
-    let said = Patterns {
+/// What a capture says.
+pub(super) fn said(wanted: &config::Capture) -> Patterns {
+    Patterns {
         default_exclude: patterns(&DEFAULT_EXCLUDE.map(AddrPattern::net_only)),
         include: patterns(&wanted.include),
         refuse: patterns(&wanted.refuse),
         exclude: patterns(&wanted.exclude),
-    };
+    }
+}
+
+/// The rules of one capture.
+pub(super) fn compile(wanted: &config::Capture, config: &Config) -> Result<Rules, Failure> {
+    let said = said(wanted);
     // Another proxy knows nothing of our routes.
     let routes = wanted.proxy.is_none().then(|| {
         let routes = fixed(&config.routes, wanted.name.as_deref());

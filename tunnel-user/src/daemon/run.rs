@@ -5,8 +5,9 @@
 
 use std::{os::unix::net::UnixStream, path::Path, time::Duration};
 
-use super::{Options, Running, begin, control_runtime, file::ConfigFile, lifecycle::Lifecycle, other};
+use super::{Options, Running, admin, begin, control_runtime, file::ConfigFile, lifecycle::Lifecycle, other};
 use crate::{
+    admin::{Admin, Command},
     config::Config,
     daemon::takeover::{self, Listeners, Offer, TakeoverError},
     process::{
@@ -30,6 +31,7 @@ enum Event {
     TakeOver(Result<UnixStream, TakeoverError>),
     ReopenLogs,
     FeedWatchdog,
+    Asked(Command),
 }
 
 /// Until a signal ends it, or another daemon takes over. A second signal ends the draining. `file` names the daemon: the
@@ -43,9 +45,11 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         let mut reopen = Reopen::new().map_err(signal_failed)?;
         // Before it is used: a change in between is seen.
         let mut source = file.map(|file| ConfigFile::new(file, config.daemon.watch));
+        let bound = admin::bind(&config, file, take_over)?;
         let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
         let (mut running, took_over) = start(config, file.filter(|_| take_over), passed)?;
         running.workers.in_force().await;
+        let mut admin = bound.map(|bound| running.serve_admin(bound, file)).transpose()?;
         lifecycle.ready(&running, took_over);
         let mut offer = None;
         let why = loop {
@@ -57,6 +61,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                 () = reopen.next() => Event::ReopenLogs,
                 () = changed(&mut source) => Event::Reload { asked: false },
                 stream = requested(file, &mut offer) => Event::TakeOver(stream),
+                command = asked(&mut admin) => Event::Asked(command),
             };
             match (event, &mut source) {
                 (Event::Stop(why), _) => break why,
@@ -72,6 +77,11 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                     lifecycle.reloaded(&running, true);
                 }
                 (Event::ReopenLogs, _) => running.reopen_access_logs(),
+                (Event::Asked(command), _) => {
+                    if let Some(why) = running.answer(command) {
+                        break why;
+                    }
+                }
                 (Event::TakeOver(Err(e)), _) => tracing::warn!("{e}"),
                 (Event::TakeOver(Ok(stream)), _) => {
                     // The new daemon makes the same offer as soon as it runs.
@@ -90,7 +100,10 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         drop((offer, source));
         tracing::info!("{why}: draining");
         lifecycle.stopping(why, running.config.daemon.drain_timeout);
-        stop(running, &mut signals).await
+        // The admin interface is there until the last flow has ended.
+        let stopped = stop(running, &mut signals).await;
+        drop(admin);
+        stopped
     })
 }
 
@@ -158,6 +171,14 @@ async fn requested(file: Option<&Path>, offer: &mut Option<Offer>) -> Result<Uni
                 tokio::time::sleep(OFFER_RETRY).await;
             }
         }
+    }
+}
+
+/// What the admin interface asks.
+async fn asked(admin: &mut Option<Admin>) -> Command {
+    match admin {
+        Some(admin) => admin.command().await,
+        None => std::future::pending().await,
     }
 }
 

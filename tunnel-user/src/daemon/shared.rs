@@ -8,13 +8,14 @@ use crate::{
     kernel::version::{Feature, Kernel},
     observe::{access_log::Logs, traces::Tracer},
     process::{
+        books::PeerLimits,
         exit::{Cause, Failure},
-        limits,
+        limits, memory,
     },
     relay::{self, PathKind},
     routing::{policy::Policies, router::Router},
     sinks::dial::Dialer,
-    worker::Shared,
+    worker::{Limits, Shared, Timeouts},
 };
 
 /// `bound` are the addresses of the listeners for CONNECT requests.
@@ -43,9 +44,28 @@ pub(super) fn shared(
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: process.keep_records,
+        limits: limits_of(config, process.workers),
         access_logs,
         tracer,
     })
+}
+
+/// What one of so many workers gives peers and flows.
+fn limits_of(config: &Config, workers: usize) -> Limits {
+    let limits = &config.daemon.limits;
+    let bytes = |set: Option<config::Bytes>| set.map(|config::Bytes(n)| n);
+    let (memory, peer_memory) = memory::budget(bytes(limits.memory), bytes(limits.peer_memory));
+    let share = u64::try_from(workers).unwrap_or(u64::MAX);
+    let rate = limits.peer_flows_per_second.get();
+    Limits {
+        memory: memory / share,
+        peer_memory: peer_memory / share,
+        peer: PeerLimits {
+            connections: limits.peer_connections.get().div_ceil(workers),
+            flows_per_second: rate.div_ceil(u32::try_from(workers).unwrap_or(rate)),
+        },
+        flows: Timeouts { idle: limits.flow_idle_timeout, most: limits.flow_max_duration },
+    }
 }
 
 /// Says that descriptors allow fewer flows than the configuration.

@@ -16,6 +16,7 @@ use crate::{
         drain::{self, Phase, Trigger},
         exit::Failure,
     },
+    proxy::questions::{self, Asked},
     worker::{self, Report, Start, State},
 };
 
@@ -26,7 +27,7 @@ pub(super) struct Workers {
     /// A number for all of them to say again.
     question: watch::Sender<u64>,
     threads: Vec<Thread>,
-    counters: Vec<Arc<Counters>>,
+    asked: Vec<Asked>,
 }
 
 struct Thread {
@@ -44,25 +45,27 @@ impl Workers {
             states: watch::Sender::new(None),
             question: watch::Sender::new(0),
             threads: Vec::new(),
-            counters: Vec::new(),
+            asked: Vec::new(),
         };
         for index in 0..number {
             let counters = Arc::new(Counters::default());
+            let (asked, questions) = questions::questions(Arc::clone(&counters));
             let (tell, in_force) = watch::channel(0);
             let (say, answer) = watch::channel(0);
             let start = Start {
                 index,
-                counters: Arc::clone(&counters),
+                counters,
                 states: workers.states.subscribe(),
                 in_force: tell,
                 question: workers.question.subscribe(),
                 answer: say,
                 watch: phase.clone(),
+                questions,
             };
             let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(|| worker::run(start));
             let handle = thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?;
             workers.threads.push(Thread { handle, in_force, answer });
-            workers.counters.push(counters);
+            workers.asked.push(asked);
         }
         Ok(workers)
     }
@@ -125,11 +128,16 @@ impl Workers {
         report
     }
 
+    /// By which they are asked.
+    pub(super) fn asked(&self) -> &[Asked] {
+        &self.asked
+    }
+
     /// Their counters, summed.
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut sums: Vec<(&'static str, u64)> = Vec::new();
-        for counters in &self.counters {
-            for (i, (name, n)) in counters.all().into_iter().enumerate() {
+        for worker in &self.asked {
+            for (i, (name, n)) in worker.counters.all().into_iter().enumerate() {
                 match sums.get_mut(i) {
                     Some((_, sum)) => *sum += n,
                     None => sums.push((name, n)),
@@ -177,12 +185,13 @@ mod tests {
         config,
         kernel::own::OwnListeners,
         model::names::SourceName,
+        process::books::PeerLimits,
         relay::PathKind,
         routing::{policy::Policies, router::Router},
         sinks::dial::Dialer,
         sources::capture::accept::Origins,
         transport::tcp::{self, OnClose},
-        worker::{CaptureSocket, Listening, Shared, Sockets, Source},
+        worker::{CaptureSocket, Limits, Listening, Shared, Sockets, Source, Timeouts},
     };
 
     fn shared() -> Arc<Shared> {
@@ -197,6 +206,12 @@ mod tests {
             dial_timeout: config::DIAL_TIMEOUT,
             drain_timeout: Duration::from_secs(1),
             keep_records: false,
+            limits: Limits {
+                memory: 1 << 30,
+                peer_memory: 1 << 28,
+                peer: PeerLimits { connections: 10, flows_per_second: 1000 },
+                flows: Timeouts::default(),
+            },
             access_logs: Default::default(),
             tracer: None,
         })

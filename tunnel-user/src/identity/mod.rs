@@ -1,6 +1,7 @@
 //! Who we are and whom we trust.
 
 mod constraints;
+pub mod describe;
 mod files;
 pub mod peer;
 mod pem;

@@ -12,6 +12,7 @@ use rustls::{ClientConfig, ServerConfig};
 use crate::{
     config::Protocol,
     identity::{
+        describe::Certificate,
         provider::{IdentityError, IdentityProvider, Subscription},
         tls::{TlsIdentity, Wanted},
         verify::PeerRejected,
@@ -75,6 +76,11 @@ impl TlsStore {
     /// See [`TlsIdentity::hint`].
     pub(crate) fn hint(&self) -> Option<Arc<str>> {
         self.current.load().hint()
+    }
+
+    /// See [`TlsIdentity::describe`].
+    pub fn describe(&self) -> (String, Vec<Certificate>, Vec<Certificate>) {
+        self.current.load().describe()
     }
 
     /// Who we are to our peers now.

@@ -27,6 +27,7 @@ use crate::{
     config::Protocol,
     identity::{
         constraints::{Constrained, constrained, unsupported},
+        describe::Certificate,
         peer::peer_identity,
         provider::{IdentityError, IdentityProvider, Material},
         verify::{ClientVerifier, PeerRejected, ServerVerifier, check_expiry, names_pass},
@@ -79,6 +80,9 @@ pub struct TlsIdentity {
     /// Why a peer may refuse our certificate without being able to say so.
     hint: Option<Arc<str>>,
     roots: Arc<RootCertStore>,
+    /// Where it is from, and what its roots say, for operators.
+    origin: String,
+    trusted: Vec<Certificate>,
     /// Those of the roots that constrain names.
     constrained: Arc<[Constrained]>,
     server_verifier: Arc<WebPkiServerVerifier>,
@@ -100,6 +104,7 @@ impl TlsIdentity {
     pub(crate) fn new(material: Material) -> Result<Self, IdentityError> {
         let Material { certificate: key, bundle, origin, fingerprint } = material;
         let constrained: Arc<[Constrained]> = constrained(&bundle.certificates).into();
+        let trusted = bundle.certificates.iter().map(Certificate::read).collect();
         let roots = Arc::new(bundle.store);
         let unusable =
             |e: VerifierBuilderError| IdentityError::Roots { origin: origin.clone(), why: e.to_string() };
@@ -125,6 +130,8 @@ impl TlsIdentity {
             fingerprint,
             hint: hint.map(Into::into),
             roots,
+            origin,
+            trusted,
             constrained,
             server_verifier,
             client_verifier,
@@ -136,6 +143,11 @@ impl TlsIdentity {
     /// Who we are to our peers. `None` when the certificate carries no name.
     pub fn identity(&self) -> Option<&Identity> {
         self.identity.as_ref()
+    }
+
+    /// Where it is from, what its certificates say, and what its roots say.
+    pub fn describe(&self) -> (String, Vec<Certificate>, Vec<Certificate>) {
+        (self.origin.clone(), self.key.cert.iter().map(Certificate::read).collect(), self.trusted.clone())
     }
 
     /// Why a peer may refuse our certificate without being able to say so.

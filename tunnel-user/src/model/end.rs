@@ -77,6 +77,8 @@ reasons! {
     ClientReset = "client_reset", Client, None, None;
     /// The client's HTTP/2 or TLS connection was lost, and its streams with it.
     ClientLost = "client_lost", Client, None, None;
+    /// The client's HTTP/2 connection was closed because the client flooded it.
+    ClientFlood = "client_flood", Client, None, None;
     /// The client acknowledged nothing for as long as the keep-alive settings allow.
     ClientTimeout = "client_timeout", Client, None, None;
     /// The client left before the target had answered.
@@ -91,6 +93,10 @@ reasons! {
     DrainTimeout = "drain_timeout", Us, None, None;
     /// A policy or a route that came in force since does not allow it any more.
     PolicyChanged = "policy_changed", Us, None, None;
+    /// No byte has moved for as long as a flow may be idle.
+    IdleTimeout = "idle_timeout", Us, None, None;
+    /// It has lasted as long as a flow may.
+    MaxDuration = "max_duration", Us, None, None;
     /// An operator ended it.
     Killed = "killed", Us, None, None;
     /// This process could not carry it on.
@@ -116,6 +122,12 @@ reasons! {
     FlowLimit = "flow_limit", Us, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
     /// As many flows as one peer gets are there.
     PeerLimit = "peer_limit", Client, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
+    /// As many new flows as one peer gets in a second have begun.
+    PeerRate = "peer_rate", Client, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
+    /// As much memory as one peer gets is in use.
+    PeerMemory = "peer_memory", Client, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
+    /// As much memory as there is for all peers is in use.
+    MemoryLimit = "memory_limit", Us, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
     /// As much as this upstream gets is in use.
     UpstreamLimit = "upstream_limit", Us, Some(S::SERVICE_UNAVAILABLE), Some("connection_limit_reached");
 

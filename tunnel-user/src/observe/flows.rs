@@ -15,12 +15,13 @@ use std::{
     future::{Future, poll_fn},
     ops::Deref,
     rc::Rc,
+    str::FromStr,
     sync::{
         Arc,
         atomic::{AtomicU16, Ordering},
     },
     task::{Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde::{Serialize, Serializer};
@@ -51,6 +52,21 @@ impl fmt::Display for FlowId {
     }
 }
 
+impl FromStr for FlowId {
+    type Err = NoFlowId;
+
+    fn from_str(text: &str) -> Result<Self, NoFlowId> {
+        let (worker, number) = text.split_once('-').ok_or(NoFlowId)?;
+        let parsed = (worker.parse().map_err(|_| NoFlowId)?, number.parse().map_err(|_| NoFlowId)?);
+        Ok(Self { worker: parsed.0, number: parsed.1 })
+    }
+}
+
+/// A text that no flow is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is not the id of a flow, which is two numbers such as 0-1234")]
+pub struct NoFlowId;
+
 impl Serialize for FlowId {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.collect_str(self)
@@ -72,6 +88,21 @@ pub enum CurrentPath {
     Bypass,
 }
 
+impl CurrentPath {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Copy, Self::Pipe, Self::Splice, Self::Bypass];
+
+    /// The word by which programs know it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Pipe => "pipe",
+            Self::Splice => "splice",
+            Self::Bypass => "bypass",
+        }
+    }
+}
+
 /// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part comes late: when the program
 /// needs us, or when [`Registry`]'s owner asks.
 #[derive(Clone, Debug)]
@@ -86,6 +117,8 @@ pub struct Meter {
     pub path: Cell<CurrentPath>,
     /// How long after its start the first byte from the target was passed on.
     pub first_byte: Cell<Option<Micros>>,
+    /// What had moved when that was last asked, and at what age of the flow, in seconds, it first was as much.
+    quiet: Cell<(u64, u32)>,
 }
 
 impl Default for Meter {
@@ -98,7 +131,14 @@ impl Meter {
     /// That of a flow which was accepted then.
     pub fn new(started: Instant) -> Self {
         let (sent, received) = (Cell::default(), Cell::default());
-        Self { started, sent, received, path: Cell::default(), first_byte: Cell::default() }
+        Self {
+            started,
+            sent,
+            received,
+            path: Cell::default(),
+            first_byte: Cell::default(),
+            quiet: Cell::default(),
+        }
     }
 
     /// To be told after bytes may have been passed on.
@@ -106,6 +146,17 @@ impl Meter {
         if self.first_byte.get().is_none() && self.received.get() > 0 {
             self.first_byte.set(Some(self.started.elapsed().into()));
         }
+    }
+
+    /// Whether nothing has moved for so long on a flow of this age, as far as is known to who asks every second.
+    pub fn is_idle(&self, age: Duration, idle: Duration) -> bool {
+        let moved = self.sent.get() + self.received.get();
+        let (before, since) = self.quiet.get();
+        if before == moved {
+            return age.saturating_sub(Duration::from_secs(since.into())) >= idle;
+        }
+        self.quiet.set((moved, u32::try_from(age.as_secs()).unwrap_or(u32::MAX)));
+        false
     }
 }
 
@@ -226,6 +277,17 @@ pub struct Snapshot {
     pub record: Record,
 }
 
+/// All flows of a registry together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Bytes from clients, of flows that are gone and of those that are here.
+    pub sent: u64,
+    /// Bytes from targets.
+    pub received: u64,
+    /// Flows that are here, by [`CurrentPath`].
+    pub live: [usize; CurrentPath::ALL.len()],
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Registry {
@@ -282,6 +344,19 @@ impl Registry {
             *place = Some(Rc::clone(&flow));
         }
         Open { registry: Rc::clone(self), flow }
+    }
+
+    /// How many there are by each path, and the bytes from clients and from targets that all flows have moved: those that are
+    /// gone, and those that are here.
+    pub fn totals(&self) -> Totals {
+        let [sent, received] = self.gone.get();
+        let mut totals = Totals { sent, received, ..Totals::default() };
+        for flow in self.slots.borrow().flows.iter().flatten() {
+            totals.sent += flow.meter.sent.get();
+            totals.received += flow.meter.received.get();
+            totals.live[flow.meter.path.get() as usize] += 1;
+        }
+        totals
     }
 
     /// How many there are.
@@ -484,10 +559,10 @@ mod tests {
 
     #[test]
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
-        // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; and two pointers, to what it was
-        // admitted with and to why it ends.
+        // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved; and
+        // two pointers, to what it was admitted with and to why it ends.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
-        assert!(added <= 96, "{added}");
+        assert!(added <= 112, "{added}");
         // One for each listener that it passed in this process, beside the names and headers of its request.
         assert!(size_of::<Admission>() <= 224, "{}", size_of::<Admission>());
     }

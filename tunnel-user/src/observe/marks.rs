@@ -25,6 +25,11 @@ impl From<Duration> for Micros {
 }
 
 impl Micros {
+    /// As a duration.
+    pub fn length(self) -> Duration {
+        Duration::from_micros(self.0.get().into())
+    }
+
     /// In milliseconds.
     pub fn millis(self) -> f64 {
         f64::from(self.0.get()) / 1e3

@@ -2,8 +2,10 @@
 
 pub mod access_log;
 pub mod flows;
+pub mod histogram;
 pub mod marks;
 pub mod policies;
+pub mod recent;
 pub mod repeats;
 pub mod stats;
 pub mod telemetry;

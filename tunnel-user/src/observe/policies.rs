@@ -16,6 +16,9 @@ pub const POLICIES_MAX: usize = 256;
 /// The name of the others.
 pub const OTHER: &str = "other";
 
+/// A policy's name, and its counters with their names.
+pub type Counted = (Arc<str>, [(&'static str, u64); 4]);
+
 /// Counters of one policy on one worker, its only writer.
 #[derive(Debug, Default)]
 pub struct PolicyHits {
@@ -58,7 +61,7 @@ impl PolicyCounters {
     }
 
     /// Every policy that has counted something, with its counters.
-    pub fn all(&self) -> Vec<(Arc<str>, [(&'static str, u64); 4])> {
+    pub fn all(&self) -> Vec<Counted> {
         let by_name = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let all = by_name.iter().map(|(name, hits)| (Arc::clone(name), hits.all()));
         all.filter(|(_, counters)| counters.iter().any(|(_, n)| *n > 0)).collect()

@@ -16,6 +16,7 @@ use std::{
 
 use serde::{Serialize, Serializer, ser::SerializeStructVariant as _};
 
+use super::histogram::Histogram;
 use super::{
     flows::{CurrentPath, Meter},
     marks::Phases,
@@ -39,14 +40,23 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: Counter,)*
             /// Flows by how they ended.
             pub ended: Ended,
+            /// Connections to listeners that were rejected, by the check that they failed.
+            pub rejected: Rejected,
+            /// How long things took.
+            pub durations: Durations,
             /// What each policy did.
             pub policies: PolicyCounters,
         }
 
         impl Counters {
+            /// Those that are no flows by how they ended, with their names.
+            pub fn named(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.get()),)*]
+            }
+
             /// Every counter with its name.
             pub fn all(&self) -> Vec<(&'static str, u64)> {
-                let mut all = vec![$((stringify!($name), self.$name.get()),)*];
+                let mut all = self.named();
                 all.extend(EndReason::ALL.map(|reason| (reason.counter(), self.ended.of(reason).get())));
                 all
             }
@@ -55,7 +65,11 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Flows that reached their target.
+    /// Flows that have reached their target.
+    flows_opened,
+    /// Of those: dialled from here, and not through an upstream.
+    flows_dialled,
+    /// Flows that reached their target, and have ended.
     flows,
     /// Of those: ended by a reset.
     flows_reset,
@@ -91,6 +105,12 @@ counters! {
     bad_requests,
     /// Peers that failed the handshake or were not let in.
     handshakes_failed,
+    /// Of those: their place was needed for another.
+    handshakes_evicted,
+    /// Of those: their peer had as many connections as one gets.
+    connections_over_limit,
+    /// Of those: the memory for peers was in use.
+    connections_without_memory,
     /// Accepted connections without an original destination.
     no_origin,
     /// Accepted connections whose original destination was our own capture listener.
@@ -99,6 +119,8 @@ counters! {
     over_limit,
     /// Tunnel connections accepted.
     tunnels_accepted,
+    /// Of those: closed because their peer flooded them.
+    tunnels_flooded,
 }
 
 /// A counter with one writer.
@@ -133,6 +155,78 @@ impl Ended {
     pub fn of(&self, reason: EndReason) -> &Counter {
         // It has one for each.
         &self.0[reason as usize]
+    }
+}
+
+/// Durations of one worker.
+#[derive(Debug, Default)]
+pub struct Durations {
+    /// From the arrival of a flow until its target was reached.
+    pub connect: Histogram,
+    /// From there, too, until the first byte of its target.
+    pub first_byte: Histogram,
+    /// From there, too, until its end, of those that had reached their target.
+    pub flow: Histogram,
+    /// From the arrival of a connection at a listener until its handshake was complete.
+    pub handshake: Histogram,
+}
+
+macro_rules! checks {
+    ($($(#[$doc:meta])* $name:ident = $word:literal,)*) => {
+        /// What a connection to a listener has to pass before its first request.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Check {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Check {
+            /// All of them.
+            pub const ALL: [Self; [$($word),*].len()] = [$(Self::$name),*];
+
+            /// The word by which programs know it.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$name => $word,)* }
+            }
+        }
+    };
+}
+
+checks! {
+    /// TLS, or the certificate.
+    Tls = "tls",
+    /// What is spoken on it.
+    Http = "http",
+    /// The PROXY protocol in front of it.
+    ProxyProtocol = "proxy_protocol",
+    /// In time.
+    Timeout = "timeout",
+    /// Before its place was needed for another.
+    Crowded = "crowded",
+    /// The peer stayed.
+    Gone = "gone",
+    /// No flood of frames.
+    Flood = "flood",
+    /// Fewer connections of its peer than one gets.
+    PeerConnections = "peer_connections",
+    /// Memory for peers.
+    Memory = "memory",
+}
+
+/// A counter for each [`Check`].
+#[derive(Debug)]
+pub struct Rejected([Counter; Check::ALL.len()]);
+
+impl Default for Rejected {
+    fn default() -> Self {
+        Self(Check::ALL.map(|_| Counter::default()))
+    }
+}
+
+impl Rejected {
+    /// That of one check.
+    pub fn by(&self, check: Check) -> &Counter {
+        // It has one for each.
+        &self.0[check as usize]
     }
 }
 

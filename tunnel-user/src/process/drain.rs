@@ -34,6 +34,11 @@ pub fn channel() -> (Trigger, Watch) {
 }
 
 impl Trigger {
+    /// Another one that hears of it.
+    pub fn watch(&self) -> Watch {
+        Watch(self.0.subscribe())
+    }
+
     /// Moves on, never back. Nobody may be left to hear it.
     pub fn enter(&self, phase: Phase) {
         self.0.send_if_modified(|now| {
@@ -45,6 +50,11 @@ impl Trigger {
 }
 
 impl Watch {
+    /// Whether the phase is past [`Phase::Run`].
+    pub fn is_draining(&self) -> bool {
+        *self.0.borrow() != Phase::Run
+    }
+
     /// Ready once the phase is past [`Phase::Run`].
     pub async fn draining(&mut self) {
         // A trigger that is gone means stop.

@@ -20,14 +20,15 @@ use crate::{
     },
     observe::{
         marks::Marks,
-        stats::{Destination, Record},
+        stats::{Destination, Record, Via},
     },
+    process::books::Connected,
     relay::{Ahead, Early, EarlySource, Leg, Queue},
     routing::{flow::Flow, router::Decision, sniff::sniff},
     sinks::upstream::headers::received_trace,
     sources::{
         Answered, Event, FlowHandler, Incoming, Peer, PendingRequest, SourceHandle,
-        listener::request::Malformed,
+        listener::{accept::ServeError, request::Malformed},
     },
 };
 
@@ -38,9 +39,10 @@ impl FlowHandler for Proxy {
         Client::Application { source: Rc::clone(source), addr }
     }
 
-    fn peer(&self, source: &Rc<SourceHandle>, peer: Peer) -> Client {
+    fn peer(&self, source: &Rc<SourceHandle>, peer: Peer) -> Result<(Client, Connected), ServeError> {
+        let (books, connected) = self.connect(&peer)?;
         self.counters.tunnels_accepted.add(1);
-        Client::new_peer(Rc::clone(source), peer, self.setup())
+        Ok((Client::new_peer(Rc::clone(source), peer, self.setup(), books), connected))
     }
 
     fn carry<P: PendingRequest>(
@@ -70,7 +72,7 @@ async fn establish<P: PendingRequest>(
 ) -> Option<(P::Leg, Box<EstablishedFlow>)> {
     let started = Instant::now();
     let Incoming { target, head, request } = incoming;
-    let permit = proxy.admit(client.account());
+    let permit = proxy.admit(&client);
     let (record, admitted) = match target {
         Ok(target) => (client.record(&target), permit.map(|permit| (permit, target))),
         Err(Malformed { authority, error }) => {
@@ -84,7 +86,7 @@ async fn establish<P: PendingRequest>(
         Err(refusal) => {
             let record = proxy.refused(&refusal, record, client.identity(), started);
             // An application may try as often as it likes: at the limit it would take the place of records of flows.
-            if !(client.is_application() && matches!(refusal, Refusal::Limit(_))) {
+            if !(client.is_application() && matches!(refusal, Refusal::Limit(_) | Refusal::SourceLimit(_))) {
                 proxy.records.push(record);
             }
             request.refuse(&refusal).await;
@@ -101,7 +103,7 @@ async fn establish<P: PendingRequest>(
         progress.record.trace = Some(Box::new(trace));
     }
     let admissions = RefCell::default();
-    let wanted = client.request(&proxy, &context, name.as_ref(), &target, head, &marks, &admissions);
+    let wanted = client.request(&proxy, &context, name.as_ref(), &target, head, (&marks, &admissions));
     let wanted = match wanted {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
@@ -194,6 +196,11 @@ impl Proxy {
                     }
                     let Progress { mut record, started, permit, marks } = progress;
                     self.trace(&mut record, started, marks, None);
+                    self.counters.flows_opened.add(1);
+                    self.counters.durations.connect.observe(started.elapsed());
+                    if matches!(record.via, Via::Direct(_)) {
+                        self.counters.flows_dialled.add(1);
+                    }
                     let live = self.flows.open(record, started, wanted.admissions.take().into());
                     // And while it was answered.
                     if !std::ptr::eq(wanted.setup, &*self.setup())

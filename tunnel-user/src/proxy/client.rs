@@ -10,6 +10,7 @@ use crate::{
     model::admission::Admission,
     model::flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
     observe::{marks::Marks, stats::Record},
+    process::books::Books,
     routing::{
         flow::Flow,
         index::{NOBODY, PeerSet},
@@ -37,6 +38,7 @@ pub struct KnownPeer {
     source: Rc<SourceHandle>,
     peer: Peer,
     context: RefCell<Rc<PeerContext>>,
+    books: Rc<Books>,
 }
 
 /// What one configuration says of a peer: looked up once for all its requests.
@@ -87,9 +89,9 @@ impl Context {
 
 impl Client {
     /// A peer that has completed its handshake.
-    pub(super) fn new_peer(source: Rc<SourceHandle>, peer: Peer, setup: Rc<Setup>) -> Self {
+    pub(super) fn new_peer(source: Rc<SourceHandle>, peer: Peer, setup: Rc<Setup>, books: Rc<Books>) -> Self {
         let context = RefCell::new(PeerContext::new(setup, peer.identity.as_ref(), peer.client));
-        Self::Peer(Rc::new(KnownPeer { source, peer, context }))
+        Self::Peer(Rc::new(KnownPeer { source, peer, context, books }))
     }
 
     pub(super) fn source(&self) -> &SourceHandle {
@@ -113,11 +115,11 @@ impl Client {
         }
     }
 
-    /// Of those whose share of the flows is limited: an application is the operator's own.
-    pub(super) fn account(&self) -> Option<Account> {
+    /// What its peer uses of this worker, or its capture: an application is the operator's own.
+    pub(super) fn books(&self) -> &Rc<Books> {
         match self {
-            Self::Application { .. } => None,
-            Self::Peer(known) => Some(Account::of(known.peer.identity.as_ref(), known.peer.client)),
+            Self::Application { source, .. } => source.books(),
+            Self::Peer(known) => &known.books,
         }
     }
 
@@ -151,7 +153,8 @@ impl Client {
         }
     }
 
-    /// Policy's word on what it asks for. `name`: the one of its source.
+    /// Policy's word on what it asks for. `name`: the one of its source. How far it gets, and with what, is noted in the last
+    /// argument.
     pub(super) fn request<'a>(
         &'a self,
         proxy: &Proxy,
@@ -159,8 +162,7 @@ impl Client {
         name: Option<&'a Arc<str>>,
         target: &'a Target,
         head: Option<Head<'a>>,
-        marks: &'a Marks,
-        admissions: &'a RefCell<Vec<Admission>>,
+        (marks, admissions): (&'a Marks, &'a RefCell<Vec<Admission>>),
     ) -> Result<FlowRequest<'a>, Refusal> {
         let setup = context.setup();
         let (source, direction, peer, permit) = match context {

@@ -10,6 +10,8 @@ use crate::{observe::repeats::Repeats, sinks::upstream::TunnelError};
 pub(super) struct LimitedLog {
     /// Connections of peers that did not get as far as a request.
     pub(super) handshakes: Repeats,
+    /// Connections of peers that flooded them.
+    pub(super) floods: Repeats,
     /// Connections to capture listeners that are no flows.
     pub(super) strays: Repeats,
     /// Times that a listener has as many tunnel connections as it takes.
@@ -29,6 +31,7 @@ impl Default for LimitedLog {
     fn default() -> Self {
         Self {
             handshakes: Repeats::default(),
+            floods: Repeats::default(),
             strays: Repeats::default(),
             full: Repeats::new(1),
             reports: Repeats::default(),
@@ -52,8 +55,12 @@ impl LimitedLog {
                 &self.denied
             }
             Refusal::Dial(_) => &self.dials,
-            Refusal::Limit(_) => &self.crowded,
-            Refusal::Tunnel(TunnelError::Limit { .. }) | Refusal::PeerLimit(_) => &self.limits,
+            Refusal::Limit(_) | Refusal::SourceLimit(_) => &self.crowded,
+            Refusal::Tunnel(TunnelError::Limit { .. })
+            | Refusal::PeerLimit(_)
+            | Refusal::PeerRate(_)
+            | Refusal::PeerMemory
+            | Refusal::Memory => &self.limits,
             Refusal::Tunnel(_) => &self.upstreams,
         }
     }
@@ -62,6 +69,7 @@ impl LimitedLog {
     pub(super) fn tell(&self) {
         for (repeats, what) in [
             (&self.handshakes, "rejected peer connections"),
+            (&self.floods, "connections of peers that were closed because of a flood"),
             (&self.strays, "connections to capture listeners that were reset"),
             (&self.full, "connections of peers that had to wait for another one's end"),
             (&self.reports, "requests that a policy in report mode would have decided otherwise"),

@@ -8,6 +8,7 @@ mod client;
 mod in_process;
 mod log;
 mod policy;
+pub mod questions;
 mod reach;
 mod refusal;
 
@@ -31,18 +32,23 @@ use crate::{
         stats::{Counters, Record, Records},
         traces::Tracer,
     },
-    process::{drain::Watch, limits},
+    process::{
+        books::{Books, Connected, Flowing, PeerLimits},
+        drain::Watch,
+        limits,
+        memory::Memory,
+    },
     relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
     sinks::{
         dial::Dialer,
         upstream::{TunnelError, Upstreams},
     },
-    sources::{Event, capture::accept::Stray},
+    sources::{Event, Peer, capture::accept::Stray, listener::accept::ServeError},
     transport::resolver::Lookups,
 };
 
-/// One peer leaves at least one in this many of a worker's flows to the others.
+/// One peer, or one capture beside other sources, leaves at least one in this many of a worker's flows to the others.
 const PEER_LEAVES: usize = 4;
 
 /// What all workers share of one configuration.
@@ -67,10 +73,34 @@ pub struct Shared {
     pub drain_timeout: Duration,
     /// Whether records of flows are kept.
     pub keep_records: bool,
+    /// What one worker gives peers and flows.
+    pub limits: Limits,
     /// Where flows have lines.
     pub access_logs: Logs,
     /// What makes spans of flows.
     pub tracer: Option<Arc<Tracer>>,
+}
+
+/// What one worker gives peers and flows.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes for all peers.
+    pub memory: u64,
+    /// Bytes for one peer.
+    pub peer_memory: u64,
+    /// What else there is for one peer.
+    pub peer: PeerLimits,
+    /// How long flows may last.
+    pub flows: Timeouts,
+}
+
+/// How long a flow may last.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Timeouts {
+    /// Without a byte.
+    pub idle: Option<Duration>,
+    /// In all.
+    pub most: Option<Duration>,
 }
 
 /// What flows are carried by.
@@ -95,6 +125,7 @@ impl Setup {
         before: Option<&Self>,
         counters: &Counters,
     ) -> Self {
+        Memory::of_this_worker().give(shared.limits.memory, shared.limits.peer_memory);
         let policies = shared.policies.names().iter().map(|name| counters.policies.of(name)).collect();
         let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
         let route_names = shared.router.names().map(|name| name.map(Arc::from)).collect();
@@ -122,8 +153,10 @@ pub struct Proxy {
     active: Cell<usize>,
     /// Whose turn it is to look a name up.
     lookups: Lookups<Account>,
-    /// Flows of each peer of our listeners.
-    peers: RefCell<HashMap<Account, usize>>,
+    /// What each peer of our listeners uses.
+    peers: RefCell<HashMap<Account, Rc<Books>>>,
+    /// What peers and their flows make this worker hold.
+    memory: Rc<Memory>,
     /// Told when the flows that are left are to end.
     stop: Watch,
 }
@@ -142,20 +175,12 @@ struct EstablishedFlow {
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.
 struct Permit {
     proxy: Rc<Proxy>,
-    account: Option<Account>,
+    _flowing: Flowing,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
         self.proxy.active.set(self.proxy.active.get() - 1);
-        let Some(account) = &self.account else { return };
-        let mut peers = self.proxy.peers.borrow_mut();
-        if let Some(active) = peers.get_mut(account) {
-            *active -= 1;
-            if *active == 0 {
-                peers.remove(account);
-            }
-        }
     }
 }
 
@@ -172,6 +197,7 @@ impl Proxy {
             log: LimitedLog::default(),
             active: Cell::default(),
             peers: RefCell::default(),
+            memory: Memory::of_this_worker(),
             stop,
         })
     }
@@ -213,19 +239,73 @@ impl Proxy {
     }
 
     /// A place for a flow of the operator's own applications, or of a peer. At the limit there is none.
-    fn admit(self: &Rc<Self>, account: Option<Account>) -> Result<Permit, Refusal> {
-        let most = self.setup.borrow().shared.flows_max;
-        let share = most - most / PEER_LEAVES;
-        let mut peers = self.peers.borrow_mut();
-        let active = account.as_ref().and_then(|a| peers.get(a).copied()).unwrap_or(0);
-        if self.active.get() >= most || active >= share {
-            return Err(if active >= share { Refusal::PeerLimit(share) } else { Refusal::Limit(most) });
+    fn admit(self: &Rc<Self>, client: &Client) -> Result<Permit, Refusal> {
+        let (most, peer) = {
+            let setup = self.setup.borrow();
+            (setup.shared.flows_max, setup.shared.limits.peer)
+        };
+        let (books, share) = (client.books(), most - most / PEER_LEAVES);
+        match client {
+            Client::Application { source, .. } => {
+                if books.flows() >= share && !source.is_alone() {
+                    return Err(Refusal::SourceLimit(share));
+                }
+            }
+            Client::Peer(_) => {
+                if books.flows() >= share {
+                    return Err(Refusal::PeerLimit(share));
+                }
+                if !books.may_begin(peer.flows_per_second) {
+                    return Err(Refusal::PeerRate(peer.flows_per_second));
+                }
+                if books.memory().is_full() {
+                    return Err(Refusal::PeerMemory);
+                }
+            }
+        }
+        if self.active.get() >= most {
+            return Err(Refusal::Limit(most));
+        }
+        if self.memory.is_full() {
+            return Err(Refusal::Memory);
         }
         self.active.set(self.active.get() + 1);
-        if let Some(account) = &account {
-            peers.insert(account.clone(), active + 1);
+        Ok(Permit { proxy: Rc::clone(self), _flowing: books.flow() })
+    }
+
+    /// What a peer uses of this worker.
+    fn books(&self, account: &Account) -> Rc<Books> {
+        let mut peers = self.peers.borrow_mut();
+        if let Some(books) = peers.get(account) {
+            return Rc::clone(books);
         }
-        Ok(Permit { proxy: Rc::clone(self), account })
+        Rc::clone(peers.entry(account.clone()).or_default())
+    }
+
+    /// A connection of a peer that has completed its handshake.
+    fn connect(&self, peer: &Peer) -> Result<(Rc<Books>, Connected), ServeError> {
+        let books = self.books(&Account::of(peer.identity.as_ref(), peer.client));
+        let most = self.setup.borrow().shared.limits.peer.connections;
+        if books.memory().is_full() || self.memory.is_full() {
+            return Err(ServeError::Memory);
+        }
+        let connected = books.connect(most).ok_or(ServeError::PeerConnections(most))?;
+        Ok((books, connected))
+    }
+
+    /// What is done once in a while: forgets peers that are gone, and ends flows whose time is over.
+    pub fn tick(&self) {
+        self.peers.borrow_mut().retain(|_, books| !books.is_unused());
+        let Timeouts { idle, most } = self.setup.borrow().shared.limits.flows;
+        if let Some(most) = most {
+            self.flows.end_where(EndReason::MaxDuration, |flow| flow.started().elapsed() >= most);
+        }
+        if let Some(idle) = idle {
+            self.flows.end_where(EndReason::IdleTimeout, |flow| {
+                flow.meter().is_idle(flow.started().elapsed(), idle)
+            });
+        }
+        self.log.tell();
     }
 
     /// Relays to the end, and books it.
@@ -259,6 +339,11 @@ impl Proxy {
         let cause = live.take_cause().filter(|_| matches!(outcome, Outcome::Ended(_))).unwrap_or_default();
         let id = live.id();
         let (mut record, started) = live.close();
+        let durations = &self.counters.durations;
+        if let Some(length) = record.phases.first_byte {
+            durations.first_byte.observe(length.length());
+        }
+        durations.flow.observe(started.elapsed());
         record.ended(outcome.reason(), cause.detail.or_else(|| outcome.detail()));
         record.rule = cause.rule;
         self.counters.flows.add(1);
@@ -363,7 +448,12 @@ impl Proxy {
             Refusal::Dial(_) => &self.counters.dial_failed,
             Refusal::Tunnel(TunnelError::Limit { .. }) => &self.counters.over_limit,
             Refusal::Tunnel(_) => &self.counters.tunnel_failed,
-            Refusal::Limit(_) | Refusal::PeerLimit(_) => &self.counters.over_limit,
+            Refusal::Limit(_)
+            | Refusal::SourceLimit(_)
+            | Refusal::PeerLimit(_)
+            | Refusal::PeerRate(_)
+            | Refusal::PeerMemory
+            | Refusal::Memory => &self.counters.over_limit,
         };
         counter.add(1);
         record.ended(refusal.reason(), Some(refusal.to_string()));
@@ -391,10 +481,24 @@ impl Proxy {
     /// Books what happened at a source and is no flow.
     fn event(&self, event: &Event<'_>) {
         match event {
+            Event::PeerAccepted { took } => self.counters.durations.handshake.observe(*took),
             Event::PeerRejected { peer, error } => {
+                match error {
+                    ServeError::PeerConnections(_) => self.counters.connections_over_limit.add(1),
+                    ServeError::Memory => self.counters.connections_without_memory.add(1),
+                    ServeError::Crowded => self.counters.handshakes_evicted.add(1),
+                    _ => {}
+                }
                 self.counters.handshakes_failed.add(1);
+                self.counters.rejected.by(error.check()).add(1);
                 if self.log.handshakes.admit() {
                     tracing::warn!(%peer, %error, "rejected peer connection");
+                }
+            }
+            Event::Flooded { peer, error } => {
+                self.counters.tunnels_flooded.add(1);
+                if self.log.floods.admit() {
+                    tracing::warn!(%peer, %error, "closed peer connection");
                 }
             }
             Event::Stray(stray) => {

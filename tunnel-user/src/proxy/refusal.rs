@@ -59,9 +59,23 @@ pub enum Refusal {
     /// As many flows as this worker takes. Ours.
     #[error("the limit of {0} flows is reached (daemon.max_flows)")]
     Limit(usize),
+    /// As many flows as one capture gets of them. Ours.
+    #[error("the limit of {0} flows of one capture is reached (daemon.max_flows)")]
+    SourceLimit(usize),
     /// As many flows as one peer gets of them. The peer's.
     #[error("the limit of {0} flows of one peer is reached")]
     PeerLimit(usize),
+    /// As many new flows as one peer gets in a second. The peer's.
+    #[error(
+        "the limit of {0} new flows of one peer in a second is reached (daemon.limits.peer_flows_per_second)"
+    )]
+    PeerRate(u32),
+    /// As much memory as one peer gets is in use. The peer's.
+    #[error("the memory for one peer is in use (daemon.limits.peer_memory)")]
+    PeerMemory,
+    /// As much memory as there is for peers is in use. Ours.
+    #[error("the memory for peers is in use (daemon.limits.memory)")]
+    Memory,
 }
 
 impl From<OpenError> for Refusal {
@@ -119,8 +133,11 @@ impl Refusal {
             Self::Loop => EndReason::Loop,
             Self::Dial(e) => e.reason(),
             Self::Tunnel(e) => e.reason(),
-            Self::Limit(_) => EndReason::FlowLimit,
+            Self::Limit(_) | Self::SourceLimit(_) => EndReason::FlowLimit,
             Self::PeerLimit(_) => EndReason::PeerLimit,
+            Self::PeerRate(_) => EndReason::PeerRate,
+            Self::PeerMemory => EndReason::PeerMemory,
+            Self::Memory => EndReason::MemoryLimit,
         }
     }
 

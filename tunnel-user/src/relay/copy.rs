@@ -64,8 +64,8 @@ impl<S: Leg, D: Leg, Q: DerefMut<Target = Queue>> Way<S, D> for Direction<Q> {
                 }
             }
             match &mut self.state {
-                State::Refused { heard, .. } => {
-                    self.lost |= discard(cx, src, heard);
+                State::Refused { source, .. } => {
+                    self.lost |= discard(cx, src, source);
                     return;
                 }
                 State::Draining if self.queue.is_empty() => {

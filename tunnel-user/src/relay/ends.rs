@@ -49,19 +49,30 @@ pub(super) enum State {
     Refused {
         /// What it said; `None` where the other direction knows.
         why: Option<Broken>,
-        /// The source has ended or broken too.
-        heard: bool,
+        /// What has become of the source since.
+        source: Source,
     },
+}
+
+/// What is known of the source of a direction whose sink takes no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Bytes may still come, and are dropped.
+    Open,
+    /// It has ended in order: its peer may still acknowledge what the other direction has sent.
+    Ended,
+    /// It is broken: nobody acknowledges anything any more.
+    Broken,
 }
 
 impl State {
     /// The sink takes no more. What was known of the source before that is kept.
     pub(super) fn refuse(&mut self, why: Option<Broken>) {
         *self = match std::mem::replace(self, Self::Done) {
-            Self::Failing(first) => Self::Refused { why: Some(first), heard: true },
-            Self::Draining | Self::Done => Self::Refused { why, heard: true },
-            Self::Open => Self::Refused { why, heard: false },
-            Self::Refused { why: before, heard } => Self::Refused { why: before.or(why), heard },
+            Self::Failing(first) => Self::Refused { why: Some(first), source: Source::Broken },
+            Self::Draining | Self::Done => Self::Refused { why, source: Source::Ended },
+            Self::Open => Self::Refused { why, source: Source::Open },
+            Self::Refused { why: before, source } => Self::Refused { why: before.or(why), source },
         };
     }
 }
@@ -96,7 +107,7 @@ pub(super) trait Way<S: Leg, D: Leg> {
 pub(super) fn finish(cx: &mut Context<'_>, dst: &mut impl Leg) -> Option<State> {
     match dst.poll_finish(cx) {
         Poll::Ready(Ok(()) | Err(Broken::Done)) => Some(State::Done),
-        Poll::Ready(Err(why)) => Some(State::Refused { why: Some(why), heard: true }),
+        Poll::Ready(Err(why)) => Some(State::Refused { why: Some(why), source: Source::Ended }),
         Poll::Pending => None,
     }
 }
@@ -106,10 +117,10 @@ const DROPPED_MAX: u32 = 16;
 
 /// Drops what comes from a source whose bytes nobody takes: it may read what is on its way to it only once it has written
 /// what it has. Whether there was anything.
-pub(super) fn discard(cx: &mut Context<'_>, src: &mut impl Leg, heard: &mut bool) -> bool {
+pub(super) fn discard(cx: &mut Context<'_>, src: &mut impl Leg, source: &mut Source) -> bool {
     let mut dropped = false;
     for _ in 0..DROPPED_MAX {
-        if *heard {
+        if *source != Source::Open {
             return dropped;
         }
         match src.poll_recv(cx) {
@@ -117,7 +128,8 @@ pub(super) fn discard(cx: &mut Context<'_>, src: &mut impl Leg, heard: &mut bool
                 dropped |= !chunk.is_empty();
                 src.accepted(chunk.len());
             }
-            Poll::Ready(Ok(None) | Err(_)) => *heard = true,
+            Poll::Ready(Ok(None)) => *source = Source::Ended,
+            Poll::Ready(Err(_)) => *source = Source::Broken,
             Poll::Pending => return dropped,
         }
     }
@@ -211,6 +223,9 @@ pub(super) fn step<C: Leg, T: Leg>(
     let ready = match (up.state(), down.state()) {
         (State::Done, State::Done) => return Poll::Ready(Ended::Closed),
         (State::Refused { .. }, State::Refused { .. }) => true,
+        // What the other direction has sent will not be acknowledged: not what was under way when the connection broke.
+        (State::Done | State::Failing(_), State::Refused { source: Source::Broken, .. })
+        | (State::Refused { source: Source::Broken, .. }, State::Done | State::Failing(_)) => true,
         (State::Failing(_), _) if up.is_empty() => linger.poll(cx, at_target(), true).is_ready(),
         (_, State::Failing(_)) if down.is_empty() => linger.poll(cx, at_client(), true).is_ready(),
         (State::Done, State::Refused { .. }) => linger.poll(cx, at_target(), false).is_ready(),

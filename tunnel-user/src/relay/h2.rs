@@ -12,11 +12,26 @@ use h2::{Reason, RecvStream};
 use super::{Broken, Cause, Leg, Queue, Sender};
 use crate::transport::window::Share;
 
+/// What its peer sends on a stream.
+pub struct Body {
+    /// The bytes.
+    pub recv: RecvStream,
+    /// The stream's part of what its connection holds.
+    pub share: Share,
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        // What was not taken, or not passed on, goes back to the connection's window with the stream.
+        let unreturned = self.recv.flow_control().used_capacity();
+        self.share.returned(unreturned);
+    }
+}
+
 /// See the module.
 pub struct H2Leg {
     send: Sender,
-    recv: RecvStream,
-    share: Share,
+    body: Body,
     /// What is sent when the other leg breaks.
     on_abort: Reason,
 }
@@ -24,17 +39,17 @@ pub struct H2Leg {
 impl H2Leg {
     /// A stream that we opened: the other leg is the application, and CANCEL says it has gone.
     pub fn client(send: Sender, recv: RecvStream, share: Share) -> Self {
-        Self { send, recv, share, on_abort: Reason::CANCEL }
+        Self { send, body: Body { recv, share }, on_abort: Reason::CANCEL }
     }
 
     /// A stream that we serve: a TCP error of the target's is CONNECT_ERROR (RFC 9113 section 8.5).
-    pub fn server(send: Sender, recv: RecvStream, share: Share) -> Self {
-        Self { send, recv, share, on_abort: Reason::CONNECT_ERROR }
+    pub fn server(send: Sender, body: Body) -> Self {
+        Self { send, body, on_abort: Reason::CONNECT_ERROR }
     }
 
     /// The stream's number on its connection.
     pub fn id(&self) -> u32 {
-        self.recv.stream_id().as_u32()
+        self.body.recv.stream_id().as_u32()
     }
 
     /// Ready when the peer resets the stream: for the time before the relay starts.
@@ -48,9 +63,10 @@ pub fn stream_broken(e: &h2::Error, share: &Share) -> Broken {
     match e.reason() {
         Some(Reason::NO_ERROR) if e.is_reset() => Broken::Done,
         Some(reason) if e.is_reset() => Broken::Reset(Cause::Stream(reason)),
-        _ => Broken::Reset(Cause::Connection(
-            share.why_lost().map_or_else(|| e.to_string(), |why| why.to_string()),
-        )),
+        _ => {
+            let why = share.why_lost().map_or_else(|| e.to_string(), |why| why.to_string());
+            Broken::Reset(if share.was_flooded() { Cause::Flood(why) } else { Cause::Connection(why) })
+        }
     }
 }
 
@@ -60,13 +76,13 @@ impl Leg for H2Leg {
     }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-        match ready!(self.recv.poll_data(cx)) {
+        match ready!(self.body.recv.poll_data(cx)) {
             Some(Ok(chunk)) => {
-                self.share.received(chunk.len());
+                self.body.share.received(chunk.len());
                 Poll::Ready(Ok(Some(chunk)))
             }
             None => Poll::Ready(Ok(None)),
-            Some(Err(e)) => Poll::Ready(match stream_broken(&e, &self.share) {
+            Some(Err(e)) => Poll::Ready(match stream_broken(&e, &self.body.share) {
                 // All that was sent has been received: END_STREAM came before the reset.
                 Broken::Done => Ok(None),
                 why => Err(why),
@@ -75,16 +91,16 @@ impl Leg for H2Leg {
     }
 
     fn accepted(&mut self, n: usize) {
-        self.share.passed_on(n);
+        self.body.share.passed_on(n);
         // Fails only for more than was received.
-        let released = self.recv.flow_control().release_capacity(n);
+        let released = self.body.recv.flow_control().release_capacity(n);
         debug_assert!(released.is_ok(), "released more than was received");
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> Poll<Result<usize, Broken>> {
         let room = match ready!(self.send.poll_room(cx, queue.front_len())) {
             Some(Ok(room)) => room,
-            Some(Err(e)) => return Poll::Ready(Err(stream_broken(&e, &self.share))),
+            Some(Err(e)) => return Poll::Ready(Err(stream_broken(&e, &self.body.share))),
             None => return Poll::Ready(Err(self.gone(cx))),
         };
         let chunk = queue.take(room);
@@ -105,7 +121,7 @@ impl Leg for H2Leg {
         match ready!(self.send.poll_reset(cx)) {
             Ok(Reason::NO_ERROR) => Poll::Ready(Broken::Done),
             Ok(reason) => Poll::Ready(Broken::Reset(Cause::Stream(reason))),
-            Err(e) => Poll::Ready(stream_broken(&e, &self.share)),
+            Err(e) => Poll::Ready(stream_broken(&e, &self.body.share)),
         }
     }
 

@@ -41,7 +41,7 @@ use self::{
 pub use self::{
     early::{Ahead, EARLY_MAX, EarlySource, EarlyStream},
     ends::RESET_LINGER,
-    h2::{H2Leg, stream_broken},
+    h2::{Body, H2Leg, stream_broken},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     sender::{Payload, Sender},
@@ -225,6 +225,8 @@ pub enum Cause {
     Stream(::h2::Reason),
     /// The HTTP/2 connection failed, or TLS did.
     Connection(String),
+    /// The HTTP/2 connection was closed because its peer flooded it.
+    Flood(String),
     /// This process, or its kernel program, has lost bytes.
     Ours(String),
 }
@@ -235,7 +237,7 @@ impl fmt::Display for Broken {
             Self::Done => f.write_str("done"),
             Self::Reset(Cause::Tcp(e)) => write!(f, "{e}"),
             Self::Reset(Cause::Stream(reason)) => write!(f, "stream reset: {reason}"),
-            Self::Reset(Cause::Connection(e)) => write!(f, "tunnel connection lost: {e}"),
+            Self::Reset(Cause::Connection(e) | Cause::Flood(e)) => write!(f, "tunnel connection lost: {e}"),
             Self::Reset(Cause::Ours(e)) => f.write_str(e),
         }
     }
@@ -277,8 +279,9 @@ impl Outcome {
             (Side::Target, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::TargetTimeout,
             (Side::Client, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::ClientReset,
             (Side::Target, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::TargetReset,
+            (Side::Client, Cause::Flood(_)) => EndReason::ClientFlood,
             (Side::Client, Cause::Connection(_)) => EndReason::ClientLost,
-            (Side::Target, Cause::Connection(_)) => EndReason::UpstreamLost,
+            (Side::Target, Cause::Connection(_) | Cause::Flood(_)) => EndReason::UpstreamLost,
         }
     }
 

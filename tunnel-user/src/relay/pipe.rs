@@ -288,8 +288,8 @@ impl Way<TcpLeg, TcpLeg> for Through<'_> {
         for _ in 0..STEPS {
             match &mut self.state {
                 State::Done => return,
-                State::Refused { heard, .. } => {
-                    self.lost |= discard(cx, src, heard);
+                State::Refused { source, .. } => {
+                    self.lost |= discard(cx, src, source);
                     return;
                 }
                 State::Open | State::Draining | State::Failing(_) => {}

@@ -15,6 +15,7 @@ use bytes::{Buf, Bytes};
 use h2::SendStream;
 
 use super::EarlyStream;
+use crate::process::memory::Account;
 
 /// What DATA frames are made of.
 #[derive(Debug)]
@@ -26,12 +27,34 @@ pub struct Payload {
 }
 
 /// Bytes of one stream that its connection has taken and not put into frames yet.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Unsent(Rc<Cell<usize>>);
+#[derive(Clone, Debug)]
+pub(super) struct Unsent(Rc<Waiting>);
+
+#[derive(Debug)]
+struct Waiting {
+    bytes: Cell<usize>,
+    /// Whose memory they take.
+    account: Rc<Account>,
+}
 
 impl Unsent {
+    fn new(account: &Rc<Account>) -> Self {
+        Self(Rc::new(Waiting { bytes: Cell::default(), account: Rc::clone(account) }))
+    }
+
+    fn get(&self) -> usize {
+        self.0.bytes.get()
+    }
+
+    fn more(&self, n: usize) {
+        self.0.bytes.set(self.get() + n);
+        self.0.account.queue(n as u64);
+    }
+
     fn less(&self, n: usize) {
-        self.0.set(self.0.get().saturating_sub(n));
+        let n = n.min(self.get());
+        self.0.bytes.set(self.get() - n);
+        self.0.account.sent(n as u64);
     }
 }
 
@@ -68,9 +91,9 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Of a stream to which nothing was given yet.
-    pub fn new(stream: SendStream<Payload>) -> Self {
-        Self { stream, unsent: Unsent::default(), ended: false }
+    /// Of a stream to which nothing was given yet; what is, takes memory of `account`.
+    pub fn new(stream: SendStream<Payload>, account: &Rc<Account>) -> Self {
+        Self { stream, unsent: Unsent::new(account), ended: false }
     }
 
     /// Room on the stream for some of `want` bytes. `None`: it takes no more.
@@ -79,6 +102,9 @@ impl Sender {
         cx: &mut Context<'_>,
         want: usize,
     ) -> Poll<Option<Result<usize, h2::Error>>> {
+        if !self.unsent.0.account.may_queue(self.unsent.get(), cx.waker()) {
+            return Poll::Pending;
+        }
         self.stream.reserve_capacity(want);
         while self.stream.capacity() == 0 {
             match ready!(self.stream.poll_capacity(cx)) {
@@ -101,7 +127,7 @@ impl Sender {
     }
 
     fn give(&mut self, bytes: Bytes, ends: bool) -> Result<(), h2::Error> {
-        self.unsent.0.set(self.unsent.0.get() + bytes.len() + usize::from(ends));
+        self.unsent.more(bytes.len() + usize::from(ends));
         self.stream.send_data(Payload { bytes, ends, unsent: self.unsent.clone() }, ends)
     }
 
@@ -112,7 +138,7 @@ impl Sender {
 
     /// Bytes that were given and are not in a frame yet, and the end: a reset drops them.
     pub(super) fn unsent(&self) -> usize {
-        self.unsent.0.get()
+        self.unsent.get()
     }
 
     /// Ready when the peer resets the stream, or the connection is lost.
@@ -144,26 +170,27 @@ impl EarlyStream for Sender {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::memory::Memory;
 
     /// A chunk counts until its last byte is in a frame, in whatever pieces, and when it is dropped before that.
     #[test]
     fn a_chunk_counts_until_it_has_left() {
-        let unsent = Unsent::default();
+        let unsent = Unsent::new(&Memory::of_this_worker().own());
         let payload = |n: usize| {
-            unsent.0.set(unsent.0.get() + n);
+            unsent.more(n);
             Payload { bytes: Bytes::from(vec![0; n]), ends: false, unsent: unsent.clone() }
         };
         let (mut one, two) = (payload(10), payload(5));
         one.advance(4);
-        assert_eq!(unsent.0.get(), 11);
+        assert_eq!(unsent.get(), 11);
         drop(two);
-        assert_eq!(unsent.0.get(), 6);
+        assert_eq!(unsent.get(), 6);
         one.advance(6);
-        assert_eq!(unsent.0.get(), 0);
+        assert_eq!(unsent.get(), 0);
         drop(one);
-        assert_eq!(unsent.0.get(), 0);
-        unsent.0.set(1);
+        assert_eq!(unsent.get(), 0);
+        unsent.more(1);
         drop(Payload { bytes: Bytes::new(), ends: true, unsent: unsent.clone() });
-        assert_eq!(unsent.0.get(), 0);
+        assert_eq!(unsent.get(), 0);
     }
 }

@@ -5,7 +5,7 @@
 //!   reset.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     future::{Future, pending},
     rc::Rc,
     sync::Arc,
@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     model::flow::{ClientAddr, Identity, PeerAddr, Target},
-    process::drain::Watch,
+    process::{
+        books::{Books, Connected},
+        drain::Watch,
+    },
     relay::{self, Leg, Queue},
 };
 
@@ -29,12 +32,35 @@ pub struct SourceHandle {
     name: RefCell<Option<Arc<str>>>,
     dial_timeout: Option<Duration>,
     watch: Watch,
+    books: Rc<Books>,
+}
+
+thread_local! {
+    /// Those of a worker, which is a thread.
+    static SOURCES: Cell<usize> = const { Cell::new(0) };
+}
+
+impl Drop for SourceHandle {
+    fn drop(&mut self) {
+        SOURCES.set(SOURCES.get() - 1);
+    }
 }
 
 impl SourceHandle {
     /// `watch`: until when it accepts.
     pub fn new(name: Option<Arc<str>>, dial_timeout: Option<Duration>, watch: Watch) -> Self {
-        Self { name: RefCell::new(name), dial_timeout, watch }
+        SOURCES.set(SOURCES.get() + 1);
+        Self { name: RefCell::new(name), dial_timeout, watch, books: Rc::default() }
+    }
+
+    /// What its own flows use of this worker, where they are of no peer.
+    pub fn books(&self) -> &Rc<Books> {
+        &self.books
+    }
+
+    /// Whether its worker has no other source.
+    pub fn is_alone(&self) -> bool {
+        SOURCES.get() < 2
     }
 
     /// The name by which routes match it.
@@ -66,8 +92,8 @@ pub trait FlowHandler: 'static {
     /// An application whose connection was captured.
     fn captured(&self, source: &Rc<SourceHandle>, addr: ClientAddr) -> Self::Client;
 
-    /// A peer whose handshake has succeeded.
-    fn peer(&self, source: &Rc<SourceHandle>, peer: Peer) -> Self::Client;
+    /// A peer whose handshake has succeeded, and its connection's place among those of the peer, if there is one.
+    fn peer(&self, source: &Rc<SourceHandle>, peer: Peer) -> Result<(Self::Client, Connected), ServeError>;
 
     /// Carries a flow from its request to its record.
     fn carry<P: PendingRequest>(
@@ -82,11 +108,23 @@ pub trait FlowHandler: 'static {
 
 /// What happens at a source and is no flow.
 pub enum Event<'a> {
+    /// A peer has completed its handshake.
+    PeerAccepted {
+        /// Since its connection was accepted.
+        took: Duration,
+    },
     /// A peer did not complete its handshake.
     PeerRejected {
         /// Its address.
         peer: PeerAddr,
         /// Why.
+        error: &'a ServeError,
+    },
+    /// A peer's connection was closed because the peer flooded it.
+    Flooded {
+        /// Its address.
+        peer: PeerAddr,
+        /// With what.
         error: &'a ServeError,
     },
     /// A connection to a capture listener was reset, because it was not captured.

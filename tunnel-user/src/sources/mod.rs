@@ -15,6 +15,8 @@ use tokio::time::sleep;
 
 /// How long accepting waits after an error that is not the connection's: out of descriptors or memory.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(50);
+/// Connections of one source that are accepted before others on its worker have a turn: with what each begins some 200 µs.
+const ACCEPTS_PER_TURN: u32 = 4;
 
 async fn back_off(e: &io::Error) {
     // The connection was gone before it was accepted: nothing is wrong here.

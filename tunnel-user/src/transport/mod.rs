@@ -12,6 +12,7 @@ pub mod record;
 pub mod resolver;
 pub mod sockopt;
 pub mod tcp;
+pub mod turn;
 pub mod window;
 
 #[cfg(test)]

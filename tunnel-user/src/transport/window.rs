@@ -16,6 +16,9 @@ use std::{
 
 use tokio::time::Instant;
 
+use super::http2::FloodDetector;
+use crate::process::memory::{Account, LEAST_WINDOW, Memory};
+
 /// The window of a stream at first: 1 MiB carries 400 Mbit/s over 20 ms, and what one core seals over 1 ms.
 pub const WINDOW_START: u32 = 1 << 20;
 /// The most it grows to: what Envoy offers, 6.7 Gbit/s over 20 ms.
@@ -52,14 +55,47 @@ const TRIPS: Duration = Duration::from_secs(300);
 const FREE: u32 = 16;
 
 /// What the streams of one connection have received, and what of it has not been passed on.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Traffic {
     received: Cell<u64>,
     held: Cell<u64>,
+    /// Bytes of DATA frames that have come, taken or not, and of which the connection's window was given back.
+    arrived: Cell<u64>,
+    returned: Cell<u64>,
+    streams: Cell<u32>,
     lost: RefCell<Option<Rc<str>>>,
+    flood: FloodDetector,
+    /// Whose memory it is.
+    account: RefCell<Rc<Account>>,
+}
+
+impl Default for Traffic {
+    /// Of a connection whose memory is our own.
+    fn default() -> Self {
+        Self {
+            received: Cell::default(),
+            held: Cell::default(),
+            arrived: Cell::default(),
+            returned: Cell::default(),
+            streams: Cell::default(),
+            lost: RefCell::default(),
+            flood: FloodDetector::default(),
+            account: RefCell::new(Memory::of_this_worker().own()),
+        }
+    }
 }
 
 impl Traffic {
+    /// From now on its memory is a peer's.
+    pub fn charge(&self, account: &Rc<Account>) {
+        self.account.replace(Rc::clone(account));
+    }
+
+    /// Whose memory it is.
+    pub fn account(&self) -> Rc<Account> {
+        Rc::clone(&self.account.borrow())
+    }
+
     /// Bytes received since the beginning.
     pub fn received(&self) -> u64 {
         self.received.get()
@@ -75,9 +111,31 @@ impl Traffic {
         self.lost.borrow_mut().get_or_insert_with(|| why.into());
     }
 
+    /// So many bytes of DATA have come, whoever takes them.
+    pub(super) fn arrived(&self, n: u32) {
+        self.arrived.set(self.arrived.get() + u64::from(n));
+    }
+
+    /// Bytes that have come and of which the connection's window was not given back: what streams hold, and what is still in the
+    /// library because nobody has taken it. What the library itself gives back, of streams that it does not know, is not known.
+    pub fn unreturned(&self) -> u64 {
+        self.arrived.get().saturating_sub(self.returned.get())
+    }
+
+    /// Its streams.
+    pub fn streams(&self) -> u32 {
+        self.streams.get()
+    }
+
+    /// Whether the peer floods the connection.
+    pub const fn flood(&self) -> &FloodDetector {
+        &self.flood
+    }
+
     /// The part of a new stream.
     pub fn share(self: &Rc<Self>) -> Share {
-        Share { traffic: Rc::clone(self), held: 0 }
+        self.streams.set(self.streams.get() + 1);
+        Share { traffic: Rc::clone(self), account: self.account(), held: 0 }
     }
 }
 
@@ -85,6 +143,7 @@ impl Traffic {
 #[derive(Debug)]
 pub struct Share {
     traffic: Rc<Traffic>,
+    account: Rc<Account>,
     held: u64,
 }
 
@@ -94,25 +153,45 @@ impl Share {
         self.traffic.lost.borrow().clone()
     }
 
+    /// Whether that was because its peer flooded it.
+    pub fn was_flooded(&self) -> bool {
+        self.traffic.flood.detected().is_some()
+    }
+
     /// So many bytes have come.
     pub fn received(&mut self, n: usize) {
         let n = n as u64;
         self.held += n;
         self.traffic.received.set(self.traffic.received.get() + n);
         self.traffic.held.set(self.traffic.held.get() + n);
+        self.account.hold(n);
+    }
+
+    /// Whose memory it takes.
+    pub const fn account(&self) -> &Rc<Account> {
+        &self.account
+    }
+
+    /// The window of so many bytes was given back.
+    pub fn returned(&self, n: usize) {
+        self.traffic.returned.set(self.traffic.returned.get() + n as u64);
     }
 
     /// So many of them have been passed on.
     pub fn passed_on(&mut self, n: usize) {
+        self.returned(n);
         let n = (n as u64).min(self.held);
         self.held -= n;
         self.traffic.held.set(self.traffic.held.get() - n);
+        self.account.release(n);
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
         self.traffic.held.set(self.traffic.held.get() - self.held);
+        self.account.release(self.held);
+        self.traffic.streams.set(self.traffic.streams.get() - 1);
     }
 }
 
@@ -197,8 +276,12 @@ impl Windows {
         self.worth = received + u64::from(self.announced / 2);
     }
 
-    /// What the peer is to be told, if it is not what it was told last. `held` is what the streams hold together.
-    pub fn change(&self, held: u64) -> Option<u32> {
+    /// What the peer is to be told, if it is not what it was told last. `held` is what the streams hold together; `short`: there
+    /// is little memory for all of them.
+    pub fn change(&self, held: u64, short: bool) -> Option<u32> {
+        if short {
+            return (self.announced > WINDOW_MIN).then_some(WINDOW_MIN);
+        }
         let most = allowed(held).min(self.wanted);
         if most < self.announced {
             return Some(most);
@@ -216,6 +299,77 @@ impl Windows {
     /// What the peer was told last.
     pub fn announced(&self) -> u32 {
         self.announced
+    }
+}
+
+/// The room of a connection at first: as much as one of its streams has.
+const ROOM_START: u32 = WINDOW_START;
+
+/// The window of a connection, of which all its streams take: what they hold, and room for what is on its way.
+///
+/// The room begins small and doubles each time that as much has come, so that a connection takes memory as it uses it.
+#[derive(Debug)]
+pub struct ConnectionWindow {
+    account: Rc<Account>,
+    /// All that its streams can use.
+    most: u32,
+    room: u32,
+    announced: u32,
+    /// What had come when the room was last made larger.
+    grown_at: u64,
+}
+
+impl ConnectionWindow {
+    /// Of a connection with so many streams, whose peer was told of no window yet.
+    pub fn new(account: &Rc<Account>, streams: u32) -> Self {
+        account.take(u64::from(LEAST_WINDOW));
+        Self {
+            account: Rc::clone(account),
+            most: connection_window(streams),
+            room: LEAST_WINDOW,
+            announced: LEAST_WINDOW,
+            grown_at: 0,
+        }
+    }
+
+    /// What the peer is to be told, if it is not what it was told last.
+    pub fn change(&mut self, received: u64, held: u64) -> Option<u32> {
+        if self.room == LEAST_WINDOW || received - self.grown_at >= u64::from(self.room) {
+            self.grow(received);
+        }
+        let held = u32::try_from(held).unwrap_or(u32::MAX);
+        let wanted = self.room.saturating_add(held).min(self.most);
+        if wanted > self.announced {
+            // What the streams hold may take all that the peer has.
+            let more = wanted - self.announced;
+            if more < self.room / 4 || !self.account.try_take(u64::from(more), self.account.most()) {
+                return None;
+            }
+        } else {
+            let less = self.announced - wanted;
+            if less == 0 || less < self.room / 2 {
+                return None;
+            }
+            self.account.give_back(u64::from(less));
+        }
+        self.announced = wanted;
+        Some(wanted)
+    }
+
+    /// Only while half of what the peer may take is free, so that its other connections get theirs.
+    fn grow(&mut self, received: u64) {
+        self.grown_at = received;
+        let next = if self.room == LEAST_WINDOW { ROOM_START } else { (self.room * 2).min(WINDOW_MAX) };
+        let fits = self.account.taken() + u64::from(next - self.room) <= self.account.most() / 2;
+        if fits && !self.account.memory().is_short() {
+            self.room = next;
+        }
+    }
+}
+
+impl Drop for ConnectionWindow {
+    fn drop(&mut self) {
+        self.account.give_back(u64::from(self.announced));
     }
 }
 
@@ -315,7 +469,7 @@ mod tests {
                     run.windows.asked(received, now);
                     ping = Some(now + half);
                 }
-                if let Some(new) = run.windows.change(held(step / TICKS)) {
+                if let Some(new) = run.windows.change(held(step / TICKS), false) {
                     run.windows.told(new);
                     told.push_back((now + half, new));
                 }
@@ -394,7 +548,7 @@ mod tests {
             let (mut windows, mut held) = (Windows::default(), 0u64);
             windows.wanted = WINDOW_MAX;
             for _ in 0..streams {
-                if let Some(new) = windows.change(held) {
+                if let Some(new) = windows.change(held, false) {
                     windows.told(new);
                 }
                 let left = u64::from(connection_window(streams)) - held;
@@ -409,11 +563,11 @@ mod tests {
     fn windows_that_shrank_grow_again_when_there_is_room_and_not_at_once() {
         let mut windows = Windows { announced: WINDOW_MAX, wanted: WINDOW_MAX, ..Windows::default() };
         let held = u64::from(HELD_MAX);
-        assert_eq!(windows.change(held / 2), None);
-        assert_eq!(windows.change(held), Some(WINDOW_MIN));
+        assert_eq!(windows.change(held / 2, false), None);
+        assert_eq!(windows.change(held, false), Some(WINDOW_MIN));
         windows.told(WINDOW_MIN);
-        assert_eq!(windows.change(held * 3 / 4), None, "what is held has to be half of what it was");
-        assert_eq!(windows.change(held * 3 / 8), Some(WINDOW_MAX));
+        assert_eq!(windows.change(held * 3 / 4, false), None, "what is held has to be half of what it was");
+        assert_eq!(windows.change(held * 3 / 8, false), Some(WINDOW_MAX));
     }
 
     #[test]
@@ -439,7 +593,7 @@ mod tests {
             }
         }
         assert!((9..20).contains(&pings), "{pings}");
-        assert_eq!(windows.change(0), None);
+        assert_eq!(windows.change(0, false), None);
         let later = start + Duration::from_secs(3600);
         assert!(!windows.wants_ping(windows.worth - 1, later));
     }

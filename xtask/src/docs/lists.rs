@@ -84,6 +84,25 @@ pub(super) fn counters(root: &Path) -> Result<String> {
     Ok(page)
 }
 
+/// What the admin interface measures.
+pub(super) fn metrics(root: &Path) -> Result<String> {
+    let mut page = "# Metrics\n\n`/metrics` of the [admin interface](../guide/observing.md), as OpenMetrics or as Prometheus text by `Accept`. \
+                    Labels take words of this program and names of the configuration only: no peer can add a series. The values of \
+                    `reason` are [the reasons why a flow ends](end-reasons.md), those of `event` [counters](counters.md).\n\n\
+                    | metric | kind | labels | meaning |\n|---|---|---|---|\n"
+        .to_owned();
+    let text = fs::read_to_string(root.join("tunnel-user/src/admin/metrics/table.rs"))?;
+    for Entry { meaning, line } in entries(&text, "\nmetrics! {")? {
+        let name = line.split('"').nth(1).with_context(|| format!("no metric: {line}"))?;
+        let (_, rest) = line.split_once("\", ").with_context(|| format!("no metric: {line}"))?;
+        let (kind, labels) = rest.split_once(", ").with_context(|| format!("no metric: {line}"))?;
+        let name = if kind == "Counter" { format!("{name}_total") } else { name.to_owned() };
+        let labels = labels.trim_start_matches('[').trim_end_matches("];").replace('"', "`");
+        let _ = writeln!(page, "| `{name}` | {} | {labels} | {meaning} |", kind.to_ascii_lowercase());
+    }
+    Ok(page)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

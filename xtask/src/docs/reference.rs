@@ -20,6 +20,7 @@ pub(super) fn pages(root: &Path, program: &Path) -> Result<Vec<(String, String)>
         page("exit-codes", exit_codes(&help)?),
         page("end-reasons", lists::end_reasons(root)?),
         page("counters", lists::counters(root)?),
+        page("metrics", lists::metrics(root)?),
         page("limits", limits::page(root)?),
         page("examples", examples(root)?),
         ("SUMMARY.md".to_owned(), summary(root)?),

@@ -1,7 +1,9 @@
 //! What one application does beside others: floods of connections that are reset, and one new connection after another.
 
 use std::{
+    io,
     net::{SocketAddr, TcpStream},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -32,6 +34,28 @@ pub(super) fn burst(addr: &str, connections: usize) -> Result<()> {
     }
     all().context("afterwards")?;
     say(&format!("alive={}", long.len()));
+    Ok(())
+}
+
+/// Connects and resets as fast as it can, from so many threads, until its standard input ends; then how often.
+pub(super) fn churn(addr: SocketAddr, threads: usize) -> Result<()> {
+    let (stop, made) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    if let Ok(stream) = TcpStream::connect(addr) {
+                        let _reset = reset(&stream);
+                        made.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        say("churning=yes");
+        let _end = io::stdin().read_line(&mut String::new());
+        stop.store(true, Ordering::Relaxed);
+    });
+    say(&format!("made={}", made.load(Ordering::Relaxed)));
     Ok(())
 }
 

@@ -26,7 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::beside::{burst, now_and_then};
+use self::beside::{burst, churn, now_and_then};
 use self::elsewhere::{
     by_a_socket_of_nobodys, from_a_new_namespace, from_a_thread, many_namespaces, new_namespaces,
 };
@@ -94,6 +94,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["soak", addr, seconds, seed] => soak(&open(addr)?, seconds.parse()?, seed.parse()?),
         ["read-late", addr, ping, bytes] => read_late(addr, ping, bytes.parse()?),
         ["reconnect", addr] => reconnect(addr),
+        ["churn", addr, threads] => churn(addr.parse()?, threads.parse()?),
         ["burst", addr, connections] => burst(addr, connections.parse()?),
         ["now-and-then", addr, connections, pause] => {
             now_and_then(addr, connections.parse()?, pause.parse()?)
@@ -153,7 +154,7 @@ fn duplex(stream: &TcpStream, bytes: u64) -> Result<()> {
 }
 
 /// Connects, then does what it is told by lines: "ping" exchanges one byte, "read" reads on, "peer" asks who
-/// the peer is, "connect" connects once more, "again" does so and exchanges one byte there.
+/// the peer is, "local" what its own address is, "connect" connects once more, "again" does so and exchanges one byte there.
 fn hold(addr: &str) -> Result<()> {
     let stream = open(addr)?;
     say("held=1");
@@ -165,6 +166,12 @@ fn hold(addr: &str) -> Result<()> {
                 say(&format!(
                     "peer={}",
                     stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.to_string())
+                ));
+            }
+            "local" => {
+                say(&format!(
+                    "local={}",
+                    stream.local_addr().map_or_else(|e| e.to_string(), |a| a.to_string())
                 ));
             }
             "again" => say(&format!("again={}", result(once(addr)))),

@@ -60,6 +60,13 @@ pub(in crate::daemon) struct Programs {
     rules: Rules,
 }
 
+impl Programs {
+    /// Their rules.
+    pub(in crate::daemon) fn rules(&self) -> &Rules {
+        &self.rules
+    }
+}
+
 /// Captures that are loaded and not yet sure to stay. Dropped, they leave everything as it was before; the caller keeps other
 /// daemons away.
 #[derive(Default)]

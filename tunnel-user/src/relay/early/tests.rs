@@ -117,7 +117,7 @@ fn a_request_and_what_has_come_leave_in_one_write() {
                 let mut client = Said([Some(Bytes::from(vec![7; bytes]))].into());
                 let ahead = Ahead::new(&mut client, Queue::default());
                 let (response, send) = requests.send_request(request(), false).unwrap();
-                let mut send = Sender::new(send);
+                let mut send = Sender::new(send, &crate::process::memory::Memory::of_this_worker().own());
                 ahead.until(&mut send, response).await.unwrap();
                 ahead.answered();
                 let early = ahead.into_early();
@@ -157,7 +157,7 @@ fn what_was_refused_is_there_for_whoever_is_asked_or_dialled_next() {
         let ahead = Ahead::new(&mut client, Queue::default());
         for _ in 0..3 {
             let (response, send) = requests.send_request(request(), false).unwrap();
-            let mut send = Sender::new(send);
+            let mut send = Sender::new(send, &crate::process::memory::Memory::of_this_worker().own());
             let refused = ahead.until(&mut send, response).await.unwrap();
             assert_eq!(refused.status(), 502);
             let waiting = ahead.0.borrow();

@@ -1,5 +1,10 @@
 //! How flows end, in each of the ways to move their bytes.
 
+use crate::relay::{
+    copy::Direction,
+    ends::{self, State, step},
+};
+
 use super::*;
 
 /// What ends a connection: never bytes.
@@ -247,6 +252,98 @@ fn an_error_behind_an_end_discards_nothing_in_front_of_it() {
             let got = read_all(&mut late).await;
             assert_eq!(got, (len - 100_000, Ok(())), "{way:?}, by the application: {by_app}");
             end_of_flow(relayed).await;
+        }
+    });
+}
+
+/// From here on whatever arrives for a socket is lost, also what would be acknowledged.
+fn lose_what_arrives(stream: &TcpStream) {
+    // `ret #0`: nothing of a packet is kept (Documentation/networking/filter.rst).
+    let drop_all = socket2::SockFilter::new(0x06, 0, 0, 0);
+    SockRef::from(stream).attach_filter(&[drop_all]).unwrap();
+}
+
+/// An end that was under way when its peer reset the connection is not waited for: nobody will acknowledge it.
+#[test]
+fn an_end_that_crosses_a_reset_does_not_keep_a_flow() {
+    const MOMENT: Duration = Duration::from_millis(50);
+    run_each(|way| async move {
+        for by_app in [true, false] {
+            for bytes in [&b""[..], b"more"] {
+                let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+                let (mut first, mut other) = if by_app { (app, target) } else { (target, app) };
+                first.write_all(b"x").await.unwrap();
+                other.read_exact(&mut [0]).await.unwrap();
+                lose_what_arrives(&other);
+                first.write_all(bytes).await.unwrap();
+                first.shutdown().await.unwrap();
+                tokio::time::sleep(MOMENT).await;
+                drop(first);
+                // Nobody is there who takes it.
+                other.write_all(b"y").await.unwrap();
+                tokio::time::sleep(MOMENT).await;
+                reset_of(other);
+                end_of_flow(relayed).await;
+            }
+        }
+    });
+}
+
+/// A leg at which nothing happens, with something that its peer has not acknowledged.
+struct Quiet;
+
+impl Leg for Quiet {
+    fn prefetches(&self) -> bool {
+        false
+    }
+
+    fn poll_recv(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        Poll::Pending
+    }
+
+    fn accepted(&mut self, _n: usize) {}
+
+    fn poll_send(&mut self, _cx: &mut Context<'_>, _queue: &mut Queue) -> Poll<Result<usize, Broken>> {
+        Poll::Pending
+    }
+
+    fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        Poll::Pending
+    }
+
+    fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
+        Poll::Pending
+    }
+
+    fn unacknowledged(&self) -> u64 {
+        1
+    }
+
+    fn close(&mut self) {}
+
+    fn release(&mut self) {}
+
+    fn abort(&mut self) {}
+}
+
+/// A target that has reset the connection acknowledges nothing any more, whoever noticed the reset and however the other
+/// direction ended; one that has ended in order still may.
+#[test]
+fn nothing_is_waited_for_from_a_target_that_is_gone() {
+    let reset = || Broken::Reset(Cause::Tcp(io::ErrorKind::ConnectionReset.into()));
+    run_each(|_| async move {
+        for (before, is_gone) in
+            [(State::Failing(reset()), true), (State::Draining, false), (State::Done, false)]
+        {
+            let mut down = Direction::new(Box::new(Queue::default()), 0, before);
+            // The client takes no more.
+            down.stop(Some(reset()));
+            let mut up = Direction::new(Box::new(Queue::default()), 0, State::Done);
+            let (meter, mut linger) = (Meter::default(), ends::Linger::default());
+            let ended = std::future::poll_fn(|cx| {
+                Poll::Ready(step(cx, &mut Quiet, &mut Quiet, &meter, &mut up, &mut down, &mut linger))
+            });
+            assert_eq!(ended.await.is_ready(), is_gone);
         }
     });
 }

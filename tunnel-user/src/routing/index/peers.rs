@@ -162,8 +162,7 @@ fn masked(uri: &str, Wildcards { stars, tree }: &Wildcards) -> Option<String> {
     text.push_str("://");
     text.push_str(&parts.next()?.to_ascii_lowercase());
     let mut stars = stars.iter().copied().peekable();
-    let mut depth = 0;
-    for segment in parts {
+    for (depth, segment) in parts.enumerate() {
         if *tree == Some(depth) {
             text.push_str("/**");
             return (!segment.is_empty()).then_some(text);
@@ -176,7 +175,6 @@ fn masked(uri: &str, Wildcards { stars, tree }: &Wildcards) -> Option<String> {
         } else {
             text.push('*');
         }
-        depth += 1;
     }
     (stars.peek().is_none() && tree.is_none()).then_some(text)
 }

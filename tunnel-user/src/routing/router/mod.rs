@@ -25,11 +25,15 @@ use crate::{
     },
 };
 
+mod explain;
 pub mod fixed;
 #[cfg(test)]
 mod tests;
 
-pub use self::fixed::{Fixed, fixed};
+pub use self::{
+    explain::{Explained, Verdict},
+    fixed::{Fixed, fixed},
+};
 
 /// Where a flow goes.
 #[derive(Clone, Copy, Debug)]

@@ -450,6 +450,11 @@ proptest! {
         routes in prop::collection::vec(any_match(), 0..8), told in any_told(),
     ) {
         let wanted = linear(&routes, &told);
-        prop_assert_eq!(decided(&numbered(routes), &told), wanted);
+        let router = numbered(routes);
+        prop_assert_eq!(decided(&router, &told), wanted);
+        let explained = told.with(&router, |flow| router.explain(flow));
+        let first = explained.iter().find(|e| matches!(e.verdict, Verdict::Takes | Verdict::Depends));
+        let first = first.map(|e| (e.verdict == Verdict::Takes).then_some(e.route));
+        prop_assert_eq!(first.map_or(Some(None), |taken| taken.map(Some)), wanted);
     }
 }

@@ -187,6 +187,11 @@ impl Connector {
         self.pool.opened()
     }
 
+    /// Its connections.
+    pub fn pool(&self) -> &Pool<HttpDialer> {
+        &self.pool
+    }
+
     /// Closes those that are shared; see [`Pool::close`]. Streams that nobody waits for are reset.
     pub async fn close(&self) {
         self.tasks.borrow_mut().abort_all();

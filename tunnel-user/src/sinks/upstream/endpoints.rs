@@ -89,6 +89,11 @@ impl Endpoint {
         self.seed
     }
 
+    /// What failed last; empty where nothing has.
+    pub fn last_error(&self) -> String {
+        self.last.borrow().clone()
+    }
+
     /// Notes what failed.
     pub(super) fn note(&self, why: &str) {
         why.clone_into(&mut self.last.borrow_mut());
@@ -127,6 +132,8 @@ pub struct Endpoints {
     reason: RefCell<String>,
     /// Whether anything is known yet.
     known: Cell<bool>,
+    /// How often one was ejected.
+    ejections: Cell<u64>,
     /// It is, now.
     settled: Notify,
 }
@@ -139,6 +146,7 @@ impl Default for Endpoints {
             available: none(),
             reason: RefCell::default(),
             known: Cell::default(),
+            ejections: Cell::default(),
             settled: Notify::new(),
         }
     }
@@ -216,8 +224,14 @@ impl Endpoints {
             return false;
         }
         endpoint.ejected.set(true);
+        self.ejections.set(self.ejections.get() + 1);
         self.sort();
         true
+    }
+
+    /// How often one was ejected.
+    pub fn ejections(&self) -> u64 {
+        self.ejections.get()
     }
 
     /// Takes it back.

@@ -24,6 +24,7 @@ pub mod open;
 pub mod permit;
 pub mod pick;
 pub mod pool;
+pub mod report;
 pub mod settings;
 mod signal;
 pub mod stream;

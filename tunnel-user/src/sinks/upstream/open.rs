@@ -27,6 +27,7 @@ use super::{
     limit::Limited,
     permit::{Count, Permit},
     pick,
+    report::{EndpointReport, UpstreamReport, UpstreamTotals},
     settings::UpstreamSettings,
     stream::{Outer, Stream},
     underlay::{Underlay, Via},
@@ -54,6 +55,8 @@ pub struct Upstream {
     next: Cell<usize>,
     streams: Count,
     pending: Count,
+    opened: Cell<u64>,
+    failed: Cell<u64>,
     /// What hears of endpoints that come and go.
     tasks: RefCell<JoinSet<()>>,
 }
@@ -96,6 +99,8 @@ impl Upstream {
             next: Cell::default(),
             streams: Count::default(),
             pending: Count::default(),
+            opened: Cell::default(),
+            failed: Cell::default(),
             tasks: RefCell::new(tasks),
         }
     }
@@ -110,6 +115,51 @@ impl Upstream {
         self.connector.opened()
     }
 
+    /// What it does at this moment.
+    pub fn report(&self) -> UpstreamReport {
+        let pool = self.connector.pool();
+        let mut report = UpstreamReport {
+            path: self.path.clone(),
+            connect: pool.took(),
+            totals: UpstreamTotals {
+                connections_opened: pool.opened(),
+                connect_failures: pool.failed(),
+                streams_opened: self.opened.get(),
+                streams_failed: self.failed.get(),
+                ejections: self.endpoints.ejections(),
+                ..UpstreamTotals::default()
+            },
+            ..UpstreamReport::default()
+        };
+        report.endpoints.extend(self.endpoints.all().iter().map(|endpoint| {
+            report.totals.streams += endpoint.active();
+            EndpointReport {
+                address: endpoint.site.at.to_string(),
+                name: endpoint.site.named.to_string(),
+                streams: endpoint.active(),
+                connections: 0,
+                available: endpoint.is_available().into(),
+                ejected: endpoint.is_ejected().into(),
+                unhealthy: endpoint.is_unhealthy().into(),
+                last_error: endpoint.last_error(),
+            }
+        }));
+        if let (true, Unavailable::Empty(why)) = (report.endpoints.is_empty(), self.endpoints.unavailable()) {
+            report.unavailable = Some(why);
+        }
+        pool.each(|at, connections, dialing, waiting| {
+            let totals = &mut report.totals;
+            totals.connections += connections;
+            totals.dialing += dialing;
+            totals.waiting += waiting;
+            let at = at.to_string();
+            if let Some(endpoint) = report.endpoints.iter_mut().find(|e| e.address == at) {
+                endpoint.connections += connections;
+            }
+        });
+        report
+    }
+
     /// Closes its connections once their streams have ended.
     pub async fn close(&self) {
         self.tasks.borrow_mut().abort_all();
@@ -119,6 +169,13 @@ impl Upstream {
 
     /// Opens a stream. What a client sends meanwhile may go `ahead` of the answer; what was refused goes nowhere.
     pub async fn connect(&self, ask: &Ask<'_>, ahead: Option<&Ahead<'_>>) -> Result<Stream, TunnelError> {
+        let opened = self.try_connect(ask, ahead).await;
+        let counted = if opened.is_ok() { &self.opened } else { &self.failed };
+        counted.set(counted.get() + 1);
+        opened
+    }
+
+    async fn try_connect(&self, ask: &Ask<'_>, ahead: Option<&Ahead<'_>>) -> Result<Stream, TunnelError> {
         let ahead = ahead.filter(|_| self.settings.optimistic_data);
         let permit = self.stream_permit()?;
         let mut tries = 0;

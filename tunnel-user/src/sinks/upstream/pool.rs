@@ -42,7 +42,13 @@ use super::{
     signal::Signal,
     stream::{LINGER, Stream},
 };
-use crate::{model::flow::Target, observe::marks::Made};
+use crate::{
+    model::flow::Target,
+    observe::{
+        histogram::{Buckets, Histogram},
+        marks::Made,
+    },
+};
 
 /// Flows that wait for a connection to the same peer; more are refused at once.
 const WAITING_MAX: usize = 4096;
@@ -61,6 +67,9 @@ struct Inner<D: Connect> {
     /// Dials and connections. They hold the pool weakly.
     tasks: RefCell<JoinSet<()>>,
     opened: Cell<u64>,
+    failed: Cell<u64>,
+    /// How long those took that were opened.
+    took: Histogram,
     /// Connections, and dials.
     open: Count,
     /// A connection has ended.
@@ -191,6 +200,8 @@ impl<D: Connect> Pool<D> {
             slots: RefCell::default(),
             tasks: RefCell::default(),
             opened: Cell::default(),
+            failed: Cell::default(),
+            took: Histogram::default(),
             open: Count::default(),
             closed: Notify::new(),
         }))
@@ -199,6 +210,25 @@ impl<D: Connect> Pool<D> {
     /// Connections opened since the start.
     pub fn opened(&self) -> u64 {
         self.0.opened.get()
+    }
+
+    /// Connections that could not be made since the start.
+    pub fn failed(&self) -> u64 {
+        self.0.failed.get()
+    }
+
+    /// How long connections took to be made.
+    pub fn took(&self) -> Buckets {
+        self.0.took.read()
+    }
+
+    /// Calls `each` with every endpoint that there are connections to: how many are shared, how many are being made, and how
+    /// many flows wait for one.
+    pub fn each(&self, mut each: impl FnMut(&Target, usize, usize, usize)) {
+        for (key, slot) in self.0.slots.borrow().iter() {
+            let (connections, waiting) = (slot.connections.borrow().len(), slot.waiting.borrow().len());
+            each(&key.endpoint, connections, slot.dialing.get(), waiting);
+        }
     }
 
     /// Shared connections that are open, all keys together.
@@ -304,8 +334,10 @@ impl<D: Connect> Inner<D> {
         let most = self.settings.max_connections;
         let permit = self.open.take(most).ok_or(ConnectError::Limit { most })?;
         let begun = std::time::Instant::now();
-        let connection = self.dialer.connect(key).await?;
+        let connection =
+            self.dialer.connect(key).await.inspect_err(|_| self.failed.set(self.failed.get() + 1))?;
         self.opened.set(self.opened.get() + 1);
+        self.took.observe(begun.elapsed());
         Ok(Checkout::new(&Entry::new(connection, begun, Weak::new(), Some(permit))))
     }
 
@@ -339,11 +371,15 @@ impl<D: Connect> Inner<D> {
             let permit: Permit = permit;
             let begun = std::time::Instant::now();
             let dialled = dialer.connect(&key).await;
+            let took = begun.elapsed();
             slot.dialing.set(slot.dialing.get() - 1);
             let connection = match dialled {
                 Ok(connection) => connection,
                 Err(why) => {
                     tracing::debug!(endpoint = %key.endpoint, "dial failed: {why}");
+                    if let Some(inner) = pool.upgrade() {
+                        inner.failed.set(inner.failed.get() + 1);
+                    }
                     // Another dial may still succeed.
                     if slot.dialing.get() == 0 {
                         slot.fail(&why);
@@ -356,6 +392,7 @@ impl<D: Connect> Inner<D> {
             slot.serve();
             let Some(inner) = pool.upgrade() else { return };
             inner.opened.set(inner.opened.get() + 1);
+            inner.took.observe(took);
             // The peer may allow fewer streams than we thought.
             inner.dial_for_waiting(&key, &slot);
             drop(inner);

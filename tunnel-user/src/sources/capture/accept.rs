@@ -15,7 +15,10 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::yield_now,
+};
 use tunnel_common::{
     capture::lane_v4,
     flow::{FlowKey, LOCAL_CONGESTION_CONTROL},
@@ -32,7 +35,7 @@ use crate::{
     },
     process::drain::Tasks,
     relay::TcpLeg,
-    sources::{Answered, Event, FlowHandler, Incoming, SourceHandle, back_off},
+    sources::{ACCEPTS_PER_TURN, Answered, Event, FlowHandler, Incoming, SourceHandle, back_off},
     transport::tcp::{self, OnClose},
 };
 
@@ -222,7 +225,7 @@ pub async fn serve<H: FlowHandler>(
     tasks: Rc<Tasks>,
 ) {
     let mut watch = source.watch();
-    let mut draining = false;
+    let (mut draining, mut accepts) = (false, 0u32);
     loop {
         let accepted = tokio::select! {
             biased;
@@ -240,6 +243,10 @@ pub async fn serve<H: FlowHandler>(
             }
             Ok((_, Err(stray))) => handler.record(Event::Stray(&stray)),
             Err(e) => back_off(&e).await,
+        }
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN) && !draining {
+            yield_now().await;
         }
     }
 }

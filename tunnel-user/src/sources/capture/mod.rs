@@ -6,6 +6,7 @@
 pub mod accept;
 mod before;
 pub mod bpf;
+pub mod explain;
 mod links;
 pub mod redirect;
 pub mod ring;

@@ -23,12 +23,13 @@ use crate::{
         verify::{check_expiry, explain, explain_hinted},
     },
     model::{flow::ClientAddr, trust::ClientCheck},
+    observe::stats::Check,
     sources::Peer,
     transport::{
         h1::ReadError,
         io::{Wire, peek_until},
         proxy,
-        record::{self, Agreed, TlsStream},
+        record::{self, Agreed, Pace, Stage, TlsStream},
     },
 };
 
@@ -55,6 +56,8 @@ pub struct Settings {
     pub keepalive_interval: Duration,
     /// A PING unanswered for this long means that the connection is lost.
     pub keepalive_timeout: Duration,
+    /// A connection without a stream for this long is closed.
+    pub idle_timeout: Duration,
 }
 
 /// How a listener speaks TLS.
@@ -89,9 +92,35 @@ pub enum ServeError {
     /// Too many others were in the middle of theirs.
     #[error("its handshake was not done when its place was needed for another")]
     Crowded,
+    /// The peer sends more than goes with any work. Its connection was closed with ENHANCE_YOUR_CALM (RFC 9113 section 7).
+    #[error("HTTP/2: flooded by the peer: {0}")]
+    Flood(String),
+    /// It has as many connections as it may.
+    #[error("the limit of {0} connections of one peer is reached (daemon.limits.peer_connections)")]
+    PeerConnections(usize),
+    /// It makes us hold as much as it may, or others do.
+    #[error("the memory for peers is in use (daemon.limits)")]
+    Memory,
     /// The peer does not answer.
     #[error("no answer to PING within {0:?}")]
     KeepaliveTimeout(Duration),
+}
+
+impl ServeError {
+    /// The check that the connection failed.
+    pub const fn check(&self) -> Check {
+        match self {
+            Self::Proxy(_) => Check::ProxyProtocol,
+            Self::Tls(_) => Check::Tls,
+            Self::H2(_) | Self::H1(_) => Check::Http,
+            Self::Gone(_) => Check::Gone,
+            Self::HandshakeTimeout(_) | Self::KeepaliveTimeout(_) => Check::Timeout,
+            Self::Crowded => Check::Crowded,
+            Self::Flood(_) => Check::Flood,
+            Self::PeerConnections(_) => Check::PeerConnections,
+            Self::Memory => Check::Memory,
+        }
+    }
 }
 
 /// A peer that has completed its handshake.
@@ -119,6 +148,7 @@ pub async fn handshake(
     settings: &Settings,
     stream: TcpStream,
     peer: SocketAddr,
+    pace: &Pace,
 ) -> Result<Accepted, ServeError> {
     let deadline = Instant::now() + settings.handshake_timeout;
     let shaken = timeout_at(deadline, async {
@@ -129,18 +159,24 @@ pub async fn handshake(
         };
         let client = told.unwrap_or(ClientAddr(peer));
         match &settings.tls {
-            None => plain(settings, stream, client).await,
-            Some(tls) => secure(settings, tls, stream, client).await,
+            None => plain(settings, stream, client, pace).await,
+            Some(tls) => secure(settings, tls, stream, client, pace).await,
         }
     });
     shaken.await.map_err(|_| ServeError::HandshakeTimeout(settings.handshake_timeout))?
 }
 
-async fn plain(settings: &Settings, stream: TcpStream, client: ClientAddr) -> Result<Accepted, ServeError> {
+async fn plain(
+    settings: &Settings,
+    stream: TcpStream,
+    client: ClientAddr,
+    pace: &Pace,
+) -> Result<Accepted, ServeError> {
     let protocol = match &settings.protocols[..] {
         [only] => *only,
         _ => sniff(&stream).await?,
     };
+    pace.reached(Stage::Spoken);
     let link = match protocol {
         Protocol::H2 => Link::H2Plain(Box::new(h2::handshake(settings, stream).await?)),
         Protocol::H1 => Link::H1Plain(Box::new(request(stream).await?)),
@@ -154,9 +190,10 @@ async fn secure(
     Tls { store, check }: &Tls,
     stream: TcpStream,
     client: ClientAddr,
+    pace: &Pace,
 ) -> Result<Accepted, ServeError> {
     let config = store.server_config(check, &settings.protocols);
-    let (tls, agreed) = match record::accept(&config, stream).await {
+    let (tls, agreed) = match record::accept_at(&config, stream, pace).await {
         Ok(shaken) => shaken,
         Err((e, stream)) => {
             drain_and_close(stream).await;

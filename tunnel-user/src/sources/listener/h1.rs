@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     model::flow::Target,
+    process::books::Connected,
     relay::{IntoLeg, Queue},
     sources::{self, Answer, PendingRequest},
     transport::{
@@ -50,7 +51,7 @@ pub struct Pending<W> {
     /// What came behind the head.
     early: Bytes,
     /// Its place among the connections of its listener.
-    permit: Option<OwnedSemaphorePermit>,
+    places: Option<(OwnedSemaphorePermit, Connected)>,
 }
 
 /// Reads a request. One that is malformed is a request too: it is to be answered. The caller bounds the time.
@@ -65,14 +66,14 @@ pub async fn read<W: Wire>(mut wire: W) -> Result<Incoming<W>, ReadError> {
         },
         Err(e) => return Err(e),
     };
-    let request = Pending { wire, early: buf.freeze(), permit: None };
+    let request = Pending { wire, early: buf.freeze(), places: None };
     Ok(Incoming { target, head: Some((version, headers)), request })
 }
 
 impl<W> Pending<W> {
-    /// Holds a permit until the request is accepted: from then on it is the limit of flows that bounds it.
-    pub(super) fn hold(&mut self, permit: OwnedSemaphorePermit) {
-        self.permit = Some(permit);
+    /// Holds its places among connections until the request is accepted: from then on it is the limit of flows that bounds it.
+    pub(super) fn hold(&mut self, places: (OwnedSemaphorePermit, Connected)) {
+        self.places = Some(places);
     }
 }
 

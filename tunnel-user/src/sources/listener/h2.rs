@@ -13,11 +13,11 @@ use std::{
 
 use bytes::Bytes;
 use h2::{
-    RecvStream,
+    Reason, RecvStream,
     server::{Connection, SendResponse},
 };
 use http::{Request, Response};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     accept::{LINGER, ServeError, Settings},
@@ -25,14 +25,17 @@ use super::{
 };
 use crate::{
     identity::verify::explain,
-    process::drain::{Tasks, Watch},
-    relay::{Broken, Cause, EarlySource, H2Leg, Payload, Queue, Sender, stream_broken},
+    process::{
+        drain::{Tasks, Watch},
+        memory::Account,
+    },
+    relay::{Body, Broken, Cause, EarlySource, H2Leg, Payload, Queue, Sender, stream_broken},
     sources::{self, Answer, PendingRequest},
     transport::{
-        http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
+        http2::{FRAME, Guarded, HEADERS, RESET_STREAMS_MAX, Role, SEND_BUFFER, SMALL_FRAMES},
         io::{Linger as _, Wire},
         pulse::{Event, Pulse},
-        window::{Share, Traffic, WINDOW_START, connection_window},
+        window::{ConnectionWindow, Share, Traffic, WINDOW_START},
     },
 };
 
@@ -54,7 +57,7 @@ fn incoming(request: Request<RecvStream>, respond: SendResponse<Payload>, share:
     let target = request::target(&request);
     let (parts, body) = request.into_parts();
     let head = Some((parts.version, parts.headers));
-    Incoming { target, head, request: Pending { body, respond, share } }
+    Incoming { target, head, request: Pending { body: Body { recv: body, share }, respond } }
 }
 
 /// A stream whose request waits for its answer.
@@ -62,9 +65,8 @@ fn incoming(request: Request<RecvStream>, respond: SendResponse<Payload>, share:
 /// What its peer sends meanwhile is kept within the stream's window, of which nothing is given back until somebody has
 /// taken the bytes.
 pub struct Pending {
-    body: RecvStream,
+    body: Body,
     respond: SendResponse<Payload>,
-    share: Share,
 }
 
 impl PendingRequest for Pending {
@@ -77,7 +79,7 @@ impl PendingRequest for Pending {
     async fn accept(mut self) -> Option<(H2Leg, Queue)> {
         // Fails only when the peer has reset the stream.
         let send = self.respond.send_response(Response::new(()), false).ok()?;
-        Some((H2Leg::server(Sender::new(send), self.body, self.share), Queue::default()))
+        Some((H2Leg::server(Sender::new(send, self.body.share.account()), self.body), Queue::default()))
     }
 
     /// Hears out what the peer sends before it knows, within the stream's window. Reset instead, the stream would be
@@ -86,8 +88,8 @@ impl PendingRequest for Pending {
         // Fails only when the peer has reset the stream, and then nobody waits for the answer.
         let _gone = self.respond.send_response(answer.response(), true);
         let until_ended = async {
-            while let Some(Ok(chunk)) = self.body.data().await {
-                self.share.received(chunk.len());
+            while let Some(Ok(chunk)) = self.body.recv.data().await {
+                self.body.share.received(chunk.len());
             }
         };
         // It goes on: now it is reset.
@@ -101,33 +103,35 @@ impl EarlySource for Pending {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-        let next = ready!(self.body.poll_data(cx));
+        let next = ready!(self.body.recv.poll_data(cx));
         if let Some(Ok(chunk)) = &next {
-            self.share.received(chunk.len());
+            self.body.share.received(chunk.len());
         }
-        Poll::Ready(next.transpose().map_err(|e| stream_broken(&e, &self.share)))
+        Poll::Ready(next.transpose().map_err(|e| stream_broken(&e, &self.body.share)))
     }
 
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
         self.respond.poll_reset(cx).map(|reset| match reset {
             Ok(reason) => Broken::Reset(Cause::Stream(reason)),
-            Err(e) => stream_broken(&e, &self.share),
+            Err(e) => stream_broken(&e, &self.body.share),
         })
     }
 }
 
 /// A connection on which the peer has begun to speak HTTP/2.
 pub struct Tunnel<W: Wire> {
-    connection: Connection<W, Payload>,
+    connection: Connection<Guarded<W>, Payload>,
     last: W::Last,
+    traffic: Rc<Traffic>,
 }
 
 /// Shakes hands on HTTP/2. The caller bounds the time.
 pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<Tunnel<W>, ServeError> {
     let last = wire.share()?;
+    let traffic = Rc::new(Traffic::default());
+    let wire = Guarded::new(wire, Role::Server, Rc::clone(&traffic));
     let connection = h2::server::Builder::new()
         .initial_window_size(WINDOW_START)
-        .initial_connection_window_size(connection_window(settings.max_streams))
         .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
         .max_concurrent_streams(settings.max_streams)
@@ -139,41 +143,68 @@ pub(super) async fn handshake<W: Wire>(settings: &Settings, wire: W) -> Result<T
         .handshake::<_, Payload>(wire)
         .await
         .map_err(|e| ServeError::H2(explain(&e)))?;
-    Ok(Tunnel { connection, last })
+    Ok(Tunnel { connection, last, traffic })
 }
 
-/// Serves a connection to its end. `carry` makes the task of each request; they end with the connection.
+/// What ended a connection. The library finds floods too, of what it keeps itself.
+fn h2_error(e: h2::Error) -> ServeError {
+    let flood = e.is_go_away() && e.is_library() && e.reason() == Some(Reason::ENHANCE_YOUR_CALM);
+    if flood { ServeError::Flood(explain(&e)) } else { ServeError::H2(explain(&e)) }
+}
+
+/// Serves a connection to its end, in the memory of its peer. `carry` makes the task of each request; they end with the connection.
 pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     settings: &Settings,
     tunnel: Tunnel<W>,
+    account: &Rc<Account>,
     mut drain: Watch,
     carry: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
-    let Tunnel { mut connection, last } = tunnel;
-    let h2_error = |e: h2::Error| ServeError::H2(explain(&e));
+    let Tunnel { mut connection, last, traffic } = tunnel;
     let stuck = ServeError::KeepaliveTimeout(settings.keepalive_timeout);
     let Some(ping) = connection.ping_pong() else {
         return Err(ServeError::H2("no PING handle".to_owned()));
     };
-    let traffic = Rc::new(Traffic::default());
-    let mut pulse = Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &traffic);
+    traffic.charge(account);
+    let whole = ConnectionWindow::new(account, settings.max_streams);
+    let mut pulse =
+        Pulse::new(ping, settings.keepalive_interval, settings.keepalive_timeout, &traffic).sizing(whole);
     // Owned here: when the connection goes, so do its streams.
     let streams = Rc::new(Tasks::default());
     let mut draining = false;
+    // Since when there is no stream, as far as was noticed.
+    let mut idle = Some(Instant::now());
     let ended = loop {
-        let wake_at = pulse.wake_at();
+        let idle_at = idle.filter(|_| !draining).map(|since| since + settings.idle_timeout);
+        let wake_at = idle_at.map_or(pulse.wake_at(), |at| at.min(pulse.wake_at()));
         tokio::select! {
             biased;
             event = poll_fn(|cx| pulse.poll(cx, &mut connection, Connection::poll_accept)) => match event {
                 Event::Of(Some(Ok((request, respond)))) => {
+                    traffic.flood().took_request();
                     streams.spawn(carry(incoming(request, respond, traffic.share())));
+                    idle = None;
                 }
                 Event::Of(Some(Err(e))) => break Err(h2_error(e)),
                 Event::Of(None) => break Ok(()),
                 Event::Answered => {}
+                Event::Flood(frames) => {
+                    connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                    // Ready once GOAWAY is on the wire; a peer that does not read is not waited for.
+                    let _told = timeout(LINGER, poll_fn(|cx| connection.poll_closed(cx))).await;
+                    break Err(ServeError::Flood(format!("{frames} frames")));
+                }
                 Event::Gone(e) => break Err(h2_error(e)),
             },
             () = sleep_until(wake_at) => {
+                if traffic.streams() > 0 {
+                    idle = None;
+                } else if idle_at.is_some_and(|at| at <= Instant::now()) {
+                    draining = true;
+                    connection.graceful_shutdown();
+                } else {
+                    idle.get_or_insert_with(Instant::now);
+                }
                 match pulse.beat() {
                     Ok(true) => {}
                     Ok(false) => break Err(stuck),

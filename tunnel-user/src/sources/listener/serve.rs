@@ -4,11 +4,12 @@
 //! - A connection that does not complete its handshake brings no flow.
 //! - At most [`CONNECTIONS_MAX`] connections of one listener are served by one worker; more wait in the backlog.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::yield_now,
 };
 
 use super::{
@@ -18,9 +19,12 @@ use super::{
 };
 use crate::{
     model::flow::PeerAddr,
-    process::drain::{Tasks, Watch},
+    process::{
+        books::Connected,
+        drain::{Tasks, Watch},
+    },
     relay::IntoLeg,
-    sources::{Event, FlowHandler, SourceHandle, back_off},
+    sources::{ACCEPTS_PER_TURN, Event, FlowHandler, SourceHandle, back_off},
     transport::io::Wire,
 };
 
@@ -38,6 +42,7 @@ pub async fn serve<H: FlowHandler>(
 ) {
     let mut watch = source.watch();
     let handshakes = Handshakes::default();
+    let mut accepts: u32 = 0;
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         if connections.available_permits() == 0 {
@@ -52,12 +57,16 @@ pub async fn serve<H: FlowHandler>(
         match accepted {
             Ok((stream, addr)) => {
                 let (handler, source) = (Rc::clone(&handler), Rc::clone(&source));
-                let (settings, place) = (Arc::clone(&settings), handshakes.place());
+                let (settings, place) = (Arc::clone(&settings), handshakes.place(addr.ip()));
                 tasks.spawn(async move {
                     serve_connection(handler, &settings, stream, addr, source, place, permit).await;
                 });
             }
             Err(e) => back_off(&e).await,
+        }
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN) {
+            yield_now().await;
         }
     }
 }
@@ -72,8 +81,10 @@ async fn serve_connection<H: FlowHandler>(
     mut place: Place,
     permit: OwnedSemaphorePermit,
 ) {
+    let started = Instant::now();
+    let pace = place.pace();
     let accepted = tokio::select! {
-        accepted = accept::handshake(settings, stream, addr) => accepted,
+        accepted = accept::handshake(settings, stream, addr, &pace) => accepted,
         () = place.needed() => Err(ServeError::Crowded),
     };
     let Accepted { peer, link } = match accepted {
@@ -81,13 +92,18 @@ async fn serve_connection<H: FlowHandler>(
         Err(error) => return handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error }),
     };
     drop(place);
+    handler.record(Event::PeerAccepted { took: started.elapsed() });
     let addr = PeerAddr(peer.client.0);
-    let client = handler.peer(&source, peer);
+    let (client, connected) = match handler.peer(&source, peer) {
+        Ok(client) => client,
+        Err(error) => return handler.record(Event::PeerRejected { peer: addr, error: &error }),
+    };
+    let watch = source.watch();
     match link {
-        Link::H2(link) => serve_h2(handler, settings, *link, source.watch(), addr, client).await,
-        Link::H2Plain(link) => serve_h2(handler, settings, *link, source.watch(), addr, client).await,
-        Link::H1(link) => serve_h1(handler, *link, client, permit).await,
-        Link::H1Plain(link) => serve_h1(handler, *link, client, permit).await,
+        Link::H2(link) => serve_h2(handler, settings, *link, watch, addr, client, &connected).await,
+        Link::H2Plain(link) => serve_h2(handler, settings, *link, watch, addr, client, &connected).await,
+        Link::H1(link) => serve_h1(handler, *link, client, (permit, connected)).await,
+        Link::H1Plain(link) => serve_h1(handler, *link, client, (permit, connected)).await,
     }
 }
 
@@ -98,10 +114,13 @@ async fn serve_h2<H: FlowHandler, W: Wire>(
     watch: Watch,
     addr: PeerAddr,
     client: H::Client,
+    connected: &Connected,
 ) {
     let carry = |incoming| Rc::clone(&handler).carry(client.clone(), incoming);
-    if let Err(e) = h2::serve(settings, link, watch, carry).await {
-        tracing::debug!(peer = %addr, error = %e, "connection closed");
+    match h2::serve(settings, link, connected.memory(), watch, carry).await {
+        Ok(()) => {}
+        Err(error @ ServeError::Flood(_)) => handler.record(Event::Flooded { peer: addr, error: &error }),
+        Err(e) => tracing::debug!(peer = %addr, error = %e, "connection closed"),
     }
 }
 
@@ -110,9 +129,9 @@ async fn serve_h1<H: FlowHandler, W: IntoLeg + 'static>(
     handler: Rc<H>,
     mut link: h1::Incoming<W>,
     client: H::Client,
-    permit: OwnedSemaphorePermit,
+    places: (OwnedSemaphorePermit, Connected),
 ) {
-    link.request.hold(permit);
+    link.request.hold(places);
     handler.carry(client, link).await;
 }
 
@@ -134,7 +153,10 @@ mod tests {
     use crate::{
         config::Protocol,
         model::flow::ClientAddr,
-        process::drain::{self, Phase},
+        process::{
+            books::Books,
+            drain::{self, Phase},
+        },
         sources::{Answer, Incoming, Peer, PendingRequest},
     };
 
@@ -164,8 +186,13 @@ mod tests {
             addr
         }
 
-        fn peer(&self, _source: &Rc<SourceHandle>, peer: Peer) -> ClientAddr {
-            peer.client
+        fn peer(
+            &self,
+            _source: &Rc<SourceHandle>,
+            peer: Peer,
+        ) -> Result<(ClientAddr, Connected), ServeError> {
+            let connected = Rc::new(Books::default()).connect(1).expect("the first");
+            Ok((peer.client, connected))
         }
 
         async fn carry<P: PendingRequest>(self: Rc<Self>, _client: ClientAddr, incoming: Incoming<P>) {
@@ -214,6 +241,7 @@ mod tests {
                 max_streams: 10,
                 keepalive_interval: PATIENCE,
                 keepalive_timeout: PATIENCE,
+                idle_timeout: PATIENCE,
             });
             let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let addr = socket.local_addr().unwrap();

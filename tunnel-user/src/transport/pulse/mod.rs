@@ -18,23 +18,34 @@ use tokio::{
     time::Instant,
 };
 
-use super::window::{Traffic, Windows};
+use super::window::{ConnectionWindow, Traffic, Windows};
 
 /// A connection whose streams can be given other windows.
 pub trait Resize {
     /// Tells the peer; whether that could be done now: the last change may not have been acknowledged.
     fn resize(&mut self, window: u32) -> bool;
+
+    /// Gives the connection itself another one.
+    fn resize_whole(&mut self, window: u32);
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin, B: Buf> Resize for h2::client::Connection<T, B> {
     fn resize(&mut self, window: u32) -> bool {
         self.set_initial_window_size(window).is_ok()
     }
+
+    fn resize_whole(&mut self, window: u32) {
+        self.set_target_window_size(window);
+    }
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin, B: Buf> Resize for h2::server::Connection<T, B> {
     fn resize(&mut self, window: u32) -> bool {
         self.set_initial_window_size(window).is_ok()
+    }
+
+    fn resize_whole(&mut self, window: u32) {
+        self.set_target_window_size(window);
     }
 }
 
@@ -51,6 +62,8 @@ pub struct Pulse {
     timeout: Duration,
     traffic: Rc<Traffic>,
     windows: Windows,
+    /// Where the connection's own is sized too.
+    whole: Option<ConnectionWindow>,
 }
 
 /// What comes of polling.
@@ -59,6 +72,8 @@ pub enum Event<T> {
     Of(T),
     /// A PING was answered.
     Answered,
+    /// The peer floods the connection, with frames of this type.
+    Flood(&'static str),
     /// The connection has gone, and its PINGs with it.
     Gone(h2::Error),
 }
@@ -75,7 +90,14 @@ impl Pulse {
             timeout,
             traffic: Rc::clone(traffic),
             windows: Windows::default(),
+            whole: None,
         }
+    }
+
+    /// The same; the connection's own window, of which the peer was told nothing yet, is sized too.
+    #[must_use]
+    pub fn sizing(self, whole: ConnectionWindow) -> Self {
+        Self { whole: Some(whole), ..self }
     }
 
     /// Polls the connection, and sees to its windows.
@@ -86,7 +108,11 @@ impl Pulse {
         mut poll: impl FnMut(&mut C, &mut Context<'_>) -> Poll<T>,
     ) -> Poll<Event<T>> {
         loop {
-            if let Poll::Ready(done) = poll(connection, cx) {
+            let polled = poll(connection, cx);
+            if let Some(frames) = self.traffic.flood().detected() {
+                return Poll::Ready(Event::Flood(frames));
+            }
+            if let Poll::Ready(done) = polled {
                 return Poll::Ready(Event::Of(done));
             }
             if self.asked
@@ -113,7 +139,14 @@ impl Pulse {
     fn adjust(&mut self, connection: &mut impl Resize) -> Result<bool, h2::Error> {
         let received = self.traffic.received();
         let mut new = false;
-        if let Some(window) = self.windows.change(self.traffic.held())
+        if let Some(whole) = &mut self.whole
+            && let Some(window) = whole.change(received, self.traffic.unreturned())
+        {
+            connection.resize_whole(window);
+            new = true;
+        }
+        let short = self.traffic.account().is_short();
+        if let Some(window) = self.windows.change(self.traffic.held(), short)
             && connection.resize(window)
         {
             tracing::debug!(window, received, held = self.traffic.held(), "stream window changed");

@@ -107,7 +107,7 @@ async fn serve(stream: TcpStream, handle: impl AsyncFn(RecvStream, Share) + Clon
                 });
             }
             Event::Answered => {}
-            Event::Of(_) | Event::Gone(_) => return,
+            Event::Of(_) | Event::Flood(_) | Event::Gone(_) => return,
         }
     }
 }

@@ -19,7 +19,7 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::{Session, TlsStream, buffer::Buffer, session::Kernel};
+use super::{CIPHERTEXT_MAX, Pace, Session, Stage, TlsStream, buffer::Buffer, session::Kernel};
 
 /// What both sides agreed on, and what the peer has shown.
 #[derive(Debug)]
@@ -41,21 +41,31 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     mut below: S,
 ) -> io::Result<(TlsStream<S>, Agreed)> {
     let conn = UnbufferedClientConnection::new(config, name).map_err(to_io)?;
-    let (session, agreed) = shake(conn, &mut below).await?;
+    let (session, agreed) = shake(conn, &mut below, None).await?;
     Ok((TlsStream::new(below, session), agreed))
 }
 
-/// Shakes hands as the server. The stream comes back with the error: there may be something to read on it.
+/// Shakes hands as the server.
 pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     config: &ServerConfig,
+    below: S,
+) -> Result<(TlsStream<S>, Agreed), (io::Error, S)> {
+    accept_at(config, below, &Pace::default()).await
+}
+
+/// Shakes hands as the server, at its `pace` among others. The stream comes back with the error: there may be something to read
+/// on it.
+pub async fn accept_at<S: AsyncRead + AsyncWrite + Unpin>(
+    config: &ServerConfig,
     mut below: S,
+    pace: &Pace,
 ) -> Result<(TlsStream<S>, Agreed), (io::Error, S)> {
     // rustls tells the name that was asked for to nobody but who picks the certificate.
     let asked = Arc::new(RequestedName { pick: Arc::clone(&config.cert_resolver), name: OnceLock::new() });
     let mut config = config.clone();
     config.cert_resolver = Arc::clone(&asked) as Arc<dyn ResolvesServerCert>;
     let shaken = match UnbufferedServerConnection::new(Arc::new(config)) {
-        Ok(conn) => shake(conn, &mut below).await,
+        Ok(conn) => shake(conn, &mut below, Some(pace)).await,
         Err(e) => Err(to_io(e)),
     };
     match shaken {
@@ -141,45 +151,30 @@ enum Step {
 async fn shake<C: Unbuffered, S: AsyncRead + AsyncWrite + Unpin>(
     mut conn: C,
     below: &mut S,
+    pace: Option<&Pace>,
 ) -> io::Result<(Session, Agreed)> {
     // Of both at most what one buffer holds: a flight of certificates, and the peer's first data.
     let (mut received, mut to_send, mut early) = (Buffer::take(), Vec::new(), Vec::new());
     let mut ended = false;
     loop {
-        let UnbufferedStatus { mut discard, state } = conn.process(received.filled_mut());
-        let step = match state {
-            Ok(ConnectionState::EncodeTlsData(mut data)) => encode(&mut data, &mut to_send),
-            Ok(ConnectionState::TransmitTlsData(data)) => {
-                data.done();
-                Step::Send
+        let step = match pace {
+            Some(pace) if has_record(received.filled()) => {
+                pace.reached(Stage::Spoken);
+                pace.in_turn(|| compute(&mut conn, &mut received, &mut to_send, &mut early)).await
             }
-            Ok(ConnectionState::BlockedHandshake) => Step::Receive,
-            Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
-            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                let mut step = Step::Again;
-                while let Some(record) = traffic.next_record() {
-                    match record {
-                        Ok(AppDataRecord { discard: more, payload, .. }) => {
-                            discard += more;
-                            early.extend_from_slice(payload);
-                        }
-                        Err(e) => step = Step::Failed(to_io(e)),
-                    }
-                }
-                step
-            }
-            Ok(ConnectionState::PeerClosed) => Step::Ended,
-            // Closed; nothing else is switched on.
-            Ok(_) => Step::Failed(closed()),
-            Err(e) => Step::Failed(to_io(e)),
+            _ => compute(&mut conn, &mut received, &mut to_send, &mut early),
         };
-        received.advance(discard);
         match step {
             Step::Again => {}
             // All that the peer has to say may come at once.
             Step::Ended if !conn.state().is_handshaking() => ended = true,
             Step::Ended => return Err(closed()),
-            Step::Send => send(below, &mut to_send).await?,
+            Step::Send => {
+                send(below, &mut to_send).await?;
+                if let Some(pace) = pace {
+                    pace.reached(Stage::Answered);
+                }
+            }
             Step::Receive => receive(below, &mut received).await?,
             // A server may be let speak before the client has finished.
             Step::Done if conn.state().is_handshaking() => receive(below, &mut received).await?,
@@ -202,6 +197,52 @@ async fn shake<C: Unbuffered, S: AsyncRead + AsyncWrite + Unpin>(
     let (secrets, kernel) = conn.into_kernel().map_err(to_io)?;
     let session = Session::new(secrets, kernel, early, received, ended).map_err(io::Error::other)?;
     Ok((session, agreed))
+}
+
+/// Whether what has come begins with a whole record: rustls computes with nothing less.
+fn has_record(received: &[u8]) -> bool {
+    let [_, _, _, high, low, rest @ ..] = received else { return false };
+    let len = usize::from(u16::from_be_bytes([*high, *low]));
+    // What is too long is an error, and rustls says which.
+    len > CIPHERTEXT_MAX || rest.len() >= len
+}
+
+/// Has rustls go on with what has come.
+fn compute<C: Unbuffered>(
+    conn: &mut C,
+    received: &mut Buffer,
+    to_send: &mut Vec<u8>,
+    early: &mut Vec<u8>,
+) -> Step {
+    let UnbufferedStatus { mut discard, state } = conn.process(received.filled_mut());
+    let step = match state {
+        Ok(ConnectionState::EncodeTlsData(mut data)) => encode(&mut data, to_send),
+        Ok(ConnectionState::TransmitTlsData(data)) => {
+            data.done();
+            Step::Send
+        }
+        Ok(ConnectionState::BlockedHandshake) => Step::Receive,
+        Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
+        Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+            let mut step = Step::Again;
+            while let Some(record) = traffic.next_record() {
+                match record {
+                    Ok(AppDataRecord { discard: more, payload, .. }) => {
+                        discard += more;
+                        early.extend_from_slice(payload);
+                    }
+                    Err(e) => step = Step::Failed(to_io(e)),
+                }
+            }
+            step
+        }
+        Ok(ConnectionState::PeerClosed) => Step::Ended,
+        // Closed; nothing else is switched on.
+        Ok(_) => Step::Failed(closed()),
+        Err(e) => Step::Failed(to_io(e)),
+    };
+    received.advance(discard);
+    step
 }
 
 fn encode<D>(data: &mut EncodeTlsData<'_, D>, to_send: &mut Vec<u8>) -> Step {

@@ -9,11 +9,13 @@
 mod buffer;
 mod handshake;
 mod keys;
+mod pace;
 mod session;
 mod stream;
 
 pub use self::{
-    handshake::{Agreed, accept, connect},
+    handshake::{Agreed, accept, accept_at, connect},
+    pace::{Pace, Stage},
     session::{Next, RecordError, Session},
     stream::TlsStream,
 };

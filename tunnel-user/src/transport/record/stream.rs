@@ -19,11 +19,11 @@ use tokio::{
 };
 
 use super::{Next, RecordError, Session};
-use crate::transport::alert::HintedAlert;
+use crate::transport::{alert::HintedAlert, turn::AfterDriver};
 
-/// What is received before the others on this thread have a turn: about 50 µs' worth. tokio's own measure is the number of
-/// reads, whatever their size.
-const TURN: usize = 256 * 1024;
+/// What is received before the others on this thread have a turn: about 100 µs' worth. tokio's own measure is the number of
+/// reads, whatever their size. A connection of HTTP/2 has a shorter one of its own (`transport::http2`).
+const TURN: usize = 512 * 1024;
 
 /// How long a peer that was refused may take to close its side, and how much it may send meanwhile: its tickets, or its
 /// first requests. Bytes that nobody has read turn the close into a reset, which takes the alert out of its hands.
@@ -39,12 +39,14 @@ pub struct TlsStream<S> {
     hint: Option<Arc<str>>,
     /// Bytes received in this turn.
     turn: usize,
+    /// Between two turns.
+    waiting: Option<AfterDriver>,
 }
 
 impl<S> TlsStream<S> {
     /// Over a stream on which nothing but the session's own records follows.
     pub(super) fn new(below: S, session: Session) -> Self {
-        Self { below, session, hint: None, turn: 0 }
+        Self { below, session, hint: None, turn: 0, waiting: None }
     }
 
     /// The same; an alert of the peer's comes with `hint`, which is why it may refuse our certificate.
@@ -128,10 +130,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
                 Ok(Next::End) => return Poll::Ready(Ok(())),
                 Ok(Next::More) if this.turn >= TURN => {
                     this.turn = 0;
-                    cx.waker().wake_by_ref();
+                    this.waiting = Some(AfterDriver::new(cx));
+                    return Poll::Pending;
+                }
+                Ok(Next::More) if this.waiting.as_ref().is_some_and(|waiting| !waiting.has_passed()) => {
                     return Poll::Pending;
                 }
                 Ok(Next::More) => {
+                    this.waiting = None;
                     let mut room = ReadBuf::new(this.session.room());
                     let read = Pin::new(&mut this.below).poll_read(cx, &mut room);
                     let n = room.filled().len();

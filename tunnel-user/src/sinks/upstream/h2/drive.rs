@@ -114,6 +114,7 @@ async fn run<W: AsyncRead + AsyncWrite + Unpin>(
                     }
                     continue;
                 }
+                Event::Flood(frames) => return Some(format!("flooded by the peer: {frames} frames")),
                 Event::Gone(e) => return Some(explain(&e)),
             },
             () = sleep_until(wake_at) => {}

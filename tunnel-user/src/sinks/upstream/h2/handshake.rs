@@ -29,9 +29,9 @@ use crate::{
         stream::StreamLeg,
     },
     transport::{
-        http2::{FRAME, HEADERS, RESET_STREAMS_MAX, SEND_BUFFER, SMALL_FRAMES},
+        http2::{FRAME, Guarded, HEADERS, RESET_STREAMS_MAX, Role, SEND_BUFFER, SMALL_FRAMES},
         io::AlertFirst,
-        window::{WINDOW_START, connection_window},
+        window::{Traffic, WINDOW_START, connection_window},
     },
 };
 
@@ -56,7 +56,9 @@ impl Handshake for H2Handshake<'_> {
         let Self { endpoint, settings, abandoned } = self;
         let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: endpoint.clone(), why };
         let last = wire.share().map_err(|e| failed(format!("this node cannot wait for its end: {e}")))?;
-        let shaken = start(AlertFirst::new(wire), settings).await.map_err(failed)?;
+        let traffic = Rc::new(Traffic::default());
+        let wire = Guarded::new(AlertFirst::new(wire), Role::Client, Rc::clone(&traffic));
+        let shaken = start(wire, settings).await.map_err(failed)?;
         let (send, connection, ping) = shaken;
         let driver = Driver {
             connection,
@@ -78,7 +80,7 @@ impl Handshake for H2Handshake<'_> {
             is_overdue: Cell::default(),
             overdue: Notify::new(),
             lost: RefCell::default(),
-            traffic: Rc::default(),
+            traffic,
             abandoned: abandoned.clone(),
             driver: RefCell::new(Some(Box::new(driver))),
         })

@@ -125,7 +125,7 @@ impl H2Connection {
         let mut sender = sender.ready().await.map_err(|e| self.not_sent(e.to_string()))?;
         self.expect_answer();
         let sent = sender.send_request(request, false).map_err(|e| self.not_sent(e.to_string()))?;
-        Ok((sent.0, Sender::new(sent.1)))
+        Ok((sent.0, Sender::new(sent.1, &self.traffic.account())))
     }
 
     /// Why a request was not answered.

@@ -25,7 +25,7 @@ use crate::{
         flow::Target,
         trust::{ClientCheck, IdentityFiles, ServerCheck},
     },
-    process::drain,
+    process::{drain, memory::Memory},
     relay::{Broken, Leg as _},
     sinks::dial::Dialer,
     sinks::upstream::{
@@ -40,6 +40,7 @@ use crate::{
         accept::{self, Link, ServeError},
         h2 as listener,
     },
+    transport::record::Pace,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -501,6 +502,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
             max_streams: 1,
             keepalive_interval: Duration::from_millis(50),
             keepalive_timeout: Duration::from_millis(200),
+            idle_timeout: PATIENCE,
         };
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = socket.local_addr().unwrap();
@@ -515,10 +517,11 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
             pending::<()>().await;
         });
         let (stream, peer) = socket.accept().await.unwrap();
-        let accepted = accept::handshake(&settings, stream, peer).await.unwrap();
+        let accepted = accept::handshake(&settings, stream, peer, &Pace::default()).await.unwrap();
         let Link::H2(tunnel) = accepted.link else { panic!("it spoke HTTP/2 over TLS") };
         let (_trigger, watch) = drain::channel();
-        let served = listener::serve(&settings, *tunnel, watch, |_| async {}).await;
+        let served =
+            listener::serve(&settings, *tunnel, &Memory::of_this_worker().peer(), watch, |_| async {}).await;
         assert!(matches!(served, Err(ServeError::KeepaliveTimeout(_))), "{served:?}");
         client.abort();
     });

@@ -1,4 +1,16 @@
 //! What both ends of our HTTP/2 connections allow their peers.
+//!
+//! The library enforces the protocol; what a peer may do within it, and how fast, is bounded here: [`Guarded`] stands between the
+//! library and the byte stream, and [`FloodDetector`] weighs what passes.
+
+mod flood;
+mod frames;
+mod guard;
+
+pub use self::{
+    flood::FloodDetector,
+    guard::{Guarded, Role},
+};
 
 /// The largest DATA frame we take: with its header (RFC 9113 section 4.1) it fills four TLS records, and one read of the
 /// other leg fills it.

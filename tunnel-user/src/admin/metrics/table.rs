@@ -1,0 +1,169 @@
+//! Every metric: its name, its kind, its labels and what it counts. The reference is generated from this list.
+//!
+//! # Invariants
+//! - No label takes a value that a peer chooses: they are words of this program, and names of the configuration.
+
+/// What a metric is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It only rises, until the daemon is started again. Its samples end in `_total`.
+    Counter,
+    /// It rises and falls.
+    Gauge,
+    /// Durations, in seconds.
+    Histogram,
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// Its name, without `_total`.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: Kind,
+    /// The names of its labels.
+    pub labels: &'static [&'static str],
+    /// What it says.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])+ $id:ident = $name:literal, $kind:ident, [$($label:literal),*];)+) => {
+        $(
+            $(#[doc = $doc])+
+            pub(crate) const $id: Metric = Metric {
+                name: $name,
+                kind: Kind::$kind,
+                labels: &[$($label),*],
+                help: concat!($($doc),+).trim_ascii_start(),
+            };
+        )+
+
+        /// All of them, in the order in which they are written.
+        pub const METRICS: &[Metric] = &[$($id),+];
+    };
+}
+
+metrics! {
+    /// Always 1. Version of the daemon, and release of the kernel that it runs on.
+    BUILD_INFO = "tunnel_build_info", Gauge, ["version", "kernel"];
+    /// When the daemon was started, in seconds since 1970.
+    START_TIME = "process_start_time_seconds", Gauge, [];
+    /// CPU time of the whole process.
+    CPU = "process_cpu_seconds", Counter, [];
+    /// Resident memory of the process.
+    RESIDENT = "process_resident_memory_bytes", Gauge, [];
+    /// Open file descriptors.
+    OPEN_FDS = "process_open_fds", Gauge, [];
+    /// Limit of open file descriptors.
+    MAX_FDS = "process_max_fds", Gauge, [];
+    /// Worker threads.
+    WORKERS = "tunnel_workers", Gauge, [];
+    /// Whether the daemon is ready: every capture attached, every listener bound, every identity valid, and not draining.
+    READY = "tunnel_ready", Gauge, [];
+    /// Whether the daemon drains.
+    DRAINING = "tunnel_draining", Gauge, [];
+    /// Panics of tasks and threads.
+    PANICS = "tunnel_panics", Counter, [];
+    /// Changes of the configuration since the start, by result: success or failure.
+    RELOADS = "tunnel_config_reloads", Counter, ["result"];
+    /// Whether the latest change of the configuration was put in force.
+    RELOAD_OK = "tunnel_config_last_reload_successful", Gauge, [];
+    /// When the configuration in force was put in force, in seconds since 1970.
+    RELOADED_AT = "tunnel_config_last_reload_success_timestamp_seconds", Gauge, [];
+
+    /// Flows that have reached their target.
+    FLOWS_OPENED = "tunnel_flows_opened", Counter, [];
+    /// Of these: by where they left, the name of the upstream or "direct" for those that were dialled from here. A flow that is
+    /// sent through one upstream inside another counts for both.
+    FLOWS_ROUTED = "tunnel_flows_routed", Counter, ["upstream"];
+    /// Flows that have ended or were refused, by reason, and by who could have prevented it.
+    FLOWS_ENDED = "tunnel_flows_ended", Counter, ["reason", "fault"];
+    /// Flows that are carried now, by what moves their bytes.
+    FLOWS_LIVE = "tunnel_flows_live", Gauge, ["path"];
+    /// Flows whose target is being reached.
+    FLOWS_PENDING = "tunnel_flows_pending", Gauge, [];
+    /// Flows that the daemon carries at most.
+    FLOWS_LIMIT = "tunnel_flows_limit", Gauge, [];
+    /// Bytes that flows have moved, counted while they run. Sent: from clients to targets; received: from targets to clients.
+    FLOW_BYTES = "tunnel_flow_bytes", Counter, ["direction"];
+    /// Of these: bytes that the kernel moved, by path, of flows that have ended.
+    KERNEL_BYTES = "tunnel_flow_kernel_bytes", Counter, ["path"];
+    /// What has happened to spliced and piped flows.
+    RELAY_EVENTS = "tunnel_relay_events", Counter, ["event"];
+    /// Flows that ended with a reset.
+    FLOWS_RESET = "tunnel_flows_reset", Counter, [];
+    /// From the arrival of a flow until its target was reached.
+    CONNECT_SECONDS = "tunnel_flow_connect_duration_seconds", Histogram, [];
+    /// From the arrival of a flow until the first byte of its target.
+    FIRST_BYTE_SECONDS = "tunnel_flow_first_byte_duration_seconds", Histogram, [];
+    /// From the arrival of a flow until its end, of those that had reached their target.
+    FLOW_SECONDS = "tunnel_flow_duration_seconds", Histogram, [];
+
+    /// Connections of peers that have completed their handshake.
+    LISTENER_CONNECTIONS = "tunnel_listener_connections", Counter, [];
+    /// Connections of peers that were rejected, by the check that they failed.
+    LISTENER_REJECTED = "tunnel_listener_connections_rejected", Counter, ["check"];
+    /// From the arrival of a connection at a listener until its handshake was complete.
+    HANDSHAKE_SECONDS = "tunnel_listener_handshake_duration_seconds", Histogram, [];
+
+    /// Whether the programs of a capture are attached.
+    CAPTURE_ATTACHED = "tunnel_capture_attached", Gauge, ["capture"];
+    /// Whether the cgroup of a capture exists.
+    CAPTURE_PRESENT = "tunnel_capture_cgroup_present", Gauge, ["capture"];
+    /// Network namespaces that a capture has listeners in.
+    CAPTURE_NAMESPACES = "tunnel_capture_namespaces", Gauge, ["capture"];
+    /// Processes of a captured cgroup.
+    CAPTURE_PROCESSES = "tunnel_capture_processes", Gauge, ["capture"];
+    /// Warnings of processes that have left a captured cgroup.
+    CAPTURE_LEFT = "tunnel_capture_left", Counter, ["capture"];
+    /// Counters of a capture's kernel programs.
+    CAPTURE_EVENTS = "tunnel_capture_events", Counter, ["capture", "event"];
+
+    /// Endpoints of an upstream, by state: available, ejected, unhealthy. One that is ejected by any worker counts as ejected.
+    UPSTREAM_ENDPOINTS = "tunnel_upstream_endpoints", Gauge, ["upstream", "state"];
+    /// Shared connections to an upstream, by state: open or connecting.
+    UPSTREAM_CONNECTIONS = "tunnel_upstream_connections", Gauge, ["upstream", "state"];
+    /// Streams that are open through an upstream.
+    UPSTREAM_STREAMS = "tunnel_upstream_streams", Gauge, ["upstream"];
+    /// Flows that wait for a connection to an upstream.
+    UPSTREAM_PENDING = "tunnel_upstream_pending", Gauge, ["upstream"];
+    /// Connections to an upstream, by result: success or failure.
+    UPSTREAM_CONNECTED = "tunnel_upstream_connects", Counter, ["upstream", "result"];
+    /// Streams through an upstream, by result: success or failure.
+    UPSTREAM_OPENED = "tunnel_upstream_requests", Counter, ["upstream", "result"];
+    /// Times that an endpoint of an upstream was ejected.
+    UPSTREAM_EJECTIONS = "tunnel_upstream_ejections", Counter, ["upstream"];
+    /// How long connections to an upstream took to be made, with their handshakes.
+    UPSTREAM_CONNECT_SECONDS = "tunnel_upstream_connect_duration_seconds", Histogram, ["upstream"];
+
+    /// When the certificate of an identity expires, in seconds since 1970.
+    CERTIFICATE_EXPIRY = "tunnel_certificate_expiry_timestamp_seconds", Gauge, ["identity"];
+    /// When its validity began.
+    CERTIFICATE_BEGIN = "tunnel_certificate_not_before_timestamp_seconds", Gauge, ["identity"];
+
+    /// Lines of access logs, by result: written or lost.
+    ACCESS_LOG_LINES = "tunnel_access_log_lines", Counter, ["result"];
+    /// Spans of traces, by result: exported or dropped.
+    SPANS = "tunnel_spans", Counter, ["result"];
+    /// Requests to the admin interface, by the status that they were answered with.
+    ADMIN_REQUESTS = "tunnel_admin_requests", Counter, ["code"];
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_end_in_their_unit() {
+        let names: BTreeSet<_> = METRICS.iter().map(|m| m.name).collect();
+        assert_eq!(names.len(), METRICS.len());
+        for metric in METRICS {
+            let Metric { name, kind, help, .. } = metric;
+            assert!(!name.ends_with("_total") && help.ends_with('.'), "{name}: {help}");
+            assert!(*kind != Kind::Histogram || name.ends_with("_seconds"), "{name}");
+        }
+    }
+}
