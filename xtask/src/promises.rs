@@ -407,9 +407,6 @@ mod tests {
         assert_eq!(of(&format!("{every}#[test] fn silent() {{}}")).len(), 1);
         assert_eq!(of(&format!("{every}/// Failure: limits.\n#[test] fn silent() {{}}")).len(), 1);
         assert_eq!(of(&every.replace("Failure: limits.", "Failure: limit.")).len(), 2);
-        let early =
-            format!("{every}/// It holds.\n///\n/// Failure: {}.\n#[test] fn b() {{}}", WITHOUT_TEST[0]);
-        assert_eq!(of(&early).len(), 1);
     }
 
     #[test]

@@ -146,13 +146,11 @@ impl Workers {
         }
         sums
     }
-}
 
-impl Workers {
     /// Their counters of each policy, summed.
     pub(super) fn policy_counters(&self) -> Vec<(String, u64)> {
         let mut sums = BTreeMap::<String, u64>::new();
-        for (policy, counters) in self.counters.iter().flat_map(|counters| counters.policies.all()) {
+        for (policy, counters) in self.asked.iter().flat_map(|worker| worker.counters.policies.all()) {
             for (name, n) in counters {
                 *sums.entry(format!("policy_{name}{{{policy}}}")).or_default() += n;
             }

@@ -106,7 +106,7 @@ mod tests {
         let file = fs::File::open("/dev/null").unwrap();
         for fd in [reader.as_fd(), file.as_fd()] {
             let error = sys::netns_of(fd).unwrap_err();
-            assert_eq!(io::Error::from(error).raw_os_error(), Some(libc::ENOTSOCK));
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTSOCK));
         }
     }
 }
