@@ -7,6 +7,7 @@ mod records;
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
+use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tunnel::{
@@ -32,16 +33,24 @@ use tunnel::{
             request::{self, Malformed},
         },
     },
-    transport::proxy,
+    transport::{
+        http3::{
+            HEADERS,
+            frame::{Frames, Item, Kind, On},
+            message, qpack, settings,
+        },
+        proxy,
+    },
 };
 
 /// What is asked of an input.
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 7] = [
+pub const ALL: [(&str, Check); 8] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
+    ("http3", http3),
     ("sniff", sniff),
     ("proxy_header", proxy_header),
     ("config", config),
@@ -114,6 +123,63 @@ pub fn h1_head(input: &[u8]) {
             assert!(error.reason().status().is_some_and(|s| s.is_client_error()), "{error}");
         }
     }
+}
+
+/// A stream of HTTP/3: the first byte says which kind, the second how it is cut. And a header section.
+pub fn http3(input: &[u8]) {
+    let [kind, cut, stream @ ..] = input else { return };
+    let on = if kind & 1 == 0 { On::Request } else { On::Control };
+    let read = |step: usize| {
+        let (mut frames, mut items) = (Frames::new(on), Vec::new());
+        for piece in stream.chunks(step.max(1)) {
+            frames.push(Bytes::copy_from_slice(piece));
+            while let Some(item) = frames.item()? {
+                match (items.last_mut(), item) {
+                    (Some(Item::Data(before)), Item::Data(more)) => {
+                        *before = [&before[..], &more].concat().into();
+                    }
+                    (_, item) => items.push(item),
+                }
+            }
+        }
+        frames.end().map(|()| items)
+    };
+    let whole = read(usize::MAX);
+    assert_eq!(read(usize::from(*cut)), whole, "however it is cut, it says the same");
+    for item in whole.iter().flatten() {
+        match item {
+            Item::Frame(Kind::HEADERS, section) => {
+                assert!(section.len() <= HEADERS);
+                header_section(section);
+            }
+            Item::Frame(Kind::SETTINGS, payload) => drop(settings::parse(payload.clone())),
+            _ => {}
+        }
+    }
+    header_section(stream);
+}
+
+fn header_section(section: &[u8]) {
+    if let Ok(fields) = qpack::decode(section, HEADERS) {
+        let bytes: usize = fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        assert!(bytes <= HEADERS, "fields are bounded");
+    }
+    if let Ok(head) = message::decode_request(section) {
+        match request::target_of(&head.method, &head.authority, &head.headers) {
+            Ok(target) => {
+                assert_eq!(head.method, Method::CONNECT);
+                same_target(&target);
+                let encoded = message::encode_connect(&head.authority, &head.headers);
+                let again = message::decode_request(&encoded).expect("what we write can be read");
+                assert_eq!((again.authority, again.headers), (head.authority, head.headers));
+            }
+            Err(Malformed { authority, error }) => {
+                assert!(authority.chars().all(|c| c.is_ascii_graphic()), "it is logged");
+                assert!(error.reason().status().is_some_and(|s| s.is_client_error()), "{error}");
+            }
+        }
+    }
+    let _response = message::decode_response(section);
 }
 
 /// The first bytes of a carried connection.

@@ -31,6 +31,7 @@ pub mod envoy;
 pub mod exec;
 pub mod frames;
 pub mod gateway;
+pub mod h3;
 pub mod honest;
 pub mod hop;
 pub mod janitor;

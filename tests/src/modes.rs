@@ -46,6 +46,12 @@ pub enum Sink {
     Http1,
     /// HTTP/2 over mutual TLS, twice: the gateway has the flow dialled by another one.
     Chain,
+    /// HTTP/3, and dialled by the gateway.
+    Http3,
+    /// HTTP/3 to a gateway, and HTTP/2 from there to another one.
+    Http3Then2,
+    /// HTTP/2 to a gateway, and HTTP/3 from there to another one.
+    Http2Then3,
 }
 
 /// The far end of a mode, on the host of the targets.
@@ -103,6 +109,21 @@ macro_rules! each_mode {
             $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Chain, ..$crate::modes::COPY },
             $($tests)*
         );
+        $crate::mode!(
+            over_http_3,
+            $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Http3, ..$crate::modes::COPY },
+            $($tests)*
+        );
+        $crate::mode!(
+            over_http_3_and_http_2,
+            $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Http3Then2, ..$crate::modes::COPY },
+            $($tests)*
+        );
+        $crate::mode!(
+            over_http_2_and_http_3,
+            $crate::modes::Mode { daemon: "", sink: $crate::modes::Sink::Http2Then3, ..$crate::modes::COPY },
+            $($tests)*
+        );
     };
 }
 
@@ -157,16 +178,31 @@ impl Stage {
 
     /// A gateway, if the mode takes one.
     pub fn gateway(&self, mode: &Mode) -> Result<Option<Far>> {
-        let gateway = |port: u16, to: &str| {
-            let listen = format!("[[listener]]\naddress = \"{NET4}:{port}\"\n");
+        let speaking = |protocol: &str, port: u16, to: &str| {
+            // A process that is killed says nothing over UDP.
+            let silence = "keepalive_interval = \"3s\"\nkeepalive_timeout = \"3s\"\n";
+            let keys = if protocol == "h3" { silence } else { "" };
+            let listen =
+                format!("[[listener]]\naddress = \"{NET4}:{port}\"\nprotocols = [\"{protocol}\"]\n{keys}");
             self.far(&(self.world.pki().named("gateway").toml() + &listen), to)
         };
+        let gateway = |port: u16, to: &str| speaking("h2", port, to);
         let through = |port| through(SocketAddr::new(NET4, port), GATEWAY_ID);
+        let over_http_3 = |port| through(port) + "protocol = \"h3\"\n";
         let (daemons, to) = match mode.sink {
             Sink::Direct => return Ok(None),
             Sink::Gateway => (vec![gateway(FIRST, DIRECT)?], through(FIRST)),
             Sink::Chain => {
                 (vec![gateway(SECOND, DIRECT)?, gateway(FIRST, &through(SECOND))?], through(FIRST))
+            }
+            Sink::Http3 => (vec![speaking("h3", FIRST, DIRECT)?], over_http_3(FIRST)),
+            Sink::Http3Then2 => {
+                let second = gateway(SECOND, DIRECT)?;
+                (vec![second, speaking("h3", FIRST, &through(SECOND))?], over_http_3(FIRST))
+            }
+            Sink::Http2Then3 => {
+                let second = speaking("h3", SECOND, DIRECT)?;
+                (vec![second, gateway(FIRST, &over_http_3(SECOND))?], through(FIRST))
             }
             Sink::Http1 => {
                 let listen = format!(

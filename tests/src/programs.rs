@@ -80,6 +80,13 @@ pub fn envoy(tools: &Path) -> Result<PathBuf> {
     found.context("Envoy is not installed: cargo xtask setup --only peers installs it")
 }
 
+/// The Python that has aioquic, in a folder of programs.
+pub fn aioquic(tools: &Path) -> Result<PathBuf> {
+    let python = tools.join("aioquic/bin/python");
+    ensure!(python.is_file(), "aioquic is not installed: cargo xtask setup --only peers installs it");
+    Ok(python)
+}
+
 /// Cargo puts programs one folder above the tests.
 fn beside(name: &str) -> Result<PathBuf> {
     let test = env::current_exe()?;

@@ -45,7 +45,8 @@ impl Manager {
         Ok(Self { path, socket, stored: Vec::new() })
     }
 
-    /// A daemon, told of this manager, with these sockets from descriptor 3 on.
+    /// A daemon, told of this manager and by more variables, with these sockets from descriptor 3 on. The variable `ARGS` is more
+    /// flags of the daemon's.
     fn start(
         &self,
         world: &World,
@@ -68,6 +69,7 @@ impl Manager {
         script += "exec \"$0\" \"$@\"";
         command.arg("-c").arg(script).arg(programs::tunnel()?);
         command.args(["run", "--log", gateway::LOG, "--config"]).arg(config);
+        command.args(more.iter().filter(|(name, _)| *name == "ARGS").map(|(_, flag)| flag));
         let process = Process::spawn("daemon", world.folder(), command);
         high.into_iter().try_for_each(nix::unistd::close)?;
         process
@@ -176,6 +178,26 @@ fn readiness_reloads_and_the_end_are_notified() -> Result<()> {
     let stopping = manager.next()?;
     assert_eq!(stopping, "STOPPING=1\nSTATUS=SIGTERM: draining\nEXTEND_TIMEOUT_USEC=40000000");
     assert!(daemon.wait(PATIENCE)?.success());
+    Ok(())
+}
+
+/// A daemon that takes over says that it is the service, and the one before says that it ends.
+#[test]
+fn a_daemon_that_takes_over_is_the_service_from_then_on() -> Result<()> {
+    let world = World::new()?;
+    let mut manager = Manager::new(&world)?;
+    let file = config(&world, "")?;
+    let mut before = manager.start(&world, &file, &[], &[])?;
+    manager.hears("READY=1")?;
+    let mut next = manager.start(&world, &file, &[("ARGS", "--takeover")], &[])?;
+    let (mut ready, mut stopping) = (false, false);
+    while !(ready && stopping) {
+        let message = manager.next()?;
+        ready |= message.starts_with(&format!("MAINPID={}\nREADY=1\n", next.id()));
+        stopping |= message.starts_with("STOPPING=1\nSTATUS=another daemon has taken over: draining");
+    }
+    assert!(before.wait(PATIENCE)?.success());
+    next.stop()?;
     Ok(())
 }
 

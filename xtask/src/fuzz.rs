@@ -14,8 +14,16 @@ use crate::{
 };
 
 /// Every target, by the name of its corpus.
-const TARGETS: [&str; 7] =
-    ["connect_request", "h1_head", "sniff", "proxy_header", "config", "records", "certificate_names"];
+const TARGETS: [&str; 8] = [
+    "connect_request",
+    "h1_head",
+    "http3",
+    "sniff",
+    "proxy_header",
+    "config",
+    "records",
+    "certificate_names",
+];
 /// The longest input: longer ones reach nothing that shorter ones do not, and a corpus of them is large. A head of
 /// HTTP/1 may be four times as long; its bound has a test of its own.
 const LENGTH_MAX: u32 = 4096;

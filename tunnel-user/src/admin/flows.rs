@@ -56,7 +56,7 @@ pub struct FlowView {
     /// The upstream's endpoint.
     pub endpoint: Option<String>,
     /// The stream's number on its connection.
-    pub stream: Option<u32>,
+    pub stream: Option<u64>,
     /// Who its peer has proved to be: the far end's, or the client's.
     pub identity: Option<String>,
     /// By what its bytes are moved.

@@ -190,6 +190,10 @@ section! {
 
 /// Reports a check that the upstream's protocol does not have.
 pub(super) fn check_health(r: &Reader<'_>, protocol: Protocol, check: Option<&HealthCheck>) {
+    if protocol == Protocol::H3 && check.is_some() {
+        let instead = "outlier_detection ejects endpoints where flows fail, and probes them";
+        r.wrong("health_check", format!("is not there for protocol = \"h3\" yet: {instead}"));
+    }
     if protocol == Protocol::H1 && check.is_some_and(|c| c.kind == CheckKind::Ping) {
         r.wrong(
             "health_check",

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, net::SocketAddr, num::NonZeroU32, time::Duration};
 
 use super::{
-    KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Protocol,
+    Congestion, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Protocol,
     reader::{At, Reader, Section},
     section::section,
 };
@@ -31,7 +31,8 @@ section! {
         /// Address to listen on: ADDRESS:PORT.
         address: required SocketAddr,
         /// The HTTP versions to take: with TLS the first that the client offers too (ALPN; "h1" when it offers none), in
-        /// plaintext what its first bytes say.
+        /// plaintext what its first bytes say. "h3" is HTTP/3, on the same port over UDP; with "h3" alone nothing listens for
+        /// TCP. It takes TLS, and there is no PROXY header in front of it.
         protocols: default Vec<Protocol> = vec![Protocol::H2],
         /// Whether it speaks TLS. Without it no client can prove who it is: only policies for "any" match.
         tls: default bool = true,
@@ -50,7 +51,9 @@ section! {
         handshake_timeout: default Duration = HANDSHAKE_TIMEOUT,
         /// Maximum of concurrent CONNECT streams on one connection.
         max_streams: default NonZeroU32 = LISTENER_STREAMS,
-        /// Interval of PINGs on an idle HTTP/2 connection. With keepalive_timeout it bounds how long a peer may be
+        /// Who decides how fast is sent over HTTP/3: "cubic", "bbr". Over TCP it is the kernel.
+        congestion_control: default Congestion = Congestion::Cubic,
+        /// Interval of PINGs on an idle connection of HTTP/2 or HTTP/3. With keepalive_timeout it bounds how long a peer may be
         /// suspended before its flows are reset.
         keepalive_interval: default Duration = KEEPALIVE_INTERVAL,
         /// Timeout for the answer to a PING.
@@ -72,6 +75,16 @@ section! {
                 }
             }
         }
+        if protocols.contains(&Protocol::H3) {
+            if !tls {
+                r.wrong("protocols", "has \"h3\", which there is with TLS only");
+            }
+            if proxy_protocol {
+                r.wrong("protocols", "has \"h3\", in front of which there is no PROXY header");
+            }
+        } else if r.has("congestion_control") {
+            r.wrong("congestion_control", "has no meaning without \"h3\": over TCP it is the kernel's");
+        }
         if protocols == [Protocol::H1] {
             for key in ["max_streams", "keepalive_interval", "keepalive_timeout", "idle_timeout"] {
                 if r.has(key) {
@@ -87,6 +100,16 @@ impl Listener {
     /// Its stable name.
     pub fn source(&self) -> SourceName {
         SourceName::Listener(self.address)
+    }
+
+    /// What it speaks over TCP.
+    pub fn over_tcp(&self) -> Vec<Protocol> {
+        self.protocols.iter().copied().filter(|p| *p != Protocol::H3).collect()
+    }
+
+    /// Whether it speaks HTTP/3, over UDP.
+    pub fn has_h3(&self) -> bool {
+        self.protocols.contains(&Protocol::H3)
     }
 
     /// What its clients must prove; without TLS nothing.

@@ -115,16 +115,38 @@ pub enum Protocol {
     H2,
     /// HTTP/1.1, and 1.0 from clients that speak that.
     H1,
+    /// HTTP/3, over QUIC.
+    H3,
 }
 
 impl Protocol {
-    /// What TLS calls it (RFC 7301 section 6, RFC 9113 section 3.2).
+    /// What TLS calls it (RFC 7301 section 6, RFC 9113 section 3.2, RFC 9114 section 3.1).
     pub const fn alpn(self) -> &'static [u8] {
         match self {
             Self::H2 => b"h2",
             Self::H1 => b"http/1.1",
+            Self::H3 => b"h3",
         }
     }
+
+    /// What people call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::H2 => "HTTP/2",
+            Self::H1 => "HTTP/1",
+            Self::H3 => "HTTP/3",
+        }
+    }
+}
+
+/// Who decides how fast is sent over QUIC, which the kernel does for TCP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Congestion {
+    /// CUBIC (RFC 9438): takes a lost packet for a full queue.
+    #[default]
+    Cubic,
+    /// BBR: goes by the bandwidth that it measures, and little by loss.
+    Bbr,
 }
 
 /// Whether files that a configuration names must exist.

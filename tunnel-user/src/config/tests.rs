@@ -111,7 +111,15 @@ fn each_mistake_is_named() {
             "capture.bypass",
             "must be \"off\" or \"auto\" or \"on\", not \"yes\"",
         ),
-        (with("protocol = \"h3\"", upstream), "upstream.protocol", "\"h3\" is not supported yet"),
+        (with("protocol = \"h3\"\ntls = false", upstream), "upstream.protocol", "with TLS only"),
+        (with("protocol = \"h3\"\nvia = \"west\"", upstream), "upstream.via", "no other upstream carries"),
+        (
+            with("protocol = \"h3\"\nhealth_check = { type = \"tcp\" }", upstream),
+            "upstream.health_check",
+            "is not there for protocol = \"h3\" yet",
+        ),
+        (with("protocol = \"auto\"", upstream), "upstream.protocol", "must be \"h2\" or \"h1\" or \"h3\""),
+        (with("congestion_control = \"bbr\"", upstream), "upstream.congestion_control", "the kernel's"),
         (
             with("balance = \"best\"", upstream),
             "upstream.balance",
@@ -479,7 +487,7 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         upstream.outlier_detection.base_ejection_time upstream.outlier_detection.consecutive_failures \
         upstream.outlier_detection.consecutive_gateway_failures upstream.outlier_detection.max_ejection_percent \
         upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.self \
-        upstream.sni upstream.tls upstream.verify upstream.via";
+        upstream.sni upstream.tls upstream.verify upstream.via listener.congestion_control upstream.congestion_control";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");

@@ -6,8 +6,8 @@ use http::{HeaderName, HeaderValue};
 use rustls_pki_types::ServerName;
 
 use super::{
-    Discovery, HealthCheck, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Limits, OutlierDetection, Protocol,
-    endpoints, section::section,
+    Congestion, Discovery, HealthCheck, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Limits, OutlierDetection,
+    Protocol, endpoints, section::section,
 };
 use crate::model::{
     flow::Target,
@@ -37,7 +37,8 @@ section! {
     pub struct Upstream {
         /// Name, for routes.
         name: required UpstreamName,
-        /// The HTTP version to speak: "h2", many flows on one connection; "h1", a connection for each flow.
+        /// The HTTP version to speak: "h2", many flows on one connection; "h1", a connection for each flow;
+        /// "h3", many flows on one connection over QUIC, in which none waits for the lost packets of another.
         protocol: default Protocol = Protocol::H2,
         /// Whether to use TLS. Without TLS there are no identities.
         tls: default bool = true,
@@ -63,6 +64,8 @@ section! {
         connect_timeout: default Duration = CONNECT_TIMEOUT,
         /// How long to keep a connection without streams.
         idle_timeout: default Duration = IDLE_TIMEOUT,
+        /// Who decides how fast is sent over HTTP/3: "cubic", "bbr". Over TCP it is the kernel.
+        congestion_control: default Congestion = Congestion::Cubic,
         /// Interval of PINGs on an idle connection.
         keepalive_interval: default Duration = KEEPALIVE_INTERVAL,
         /// Timeout for the answer to a PING.
@@ -102,6 +105,16 @@ section! {
                     r.wrong(key, format!("has no meaning with protocol = \"h1\": {why}"));
                 }
             }
+        }
+        if protocol == Protocol::H3 && !tls {
+            r.wrong("protocol", "is \"h3\", which there is with TLS only");
+        }
+        if protocol == Protocol::H3 && r.has("via") {
+            let why = "QUIC goes over UDP, which no other upstream carries";
+            r.wrong("via", format!("has no meaning with protocol = \"h3\": {why}"));
+        }
+        if protocol != Protocol::H3 && r.has("congestion_control") {
+            r.wrong("congestion_control", "has no meaning without protocol = \"h3\": over TCP it is the kernel's");
         }
         if protocol == Protocol::H1 && r.has("optimistic_data") {
             let why = "over HTTP/1 nothing is sent before the answer, which a proxy could take for its next request";

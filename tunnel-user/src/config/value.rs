@@ -16,8 +16,8 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, Bypass, Bytes, CheckKind, ClientAuth, OnFailure, Peers, PolicyAction, PolicyMode, Protocol,
-    Relay,
+    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, OnFailure, Peers, PolicyAction, PolicyMode,
+    Protocol, Relay,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
     pattern::{AddrPattern, NamePattern, TargetPattern},
@@ -119,6 +119,7 @@ by_word!(
     Bypass,
     Protocol,
     ClientAuth,
+    Congestion,
     Balance,
     Relay,
     ProxyProtocol,
@@ -152,8 +153,10 @@ impl Word for Bypass {
         &[("off", Self::Off), ("auto", Self::Auto), ("on", Self::On)];
 }
 impl Word for Protocol {
-    const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2), ("h1", Self::H1)];
-    const LATER: &'static [&'static str] = &["h3"];
+    const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2), ("h1", Self::H1), ("h3", Self::H3)];
+}
+impl Word for Congestion {
+    const WORDS: &'static [(&'static str, Self)] = &[("cubic", Self::Cubic), ("bbr", Self::Bbr)];
 }
 impl Word for ClientAuth {
     const WORDS: &'static [(&'static str, Self)] = &[("required", Self::Required)];

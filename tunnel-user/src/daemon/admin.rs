@@ -125,6 +125,7 @@ impl Running {
                 (Some(_), _) => "in-process",
                 (None, Protocol::H2) => "h2",
                 (None, Protocol::H1) => "h1",
+                (None, Protocol::H3) => "h3",
             }
             .to_owned(),
             tls: u.tls,

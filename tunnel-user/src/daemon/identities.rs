@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     admin::view,
-    config::Config,
+    config::{Config, Protocol},
     identity::{
         provider::Subscription,
         store::{self, TlsStore},
@@ -80,7 +80,11 @@ impl Identities {
                     .collect(),
                 servers: listeners
                     .filter(|l| l.identity == *name)
-                    .filter_map(|l| l.check().map(|check| (check, l.protocols.clone())))
+                    .filter_map(|l| l.check().map(|check| (check, l)))
+                    .flat_map(|(check, l)| {
+                        let (tcp, udp) = (l.over_tcp(), l.has_h3().then(|| vec![Protocol::H3]));
+                        [Some(tcp), udp].into_iter().flatten().map(move |spoken| (check.clone(), spoken))
+                    })
                     .collect(),
             });
         }

@@ -15,9 +15,15 @@ use crate::{
     kernel::own::OwnListeners,
     model::{mark::Mark, names::SourceName},
     process::exit::{Cause, Failure},
-    sources::{capture::accept::Origins, listener::accept},
-    transport::tcp::{self, OnClose},
-    worker::{CaptureSocket, ConnectSocket, Listening, Sockets, Source},
+    sources::{
+        capture::accept::Origins,
+        listener::{accept, h3::Quic},
+    },
+    transport::{
+        quic,
+        tcp::{self, OnClose},
+    },
+    worker::{CaptureSocket, ConnectSocket, Listening, QuicSocket, Sockets, Source},
 };
 
 /// A listener for CONNECT requests that the workers serve.
@@ -136,21 +142,34 @@ impl<'p> Opener<'p> {
         let settings = Arc::new(accept::Settings {
             proxy_protocol: wanted.proxy_protocol,
             tls: wanted.check().map(tls).transpose()?,
-            protocols: wanted.protocols.clone(),
+            protocols: wanted.over_tcp(),
             handshake_timeout: wanted.handshake_timeout,
             max_streams: wanted.max_streams.get(),
             keepalive_interval: wanted.keepalive_interval,
             keepalive_timeout: wanted.keepalive_timeout,
+            congestion: wanted.congestion_control,
             idle_timeout: wanted.idle_timeout,
         });
-        let opened = self.open(wanted.address, OnClose::Deliver)?;
-        let bound = bound(&opened, wanted.address);
-        let mut shares = self.shares();
-        for (i, socket) in opened.into_iter().enumerate() {
-            let (settings, dial_timeout) = (Arc::clone(&settings), wanted.dial_timeout);
-            let socket = ConnectSocket { socket, settings, dial_timeout };
-            shares[i % self.process.workers].push(Listening::Requests(socket));
+        let (dial_timeout, workers) = (wanted.dial_timeout, self.process.workers);
+        let (mut shares, mut at) = (self.shares(), wanted.address);
+        if !settings.protocols.is_empty() {
+            let opened = self.open(wanted.address, OnClose::Deliver)?;
+            at = bound(&opened, at);
+            for (i, socket) in opened.into_iter().enumerate() {
+                let socket = ConnectSocket { socket, settings: Arc::clone(&settings), dial_timeout };
+                shares[i % workers].push(Listening::Requests(socket));
+            }
         }
+        if wanted.has_h3() {
+            let failed = |e: io::Error| cannot_listen_for_quic(at, &e);
+            let opened = quic::bind(at, workers, self.process.own.mark()).map_err(failed)?;
+            at = bound(&opened, at);
+            for (worker, (share, socket)) in shares.iter_mut().zip(opened).enumerate() {
+                let quic = Quic { socket, worker, settings: Arc::clone(&settings) };
+                share.push(Listening::Quic(QuicSocket { quic, dial_timeout }));
+            }
+        }
+        let bound = at;
         Ok(ActiveListener { wanted: wanted.clone(), bound, sockets: Sockets::new(shares) })
     }
 
@@ -204,6 +223,21 @@ pub(super) fn require_mark(mark: Mark) -> Result<(), Failure> {
             _ => Failure::Other(Cause::new(what, "")),
         }
     })
+}
+
+/// The sockets of QUIC are not handed on: what a connection's packets go by is their place among them.
+fn cannot_listen_for_quic(address: SocketAddr, e: &io::Error) -> Failure {
+    if e.kind() != io::ErrorKind::AddrInUse {
+        return cannot_listen(address, e);
+    }
+    Failure::Other(Cause::new(
+        format!("cannot listen on {address} for HTTP/3 (UDP): {e}"),
+        format!(
+            "Another process has the port (`ss -ulnp sport = :{}` names it), or this listener has it already: one with \"h3\" \
+             cannot be changed, nor taken over by another daemon, while it runs; restart the daemon instead.",
+            address.port()
+        ),
+    ))
 }
 
 fn cannot_listen(address: SocketAddr, e: &io::Error) -> Failure {

@@ -101,6 +101,7 @@ impl Discover {
                 idle_timeout: u.idle_timeout,
                 keepalive_interval: u.keepalive_interval,
                 keepalive_timeout: u.keepalive_timeout,
+                congestion: u.congestion_control,
             },
             outlier: u.outlier_detection.clone(),
             check: u.health_check.clone(),

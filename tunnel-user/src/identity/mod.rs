@@ -6,6 +6,7 @@ mod files;
 pub mod peer;
 mod pem;
 pub mod provider;
+pub mod quic;
 pub mod store;
 pub mod tls;
 pub mod verify;

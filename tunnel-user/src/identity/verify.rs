@@ -449,7 +449,7 @@ fn rough(d: Duration) -> String {
 }
 
 /// What an alert means; `hint` where it does not tell one reason from another.
-fn explain_alert(alert: AlertDescription, hint: Option<&str>) -> String {
+pub(super) fn explain_alert(alert: AlertDescription, hint: Option<&str>) -> String {
     let unclear = matches!(
         alert,
         AlertDescription::CertificateUnknown

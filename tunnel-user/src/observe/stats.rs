@@ -242,7 +242,7 @@ pub enum Via {
         /// Its endpoint.
         peer: FarEnd,
         /// The stream's number on its connection; none where the connection is the flow's alone.
-        stream: Option<u32>,
+        stream: Option<u64>,
     },
     /// It got nowhere.
     Nowhere,
@@ -400,7 +400,7 @@ impl Record {
         &mut self,
         upstream: &Arc<str>,
         peer: &FarEnd,
-        stream: Option<u32>,
+        stream: Option<u64>,
         identity: Option<&Identity>,
     ) {
         self.via = Via::Tunnel { upstream: Arc::clone(upstream), peer: peer.clone(), stream };

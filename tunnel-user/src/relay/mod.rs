@@ -13,6 +13,7 @@ mod copy;
 mod early;
 mod ends;
 mod h2;
+mod h3;
 mod join;
 pub mod nested;
 mod pipe;
@@ -42,6 +43,7 @@ pub use self::{
     early::{Ahead, EARLY_MAX, EarlySource, EarlyStream},
     ends::RESET_LINGER,
     h2::{Body, H2Leg, stream_broken},
+    h3::{H3Leg, HELD_MAX, HeadFailure, Open, Receiver},
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     sender::{Payload, Sender},
@@ -54,7 +56,7 @@ pub use crate::observe::flows::Meter;
 use crate::{
     model::end::EndReason,
     observe::flows::CurrentPath,
-    transport::{io::Wire, record::TlsStream},
+    transport::{http3::Code, io::Wire, record::TlsStream},
 };
 
 /// One side of a flow, to be polled from one task.
@@ -223,7 +225,9 @@ pub enum Cause {
     Tcp(io::Error),
     /// An HTTP/2 error code.
     Stream(::h2::Reason),
-    /// The HTTP/2 connection failed, or TLS did.
+    /// An HTTP/3 error code.
+    Http3(Code),
+    /// The connection of HTTP/2 or HTTP/3 failed, or TLS did.
     Connection(String),
     /// The HTTP/2 connection was closed because its peer flooded it.
     Flood(String),
@@ -237,6 +241,7 @@ impl fmt::Display for Broken {
             Self::Done => f.write_str("done"),
             Self::Reset(Cause::Tcp(e)) => write!(f, "{e}"),
             Self::Reset(Cause::Stream(reason)) => write!(f, "stream reset: {reason}"),
+            Self::Reset(Cause::Http3(code)) => write!(f, "stream reset: {code}"),
             Self::Reset(Cause::Connection(e) | Cause::Flood(e)) => write!(f, "tunnel connection lost: {e}"),
             Self::Reset(Cause::Ours(e)) => f.write_str(e),
         }
@@ -277,8 +282,8 @@ impl Outcome {
             (_, Cause::Ours(_)) => EndReason::InternalError,
             (Side::Client, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::ClientTimeout,
             (Side::Target, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::TargetTimeout,
-            (Side::Client, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::ClientReset,
-            (Side::Target, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::TargetReset,
+            (Side::Client, Cause::Tcp(_) | Cause::Stream(_) | Cause::Http3(_)) => EndReason::ClientReset,
+            (Side::Target, Cause::Tcp(_) | Cause::Stream(_) | Cause::Http3(_)) => EndReason::TargetReset,
             (Side::Client, Cause::Flood(_)) => EndReason::ClientFlood,
             (Side::Client, Cause::Connection(_)) => EndReason::ClientLost,
             (Side::Target, Cause::Connection(_) | Cause::Flood(_)) => EndReason::UpstreamLost,

@@ -14,6 +14,7 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
+use socket2::Socket;
 use tokio::{
     task::{JoinSet, spawn_blocking},
     time::{Instant, sleep, timeout_at},
@@ -23,6 +24,7 @@ use crate::{
     kernel::netns,
     model::{end::EndReason, flow::Target},
     transport::{
+        quic,
         resolver::{self as names, Unanswered},
         tcp::{self, Connected, FirstSpeaker, Own},
     },
@@ -142,6 +144,11 @@ impl Dialer {
             }
         })?;
         in_turn(name, port, found)
+    }
+
+    /// A UDP socket for peers of the family of `to`, with buffers for QUIC.
+    pub fn udp_socket(&self, to: SocketAddr) -> io::Result<Socket> {
+        quic::client_socket(to, &self.own)
     }
 
     /// Connects to the first address that answers: each gets a head start over the next (RFC 8305).

@@ -1,4 +1,5 @@
-//! Socket options and requests that neither the standard library nor `socket2` has: what the kernel knows of a connection.
+//! Socket options and requests that neither the standard library nor `socket2` has: what the kernel knows of a connection, and
+//! which of several sockets a packet goes to.
 //!
 //! # Invariants
 //! - Every block of memory that the kernel is handed lives for the call, and is exactly as long as the kernel is told.
@@ -138,6 +139,38 @@ pub fn set<T: Plain>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Res
     // SAFETY: `value` is valid for reads of `len` bytes, all of which are initialised in a `Plain`; the kernel copies them.
     let ret = unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, name, (&raw const value).cast(), len) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Steers the packets of QUIC among the UDP sockets that share an address with this one: after the handshake to the socket
+/// whose number in their group is the first byte of the connection id; others, which have an id that the peer has made up
+/// (RFC 9000 section 7.2), by their addresses, as without this.
+pub fn steer_by_connection_id(socket: &impl AsFd) -> io::Result<()> {
+    /// A header of the long form, of the handshake (RFC 9000 section 17.2).
+    const LONG: u32 = 0x80;
+    let load = |at| instruction(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, at);
+    let mut program = [
+        load(0),
+        instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, LONG),
+        // Beyond every group: the kernel goes by the addresses (`reuseport_select_sock`, net/core/sock_reuseport.c).
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        load(1),
+        instruction(libc::BPF_RET | BPF_A, 0, 0, 0),
+    ];
+    let of = libc::sock_fprog { len: 5, filter: program.as_mut_ptr() };
+    let len = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).map_err(io::Error::other)?;
+    let (fd, name) = (socket.as_fd().as_raw_fd(), libc::SO_ATTACH_REUSEPORT_CBPF);
+    // SAFETY: `of` is valid for reads of `len` bytes, and points to as many instructions as it says, all of which live for the
+    // call; the kernel copies and checks them.
+    let ret = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, name, (&raw const of).cast(), len) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The accumulator, as what is returned (linux/bpf_common.h).
+const BPF_A: u32 = 0x10;
+
+fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+    // All codes of classic BPF have one byte.
+    libc::sock_filter { code: u16::from(code.to_le_bytes()[0]), jt, jf, k }
 }
 
 /// Whether the next byte to be read is urgent (`SIOCATMARK`): a read stops in front of it, whatever is behind.

@@ -35,7 +35,10 @@ use crate::{
     proxy::{Proxy, Setup, questions::Questions},
     relay::give_up_silent_peers,
     sinks::upstream::{self, Upstreams},
-    sources::{capture::accept::Origins, listener::accept},
+    sources::{
+        capture::accept::Origins,
+        listener::{accept, h3::Quic},
+    },
 };
 
 /// How long flows that were told to end may take for it.
@@ -83,8 +86,10 @@ pub struct Sockets(Vec<Mutex<Vec<Listening>>>);
 pub enum Listening {
     /// Connections that were captured.
     Captured(CaptureSocket),
-    /// CONNECT requests.
+    /// CONNECT requests, over TCP.
     Requests(ConnectSocket),
+    /// CONNECT requests, over QUIC.
+    Quic(QuicSocket),
 }
 
 /// A redirected connections' listener.
@@ -101,6 +106,14 @@ pub struct ConnectSocket {
     pub socket: Socket,
     /// How it serves.
     pub settings: Arc<accept::Settings>,
+    /// How long a dial for one of its streams may take.
+    pub dial_timeout: Duration,
+}
+
+/// A UDP socket for CONNECT requests over HTTP/3.
+pub struct QuicSocket {
+    /// The socket, and how it serves.
+    pub quic: Quic,
     /// How long a dial for one of its streams may take.
     pub dial_timeout: Duration,
 }

@@ -13,7 +13,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{CaptureSocket, ConnectSocket, Listening, STOP_PATIENCE, Sockets, Source, State};
+use super::{CaptureSocket, ConnectSocket, Listening, QuicSocket, STOP_PATIENCE, Sockets, Source, State};
 use crate::{
     process::drain::{self, Phase, Tasks, Trigger},
     proxy::{Proxy, Setup},
@@ -119,6 +119,7 @@ impl Open {
         let listening = source.sockets.take(worker.index);
         let dial_timeout = listening.iter().find_map(|listening| match listening {
             Listening::Requests(socket) => Some(socket.dial_timeout),
+            Listening::Quic(socket) => Some(socket.dial_timeout),
             Listening::Captured(_) => None,
         });
         let (trigger, watch) = drain::channel();
@@ -143,6 +144,9 @@ impl Open {
             Listening::Requests(ConnectSocket { socket, settings, .. }) => {
                 let socket = TcpListener::from_std(socket.into())?;
                 self.accepting.spawn(listener::serve(proxy, socket, settings, handle, flows));
+            }
+            Listening::Quic(QuicSocket { quic, .. }) => {
+                self.accepting.spawn(listener::h3::serve(proxy, quic, handle, flows));
             }
         }
         Ok(())

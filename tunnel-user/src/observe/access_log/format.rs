@@ -63,7 +63,7 @@ fn fields(entry: &Entry, mut field: impl FnMut(&'static str, Value<'_>)) {
                 text("upstream_identity", identity);
             }
             if let Some(stream) = stream {
-                field("stream", Value::Number(u64::from(*stream)));
+                field("stream", Value::Number(*stream));
             }
         }
     }

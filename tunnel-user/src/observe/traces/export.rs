@@ -334,7 +334,8 @@ fn judge(answer: &[u8]) -> Result<i64, Refused> {
     match status {
         // A body of another encoding says nothing that we need.
         200..=299 => {
-            let body = body.and_then(|length| answer.get(head..head + length)).unwrap_or_default();
+            let end = body.and_then(|length| head.checked_add(length));
+            let body = end.and_then(|end| answer.get(head..end)).unwrap_or_default();
             let partial = ExportResponse::decode(body).ok().and_then(|response| response.partial_success);
             if let Some(message) = partial.as_ref().map(|p| &p.error_message).filter(|m| !m.is_empty()) {
                 tracing::warn!(message, "the collector took a part of the spans");
@@ -363,12 +364,22 @@ mod tests {
             // partial_success { rejected_spans: 3 }
             ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n\x0a\x02\x08\x03", "ok 3"),
             ("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}", "ok 0"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 18446744073709551615\r\n\r\n{}", "ok 0"),
             ("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", "again: it answered 503"),
             ("HTTP/1.1 400 Bad\r\ncontent-length: 0\r\n\r\n", "dropped: it answered 400"),
             ("SSH-2.0-x\r\n", "again: its answer is not one of HTTP"),
             ("", "again: its answer is not one of HTTP"),
         ] {
             assert_eq!(judged(answer), wanted, "{answer}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_answer_is_more_than_an_error(answer: Vec<u8>, body: Vec<u8>, length: usize) {
+            let _any = judge(&answer);
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
+            let _whole = (judge(&[head.as_bytes(), &body].concat()), is_whole(&body));
         }
     }
 }

@@ -15,6 +15,7 @@ use super::{
     discovery::Site,
     h1::{H1Connection, H1Handshake},
     h2::{Abandoned, H2Connection, H2Handshake, outlive},
+    h3::{H3Connection, Quic},
     permit::StreamPermits,
     pool::{self, Pool},
     settings::{PoolSettings, UpstreamSettings, UpstreamTls},
@@ -34,6 +35,8 @@ pub enum HttpConnection {
     H1(H1Connection),
     /// HTTP/2.
     H2(Box<H2Connection>),
+    /// HTTP/3.
+    H3(Box<H3Connection>),
 }
 
 /// A connection, and a permit for one stream on it.
@@ -45,6 +48,7 @@ macro_rules! of_kind {
         match $self {
             HttpConnection::H1($c) => $call,
             HttpConnection::H2($c) => $call,
+            HttpConnection::H3($c) => $call,
         }
     };
 }
@@ -104,6 +108,7 @@ pub struct HttpDialer {
     protocol: Protocol,
     settings: PoolSettings,
     abandoned: mpsc::UnboundedSender<Abandoned>,
+    quic: Quic,
 }
 
 impl HttpDialer {
@@ -113,7 +118,8 @@ impl HttpDialer {
         settings: PoolSettings,
         abandoned: mpsc::UnboundedSender<Abandoned>,
     ) -> Self {
-        Self { protocol, settings, abandoned }
+        let quic = Quic::new(settings.congestion);
+        Self { protocol, settings, abandoned, quic }
     }
 }
 
@@ -125,7 +131,7 @@ impl Connect for HttpDialer {
     }
 
     async fn connect(&self, key: &Key) -> Result<HttpConnection, ConnectError> {
-        let Self { protocol, settings, abandoned } = self;
+        let Self { protocol, settings, abandoned, quic } = self;
         match protocol {
             Protocol::H1 => {
                 connect(key, *protocol, &settings.connect, H1Handshake).await.map(HttpConnection::H1)
@@ -135,6 +141,7 @@ impl Connect for HttpDialer {
                 let connection = connect(key, *protocol, &settings.connect, handshake).await?;
                 Ok(HttpConnection::H2(Box::new(connection)))
             }
+            Protocol::H3 => Ok(HttpConnection::H3(Box::new(quic.connect(key, settings).await?))),
         }
     }
 }

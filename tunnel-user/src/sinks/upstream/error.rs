@@ -33,7 +33,7 @@ pub enum ConnectError {
         why: String,
     },
     /// The peer does not speak HTTP as we do, or not to us.
-    #[error("{} with {endpoint} failed: {why}", match protocol { Protocol::H2 => "HTTP/2", Protocol::H1 => "HTTP/1" })]
+    #[error("{} with {endpoint} failed: {why}", protocol.name())]
     Http {
         /// The version that we speak.
         protocol: Protocol,

@@ -1,7 +1,7 @@
 //! Sink 2: a CONNECT stream through an upstream: which endpoint, over which connection, and what goes wrong on the way.
 //!
 //! A flow asks an [`Upstream`] for a stream. That picks an endpoint (`endpoints`, `pick`, `health`), has its [`connector`]
-//! check out a connection there (`pool`), and opens the stream on it (`connection`, which `h1` and `h2` implement). A
+//! check out a connection there (`pool`), and opens the stream on it (`connection`, which `h1`, `h2` and `h3` implement). A
 //! connection is made over a socket or over a stream of another upstream (`connect`, `underlay`).
 //!
 //! # Invariants
@@ -16,6 +16,7 @@ mod error;
 pub mod failover;
 pub mod h1;
 pub mod h2;
+pub mod h3;
 pub mod headers;
 pub mod health;
 pub mod in_process;

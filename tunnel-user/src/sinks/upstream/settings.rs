@@ -6,7 +6,7 @@ use http::{HeaderName, HeaderValue};
 
 use super::{discovery::EndpointSource, limit::Limits};
 use crate::{
-    config::{Balance, HealthCheck, OutlierDetection, Protocol},
+    config::{Balance, Congestion, HealthCheck, OutlierDetection, Protocol},
     identity::store::TlsStore,
     model::{names::UpstreamName, trust::ServerCheck},
     sinks::dial::Dialer,
@@ -73,6 +73,8 @@ pub struct PoolSettings {
     pub keepalive_interval: Duration,
     /// A PING unanswered for this long means that the connection is lost.
     pub keepalive_timeout: Duration,
+    /// Who decides how fast is sent over QUIC.
+    pub congestion: Congestion,
 }
 
 /// How one connection is made.

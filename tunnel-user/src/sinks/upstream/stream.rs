@@ -12,7 +12,9 @@ use bytes::Bytes;
 use super::permit::StreamPermits;
 use crate::{
     model::flow::{FarEnd, Identity},
-    relay::{self, Broken, Early, H2Leg, Leg, Meter, Outcome, Path, Queue, TcpLeg, TlsLeg, nested::Nested},
+    relay::{
+        self, Broken, Early, H2Leg, H3Leg, Leg, Meter, Outcome, Path, Queue, TcpLeg, TlsLeg, nested::Nested,
+    },
     transport::io::Linger as _,
 };
 
@@ -37,6 +39,8 @@ pub struct Stream {
 pub(super) enum StreamLeg {
     /// A stream of an HTTP/2 connection.
     H2(H2Leg),
+    /// A stream of an HTTP/3 connection.
+    H3(Box<H3Leg>),
     /// A socket of ours, in plaintext.
     Tcp(TcpLeg),
     /// A socket of ours, with TLS.
@@ -83,9 +87,10 @@ impl From<TlsLeg<Outer>> for StreamLeg {
 
 impl Stream {
     /// Its number on its connection, where many share one.
-    pub fn number(&self) -> Option<u32> {
+    pub fn number(&self) -> Option<u64> {
         match &self.leg {
-            StreamLeg::H2(leg) => Some(leg.id()),
+            StreamLeg::H2(leg) => Some(leg.id().into()),
+            StreamLeg::H3(leg) => Some(leg.id()),
             StreamLeg::Tcp(_) | StreamLeg::Tls(_) | StreamLeg::Nested(..) => None,
         }
     }
@@ -102,6 +107,7 @@ impl Stream {
         async move {
             match &mut self.leg {
                 StreamLeg::H2(leg) => relay::relay(client, leg, early, meter, path).await,
+                StreamLeg::H3(leg) => relay::relay(client, &mut **leg, early, meter, path).await,
                 StreamLeg::Tcp(leg) => relay::relay(client, leg, early, meter, path).await,
                 StreamLeg::Tls(leg) => relay::relay(client, &mut **leg, early, meter, path).await,
                 StreamLeg::Nested(leg, below) => {
@@ -121,6 +127,7 @@ impl Stream {
     fn leg(&mut self) -> &mut dyn Leg {
         match &mut self.leg {
             StreamLeg::H2(leg) => leg,
+            StreamLeg::H3(leg) => &mut **leg,
             StreamLeg::Tcp(leg) => leg,
             StreamLeg::Tls(leg) => &mut **leg,
             StreamLeg::Nested(leg, _) => &mut **leg,
@@ -131,7 +138,7 @@ impl Stream {
 /// Under another connection, whose bytes are not worth a relay for each kind.
 impl Leg for Stream {
     fn prefetches(&self) -> bool {
-        matches!(self.leg, StreamLeg::H2(_))
+        matches!(self.leg, StreamLeg::H2(_) | StreamLeg::H3(_))
     }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
@@ -157,6 +164,7 @@ impl Leg for Stream {
     fn unacknowledged(&self) -> u64 {
         match &self.leg {
             StreamLeg::H2(leg) => leg.unacknowledged(),
+            StreamLeg::H3(leg) => leg.unacknowledged(),
             StreamLeg::Tcp(leg) => leg.unacknowledged(),
             StreamLeg::Tls(leg) => leg.unacknowledged(),
             StreamLeg::Nested(leg, _) => leg.unacknowledged(),

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{h1, h2};
 use crate::{
-    config::Protocol,
+    config::{Congestion, Protocol},
     identity::{
         peer::peer_identity,
         store::TlsStore,
@@ -46,16 +46,18 @@ pub struct Settings {
     pub proxy_protocol: bool,
     /// TLS, unless everybody may speak to it in plaintext.
     pub tls: Option<Tls>,
-    /// What it speaks; of what a client offers, the first one of these is taken.
+    /// What it speaks over TCP; of what a client offers, the first one of these is taken.
     pub protocols: Vec<Protocol>,
     /// From the accept until the first HTTP/2 frame, or the end of the request's head.
     pub handshake_timeout: Duration,
-    /// Streams on one HTTP/2 connection.
+    /// Streams on one connection of HTTP/2 or HTTP/3.
     pub max_streams: u32,
     /// Between two PINGs on a connection.
     pub keepalive_interval: Duration,
     /// A PING unanswered for this long means that the connection is lost.
     pub keepalive_timeout: Duration,
+    /// Who decides how fast is sent over QUIC.
+    pub congestion: Congestion,
     /// A connection without a stream for this long is closed.
     pub idle_timeout: Duration,
 }
@@ -80,6 +82,9 @@ pub enum ServeError {
     /// HTTP/2 failed.
     #[error("HTTP/2: {0}")]
     H2(String),
+    /// HTTP/3 failed, or QUIC.
+    #[error("HTTP/3: {0}")]
+    H3(String),
     /// There was no HTTP/1 request.
     #[error("HTTP/1: {0}")]
     H1(String),
@@ -112,7 +117,7 @@ impl ServeError {
         match self {
             Self::Proxy(_) => Check::ProxyProtocol,
             Self::Tls(_) => Check::Tls,
-            Self::H2(_) | Self::H1(_) => Check::Http,
+            Self::H2(_) | Self::H1(_) | Self::H3(_) => Check::Http,
             Self::Gone(_) => Check::Gone,
             Self::HandshakeTimeout(_) | Self::KeepaliveTimeout(_) => Check::Timeout,
             Self::Crowded => Check::Crowded,
@@ -179,7 +184,8 @@ async fn plain(
     pace.reached(Stage::Spoken);
     let link = match protocol {
         Protocol::H2 => Link::H2Plain(Box::new(h2::handshake(settings, stream).await?)),
-        Protocol::H1 => Link::H1Plain(Box::new(request(stream).await?)),
+        // HTTP/3 is not spoken over TCP, and not among these.
+        Protocol::H1 | Protocol::H3 => Link::H1Plain(Box::new(request(stream).await?)),
     };
     tracing::debug!(peer = %client, ?protocol, "accepted in plaintext");
     Ok(Accepted { peer: Peer { client, identity: None, server_name: None }, link })
@@ -218,7 +224,7 @@ async fn secure(
     };
     let link = match protocol {
         Protocol::H2 => Link::H2(Box::new(h2::handshake(settings, tls).await?)),
-        Protocol::H1 => Link::H1(Box::new(request(tls).await?)),
+        Protocol::H1 | Protocol::H3 => Link::H1(Box::new(request(tls).await?)),
     };
     tracing::debug!(
         peer = %client,

@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     accept::{LINGER, drain_and_close},
-    request::{Malformed, RequestError},
+    request::{Malformed, RequestError, shown},
 };
 use crate::{
     model::flow::Target,
@@ -27,9 +27,6 @@ use crate::{
         io::Wire,
     },
 };
-
-/// How much of what a peer asked for is shown in the log: the longest name, and its port.
-const SHOWN: usize = 260;
 
 /// The head of a request.
 #[derive(Debug)]
@@ -173,11 +170,6 @@ fn is_host_of(host: &[u8], target: &Target) -> bool {
     let Ok(host) = std::str::from_utf8(host) else { return false };
     let is_target = |text: &str| text.parse::<Target>().is_ok_and(|t| t == *target);
     is_target(host) || is_target(&format!("{host}:{}", target.port()))
-}
-
-/// What a log may hold of what a peer wrote.
-fn shown(text: &str) -> String {
-    text.chars().take(SHOWN).map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! CONNECT requests that peers send to our listeners, over HTTP/1 and HTTP/2.
+//! CONNECT requests that peers send to our listeners, over HTTP/1, HTTP/2 and HTTP/3.
 //!
 //! # Invariants
 //! - Where a listener speaks TLS, no request is read before the peer's certificate was verified.
@@ -7,6 +7,7 @@
 pub mod accept;
 pub mod h1;
 pub mod h2;
+pub mod h3;
 pub mod handshakes;
 pub mod request;
 mod serve;

@@ -1,6 +1,6 @@
 //! What a CONNECT request asks for, and what is wrong with one that asks for nothing.
 
-use http::{Method, Request, header::CONTENT_LENGTH};
+use http::{HeaderMap, Method, Request, header::CONTENT_LENGTH};
 
 use crate::{
     model::{
@@ -43,6 +43,14 @@ impl RequestError {
     }
 }
 
+/// How much of what a peer asked for is shown in the log: the longest name, and its port.
+const SHOWN: usize = 260;
+
+/// What a log may hold of what a peer wrote.
+pub(super) fn shown(text: &str) -> String {
+    text.chars().take(SHOWN).map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect()
+}
+
 /// A request that has no target.
 #[derive(Debug)]
 pub struct Malformed {
@@ -55,12 +63,17 @@ pub struct Malformed {
 /// What a request over HTTP/2 asks for.
 pub fn target(request: &Request<impl Sized>) -> Result<Target, Malformed> {
     let authority = request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
-    let malformed = |error| Malformed { authority: authority.into(), error };
-    if request.method() != Method::CONNECT {
-        return Err(malformed(RequestError::Method(request.method().clone())));
+    target_of(request.method(), authority, request.headers())
+}
+
+/// The same of the parts of one.
+pub fn target_of(method: &Method, authority: &str, headers: &HeaderMap) -> Result<Target, Malformed> {
+    let malformed = |error| Malformed { authority: shown(authority).into(), error };
+    if method != Method::CONNECT {
+        return Err(malformed(RequestError::Method(method.clone())));
     }
     // As over HTTP/1: with one, the library would count the tunnel's bytes against it.
-    if request.headers().contains_key(CONTENT_LENGTH) {
+    if headers.contains_key(CONTENT_LENGTH) {
         return Err(malformed(RequestError::Content(CONTENT_LENGTH.as_str())));
     }
     authority.parse().map_err(|e: TargetError| malformed(e.into()))

@@ -30,7 +30,7 @@ use crate::{
 
 /// Connections of one listener and worker. One of HTTP/2 carries many flows; one of HTTP/1 is a flow, and counts as one as
 /// soon as that is accepted.
-const CONNECTIONS_MAX: usize = 4096;
+pub(super) const CONNECTIONS_MAX: usize = 4096;
 
 /// Accepts until the source is told to stop. What waits then is the next daemon's, or its client tries again.
 pub async fn serve<H: FlowHandler>(
@@ -237,6 +237,7 @@ mod tests {
                 proxy_protocol: false,
                 tls: None,
                 protocols: vec![Protocol::H2, Protocol::H1],
+                congestion: Default::default(),
                 handshake_timeout: PATIENCE,
                 max_streams: 10,
                 keepalive_interval: PATIENCE,

@@ -52,6 +52,7 @@ fn settings(max_streams: usize) -> PoolSettings {
         idle_timeout: PATIENCE,
         keepalive_interval: PATIENCE,
         keepalive_timeout: PATIENCE,
+        congestion: Default::default(),
         connect: ConnectSettings { timeout: PATIENCE, dialer: Dialer::default() },
     }
 }
@@ -501,6 +502,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
             handshake_timeout: PATIENCE,
             max_streams: 1,
             keepalive_interval: Duration::from_millis(50),
+            congestion: Default::default(),
             keepalive_timeout: Duration::from_millis(200),
             idle_timeout: PATIENCE,
         };

@@ -130,6 +130,7 @@ fn pool(dialer: &FakeDialer, max_streams: usize, max_connections: usize) -> Rc<P
             idle_timeout: PATIENCE,
             keepalive_interval: PATIENCE,
             keepalive_timeout: PATIENCE,
+            congestion: Default::default(),
         },
     ))
 }

@@ -1,0 +1,329 @@
+//! CONNECT over HTTP/3: the connections of one UDP socket, and each request on them.
+//!
+//! # Invariants
+//! - No request is read before the peer's certificate was verified.
+//! - Every handshake, header section, window and number of streams is bounded; a peer that goes beyond ends its own connection.
+//! - When many handshakes are under way, a peer first proves that its address is its own (RFC 9000 section 8.1.2).
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
+
+use http::{HeaderMap, StatusCode, Version};
+use quinn::{Connection, ConnectionError};
+use rustls_pki_types::UnixTime;
+use socket2::Socket;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    accept::{LINGER, ServeError, Settings},
+    handshakes::{Handshakes, Place},
+    request::{self, Malformed, RequestError},
+    serve::CONNECTIONS_MAX,
+};
+use crate::{
+    config::Protocol,
+    identity::{peer::peer_identity, quic::explain, verify::check_expiry},
+    model::flow::{ClientAddr, PeerAddr},
+    process::drain::{Tasks, Watch},
+    relay::{EarlySource, H3Leg, HeadFailure, Leg as _, Open, Queue},
+    sources::{self, Answer, Event, FlowHandler, Peer, PendingRequest, SourceHandle},
+    transport::{
+        h1,
+        http3::{
+            Code,
+            message::{self, HeadError, RequestHead},
+        },
+        quic::{self, Control, Ended, Role, Tuning},
+    },
+};
+
+/// Handshakes under way on one worker, above which new peers prove their address first: it costs them a round trip, and an
+/// attacker who does not have the address everything.
+const RETRY_ABOVE: usize = 64;
+
+/// A UDP socket, and how its connections are served.
+pub struct Quic {
+    /// The socket, bound.
+    pub socket: Socket,
+    /// Which worker it is for.
+    pub worker: usize,
+    /// How they are served.
+    pub settings: Arc<Settings>,
+}
+
+/// One request, on its stream.
+type Incoming = sources::Incoming<Pending>;
+
+/// Accepts until the source is told to stop.
+pub async fn serve<H: FlowHandler>(
+    handler: Rc<H>,
+    Quic { socket, worker, settings }: Quic,
+    source: Rc<SourceHandle>,
+    tasks: Rc<Tasks>,
+) {
+    let Some(tls) = &settings.tls else { return };
+    let config =
+        || quic::server_config(tls.store.server_config(&tls.check, &[Protocol::H3]), &settings.tuning());
+    let endpoint =
+        config().and_then(|config| quic::server(socket, worker, config).map_err(|e| e.to_string()));
+    let endpoint = match endpoint {
+        Ok(endpoint) => endpoint,
+        Err(error) => return tracing::error!(error, "failed to accept from a UDP socket"),
+    };
+    let mut watch = source.watch();
+    let (handshakes, under_way) = (Handshakes::default(), Rc::new(()));
+    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let incoming = tokio::select! {
+            incoming = endpoint.accept() => incoming,
+            () = watch.draining() => break,
+        };
+        let Some(incoming) = incoming else { break };
+        let addr = incoming.remote_address();
+        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+            handler.record(Event::ConnectionLimit(CONNECTIONS_MAX));
+            incoming.refuse();
+            continue;
+        };
+        if Rc::strong_count(&under_way) > RETRY_ABOVE && incoming.may_retry() {
+            // Fails only where it was done already.
+            let _done = incoming.retry();
+            continue;
+        }
+        let rejected = |error: ServeError| {
+            handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error });
+        };
+        // With the certificate of this time.
+        let config = match config() {
+            Ok(config) => config,
+            Err(why) => {
+                rejected(ServeError::Tls(why));
+                continue;
+            }
+        };
+        let connecting = match incoming.accept_with(Arc::new(config)) {
+            Ok(connecting) => connecting,
+            Err(e) => {
+                rejected(ServeError::Tls(explain(&e, tls.store.hint().as_deref())));
+                continue;
+            }
+        };
+        let (handler, source, settings) = (Rc::clone(&handler), Rc::clone(&source), Arc::clone(&settings));
+        let (place, counted) = (handshakes.place(addr.ip()), Rc::clone(&under_way));
+        tasks.spawn(async move {
+            let shaken = handshake(&settings, connecting, place).await;
+            drop(counted);
+            match shaken {
+                Ok((connection, peer)) => {
+                    serve_connection(handler, &settings, connection, peer, source, permit).await;
+                }
+                Err(error) => handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error }),
+            }
+        });
+    }
+    // New connections are refused; those that there are go on, with the endpoint, to their ends.
+    endpoint.set_server_config(None);
+}
+
+impl Settings {
+    fn tuning(&self) -> Tuning {
+        Tuning {
+            peer_streams: self.max_streams,
+            streams: self.max_streams,
+            keepalive_interval: self.keepalive_interval,
+            keepalive_timeout: self.keepalive_timeout,
+            congestion: self.congestion,
+        }
+    }
+}
+
+/// TLS, and who the peer has proved to be.
+async fn handshake(
+    settings: &Settings,
+    connecting: quinn::Connecting,
+    mut place: Place,
+) -> Result<(Connection, Peer), ServeError> {
+    let after = settings.handshake_timeout;
+    let hint = || settings.tls.as_ref().and_then(|tls| tls.store.hint());
+    let connection = tokio::select! {
+        shaken = timeout(after, connecting) => shaken.map_err(|_| ServeError::HandshakeTimeout(after))?,
+        () = place.needed() => return Err(ServeError::Crowded),
+    };
+    let connection = connection.map_err(|e| match e {
+        ConnectionError::TimedOut => ServeError::HandshakeTimeout(after),
+        e => ServeError::Tls(explain(&e, hint().as_deref())),
+    })?;
+    let quic::Agreed { certificates, server_name } = quic::agreed(&connection);
+    // A resumed session brings its certificate along, and nobody has looked at the date since.
+    if let Err(why) = check_expiry(&certificates, UnixTime::now()) {
+        let why = why.to_string();
+        connection.close(quic::wire_code(Code::GENERAL_PROTOCOL_ERROR), why.as_bytes());
+        return Err(ServeError::Tls(why));
+    }
+    let (client, identity) = (ClientAddr(connection.remote_address()), peer_identity(&certificates));
+    tracing::debug!(
+        peer = %client,
+        identity = identity.as_ref().map(tracing::field::display),
+        protocol = ?Protocol::H3,
+        "tunnel accepted"
+    );
+    Ok((connection, Peer { client, identity, server_name }))
+}
+
+/// Serves one connection to its end. `permit` is its place among them.
+async fn serve_connection<H: FlowHandler>(
+    handler: Rc<H>,
+    settings: &Settings,
+    connection: Connection,
+    peer: Peer,
+    source: Rc<SourceHandle>,
+    permit: OwnedSemaphorePermit,
+) {
+    let addr = PeerAddr(peer.client.0);
+    // Its place among the peer's connections, as long as it lives.
+    let (client, _connected) = match handler.peer(&source, peer) {
+        Ok(client) => client,
+        Err(error) => {
+            connection.close(quic::wire_code(Code::EXCESSIVE_LOAD), &[]);
+            return handler.record(Event::PeerRejected { peer: addr, error: &error });
+        }
+    };
+    let carry = Rc::new(move |incoming| Rc::clone(&handler).carry(client.clone(), incoming));
+    if let Err(e) = requests(settings, &connection, source.watch(), carry).await {
+        tracing::debug!(peer = %addr, error = %e, "connection closed");
+    }
+    drop(permit);
+}
+
+/// Takes requests until the connection ends. `carry` makes the task of each; they end with the connection.
+async fn requests<F: Future<Output = ()> + 'static>(
+    settings: &Settings,
+    connection: &Connection,
+    mut drain: Watch,
+    carry: Rc<impl Fn(Incoming) -> F + 'static>,
+) -> Result<(), ServeError> {
+    let h3_error = |e: &ConnectionError| ServeError::H3(quic::why_lost(e));
+    let mut control = Control::open(connection).await.map_err(|e| h3_error(&e))?;
+    let mut watching = pin!(quic::watch(connection, Role::Server, Rc::new(|_| {})));
+    // Owned here: when the connection goes, so do its streams.
+    let (streams, open) = (Rc::new(Tasks::default()), Open::default());
+    // The number that the next request has.
+    let (mut next, mut draining, mut close_at) = (0_u64, false, None);
+    // When it has been without a stream for too long.
+    let mut idle_at = Instant::now() + settings.idle_timeout;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut watching => break ended,
+            stream = connection.accept_bi() => match stream {
+                Ok(halves) => {
+                    let leg = H3Leg::server(connection, halves, open.clone());
+                    if draining {
+                        leg.reject(Code::REQUEST_REJECTED);
+                        continue;
+                    }
+                    next = next.max(leg.id() + 4);
+                    idle_at = Instant::now() + settings.idle_timeout;
+                    streams.spawn(serve_stream(leg, settings.handshake_timeout, Rc::clone(&carry)));
+                }
+                Err(why) => break Ended::Lost(why),
+            },
+            () = drain.draining(), if !draining => {
+                draining = true;
+                control.goaway(next).await;
+            }
+            () = sleep_until(idle_at), if !draining => {
+                idle_at = Instant::now() + settings.idle_timeout;
+                if open.count() == 0 {
+                    draining = true;
+                    control.goaway(next).await;
+                }
+            }
+            // Everything has ended and was acknowledged. What the peer has sent before it heard is refused as such.
+            () = open.none(), if draining && close_at.is_none() => close_at = Some(Instant::now() + LINGER),
+            () = sleep_until(close_at.unwrap_or_else(Instant::now)), if close_at.is_some() => {
+                quic::close_clean(connection).await;
+                break Ended::Lost(ConnectionError::LocallyClosed);
+            }
+        }
+    };
+    // Its flows end with it, each by itself: what they had received still goes to their targets, and each is recorded.
+    streams.ended().await;
+    match ended {
+        Ended::Wrong(e) => Err(ServeError::H3(e.to_string())),
+        Ended::Lost(e) if quic::is_clean(&e) => Ok(()),
+        Ended::Lost(e) => Err(h3_error(&e)),
+    }
+}
+
+/// Reads a request, and has it carried.
+async fn serve_stream<F: Future<Output = ()>>(
+    mut leg: H3Leg,
+    patience: Duration,
+    carry: Rc<impl Fn(Incoming) -> F>,
+) {
+    let id = leg.id();
+    let head = match timeout(patience, leg.recv.head()).await {
+        Ok(Ok(section)) => message::decode_request(&section),
+        Ok(Err(HeadFailure::TooLong)) => Err(HeadError::TooLong),
+        Ok(Err(HeadFailure::Incomplete)) => return leg.reject(Code::REQUEST_INCOMPLETE),
+        // Nothing has been done for it.
+        Err(_) => return leg.reject(Code::REQUEST_REJECTED),
+        Ok(Err(HeadFailure::Reset(_) | HeadFailure::Lost(_))) => return,
+    };
+    let (target, headers) = match head {
+        Ok(RequestHead { method, authority, headers }) => {
+            (request::target_of(&method, &authority, &headers), headers)
+        }
+        Err(HeadError::TooLong) => {
+            let error = RequestError::Head(h1::HeadError::TooLong);
+            (Err(Malformed { authority: Box::default(), error }), HeaderMap::new())
+        }
+        Err(HeadError::Malformed(why)) => {
+            tracing::debug!(stream = id, why, "malformed request");
+            return leg.reject(Code::MESSAGE_ERROR);
+        }
+        Err(HeadError::Connection(e)) => {
+            leg.recv.wrong(&e);
+            return;
+        }
+    };
+    carry(sources::Incoming { target, head: Some((Version::HTTP_3, headers)), request: Pending(leg) }).await;
+}
+
+/// A stream whose request waits for its answer. What its peer sends meanwhile is within the bounds of a leg.
+pub struct Pending(H3Leg);
+
+impl PendingRequest for Pending {
+    type Leg = H3Leg;
+
+    fn early_data(&mut self) -> Option<&mut dyn EarlySource> {
+        Some(&mut self.0)
+    }
+
+    async fn accept(mut self) -> Option<(H3Leg, Queue)> {
+        self.0.send.put_headers(message::encode_response(StatusCode::OK, &HeaderMap::new()));
+        // Ready with an error when the peer has left; what there is no room for goes when there is.
+        let left = poll_fn(|cx| {
+            self.0.send.poll_flush(cx);
+            Poll::Ready(self.0.poll_broken(cx).is_ready())
+        });
+        (!left.await).then_some((self.0, Queue::default()))
+    }
+
+    async fn refuse(mut self, answer: &impl Answer) {
+        let response = answer.response();
+        self.0.send.put_headers(message::encode_response(response.status(), response.headers()));
+        // It ends for the peer too, unless that takes no answer.
+        let _gone = timeout(LINGER, poll_fn(|cx| self.0.poll_finish(cx))).await;
+        self.0.release();
+    }
+}
