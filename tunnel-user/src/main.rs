@@ -17,7 +17,7 @@ use tunnel::{
     },
     config::{Config, schema},
     daemon::{self, Running},
-    identity::tls::TlsIdentity,
+    identity::configured::check,
     kernel::cgroup::Fresh,
     observe::{stats::Record, telemetry},
     process::{
@@ -127,7 +127,7 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
         ConfigCommand::Check { file } => {
             let config = Config::load(&file)?;
             for identity in config.identities.values() {
-                TlsIdentity::load(identity)?;
+                check(identity)?;
             }
             config.warnings.iter().for_each(|warning| eprintln!("{warning} (warning)"));
             for warning in daemon::nested(&config) {

@@ -14,6 +14,7 @@ use super::{
     refusal::Refusal,
 };
 use crate::{
+    identity::standing::EndOfStanding,
     model::{
         end::EndReason,
         flow::{ClientAddr, Head, Identity, Target},
@@ -94,8 +95,9 @@ async fn establish<P: PendingRequest>(
         }
     };
     let marks = Marks::default();
-    let mut progress = Progress { record, started, permit, marks: &marks };
-    let (context, name) = (client.context(&proxy), client.source().name());
+    let mut progress = Progress { record, started, permit, marks: &marks, end: client.end_of_flows() };
+    let (context, name, identity) =
+        (client.context(&proxy), client.source().name(), client.source().identity());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
     if let Some(tracer) = &context.setup().shared.tracer {
         let trace = tracer.begin(head.and_then(|head| received_trace(head.headers)));
@@ -103,7 +105,8 @@ async fn establish<P: PendingRequest>(
         progress.record.trace = Some(Box::new(trace));
     }
     let admissions = RefCell::default();
-    let wanted = client.request(&proxy, &context, name.as_ref(), &target, head, (&marks, &admissions));
+    let source = (name.as_ref(), identity.as_ref());
+    let wanted = client.request(&proxy, &context, source, &target, head, (&marks, &admissions));
     let wanted = match wanted {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
@@ -121,6 +124,8 @@ struct Progress<'a> {
     started: Instant,
     permit: Permit,
     marks: &'a Marks,
+    /// When it is to end because its client's connection has lost its standing.
+    end: Option<EndOfStanding>,
 }
 
 impl Proxy {
@@ -194,7 +199,9 @@ impl Proxy {
                     if !behind.is_empty() {
                         early.sent = behind;
                     }
-                    let Progress { mut record, started, permit, marks } = progress;
+                    let Progress { mut record, started, permit, marks, end } = progress;
+                    let mut sink = sink;
+                    let ends = end.into_iter().chain(sink.end_of_flow()).collect();
                     self.trace(&mut record, started, marks, None);
                     self.counters.flows_opened.add(1);
                     self.counters.durations.connect.observe(started.elapsed());
@@ -209,7 +216,7 @@ impl Proxy {
                         live.end_because(EndReason::PolicyChanged, Some(cause));
                     }
                     wanted.setup.shared.access_logs.started(&live);
-                    Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
+                    Some((leg, Box::new(EstablishedFlow { sink, early, live, ends, permit })))
                 }
                 None => self.left(progress),
             },
@@ -245,7 +252,7 @@ impl Proxy {
         identity: Option<&Identity>,
         progress: Progress<'_>,
     ) -> Option<T> {
-        let Progress { mut record, started, permit, marks } = progress;
+        let Progress { mut record, started, permit, marks, .. } = progress;
         drop(permit);
         record.ended(refusal.reason(), Some(refusal.to_string()));
         self.trace(&mut record, started, marks, Some(refusal.reason()));

@@ -7,8 +7,12 @@ use std::{cell::RefCell, net::IpAddr, rc::Rc, sync::Arc};
 
 use super::{Proxy, Setup, reach::FlowRequest, refusal::Refusal};
 use crate::{
-    model::admission::Admission,
-    model::flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
+    identity::standing::{EndOfStanding, Standing},
+    model::{
+        admission::Admission,
+        flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
+        names::IdentityName,
+    },
     observe::{marks::Marks, stats::Record},
     process::books::Books,
     routing::{
@@ -153,13 +157,21 @@ impl Client {
         }
     }
 
-    /// Policy's word on what it asks for. `name`: the one of its source. How far it gets, and with what, is noted in the last
-    /// argument.
+    /// When its flows are to end because its connection has lost its standing, where they are not to outlast that.
+    pub(super) fn end_of_flows(&self) -> Option<EndOfStanding> {
+        match self {
+            Self::Application { .. } => None,
+            Self::Peer(known) => known.peer.standing.as_ref().and_then(Standing::end_of_flows),
+        }
+    }
+
+    /// Policy's word on what it asks for. `name` and `identity`: those of its source. How far it gets, and with what, is noted
+    /// in the last argument.
     pub(super) fn request<'a>(
         &'a self,
         proxy: &Proxy,
         context: &'a Context,
-        name: Option<&'a Arc<str>>,
+        (name, identity): (Option<&'a Arc<str>>, Option<&'a IdentityName>),
         target: &'a Target,
         head: Option<Head<'a>>,
         (marks, admissions): (&'a Marks, &'a RefCell<Vec<Admission>>),
@@ -192,6 +204,6 @@ impl Client {
             sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
-        Ok(FlowRequest { setup, flow, name, permit, dial_timeout, marks, admissions })
+        Ok(FlowRequest { setup, flow, name, permit, dial_timeout, identity, marks, admissions })
     }
 }

@@ -47,7 +47,7 @@ impl DispatchInProcess for Hop<'_, '_> {
         }
         record.passed.push(to.name.clone());
         let target = ask.authority();
-        let identity = to.identity().map_err(|why| {
+        let identity = to.identity(ask.identity).map_err(|why| {
             Refusal::not_accepted(format!(
                 "{target} is refused: listener \"{}\" would reject our certificate: {why}",
                 to.listener
