@@ -5,23 +5,26 @@
 
 mod records;
 
-use std::{path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tunnel::{
-    config::{CheckFiles, Config},
+    config::{CheckFiles, Config, Peers, Policy, TargetPattern},
     identity::{
         peer::{names_of, peer_identity},
         sds,
         verify::{self, check_expiry},
         workload_api,
     },
-    model::flow::Target,
+    model::flow::{ClientAddr, Identity, Target},
     proxy::Refusal,
     routing::{
-        policy::Policies,
+        policy::{
+            self, Policies,
+            explain::{Question, Verdict},
+        },
         router::Router,
         sniff::{self, Parse},
     },
@@ -275,12 +278,39 @@ pub fn config(input: &[u8]) {
             let names = config.upstreams.len();
             let router = Router::new(config.routes);
             let _routes = (router.peer(None), names);
-            let policies = Policies::new(config.policies, &[]);
-            let _peer = policies.peer(None);
+            policies(config.policies);
         }
         Err(mistakes) => {
             let said = mistakes.to_string();
             assert!(said.contains("fuzz.toml"), "a mistake has its place: {said}");
+        }
+    }
+}
+
+/// Policies: looked up, they decide as one after the other does.
+fn policies(policies: Vec<Policy>) {
+    let client = ClientAddr(SocketAddr::from(([10, 0, 0, 1], 1)));
+    // Targets and identities that the policies themselves name.
+    let named = |policy: &Policy| match policy.targets().first() {
+        Some(TargetPattern::Addr(pattern)) => Some(Target::Addr(SocketAddr::new(pattern.net().addr(), 80))),
+        Some(TargetPattern::Name(pattern)) => Some(Target::Name(format!("a.{}", pattern.name()), 80)),
+        None => None,
+    };
+    let asked: Vec<_> = policies.iter().take(8).filter_map(named).collect();
+    let peers = policies.iter().take(8).filter_map(|policy| match &policy.identity {
+        Peers::Any => None,
+        Peers::Of(names) => names.first().map(|name| Identity(name.to_string().replace('*', "x").into())),
+    });
+    let peers: Vec<_> = peers.map(Some).chain([None]).collect();
+    let policies = Policies::new(policies, &[]);
+    for (identity, target) in peers.iter().flat_map(|peer| asked.iter().map(move |target| (peer, target))) {
+        let peer = policies.peer(identity.clone(), client);
+        let permit = policies.check_target(policy::Request { who: &peer, target, headers: None });
+        let question = Question { identity: identity.as_ref(), client, target, addr: None, headers: None };
+        let verdict = policies.explain(&question).verdict;
+        match permit {
+            Ok(permit) => assert_eq!(permit.rule().map_or(Verdict::Unresolved, Verdict::Allowed), verdict),
+            Err(denied) => assert_eq!(Verdict::Denied(denied), verdict),
         }
     }
 }

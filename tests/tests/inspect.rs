@@ -30,9 +30,9 @@ const A: SocketAddr = SocketAddr::new(NET4, gateway::PORT);
 const B: SocketAddr = SocketAddr::new(NET4, gateway::PORT + 1);
 const C: SocketAddr = SocketAddr::new(NET4, gateway::PORT + 2);
 /// More than any test takes: who waits for it waits for something else.
-const FOR_EVER: &str = "[daemon]\nworkers = 1\ninspect_timeout = \"1h\"\n";
+const FOR_EVER: &str = "[daemon]\nworkers = 1\nsniff_timeout = \"1h\"\n";
 /// As the default, but no machine is too slow for it.
-const LONG: &str = "[daemon]\nworkers = 1\ninspect_timeout = \"10s\"\n";
+const LONG: &str = "[daemon]\nworkers = 1\nsniff_timeout = \"10s\"\n";
 
 fn upstream(name: &str, at: SocketAddr) -> String {
     format!("[[upstream]]\nname = \"{name}\"\nendpoints = [\"{at}\"]\nverify = [\"{GATEWAY_ID}\"]\n")
@@ -215,7 +215,7 @@ fn a_name_that_was_looked_at_stands_in_the_request_to_the_next_hop() -> Result<(
     Ok(())
 }
 
-/// Sniffing gives up after `inspect_timeout`, so that a server that speaks first is reached.
+/// Sniffing gives up after `sniff_timeout`, so that a server that speaks first is reached.
 #[test]
 fn a_target_that_speaks_first_is_reached_when_nothing_was_said_in_time() -> Result<()> {
     let world = World::new()?;

@@ -10,12 +10,20 @@ use std::{
 };
 
 use criterion::{BenchmarkId, Criterion};
-use http::{HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use ipnet::{IpNet, Ipv4Net};
 use tunnel::{
-    config::{Action, AddrPattern, Balance, Match, Peers, Policy, Route, TargetPattern, Terms},
+    config::{
+        Action, AddrPattern, Balance, HeaderMatch, Match, Peers, Policy, PolicyAction, Route, TargetPattern,
+        Terms, ValueMatch,
+    },
     model::flow::{ClientAddr, Direction, Identity, SourceKind, Target, Transport},
-    routing::{flow::Flow, index::NOBODY, policy::Policies, router::Router},
+    routing::{
+        flow::Flow,
+        index::NOBODY,
+        policy::{self, Policies},
+        router::Router,
+    },
     sinks::upstream::{
         headers::{Ask, connect_request},
         pick,
@@ -63,7 +71,7 @@ fn spiffe(i: u32) -> String {
 }
 
 fn route(matches: Match) -> Route {
-    Route { name: None, matches, to: Action::Direct, terms: Terms::default() }
+    Route::new(matches, Action::Direct)
 }
 
 fn to(destination: Vec<AddrPattern>) -> Route {
@@ -128,29 +136,83 @@ fn policies(c: &mut Criterion) {
     let mut group = c.benchmark_group("policy");
     let who = Identity("spiffe://example.org/ns/a/sa/web".into());
     let listeners = [SocketAddr::from((Ipv4Addr::UNSPECIFIED, 15008))];
+    let every = || {
+        TargetPattern::Addr(AddrPattern::net_only(IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0))))
+    };
+    let of = |i| Peers::Of(vec![spiffe(i).parse().expect("a SPIFFE ID")]);
+    let allow = |who, targets| Policy::allow("", who, targets);
+    let deny = |policy| Policy { action: PolicyAction::Deny, ..policy };
     for size in SIZES {
-        let rule = |targets: Vec<TargetPattern>| Policy { identity: Peers::Any, target: targets };
-        let policies = Policies::new(
-            vec![rule((0..size).map(|i| TargetPattern::Addr(prefix(i))).collect())],
-            &listeners,
-        );
-        group.bench_with_input(BenchmarkId::new("prefixes", size), &last_of(size), |b, target| {
-            let peer = policies.peer(Some(who.clone()));
-            b.iter(|| policies.check_target(black_box(&peer), black_box(target)).is_ok());
-        });
-        let named = (0..size).map(|i| Policy {
-            identity: Peers::Of(vec![spiffe(i).parse().expect("a SPIFFE ID")]),
-            target: vec![TargetPattern::Addr(prefix(i))],
-        });
-        let all = rule(vec![TargetPattern::Addr(AddrPattern::net_only(IpNet::V4(net(size - 1))))]);
-        let named = Policies::new(named.chain([all]).collect(), &listeners);
-        group.bench_with_input(BenchmarkId::new("identities", size), &last_of(size), |b, target| {
-            let peer = named.peer(Some(who.clone()));
-            b.iter(|| named.check_target(black_box(&peer), black_box(target)).is_ok());
-        });
+        let last = TargetPattern::Addr(prefix(size - 1));
+        let all = |policies: Vec<Policy>| Policies::new(policies, &listeners);
+        // Each with the peer that asks and the last target of all.
+        let sets = [
+            (
+                "prefixes",
+                all(vec![allow(Peers::Any, (0..size).map(|i| TargetPattern::Addr(prefix(i))).collect())]),
+            ),
+            (
+                "identities",
+                all((0..size)
+                    .map(|i| allow(of(i), vec![TargetPattern::Addr(prefix(i))]))
+                    .chain([allow(Peers::Any, vec![last.clone()])])
+                    .collect()),
+            ),
+            (
+                "identities of the same target",
+                all((0..size)
+                    .map(|i| allow(of(i), vec![every()]))
+                    .chain([allow(Peers::Any, vec![every()])])
+                    .collect()),
+            ),
+            (
+                "clients of the same target",
+                all((0..size)
+                    .map(|i| Policy { client: vec![prefix(i)], ..allow(Peers::Any, vec![every()]) })
+                    .chain([allow(Peers::Any, vec![last.clone()])])
+                    .collect()),
+            ),
+            (
+                "denied prefixes",
+                all((0..size - 1)
+                    .map(|i| deny(allow(Peers::Any, vec![TargetPattern::Addr(prefix(i))])))
+                    .chain([allow(Peers::Any, vec![every()])])
+                    .collect()),
+            ),
+            (
+                "denied identities of the same target",
+                all((0..size)
+                    .map(|i| deny(allow(of(i), vec![every()])))
+                    .chain([allow(Peers::Any, vec![every()])])
+                    .collect()),
+            ),
+            (
+                "headers of the same target, one after the other",
+                all((0..size)
+                    .map(|i| {
+                        let value = ValueMatch::Exact(format!("team-{i}"));
+                        let header = HeaderMatch { name: HeaderName::from_static("x-team"), value };
+                        Policy { headers: vec![header], ..allow(Peers::Any, vec![every()]) }
+                    })
+                    .chain([allow(Peers::Any, vec![every()])])
+                    .collect()),
+            ),
+        ];
+        let headers =
+            HeaderMap::from_iter([(HeaderName::from_static("x-team"), HeaderValue::from_static("red"))]);
+        let target = last_of(size);
+        for (name, policies) in &sets {
+            let peer = policies.peer(Some(who.clone()), client());
+            let request = policy::Request { who: &peer, target: &target, headers: Some(&headers) };
+            assert!(policies.check_target(request).is_ok(), "{name}");
+            group.bench_with_input(BenchmarkId::new(*name, size), &request, |b, request| {
+                b.iter(|| policies.check_target(black_box(*request)).is_ok());
+            });
+        }
         // Once for a connection.
+        let named = &sets[1].1;
         group.bench_with_input(BenchmarkId::new("a peer among identities", size), &who, |b, who| {
-            b.iter(|| black_box(named.peer(Some(black_box(who).clone()))));
+            b.iter(|| black_box(named.peer(Some(black_box(who).clone()), client())));
         });
     }
     group.finish();

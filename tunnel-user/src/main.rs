@@ -135,6 +135,7 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
             for identity in config.identities.values() {
                 check(identity)?;
             }
+            config.warnings.iter().for_each(|warning| eprintln!("{warning} (warning)"));
             for warning in daemon::nested(&config) {
                 eprintln!("{}: warning: {warning}", file.display());
             }

@@ -100,6 +100,7 @@ fn tcp_buffers() -> Result<i64> {
 mod tests {
     use super::*;
 
+    /// Lines of /proc files in kB are read as bytes.
     #[test]
     fn a_line_in_kib_is_read_as_bytes() {
         assert_eq!(kib("MemFree: 7 kB\nSlab:   12 kB\n", "Slab:"), Some(12 * 1024));

@@ -224,6 +224,7 @@ fn through(word: &'static str, fault: Fault, direction: Direction) -> Result<Out
     outcome.unwrap_or_else(|| bail!("there was none"))
 }
 
+/// Every workload through a proxy that alters nothing ends without an error.
 #[test]
 fn what_breaks_nothing_is_not_noticed() -> Result<()> {
     let all = ["ping-pong:64", "connect:2", "first-byte", "up:2", "down:2", "rate:300/3/3000", "idle:10"];

@@ -517,7 +517,7 @@ mod tests {
         let config = args.to_config();
         assert_eq!(config.listeners.len(), 2);
         assert_eq!(config.listeners[1].dial_timeout, Duration::from_millis(500));
-        assert_eq!(config.policies[0].target.len(), 2);
+        assert_eq!(config.policies[0].targets().len(), 2);
         assert_eq!(config.routes[0].to, Action::Direct);
         let e = parse("gateway --listen 0.0.0.0 --ca a --cert b --key c").unwrap_err().to_string();
         assert!(e.contains("it has no port"), "{e}");

@@ -26,7 +26,7 @@ pub const MAX_FLOWS: NonZeroUsize = NonZeroUsize::new(10_000).expect("not 0");
 /// How long what a client sends first is waited for, where a route asks for it. An application on this node that
 /// speaks first has sent it by then, and so has a peer within that round trip; whoever waits for its server to speak
 /// loses no more.
-pub const INSPECT_TIMEOUT: Duration = Duration::from_millis(50);
+pub const SNIFF_TIMEOUT: Duration = Duration::from_millis(50);
 /// A TCP peer that is silent this long is asked whether it is there.
 pub const TCP_KEEPALIVE_TIME: Duration = Duration::from_secs(75);
 /// The most that Linux takes (MAX_TCP_KEEPIDLE, include/net/tcp.h).
@@ -57,13 +57,15 @@ section! {
         relay: default Relay = Relay::Copy,
         /// How long to wait for a client's first bytes, where a route has sni or http_host. A client that waits for its
         /// server to speak first is delayed for as long.
-        inspect_timeout: default Duration = INSPECT_TIMEOUT,
+        sniff_timeout: default Duration = SNIFF_TIMEOUT,
         /// Whether to reload this file when it changes. SIGHUP always reloads it.
         watch: default bool = true,
         /// What peers may use of the process, and how long flows may last.
         limits: section Limits,
     }
-    check |r| {}
+    check |r| {
+        let sniff_timeout = r.renamed("inspect_timeout", "sniff_timeout").unwrap_or(sniff_timeout);
+    }
     defaults new;
 }
 

@@ -247,6 +247,7 @@ mod tests {
         );
     }
 
+    /// Without keys for them there are no health checks and no limits but those that always were.
     #[test]
     fn health_and_limits_have_defaults_that_change_nothing() {
         let of = |lines: &str| parse(&with(lines)).unwrap_or_else(|e| panic!("{e}")).upstreams.remove(0);

@@ -10,7 +10,7 @@ use rustls_pki_types::ServerName;
 
 use super::{
     Action, AddrPattern, Admin, Bootstrap, Bypass, Capture, CgroupRef, Config, DRAIN_EXEC, Daemon, Listener,
-    MARK, Match, OnFailure, Peers, Policy, Route, TargetPattern, Terms, Upstream,
+    MARK, Match, OnFailure, Peers, Policy, Route, TargetPattern, Upstream,
 };
 use crate::model::{
     flow::{SourceKind, Target},
@@ -148,6 +148,7 @@ impl Config {
             routes: vec![every(SourceKind::Capture, Action::Upstreams(vec![("gateway".into(), 1)]))],
             upstreams: vec![upstream],
             policies: Vec::new(),
+            warnings: Vec::new(),
             effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
@@ -173,7 +174,8 @@ impl Config {
             listeners: o.listen.iter().copied().map(listener).collect(),
             routes: vec![every(SourceKind::Listener, Action::Direct)],
             upstreams: Vec::new(),
-            policies: vec![Policy { identity: Peers::Any, target: o.allow }],
+            policies: vec![Policy::allow("--allow", Peers::Any, o.allow)],
+            warnings: Vec::new(),
             effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
@@ -182,6 +184,5 @@ impl Config {
 }
 
 fn every(source: SourceKind, to: Action) -> Route {
-    let matches = Match { source: vec![source], ..Match::default() };
-    Route { name: None, matches, to, terms: Terms::default() }
+    Route::new(Match { source: vec![source], ..Match::default() }, to)
 }

@@ -45,7 +45,7 @@ pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
 pub use admin::Admin;
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
-    BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, INSPECT_TIMEOUT, Keepalive, MARK, MAX_FLOWS, Relay,
+    BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, Keepalive, MARK, MAX_FLOWS, Relay, SNIFF_TIMEOUT,
     TCP_KEEPALIVE_INTERVAL, TCP_KEEPALIVE_MAX, TCP_KEEPALIVE_PROBES, TCP_KEEPALIVE_PROBES_MAX,
     TCP_KEEPALIVE_TIME,
 };
@@ -57,7 +57,7 @@ pub use identity::{
 pub use limits::{Bytes, Limits as ProcessLimits};
 pub use listener::{ClientAuth, DIAL_TIMEOUT, HANDSHAKE_TIMEOUT, LISTENER_STREAMS, Listener};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
-pub use policy::{Peers, Policy};
+pub use policy::{Peers, Policy, PolicyAction, PolicyMode, Targets};
 pub use route::{
     Action, Authority, HeaderChanges, HeaderMatch, Match, ProxyProtocol, Regex, RegexError, Route, Terms,
     ValueMatch,
@@ -107,6 +107,8 @@ pub struct Config {
     pub access_logs: Vec<AccessLog>,
     /// Where spans of flows are sent.
     pub traces: Option<Traces>,
+    /// What still means what it did, and should be written in another way: each with its place.
+    pub warnings: Vec<String>,
 }
 
 /// An HTTP version that carries CONNECT.
@@ -176,6 +178,7 @@ impl Config {
             effective: Arc::default(),
             access_logs: Vec::new(),
             traces: None,
+            warnings: Vec::new(),
         }
     }
 
@@ -226,8 +229,10 @@ impl Config {
     fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
         let wrong = |mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes };
-        let read: Self = Document::read(text, base, check == CheckFiles::Yes, purpose).map_err(wrong)?;
-        Ok(Self { effective: Arc::new(effective::of(text)), ..read })
+        let (read, warnings) =
+            Document::read::<Self>(text, base, check == CheckFiles::Yes, purpose).map_err(wrong)?;
+        let warnings = warnings.iter().map(|warning| warning.shown(file)).collect();
+        Ok(Self { effective: Arc::new(effective::of(text)), warnings, ..read })
     }
 }
 
@@ -252,6 +257,14 @@ pub struct Mistake {
     pub message: String,
 }
 
+impl Mistake {
+    /// With the file that it is in.
+    fn shown(&self, file: &Path) -> String {
+        let colon = if self.key.is_empty() { "" } else { ": " };
+        format!("{}:{}:{}: {}{colon}{}", file.display(), self.line, self.column, self.key, self.message)
+    }
+}
+
 /// Everything that is wrong with a configuration file.
 #[derive(Debug)]
 pub struct ConfigErrors {
@@ -269,13 +282,12 @@ impl ConfigErrors {
 
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let file = self.file.display();
         if let Some(e) = &self.unreadable {
-            return write!(f, "{file}: {e}");
+            return write!(f, "{}: {e}", self.file.display());
         }
-        for (i, m) in self.mistakes.iter().enumerate() {
-            let (newline, colon) = (if i == 0 { "" } else { "\n" }, if m.key.is_empty() { "" } else { ": " });
-            write!(f, "{newline}{file}:{}:{}: {}{colon}{}", m.line, m.column, m.key, m.message)?;
+        for (i, mistake) in self.mistakes.iter().enumerate() {
+            let newline = if i == 0 { "" } else { "\n" };
+            write!(f, "{newline}{}", mistake.shown(&self.file))?;
         }
         Ok(())
     }

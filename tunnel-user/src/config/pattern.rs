@@ -241,6 +241,11 @@ pub struct NamePattern {
 impl NamePattern {
     /// Whether it takes this name (any case, with or without the trailing dot) and port.
     pub fn contains(&self, name: &str, port: u16) -> bool {
+        self.takes_name(name) && self.ports.contains(port)
+    }
+
+    /// Whether it takes this name (any case, with or without the trailing dot) at some port.
+    pub fn takes_name(&self, name: &str) -> bool {
         let name = name.strip_suffix('.').unwrap_or(name).as_bytes();
         let (front, same) = match name.len().checked_sub(self.name.len()) {
             Some(at) => name.split_at(at),
@@ -248,7 +253,7 @@ impl NamePattern {
         };
         // More than the dot has to be left.
         let placed = if self.below { front.len() > 1 && front.ends_with(b".") } else { front.is_empty() };
-        placed && same.eq_ignore_ascii_case(self.name.as_bytes()) && self.ports.contains(port)
+        placed && same.eq_ignore_ascii_case(self.name.as_bytes())
     }
 
     /// The name, lower case: the one that it takes, or the one below which it takes all.
@@ -370,6 +375,7 @@ mod tests {
         }
     }
 
+    /// A text that is nearly a pattern is refused with the reason, and where it can be told with what was meant.
     #[test]
     fn a_slip_is_named() {
         let v4 = |s: &str| s.parse::<IpNet>().unwrap();
@@ -399,6 +405,7 @@ mod tests {
         assert_eq!("10.0.0.1/8:80".parse::<TargetPattern>().unwrap_err().to_string().split(';').count(), 2);
     }
 
+    /// `*.suffix` takes names below the suffix and no name that merely ends like it.
     #[test]
     fn names_match_whole_labels() {
         let takes = |pattern: &str, name: &str| pattern.parse::<NamePattern>().unwrap().contains(name, 80);

@@ -59,16 +59,17 @@ pub(crate) struct Document<'a> {
     /// The parser had to guess: what seems missing may have been lost there.
     guessed: bool,
     mistakes: RefCell<Vec<Mistake>>,
+    warnings: RefCell<Vec<Mistake>>,
 }
 
 impl<'a> Document<'a> {
-    /// Parses `text` and reads `S` from its root. The mistakes come in the order of the text.
+    /// Parses `text` and reads `S` from its root, with warnings. The mistakes come in the order of the text.
     pub(crate) fn read<S: Section>(
         text: &'a str,
         base: &'a Path,
         check_files: bool,
         purpose: Purpose,
-    ) -> Result<S, Vec<Mistake>> {
+    ) -> Result<(S, Vec<Mistake>), Vec<Mistake>> {
         let (root, errors) = DeTable::parse_recoverable(text);
         let guessed = !errors.is_empty();
         let doc = Document {
@@ -79,19 +80,20 @@ impl<'a> Document<'a> {
             purpose,
             guessed,
             mistakes: RefCell::default(),
+            warnings: RefCell::default(),
         };
         for e in errors {
             doc.mistake(e.span().unwrap_or(0..0), "", e.message().to_owned());
         }
         let broken: Vec<_> = doc.mistakes.borrow().iter().map(|m| m.line).collect();
         let read = doc.table::<S>(root.get_ref(), 0..0, String::new());
-        let mut mistakes = doc.mistakes.into_inner();
+        let mut mistakes = doc.mistakes.take();
         // What else seems wrong on a line that is not TOML is a guess of the parser's, not the writer's.
         mistakes.retain(|m| m.key.is_empty() || !broken.contains(&m.line));
         mistakes.sort_by_key(|m| (m.line, m.column));
         mistakes.dedup();
         match read {
-            Some(value) if mistakes.is_empty() => Ok(value),
+            Some(value) if mistakes.is_empty() => Ok((value, doc.warnings.into_inner())),
             _ => Err(mistakes),
         }
     }
@@ -104,14 +106,18 @@ impl<'a> Document<'a> {
     }
 
     pub(crate) fn mistake(&self, at: Range<usize>, key: &str, message: String) {
+        self.mistakes.borrow_mut().push(self.placed(at, key, message));
+    }
+
+    fn placed(&self, at: Range<usize>, key: &str, message: String) -> Mistake {
         let before = &self.text[..self.text.floor_char_boundary(at.start)];
         let line_start = before.rfind('\n').map_or(0, |i| i + 1);
-        self.mistakes.borrow_mut().push(Mistake {
+        Mistake {
             line: before.matches('\n').count() + 1,
             column: before[line_start..].chars().count() + 1,
             key: key.to_owned(),
             message,
-        });
+        }
     }
 }
 
@@ -322,6 +328,19 @@ impl<'a> Reader<'a> {
         if let Some(cell) = self.cell(key) {
             cell.wrong::<()>(why);
         }
+    }
+
+    /// What stands behind the name that `key` had in an earlier version, with a warning. Both are a mistake.
+    pub(crate) fn renamed<T: Value>(&mut self, old: &'static str, key: &str) -> Option<T> {
+        self.keys.push(Key { name: old, schema: None, required: false });
+        let cell = self.cell(old)?;
+        if self.has(key) {
+            return cell.wrong(format!("is the earlier name of {key}, which is there too: remove it"));
+        }
+        let warning =
+            cell.doc.placed(cell.span.clone(), &cell.key, format!("is called {key} now: rename it"));
+        cell.doc.warnings.borrow_mut().push(warning);
+        T::read(&cell)
     }
 
     /// The text behind the first of `inner` that is there, in each table of `[[key]]`, also of those that have

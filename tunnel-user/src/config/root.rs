@@ -33,7 +33,7 @@ impl Section for Config {
             r.sections("upstream", "A gateway or proxy that flows are sent through.");
         let policies: Vec<At<Policy>> = r.sections(
             "policy",
-            "Which peers may reach which targets through the listeners. By default nothing is allowed.",
+            "Which peers may reach which targets through the listeners. What a policy denies is denied, whatever others allow; by default nothing is allowed.",
         );
 
         let access_logs: Vec<At<AccessLog>> =
@@ -74,7 +74,14 @@ impl Section for Config {
             }
         }
         let listeners = listeners.into_iter().map(|l| l.value).collect();
-        let policies = policies.into_iter().map(|p| p.value).collect();
+        let named = |(place, at): (usize, At<Policy>)| {
+            let mut policy = at.value;
+            if policy.name.is_empty() {
+                policy.name = format!("policy-{}", place + 1);
+            }
+            policy
+        };
+        let policies = policies.into_iter().enumerate().map(named).collect();
         let access_logs = access_logs.into_iter().map(|log| log.value).collect();
         Some(Self {
             daemon,
@@ -89,6 +96,7 @@ impl Section for Config {
             effective: Arc::default(),
             access_logs,
             traces: if r.has("traces") { Some(traces?) } else { None },
+            warnings: Vec::new(),
         })
     }
 }
@@ -142,7 +150,7 @@ fn check_together(r: &Reader<'_>, listeners: &[At<Listener>], captures: &[At<Any
             }
         }
     }
-    for kind in ["upstream", "listener", "capture", "route"] {
+    for kind in ["upstream", "listener", "capture", "policy", "route"] {
         let mut seen = BTreeMap::<String, ()>::new();
         for name in r.texts_in(kind, &["name"]) {
             if seen.insert(name.value.clone(), ()).is_some() {

@@ -102,6 +102,7 @@ pub(super) fn with(extra: &str, after: &str) -> String {
     format!("{}\n{extra}{}", &GOOD[..at], &GOOD[at..])
 }
 
+/// Each mistake is reported with its key and what to write in its place.
 #[test]
 fn each_mistake_is_named() {
     let upstream = "endpoints = [\"10.9.0.2:15008\"]";
@@ -165,6 +166,28 @@ fn each_mistake_is_named() {
         (format!("{GOOD}\n[deamon]\nmark = 1"), "deamon", "did you mean `daemon`?"),
         (format!("{GOOD}\n[daemon]\nrelay = \"fast\""), "daemon.relay", "\"splice\""),
         (
+            format!("{GOOD}\n[[policy]]\nidentity = \"any\"\ntarget = \"any\""),
+            "policy.target",
+            "\"any\" is for action = \"deny\"",
+        ),
+        (
+            format!("{GOOD}\n[[policy]]\nidentity = \"any\"\ntarget = []"),
+            "policy.target",
+            "it would match nothing",
+        ),
+        (
+            format!("{GOOD}\n[[policy]]\nidentity = \"any\"\naction = \"block\"\ntarget = [\"10.0.0.0/8\"]"),
+            "policy.action",
+            "must be \"allow\" or \"deny\", not \"block\"",
+        ),
+        (
+            format!(
+                "{GOOD}\n[[policy]]\nidentity = \"any\"\nclient = [\"10.0.0.0/8:80\"]\ntarget = [\"10.0.0.0/8\"]"
+            ),
+            "policy.client[0]",
+            "a client's port is not matched",
+        ),
+        (
             format!("{GOOD}\n[[policy]]\nidentity = []\ntarget = [\"10.0.0.0/8\"]"),
             "policy.identity",
             "nobody",
@@ -178,6 +201,7 @@ fn each_mistake_is_named() {
     }
 }
 
+/// A mistake is reported once, and not again by what depends on it.
 #[test]
 fn one_slip_gives_one_message() {
     for (from, to) in [
@@ -370,6 +394,7 @@ fn exec_takes_no_capture_by_rules_from_a_file() {
     assert_eq!((by_file.captures.len(), by_file.redirects.len()), (1, 0));
 }
 
+/// What is not TOML is reported with its line and column.
 #[test]
 fn text_that_is_not_toml_is_placed() {
     let found = mistakes(&format!("{GOOD}balance = \n"));
@@ -380,6 +405,7 @@ fn text_that_is_not_toml_is_placed() {
     assert_eq!(twice.len(), 1, "{twice:?}");
 }
 
+/// The column of a mistake counts characters, not bytes.
 #[test]
 fn columns_count_characters() {
     assert!(mistakes("é = 1 # é\n")[0].starts_with("1:1: "));
@@ -412,12 +438,33 @@ fn keys(schema: &serde_json::Value, path: &str, into: &mut BTreeSet<String>) {
     }
 }
 
+/// A key by the name that it had in an earlier version is read, with a warning that has its place and its name now; beside that
+/// name it is a mistake.
+#[test]
+fn an_earlier_name_of_a_key_is_read_with_a_warning() {
+    let parse =
+        |keys: &str| Config::parse(&format!("[daemon]\n{keys}\n{GOOD}"), Path::new("a.toml"), CheckFiles::No);
+    let config = parse("inspect_timeout = \"3s\"").unwrap();
+    assert_eq!(config.daemon.sniff_timeout, Duration::from_secs(3));
+    assert_eq!(
+        config.warnings,
+        ["a.toml:2:19: daemon.inspect_timeout: is called sniff_timeout now: rename it"]
+    );
+    let now = parse("sniff_timeout = \"3s\"").unwrap();
+    assert_eq!((now.daemon.sniff_timeout, now.warnings), (Duration::from_secs(3), Vec::new()));
+    let both = parse("inspect_timeout = \"3s\"\nsniff_timeout = \"3s\"").unwrap_err().to_string();
+    assert_eq!(
+        both,
+        "a.toml:2:19: daemon.inspect_timeout: is the earlier name of sniff_timeout, which is there too: remove it"
+    );
+}
+
 #[test]
 fn the_schema_lists_every_key_that_the_parser_takes() {
     let mut listed = BTreeSet::new();
     keys(&schema(), "", &mut listed);
     // Nothing else is taken: each of these is, and whatever is not listed is unknown.
-    let taken = "admin admin.enabled admin.listen admin.socket admin.write_over_tcp daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.inspect_timeout daemon.limits daemon.limits.flow_idle_timeout daemon.limits.flow_max_duration daemon.limits.memory daemon.limits.peer_connections daemon.limits.peer_flows_per_second daemon.limits.peer_memory daemon.watch listener.idle_timeout listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
+    let taken = "admin admin.enabled admin.listen admin.socket admin.write_over_tcp daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.sniff_timeout daemon.limits daemon.limits.flow_idle_timeout daemon.limits.flow_max_duration daemon.limits.memory daemon.limits.peer_connections daemon.limits.peer_flows_per_second daemon.limits.peer_memory daemon.watch listener.idle_timeout listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode capture.refuse \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
         identity identity.ca identity.cert identity.crls identity.key identity.key_exchange identity.name identity.on_expiry identity.sds \
@@ -425,13 +472,14 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         identity.trust_domain.verify identity.validation_context identity.workload_api capture.identity listener.identity \
         upstream.identity listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.keepalive_interval listener.keepalive_timeout listener.max_streams listener.name listener.protocols \
-        listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \
+        listener.tls listener.verify policy policy.action policy.client policy.headers policy.headers.exact policy.headers.name policy.headers.prefix \
+        policy.headers.present policy.headers.regex policy.identity policy.mode policy.name policy.target route route.authority route.match route.match.capture \
         access_log access_log.format access_log.interval access_log.only access_log.output access_log.path \
-        access_log.routes access_log.share access_log.start route.name \
+        access_log.routes access_log.share access_log.start \
         traces traces.endpoint traces.headers traces.sample traces.service_name traces.timeout \
         route.match.destination route.match.headers route.match.headers.exact route.match.headers.name \
         route.match.headers.prefix route.match.headers.present route.match.headers.regex route.match.host \
-        route.match.identity route.match.listener route.match.server_name route.match.source \
+        route.match.identity route.match.listener route.match.server_name route.match.source route.name \
         route.request_headers route.request_headers.add route.request_headers.copy route.request_headers.remove \
         route.timeout route.to route.to.dial route.to.upstream route.to.weight upstream \
         upstream.balance upstream.connect_timeout upstream.discovery upstream.endpoints upstream.endpoints_file \

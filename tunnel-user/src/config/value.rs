@@ -17,7 +17,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, OnExpiry, OnFailure, Peers,
-    Protocol, ProviderAddr, Relay,
+    PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
     identity::{ENDPOINT_VARIABLE, WorkloadApiAddr},
@@ -128,6 +128,8 @@ by_word!(
     SourceKind,
     Method,
     CheckKind,
+    PolicyAction,
+    PolicyMode,
     OnExpiry,
     KeyExchange,
     Output,
@@ -177,6 +179,12 @@ impl Word for Method {
 }
 impl Word for CheckKind {
     const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("ping", Self::Ping)];
+}
+impl Word for PolicyAction {
+    const WORDS: &'static [(&'static str, Self)] = &[("allow", Self::Allow), ("deny", Self::Deny)];
+}
+impl Word for PolicyMode {
+    const WORDS: &'static [(&'static str, Self)] = &[("enforce", Self::Enforce), ("report", Self::Report)];
 }
 impl Word for OnExpiry {
     const WORDS: &'static [(&'static str, Self)] = &[("drain", Self::Drain), ("end", Self::End)];

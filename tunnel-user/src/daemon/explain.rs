@@ -9,10 +9,13 @@ use crate::{
     admin::view::{By, Explanation, Question, Share, Step},
     config::Action,
     model::flow::{ClientAddr, Direction, HostName, Identity, Sniffed, SourceKind, Target, Transport},
-    routing::{flow::Flow, index::NOBODY, router::Verdict},
+    routing::{flow::Flow, index::NOBODY, policy::explain as policy, router::Verdict},
     sources::capture::explain::List,
     worker::Shared,
 };
+
+/// How many policies that do not match are named, with the reason.
+const POLICIES_SHOWN: usize = 20;
 
 /// By what a flow comes, found.
 enum Source<'r> {
@@ -51,7 +54,7 @@ impl Running {
             Source::Listener(listener) => {
                 explanation.by = format!("listener {}", listener.bound);
                 let identity = question.identity.as_deref().map(|i| Identity(i.into()));
-                let step = allowed(shared, identity, &question.to);
+                let step = allowed(shared, identity.as_ref(), &question.to);
                 let passes = step.passes;
                 explanation.policy = Some(step);
                 if !passes {
@@ -198,16 +201,27 @@ fn captured(capture: &ActiveCapture, to: SocketAddr) -> (Step, &'static str) {
     }
 }
 
-/// What policy says of a peer and a target.
-fn allowed(shared: &Shared, identity: Option<Identity>, to: &Target) -> Step {
-    let peer = shared.policies.peer(identity);
-    match shared.policies.check_target(&peer, to) {
-        Ok(permit) if matches!(to, Target::Name(..)) && permit.allows_unresolved().is_err() => {
-            let why =
-                "a policy allows addresses: those that the name resolves to decide, and no upstream gets it";
-            Step { passes: true, why: why.to_owned() }
+/// What the policies say of a peer and a target: of a client address and headers that nobody knows here, those that ask for them
+/// do not match.
+fn allowed(shared: &Shared, identity: Option<&Identity>, to: &Target) -> Step {
+    let client = ClientAddr(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+    let asked = policy::Question { identity, client, target: to, addr: None, headers: None };
+    let policy::Explanation { verdict, policies } = shared.policies.explain(&asked);
+    let (passes, why) = match verdict {
+        policy::Verdict::Allowed(rule) => {
+            (true, format!("policy \"{}\" allows it", policies.get(rule).map_or("", |policy| &policy.name)))
         }
-        Ok(_) => Step { passes: true, why: "a policy allows it".to_owned() },
-        Err(denied) => Step { passes: false, why: denied.to_string() },
-    }
+        policy::Verdict::Unresolved => (
+            true,
+            "a policy allows addresses: those that the name resolves to decide, and no upstream gets it"
+                .to_owned(),
+        ),
+        policy::Verdict::Denied(denied) => (false, denied.to_string()),
+    };
+    let others =
+        policies.iter().filter_map(|policy| Some(format!("{}: {}", policy.name, policy.mismatch.as_ref()?)));
+    let others: Vec<_> = others.take(POLICIES_SHOWN).collect();
+    let others =
+        if others.is_empty() { String::new() } else { format!(" (no match: {})", others.join(", ")) };
+    Step { passes, why: why + &others }
 }

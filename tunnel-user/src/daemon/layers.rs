@@ -73,6 +73,7 @@ impl Layers {
             all.redirects.extend(layer.redirects);
             all.routes.extend(layer.routes);
             all.policies.extend(layer.policies);
+            all.warnings.extend(layer.warnings);
             all.access_logs.extend(layer.access_logs);
             all.traces = all.traces.or(layer.traces);
         }

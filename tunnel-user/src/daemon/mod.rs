@@ -301,6 +301,10 @@ impl Running {
         sums.push(("panics", panics::count()));
         sums.retain(|(_, n)| *n > 0);
         tracing::info!(?sums, "counters");
+        let policies = self.workers.policy_counters();
+        if !policies.is_empty() {
+            tracing::info!(?policies, "counters of policies");
+        }
         report
     }
 }

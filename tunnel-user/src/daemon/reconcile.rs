@@ -5,7 +5,8 @@
 //! # Invariants
 //! - A change is made whole or not at all. Everything that can fail is done before anything changes that others notice, and
 //!   what had changed when something failed after all is put back.
-//! - What is the same in both goes on untouched, and flows keep what they began with.
+//! - What is the same in both goes on untouched, and flows keep what they began with, but for those that policies or routes no
+//!   longer allow: each worker ends them (`proxy/policy.rs`).
 
 use std::{mem, net::SocketAddr, os::fd::OwnedFd};
 
@@ -296,7 +297,8 @@ impl Running {
         (self.config, self.identities) = (config, identities);
         (self.listeners, self.redirects, self.upstreams, self.kept) = (listeners, redirects, upstreams, kept);
         self.publish();
-        following::nested(&self.config).iter().for_each(|warning| tracing::warn!("{warning}"));
+        let nested = following::nested(&self.config);
+        self.config.warnings.iter().chain(&nested).for_each(|warning| tracing::warn!("{warning}"));
         next.changed
     }
 

@@ -83,8 +83,7 @@ mod tests {
     fn loopback_link_local_and_multicast_are_left_alone_unless_they_are_named() {
         let compiled = |include: &[&str]| {
             let capture = Capture::for_exec(Wanted { capture: all(include), ..Wanted::default() });
-            let (matches, to, terms) = (Match::default(), Action::Direct, Terms::default());
-            let every = Route { name: None, matches, to, terms };
+            let every = Route::new(Match::default(), Action::Direct);
             let config = config(vec![capture], vec![every]);
             compile(&config.captures[0], &config).unwrap()
         };
@@ -180,7 +179,7 @@ mod tests {
         (any_match(), to, any::<bool>()).prop_map(|(matches, to, asks)| {
             let asks = asks && matches!(to, Action::Upstreams(_));
             let authority = if asks { Authority::Sni } else { Authority::Destination };
-            Route { name: None, matches, to, terms: Terms { authority, ..Terms::default() } }
+            Route { terms: Terms { authority, ..Terms::default() }, ..Route::new(matches, to) }
         })
     }
 
@@ -229,7 +228,7 @@ mod tests {
                 sniffed: None,
             };
             let wanted = match router.decide(&flow, 0) {
-                Decision::Deny | Decision::NoRoute => Kind::Denied,
+                Decision::Deny { .. } | Decision::NoRoute => Kind::Denied,
                 Decision::Upstream { .. } | Decision::Dial { .. } | Decision::NeedsSniff => Kind::Captured,
             };
             prop_assert_eq!(look(&rules, to), Some(wanted));

@@ -40,7 +40,7 @@ pub(super) fn shared(
         pseudonym: process.pseudonym.clone(),
         flows_max: limits::flows_per_worker(max_flows, process.nofile, process.workers, per_flow),
         path,
-        inspect_timeout: config.daemon.inspect_timeout,
+        sniff_timeout: config.daemon.sniff_timeout,
         dial_timeout: config::DIAL_TIMEOUT,
         drain_timeout: config.daemon.drain_timeout,
         keep_records: process.keep_records,

@@ -5,7 +5,7 @@
 //!   piles up.
 //! - No thread outlives this.
 
-use std::{io, mem, sync::Arc, thread};
+use std::{collections::BTreeMap, io, mem, sync::Arc, thread};
 
 use tokio::sync::watch;
 
@@ -146,6 +146,17 @@ impl Workers {
         }
         sums
     }
+
+    /// Their counters of each policy, summed.
+    pub(super) fn policy_counters(&self) -> Vec<(String, u64)> {
+        let mut sums = BTreeMap::<String, u64>::new();
+        for (policy, counters) in self.asked.iter().flat_map(|worker| worker.counters.policies.all()) {
+            for (name, n) in counters {
+                *sums.entry(format!("policy_{name}{{{policy}}}")).or_default() += n;
+            }
+        }
+        sums.into_iter().filter(|(_, n)| *n > 0).collect()
+    }
 }
 
 impl Drop for Workers {
@@ -189,7 +200,7 @@ mod tests {
             pseudonym: "tunnel-test".to_owned(),
             flows_max: 10,
             path: PathKind::Copy,
-            inspect_timeout: config::INSPECT_TIMEOUT,
+            sniff_timeout: config::SNIFF_TIMEOUT,
             dial_timeout: config::DIAL_TIMEOUT,
             drain_timeout: Duration::from_secs(1),
             keep_records: false,
@@ -255,5 +266,23 @@ mod tests {
         assert!(is_accepted_from(&addresses[0]));
         workers.drain();
         assert_eq!(open(), 0);
+    }
+
+    /// The listening sockets of a worker that has ended are closed, so that clients are refused and do not wait; the others' go
+    /// on.
+    #[tokio::test]
+    async fn sockets_of_a_worker_that_has_ended_are_closed() {
+        let mut workers = Workers::start(1).unwrap();
+        let ((_, in_force), (_, answer)) = (watch::channel(0), watch::channel(0));
+        let handle = thread::spawn(|| Ok(Report::default()));
+        workers.threads.push(Thread { handle, in_force, answer });
+        let ((own, first), (ended, second)) = (source(1), source(2));
+        let sources = vec![first, second];
+        workers.publish(State { version: 1, shared: shared(), upstreams: Vec::new(), sources });
+        workers.in_force().await;
+        let refused = TcpStream::connect(ended).expect_err("nobody accepts there");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(is_accepted_from(&own));
+        workers.drain();
     }
 }

@@ -91,3 +91,22 @@ pub fn within<T: Send + 'static>(
     })?;
     there.join().map_err(|_| io::Error::other("the thread that entered the namespace panicked"))?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A socket's network namespace is the one that it was made in; of what is no socket nothing is asked but whether it is one.
+    #[test]
+    fn the_namespace_of_a_socket_is_known_and_nothing_else_has_one() {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let netns = fs::File::from(sys::netns_of(socket.as_fd()).unwrap());
+        assert_eq!(netns.metadata().unwrap().ino(), fs::metadata("/proc/thread-self/ns/net").unwrap().ino());
+        let (reader, _writer) = io::pipe().unwrap();
+        let file = fs::File::open("/dev/null").unwrap();
+        for fd in [reader.as_fd(), file.as_fd()] {
+            let error = sys::netns_of(fd).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTSOCK));
+        }
+    }
+}

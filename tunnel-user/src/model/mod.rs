@@ -1,5 +1,6 @@
 //! Types that every room may use. They do nothing.
 
+pub mod admission;
 pub mod end;
 pub mod flow;
 pub mod mark;

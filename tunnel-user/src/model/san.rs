@@ -117,7 +117,8 @@ impl From<&Identity> for San {
 /// Which names of a certificate are taken.
 ///
 /// - `spiffe://example.org/ns/*/sa/web`: a URI. `*` stands for exactly one whole path segment, wherever
-///   it is (so a final `/*` takes one segment, not a tree). Scheme and authority compare without regard
+///   it is (so a final `/*` takes one segment, not a tree), and a final `**` for all segments that follow, at least one:
+///   `spiffe://example.org/**` is every workload of a trust domain. Scheme and authority compare without regard
 ///   to case and take no `*`; the path compares byte for byte.
 /// - `web.internal`, `*.internal`: a DNS name, exact, or with exactly one label in the place of `*`.
 /// - `10.0.0.1`, `fd00::1`: an address.
@@ -141,7 +142,7 @@ pub enum SanPatternError {
     #[error("a URI needs a scheme and an authority, neither with \"*\": spiffe://trust-domain/path")]
     Authority,
     /// `*` beside other characters.
-    #[error("\"*\" stands for one whole path segment, and not for a part of one or for several")]
+    #[error("\"*\" stands for one whole path segment, and \"**\" at the end of the path for all that follow")]
     PartialWildcard,
     /// Two slashes on end, or one at the end.
     #[error("the path has an empty segment")]
@@ -189,6 +190,8 @@ fn uri_matches(pattern: &str, uri: &str) -> bool {
     loop {
         match (p.next(), u.next()) {
             (None, None) => return true,
+            // The last one, by construction.
+            (Some("**"), Some(segment)) => return !segment.is_empty(),
             (Some("*"), Some(segment)) if !segment.is_empty() => {}
             (Some(wanted), Some(segment)) if wanted == segment => {}
             _ => return false,
@@ -222,11 +225,13 @@ fn uri_pattern(scheme: &str, rest: &str) -> Result<(), SanPatternError> {
     if !scheme_ok || authority.is_empty() || authority.contains('*') {
         return Err(SanPatternError::Authority);
     }
-    for segment in path.into_iter().flat_map(|p| p.split('/')) {
+    let mut segments = path.into_iter().flat_map(|p| p.split('/')).peekable();
+    while let Some(segment) = segments.next() {
         if segment.is_empty() {
             return Err(SanPatternError::EmptySegment);
         }
-        if segment.contains('*') && segment != "*" {
+        let whole = segment == "*" || (segment == "**" && segments.peek().is_none());
+        if segment.contains('*') && !whole {
             return Err(SanPatternError::PartialWildcard);
         }
     }
@@ -291,6 +296,15 @@ mod tests {
             ("spiffe://example.org/*", uri("spiffe://example.org/"), false),
             ("spiffe://example.org/*", uri("spiffe://example.org"), false),
             ("spiffe://example.org/*", uri("https://example.org/a"), false),
+            ("spiffe://example.org/**", uri("spiffe://example.org/a"), true),
+            ("spiffe://example.org/**", uri("spiffe://example.org/a/b/c"), true),
+            ("spiffe://example.org/**", uri("spiffe://example.org/"), false),
+            ("spiffe://example.org/**", uri("spiffe://example.org"), false),
+            ("spiffe://example.org/**", uri("spiffe://example.org.evil/a"), false),
+            ("spiffe://example.org/**", uri("spiffe://example.org/a?x"), false),
+            ("spiffe://example.org/ns/*/**", uri("spiffe://example.org/ns/a/sa/web"), true),
+            ("spiffe://example.org/ns/*/**", uri("spiffe://example.org/ns/a"), false),
+            ("spiffe://example.org/ns/**", uri("spiffe://example.org/nsx/a"), false),
             ("spiffe://example.org/*", uri("spiffe://example.org/a?x"), false),
             ("example.org", dns("example.org"), true),
             ("Example.org", dns("example.org"), true),
@@ -314,7 +328,9 @@ mod tests {
             ("spiffe:///web", SanPatternError::Authority),
             ("://example.org/web", SanPatternError::Authority),
             ("spiffe://example.org/web-*", SanPatternError::PartialWildcard),
-            ("spiffe://example.org/**", SanPatternError::PartialWildcard),
+            ("spiffe://example.org/**/web", SanPatternError::PartialWildcard),
+            ("spiffe://example.org/***", SanPatternError::PartialWildcard),
+            ("spiffe://**", SanPatternError::Authority),
             ("spiffe://example.org/a//b", SanPatternError::EmptySegment),
             ("spiffe://example.org/", SanPatternError::EmptySegment),
             ("*", SanPatternError::Dns),

@@ -16,7 +16,10 @@ use std::{
     ops::Deref,
     rc::Rc,
     str::FromStr,
-    sync::atomic::{AtomicU16, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
     task::{Poll, Waker},
     time::{Duration, Instant},
 };
@@ -24,7 +27,7 @@ use std::{
 use serde::{Serialize, Serializer};
 
 use super::{marks::Micros, stats::Record};
-use crate::model::end::EndReason;
+use crate::model::{admission::Admission, end::EndReason};
 
 /// Which flow it is, as no other one while the process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -164,8 +167,20 @@ pub struct LiveFlow {
     /// Everything that is known but for how much it has moved and how it ends.
     record: Record,
     meter: Meter,
+    /// What it was admitted with, by each listener that it passed in this process.
+    admissions: Box<[Admission]>,
     end: Cell<Option<EndReason>>,
+    cause: Cell<Option<Box<Cause>>>,
     waker: Cell<Option<Waker>>,
+}
+
+/// What else there is to say of an end.
+#[derive(Clone, Debug, Default)]
+pub struct Cause {
+    /// The name of the policy or the route.
+    pub rule: Option<Arc<str>>,
+    /// A text.
+    pub detail: Option<String>,
 }
 
 impl fmt::Debug for LiveFlow {
@@ -200,14 +215,35 @@ impl LiveFlow {
         &self.meter
     }
 
+    /// What it was admitted with.
+    pub fn admissions(&self) -> &[Admission] {
+        &self.admissions
+    }
+
     /// Has it end soon, with a reset of both sides. The first reason stays.
     pub fn end(&self, reason: EndReason) {
+        self.end_because(reason, None);
+    }
+
+    /// The same, with more to say.
+    pub fn end_because(&self, reason: EndReason, cause: Option<Cause>) {
         if self.end.get().is_none() {
             self.end.set(Some(reason));
+            self.cause.set(cause.map(Box::new));
             if let Some(waker) = self.waker.take() {
                 waker.wake();
             }
         }
+    }
+
+    /// Why it is to end, if it is.
+    pub fn ending(&self) -> Option<EndReason> {
+        self.end.get()
+    }
+
+    /// What else there is to say of that, once.
+    pub fn take_cause(&self) -> Option<Cause> {
+        self.cause.take().map(|cause| *cause)
     }
 
     /// Ready when it is to end. For the task that carries it, which is the only one that waits.
@@ -284,8 +320,8 @@ impl Default for Registry {
 }
 
 impl Registry {
-    /// Takes up a flow.
-    pub fn open(self: &Rc<Self>, record: Record, started: Instant) -> Open {
+    /// Takes up a flow that was admitted with this.
+    pub fn open(self: &Rc<Self>, record: Record, started: Instant, admissions: Box<[Admission]>) -> Open {
         let number = self.next.get();
         self.next.set(number + 1);
         let slots = &mut *self.slots.borrow_mut();
@@ -299,7 +335,9 @@ impl Registry {
             slot,
             record,
             meter: Meter::new(started),
+            admissions,
             end: self.ending.clone(),
+            cause: Cell::default(),
             waker: Cell::default(),
         });
         if let Some(place) = slots.flows.get_mut(slot as usize) {
@@ -363,6 +401,14 @@ impl Registry {
         let slots = self.slots.borrow();
         let ending = slots.flows.iter().flatten().filter(|flow| which(flow));
         ending.map(|flow| flow.end(reason)).count()
+    }
+
+    /// Has those flows end for which `why` has a cause; how many. It may not open or close any.
+    pub fn end_because(&self, reason: EndReason, why: impl Fn(&LiveFlow) -> Option<Cause>) -> usize {
+        let slots = self.slots.borrow();
+        let ending = slots.flows.iter().flatten().filter(|flow| flow.ending().is_none());
+        let ended = ending.filter_map(|flow| why(flow).map(|cause| flow.end_because(reason, Some(cause))));
+        ended.count()
     }
 
     /// Has all flows end, and those that come.
@@ -436,7 +482,7 @@ mod tests {
     }
 
     fn open(registry: &Rc<Registry>, port: u16) -> Open {
-        registry.open(record(port), Instant::now())
+        registry.open(record(port), Instant::now(), Box::default())
     }
 
     #[test]
@@ -503,6 +549,7 @@ mod tests {
         assert_eq!(pin!(late.ended()).poll(&mut cx), Poll::Ready(EndReason::DrainTimeout));
     }
 
+    /// The registry reuses the places of flows that are gone, and never their identifiers.
     #[test]
     fn places_are_given_again_and_numbers_are_not() {
         let registry = Rc::new(Registry::default());
@@ -512,8 +559,11 @@ mod tests {
 
     #[test]
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
-        // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved.
+        // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved; and
+        // two pointers, to what it was admitted with and to why it ends.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
-        assert!(added <= 88, "{added}");
+        assert!(added <= 112, "{added}");
+        // One for each listener that it passed in this process, beside the names and headers of its request.
+        assert!(size_of::<Admission>() <= 224, "{}", size_of::<Admission>());
     }
 }

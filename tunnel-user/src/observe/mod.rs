@@ -4,6 +4,7 @@ pub mod access_log;
 pub mod flows;
 pub mod histogram;
 pub mod marks;
+pub mod policies;
 pub mod recent;
 pub mod repeats;
 pub mod stats;

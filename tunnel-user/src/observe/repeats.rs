@@ -60,6 +60,7 @@ impl Repeats {
 mod tests {
     use super::*;
 
+    /// Of many log lines of a kind within a second the first are written, and the others counted.
     #[test]
     fn the_first_of_a_burst_are_written_and_the_rest_is_counted() {
         let (repeats, start) = (Repeats::new(3), Instant::now());

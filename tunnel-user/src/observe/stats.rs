@@ -20,6 +20,7 @@ use super::histogram::Histogram;
 use super::{
     flows::{CurrentPath, Meter},
     marks::Phases,
+    policies::PolicyCounters,
     traces::Trace,
 };
 use crate::model::{
@@ -43,6 +44,8 @@ macro_rules! counters {
             pub rejected: Rejected,
             /// How long things took.
             pub durations: Durations,
+            /// What each policy did.
+            pub policies: PolicyCounters,
         }
 
         impl Counters {
@@ -346,6 +349,9 @@ pub struct Record {
     pub duration_ms: f64,
     /// How it ended.
     pub reason: EndReason,
+    /// The name of the policy or the route that refused it, or has ended it.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown_if_known")]
+    pub rule: Option<Arc<str>>,
     /// What else there is to say of that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<Box<str>>,
@@ -384,6 +390,7 @@ impl Record {
             phases: Phases::default(),
             duration_ms: 0.0,
             reason: EndReason::InternalError,
+            rule: None,
             detail: None,
         }
     }
@@ -416,9 +423,9 @@ impl Record {
         (self.path, self.phases.first_byte) = (meter.path.get(), meter.first_byte.get());
     }
 
-    /// It took this long.
+    /// It took this long; kept to the microsecond, so that a log line has no more digits than that.
     pub fn lasted(&mut self, duration: Duration) {
-        self.duration_ms = duration.as_secs_f64() * 1e3;
+        self.duration_ms = (duration.as_secs_f64() * 1e6).round() / 1e3;
     }
 }
 
@@ -556,6 +563,19 @@ mod tests {
         assert_eq!(lines[2], "and 2 more");
     }
 
+    /// A duration is shown in milliseconds with three digits behind the point at most.
+    #[test]
+    fn a_duration_has_microseconds_and_no_more() {
+        let mut record = Record::new(&"a:1".parse().unwrap(), ClientAddr("127.0.0.1:9".parse().unwrap()));
+        for (nanos, shown) in
+            [(1_234_567, "1.235"), (100_000_049, "100"), (99, "0"), (73_000_000_111, "73000")]
+        {
+            record.lasted(Duration::from_nanos(nanos));
+            assert_eq!(record.duration_ms.to_string(), shown);
+        }
+    }
+
+    /// No more than [`RECORDS_MAX`] records are kept, and the others are counted.
     #[test]
     fn records_are_bounded() {
         let records = Records::new(true);

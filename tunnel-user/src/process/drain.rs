@@ -100,6 +100,7 @@ impl Tasks {
 mod tests {
     use super::*;
 
+    /// Once flows are to be ended at once, a later order to drain gives them no more time.
     #[tokio::test]
     async fn the_order_to_stop_is_not_taken_back_by_a_later_order_to_drain() {
         let (trigger, mut watch) = channel();

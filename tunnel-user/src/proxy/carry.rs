@@ -5,7 +5,7 @@
 //!   client sends; policy has allowed that one's target before a byte of it is read.
 //! - Every flow is recorded once.
 
-use std::{future::Future, rc::Rc, time::Instant};
+use std::{cell::RefCell, future::Future, rc::Rc, time::Instant};
 
 use super::{
     EstablishedFlow, Permit, Proxy,
@@ -104,7 +104,10 @@ async fn establish<P: PendingRequest>(
         marks.trace.set(Some(trace));
         progress.record.trace = Some(Box::new(trace));
     }
-    let wanted = match client.request(&context, name.as_deref(), identity.as_ref(), &target, head, &marks) {
+    let admissions = RefCell::default();
+    let source = (name.as_ref(), identity.as_ref());
+    let wanted = client.request(&proxy, &context, source, &target, head, (&marks, &admissions));
+    let wanted = match wanted {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
     };
@@ -138,7 +141,7 @@ impl Proxy {
         let mut stop = self.stop.clone();
         let sniffed = tokio::select! {
             biased;
-            sniffed = sniff(&mut leg, &mut early, wanted.setup.shared.inspect_timeout) => Some(sniffed),
+            sniffed = sniff(&mut leg, &mut early, wanted.setup.shared.sniff_timeout) => Some(sniffed),
             () = stop.stopping() => None,
         };
         let found = match sniffed {
@@ -177,6 +180,15 @@ impl Proxy {
             };
             reached.map(|reached| Ok((reached?, Early { sent: early, ..Early::default() })))
         };
+        // Policies may have changed since they were asked.
+        let denied = || {
+            let changed = !std::ptr::eq(wanted.setup, &*self.setup());
+            changed.then(|| self.denies(&self.setup(), &wanted.admissions.borrow())).flatten()
+        };
+        let reached = match reached {
+            Some(Ok(reached)) => Some(denied().map_or(Ok(reached), Err)),
+            other => other,
+        };
         if matches!(reached, Some(Ok(_))) {
             wanted.marks.reached.set(Some(Instant::now()));
         }
@@ -196,7 +208,13 @@ impl Proxy {
                     if matches!(record.via, Via::Direct(_)) {
                         self.counters.flows_dialled.add(1);
                     }
-                    let live = self.flows.open(record, started);
+                    let live = self.flows.open(record, started, wanted.admissions.take().into());
+                    // And while it was answered.
+                    if !std::ptr::eq(wanted.setup, &*self.setup())
+                        && let Some(cause) = self.ends(&self.setup(), &live)
+                    {
+                        live.end_because(EndReason::PolicyChanged, Some(cause));
+                    }
                     wanted.setup.shared.access_logs.started(&live);
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, ends, permit })))
                 }

@@ -3,12 +3,13 @@
 //! # Invariants
 //! - A captured application is the operator's own: no policy is asked. A peer of a listener reaches what its permit allows.
 
-use std::{cell::RefCell, net::IpAddr, rc::Rc};
+use std::{cell::RefCell, net::IpAddr, rc::Rc, sync::Arc};
 
 use super::{Proxy, Setup, reach::FlowRequest, refusal::Refusal};
 use crate::{
     identity::standing::{EndOfStanding, Standing},
     model::{
+        admission::Admission,
         flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
         names::IdentityName,
     },
@@ -74,9 +75,9 @@ impl Account {
 }
 
 impl PeerContext {
-    fn new(setup: Rc<Setup>, identity: Option<&Identity>) -> Rc<Self> {
+    fn new(setup: Rc<Setup>, identity: Option<&Identity>, client: ClientAddr) -> Rc<Self> {
         let routes = setup.shared.router.peer(identity);
-        let policies = setup.shared.policies.peer(identity.cloned());
+        let policies = setup.shared.policies.peer(identity.cloned(), client);
         Rc::new(Self { setup, routes, policies })
     }
 }
@@ -93,7 +94,7 @@ impl Context {
 impl Client {
     /// A peer that has completed its handshake.
     pub(super) fn new_peer(source: Rc<SourceHandle>, peer: Peer, setup: Rc<Setup>, books: Rc<Books>) -> Self {
-        let context = RefCell::new(PeerContext::new(setup, peer.identity.as_ref()));
+        let context = RefCell::new(PeerContext::new(setup, peer.identity.as_ref(), peer.client));
         Self::Peer(Rc::new(KnownPeer { source, peer, context, books }))
     }
 
@@ -149,7 +150,7 @@ impl Client {
             Self::Application { .. } => Context::Application(proxy.setup()),
             Self::Peer(known) => {
                 if !Rc::ptr_eq(&known.context.borrow().setup, &proxy.setup()) {
-                    known.context.replace(PeerContext::new(proxy.setup(), self.identity()));
+                    known.context.replace(PeerContext::new(proxy.setup(), self.identity(), self.addr()));
                 }
                 Context::Peer(Rc::clone(&known.context.borrow()))
             }
@@ -164,22 +165,24 @@ impl Client {
         }
     }
 
-    /// Policy's word on what it asks for. `name` and `identity`: those of its source.
+    /// Policy's word on what it asks for. `name` and `identity`: those of its source. How far it gets, and with what, is noted
+    /// in the last argument.
     pub(super) fn request<'a>(
         &'a self,
+        proxy: &Proxy,
         context: &'a Context,
-        name: Option<&'a str>,
-        identity: Option<&'a IdentityName>,
+        (name, identity): (Option<&'a Arc<str>>, Option<&'a IdentityName>),
         target: &'a Target,
         head: Option<Head<'a>>,
-        marks: &'a Marks,
+        (marks, admissions): (&'a Marks, &'a RefCell<Vec<Admission>>),
     ) -> Result<FlowRequest<'a>, Refusal> {
         let setup = context.setup();
         let (source, direction, peer, permit) = match context {
             Context::Application(_) => (SourceKind::Capture, Direction::Outbound, &NOBODY, None),
             Context::Peer(context) => {
-                let permit = setup.shared.policies.check_target(&context.policies, target);
-                let permit = permit.map_err(|denied| Refusal::Denied(denied.to_string()))?;
+                let headers = head.map(|head| head.headers);
+                let permit =
+                    proxy.check(setup, policy::Request { who: &context.policies, target, headers })?;
                 (SourceKind::Listener, Direction::Inbound, &context.routes, Some(permit))
             }
         };
@@ -191,7 +194,7 @@ impl Client {
             transport: Transport::Tcp,
             direction,
             source,
-            name,
+            name: name.map(|name| &**name),
             target,
             client: self.addr(),
             identity: self.identity(),
@@ -201,6 +204,6 @@ impl Client {
             sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
-        Ok(FlowRequest { setup, flow, permit, dial_timeout, identity, marks })
+        Ok(FlowRequest { setup, flow, name, permit, dial_timeout, identity, marks, admissions })
     }
 }

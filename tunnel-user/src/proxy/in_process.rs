@@ -4,6 +4,8 @@
 //! - The flow is allowed what a peer with our certificate would be allowed at the listener.
 //! - No flow is dispatched without end: see [`HOPS_MAX`].
 
+use std::sync::Arc;
+
 use http::Version;
 
 use super::{
@@ -46,7 +48,7 @@ impl DispatchInProcess for Hop<'_, '_> {
         record.passed.push(to.name.clone());
         let target = ask.authority();
         let identity = to.identity(ask.identity).map_err(|why| {
-            Refusal::Denied(format!(
+            Refusal::not_accepted(format!(
                 "{target} is refused: listener \"{}\" would reject our certificate: {why}",
                 to.listener
             ))
@@ -54,11 +56,12 @@ impl DispatchInProcess for Hop<'_, '_> {
         if record.identity.is_none() {
             record.identity.clone_from(&identity);
         }
-        let (shared, refused) = (&request.setup.shared, |e: policy::Denied| Refusal::Denied(e.to_string()));
+        let shared = &request.setup.shared;
         let peer = shared.router.peer(identity.as_ref());
-        let policies = shared.policies.peer(identity.clone());
-        let permit = shared.policies.check_target(&policies, target).map_err(refused)?;
+        let who = shared.policies.peer(identity.clone(), request.flow.client);
         let headers = handed_over(ask);
+        let permit =
+            proxy.check(request.setup, policy::Request { who: &who, target, headers: Some(&headers) })?;
         let version = ask.received.map_or(Version::HTTP_2, |received| received.version);
         let flow = Flow {
             direction: Direction::Inbound,
@@ -72,14 +75,18 @@ impl DispatchInProcess for Hop<'_, '_> {
             ..request.flow
         };
         let dial_timeout = ask.terms.timeout.unwrap_or(to.dial_timeout);
-        let request = FlowRequest { flow, permit: Some(permit), dial_timeout, ..*request };
+        let name = Arc::from(to.listener.as_str());
+        let request = FlowRequest { flow, name: Some(&name), permit: Some(permit), dial_timeout, ..*request };
         match proxy.route(&request) {
             // Its client would have to be answered first, and that is for the route before.
-            Decision::NeedsSniff => Err(Refusal::Route(format!(
-                "{target} is refused: the route at listener \"{}\" depends on what the connection carries, and the \
-                 one that led there has not sniffed it",
-                to.listener
-            ))),
+            Decision::NeedsSniff => {
+                let detail = format!(
+                    "{target} is refused: the route at listener \"{}\" depends on what the connection carries, and the \
+                     one that led there has not sniffed it",
+                    to.listener
+                );
+                Err(Refusal::Route { public: detail.clone(), detail, rule: None })
+            }
             // Boxed, because it comes here again.
             decision => Box::pin(proxy.reach(&request, decision, record, ahead)).await,
         }

@@ -16,6 +16,8 @@ pub(super) struct LimitedLog {
     pub(super) strays: Repeats,
     /// Times that a listener has as many tunnel connections as it takes.
     pub(super) full: Repeats,
+    /// Requests that a policy in report mode would have decided otherwise.
+    pub(super) reports: Repeats,
     /// Flows that are refused because the worker has as many as it takes.
     crowded: Repeats,
     bad_requests: Repeats,
@@ -32,6 +34,7 @@ impl Default for LimitedLog {
             floods: Repeats::default(),
             strays: Repeats::default(),
             full: Repeats::new(1),
+            reports: Repeats::default(),
             // All of them say the same.
             crowded: Repeats::new(1),
             bad_requests: Repeats::default(),
@@ -48,7 +51,9 @@ impl LimitedLog {
     pub(super) fn of(&self, refusal: &Refusal) -> &Repeats {
         match refusal {
             Refusal::Request(_) => &self.bad_requests,
-            Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => &self.denied,
+            Refusal::Denied { .. } | Refusal::Route { .. } | Refusal::NoRoute(_) | Refusal::Loop => {
+                &self.denied
+            }
             Refusal::Dial(_) => &self.dials,
             Refusal::Limit(_) | Refusal::SourceLimit(_) => &self.crowded,
             Refusal::Tunnel(TunnelError::Limit { .. })
@@ -67,6 +72,7 @@ impl LimitedLog {
             (&self.floods, "connections of peers that were closed because of a flood"),
             (&self.strays, "connections to capture listeners that were reset"),
             (&self.full, "connections of peers that had to wait for another one's end"),
+            (&self.reports, "requests that a policy in report mode would have decided otherwise"),
             (&self.crowded, "flows that were refused at the limit of flows"),
             (&self.bad_requests, "requests that make no sense"),
             (&self.denied, "flows that policy or a route refused"),

@@ -7,6 +7,7 @@ mod carry;
 mod client;
 mod in_process;
 mod log;
+mod policy;
 pub mod questions;
 mod reach;
 mod refusal;
@@ -30,6 +31,7 @@ use crate::{
         access_log::Logs,
         flows::{FlowId, Open, Registry},
         marks::Marks,
+        policies::PolicyHits,
         stats::{Counters, Record, Records},
         traces::Tracer,
     },
@@ -67,7 +69,7 @@ pub struct Shared {
     /// How bytes are moved between two sockets of ours.
     pub path: PathKind,
     /// How long what a client sends first is waited for, where its route depends on it.
-    pub inspect_timeout: Duration,
+    pub sniff_timeout: Duration,
     /// How long a dial for a captured flow may take.
     pub dial_timeout: Duration,
     /// How long flows may go on after the order to stop.
@@ -110,6 +112,8 @@ pub struct Setup {
     pub shared: Arc<Shared>,
     /// This worker's upstreams.
     pub upstreams: Upstreams,
+    /// This worker's counters of each policy, by its place.
+    policies: Vec<Arc<PolicyHits>>,
     /// How bytes are moved between two sockets of ours.
     path: Path,
     /// The names of the routes, for this worker alone: every flow counts a use of one, and cores share no count.
@@ -118,11 +122,17 @@ pub struct Setup {
 
 impl Setup {
     /// `before` is the one that it replaces.
-    pub fn new(shared: Arc<Shared>, upstreams: Upstreams, before: Option<&Self>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        upstreams: Upstreams,
+        before: Option<&Self>,
+        counters: &Counters,
+    ) -> Self {
         Memory::of_this_worker().give(shared.limits.memory, shared.limits.peer_memory);
+        let policies = shared.policies.names().iter().map(|name| counters.policies.of(name)).collect();
         let path = Path::new(shared.path, before.map(|b| &b.path), limits::pipes_for(shared.flows_max));
         let route_names = shared.router.names().map(|name| name.map(Arc::from)).collect();
-        Self { shared, upstreams, path, route_names }
+        Self { shared, upstreams, policies, path, route_names }
     }
 
     /// A flow goes by this route, unless it has gone by another one before.
@@ -210,9 +220,15 @@ impl Proxy {
         Rc::clone(&self.setup.borrow())
     }
 
-    /// From now on new flows are carried by this.
+    /// From now on new flows are carried by this, and those end that its policies and routes no longer allow.
     pub fn replace_setup(&self, setup: Rc<Setup>) {
         self.setup.replace(setup);
+        self.review();
+    }
+
+    /// Its counters.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// How many flows there are.
@@ -311,6 +327,10 @@ impl Proxy {
         let EstablishedFlow { sink, early, live, ends, .. } = &mut *flow;
         let meter = live.meter();
         let relayed = async {
+            // Not a byte of one that was to end before it began.
+            if let Some(reason) = live.ending() {
+                return Outcome::Ended(reason);
+            }
             match sink {
                 Sink::Direct(leg, first) => {
                     early.ours = first.len();
@@ -330,6 +350,7 @@ impl Proxy {
         // Their resets, or their ends, go out before anything is written about them.
         let EstablishedFlow { sink, live, permit, .. } = *flow;
         drop(sink);
+        let cause = live.take_cause().filter(|_| matches!(outcome, Outcome::Ended(_))).unwrap_or_default();
         let id = live.id();
         let (mut record, started) = live.close();
         let durations = &self.counters.durations;
@@ -337,7 +358,8 @@ impl Proxy {
             durations.first_byte.observe(length.length());
         }
         durations.flow.observe(started.elapsed());
-        record.ended(outcome.reason(), outcome.detail());
+        record.ended(outcome.reason(), cause.detail.or_else(|| outcome.detail()));
+        record.rule = cause.rule;
         self.counters.flows.add(1);
         self.counters.bytes_sent.add(record.sent);
         self.counters.bytes_received.add(record.received);
@@ -391,6 +413,7 @@ impl Proxy {
         tracing::info!(
             target: "tunnel::flow",
             reason = %record.reason,
+            rule = record.rule.as_deref(),
             detail = record.detail.as_deref(),
             destination = %record.destination,
             client = %record.client,
@@ -433,7 +456,7 @@ impl Proxy {
     ) -> Record {
         let counter = match refusal {
             Refusal::Request(_) => &self.counters.bad_requests,
-            Refusal::Denied(_) | Refusal::Route(_) | Refusal::NoRoute(_) | Refusal::Loop => {
+            Refusal::Denied { .. } | Refusal::Route { .. } | Refusal::NoRoute(_) | Refusal::Loop => {
                 &self.counters.denied
             }
             Refusal::Dial(_) => &self.counters.dial_failed,
@@ -448,6 +471,7 @@ impl Proxy {
         };
         counter.add(1);
         record.ended(refusal.reason(), Some(refusal.to_string()));
+        record.rule = refusal.rule().cloned();
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
         self.tell_of_end(None, &record, started);
@@ -455,6 +479,7 @@ impl Proxy {
             tracing::warn!(
                 target: "tunnel::flow",
                 reason = %record.reason,
+                rule = record.rule.as_deref(),
                 detail = record.detail.as_deref(),
                 destination = %record.destination,
                 client = %record.client,

@@ -4,7 +4,9 @@
 //! - What a listener's peer reaches is within its permit, whatever a route does.
 
 use std::{
+    cell::RefCell,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,6 +17,7 @@ use crate::{
     config::{Authority, ProxyProtocol},
     identity::standing::EndOfStanding,
     model::{
+        admission::{Admission, HeldHead, Onward},
         flow::{PeerAddr, Sniffed, Target},
         names::IdentityName,
     },
@@ -25,7 +28,7 @@ use crate::{
     relay::{Ahead, TcpLeg},
     routing::{
         flow::Flow,
-        policy::{self, Permit},
+        policy::Permit,
         router::{Decision, another},
     },
     sinks::{
@@ -65,6 +68,8 @@ pub(super) struct FlowRequest<'a> {
     /// What it is carried by.
     pub(super) setup: &'a Setup,
     pub(super) flow: Flow<'a>,
+    /// What the configuration calls its source.
+    pub(super) name: Option<&'a Arc<str>>,
     /// How far it may, when it came through a listener; captured applications are the operator's own.
     pub(super) permit: Option<Permit<'a>>,
     /// How long a dial may take, unless its route says otherwise.
@@ -73,6 +78,27 @@ pub(super) struct FlowRequest<'a> {
     pub(super) identity: Option<&'a IdentityName>,
     /// How far it has got.
     pub(super) marks: &'a Marks,
+    /// What it was admitted with, here and at each listener of this process that it was handed to.
+    pub(super) admissions: &'a RefCell<Vec<Admission>>,
+}
+
+impl FlowRequest<'_> {
+    /// Notes what it is admitted with.
+    fn admitted(&self, onward: Onward) {
+        let Self { flow, name, .. } = self;
+        let head = flow.request.map(|head| HeldHead::new(head.version, head.headers));
+        self.admissions.borrow_mut().push(Admission {
+            source: flow.source,
+            name: name.cloned(),
+            client: flow.client,
+            identity: flow.identity.cloned(),
+            server_name: flow.server_name.map(Box::from),
+            target: flow.target.clone(),
+            head,
+            sniffed: flow.sniffed.cloned(),
+            onward,
+        });
+    }
 }
 
 impl Proxy {
@@ -92,13 +118,13 @@ impl Proxy {
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
-        let FlowRequest { setup, flow, permit, dial_timeout, identity, marks } = *request;
+        let FlowRequest { setup, flow, permit, dial_timeout, identity, marks, .. } = *request;
         let target = flow.target;
         match decision {
             Decision::Upstream { route, upstream, shares, terms } => {
                 setup.note_route(record, route);
                 if let Some(permit) = permit {
-                    permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
+                    self.pass_on(setup, &permit)?;
                 }
                 let pseudonym = &setup.shared.pseudonym;
                 let named = match terms.authority {
@@ -109,8 +135,9 @@ impl Proxy {
                 let named = named.map(|name| name.with_port(target.port()));
                 // Unlike a name that the route itself holds, this one is the peer's word.
                 if let (Some(permit), Some(named)) = (permit, &named) {
-                    permit.allows_too(named).map_err(|e| Refusal::Denied(e.to_string()))?;
+                    self.pass_on_too(setup, &permit, named)?;
                 }
+                request.admitted(Onward::Unresolved(named.clone()));
                 let instead =
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
@@ -136,18 +163,23 @@ impl Proxy {
                     _ => FirstSpeaker::Unknown,
                 };
                 if let (Some(_), Some(permit)) = (instead, &permit) {
-                    permit.allows_unresolved().map_err(|e| Refusal::Denied(e.to_string()))?;
+                    self.pass_on(setup, permit)?;
                 }
                 let dialled = instead.unwrap_or(target);
                 let deadline = tokio::time::Instant::now() + dial_timeout;
                 let addrs = self.resolve(setup, dialled, &flow, deadline, dial_timeout).await?;
                 let way = Way { dialled, addrs, first, deadline, allowed: dial_timeout };
-                let (stream, addr) = dial(setup, target, instead, permit, way).await?;
+                let (stream, addr) = self.dial(setup, target, instead, permit, way).await?;
+                let onward = if instead.is_some() { Onward::Unresolved(None) } else { Onward::Dialled(addr) };
+                request.admitted(onward);
                 record.via = Via::Direct(PeerAddr(addr));
                 let first = terms.proxy_protocol.map(|ProxyProtocol::V2| header(&flow, addr).encode());
                 Ok(Sink::Direct(TcpLeg::connected(stream), first.unwrap_or_default()))
             }
-            Decision::Deny => Err(Refusal::Route(format!("{target} is refused: a route denies it"))),
+            Decision::Deny { route } => {
+                setup.note_route(record, route);
+                Err(Refusal::by_route(target, setup.shared.router.name(route)))
+            }
             // It has been sniffed already.
             Decision::NoRoute | Decision::NeedsSniff => Err(Refusal::NoRoute(target.clone())),
         }
@@ -170,6 +202,36 @@ impl Proxy {
         let late = |_| DialError::ResolveTimeout { name: dialled.to_string(), after: allowed };
         tokio::time::timeout_at(deadline, asked).await.map_err(late)?
     }
+
+    /// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
+    /// has to be allowed as a name.
+    async fn dial(
+        &self,
+        setup: &Setup,
+        target: &Target,
+        instead: Option<&Target>,
+        permit: Option<Permit<'_>>,
+        way: Way<'_>,
+    ) -> Result<(Connected, SocketAddr), Refusal> {
+        let Way { dialled, mut addrs, first, deadline, allowed: dial_timeout } = way;
+        if let Some(permit) = permit {
+            match instead {
+                None => self.allowed(setup, &permit, &mut addrs)?,
+                Some(to) => {
+                    let mut why = None;
+                    let allowed = |addr: &SocketAddr| setup.shared.policies.allows_rewrite(to, *addr);
+                    addrs.retain(|addr| allowed(addr).map_err(|e| why = Some(e)).is_ok());
+                    if let (true, Some(why)) = (addrs.is_empty(), why) {
+                        return Err(Refusal::denied(&why, target));
+                    }
+                }
+            }
+        }
+        let dialer = &setup.shared.dialer;
+        let (stream, addr) = dialer.connect(dialled, &addrs, first, deadline, dial_timeout).await?;
+        tracing::trace!(%target, %addr, "dialled");
+        Ok((stream, addr))
+    }
 }
 
 /// What is dialled, and how.
@@ -180,34 +242,6 @@ struct Way<'a> {
     deadline: tokio::time::Instant,
     /// The time allowed for all of it.
     allowed: Duration,
-}
-
-/// Dials the target, or what a route dials in its place. Then the target itself is not resolved, so a name
-/// has to be allowed as a name.
-async fn dial(
-    setup: &Setup,
-    target: &Target,
-    instead: Option<&Target>,
-    permit: Option<Permit<'_>>,
-    way: Way<'_>,
-) -> Result<(Connected, SocketAddr), Refusal> {
-    let Way { dialled, mut addrs, first, deadline, allowed: dial_timeout } = way;
-    let refused = |e: policy::Denied| Refusal::Denied(e.to_string());
-    let mut why = None;
-    if let Some(permit) = permit {
-        let allowed = |addr| match instead {
-            None => permit.allows_addr(addr),
-            Some(to) => setup.shared.policies.allows_rewrite(to, addr),
-        };
-        addrs.retain(|addr| allowed(*addr).map_err(|e| why = Some(e)).is_ok());
-    }
-    if let (true, Some(why)) = (addrs.is_empty(), why) {
-        return Err(refused(why));
-    }
-    let dialer = &setup.shared.dialer;
-    let (stream, addr) = dialer.connect(dialled, &addrs, first, deadline, dial_timeout).await?;
-    tracing::trace!(%target, %addr, "dialled");
-    Ok((stream, addr))
 }
 
 /// What a target is told of a flow, where it was dialled at `addr`.

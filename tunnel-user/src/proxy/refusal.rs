@@ -1,10 +1,13 @@
 //! Why a flow was not carried, and how that is answered: with the status of its [`EndReason`], and with what went wrong in
 //! `proxy-status` (RFC 9209).
 
+use std::sync::Arc;
+
 use http::{HeaderValue, Response, StatusCode, header::ALLOW};
 
 use crate::{
     model::{end::EndReason, flow::Target},
+    routing::policy::Denied,
     sinks::{
         dial::DialError,
         upstream::{TunnelError, failover::OpenError},
@@ -21,12 +24,26 @@ pub enum Refusal {
     /// The request asks for nothing that is a target. The client's fault.
     #[error("{0}")]
     Request(#[from] RequestError),
-    /// No policy allows it.
-    #[error("{0}")]
-    Denied(String),
+    /// No policy allows it, or one denies it.
+    #[error("{detail}")]
+    Denied {
+        /// For the operator.
+        detail: String,
+        /// For the peer, who learns no policy's name and nothing that a name resolved to.
+        public: String,
+        /// The name of the policy that denies it.
+        rule: Option<Arc<str>>,
+    },
     /// A route denies it.
-    #[error("{0}")]
-    Route(String),
+    #[error("{detail}")]
+    Route {
+        /// For the operator.
+        detail: String,
+        /// For the peer.
+        public: String,
+        /// The name of the route.
+        rule: Option<Arc<str>>,
+    },
     /// No route matches it.
     #[error("{0} is refused: no route takes it")]
     NoRoute(Target),
@@ -72,12 +89,46 @@ impl From<OpenError> for Refusal {
 }
 
 impl Refusal {
+    /// A policy's, of a request for `target`.
+    pub fn denied(denied: &Denied, target: &Target) -> Self {
+        let (detail, public) = (denied.to_string(), denied.public(target));
+        Self::Denied { detail, public, rule: denied.rule().cloned() }
+    }
+
+    /// Because a listener of this process would not accept our certificate.
+    pub fn not_accepted(detail: String) -> Self {
+        Self::Denied { public: detail.clone(), detail, rule: None }
+    }
+
+    /// Because a route denies it.
+    pub fn by_route(target: &Target, route: Arc<str>) -> Self {
+        let detail = format!("{target} is refused: route \"{route}\" denies it");
+        let public = format!("{target} is refused: a route denies it");
+        Self::Route { detail, public, rule: Some(route) }
+    }
+
+    /// The name of the policy or the route that refuses it.
+    pub fn rule(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Denied { rule, .. } | Self::Route { rule, .. } => rule.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// What the peer is told.
+    fn public(&self) -> String {
+        match self {
+            Self::Denied { public, .. } | Self::Route { public, .. } => public.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// Which of the ends it is.
     pub fn reason(&self) -> EndReason {
         match self {
             Self::Request(e) => e.reason(),
-            Self::Denied(_) => EndReason::PolicyDenied,
-            Self::Route(_) => EndReason::RouteDenied,
+            Self::Denied { .. } => EndReason::PolicyDenied,
+            Self::Route { .. } => EndReason::RouteDenied,
             Self::NoRoute(_) => EndReason::NoRoute,
             Self::Loop => EndReason::Loop,
             Self::Dial(e) => e.reason(),
@@ -111,7 +162,7 @@ impl Answer for Refusal {
             (Some(received), _) => format!("received-status={}", received.as_u16()),
             (None, error) => format!("error={}", error.unwrap_or("proxy_internal_error")),
         };
-        let text = format!("{SELF}; {cause}; details=\"{}\"", sf_string(&self.to_string()));
+        let text = format!("{SELF}; {cause}; details=\"{}\"", sf_string(&self.public()));
         // sf_string leaves only what a header may hold.
         if let Ok(value) = HeaderValue::try_from(text) {
             response.headers_mut().insert("proxy-status", value);
@@ -151,7 +202,7 @@ mod tests {
         let unreachable = DialError::Unreachable { addr, source: io::ErrorKind::HostUnreachable.into() };
         let timeout = DialError::Timeout { target: t, after: Duration::from_secs(1) };
         for (refusal, status, error) in [
-            (Refusal::Denied("no".into()), 403, "http_request_denied"),
+            (Refusal::not_accepted("no".into()), 403, "http_request_denied"),
             (Refusal::Loop, 508, "proxy_loop_detected"),
             (resolve.into(), 502, "dns_error"),
             (DialError::Refused { addr }.into(), 502, "connection_refused"),

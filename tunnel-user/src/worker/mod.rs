@@ -198,7 +198,8 @@ async fn work(start: Start) -> io::Result<Report> {
         () = watch.draining() => return Ok(Report::default()),
     };
     let (stop, stopped) = drain::channel();
-    let setup = Setup::new(Arc::clone(&first.shared), Upstreams::new(&first.upstreams, None), None);
+    let upstreams = Upstreams::new(&first.upstreams, None);
+    let setup = Setup::new(Arc::clone(&first.shared), upstreams, None, &counters);
     let worker = Worker { index, proxy: Proxy::new(setup, counters, stopped), retired: Tasks::default() };
     let flows = Rc::new(Tasks::default());
     // Also while it drains.

@@ -1,7 +1,8 @@
 //! From the state that a worker is in to the one that it is to be in.
 //!
 //! # Invariants
-//! - A flow keeps the setup that it began with, and what that has connected to.
+//! - A flow keeps the setup that it began with, and what that has connected to, for as long as the policies and routes of the
+//!   one in force allow it.
 //! - A source whose sockets are the same goes on without a pause; one that takes the place of another on the same address is
 //!   accepted from before that one ends.
 
@@ -45,7 +46,12 @@ impl Worker {
         // Otherwise only sources have come or gone.
         if !Arc::ptr_eq(&before.shared, &state.shared) {
             let upstreams = Upstreams::new(&state.upstreams, Some(&before.upstreams));
-            let next = Rc::new(Setup::new(Arc::clone(&state.shared), upstreams, Some(&before)));
+            let next = Rc::new(Setup::new(
+                Arc::clone(&state.shared),
+                upstreams,
+                Some(&before),
+                self.proxy.counters(),
+            ));
             for old in before.upstreams.tunnels() {
                 if !next.upstreams.tunnels().any(|kept| Rc::ptr_eq(kept, old)) {
                     self.retired.spawn(retired(Rc::clone(old)));

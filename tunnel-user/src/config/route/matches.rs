@@ -40,10 +40,10 @@ section! {
         /// Headers of the CONNECT request; all have to match.
         headers: default Vec<HeaderMatch> = Vec::new(),
         /// Server names in the TLS that the flow carries; *.suffix is allowed. The client's first bytes are sniffed, for
-        /// inspect_timeout at most. Together with http_host: one of either.
+        /// sniff_timeout at most. Together with http_host: one of either.
         sni: default Vec<NamePattern> = Vec::new(),
         /// Hosts of the first HTTP/1 request that the flow carries; *.suffix is allowed. The client's first bytes are
-        /// sniffed, for inspect_timeout at most. Together with sni: one of either.
+        /// sniffed, for sniff_timeout at most. Together with sni: one of either.
         http_host: default Vec<NamePattern> = Vec::new(),
     }
     check |r| {

@@ -25,7 +25,7 @@ use crate::model::{flow::Target, names::UpstreamName};
 /// `[[route]]`
 #[derive(Clone, Debug)]
 pub struct Route {
-    /// What the log calls it.
+    /// What logs call it; without a name "route-N", by its place.
     pub name: Option<String>,
     /// Which flows.
     pub matches: Match,
@@ -36,6 +36,11 @@ pub struct Route {
 }
 
 impl Route {
+    /// One without a name, on the usual terms.
+    pub fn new(matches: Match, to: Action) -> Self {
+        Self { name: None, matches, to, terms: Terms::default() }
+    }
+
     /// Whether it needs to know what only the first bytes of the carried connection tell.
     pub fn needs_sniff(&self) -> bool {
         self.matches.needs_sniff() || self.terms.authority.needs_sniff()
@@ -68,7 +73,10 @@ pub(super) struct RouteByName {
 
 impl Section for RouteByName {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let name = r.optional("name", "Name, for access logs.");
+        let name = r.optional(
+            "name",
+            "Name, for logs and explanations. Default: \"route-N\", by its place in the file.",
+        );
         let matches = r.section("match", "Conditions. Without it: every flow.");
         let to = r.required(
             "to",

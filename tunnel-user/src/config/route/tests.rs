@@ -113,6 +113,7 @@ fn an_authority_that_no_connection_of_the_route_has_is_a_mistake() {
     }
 }
 
+/// Each mistake in a route is reported with its key and the reason.
 #[test]
 fn each_mistake_in_a_route_is_named() {
     for (from, to, said) in [

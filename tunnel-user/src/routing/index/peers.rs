@@ -34,9 +34,17 @@ impl PeerSet {
 /// URIs whose `*` stand for the same segments, by their text.
 #[derive(Clone, Debug)]
 struct Shape {
-    /// Places of `*` among the segments behind the authority.
-    stars: Vec<usize>,
+    wildcards: Wildcards,
     by_text: HashMap<String, NodeId>,
+}
+
+/// Where the wildcards of a pattern stand among the segments behind the authority.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Wildcards {
+    /// Places of `*`.
+    stars: Vec<usize>,
+    /// How many segments stand in front of a final `**`.
+    tree: Option<usize>,
 }
 
 /// The names of all rules.
@@ -88,11 +96,13 @@ impl PeerIndex {
             SanPattern::Ip(ip) => *self.ips.entry(*ip).or_insert(next),
             SanPattern::Uri(uri) => {
                 let (_, rest) = uri.split_once("://")?;
-                let segments = rest.split('/').skip(1).enumerate();
-                let stars: Vec<_> = segments.filter(|(_, s)| *s == "*").map(|(i, _)| i).collect();
-                let text = masked(uri, &stars)?;
-                let at = self.uris.iter().position(|s| s.stars == stars).unwrap_or_else(|| {
-                    self.uris.push(Shape { stars, by_text: HashMap::new() });
+                let segments = || rest.split('/').skip(1).enumerate();
+                let stars: Vec<_> = segments().filter(|(_, s)| *s == "*").map(|(i, _)| i).collect();
+                let tree = segments().last().filter(|(_, s)| *s == "**").map(|(i, _)| i);
+                let wildcards = Wildcards { stars, tree };
+                let text = masked(uri, &wildcards)?;
+                let at = self.uris.iter().position(|s| s.wildcards == wildcards).unwrap_or_else(|| {
+                    self.uris.push(Shape { wildcards, by_text: HashMap::new() });
                     self.uris.len() - 1
                 });
                 *self.uris[at].by_text.entry(text).or_insert(next)
@@ -107,7 +117,7 @@ impl PeerIndex {
             // Query and fragment are no part of an identity.
             San::Uri(uri) if uri.contains(['?', '#']) => Vec::new(),
             San::Uri(uri) => {
-                let look = |s: &Shape| s.by_text.get(&masked(&uri, &s.stars)?).copied();
+                let look = |s: &Shape| s.by_text.get(&masked(&uri, &s.wildcards)?).copied();
                 self.uris.iter().filter_map(look).collect()
             }
             San::Dns(name) => {
@@ -143,18 +153,22 @@ impl PeerIndex {
     }
 }
 
-/// The URI with `*` in these places, and what compares without regard to case in lower case. None for what
-/// no pattern with these `*` takes.
-fn masked(uri: &str, stars: &[usize]) -> Option<String> {
+/// The URI with wildcards in these places, and what compares without regard to case in lower case. None for what no pattern
+/// with these wildcards takes.
+fn masked(uri: &str, Wildcards { stars, tree }: &Wildcards) -> Option<String> {
     let (scheme, rest) = uri.split_once("://")?;
     let mut parts = rest.split('/');
     let mut text = scheme.to_ascii_lowercase();
     text.push_str("://");
     text.push_str(&parts.next()?.to_ascii_lowercase());
     let mut stars = stars.iter().copied().peekable();
-    for (i, segment) in parts.enumerate() {
+    for (depth, segment) in parts.enumerate() {
+        if *tree == Some(depth) {
+            text.push_str("/**");
+            return (!segment.is_empty()).then_some(text);
+        }
         text.push('/');
-        if stars.next_if_eq(&i).is_none() {
+        if stars.next_if_eq(&depth).is_none() {
             text.push_str(segment);
         } else if segment.is_empty() {
             return None;
@@ -162,7 +176,7 @@ fn masked(uri: &str, stars: &[usize]) -> Option<String> {
             text.push('*');
         }
     }
-    stars.peek().is_none().then_some(text)
+    (stars.peek().is_none() && tree.is_none()).then_some(text)
 }
 
 #[cfg(test)]
@@ -173,7 +187,7 @@ mod tests {
 
     fn pattern() -> impl Strategy<Value = SanPattern> {
         let text = prop_oneof![
-            "(s|S|t)://(a|A|b)(/(x|X|y|\\*)){0,3}",
+            "(s|S|t)://(a|A|b)(/(x|X|y|\\*)){0,3}(/\\*\\*)?",
             "(\\*\\.)?([abA]\\.){0,2}[ab]",
             "10\\.0\\.0\\.[1-3]",
         ];
@@ -190,6 +204,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
+        /// Of any rules the index finds those, and no others, of which a pattern takes the peer.
         #[test]
         fn the_index_finds_what_the_patterns_take(
             rules in prop::collection::vec(

@@ -45,6 +45,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// One of no prefix. `entries` are in the order of the rules.
+    pub fn of(entries: Vec<Entry>) -> Self {
+        Self { entries, ..Self::default() }
+    }
+
     /// The prefix; a name has none.
     pub fn net(&self) -> Option<IpNet> {
         self.net
@@ -263,6 +268,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
+        /// Of any rules the index finds those, and no others, of which a pattern takes the target.
         #[test]
         fn the_index_finds_what_the_patterns_take(
             rules in prop::collection::vec(prop::collection::vec(pattern(), 0..4), 0..6), target in target(),

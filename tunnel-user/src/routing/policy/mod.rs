@@ -1,23 +1,36 @@
 //! Who may reach what through our listeners.
 //!
-//! A CIDR rule admits literal addresses and the addresses that names resolve to. A NAME rule admits that
-//! name, whatever it resolves to. Neither opens a guarded range ([`GUARDED`]): for that a CIDR rule has to
-//! lie inside the range; nor one of our own listeners: for that a rule has to state its address and its
-//! port, and nothing else.
+//! A policy allows or denies; one that denies wins over all that allow, and what no policy allows is denied. A CIDR admits literal
+//! addresses and the addresses that names resolve to. A NAME admits that name, whatever it resolves to, unless a policy
+//! denies the address. Neither opens a guarded range ([`GUARDED`]): for that a CIDR has to lie inside the range; nor one of our
+//! own listeners: for that a policy has to state its address and its port, and nothing else. Policies in report mode are
+//! asked apart ([`Policies::would_differ`]), and decide nothing.
 //!
 //! # Invariants
-//! - A target that no rule allows is refused, before its name is resolved and for each address that it resolves to.
-//! - A broad rule never opens link-local addresses, metadata services or our own listeners.
+//! - A target that no policy allows, or one denies, is refused before its name is resolved, and for each address that it
+//!   resolves to.
+//! - A broad policy never opens link-local addresses, metadata services or our own listeners.
+//! - The decision is that of the policies one after the other, as [`explain`] asks them (a test holds it to that).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+mod denied;
+pub mod explain;
+mod rules;
 
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use http::HeaderMap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+pub use self::denied::Denied;
+use self::rules::{Asker, RuleSet, is_exactly};
 use crate::{
-    config::{Peers, Policy, Ports, TargetPattern},
+    config::{Policy, PolicyAction, PolicyMode},
     kernel::own::OwnListeners,
-    model::flow::{Identity, Target},
-    routing::index::{Entry, Node, PeerIndex, PeerSet, Takers, TargetIndex},
+    model::flow::{ClientAddr, Identity, Target},
+    routing::index::{Node, PeerSet, RuleId, Takers, TargetIndex},
 };
 
 /// Ranges that only a rule inside them opens.
@@ -35,109 +48,121 @@ pub const GUARDED: [IpNet; 7] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 128)),
 ];
 
-/// Why a peer may not reach a target. Each says what a peer and an operator may know.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Denied {
-    /// No rule speaks of this peer and target.
-    #[error("no policy lets {who} reach {target}")]
-    NoRule {
-        /// The peer.
-        who: String,
-        /// What it asked for.
-        target: Target,
-    },
-    /// The name is allowed only by the addresses it resolves to, and this is none of them.
-    #[error("no policy lets {who} reach {addr}, to which {target} resolves")]
-    Resolved {
-        /// The peer.
-        who: String,
-        /// What it asked for.
-        target: Target,
-        /// What that resolved to.
-        addr: SocketAddr,
-    },
-    /// Link-local, metadata, or unspecified.
-    #[error("{addr} is in {range}, which only a policy for addresses inside that range opens")]
-    Guarded {
-        /// The address.
-        addr: SocketAddr,
-        /// The range.
-        range: IpNet,
-    },
-    /// One of our own listeners.
-    #[error("{0} is a listener of this gateway, which only a policy for exactly that address and port opens")]
-    OwnListener(SocketAddr),
-}
-
-/// The rules of a configuration, and the listeners that they protect.
+/// The policies of a configuration, and the listeners that they protect.
 #[derive(Clone, Debug)]
 pub struct Policies {
-    targets: TargetIndex,
-    peers: PeerIndex,
-    /// For each list of rules in `peers`: the ports of their patterns for addresses.
-    resolvable: Vec<Option<Ports>>,
+    /// All of them, in the order of the configuration.
+    all: Vec<Policy>,
+    names: Vec<Arc<str>>,
+    /// By [`Kind`].
+    sets: [RuleSet; Kind::ALL.len()],
     own: OwnListeners,
 }
 
-/// A peer, and which rules speak of it: found out once for a connection.
+/// What a policy does, and whether it does it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Allow,
+    Deny,
+    ReportAllow,
+    ReportDeny,
+}
+
+impl Kind {
+    const ALL: [Self; 4] = [Self::Allow, Self::Deny, Self::ReportAllow, Self::ReportDeny];
+
+    fn of(policy: &Policy) -> Self {
+        match (policy.mode, policy.action) {
+            (PolicyMode::Enforce, PolicyAction::Allow) => Self::Allow,
+            (PolicyMode::Enforce, PolicyAction::Deny) => Self::Deny,
+            (PolicyMode::Report, PolicyAction::Allow) => Self::ReportAllow,
+            (PolicyMode::Report, PolicyAction::Deny) => Self::ReportDeny,
+        }
+    }
+}
+
+/// A peer, and which policies speak of it: found out once for a connection.
 #[derive(Clone, Debug)]
 pub struct Peer {
     identity: Option<Identity>,
-    rules: PeerSet,
+    client: ClientAddr,
+    /// By [`Kind`].
+    sets: [PeerSet; Kind::ALL.len()],
 }
 
 impl Peer {
+    /// Who it has proved to be.
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    /// Its address.
+    pub fn client(&self) -> ClientAddr {
+        self.client
+    }
+
     fn name(&self) -> String {
         self.identity.as_ref().map_or_else(|| "a peer without identity".to_owned(), ToString::to_string)
     }
 }
 
+/// A peer's request.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Who asks.
+    pub who: &'a Peer,
+    /// What for.
+    pub target: &'a Target,
+    /// With which headers.
+    pub headers: Option<&'a HeaderMap>,
+}
+
 impl Policies {
-    /// The rules of the configuration, and the addresses that our listeners are bound to (with the ports
-    /// that they got, where the configuration says 0).
-    pub fn new(rules: Vec<Policy>, listeners: &[SocketAddr]) -> Self {
-        let peers = PeerIndex::new(rules.iter().map(|r| match &r.identity {
-            Peers::Any => None,
-            Peers::Of(names) => Some(names.as_slice()),
-        }));
-        let ports_of = |rule: &usize| {
-            rules[*rule].target.iter().filter_map(|p| match p {
-                TargetPattern::Addr(a) => Some(a.ports()),
-                TargetPattern::Name(_) => None,
-            })
-        };
-        let resolvable =
-            peers.nodes().iter().map(|list| Ports::union(list.iter().flat_map(ports_of))).collect();
-        let targets = TargetIndex::new(rules.iter().map(|r| r.target.iter().cloned()));
-        Self { targets, peers, resolvable, own: OwnListeners::new(listeners) }
+    /// The policies of the configuration, and the addresses that our listeners are bound to (with the ports that they got,
+    /// where the configuration says 0).
+    pub fn new(policies: Vec<Policy>, listeners: &[SocketAddr]) -> Self {
+        let sets = Kind::ALL.map(|kind| {
+            let of_kind = policies.iter().enumerate().filter(|(_, policy)| Kind::of(policy) == kind);
+            RuleSet::new(&of_kind.collect::<Vec<_>>())
+        });
+        let names = policies.iter().map(|policy| Arc::from(policy.name.as_str())).collect();
+        Self { sets, names, all: policies, own: OwnListeners::new(listeners) }
     }
 
-    /// What the rules know of a peer.
-    pub fn peer(&self, identity: Option<Identity>) -> Peer {
-        Peer { rules: self.peers.set(identity.as_ref()), identity }
+    /// The names of all of them, in the order of the configuration.
+    pub fn names(&self) -> &[Arc<str>] {
+        &self.names
+    }
+
+    /// Whether one of them asks for headers of the request.
+    pub fn needs_headers(&self) -> bool {
+        self.sets.iter().any(RuleSet::needs_headers)
+    }
+
+    /// What the policies know of a peer.
+    pub fn peer(&self, identity: Option<Identity>, client: ClientAddr) -> Peer {
+        Peer { sets: self.sets.each_ref().map(|set| set.peer(identity.as_ref())), client, identity }
     }
 
     /// Whether this peer may ask for this target. A yes is a [`Permit`], which every address has to pass
     /// before it is dialled, also the address of a literal target. A name that only its addresses can
     /// admit gets a permit too.
-    pub fn check_target<'a>(&'a self, who: &'a Peer, target: &'a Target) -> Result<Permit<'a>, Denied> {
-        let permit = |by_name| Permit { policies: self, who, target, by_name };
-        match target {
-            Target::Addr(addr) => {
-                let permit = permit(false);
-                permit.allows_addr(*addr)?;
-                Ok(permit)
-            }
-            Target::Name(..) if self.some_rule(who, self.targets.takers(target), |_, _| true) => {
-                Ok(permit(true))
-            }
-            Target::Name(_, port) => {
-                // Resolving is for those only whom some address could admit.
-                let ports = |list: usize| self.resolvable.get(list)?.as_ref();
-                let some = who.rules.nodes().filter_map(ports).any(|ports| ports.contains(*port));
-                if some { Ok(permit(false)) } else { Err(no_rule(who, target)) }
-            }
+    pub fn check_target<'a>(&'a self, request: Request<'a>) -> Result<Permit<'a>, Denied> {
+        let permit = |rule| Permit { policies: self, request, rule };
+        let target = request.target;
+        let port = match target {
+            Target::Addr(addr) => return permit(None).allows_addr(*addr).map(|rule| permit(Some(rule))),
+            Target::Name(_, port) => port,
+        };
+        if let Some(rule) = self.first(Kind::Deny, request, |set| set.takers(target)) {
+            return Err(self.denied_by(rule, request, None));
         }
+        if let Some(rule) = self.first(Kind::Allow, request, |set| set.takers(target)) {
+            return Ok(permit(Some(rule)));
+        }
+        // Resolving is for those only whom some address could admit.
+        let some = self.set(Kind::Allow).takes_some_address(request.asker(Kind::Allow), *port);
+        if some { Ok(permit(None)) } else { Err(no_rule(request)) }
     }
 
     /// Whether an address may be dialled in the place of what a peer asked for, because a route of the
@@ -154,23 +179,64 @@ impl Policies {
         guarding(addr).map_or(Ok(()), |range| Err(Denied::Guarded { addr, range }))
     }
 
-    /// Whether some rule that speaks of the peer takes the target, by a pattern of which `wanted` is true.
-    fn some_rule(&self, who: &Peer, takers: Takers<'_>, wanted: impl Fn(&Node, &Entry) -> bool) -> bool {
-        takers.nodes().any(|node| {
-            let mut rest = node.entries_from(0);
-            while let Some((entry, behind)) = rest.split_first() {
-                if !self.peers.admits(&who.rules, entry.rule) {
-                    let Some(next) = self.peers.next(&who.rules, entry.rule) else { return false };
-                    rest = node.entries_from(next);
-                    continue;
-                }
-                if entry.ports.contains(takers.port()) && wanted(node, entry) {
-                    return true;
-                }
-                rest = behind;
-            }
-            false
-        })
+    /// Whether there are policies in report mode.
+    pub fn reports(&self) -> bool {
+        [Kind::ReportAllow, Kind::ReportDeny].into_iter().any(|kind| !self.set(kind).is_empty())
+    }
+
+    /// The first policy in report mode that would have decided otherwise: one that denies what is `allowed`, or allows what is
+    /// not. With `addr`: about this address, which the target is or to which it resolved.
+    pub fn would_differ(
+        &self,
+        request: Request<'_>,
+        addr: Option<SocketAddr>,
+        allowed: bool,
+    ) -> Option<RuleId> {
+        let kind = if allowed { Kind::ReportDeny } else { Kind::ReportAllow };
+        if self.set(kind).is_empty() {
+            return None;
+        }
+        match addr {
+            Some(addr) => self.first_for_addr(kind, request, addr),
+            None => self.first(kind, request, |set| set.takers(request.target)),
+        }
+    }
+
+    fn set(&self, kind: Kind) -> &RuleSet {
+        &self.sets[kind as usize]
+    }
+
+    fn first<'a>(
+        &'a self,
+        kind: Kind,
+        request: Request<'_>,
+        takers: impl Fn(&'a TargetIndex) -> Takers<'a>,
+    ) -> Option<RuleId> {
+        let set = self.set(kind);
+        set.first(request.asker(kind), takers(set.targets()))
+    }
+
+    /// The first that takes an address as it is reached; one that denies, also as it is written.
+    fn first_for_addr(&self, kind: Kind, request: Request<'_>, addr: SocketAddr) -> Option<RuleId> {
+        let reached = SocketAddr::new(reached_by(addr.ip()), addr.port());
+        let first = self.first(kind, request, |set| set.takers_of_addr(reached));
+        let denies = matches!(kind, Kind::Deny | Kind::ReportDeny);
+        if !denies || reached.ip() == addr.ip().to_canonical() {
+            return first;
+        }
+        first.into_iter().chain(self.first(kind, request, |set| set.takers_of_addr(addr))).min()
+    }
+
+    fn denied_by(&self, rule: RuleId, request: Request<'_>, addr: Option<SocketAddr>) -> Denied {
+        let name = self.names.get(rule).cloned().unwrap_or_else(|| Arc::from(""));
+        let (who, target) = (request.who.name(), request.target.clone());
+        Denied::Rule { rule: name, place: rule, who, target, addr }
+    }
+}
+
+impl<'a> Request<'a> {
+    fn asker(&self, kind: Kind) -> Asker<'a> {
+        Asker { peer: &self.who.sets[kind as usize], client: self.who.client, headers: self.headers }
     }
 }
 
@@ -178,49 +244,70 @@ impl Policies {
 #[derive(Clone, Copy, Debug)]
 pub struct Permit<'a> {
     policies: &'a Policies,
-    who: &'a Peer,
-    target: &'a Target,
-    by_name: bool,
+    request: Request<'a>,
+    /// The policy that allows the target as it is written: the address, or the name.
+    rule: Option<RuleId>,
 }
 
-impl Permit<'_> {
+impl<'a> Permit<'a> {
+    /// What it is for.
+    pub fn request(&self) -> Request<'a> {
+        self.request
+    }
+
+    /// The policy that allows the target as it is written; none for a name that only its addresses could admit.
+    pub fn rule(&self) -> Option<RuleId> {
+        self.rule
+    }
+
     /// Whether the target may be passed on to a next hop, which resolves a name itself: a name that only
-    /// its addresses could admit may not.
-    pub fn allows_unresolved(&self) -> Result<(), Denied> {
-        match self.target {
-            Target::Name(..) if !self.by_name => Err(no_rule(self.who, self.target)),
-            _ => Ok(()),
-        }
+    /// its addresses could admit may not. The policy that allows it.
+    pub fn allows_unresolved(&self) -> Result<RuleId, Denied> {
+        self.rule.ok_or_else(|| no_rule(self.request))
     }
 
     /// Whether another target, which the peer has named since, may be passed on to a next hop too.
-    pub fn allows_too(&self, target: &Target) -> Result<(), Denied> {
-        self.policies.check_target(self.who, target)?.allows_unresolved()
+    pub fn allows_too(&self, target: &Target) -> Result<RuleId, Denied> {
+        self.policies.check_target(Request { target, ..self.request })?.allows_unresolved()
     }
 
-    /// Whether `addr`, to which the target resolved or which it is, may be dialled.
-    pub fn allows_addr(&self, addr: SocketAddr) -> Result<(), Denied> {
+    /// Whether `addr`, to which the target resolved or which it is, may be dialled. The policy that allows it.
+    pub fn allows_addr(&self, addr: SocketAddr) -> Result<RuleId, Denied> {
+        let Self { policies, request, rule } = *self;
+        let name = matches!(request.target, Target::Name(..));
+        let by_name = rule.filter(|_| name);
+        if let Some(rule) = policies.first_for_addr(Kind::Deny, request, addr) {
+            return Err(policies.denied_by(rule, request, name.then_some(addr)));
+        }
         let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());
-        let takers = self.policies.targets.takers_of_addr(addr);
-        let some = |wanted: &dyn Fn(&Node, &Entry) -> bool| self.policies.some_rule(self.who, takers, wanted);
+        let (set, asker) = (policies.set(Kind::Allow), request.asker(Kind::Allow));
+        let takers = set.targets().takers_of_addr(addr);
         let guarded = || {
             // An exact rule is inside every range that it could concern.
-            let inside = |range: &IpNet| some(&|node, _| node.net().is_some_and(|net| range.contains(&net)));
+            let inside = |range: &IpNet| {
+                let is_inside = |node: &Node| node.net().is_some_and(|net| range.contains(&net));
+                set.first_where(asker, takers, is_inside, |_| true).is_some()
+            };
             guarding(addr).filter(|range| !inside(range)).map(|range| Denied::Guarded { addr, range })
         };
-        if !self.by_name && !some(&|_, _| true) {
-            return Err(guarded().unwrap_or_else(|| match self.target {
-                Target::Addr(_) => no_rule(self.who, self.target),
-                Target::Name(..) => {
-                    Denied::Resolved { who: self.who.name(), target: self.target.clone(), addr }
+        let Some(rule) = by_name.or_else(|| set.first(asker, takers)) else {
+            return Err(guarded().unwrap_or_else(|| {
+                if name {
+                    Denied::Resolved { who: request.who.name(), target: request.target.clone(), addr }
+                } else {
+                    no_rule(request)
                 }
             }));
-        }
+        };
         // Last: this asks the kernel, and who may not come here anyway shall not have it asked.
-        if !some(&|node, entry| is_exactly(node, entry, addr)) && self.policies.own.contains(addr) {
+        let exactly = || {
+            let host = |node: &Node| node.net() == Some(IpNet::from(addr.ip()));
+            set.first_where(asker, takers, host, |entry| is_exactly(entry, addr)).is_some()
+        };
+        if !exactly() && policies.own.contains(addr) {
             return Err(Denied::OwnListener(addr));
         }
-        guarded().map_or(Ok(()), Err)
+        guarded().map_or(Ok(rule), Err)
     }
 }
 
@@ -228,12 +315,8 @@ fn guarding(addr: SocketAddr) -> Option<IpNet> {
     GUARDED.into_iter().find(|g| g.contains(&addr.ip()))
 }
 
-fn no_rule(who: &Peer, target: &Target) -> Denied {
-    Denied::NoRule { who: who.name(), target: target.clone() }
-}
-
-fn is_exactly(node: &Node, entry: &Entry, addr: SocketAddr) -> bool {
-    node.net() == Some(IpNet::from(addr.ip())) && entry.ports.ranges() == [(addr.port(), addr.port())]
+fn no_rule(request: Request<'_>) -> Denied {
+    Denied::NoRule { who: request.who.name(), target: request.target.clone() }
 }
 
 /// The well-known NAT64 prefix, 64:ff9b::/96 (RFC 6052 section 2.1).

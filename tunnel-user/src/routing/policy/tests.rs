@@ -1,32 +1,68 @@
-//! Who gets where: by example, and for any rules as they stand in the configuration, one after the other. The linear definition
-//! is the specification.
+//! Who gets where: by example, and for any policies as [`explain`] asks them, one after the other. That is the specification.
 
+use http::HeaderValue;
 use proptest::prelude::*;
 
-use super::*;
-use crate::config::AddrPattern;
+use super::{
+    explain::{Mismatch, Question, Verdict},
+    *,
+};
+use crate::config::{Config, Peers, Targets};
 
-fn policies(rules: &[(&str, &[&str])], listeners: &[&str]) -> Policies {
-    let rule = |(who, what): &(&str, &[&str])| Policy {
-        identity: match *who {
-            "any" => Peers::Any,
-            name => Peers::Of(vec![name.parse().unwrap()]),
-        },
-        target: what.iter().map(|t| t.parse().unwrap()).collect(),
-    };
+const WEB: &str = "spiffe://example.org/ns/a/sa/web";
+
+fn client() -> ClientAddr {
+    ClientAddr("10.77.0.1:40000".parse().unwrap())
+}
+
+fn who(name: &str) -> Option<Identity> {
+    Some(Identity(name.into()))
+}
+
+fn with_listeners(rules: Vec<Policy>, listeners: &[&str]) -> Policies {
     let listeners: Vec<_> = listeners.iter().map(|l| l.parse().unwrap()).collect();
-    let mut p = Policies::new(rules.iter().map(rule).collect(), &listeners);
+    let mut p = Policies::new(rules, &listeners);
     let local = |ip: IpAddr| Some(["10.9.0.1", "fd00::9"].contains(&&*ip.to_string()));
     p.own = OwnListeners::with_local(&listeners, local);
     p
 }
 
+fn policies(rules: &[(&str, &[&str])], listeners: &[&str]) -> Policies {
+    let rule = |(who, what): &(&str, &[&str])| {
+        let identity = match *who {
+            "any" => Peers::Any,
+            name => Peers::Of(vec![name.parse().unwrap()]),
+        };
+        Policy::allow("", identity, what.iter().map(|t| t.parse().unwrap()).collect())
+    };
+    with_listeners(rules.iter().map(rule).collect(), listeners)
+}
+
+/// Of `[[policy]]` tables.
+fn of(text: &str) -> Policies {
+    let around = "[[listener]]\naddress = \"127.0.0.1:1\"\n[[route]]\nto = \"direct\"\n\
+        [identity]\ncert = \"a\"\nkey = \"b\"\nca = \"c\"\n";
+    let file = std::path::Path::new("policies.toml");
+    let config = Config::parse(&format!("{around}{text}"), file, crate::config::CheckFiles::No);
+    with_listeners(config.unwrap_or_else(|e| panic!("{e}")).policies, &[])
+}
+
 /// Whether web may reach `target` at `addr`.
 fn reach(p: &Policies, target: &str, addr: &str) -> Result<(), Denied> {
-    let web = p.peer(Some(Identity("spiffe://example.org/ns/a/sa/web".into())));
+    decide(p, WEB, target, addr, &HeaderMap::new()).map(drop)
+}
+
+fn decide(p: &Policies, name: &str, target: &str, addr: &str, headers: &HeaderMap) -> Result<RuleId, Denied> {
+    let (peer, target) = (p.peer(who(name), client()), target.parse().unwrap());
+    let request = Request { who: &peer, target: &target, headers: Some(headers) };
+    p.check_target(request)?.allows_addr(addr.parse().unwrap())
+}
+
+/// Whether anybody may ask for it.
+fn asked(p: &Policies, target: &str) -> Result<(), Denied> {
     let target = target.parse().unwrap();
-    let permit = p.check_target(&web, &target)?;
-    permit.allows_addr(addr.parse().unwrap())
+    let peer = p.peer(None, client());
+    p.check_target(Request { who: &peer, target: &target, headers: None }).map(drop)
 }
 
 fn addr(p: &Policies, addr: &str) -> Result<(), Denied> {
@@ -47,7 +83,7 @@ fn nothing_is_allowed_until_a_rule_says_so() {
         addr(&p, "10.0.0.1:5432").unwrap_err().to_string(),
         "no policy lets spiffe://example.org/ns/a/sa/web reach 10.0.0.1:5432"
     );
-    assert!(p.check_target(&p.peer(None), &"10.0.0.1:80".parse().unwrap()).is_err(), "nobody is not web");
+    assert!(asked(&p, "10.0.0.1:80").is_err(), "nobody is not web");
 }
 
 #[test]
@@ -60,8 +96,7 @@ fn a_name_passes_by_its_name_or_by_every_address() {
     let by_addr = policies(&[("any", &["10.0.0.0/8:80"])], &[]);
     assert_eq!(reach(&by_addr, "web.internal:80", "10.0.0.1:80"), Ok(()));
     assert!(matches!(reach(&by_addr, "web.internal:80", "203.0.113.1:80"), Err(Denied::Resolved { .. })));
-    let web: Target = "web.internal:81".parse().unwrap();
-    assert!(by_addr.check_target(&by_addr.peer(None), &web).is_err(), "not even resolved");
+    assert!(asked(&by_addr, "web.internal:81").is_err(), "not even resolved");
 }
 
 #[test]
@@ -123,13 +158,16 @@ fn a_name_is_passed_on_unresolved_only_by_a_rule_for_names() {
     let p = policies(&[("any", &["10.0.0.0/8", "*.internal"])], &[]);
     let passed = |text: &str| {
         let target: Target = text.parse().unwrap();
-        p.check_target(&p.peer(None), &target).and_then(|permit| permit.allows_unresolved())
+        let peer = p.peer(None, client());
+        let request = Request { who: &peer, target: &target, headers: None };
+        p.check_target(request).and_then(|permit| permit.allows_unresolved())
     };
-    assert_eq!(passed("web.internal:80"), Ok(()));
-    assert_eq!(passed("10.1.2.3:80"), Ok(()));
+    assert_eq!(passed("web.internal:80"), Ok(0));
+    assert_eq!(passed("10.1.2.3:80"), Ok(0));
     assert!(matches!(passed("web.example:80"), Err(Denied::NoRule { .. })));
 }
 
+/// Where the kernel does not say which addresses are local, every address with a listener's port counts as the listener.
 #[test]
 fn unknown_local_addresses_count_as_ours() {
     let mut p = policies(&[("any", &["0.0.0.0/0"])], &["0.0.0.0:15008"]);
@@ -160,59 +198,215 @@ fn a_rewrite_is_trusted_but_a_name_in_it_opens_nothing_that_is_guarded() {
     assert!(matches!(rewritten("me.internal:15008", "10.9.0.1:15008"), Err(Denied::OwnListener(_))));
 }
 
-/// The definition: one rule after the other.
-struct Linear<'a> {
-    rules: &'a [Policy],
-    own: &'a OwnListeners,
+/// What a policy denies is denied whatever others allow, in whatever order; by name before it is resolved, by address
+/// also where the name is allowed.
+#[test]
+fn a_policy_that_denies_wins() {
+    let p = of(r#"
+        [[policy]]
+        name = "no-db"
+        action = "deny"
+        identity = "any"
+        target = ["10.0.5.0/24", "*.db.internal", "0.0.0.0/0:25"]
+        [[policy]]
+        name = "all"
+        identity = "any"
+        target = ["0.0.0.0/0", "*.internal"]
+        [[policy]]
+        name = "nothing-for-c"
+        action = "deny"
+        identity = ["spiffe://example.org/ns/c/**"]
+        target = "any"
+    "#);
+    let rule = |denied: Result<(), Denied>| denied.unwrap_err().rule().map(|rule| rule.to_string());
+    assert_eq!(addr(&p, "10.0.4.1:80"), Ok(()));
+    for denied in ["10.0.5.1:80", "[::ffff:10.0.5.1]:80", "[64:ff9b::10.0.5.1]:80", "10.0.4.1:25"] {
+        assert_eq!(rule(addr(&p, denied)).as_deref(), Some("no-db"), "{denied}");
+    }
+    assert_eq!(rule(asked(&p, "a.db.internal:80")).as_deref(), Some("no-db"), "before it is resolved");
+    assert_eq!(reach(&p, "web.internal:80", "10.0.4.1:80"), Ok(()));
+    let denied = reach(&p, "web.internal:80", "10.0.5.1:80").unwrap_err();
+    assert_eq!(denied.rule().map(|rule| &**rule), Some("no-db"));
+    assert!(denied.to_string().contains("which resolves to 10.0.5.1:80"), "{denied}");
+    let none = HeaderMap::new();
+    for of_c in ["web.internal:80", "10.0.4.1:80"] {
+        let denied = decide(&p, "spiffe://example.org/ns/c/sa/web", of_c, "10.0.4.1:80", &none).unwrap_err();
+        assert_eq!(denied.rule().map(|rule| &**rule), Some("nothing-for-c"), "{of_c}");
+    }
+    // As it is written, too.
+    let mapped = of("[[policy]]\naction = \"deny\"\nidentity = \"any\"\ntarget = [\"64:ff9b::/96\"]\n\
+        [[policy]]\nidentity = \"any\"\ntarget = [\"0.0.0.0/0\"]\n");
+    assert_eq!(addr(&mapped, "10.0.4.1:80"), Ok(()));
+    assert_eq!(rule(addr(&mapped, "[64:ff9b::10.0.4.1]:80")).as_deref(), Some("policy-1"));
 }
 
-impl Linear<'_> {
-    fn patterns(&self, who: Option<&Identity>) -> impl Iterator<Item = &TargetPattern> {
-        self.rules.iter().filter(move |r| r.identity.contains(who)).flat_map(|r| &r.target)
-    }
-
-    fn addr_patterns(&self, who: Option<&Identity>) -> impl Iterator<Item = &AddrPattern> {
-        self.patterns(who).filter_map(|p| match p {
-            TargetPattern::Addr(a) => Some(a),
-            TargetPattern::Name(_) => None,
-        })
-    }
-
-    fn by_name(&self, who: Option<&Identity>, target: &Target) -> bool {
-        matches!(target, Target::Name(..)) && self.patterns(who).any(|p| p.contains(target))
-    }
-
-    /// Whether the target may be asked for.
-    fn asked(&self, who: Option<&Identity>, target: &Target) -> bool {
-        match target {
-            Target::Addr(addr) => self.dialled(who, target, *addr),
-            Target::Name(_, port) => {
-                self.by_name(who, target) || self.addr_patterns(who).any(|p| p.ports().contains(*port))
-            }
+/// A peer that is refused learns neither the policy nor the address that its name resolved to.
+#[test]
+fn what_a_peer_is_told_holds_no_address_that_it_did_not_write() {
+    let p = of(r#"
+        [[policy]]
+        name = "secret-rule"
+        action = "deny"
+        identity = "any"
+        target = ["10.0.5.0/24"]
+        [[policy]]
+        identity = "any"
+        target = ["10.0.0.0/8", "named.internal"]
+    "#);
+    for at in ["10.0.5.1:80", "203.0.113.1:80", "169.254.169.254:80", "127.0.0.1:80"] {
+        for name in ["named.internal:80", "other.internal:80"] {
+            let Err(denied) = reach(&p, name, at) else { continue };
+            let told = denied.public(&name.parse().unwrap());
+            let ip = at.split(':').next().unwrap();
+            assert!(!told.contains(ip) && !told.contains("secret") && told.contains(name), "{told}");
+            assert!(denied.to_string().contains(ip), "{denied}");
         }
     }
+    let literal: Target = "169.254.169.254:80".parse().unwrap();
+    let denied = addr(&p, "169.254.169.254:80").unwrap_err();
+    assert!(denied.public(&literal).contains("169.254.169.254"), "it wrote that itself");
+}
 
-    /// Whether this address may be dialled for it.
-    fn dialled(&self, who: Option<&Identity>, target: &Target, addr: SocketAddr) -> bool {
-        let addr = SocketAddr::new(reached_by(addr.ip()), addr.port());
-        let rules: Vec<_> = self.addr_patterns(who).filter(|p| p.contains(addr)).collect();
-        let exactly = |p: &&AddrPattern| {
-            p.net() == IpNet::from(addr.ip()) && p.ports().ranges() == [(addr.port(), addr.port())]
-        };
-        if self.own.contains(addr) && !rules.iter().any(exactly) {
-            return false;
-        }
-        match GUARDED.into_iter().find(|g| g.contains(&addr.ip())) {
-            Some(range) if !rules.iter().any(|p| range.contains(&p.net())) => false,
-            _ => self.by_name(who, target) || !rules.is_empty(),
-        }
+/// A client's network and headers of its request are conditions like its identity.
+#[test]
+fn clients_and_headers_are_conditions() {
+    let p = of(r#"
+        [[policy]]
+        identity = "any"
+        client = ["10.77.0.0/24"]
+        target = ["10.0.0.0/24", "10.0.3.0/24:80"]
+        [[policy]]
+        identity = "any"
+        client = ["10.78.0.0/24"]
+        target = ["10.0.1.0/24"]
+        [[policy]]
+        identity = "any"
+        target = ["10.0.2.0/24", "team.internal"]
+        headers = [{ name = "x-team", exact = "red" }]
+        [[policy]]
+        action = "deny"
+        identity = "any"
+        target = "any"
+        headers = [{ name = "x-blocked", present = true }]
+    "#);
+    let headers = |name: &'static str, value: &'static str| {
+        HeaderMap::from_iter([(http::HeaderName::from_static(name), HeaderValue::from_static(value))])
+    };
+    let of = |target: &str, headers: &HeaderMap| decide(&p, WEB, target, target, headers);
+    let none = HeaderMap::new();
+    assert_eq!(of("10.0.0.1:80", &none), Ok(0));
+    assert!(of("10.0.1.1:80", &none).is_err(), "another client's");
+    assert!(of("10.0.2.1:80", &none).is_err() && of("10.0.2.1:80", &headers("x-team", "blue")).is_err());
+    assert_eq!(of("10.0.2.1:80", &headers("x-team", "red")), Ok(2));
+    let denied = of("10.0.0.1:80", &headers("x-blocked", "")).unwrap_err();
+    assert_eq!(denied.rule().map(|rule| &**rule), Some("policy-4"));
+    // A name is not resolved for whom no address could be allowed.
+    let peer = p.peer(who(WEB), ClientAddr("10.79.0.1:1".parse().unwrap()));
+    let target = "web.example:443".parse().unwrap();
+    assert!(p.check_target(Request { who: &peer, target: &target, headers: Some(&none) }).is_err());
+}
+
+/// A policy in report mode decides nothing, and is named where it would have decided otherwise.
+#[test]
+fn a_policy_in_report_mode_only_reports() {
+    let p = of(r#"
+        [[policy]]
+        identity = "any"
+        target = ["10.0.0.0/24"]
+        [[policy]]
+        name = "strict"
+        mode = "report"
+        action = "deny"
+        identity = "any"
+        target = ["10.0.0.128/25"]
+        [[policy]]
+        name = "wider"
+        mode = "report"
+        identity = "any"
+        target = ["10.0.1.0/24"]
+    "#);
+    assert!(p.reports());
+    let peer = p.peer(None, client());
+    for (text, allowed, differs) in [
+        ("10.0.0.1:80", true, None),
+        ("10.0.0.200:80", true, Some(1)),
+        ("10.0.1.1:80", false, Some(2)),
+        ("10.0.2.1:80", false, None),
+    ] {
+        let target: Target = text.parse().unwrap();
+        let request = Request { who: &peer, target: &target, headers: None };
+        let Target::Addr(at) = target else { unreachable!() };
+        assert_eq!(p.check_target(request).is_ok(), allowed, "{text}");
+        assert_eq!(p.would_differ(request, Some(at), allowed), differs, "{text}");
     }
+}
+
+/// An explanation names the policy that decides, and for each other one the first condition that does not hold.
+#[test]
+fn an_explanation_says_why_each_policy_does_not_match() {
+    let p = of(r#"
+        [[policy]]
+        name = "db"
+        identity = ["spiffe://example.org/ns/*/sa/db"]
+        target = ["10.0.0.0/24"]
+        [[policy]]
+        name = "office"
+        identity = "any"
+        client = ["192.0.2.0/24"]
+        target = ["10.0.0.0/24"]
+        [[policy]]
+        name = "red"
+        identity = "any"
+        target = ["10.0.0.0/24"]
+        headers = [{ name = "x-team", exact = "red" }]
+        [[policy]]
+        name = "tls"
+        identity = "any"
+        target = ["10.0.0.0/24:443"]
+        [[policy]]
+        name = "elsewhere"
+        identity = "any"
+        target = ["10.1.0.0/24", "*.internal"]
+        [[policy]]
+        name = "web"
+        identity = "any"
+        target = ["10.0.0.0/24:80"]
+    "#);
+    let (identity, headers) = (who(WEB), HeaderMap::new());
+    let question = |target, addr: Option<SocketAddr>| {
+        let question =
+            Question { identity: identity.as_ref(), client: client(), target, addr, headers: Some(&headers) };
+        p.explain(&question)
+    };
+    let literal = "10.0.0.1:80".parse().unwrap();
+    let said = question(&literal, None);
+    assert_eq!(said.verdict, Verdict::Allowed(5));
+    let why: Vec<_> = said.policies.into_iter().map(|policy| policy.mismatch).collect();
+    let wanted = [
+        Some(Mismatch::Identity),
+        Some(Mismatch::Client),
+        Some(Mismatch::Header("x-team".into())),
+        Some(Mismatch::Port),
+        Some(Mismatch::Target),
+        None,
+    ];
+    assert_eq!(why, wanted);
+    let name = "web.example:80".parse().unwrap();
+    let said = question(&name, None);
+    assert_eq!(
+        (said.verdict, said.policies[5].mismatch.clone()),
+        (Verdict::Unresolved, Some(Mismatch::Unresolved))
+    );
+    assert_eq!(question(&name, Some("10.0.0.1:80".parse().unwrap())).verdict, Verdict::Allowed(5));
+    let denied = question(&name, Some("10.9.0.1:80".parse().unwrap())).verdict;
+    assert!(matches!(denied, Verdict::Denied(Denied::Resolved { .. })), "{denied:?}");
 }
 
 fn any_rule() -> impl Strategy<Value = Policy> {
-    let names = prop_oneof![Just("s://a/x"), Just("s://a/*"), Just("s://a/y")];
+    let names =
+        prop_oneof![Just("s://a/x"), Just("s://a/*"), Just("s://a/y"), Just("s://a/**"), Just("s://b/x/**")];
     let peers = prop_oneof![
-        1 => Just(Peers::Any),
+        2 => Just(Peers::Any),
         3 => prop::collection::vec(names, 1..3)
             .prop_map(|names| Peers::Of(names.into_iter().map(|n| n.parse().unwrap()).collect())),
     ];
@@ -225,50 +419,106 @@ fn any_rule() -> impl Strategy<Value = Policy> {
         Just("169.254.169.254:80"),
         Just("168.0.0.0/6"),
         Just("::/0:80"),
+        Just("64:ff9b::/96"),
         Just("[fe80::/10]:80"),
         Just("*.internal"),
         Just("web.internal:80"),
         Just("10.9.0.1:15008"),
         Just("10.9.0.0/16"),
     ];
-    (peers, prop::collection::vec(target, 1..4)).prop_map(|(identity, target)| Policy {
-        identity,
-        target: target.into_iter().map(|t| t.parse().unwrap()).collect(),
-    })
+    let targets = prop::collection::vec(target, 1..4)
+        .prop_map(|target| Targets::Of(target.into_iter().map(|t| t.parse().unwrap()).collect()));
+    let clients = prop_oneof![
+        3 => Just(vec![]),
+        1 => prop::collection::vec(prop_oneof![Just("10.77.0.0/24"), Just("10.77.0.1"), Just("10.0.0.0/8"), Just("::/0")], 1..3),
+    ];
+    let headers = prop_oneof![3 => Just(None), 1 => Just(Some(true)), 1 => Just(Some(false))];
+    let kind = prop::sample::select(vec![
+        (PolicyAction::Allow, PolicyMode::Enforce),
+        (PolicyAction::Allow, PolicyMode::Enforce),
+        (PolicyAction::Allow, PolicyMode::Enforce),
+        (PolicyAction::Deny, PolicyMode::Enforce),
+        (PolicyAction::Allow, PolicyMode::Report),
+        (PolicyAction::Deny, PolicyMode::Report),
+    ]);
+    (kind, peers, targets, any::<prop::sample::Index>(), clients, headers).prop_map(
+        |((action, mode), identity, target, any, client, present)| Policy {
+            name: String::new(),
+            action,
+            mode,
+            identity,
+            client: client.into_iter().map(|net| net.parse().unwrap()).collect(),
+            target: if action == PolicyAction::Deny && any.index(4) == 0 { Targets::Any } else { target },
+            headers: present
+                .map(|present| crate::config::HeaderMatch {
+                    name: http::HeaderName::from_static("x-a"),
+                    value: crate::config::ValueMatch::Present(present),
+                })
+                .into_iter()
+                .collect(),
+        },
+    )
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(4_000))]
+    /// By look-up every request gets the decision, the policy and the words that it gets from the policies one after the other.
     #[test]
     fn the_index_decides_as_one_rule_after_the_other(
-        rules in prop::collection::vec(any_rule(), 0..6),
-        who in prop::sample::select(vec![None, Some("s://a/x"), Some("s://a/z"), Some("s://b/x")]),
+        rules in prop::collection::vec(any_rule(), 0..8),
+        name in prop::sample::select(vec![None, Some("s://a/x"), Some("s://a/z/y"), Some("s://b/x"), Some("s://b/x/y")]),
+        from in prop::sample::select(vec!["10.77.0.1:1", "10.77.1.1:1", "[::ffff:10.77.0.1]:1", "[fd00::1]:1"]),
+        header: bool,
         host in prop::sample::select(vec![
             "10.1.0.1", "10.2.0.1", "11.0.0.1", "169.254.169.254", "[::ffff:10.1.0.1]", "[64:ff9b::a01:1]",
             "[fe80::1]", "[2001:db8::1]", "10.9.0.1", "web.internal", "db.internal", "web.example",
         ]),
         port in prop::sample::select(vec![79_u16, 80, 81, 82, 15008]),
-        ip in prop::sample::select(vec!["10.1.0.1", "10.9.0.1", "127.0.0.1", "169.254.169.254", "fe80::1"]),
+        ip in prop::sample::select(vec![
+            "10.1.0.1", "10.9.0.1", "127.0.0.1", "169.254.169.254", "fe80::1", "64:ff9b::a01:1",
+        ]),
     ) {
         let listeners = ["0.0.0.0:15008".parse().unwrap()];
-        let mut indexed = Policies::new(rules.clone(), &listeners);
-        indexed.own = OwnListeners::with_local(&listeners, |ip| Some(ip.to_string() == "10.9.0.1"));
-        let own = indexed.own.clone();
-        let linear = Linear { rules: &rules, own: &own };
-        let who = who.map(|w| Identity(w.into()));
-        let peer = indexed.peer(who.clone());
+        let mut p = Policies::new(rules, &listeners);
+        p.own = OwnListeners::with_local(&listeners, |ip| Some(ip.to_string() == "10.9.0.1"));
+        let (identity, client) = (name.and_then(who), ClientAddr(from.parse().unwrap()));
+        let mut headers = HeaderMap::new();
+        if header {
+            headers.insert("x-a", HeaderValue::from_static("1"));
+        }
+        let peer = p.peer(identity.clone(), client);
         let target: Target = format!("{host}:{port}").parse().unwrap();
-        let permit = indexed.check_target(&peer, &target);
-        prop_assert_eq!(permit.is_ok(), linear.asked(who.as_ref(), &target));
-        if let Ok(permit) = permit {
-            let addr = match target {
-                Target::Addr(addr) => addr,
-                Target::Name(..) => SocketAddr::new(ip.parse().unwrap(), port),
+        let request = Request { who: &peer, target: &target, headers: Some(&headers) };
+        let explain = |addr| {
+            let identity = identity.as_ref();
+            p.explain(&Question { identity, client, target: &target, addr, headers: Some(&headers) }).verdict
+        };
+        let addr = match target {
+            Target::Addr(addr) => addr,
+            Target::Name(..) => SocketAddr::new(ip.parse().unwrap(), port),
+        };
+        let permit = p.check_target(request);
+        let asked = match &permit {
+            Ok(permit) => permit.rule().map_or(Verdict::Unresolved, Verdict::Allowed),
+            Err(denied) => Verdict::Denied(denied.clone()),
+        };
+        prop_assert_eq!(asked, explain(None));
+        let dialled = permit.and_then(|permit| permit.allows_addr(addr));
+        prop_assert_eq!(dialled.map_or_else(Verdict::Denied, Verdict::Allowed), explain(Some(addr)));
+        // Those in report mode.
+        for allowed in [true, false] {
+            let wanted = if allowed { PolicyAction::Deny } else { PolicyAction::Allow };
+            let naive = |addr: Option<SocketAddr>| {
+                let identity = identity.as_ref();
+                let asked = Question { identity, client, target: &target, addr, headers: Some(&headers) };
+                let said = p.explain(&asked).policies;
+                said.iter().position(|a| a.report && a.action == wanted && a.mismatch.is_none())
             };
-            let dialled = linear.dialled(who.as_ref(), &target, addr);
-            prop_assert_eq!(permit.allows_addr(addr).is_ok(), dialled);
-            let unresolved = matches!(target, Target::Addr(_)) || linear.by_name(who.as_ref(), &target);
-            prop_assert_eq!(permit.allows_unresolved().is_ok(), unresolved);
+            if let Target::Addr(at) = target {
+                prop_assert_eq!(p.would_differ(request, Some(at), allowed), naive(None));
+            } else {
+                prop_assert_eq!(p.would_differ(request, None, allowed), naive(None));
+            }
         }
     }
 }

@@ -9,6 +9,8 @@
 //! - The first route that matches decides; a flow that matches no route is rejected.
 //! - There is no state, and no name is resolved: chance is an argument.
 
+use std::sync::Arc;
+
 use crate::model::flow::SourceKind;
 use crate::{
     config::{Action, Match, NamePattern, Route, TargetPattern, Terms},
@@ -59,7 +61,10 @@ pub enum Decision<'a> {
     /// It depends on what the client sends first; the router decides again with [`Flow::sniffed`].
     NeedsSniff,
     /// A route refuses it.
-    Deny,
+    Deny {
+        /// Which: the place of it in the configuration, from 0.
+        route: usize,
+    },
     /// No route takes it; it is refused.
     NoRoute,
 }
@@ -96,6 +101,17 @@ impl Router {
         self.peers.set(who)
     }
 
+    /// What refusals call a route, by its place in the configuration: its name, or "route-N".
+    pub fn name(&self, route: usize) -> Arc<str> {
+        let name = self.routes.get(route).and_then(|route| route.name.as_deref());
+        name.map_or_else(|| format!("route-{}", route + 1).into(), Arc::from)
+    }
+
+    /// Whether a route asks for headers of the request.
+    pub fn needs_headers(&self) -> bool {
+        self.routes.iter().any(|route| !route.matches.headers.is_empty())
+    }
+
     /// Where a flow goes. `random` picks among weighted upstreams; each value of a u32 should be as likely.
     pub fn decide(&self, flow: &Flow<'_>, random: u32) -> Decision<'_> {
         let (number, route) = match self.first(flow) {
@@ -105,7 +121,7 @@ impl Router {
         };
         let terms = &route.terms;
         match &route.to {
-            Action::Deny => Decision::Deny,
+            Action::Deny => Decision::Deny { route: number },
             Action::Direct => Decision::Dial { route: number, instead: None, terms },
             Action::Dial(target) => Decision::Dial { route: number, instead: Some(target), terms },
             Action::Upstreams(shares) => pick(shares, random, &[]).map_or(Decision::NoRoute, |upstream| {

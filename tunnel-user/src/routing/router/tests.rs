@@ -90,7 +90,7 @@ fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -> Vec<T> {
 }
 
 fn route(matches: Match, to: Action) -> Route {
-    Route { name: None, matches, to, terms: Terms::default() }
+    Route::new(matches, to)
 }
 
 fn numbered_name(i: usize) -> UpstreamName {
@@ -147,7 +147,7 @@ fn the_first_match_wins_and_no_match_is_refused() {
             Decision::Upstream { upstream, .. } => upstream.to_string(),
             Decision::Dial { instead: None, .. } => "direct".to_owned(),
             Decision::Dial { instead: Some(target), .. } => target.to_string(),
-            Decision::Deny => "deny".to_owned(),
+            Decision::Deny { .. } => "deny".to_owned(),
             Decision::NoRoute => "none".to_owned(),
             Decision::NeedsSniff => "look".to_owned(),
         })
@@ -284,6 +284,7 @@ fn weights_divide_the_flows_exactly() {
     assert_eq!(decide(u32::MAX), 2);
 }
 
+/// A flow is sniffed only where a route that could be the first to match depends on it.
 #[test]
 fn what_a_client_sends_is_looked_at_only_where_it_decides() {
     let sni = |names: &[&str]| Match { sni: all(names), ..Match::default() };
@@ -315,11 +316,12 @@ fn what_a_client_sends_is_looked_at_only_where_it_decides() {
     assert_eq!(decided(&router, &other), Some(None));
 }
 
+/// A route whose `authority` is made of sniffed bytes has them sniffed, and takes flows that have none.
 #[test]
 fn an_authority_made_of_what_is_inside_is_looked_for_and_keeps_no_flow_out() {
     let terms = Terms { authority: Authority::Sni, ..Terms::default() };
     let to = Action::Upstreams(vec![(numbered_name(0), 1)]);
-    let router = Router::new(vec![Route { name: None, matches: Match::default(), to, terms }]);
+    let router = Router::new(vec![Route { terms, ..Route::new(Match::default(), to) }]);
     let told = Told::captured("10.2.0.1:443");
     assert_eq!(decided(&router, &told), None);
     assert_eq!(decided(&router, &told.showing(Sniffed::Nothing)), Some(Some(0)));

@@ -331,6 +331,7 @@ mod tests {
         assert_eq!(endpoints.unavailable(), Unavailable::Empty("nobody said any".to_owned()));
     }
 
+    /// Ejection leaves at least as many endpoints in use as `max_ejection_percent` says.
     #[test]
     fn no_more_than_the_share_is_left_out() {
         let endpoints = Endpoints::default();

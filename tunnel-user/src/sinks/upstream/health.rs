@@ -191,6 +191,7 @@ async fn watch(health: Weak<Inner>, check: HealthCheck, endpoint: Weak<Endpoint>
 mod tests {
     use super::*;
 
+    /// The time until an ejected endpoint is probed doubles with each failure, up to `max_ejection_time`.
     #[test]
     fn the_way_back_gets_longer_up_to_a_bound() {
         let ms = Duration::from_millis;

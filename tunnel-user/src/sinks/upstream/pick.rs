@@ -195,6 +195,7 @@ mod tests {
         }
     }
 
+    /// `least_request` takes the less busy of two endpoints that are picked by chance.
     #[test]
     fn of_two_picked_by_chance_the_less_busy_is_taken_and_nobody_looks_at_more_than_two() {
         let seeds: Vec<u64> = (0..10).collect();

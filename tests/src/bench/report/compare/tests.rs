@@ -124,6 +124,7 @@ fn more_throughput_is_better_and_more_latency_is_worse() {
     assert!(back.changes[0].verdict != Verdict::Inside, "what moved comes first");
 }
 
+/// The rank test tells samples that lie apart from samples that are mixed.
 #[test]
 fn ranks_of_apart_and_of_mixed_samples() {
     let low: Vec<f64> = (0..7).map(f64::from).collect();

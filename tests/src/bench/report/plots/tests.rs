@@ -63,6 +63,7 @@ fn entities(text: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// The checker of pictures finds a picture that is broken on purpose.
 #[test]
 fn a_checker_that_finds_nothing_would_prove_nothing() {
     assert_eq!(well_formed("<a b=\"1\"><c/>x &amp; y</a>\n"), Ok(()));

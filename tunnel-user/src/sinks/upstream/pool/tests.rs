@@ -331,3 +331,22 @@ fn an_idle_connection_is_closed_and_one_whose_endpoint_is_gone_at_once() {
         assert_eq!(pool.connections(), 0);
     });
 }
+
+/// The probe of an ejected HTTP/1 endpoint, whose connections carry one stream, dials beside the flows': it takes no place of
+/// theirs, finds out whether a connection can be made, and leaves none behind.
+#[test]
+fn a_probe_of_connections_that_carry_one_stream_is_not_counted() {
+    run(async {
+        let dialer = FakeDialer { is_shared: false, ..FakeDialer::new(1) };
+        let pool = pool(&dialer, 1, 1);
+        let flow = pool.checkout(&key(1)).await.unwrap();
+        assert!(matches!(pool.checkout(&key(1)).await, Err(ConnectError::Limit { most: 1 })));
+        assert!(pool.probe(&key(1)).await.is_ok(), "at the limit too");
+        assert_eq!((dialer.dials.get(), pool.connections(), pool.opened()), (2, 0, 1));
+        drop(flow);
+        dialer.stuck.borrow_mut().push(key(2).endpoint);
+        let probed = timeout(Duration::from_secs(1), pool.probe(&key(2))).await;
+        assert!(probed.is_err(), "it says what the dial says");
+        assert!(pool.checkout(&key(1)).await.is_ok(), "the place is free");
+    });
+}

@@ -1,0 +1,174 @@
+//! The policies of one kind (those that allow, those that deny), looked up by target, peer and client.
+//!
+//! # Invariants
+//! - The answer is the first policy of the kind, in the order of the configuration, of which every condition holds.
+//! - Headers, and the ports of policies for the same targets, peers and clients, are compared one policy after the other.
+
+use std::net::SocketAddr;
+
+use http::HeaderMap;
+
+use crate::{
+    config::{HeaderMatch, Peers, Policy, Ports, TargetPattern},
+    model::flow::{ClientAddr, Identity},
+    routing::index::{Entry, Node, PeerIndex, PeerSet, RuleId, Takers, TargetIndex},
+};
+
+/// Who asks, as one kind of policies knows it, and with which headers.
+#[derive(Clone, Copy)]
+pub(super) struct Asker<'a> {
+    pub(super) peer: &'a PeerSet,
+    pub(super) client: ClientAddr,
+    pub(super) headers: Option<&'a HeaderMap>,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(super) struct RuleSet {
+    /// Place of each among all policies.
+    places: Vec<RuleId>,
+    /// What each asks of the headers; empty where none asks for any.
+    headers: Vec<Vec<HeaderMatch>>,
+    targets: TargetIndex,
+    peers: PeerIndex,
+    /// By client; none where no policy asks for it.
+    clients: Option<TargetIndex>,
+    /// The ports of those that have patterns for addresses.
+    resolvable: Node,
+    /// For each list of rules in `peers`: the same ports together.
+    resolvable_by_peer: Vec<Option<Ports>>,
+}
+
+impl RuleSet {
+    /// Of these policies, each with its place among all.
+    pub(super) fn new(rules: &[(RuleId, &Policy)]) -> Self {
+        let peers = PeerIndex::new(rules.iter().map(|(_, rule)| match &rule.identity {
+            Peers::Any => None,
+            Peers::Of(names) => Some(names.as_slice()),
+        }));
+        let ports_of = |rule: &Policy| {
+            Ports::union(rule.targets().iter().filter_map(|p| match p {
+                TargetPattern::Addr(a) => Some(a.ports()),
+                TargetPattern::Name(_) => None,
+            }))
+        };
+        let ports: Vec<_> = rules.iter().map(|(_, rule)| ports_of(rule)).collect();
+        let entry = |(rule, ports): (RuleId, &Option<Ports>)| Some(Entry { rule, ports: ports.clone()? });
+        let resolvable = Node::of(ports.iter().enumerate().filter_map(entry).collect());
+        let of_list =
+            |list: &Vec<RuleId>| Ports::union(list.iter().filter_map(|rule| ports.get(*rule)?.as_ref()));
+        let resolvable_by_peer = peers.nodes().iter().map(of_list).collect();
+        let by_client = rules.iter().any(|(_, rule)| !rule.client.is_empty());
+        let clients = |(_, rule): &(RuleId, &Policy)| {
+            rule.client.iter().cloned().map(TargetPattern::Addr).collect::<Vec<_>>()
+        };
+        let by_header = rules.iter().any(|(_, rule)| !rule.headers.is_empty());
+        Self {
+            places: rules.iter().map(|(place, _)| *place).collect(),
+            headers: if by_header {
+                rules.iter().map(|(_, rule)| rule.headers.clone()).collect()
+            } else {
+                Vec::new()
+            },
+            targets: TargetIndex::new(rules.iter().map(|(_, rule)| rule.targets().to_vec())),
+            peers,
+            clients: by_client.then(|| TargetIndex::new(rules.iter().map(clients))),
+            resolvable,
+            resolvable_by_peer,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Whether one of them asks for headers.
+    pub(super) fn needs_headers(&self) -> bool {
+        !self.headers.is_empty()
+    }
+
+    /// Which of them speak of a peer: found out once for a connection.
+    pub(super) fn peer(&self, who: Option<&Identity>) -> PeerSet {
+        if self.is_empty() { PeerSet::default() } else { self.peers.set(who) }
+    }
+
+    pub(super) fn targets(&self) -> &TargetIndex {
+        &self.targets
+    }
+
+    /// The first that takes the target; its place among all.
+    pub(super) fn first(&self, who: Asker<'_>, takers: Takers<'_>) -> Option<RuleId> {
+        self.first_where(who, takers, |_| true, |_| true)
+    }
+
+    /// The first that takes the target by a pattern of which `of_node` and `of_entry` are true; its place among all.
+    pub(super) fn first_where(
+        &self,
+        who: Asker<'_>,
+        takers: Takers<'_>,
+        of_node: impl Fn(&Node) -> bool,
+        of_entry: impl Fn(&Entry) -> bool,
+    ) -> Option<RuleId> {
+        if self.is_empty() {
+            return None;
+        }
+        let mut first = None;
+        for node in takers.nodes().filter(|node| of_node(node)) {
+            first = self.earlier(who, node, takers.port(), first, &of_entry);
+        }
+        first.and_then(|rule| self.places.get(rule).copied())
+    }
+
+    /// Whether one of them could take an address with this port.
+    pub(super) fn takes_some_address(&self, who: Asker<'_>, port: u16) -> bool {
+        let ports = |list: usize| self.resolvable_by_peer.get(list)?.as_ref();
+        let some = who.peer.nodes().filter_map(ports).any(|ports| ports.contains(port));
+        let conditional = self.clients.is_some() || self.needs_headers();
+        some && (!conditional || self.earlier(who, &self.resolvable, port, None, &|_| true).is_some())
+    }
+
+    /// The first of the node's rules, if it comes before `first`; else `first`.
+    fn earlier(
+        &self,
+        who: Asker<'_>,
+        node: &Node,
+        port: u16,
+        first: Option<RuleId>,
+        wanted: &impl Fn(&Entry) -> bool,
+    ) -> Option<RuleId> {
+        let clients = self.clients.as_ref().map(|index| index.takers_of_addr(who.client.0));
+        let mut rest = node.entries_from(0);
+        while let Some((entry, behind)) = rest.split_first() {
+            if first.is_some_and(|first| first <= entry.rule) {
+                break;
+            }
+            // From what does not hold to the next rule of which it does.
+            if !self.peers.admits(who.peer, entry.rule) {
+                let Some(next) = self.peers.next(who.peer, entry.rule) else { break };
+                rest = node.entries_from(next);
+                continue;
+            }
+            if let Some(clients) = &clients {
+                let Some(next) = clients.next(entry.rule) else { break };
+                if next != entry.rule {
+                    rest = node.entries_from(next);
+                    continue;
+                }
+            }
+            if entry.ports.contains(port) && wanted(entry) && self.takes_headers(entry.rule, who.headers) {
+                return Some(entry.rule);
+            }
+            rest = behind;
+        }
+        first
+    }
+
+    fn takes_headers(&self, rule: RuleId, headers: Option<&HeaderMap>) -> bool {
+        self.headers.get(rule).is_none_or(|wanted| wanted.iter().all(|wanted| wanted.matches(headers)))
+    }
+}
+
+/// Whether a pattern is for this address and this port, and for nothing else.
+pub(super) fn is_exactly(entry: &Entry, addr: SocketAddr) -> bool {
+    entry.ports.ranges() == [(addr.port(), addr.port())]
+}
