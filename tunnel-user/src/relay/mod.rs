@@ -227,6 +227,8 @@ pub enum Cause {
     Connection(String),
     /// This process, or its kernel program, has lost bytes.
     Ours(String),
+    /// The kernel program had no room for more bytes.
+    Flood,
 }
 
 impl fmt::Display for Broken {
@@ -237,6 +239,9 @@ impl fmt::Display for Broken {
             Self::Reset(Cause::Stream(reason)) => write!(f, "stream reset: {reason}"),
             Self::Reset(Cause::Connection(e)) => write!(f, "tunnel connection lost: {e}"),
             Self::Reset(Cause::Ours(e)) => f.write_str(e),
+            Self::Reset(Cause::Flood) => {
+                f.write_str("more bytes came than the mailbox of a spliced flow holds")
+            }
         }
     }
 }
@@ -273,6 +278,7 @@ impl Outcome {
         };
         match (side, cause) {
             (_, Cause::Ours(_)) => EndReason::InternalError,
+            (_, Cause::Flood) => EndReason::SpliceOverflow,
             (Side::Client, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::ClientTimeout,
             (Side::Target, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::TargetTimeout,
             (Side::Client, Cause::Tcp(_) | Cause::Stream(_)) => EndReason::ClientReset,
