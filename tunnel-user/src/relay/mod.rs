@@ -328,14 +328,14 @@ pub enum Path {
 }
 
 impl Path {
-    /// What a worker has for it, or keeps: of pipes no more than so many.
+    /// What a worker has for it, or keeps: of pipes, or of pairs of mailboxes, no more than so many.
     pub fn new(kind: PathKind, before: Option<&Self>, pipes_max: usize) -> Self {
         match (kind, before) {
             (PathKind::Copy, _) => Self::Copy,
             (PathKind::Pipe, Some(Self::Pipe(pipes))) => Self::Pipe(Rc::clone(pipes)),
             (PathKind::Pipe, _) => Self::Pipe(Rc::new(Pipes::new(pipes_max))),
             (PathKind::Splice, Some(Self::Splice(splices))) => Self::Splice(Rc::clone(splices)),
-            (PathKind::Splice, _) => match Splices::load() {
+            (PathKind::Splice, _) => match Splices::load(pipes_max) {
                 Ok(splices) => Self::Splice(Rc::new(splices)),
                 // It was tried before the workers were told to.
                 Err(e) => {

@@ -59,6 +59,8 @@ const NOEXIST: u64 = 1;
 /// What a worker's flows are spliced with. See the module.
 pub struct Splices {
     map: Rc<SpliceMap>,
+    /// Flows that it can have.
+    places: usize,
     /// Tells flows what the program has told; ends with this.
     _watch: Tasks,
 }
@@ -117,9 +119,12 @@ struct Waiting {
 }
 
 impl Splices {
-    /// Loads the program. In a worker's runtime.
-    pub fn load() -> Result<Self, Unfit> {
-        Self::with(BACKLOG_MAX, super::INTERACTIVE_STREAK)
+    /// Loads the program, for so many flows at most, because each has a pair of mailboxes. In a worker's runtime.
+    pub fn load(most: usize) -> Result<Self, Unfit> {
+        let mut splices = Self::with(BACKLOG_MAX, super::INTERACTIVE_STREAK)?;
+        splices.places = most.clamp(1, FLOWS_MAX);
+        splices.map.free.borrow_mut().truncate(splices.places);
+        Ok(splices)
     }
 
     /// With less credit, or fewer wake-ups before a flow is promoted: to see many changes in little time.
@@ -129,7 +134,7 @@ impl Splices {
         // Without it the flows would sleep for ever: then nothing is spliced.
         let ready = map.notifier().map_err(Unfit::Unheard)?;
         watch.spawn(tell(Rc::downgrade(&map), ready));
-        Ok(Self { map, _watch: watch })
+        Ok(Self { map, places: FLOWS_MAX, _watch: watch })
     }
 
     /// What was done since this was last called.
@@ -140,7 +145,7 @@ impl Splices {
 
     /// Flows that have a pair of slots.
     pub fn slots_in_use(&self) -> usize {
-        FLOWS_MAX - self.map.free.borrow().len()
+        self.places - self.map.free.borrow().len()
     }
 
     pub(super) fn map(&self) -> &Rc<SpliceMap> {
