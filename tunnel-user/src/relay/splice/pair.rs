@@ -196,9 +196,9 @@ impl Pair {
             }
             if !looks.contains(&Look::More) && !looks.contains(&Look::Wait) && looks.contains(&Look::Ready) {
                 looks[0] = self.open(sockets, &ways)?;
-                if self.leaving {
-                    continue;
-                }
+            }
+            if self.leaving && self.shut.is_none() {
+                continue;
             }
             if looks.contains(&Look::More) {
                 pause = PAUSE_MIN;
