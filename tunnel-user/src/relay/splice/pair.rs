@@ -392,7 +392,8 @@ impl Pair {
             State::Failing(_) => return Ok(Look::Settled),
             State::Open | State::Done | State::Refused { .. } => {}
         }
-        if more {
+        // Most often it has read everything by then, and need not be asked again.
+        if more && (*leaving || !half.ledger.has_read(words.kept.load(Ordering::Acquire))) {
             return Ok(Look::More);
         }
         if left {
