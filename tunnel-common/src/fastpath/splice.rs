@@ -29,7 +29,7 @@ pub const OVERHEAD: u64 = 1280;
 /// The gate of a direction that the daemon copies: never what was passed.
 pub const SHUT: u64 = u64::MAX;
 
-/// Flows that one instance of the program serves. 128 bytes of words for each.
+/// Flows that one instance of the program serves. 256 bytes of words for each.
 pub const FLOWS_MAX: usize = 2048;
 /// Directions of those. A flow has two that follow each other: `2n` from its client, `2n + 1` from its target.
 pub const DIRECTIONS_MAX: usize = 2 * FLOWS_MAX;
