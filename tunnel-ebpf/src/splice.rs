@@ -151,7 +151,9 @@ unsafe fn announce(word: *mut u64, value: u64) {
     // The target has no atomic exchange in `core`. The kernel's has a full barrier on every machine, as it returns what
     // was there before (Documentation/bpf/standardization/instruction-set.rst, BPF_XCHG; atomic_t.txt).
     // SAFETY: eight aligned bytes of a map's entry, which is there for good; whoever else writes them is the caller's matter.
-    unsafe { asm!("{value} = xchg_64({word} + 0, {value})", word = in(reg) word, value = inout(reg) value => _) };
+    unsafe {
+        asm!("{value} = xchg_64({word} + 0, {value})", word = in(reg) word, value = inout(reg) value => _)
+    };
 }
 
 /// The daemon resets the flow: some of its bytes are gone.

@@ -233,8 +233,8 @@ pub enum Cause {
     Flood(String),
     /// This process, or its kernel program, has lost bytes.
     Ours(String),
-    /// The kernel program had no room for more bytes.
-    Flood,
+    /// The mailbox of a spliced flow holds no more bytes.
+    Overflow,
 }
 
 impl fmt::Display for Broken {
@@ -246,7 +246,7 @@ impl fmt::Display for Broken {
             Self::Reset(Cause::Http3(code)) => write!(f, "stream reset: {code}"),
             Self::Reset(Cause::Connection(e) | Cause::Flood(e)) => write!(f, "tunnel connection lost: {e}"),
             Self::Reset(Cause::Ours(e)) => f.write_str(e),
-            Self::Reset(Cause::Flood) => {
+            Self::Reset(Cause::Overflow) => {
                 f.write_str("more bytes came than the mailbox of a spliced flow holds")
             }
         }
@@ -285,7 +285,7 @@ impl Outcome {
         };
         match (side, cause) {
             (_, Cause::Ours(_)) => EndReason::InternalError,
-            (_, Cause::Flood) => EndReason::SpliceOverflow,
+            (_, Cause::Overflow) => EndReason::SpliceOverflow,
             (Side::Client, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::ClientTimeout,
             (Side::Target, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::TargetTimeout,
             (Side::Client, Cause::Tcp(_) | Cause::Stream(_) | Cause::Http3(_)) => EndReason::ClientReset,

@@ -264,8 +264,8 @@ impl World {
             }
             Doing::Opening(at @ (0 | 1), was) if self.is_free(usize::from(at)) => Doing::Opening(at + 1, was),
             Doing::Opening(2, was) if levels == [true; 2] => {
-                for at in 0..2 {
-                    self.sides[at].was_clear = was[at] || self.was_left_alone(at);
+                for (at, was) in was.into_iter().enumerate() {
+                    self.sides[at].was_clear = was || self.was_left_alone(at);
                 }
                 for at in 0..2 {
                     let side = &mut self.sides[at];

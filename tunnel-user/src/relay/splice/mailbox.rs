@@ -48,7 +48,8 @@ impl Mailboxes {
 
     /// Reads what the program has mailed.
     pub(super) fn read(&self, side: usize, buf: &mut [u8]) -> io::Result<usize> {
-        match (&mut &*self.of(side)).read(buf) {
+        let mut mailbox = self.of(side);
+        match mailbox.read(buf) {
             Ok(0) => Err(io::ErrorKind::BrokenPipe.into()),
             read => read,
         }

@@ -140,7 +140,7 @@ async fn copy(
 /// What has become of a flow's sockets.
 enum Joined {
     Not,
-    Yes(Pair),
+    Yes(Box<Pair>),
     /// They are copied for good.
     Never {
         slots: Option<SlotPair>,
@@ -166,7 +166,7 @@ fn ours(e: &io::Error) -> Broken {
 fn broken(why: u64) -> Broken {
     let (why, bytes) = (why >> 32 << 32, why & u64::from(u32::MAX));
     if why == FLOOD {
-        return Broken::Reset(Cause::Flood);
+        return Broken::Reset(Cause::Overflow);
     }
     Broken::Reset(Cause::Ours(match why {
         HOLE => format!("{bytes} bytes are missing in front of a buffer that was to be spliced"),
@@ -199,7 +199,7 @@ fn join(map: &Rc<SpliceMap>, client: &TcpStream, target: &TcpStream, meter: &Met
     match Pair::new(map, slots, [client, target], meter) {
         Ok(pair) => {
             map.count(|done| done.flows += 1);
-            Joined::Yes(pair)
+            Joined::Yes(Box::new(pair))
         }
         Err(slots) => Joined::Never { slots: Some(slots) },
     }

@@ -436,8 +436,8 @@ impl Pair {
         // What a program decides from here on, it decides by what waits in front of its socket; what one has decided to pass
         // before is where it belongs once the lock has been had.
         let turned = [0, 1].map(|side| words[side].turned.swap(0, Ordering::SeqCst) != 0);
-        for side in 0..2 {
-            sockopt::settle(sockets[side]).map_err(by(side))?;
+        for (side, socket) in sockets.iter().enumerate() {
+            sockopt::settle(socket).map_err(by(side))?;
         }
         let mut look = Look::Settled;
         for side in 0..2 {
@@ -481,8 +481,8 @@ impl Pair {
         }
         // What came meanwhile, and saw a gate shut for good, was told to nobody. Whoever has seen it so is through once the
         // lock has been had, and what it has kept shows.
-        for side in 0..2 {
-            sockopt::settle(sockets[side]).map_err(by(side))?;
+        for (side, socket) in sockets.iter().enumerate() {
+            sockopt::settle(socket).map_err(by(side))?;
             if Some(words[side].kept.load(Ordering::Acquire)) != halves[side].ledger.gate() {
                 look = Look::More;
             }
@@ -495,9 +495,9 @@ impl Pair {
         for side in 0..2 {
             self.slots.words(side).gate.store(SHUT, Ordering::SeqCst);
         }
-        for side in 0..2 {
+        for (side, socket) in sockets.iter().enumerate() {
             let by = if side == 0 { Side::Client } else { Side::Target };
-            sockopt::settle(sockets[side]).map_err(|e| (by, reset(e)))?;
+            sockopt::settle(socket).map_err(|e| (by, reset(e)))?;
         }
         self.shut = Some(Instant::now());
         Ok(())
@@ -507,21 +507,21 @@ impl Pair {
     /// nothing waits, and here it is seen where nothing comes.
     fn turn(&mut self, sockets: [&TcpStream; 2]) -> Result<(), (Side, Broken)> {
         let Some(since) = self.shut else { return Ok(()) };
-        for side in 0..2 {
+        for (side, socket) in sockets.into_iter().enumerate() {
             let (words, from) = (self.slots.words(side), self.slots.words(1 - side));
             if words.turned.load(Ordering::SeqCst) != 0 {
                 continue;
             }
             let by = |e| (if side == 0 { Side::Client } else { Side::Target }, reset(e));
             let empty = was_left_alone(&self.halves, &self.slots, side) || {
-                let accepted = sockopt::accepted(sockets[side]).map_err(by)?;
+                let accepted = sockopt::accepted(socket).map_err(by)?;
                 let ledger = &self.halves[1 - side].ledger;
                 since.elapsed() >= GRACE
                     && ledger.is_drained(from.redirected.load(Ordering::Acquire), accepted)
             };
             if empty {
                 words.turned.store(1, Ordering::SeqCst);
-                sockopt::settle(sockets[side]).map_err(by)?;
+                sockopt::settle(socket).map_err(by)?;
             }
         }
         Ok(())
