@@ -12,8 +12,8 @@ use std::{
 use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
     cli::{
-        Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, doctor, exec, explain, flows, pki,
-        service, status, support,
+        Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, attach, doctor, exec, explain,
+        flows, pki, service, status, support,
     },
     config::{Config, schema},
     daemon::{self, Running},
@@ -58,8 +58,14 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Gateway(args) => {
             daemon::run(args.to_config(), None, false, service::read()?).map(|()| ExitCode::SUCCESS)
         }
+        Command::Attach(args) => print(attach::attach(&args)?.as_bytes()),
+        Command::Detach(args) if args.group.is_said() => {
+            print(attach::detach(&args.daemon, &args.group)?.as_bytes())
+        }
         Command::Detach(args) => {
-            daemon::detach(&Config::load_to_detach(&args.config)?).map(|()| ExitCode::SUCCESS)
+            // One of them is required.
+            let file = args.daemon.config.unwrap_or_default();
+            daemon::detach(&Config::load_to_detach(&file)?).map(|()| ExitCode::SUCCESS)
         }
         Command::Status(args) => {
             let (text, ready) = status::run(&args)?;

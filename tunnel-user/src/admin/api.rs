@@ -14,7 +14,7 @@ use super::{
     metrics::{Format, Scrape},
     problems,
     server::{Body, Context},
-    view::{By, Command, Flows, Overview, Problem, Question, Status, Upstream},
+    view::{Attach, By, Command, Flows, Overview, Problem, Question, Status, Until, Upstream},
 };
 use crate::{
     model::flow::Target,
@@ -78,6 +78,11 @@ const ENDPOINTS: &[Endpoint] = &[
     read("/log", "the lines that were logged last"),
     read("/logging", "the log filter"),
     change("/logging", "sets it: ?level=LEVEL, ?target=TARGET&level=LEVEL, ?filter=FILTER, or ?reset"),
+    change(
+        "/captures",
+        "captures one more group: ?cgroup= or unit=, name=, include=, refuse=, exclude=, on_failure=, until=PID or until=empty",
+    ),
+    change("/captures/detach", "ends a capture that was attached: ?which=GROUP or NAME"),
     change("/drain", "drains the daemon, as SIGTERM does"),
 ];
 
@@ -126,6 +131,14 @@ pub(super) async fn answer<B>(context: &std::rc::Rc<Context>, request: &Request<
         }
         ("/logging", false) => json(StatusCode::OK, &json!({ "filter": context.log.filter() })),
         ("/logging", true) => set_log(context, &query),
+        ("/captures", true) => match attachment(&query) {
+            Ok(wanted) => changed(context.sight.command(|tell| Command::Attach(wanted, tell)).await),
+            Err(why) => error(StatusCode::BAD_REQUEST, &why),
+        },
+        ("/captures/detach", true) => match query.get("which") {
+            Some(which) => changed(context.sight.command(|tell| Command::Detach(which, tell)).await),
+            None => error(StatusCode::BAD_REQUEST, "say what to detach: ?which=GROUP"),
+        },
         ("/drain", true) => match context.sight.command(Command::Drain).await {
             Some(()) => json(StatusCode::ACCEPTED, &json!({ "draining": true })),
             None => busy(),
@@ -320,6 +333,45 @@ async fn explain(context: &Context, query: &Query<'_>) -> Response<Body> {
             }
             json(StatusCode::OK, &explanation)
         }
+    }
+}
+
+/// The capture that a request wants, as a configuration would have it.
+fn attachment(query: &Query<'_>) -> Result<Attach, String> {
+    let mut keys = BTreeMap::<&str, serde_json::Value>::new();
+    let mut until = None;
+    for (name, value) in query.pairs() {
+        let key = ["cgroup", "unit", "name", "on_failure"].into_iter().find(|key| *key == name);
+        let list = ["include", "refuse", "exclude"].into_iter().find(|key| *key == name);
+        match (key, list, name.as_str()) {
+            (Some(key), ..) => drop(keys.insert(key, value.into())),
+            (_, Some(list), _) => {
+                let values = keys.entry(list).or_insert_with(|| json!([]));
+                if let Some(values) = values.as_array_mut() {
+                    values.push(value.into());
+                }
+            }
+            (_, _, "until") if value == "empty" => until = Some(Until::Empty),
+            (_, _, "until") => {
+                let pid = value
+                    .parse()
+                    .map_err(|_| format!("until: \"{value}\" is neither a process nor \"empty\""))?;
+                until = Some(Until::Process(pid));
+            }
+            _ => return Err(format!("there is no parameter {name}")),
+        }
+    }
+    // Strings and lists of strings are written in TOML as in JSON, but for DEL, which JSON does not escape.
+    let line =
+        |(key, value): (&str, serde_json::Value)| format!("{key} = {value}\n").replace('\u{7f}', "\\u007F");
+    Ok(Attach { text: format!("[[capture]]\n{}", keys.into_iter().map(line).collect::<String>()), until })
+}
+
+fn changed(result: Option<Result<String, String>>) -> Response<Body> {
+    match result {
+        None => busy(),
+        Some(Err(why)) => error(StatusCode::BAD_REQUEST, &why),
+        Some(Ok(group)) => json(StatusCode::OK, &json!({ "capture": group })),
     }
 }
 

@@ -68,6 +68,11 @@ impl Bound {
         self.unix.as_ref().map_or(Ok(()), Socket::put_in_place)
     }
 
+    /// The path of its Unix socket.
+    pub fn socket(&self) -> Option<&Path> {
+        self.unix.as_ref().map(|socket| socket.path.as_path())
+    }
+
     /// Where it can be reached, for the log.
     pub fn addresses(&self) -> Vec<String> {
         let unix = self.unix.as_ref().map(|socket| socket.path.display().to_string());

@@ -21,6 +21,10 @@ pub enum Command {
     ConfigDump(oneshot::Sender<serde_json::Value>),
     /// Where a flow would go.
     Explain(Question, oneshot::Sender<Result<Explanation, String>>),
+    /// To capture one more group; which, or why not.
+    Attach(Attach, oneshot::Sender<Result<String, String>>),
+    /// No longer to capture a group that was attached.
+    Detach(String, oneshot::Sender<Result<String, String>>),
     /// To drain and end, as on SIGTERM.
     Drain(oneshot::Sender<()>),
 }
@@ -31,6 +35,8 @@ impl fmt::Debug for Command {
             Self::Overview(_) => "Overview",
             Self::ConfigDump(_) => "ConfigDump",
             Self::Explain(..) => "Explain",
+            Self::Attach(..) => "Attach",
+            Self::Detach(..) => "Detach",
             Self::Drain(_) => "Drain",
         })
     }
@@ -308,4 +314,22 @@ pub struct Share {
     pub endpoints: Vec<EndpointReport>,
     /// Why there is no endpoint, if there is none.
     pub unavailable: Option<String>,
+}
+
+/// A capture that an operator wants.
+#[derive(Clone, Debug)]
+pub struct Attach {
+    /// The table of a configuration that says so.
+    pub text: String,
+    /// With what it ends.
+    pub until: Option<Until>,
+}
+
+/// With what a capture ends.
+#[derive(Clone, Copy, Debug)]
+pub enum Until {
+    /// A process.
+    Process(u32),
+    /// When nothing runs in the group any more.
+    Empty,
 }

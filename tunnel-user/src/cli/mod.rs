@@ -2,6 +2,7 @@
 //!
 //! Values that are not valid are rejected here, with an example of a valid one.
 
+pub mod attach;
 pub mod client;
 pub mod doctor;
 pub mod exec;
@@ -86,7 +87,14 @@ pub enum Command {
     /// Listeners are bound and programs are loaded before anything is captured. On SIGTERM the daemon drains: new
     /// connections are refused, and established flows may finish within daemon.drain_timeout.
     Run(RunArgs),
-    /// End the captures of a configuration, whether or not a daemon is running.
+    /// Capture one more cgroup, unit, process or container by a running daemon.
+    ///
+    /// It lasts over reloads and take-overs, until it is detached, until its process ends (--until-exit), or until the daemon ends.
+    Attach(Box<attach::AttachArgs>),
+    /// End a capture that was attached to a running daemon, or the captures of a configuration, whether or not a daemon is running.
+    ///
+    /// With --cgroup, --unit, --pid or --container: what `tunnel attach` has attached. With --config alone: what the configuration
+    /// captures.
     ///
     /// A daemon that stops leaves captures with on_failure = "closed" in place: their connections are refused until a
     /// daemon is running again, or until the captures are detached.
@@ -249,11 +257,16 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  sudo tunnel detach --config /etc/tunnel/agent.toml")]
+  sudo tunnel detach --config /etc/tunnel/agent.toml
+  sudo tunnel detach --unit legacy.service")]
+#[command(group(clap::ArgGroup::new("what").args(["config", "cgroup", "unit", "pid", "container"]).required(true).multiple(true)))]
 pub struct DetachArgs {
-    /// Configuration file whose captures are ended.
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
+    /// Which daemon; alone, the configuration file whose captures are ended.
+    #[command(flatten)]
+    pub daemon: client::DaemonArgs,
+    /// What was attached.
+    #[command(flatten)]
+    pub group: attach::GroupArgs,
 }
 
 /// Arguments of `tunnel gateway`.
@@ -452,7 +465,7 @@ mod tests {
                 assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
             }
         }
-        assert_eq!(leaves, 15);
+        assert_eq!(leaves, 16);
     }
 
     #[test]

@@ -202,7 +202,7 @@ impl Section for AnyCapture {
             }
             _ => path.map(|p| CgroupRef::Path(p.0)).or(unit.map(CgroupRef::Unit)),
         };
-        if !r.for_exec() && !r.has("proxy") && !r.root_has("route") {
+        if !r.for_exec() && !r.is_layer() && !r.has("proxy") && !r.root_has("route") {
             r.wrong("", "has no [[route]] and no proxy: every captured connection would be refused");
         }
         let name = name.or(called);

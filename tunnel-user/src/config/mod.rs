@@ -208,6 +208,11 @@ impl Config {
         Self::read(text, file, check, Purpose::Daemon)
     }
 
+    /// Reads a text that stands beside what a daemon's file says; `called` is what mistakes in it are said of.
+    pub fn parse_layer(text: &str, called: &Path) -> Result<Self, ConfigErrors> {
+        Self::read(text, called, CheckFiles::No, Purpose::Layer)
+    }
+
     fn read(text: &str, file: &Path, check: CheckFiles, purpose: Purpose) -> Result<Self, ConfigErrors> {
         let base = file.parent().unwrap_or(Path::new(""));
         let wrong = |mistakes| ConfigErrors { file: file.to_owned(), unreadable: None, mistakes };

@@ -43,6 +43,8 @@ pub(crate) enum Purpose {
     Exec,
     /// One command, which brings its own cgroup; flags say what of it is captured.
     ExecByFlags,
+    /// A daemon, beside what its file says: routes are there.
+    Layer,
 }
 
 /// What a whole document shares: where it stands, and its mistakes so far.
@@ -368,10 +370,15 @@ impl<'a> Reader<'a> {
 
     /// Whether the configuration is for one command, which brings its own cgroup.
     pub(crate) fn for_exec(&self) -> bool {
-        self.doc.is_some_and(|doc| doc.purpose != Purpose::Daemon)
+        self.doc.is_some_and(|doc| matches!(doc.purpose, Purpose::Exec | Purpose::ExecByFlags))
     }
 
-    /// Whether it is, and the first capture of the file says what of it is captured.
+    /// Whether it stands beside what a file says.
+    pub(crate) fn is_layer(&self) -> bool {
+        self.doc.is_some_and(|doc| doc.purpose == Purpose::Layer)
+    }
+
+    /// Whether it is for a command, and the first capture of the file says what of it is captured.
     pub(crate) fn captures_for_exec(&self) -> bool {
         self.doc.is_some_and(|doc| doc.purpose == Purpose::Exec)
     }

@@ -94,6 +94,8 @@ impl Running {
                 tell.send(json!({ "file": file, "layers": self.layers.describe() })).is_err()
             }
             Command::Explain(question, tell) => tell.send(self.explain(&question)).is_err(),
+            // The loop does these itself: they take time.
+            Command::Attach(..) | Command::Detach(..) => false,
             Command::Drain(tell) => {
                 let _gone = tell.send(());
                 return Some("an operator asked for it");

@@ -24,12 +24,15 @@ pub(super) struct Owner(u8);
 impl Owner {
     /// The configuration file, or the flags in its place.
     pub(super) const FILE: Self = Self(0);
+    /// What operators have attached.
+    pub(super) const ADMIN: Self = Self(1);
 }
 
 impl Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::FILE => f.write_str("file"),
+            Self::ADMIN => f.write_str("attached"),
             Self(number) => write!(f, "layer {number}"),
         }
     }

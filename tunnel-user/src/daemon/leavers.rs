@@ -93,7 +93,7 @@ fn children(pid: u32) -> Vec<u32> {
 }
 
 /// When a process was started, in clock ticks since boot. `None` of one that has ended.
-fn started(pid: u32) -> Option<u64> {
+pub(super) fn started(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Its name may have brackets and spaces (proc_pid_stat(5)).
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();

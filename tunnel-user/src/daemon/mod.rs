@@ -9,6 +9,7 @@
 //! - Only this room wires others together.
 
 mod admin;
+mod attach;
 mod bootstrap;
 mod captures;
 mod explain;
@@ -121,6 +122,8 @@ pub struct Options<'a> {
     pub group: Option<&'a Fresh>,
     /// Whether records of flows are kept, for [`Running::stop`] to return.
     pub keep_records: bool,
+    /// What operators had attached to the daemon that this one replaces.
+    pub attached: Option<Config>,
     /// Sockets of a daemon that this one replaces: used where their addresses are configured.
     pub taken: Listeners,
 }
@@ -162,11 +165,15 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
 }
 
 fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Starting, Failure> {
-    let Options { group, keep_records, taken } = options;
+    let Options { group, keep_records, attached, taken } = options;
     let process = Process::set_up(&config, keep_records)?;
     let mut running = Running {
         workers: Workers::start(process.workers)?,
-        layers: Layers::default().with(LayerOwner::FILE, config.clone()),
+        layers: attached
+            .into_iter()
+            .fold(Layers::default().with(LayerOwner::FILE, config.clone()), |layers, attached| {
+                layers.with(LayerOwner::ADMIN, attached)
+            }),
         config: Config::empty(config.daemon),
         identities: Identities::default(),
         captures: Vec::new(),

@@ -5,11 +5,14 @@
 
 use std::{os::unix::net::UnixStream, path::Path, time::Duration};
 
-use super::{Options, Running, admin, begin, control_runtime, file::ConfigFile, lifecycle::Lifecycle, other};
+use super::{
+    Options, Running, admin, attach::Attachments, begin, control_runtime, file::ConfigFile,
+    lifecycle::Lifecycle, other,
+};
 use crate::{
-    admin::{Admin, Command},
+    admin::{Admin, Bound, Command},
     config::Config,
-    daemon::takeover::{self, Listeners, Offer, TakeoverError},
+    daemon::takeover::{self, Offer, TakeoverError},
     process::{
         drain::Phase,
         exit::Failure,
@@ -18,6 +21,8 @@ use crate::{
     },
 };
 
+/// Why it ends, where another daemon goes on.
+const TAKEN_OVER: &str = "another daemon has taken over";
 /// How often the place where the next daemon can take over is tried, while the last one has it.
 const OFFER_RETRY: Duration = Duration::from_millis(100);
 
@@ -32,6 +37,8 @@ enum Event {
     ReopenLogs,
     FeedWatchdog,
     Asked(Command),
+    /// What a group that was attached was to end with has ended.
+    Expired(String),
 }
 
 /// Until a signal ends it, or another daemon takes over. A second signal ends the draining. `file` names the daemon: the
@@ -47,7 +54,9 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         let mut source = file.map(|file| ConfigFile::new(file, config.daemon.watch));
         let bound = admin::bind(&config, file, take_over)?;
         let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
-        let (mut running, took_over) = start(config, file.filter(|_| take_over), passed)?;
+        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), take_over);
+        let options = Options { attached: attachments.layer()?, taken: passed, ..Options::default() };
+        let (mut running, took_over) = start(config, file.filter(|_| take_over), options)?;
         running.workers.in_force().await;
         let mut admin = bound.map(|bound| running.serve_admin(bound, file)).transpose()?;
         lifecycle.ready(&running, took_over);
@@ -62,6 +71,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                 () = changed(&mut source) => Event::Reload { asked: false },
                 stream = requested(file, &mut offer) => Event::TakeOver(stream),
                 command = asked(&mut admin) => Event::Asked(command),
+                group = attachments.expired() => Event::Expired(group),
             };
             match (event, &mut source) {
                 (Event::Stop(why), _) => break why,
@@ -77,6 +87,18 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                     lifecycle.reloaded(&running, true);
                 }
                 (Event::ReopenLogs, _) => running.reopen_access_logs(),
+                (Event::Asked(Command::Attach(wanted, tell)), _) => {
+                    // Whoever has asked may have left.
+                    let _gone = tell.send(attachments.attach(&mut running, wanted).await);
+                }
+                (Event::Asked(Command::Detach(which, tell)), _) => {
+                    let _gone = tell.send(attachments.detach(&mut running, &which).await);
+                }
+                (Event::Expired(group), _) => {
+                    if let Err(error) = attachments.detach(&mut running, &group).await {
+                        tracing::error!(cgroup = group, error, "failed to detach");
+                    }
+                }
                 (Event::Asked(command), _) => {
                     if let Some(why) = running.answer(command) {
                         break why;
@@ -90,7 +112,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                         // Dropped, it is over: the other side hears of it.
                         why = signals.next() => break why,
                         given = running.give(stream) => match given {
-                            Ok(()) => break "another daemon has taken over",
+                            Ok(()) => break TAKEN_OVER,
                             Err(e) => tracing::warn!("{e}"),
                         }
                     }
@@ -99,6 +121,9 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         };
         drop((offer, source));
         tracing::info!("{why}: draining");
+        if why != TAKEN_OVER {
+            attachments.forget();
+        }
         lifecycle.stopping(why, running.config.daemon.drain_timeout);
         // The admin interface is there until the last flow has ended.
         let stopped = stop(running, &mut signals).await;
@@ -107,9 +132,13 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
     })
 }
 
-/// Starts, in place of the daemon of the file `replacing` if one runs; whether it has taken over from one. `passed` are
-/// sockets of the service manager.
-fn start(config: Config, replacing: Option<&Path>, passed: Listeners) -> Result<(Running, bool), Failure> {
+/// Starts, in place of the daemon of the file `replacing` if one runs; whether it has taken over from one. Of `options` the
+/// sockets are those of the service manager.
+fn start(
+    config: Config,
+    replacing: Option<&Path>,
+    mut options: Options<'_>,
+) -> Result<(Running, bool), Failure> {
     let old = match replacing {
         Some(file) => takeover::take(file).map_err(|e| other(&e.to_string()))?,
         None => None,
@@ -119,11 +148,12 @@ fn start(config: Config, replacing: Option<&Path>, passed: Listeners) -> Result<
     }
     let (taken, old) = old.map(takeover::Taken::split).unzip();
     let mut taken = taken.unwrap_or_default();
-    for (address, sockets) in passed {
+    for (address, sockets) in options.taken {
         // The daemon before has them, too.
         taken.entry(address).or_insert(sockets);
     }
-    let starting = begin(config, Options { taken, ..Options::default() })?;
+    options.taken = taken;
+    let starting = begin(config, options)?;
     for address in starting.addresses() {
         tracing::info!(%address, "listening");
     }
