@@ -14,7 +14,9 @@ use tunnel::{
     config::{CheckFiles, Config},
     identity::{
         peer::{names_of, peer_identity},
-        verify::check_expiry,
+        sds,
+        verify::{self, check_expiry},
+        workload_api,
     },
     model::flow::Target,
     proxy::Refusal,
@@ -44,7 +46,7 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 8] = [
+pub const ALL: [(&str, Check); 11] = [
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("http3", http3),
@@ -52,6 +54,9 @@ pub const ALL: [(&str, Check); 8] = [
     ("proxy_header", proxy_header),
     ("config", config),
     ("records", records),
+    ("certificate", certificate),
+    ("svid", svid),
+    ("sds", sds),
     ("certificate_names", certificate_names),
 ];
 
@@ -212,6 +217,41 @@ pub fn proxy_header(input: &[u8]) {
 /// A TLS record session: what its peer seals, what happens to that on the way, and what is written and read meanwhile.
 pub fn records(input: &[u8]) {
     records::run(input);
+}
+
+/// A peer's certificates, the leaf first, each behind its length in two bytes: what is read of them, before and beside webpki.
+pub fn certificate(input: &[u8]) {
+    let mut rest = input;
+    let mut chain = Vec::new();
+    while let Some((length, behind)) = rest.split_first_chunk::<2>() {
+        let length = usize::from(u16::from_be_bytes(*length)).min(behind.len());
+        chain.push(CertificateDer::from(behind[..length].to_vec()));
+        rest = &behind[length..];
+    }
+    let names = chain.first().map(names_of).unwrap_or_default();
+    let identity = peer_identity(&chain);
+    assert!(
+        identity.is_none_or(|id| names.iter().any(|name| name.to_string() == *id.0)),
+        "an identity is one of the names"
+    );
+    let claims = verify::claims(&chain);
+    assert!(claims.is_ok() || !chain.is_empty(), "nobody claims nothing");
+}
+
+/// An answer of a Workload API.
+pub fn svid(input: &[u8]) {
+    if let Ok(material) = workload_api::read_answer(input) {
+        assert!(material.bundles.general.is_none(), "roots are of a trust domain");
+        assert!(!material.bundles.domains.is_empty() && !material.certificate.cert.is_empty());
+        assert!(material.bundles.domains.values().all(|bundle| !bundle.is_empty()));
+    }
+}
+
+/// An answer of an SDS server.
+pub fn sds(input: &[u8]) {
+    if let Err(why) = sds::read_answer(input) {
+        assert!(!why.is_empty() && !why.contains('\0'), "it is logged");
+    }
 }
 
 /// A certificate, as a peer shows it before anybody has verified it: its names, and who it says the peer is.

@@ -47,6 +47,7 @@ pub mod peer;
 pub mod pki;
 pub mod process;
 pub mod programs;
+pub mod providers;
 pub mod proxies;
 pub mod raw;
 pub mod rules;

@@ -63,6 +63,13 @@ pub fn tools() -> PathBuf {
     elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools"))
 }
 
+/// The Python in whose environment the servers of identities are.
+pub fn providers() -> Result<PathBuf> {
+    let python = tools().join("providers/bin/python");
+    let found = python.is_file().then_some(python);
+    found.context("the servers of identities are not installed: cargo xtask setup --only test installs them")
+}
+
 /// The Python in whose environment the messages of OpenTelemetry are.
 pub fn collector() -> Result<PathBuf> {
     let python = tools().join("collector/bin/python");

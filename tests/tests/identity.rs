@@ -188,47 +188,157 @@ fn unquoted(log: &str) -> String {
     log.replace("\\\"", "\"")
 }
 
-/// A CA with name constraints for URIs, which nobody here can check, is named by both logs, whoever has its certificate.
+/// URI name constraints of a CA are checked: a certificate within them works on either side, and one outside is rejected by both
+/// sides with the CA's name. Constraints of a kind that is not supported are named.
 ///
 /// Failure: peer-certificate.
 #[test]
-fn a_ca_with_uri_name_constraints_is_named_as_unsupported_by_both_logs() -> Result<()> {
-    const SAID: &str = "the CA \"CN=constrained\" has name constraints for URI names, and URI name constraints are not supported";
+fn uri_name_constraints_of_a_ca_are_checked() -> Result<()> {
+    const VIOLATED: &str =
+        "the name constraints of its CA do not permit spiffe://test.tunnel/node (\"CN=constrained\")";
+    const UNSUPPORTED: &str = "the CA \"CN=constrained\" has name constraints for directory names, and directory name constraints \
+                               are not supported";
     let world = World::new()?;
-    for (i, constraints) in
-        ["critical,permitted;URI:test.tunnel", "excluded;URI:elsewhere.test"].iter().enumerate()
-    {
-        let node = world.pki().issue_constrained("c-node", &format!("URI:{NODE_ID}"), constraints)?;
-        let mut gateway = world.gateway().listen(port(i, 0)).start()?;
-        let target = world.serve(TARGET4, target::echo())?;
-        let done = assert_no_byte_passes(&world.exec(&gateway).credentials(node), &target)?;
-        let said = gateway.logs("rejected peer connection")?;
-        assert!(said.contains("failed the chain check") && said.contains(SAID), "{said}");
+    let target = world.serve(TARGET4, target::echo())?;
+    let (node_id, gateway_id) = (format!("URI:{NODE_ID}"), format!("URI:{GATEWAY_ID}"));
+    let issue =
+        |name: &str, id: &str, constraints: &str| world.pki().issue_constrained(name, id, constraints);
+    let within = [
+        "critical,permitted;URI:test.tunnel",
+        "permitted;URI:test.tunnel",
+        "critical,excluded;URI:elsewhere.test",
+    ];
+    for (i, constraints) in within.iter().enumerate() {
+        let gateway = issue("c-gateway", &gateway_id, constraints)?;
+        let mut gateway = world.gateway().credentials(gateway).listen(port(i, 0)).start()?;
+        let exec = world.exec(&gateway).credentials(issue("c-node", &node_id, constraints)?);
+        let done = exec.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
+        assert!(done.success(), "{constraints}: {done}\n{}", gateway.log());
+        gateway.stop()?;
+    }
+    // A target of its own, which nobody comes to.
+    let lonely = world.serve(TARGET4, target::echo())?;
+    let outside = ["critical,permitted;URI:elsewhere.test", "critical,excluded;URI:test.tunnel"];
+    for (i, constraints) in outside.iter().enumerate() {
+        let node = issue("c-node", &node_id, constraints)?;
+        let mut gateway = world.gateway().listen(port(i, 1)).start()?;
+        let done = assert_no_byte_passes(&world.exec(&gateway).credentials(node), &lonely)?;
+        let said = unquoted(&gateway.logs("rejected peer connection")?);
+        assert!(said.contains("failed the chain check") && said.contains(VIOLATED), "{said}");
         assert!(
-            !lines_with(&unquoted(&done.stderr), &["the peer refused our certificate", SAID]).is_empty(),
+            !lines_with(&unquoted(&done.stderr), &["the peer refused our certificate", VIOLATED]).is_empty(),
             "{done}"
         );
-
-        let id = format!("URI:{GATEWAY_ID}");
-        let credentials = world.pki().issue_constrained("c-gateway", &id, constraints)?;
-        let mut gateway = world.gateway().credentials(credentials).listen(port(i, 1)).start()?;
-        let done = assert_no_byte_passes(&world.exec(&gateway), &target)?;
-        assert!(!lines_with(&unquoted(&done.stderr), &["failed the chain check", SAID]).is_empty(), "{done}");
-        let said = gateway.logs("rejected peer connection")?;
-        assert!(said.contains("the peer refused our certificate") && said.contains(SAID), "{said}");
     }
-    // What can be checked, is: the CA and its constraints are named, and a certificate within them works.
+    let constraints = "critical,permitted;dirName:dir\\n[dir]\\nO=elsewhere";
+    let script = issue_with_subject(&world, &node_id, constraints)?;
+    let mut gateway = world.gateway().listen(port(2, 1)).start()?;
+    assert_no_byte_passes(&world.exec(&gateway).credentials(script), &lonely)?;
+    let said = unquoted(&gateway.logs("rejected peer connection")?);
+    assert!(said.contains(UNSUPPORTED), "{said}");
+
     let dns = "critical,permitted;DNS:test.tunnel";
-    let outside = world.pki().issue_constrained("d", &format!("URI:{NODE_ID},DNS:elsewhere.test"), dns)?;
+    let outside = issue("d", &format!("URI:{NODE_ID},DNS:elsewhere.test"), dns)?;
     let mut gateway = world.gateway().start()?;
-    let target = world.serve(TARGET4, target::echo())?;
-    assert_no_byte_passes(&world.exec(&gateway).credentials(outside), &target)?;
-    let said = gateway.logs("rejected peer connection")?;
-    assert!(said.contains("name constraints of its CA do not permit (\"CN=constrained\")"), "{said}");
-    let inside = world.pki().issue_constrained("d", &format!("URI:{NODE_ID},DNS:a.test.tunnel"), dns)?;
+    assert_no_byte_passes(&world.exec(&gateway).credentials(outside), &lonely)?;
+    let said = unquoted(&gateway.logs("rejected peer connection")?);
+    assert!(said.contains("the name constraints of its CA do not permit elsewhere.test"), "{said}");
+    let inside = issue("d", &format!("URI:{NODE_ID},DNS:a.test.tunnel"), dns)?;
     let exec = world.exec(&gateway).credentials(inside);
     let done = exec.run_app(&["many", &target.addr().to_string(), "1", "64"])?;
     assert!(done.success(), "{done}");
+    Ok(())
+}
+
+/// A certificate with a subject, of a CA whose constraints speak of subjects.
+fn issue_with_subject(world: &World, id: &str, constraints: &str) -> Result<Credentials> {
+    world.pki().issue_by("s", &[("subject", "/O=node"), ("constraints", constraints)], id)
+}
+
+/// Chains as corporate CAs have them: two paths of which one has expired, a cross-signed CA whose other root is not known, an
+/// unrelated intermediate first, and a bundle of 200 roots of which one is broken.
+///
+/// Failure: peer-certificate.
+#[test]
+fn a_chain_with_one_good_path_is_accepted() -> Result<()> {
+    let world = World::new()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let script = "
+        key() { openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out $1.key; }
+        root() { key $1; openssl req -x509 -new -key $1.key -days 2 -subj /CN=$1 -out $1.pem -addext basicConstraints=critical,CA:true -addext keyUsage=critical,keyCertSign; }
+        root old; root new; key int; key leaf
+        openssl req -new -key int.key -subj /CN=int -out int.csr
+        printf 'basicConstraints=critical,CA:true\nkeyUsage=critical,keyCertSign\n' > int.ext
+        openssl x509 -req -in int.csr -CA old.pem -CAkey old.key -set_serial 1 -days 2 -extfile int.ext -out int-old.pem
+        openssl x509 -req -in int.csr -CA new.pem -CAkey new.key -set_serial 2 -days 2 -extfile int.ext -out int-new.pem
+        openssl x509 -req -in int.csr -CA new.pem -CAkey new.key -set_serial 3 -days -1 -extfile int.ext -out int-expired.pem
+        openssl req -new -key leaf.key -subj / -out leaf.csr
+        printf 'subjectAltName=critical,URI:spiffe://test.tunnel/node\nextendedKeyUsage=serverAuth,clientAuth\n' > leaf.ext
+        openssl x509 -req -in leaf.csr -CA int-new.pem -CAkey int.key -set_serial 4 -days 1 -extfile leaf.ext -out leaf.pem
+    ";
+    let folder = world.pki().run("chains", script)?;
+    let read = |name: &str| fs::read_to_string(folder.join(name));
+    // 200 roots of which one is broken, and the one that matters.
+    let broken = "-----BEGIN CERTIFICATE-----\nMIIBAAAA\n-----END CERTIFICATE-----\n";
+    let own = fs::read_to_string(world.pki().ca())?;
+    let bundle = read("old.pem")?.repeat(100) + broken + &own + &read("old.pem")?.repeat(99);
+    let with_new = bundle + &read("new.pem")?;
+    let ca = world.file("200.pem", with_new)?;
+    let gateway = world.pki().named("gateway").believing(&ca);
+    let mut gateway = world.gateway().credentials(gateway).start()?;
+    gateway.logs("left out a CA certificate")?;
+    let chains = [
+        read("int-new.pem")?,
+        // Cross-signed by a root that is known as well, and by one that has expired.
+        read("int-old.pem")? + &read("int-new.pem")?,
+        read("int-expired.pem")? + &read("int-new.pem")?,
+        // An unrelated certificate in between, and the root at the end.
+        own + &read("int-new.pem")? + &read("new.pem")?,
+    ];
+    for (i, above) in chains.iter().enumerate() {
+        let cert = world.file(&format!("chain-{i}.pem"), read("leaf.pem")? + above)?;
+        let node = Credentials { cert, key: folder.join("leaf.key"), ca: world.pki().ca() };
+        let done = world.exec(&gateway).credentials(node).run_app(&[
+            "many",
+            &target.addr().to_string(),
+            "1",
+            "64",
+        ])?;
+        assert!(done.success(), "chain {i}: {done}\n{}", gateway.log());
+    }
+    Ok(())
+}
+
+/// A certificate that a list revokes is rejected with that reason, and after a change of the list its connections take no new
+/// streams.
+///
+/// Failure: peer-certificate.
+#[test]
+fn a_revoked_certificate_is_rejected_and_its_connections_take_no_new_streams() -> Result<()> {
+    let world = World::new()?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let crl = world.file("ca.crl", world.pki().crl(&[])?)?;
+    let address = SocketAddr::new(NET4, 15300);
+    let config = format!(
+        "{}crls = [\"{}\"]\n[[listener]]\naddress = \"{address}\"\n[[route]]\nto = \"direct\"\n[[policy]]\n\
+         identity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
+        world.pki().named("gateway").toml(),
+        crl.display()
+    );
+    let mut daemon = Daemon::start(&world, world.net(), &config)?;
+    let config = world.pki().named("node").toml() + &tunnel_tests::daemon::through(address, GATEWAY_ID);
+    let exec = world.exec_with(&world.file("agent.toml", config)?);
+    let mut app = exec.spawn_app(&["hold", &target.addr().to_string()])?;
+    app.says("held=1")?;
+    assert_eq!(ask(app.process(), "again")?, "ok");
+
+    fs::write(&crl, world.pki().crl(&[&world.pki().named("node")])?)?;
+    let line = daemon.process().wait_for_line("draining connection of a peer")?;
+    assert!(line.contains("evoked"), "{line}");
+    assert_ne!(ask(app.process(), "again")?, "ok");
+    assert_eq!(ask(app.process(), "ping")?, "ok", "its flow goes on");
+    let line = daemon.process().wait_for_line("rejected peer connection")?;
+    assert!(line.contains("evoked"), "{line}");
     Ok(())
 }
 

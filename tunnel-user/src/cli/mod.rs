@@ -439,7 +439,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{Action, CgroupRef},
+        config::{Action, CgroupRef, IdentitySource},
         model::names::IdentityName,
     };
 
@@ -481,7 +481,10 @@ mod tests {
         assert_eq!(config.routes[0].to, Action::Upstreams(vec![("gateway".into(), 1)]));
         assert_eq!(config.upstreams[0].headers[0].1, "a=b");
         assert_eq!(config.upstreams[0].check().unwrap().server_name(&args.gateway.unwrap()).to_str(), "gw");
-        assert_eq!(config.identities[&IdentityName::default()].key, PathBuf::from("k.pem"));
+        let identity = &config.identities[&IdentityName::default()].source;
+        assert!(
+            matches!(identity, IdentitySource::Files(files) if files.key == std::path::Path::new("k.pem"))
+        );
 
         let exec = parse(&format!("exec --gateway gw:1 {id} --refuse ::/0 --exclude 10.0.0.0/8:22 -- curl"));
         let Command::Exec(args) = exec.unwrap().command else { panic!("not exec") };

@@ -7,7 +7,7 @@ use super::{
     reader::{At, Reader, Section},
     value::{FuturePath, Mode},
 };
-use crate::model::names::{GroupName, SourceName};
+use crate::model::names::{GroupName, IdentityName, SourceName};
 
 /// `[[capture]]` with `mode = "ebpf"`, the default.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub struct Capture {
     pub proxy: Option<SocketAddr>,
     /// Whether busy connections go past TCP on their way to us.
     pub bypass: Bypass,
+    /// Who we are to upstreams for its flows; `None`: whoever the upstream says.
+    pub identity: Option<IdentityName>,
 }
 
 impl Capture {
@@ -58,6 +60,8 @@ pub struct Redirect {
     pub name: Option<String>,
     /// Where the rules send connections; at least one.
     pub listen: Vec<SocketAddr>,
+    /// Who we are to upstreams for its flows; `None`: whoever the upstream says.
+    pub identity: Option<IdentityName>,
 }
 
 impl Redirect {
@@ -102,7 +106,7 @@ pub enum OnFailure {
 /// `[[capture]]` of either mode.
 pub(super) enum AnyCapture {
     Ebpf(Capture),
-    Redirect { name: Option<String>, listen: Vec<At<SocketAddr>> },
+    Redirect { name: Option<String>, listen: Vec<At<SocketAddr>>, identity: Option<IdentityName> },
 }
 
 /// A capture and the place of its group, or of its mode where the operator's rules decide.
@@ -173,11 +177,15 @@ impl Section for AnyCapture {
             "Whether busy connections bypass the loopback's TCP: \"off\"; \"auto\", those of suitable programs, if the kernel supports it; \"on\", the same, and a kernel without support is an error.",
             Bypass::Off,
         );
+        let identity: Option<IdentityName> = r.optional(
+            "identity",
+            "Name of the identity that upstreams with TLS are shown for its flows. Default: the identity of the upstream.",
+        );
 
         match mode {
             // It is a mistake; what else it makes a mistake cannot be said.
             None if r.has("mode") => return None,
-            Some(Mode::Redirect) => return redirect(r, name, listen),
+            Some(Mode::Redirect) => return redirect(r, name, listen, identity),
             Some(Mode::Ebpf) | None => {}
         }
         if r.has("listen") {
@@ -207,11 +215,26 @@ impl Section for AnyCapture {
         }
         let name = name.or(called);
         let cgroup = cgroup?;
-        Some(Self::Ebpf(Capture { name, cgroup, include, refuse, exclude, on_failure, proxy, bypass }))
+        Some(Self::Ebpf(Capture {
+            name,
+            cgroup,
+            include,
+            refuse,
+            exclude,
+            on_failure,
+            proxy,
+            bypass,
+            identity,
+        }))
     }
 }
 
-fn redirect(r: &Reader<'_>, name: Option<String>, listen: Option<Vec<At<SocketAddr>>>) -> Option<AnyCapture> {
+fn redirect(
+    r: &Reader<'_>,
+    name: Option<String>,
+    listen: Option<Vec<At<SocketAddr>>>,
+    identity: Option<IdentityName>,
+) -> Option<AnyCapture> {
     for (key, why) in EBPF_ONLY {
         if r.has(key) {
             r.wrong(key, format!("has no meaning in mode = \"redirect\": {why}"));
@@ -228,5 +251,5 @@ fn redirect(r: &Reader<'_>, name: Option<String>, listen: Option<Vec<At<SocketAd
     for at in listen.iter().filter(|at| at.value.port() == 0) {
         r.wrong_at(at, "has port 0, which is another one each time: rules name one");
     }
-    Some(AnyCapture::Redirect { name, listen })
+    Some(AnyCapture::Redirect { name, listen, identity })
 }

@@ -118,6 +118,7 @@ impl Capture {
             on_failure: OnFailure::Closed,
             proxy: None,
             bypass: Bypass::Off,
+            identity: None,
         }
     }
 }
@@ -140,7 +141,7 @@ impl Config {
                 ..Daemon::default()
             },
             admin: Admin::default(),
-            identities: [(IdentityName::default(), o.identity)].into(),
+            identities: [(IdentityName::default(), o.identity.into())].into(),
             captures: vec![Capture::for_exec(o.wanted)],
             redirects: Vec::new(),
             listeners: Vec::new(),
@@ -166,7 +167,7 @@ impl Config {
                 ..Daemon::default()
             },
             admin: Admin::default(),
-            identities: [(IdentityName::default(), o.identity)].into(),
+            identities: [(IdentityName::default(), o.identity.into())].into(),
             captures: Vec::new(),
             redirects: Vec::new(),
             listeners: o.listen.iter().copied().map(listener).collect(),

@@ -62,6 +62,10 @@ section! {
         idle_timeout: default Duration = LISTENER_IDLE_TIMEOUT,
     }
     check |r| {
+        let identity = r.optional(
+            "identity",
+            "Name of the identity that clients are shown, and whose CA certificates they are verified with. Default: the only identity, or the one named \"default\".",
+        ).unwrap_or(identity);
         if protocols.is_empty() {
             r.wrong("protocols", "is empty: nobody could speak to it");
         }
@@ -69,7 +73,7 @@ section! {
             r.wrong("protocols", "says the same twice");
         }
         if !tls {
-            for key in ["client_auth", "verify"] {
+            for key in ["client_auth", "verify", "identity"] {
                 if r.has(key) {
                     r.wrong(key, "has no meaning with tls = false: clients show certificates in TLS only");
                 }

@@ -7,7 +7,7 @@
 //! - What a `Config` names is there: a route's upstream, a listener's identity.
 //! - A key that is not known is a mistake.
 //! - Sections refer to each other by name.
-//! - Nothing reads the environment, and nothing is read again later.
+//! - Nothing is read again later. Of the environment one variable is read, where the text says so ([`ENDPOINT_VARIABLE`]).
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +24,7 @@ mod daemon;
 mod effective;
 mod endpoints;
 mod flags;
+mod identity;
 mod limits;
 mod listener;
 pub mod pattern;
@@ -50,6 +51,9 @@ pub use daemon::{
 };
 pub use endpoints::{CheckKind, Discovery, ENDPOINTS_MAX, HealthCheck, Limits, OutlierDetection, Percent};
 pub use flags::{DEFAULT_EXCLUDE, ExecOptions, GatewayOptions, Wanted};
+pub use identity::{
+    ENDPOINT_VARIABLE, IdentitySettings, IdentitySource, KeyExchange, OnExpiry, ProviderAddr, TrustDomain,
+};
 pub use limits::{Bytes, Limits as ProcessLimits};
 pub use listener::{ClientAuth, DIAL_TIMEOUT, HANDSHAKE_TIMEOUT, LISTENER_STREAMS, Listener};
 pub use pattern::{AddrPattern, NamePattern, PatternError, Ports, TargetPattern};
@@ -69,7 +73,7 @@ pub use value::{
 };
 
 use self::reader::{Document, Purpose};
-use crate::model::{names::IdentityName, trust::IdentityFiles};
+use crate::model::names::IdentityName;
 
 /// How often a quiet connection is asked whether it is alive (PING).
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -84,7 +88,7 @@ pub struct Config {
     /// Where operators and monitoring reach it.
     pub admin: Admin,
     /// Who we are. Those that listeners and upstreams with TLS name are present.
-    pub identities: BTreeMap<IdentityName, IdentityFiles>,
+    pub identities: BTreeMap<IdentityName, IdentitySettings>,
     /// Whose connections are captured by eBPF.
     pub captures: Vec<Capture>,
     /// Where rules of the operator's redirect connections to.
@@ -173,6 +177,12 @@ impl Config {
             access_logs: Vec::new(),
             traces: None,
         }
+    }
+
+    /// The identities that captures name.
+    pub fn identities_of_captures(&self) -> impl Iterator<Item = &IdentityName> {
+        let redirects = self.redirects.iter().filter_map(|r| r.identity.as_ref());
+        self.captures.iter().filter_map(|c| c.identity.as_ref()).chain(redirects)
     }
 
     /// Reads a file; paths in it are relative to it.

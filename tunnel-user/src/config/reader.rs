@@ -301,6 +301,21 @@ impl<'a> Reader<'a> {
         tables.into_iter().flatten().filter_map(|c| unnumbered(c).section()).collect()
     }
 
+    /// One table, `[key]`, or several, `[[key]]`.
+    pub(crate) fn one_or_several<S: Section>(&mut self, key: &'static str, doc: &str) -> Vec<S> {
+        self.note(key, false, || {
+            let one = schema_of::<S>();
+            described(json!({ "anyOf": [one, { "type": "array", "items": one }] }), doc)
+        });
+        let Some(cell) = self.cell(key) else { return Vec::new() };
+        if cell.is_table() {
+            return cell.section().into_iter().collect();
+        }
+        let tables = cell.items(&format!("a table, [{key}], or several, each headed [[{key}]]"));
+        let unnumbered = |c: Cell<'a>| Cell { key: self.path_of(key), ..c };
+        tables.into_iter().flatten().filter_map(|c| unnumbered(c).section()).collect()
+    }
+
     /// A key that is asked for and cannot be, and why.
     pub(crate) fn never(&mut self, key: &'static str, why: &str) {
         self.keys.push(Key { name: key, schema: None, required: false });

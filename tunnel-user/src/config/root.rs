@@ -1,27 +1,30 @@
 //! The whole file: which sections there are, and what no section can see by itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use super::{
     AccessLog, Capture, CgroupRef, Config, Listener, Peers, Policy, Redirect, Traces,
     capture::AnyCapture,
+    identity::{Identities, Named},
     reader::{At, Reader, Section, nearest},
     route::{RouteByName, resolve},
     via::{self, UpstreamByName},
 };
-use crate::model::{names::IdentityName, trust::IdentityFiles};
 
 impl Section for Config {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
         let daemon = r.section("daemon", "The process.").unwrap_or_default();
         let admin = r.section("admin", "The admin interface: status, flows, metrics.").unwrap_or_default();
-        let identity: Option<IdentityFiles> =
-            r.section("identity", "Certificate, key and CA certificates. Reloaded when the files change.");
+        let identities: Vec<At<Named>> = r.one_or_several(
+            "identity",
+            "Who this process is, and whom it trusts. One [identity], or several [[identity]] with names.",
+        );
         let captures: Vec<At<AnyCapture>> = r.sections(
             "capture",
             "TCP connections to capture: those of a cgroup, or those that firewall rules redirect.",
         );
-        let listeners: Vec<At<Listener>> = r.sections("listener", "Sockets that accept CONNECT requests.");
+        let mut listeners: Vec<At<Listener>> =
+            r.sections("listener", "Sockets that accept CONNECT requests.");
         let routes: Vec<RouteByName> = r.sections(
             "route",
             "Where flows go. The first route that matches decides; a flow that matches no route is rejected.",
@@ -46,21 +49,37 @@ impl Section for Config {
         for capture in captures {
             match capture.value {
                 AnyCapture::Ebpf(capture) => ebpf.push(capture),
-                AnyCapture::Redirect { name, listen } => {
+                AnyCapture::Redirect { name, listen, identity } => {
                     let listen = listen.into_iter().map(|at| at.value).collect();
-                    redirects.push(Redirect { name, listen });
+                    redirects.push(Redirect { name, listen, identity });
                 }
             }
         }
         let routes = resolve(r, routes);
-        let upstreams = via::resolve(r, upstreams, &listeners);
+        let mut upstreams = via::resolve(r, upstreams, &listeners);
+        let identities = Identities::new(r, identities);
+        for at in &mut listeners {
+            at.value.identity = identities.resolve(&at.value.identity);
+            if at.value.tls && identities.lacks(&at.value.identity) {
+                r.wrong_at(at, "needs an identity: there are several, name one of them");
+            }
+        }
+        for upstream in upstreams.iter_mut().flatten() {
+            upstream.identity = identities.resolve(&upstream.identity);
+            let needs = upstream.tls && upstream.in_process.as_ref().is_none_or(|own| own.check.is_some());
+            if needs && identities.lacks(&upstream.identity) {
+                let what =
+                    format!("\"{}\" needs an identity: there are several, name one of them", upstream.name);
+                r.wrong("upstream", what);
+            }
+        }
         let listeners = listeners.into_iter().map(|l| l.value).collect();
         let policies = policies.into_iter().map(|p| p.value).collect();
         let access_logs = access_logs.into_iter().map(|log| log.value).collect();
         Some(Self {
             daemon,
             admin,
-            identities: identity.map(|files| (IdentityName::default(), files)).into_iter().collect(),
+            identities: identities.0,
             captures: ebpf,
             redirects,
             listeners,
@@ -163,14 +182,5 @@ fn check_peers(r: &Reader<'_>, listeners: &[At<Listener>], policies: &[At<Policy
             at,
             "names peers, and no listener has TLS, by which a client could prove to be one: only \"any\" would match",
         );
-    }
-}
-
-impl Section for IdentityFiles {
-    fn read(r: &mut Reader<'_>) -> Option<Self> {
-        let cert = r.required::<PathBuf>("cert", "Certificate, PEM; the leaf first, intermediates after it.");
-        let key = r.required::<PathBuf>("key", "Private key of the certificate, PEM.");
-        let ca = r.required::<PathBuf>("ca", "CA certificates that peers are verified with, PEM.");
-        Some(Self { cert: cert?, key: key?, ca: ca? })
     }
 }

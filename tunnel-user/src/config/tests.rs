@@ -47,7 +47,9 @@ max_streams = 1_0
 #[test]
 fn what_is_written_is_what_is_meant() {
     let c = parse(GOOD).unwrap();
-    let id = &c.identities[&IdentityName::default()];
+    let IdentitySource::Files(id) = &c.identities[&IdentityName::default()].source else {
+        panic!("no files")
+    };
     assert_eq!(id.cert, Path::new("etc/node.pem"));
     assert_eq!(id.key, Path::new("/abs/node-key.pem"));
     assert_eq!(c.daemon, Daemon::default());
@@ -281,7 +283,7 @@ fn rules_take_an_address_and_nothing_else() {
     let config = parse(REDIRECT).unwrap();
     assert!(config.captures.is_empty());
     let listen = ["127.0.0.1:15001".parse().unwrap(), "[::1]:15001".parse().unwrap()];
-    assert_eq!(config.redirects, [Redirect { name: None, listen: listen.to_vec() }]);
+    assert_eq!(config.redirects, [Redirect { name: None, listen: listen.to_vec(), identity: None }]);
 
     let mode = "mode = \"redirect\"";
     for (key, value, why) in [
@@ -418,7 +420,10 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
     let taken = "admin admin.enabled admin.listen admin.socket admin.write_over_tcp daemon.tcp_keepalive daemon.tcp_keepalive.time daemon.tcp_keepalive.interval daemon.tcp_keepalive.probes daemon.inspect_timeout daemon.limits daemon.limits.flow_idle_timeout daemon.limits.flow_max_duration daemon.limits.memory daemon.limits.peer_connections daemon.limits.peer_flows_per_second daemon.limits.peer_memory daemon.watch listener.idle_timeout listener.proxy_protocol route.match.cgroup route.proxy_protocol route.retries route.match.http_host route.match.sni \
         capture capture.cgroup capture.exclude capture.include capture.listen capture.mode capture.refuse \
         capture.bypass capture.name capture.on_failure capture.proxy capture.unit daemon daemon.bpffs daemon.drain_timeout daemon.mark daemon.max_flows daemon.relay daemon.workers \
-        identity identity.ca identity.cert identity.key listener listener.address listener.client_auth \
+        identity identity.ca identity.cert identity.crls identity.key identity.key_exchange identity.name identity.on_expiry identity.sds \
+        identity.secret identity.spiffe_id identity.trust_domain identity.trust_domain.ca identity.trust_domain.name \
+        identity.trust_domain.verify identity.validation_context identity.workload_api capture.identity listener.identity \
+        upstream.identity listener listener.address listener.client_auth \
         listener.dial_timeout listener.handshake_timeout listener.keepalive_interval listener.keepalive_timeout listener.max_streams listener.name listener.protocols \
         listener.tls listener.verify policy policy.identity policy.target route route.authority route.match route.match.capture \
         access_log access_log.format access_log.interval access_log.only access_log.output access_log.path \

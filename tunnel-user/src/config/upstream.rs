@@ -89,10 +89,14 @@ section! {
         in_process: other Option<InProcess> = None,
     }
     check |r| {
+        let identity = r.optional(
+            "identity",
+            "Name of the identity that it is shown, and whose CA certificates it is verified with; those of a capture take precedence for its flows. Default: the only identity, or the one named \"default\".",
+        ).unwrap_or(identity);
         let found = endpoints::read(r);
         endpoints::check_health(r, protocol, health_check.as_ref());
         if !tls {
-            for key in ["sni", "verify"] {
+            for key in ["sni", "verify", "identity"] {
                 if r.has(key) {
                     r.wrong(key, "has no meaning with tls = false: servers show certificates in TLS only");
                 }

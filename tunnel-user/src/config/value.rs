@@ -16,9 +16,11 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, OnFailure, Peers, Protocol, Relay,
+    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, OnExpiry, OnFailure, Peers,
+    Protocol, ProviderAddr, Relay,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
+    identity::{ENDPOINT_VARIABLE, WorkloadApiAddr},
     pattern::{AddrPattern, NamePattern, TargetPattern},
     reader::{Cell, Value},
     route::{ProxyProtocol, Regex},
@@ -26,7 +28,7 @@ use super::{
 use crate::model::{
     flow::{SourceKind, Target},
     mark::Mark,
-    names::UpstreamName,
+    names::{IdentityName, UpstreamName},
     san::SanPattern,
 };
 
@@ -81,6 +83,7 @@ by_from_str! {
     Regex: "a string, a regular expression", "v[0-9]+";
     SanPattern: "a string: a URI, a DNS name or an address", "spiffe://example.org/ns/*/sa/web";
     Target: "a string, HOST:PORT", "10.9.0.1:15008";
+    ProviderAddr: "a string: unix:///PATH or tcp://ADDRESS:PORT", "unix:///run/sds.sock";
 }
 
 /// A word of a fixed few.
@@ -125,6 +128,8 @@ by_word!(
     SourceKind,
     Method,
     CheckKind,
+    OnExpiry,
+    KeyExchange,
     Output,
     LineFormat,
     Only
@@ -172,6 +177,17 @@ impl Word for Method {
 }
 impl Word for CheckKind {
     const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("ping", Self::Ping)];
+}
+impl Word for OnExpiry {
+    const WORDS: &'static [(&'static str, Self)] = &[("drain", Self::Drain), ("end", Self::End)];
+}
+impl Word for KeyExchange {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("x25519mlkem768", Self::X25519MlKem768),
+        ("x25519", Self::X25519),
+        ("secp256r1", Self::Secp256r1),
+        ("secp384r1", Self::Secp384r1),
+    ];
 }
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] =
@@ -232,6 +248,48 @@ impl Value for UpstreamName {
     }
     fn show(&self) -> Json {
         json!(self.as_str())
+    }
+}
+
+impl Value for IdentityName {
+    fn schema() -> Json {
+        String::schema()
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        String::read(cell).map(Self::from)
+    }
+    fn show(&self) -> Json {
+        json!(self.as_str())
+    }
+}
+
+/// The socket of a Workload API: said here, or by the environment.
+impl Value for WorkloadApiAddr {
+    fn schema() -> Json {
+        json!({ "type": "string", "examples": ["unix:///run/spire/agent.sock"] })
+    }
+    fn read(cell: &Cell<'_>) -> Option<Self> {
+        const WANTED: &str = "a string: unix:///PATH, tcp://ADDRESS:PORT, or \"env\"";
+        if cell.text(WANTED)? != "env" {
+            return parsed(cell, WANTED).map(Self);
+        }
+        #[expect(clippy::disallowed_methods, reason = "the text asks for it, and it is parsed here, once")]
+        let found = std::env::var_os(ENDPOINT_VARIABLE);
+        let Some(addr) = found else {
+            return match cell.doc.check_files {
+                true => cell.wrong(format!("is \"env\", and {ENDPOINT_VARIABLE} is not set")),
+                // For another machine, whose environment is not known.
+                false => Some(Self(ProviderAddr::Unix("/".into()))),
+            };
+        };
+        let addr = addr.to_string_lossy();
+        match addr.parse() {
+            Ok(addr) => Some(Self(addr)),
+            Err(e) => cell.wrong(format!("{ENDPOINT_VARIABLE}=\"{addr}\": {e}")),
+        }
+    }
+    fn show(&self) -> Json {
+        json!(self.0.to_string())
     }
 }
 

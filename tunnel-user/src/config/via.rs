@@ -27,7 +27,7 @@ impl Section for UpstreamByName {
         );
         let upstream = Upstream::read(r);
         if r.has("self") {
-            for key in r.others(&["name", "self"]) {
+            for key in r.others(&["name", "self", "identity"]) {
                 r.wrong(key, "has no meaning beside self: no connection is made");
             }
         }

@@ -8,13 +8,14 @@ use super::{
 };
 use crate::{
     admin::view,
-    config::{Config, Protocol},
+    config::{Config, IdentitySettings, Protocol},
     identity::{
+        configured::Configured,
         provider::Subscription,
-        store::{self, TlsStore},
+        store::{self, TlsOptions, TlsStore},
         tls::Wanted,
     },
-    model::{names::IdentityName, trust::IdentityFiles},
+    model::names::IdentityName,
     process::exit::{Cause, Failure},
 };
 
@@ -24,7 +25,7 @@ pub(super) struct Identities(BTreeMap<IdentityName, Identity>);
 
 #[derive(Clone)]
 struct Identity {
-    wanted: IdentityFiles,
+    wanted: IdentitySettings,
     store: Arc<TlsStore>,
     _notices: Arc<Subscription>,
 }
@@ -65,8 +66,10 @@ impl Identities {
     /// The one of this name.
     pub(super) fn store(&self, name: &IdentityName) -> Result<Arc<TlsStore>, Failure> {
         let found = self.0.get(name).map(|identity| Arc::clone(&identity.store));
-        found
-            .ok_or_else(|| Failure::Config(Cause::new("TLS needs an identity", "Add an [identity] section.")))
+        found.ok_or_else(|| {
+            let what = format!("TLS needs the identity \"{name}\", which is not configured");
+            Failure::Config(Cause::new(what, "Add an [identity] section."))
+        })
     }
 
     /// Forgets the sessions of connections that a configuration no longer makes or takes.
@@ -75,7 +78,7 @@ impl Identities {
             let (upstreams, listeners) = (config.upstreams.iter(), config.listeners.iter());
             identity.store.keep(&Wanted {
                 clients: upstreams
-                    .filter(|u| u.identity == *name)
+                    .filter(|u| u.identity == *name || config.identities_of_captures().any(|own| own == name))
                     .filter_map(|u| u.check().map(|check| (check.san, u.protocol)))
                     .collect(),
                 servers: listeners
@@ -91,9 +94,11 @@ impl Identities {
     }
 }
 
-fn load(wanted: &IdentityFiles) -> Result<Identity, Failure> {
-    let store = TlsStore::load(wanted.clone())?;
+fn load(wanted: &IdentitySettings) -> Result<Identity, Failure> {
+    let IdentitySettings { on_expiry, key_exchange, .. } = wanted;
+    let options = TlsOptions { on_expiry: *on_expiry, key_exchange: key_exchange.clone() };
+    let store = TlsStore::load_with(Box::new(Configured::new(wanted)?), options)?;
     let notices = store::watch(&store, || {})
-        .map_err(|e| other(&format!("the identity's files cannot be watched: {e}")))?;
+        .map_err(|e| other(&format!("changes of the identity cannot be watched: {e}")))?;
     Ok(Identity { wanted: wanted.clone(), store, _notices: Arc::new(notices) })
 }

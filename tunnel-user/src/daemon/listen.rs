@@ -13,7 +13,10 @@ use crate::{
     config::{self, Redirect},
     daemon::takeover::Listeners,
     kernel::own::OwnListeners,
-    model::{mark::Mark, names::SourceName},
+    model::{
+        mark::Mark,
+        names::{IdentityName, SourceName},
+    },
     process::exit::{Cause, Failure},
     sources::{
         capture::accept::Origins,
@@ -38,7 +41,7 @@ pub(super) struct ActiveListener {
 impl ActiveListener {
     /// What workers accept from.
     pub(super) fn source(&self) -> Source {
-        source(self.wanted.source(), self.wanted.name.as_deref(), &self.sockets)
+        source(self.wanted.source(), self.wanted.name.as_deref(), None, &self.sockets)
     }
 }
 
@@ -52,12 +55,19 @@ pub(super) struct ActiveRedirect {
 impl ActiveRedirect {
     /// What workers accept from.
     pub(super) fn source(&self) -> Source {
-        source(self.wanted.source(), self.wanted.name.as_deref(), &self.sockets)
+        let identity = self.wanted.identity.as_ref();
+        source(self.wanted.source(), self.wanted.name.as_deref(), identity, &self.sockets)
     }
 }
 
-fn source(name: SourceName, called: Option<&str>, sockets: &Arc<Sockets>) -> Source {
-    Source { name, netns: None, called: called.map(Arc::from), sockets: Arc::clone(sockets) }
+fn source(
+    name: SourceName,
+    called: Option<&str>,
+    identity: Option<&IdentityName>,
+    sockets: &Arc<Sockets>,
+) -> Source {
+    let (called, identity) = (called.map(Arc::from), identity.cloned());
+    Source { name, netns: None, called, identity, sockets: Arc::clone(sockets) }
 }
 
 /// The listening sockets whose addresses are configured, by them.

@@ -175,13 +175,19 @@ impl Running {
         changed.captures = captures.0.len() + programs.len();
 
         let mut upstreams = Vec::new();
+        // Whose flows show another identity than the upstream's own.
+        let of_captures: Vec<_> = config.identities_of_captures().cloned().collect();
+        let same_of_captures =
+            self.config.identities_of_captures().eq(&of_captures) && of_captures.iter().all(same_identity);
         for wanted in &config.upstreams {
-            let same = upstreams::is_same(wanted, &config.upstreams, &self.upstreams, &same_identity);
+            let before = &self.upstreams;
+            let same =
+                upstreams::is_same(wanted, &config.upstreams, before, &same_identity, same_of_captures);
             if let Some(before) = self.upstreams.iter().find(|u| same && u.wanted.name == wanted.name) {
                 upstreams.push(before.clone());
             } else {
                 gate(&Step::AddUpstream(wanted.name.clone()))?;
-                upstreams.push(self.discover.upstream(wanted, &identities)?);
+                upstreams.push(self.discover.upstream(wanted, &identities, &of_captures)?);
                 changed.upstreams += 1;
             }
         }

@@ -36,11 +36,13 @@ pub(super) fn is_same(
     all: &[config::Upstream],
     before: &[ActiveUpstream],
     same_identity: &dyn Fn(&IdentityName) -> bool,
+    same_of_captures: bool,
 ) -> bool {
     let outer = || all.iter().find(|outer| Some(&outer.name) == u.via.as_ref());
     before.iter().any(|b| b.wanted == *u)
-        && (!u.tls || same_identity(&u.identity))
-        && (u.via.is_none() || outer().is_some_and(|outer| is_same(outer, all, before, same_identity)))
+        && (!u.tls || (same_of_captures && same_identity(&u.identity)))
+        && (u.via.is_none()
+            || outer().is_some_and(|outer| is_same(outer, all, before, same_identity, same_of_captures)))
 }
 
 /// Finds out endpoints.
@@ -61,8 +63,9 @@ impl Discover {
         &mut self,
         u: &config::Upstream,
         identities: &Identities,
+        of_captures: &[IdentityName],
     ) -> Result<ActiveUpstream, Failure> {
-        let settings = Arc::new(self.settings(u, identities)?);
+        let settings = Arc::new(self.settings(u, identities, of_captures)?);
         Ok(ActiveUpstream { wanted: u.clone(), settings })
     }
 
@@ -70,16 +73,30 @@ impl Discover {
         &mut self,
         u: &config::Upstream,
         identities: &Identities,
+        of_captures: &[IdentityName],
     ) -> Result<Next<upstream::UpstreamSettings>, Failure> {
         let store = || identities.store(&u.identity);
+        let of_captures = || {
+            let stores = of_captures.iter().map(|name| Ok((name.clone(), identities.store(name)?)));
+            stores.collect::<Result<_, Failure>>()
+        };
         if let Some(in_process) = &u.in_process {
-            let proof =
-                in_process.check.clone().map(|check| Ok::<_, Failure>((store()?, check))).transpose()?;
+            let proof = |check| {
+                Ok::<_, Failure>(upstream::Proof {
+                    store: store()?,
+                    of_captures: Arc::new(of_captures()?),
+                    check,
+                })
+            };
+            let proof = in_process.check.clone().map(proof).transpose()?;
             let (listener, dial_timeout) = (in_process.listener.clone(), in_process.dial_timeout);
             let own = upstream::InProcessUpstream { name: u.name.to_string(), listener, proof, dial_timeout };
             return Ok(Next::InProcess(Arc::new(own)));
         }
-        let proving = |check| Ok::<_, Failure>(upstream::UpstreamTls { store: store()?, check });
+        let proving = |check| {
+            let (store, of_captures) = (store()?, Arc::new(of_captures()?));
+            Ok::<_, Failure>(upstream::UpstreamTls { store, of_captures, check })
+        };
         let limits = Limits::share(&u.limits, self.workers);
         Ok(Next::Tunnel(upstream::UpstreamSettings {
             name: u.name.to_string(),

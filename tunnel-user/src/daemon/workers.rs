@@ -213,7 +213,7 @@ mod tests {
         let mut shares: Vec<_> = (0..workers).map(|_| Vec::new()).collect();
         shares[workers - 1].push(Listening::Captured(CaptureSocket { socket, origins }));
         let name = SourceName::Redirect([address].into());
-        (address, Source { name, netns: None, called: None, sockets: Sockets::new(shares) })
+        (address, Source { name, netns: None, called: None, identity: None, sockets: Sockets::new(shares) })
     }
 
     fn is_accepted_from(address: &SocketAddr) -> bool {

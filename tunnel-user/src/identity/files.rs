@@ -5,9 +5,7 @@
 //! - What is wrong with the files is found when they are read: material that was returned can be used.
 
 use std::{
-    fmt, fs,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    io,
+    fmt, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -18,7 +16,7 @@ use rustls_pki_types::PrivateKeyDer;
 use crate::{
     identity::{
         pem,
-        provider::{IdentityError, IdentityProvider, Material, Subscription, TrustBundle},
+        provider::{IdentityError, IdentityProvider, Material, Subscription, TrustBundle, fingerprint},
         tls::provider,
     },
     model::trust::IdentityFiles,
@@ -31,17 +29,45 @@ impl IdentityProvider for IdentityFiles {
         let chain = pem::certificates(&cert_pem).map_err(|e| FilesError::content(&self.cert, e))?;
         let key = pem::key(&key_pem).map_err(|e| FilesError::content(&self.key, e))?;
         let certificate = Arc::new(certified(self, &chain, key)?);
-        let mut bundle = TrustBundle::default();
-        for ca in pem::certificates(&ca_pem).map_err(|e| FilesError::content(&self.ca, e))? {
-            bundle.add(ca.der.clone()).map_err(|e| FilesError::certificate(&self.ca, &ca, &e))?;
-        }
+        let bundles = bundle_of(&self.ca, &ca_pem)?.into();
         let origin = self.cert.display().to_string();
-        Ok(Material { certificate, bundle, origin, fingerprint: fingerprint([&cert_pem, &key_pem, &ca_pem]) })
+        Ok(Material {
+            certificate,
+            bundles,
+            origin,
+            fingerprint: fingerprint([&cert_pem, &key_pem, &ca_pem]),
+        })
     }
 
     fn subscribe(&self, changed: Box<dyn FnMut() + Send>) -> io::Result<Subscription> {
         files::watch([&*self.cert, &*self.key, &*self.ca], "identity-watch", changed).map(Subscription::new)
     }
+}
+
+/// How many unusable roots of a file are named.
+const SKIPPED_LOGGED: usize = 8;
+
+/// The roots in a file. One of several that cannot be used is left out, which trusts fewer and not more.
+pub(super) fn bundle_of(path: &Path, ca_pem: &[u8]) -> Result<TrustBundle, FilesError> {
+    let found = pem::each_certificate(ca_pem).map_err(|e| FilesError::content(path, e))?;
+    let (mut bundle, mut skipped) = (TrustBundle::default(), Vec::new());
+    for ca in found {
+        let added = match ca {
+            Ok(ca) => bundle.add(ca.der.clone()).map_err(|e| FilesError::certificate(path, &ca, &e)),
+            Err(problem) => Err(FilesError::content(path, problem)),
+        };
+        skipped.extend(added.err());
+    }
+    if bundle.is_empty() && !skipped.is_empty() {
+        return Err(skipped.swap_remove(0));
+    }
+    for why in skipped.iter().take(SKIPPED_LOGGED) {
+        tracing::warn!(%why, "left out a CA certificate: it is not trusted");
+    }
+    if skipped.len() > SKIPPED_LOGGED {
+        tracing::warn!(file = %path.display(), number = skipped.len(), "left out CA certificates");
+    }
+    Ok(bundle)
 }
 
 /// Why the files do not make an identity.
@@ -93,7 +119,7 @@ pub enum FilesError {
 }
 
 impl FilesError {
-    fn content(path: &Path, pem::Problem { what, remedy }: pem::Problem) -> Self {
+    pub(super) fn content(path: &Path, pem::Problem { what, remedy }: pem::Problem) -> Self {
         Self::Content { path: path.to_owned(), what, remedy }
     }
 
@@ -117,7 +143,7 @@ fn how_to_read(error: &io::Error) -> &'static str {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
     fs::read(path).map_err(|source| FilesError::Read { path: path.to_owned(), source })
 }
 
@@ -155,12 +181,4 @@ fn certified(
             None => FilesError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() },
         }),
     }
-}
-
-/// Tells changed files from unchanged ones. Nobody gains by a collision: who can write the files needs
-/// none.
-fn fingerprint(files: [&[u8]; 3]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    files.hash(&mut hasher);
-    hasher.finish()
 }

@@ -5,11 +5,14 @@
 //! - What stands beside the wanted sections (text, other sections, CRLF, a byte order mark) changes nothing.
 //! - No password is asked for.
 
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject as _};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem, pem::PemObject as _,
+};
 use x509_parser::{
     asn1_rs::{Any, FromDer as _, Integer, Oid, Sequence, Tag, ToDer as _},
     oid_registry as oid,
     prelude::X509Certificate,
+    revocation_list::CertificateRevocationList,
     x509::AlgorithmIdentifier,
 };
 
@@ -112,28 +115,50 @@ pub(super) fn explicit_curve(placed: &Placed) -> Option<Problem> {
 
 /// All certificates of a file, at least one, in its order.
 pub(super) fn certificates(bytes: &[u8]) -> Result<Vec<Placed>, Problem> {
+    each_certificate(bytes)?.into_iter().collect()
+}
+
+/// The same, each with what is wrong with it.
+pub(super) fn each_certificate(bytes: &[u8]) -> Result<Vec<Result<Placed, Problem>>, Problem> {
     let sections = sections(bytes, Wanted::Certificates)?;
-    sections
-        .iter()
-        .filter(|section| Wanted::Certificates.takes(section.label))
-        .zip(1..)
-        .map(|(section, number)| {
-            let place = format!("certificate {number} (line {})", section.line);
-            let der = CertificateDer::from_pem_slice(section.text).map_err(|e| {
-                Problem::new(
-                    format!("{place} cannot be decoded: {}", why(&e)),
-                    "copy the file again, or remove it",
-                )
-            })?;
-            match X509Certificate::from_der(&der) {
-                Ok(_) => Ok(Placed { der, place }),
-                Err(_) => Err(Problem::new(
-                    format!("{place} is not an X.509 certificate"),
-                    "look at it with: openssl x509 -in {file} -noout -text; replace or remove it",
-                )),
-            }
-        })
-        .collect()
+    let wanted = sections.iter().filter(|section| Wanted::Certificates.takes(section.label));
+    Ok(wanted.zip(1..).map(|(section, number)| certificate(section, number)).collect())
+}
+
+fn certificate(section: &Section<'_>, number: usize) -> Result<Placed, Problem> {
+    let place = format!("certificate {number} (line {})", section.line);
+    let der = CertificateDer::from_pem_slice(section.text).map_err(|e| {
+        Problem::new(format!("{place} cannot be decoded: {}", why(&e)), "copy the file again, or remove it")
+    })?;
+    match X509Certificate::from_der(&der) {
+        Ok(_) => Ok(Placed { der, place }),
+        Err(_) => Err(Problem::new(
+            format!("{place} is not an X.509 certificate"),
+            "look at it with: openssl x509 -in {file} -noout -text; replace or remove it",
+        )),
+    }
+}
+
+/// The certificate revocation lists of a file, in PEM or DER.
+pub(super) fn crls(bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, Problem> {
+    let found: Vec<_> = if bytes.windows(BEGIN.len()).any(|window| window == BEGIN) {
+        CertificateRevocationListDer::pem_slice_iter(bytes).collect::<Result<_, _>>().map_err(|e| {
+            Problem::new(
+                format!("a revocation list in it cannot be decoded: {}", why(&e)),
+                "copy the file again",
+            )
+        })?
+    } else {
+        vec![bytes.to_vec().into()]
+    };
+    let remedy = "look at it with: openssl crl -in {file} -noout -text";
+    if found.is_empty() {
+        return Err(Problem::new("there is no revocation list (X509 CRL) in it", remedy));
+    }
+    match found.iter().position(|crl| CertificateRevocationList::from_der(crl).is_err()) {
+        None => Ok(found),
+        Some(at) => Err(Problem::new(format!("revocation list {} in it cannot be read", at + 1), remedy)),
+    }
 }
 
 /// The first private key of a file.

@@ -4,15 +4,20 @@
 //! - Certificate, key and roots are fetched together: nothing is ever made of one version's certificate and another's roots.
 
 use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher as _},
     io,
     sync::{Arc, Mutex},
 };
 
 use rustls::{RootCertStore, sign::CertifiedKey};
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 
 pub use super::files::FilesError;
-use crate::process::exit::{Cause, Failure};
+use crate::{
+    model::san::SanPattern,
+    process::exit::{Cause, Failure},
+};
 
 /// A source of one workload's identity, such as files, or a server that pushes new certificates.
 pub trait IdentityProvider: Send + Sync {
@@ -30,11 +35,28 @@ pub struct Material {
     /// The certificates, of which the first is the key's own, and the key.
     pub certificate: Arc<CertifiedKey>,
     /// The roots that peers are verified against.
-    pub bundle: TrustBundle,
+    pub bundles: TrustBundles,
     /// Where it is from, for the log.
     pub origin: String,
     /// The same for the same certificate, key and roots.
     pub fingerprint: u64,
+}
+
+/// Whom somebody trusts.
+#[derive(Clone, Debug, Default)]
+pub struct TrustBundles {
+    /// For everybody who is of none of the trust domains below. `None`: nobody else is trusted.
+    pub general: Option<TrustBundle>,
+    /// For the members of a trust domain (SPIFFE Trust Domain and Bundle, section 4), by its name.
+    pub domains: BTreeMap<String, TrustBundle>,
+    /// Which certificates are revoked.
+    pub crls: Vec<CertificateRevocationListDer<'static>>,
+}
+
+impl From<TrustBundle> for TrustBundles {
+    fn from(general: TrustBundle) -> Self {
+        Self { general: Some(general), ..Self::default() }
+    }
 }
 
 /// The roots of a trust domain.
@@ -42,11 +64,13 @@ pub struct Material {
 pub struct TrustBundle {
     pub(super) store: RootCertStore,
     pub(super) certificates: Vec<CertificateDer<'static>>,
+    /// Names that a member must have one of; empty: any.
+    pub(super) verify: Vec<SanPattern>,
 }
 
 impl Default for TrustBundle {
     fn default() -> Self {
-        Self { store: RootCertStore::empty(), certificates: Vec::new() }
+        Self { store: RootCertStore::empty(), certificates: Vec::new(), verify: Vec::new() }
     }
 }
 
@@ -56,6 +80,11 @@ impl TrustBundle {
         self.store.add(root.clone())?;
         self.certificates.push(root);
         Ok(())
+    }
+
+    /// Whether nobody can be verified with it.
+    pub fn is_empty(&self) -> bool {
+        self.certificates.is_empty()
     }
 }
 
@@ -72,6 +101,13 @@ impl Subscription {
     }
 }
 
+/// Tells changed material from unchanged. Nobody gains by a collision: who can change the material needs none.
+pub(super) fn fingerprint(of: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
+}
+
 /// Why there is no identity.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
@@ -86,10 +122,48 @@ pub enum IdentityError {
         /// What rustls says.
         why: String,
     },
+    /// What a provider has sent makes no identity.
+    #[error("{origin}: {why}")]
+    Content {
+        /// The provider.
+        origin: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A provider has not sent anything.
+    #[error("{origin}: no identity was received: {why}")]
+    Unavailable {
+        /// The provider.
+        origin: String,
+        /// Why not, as far as is known.
+        why: String,
+    },
+    /// The provider has taken the identity back: it may not be used any more.
+    #[error("{origin}: the identity was withdrawn: {why}")]
+    Withdrawn {
+        /// The provider.
+        origin: String,
+        /// What it says.
+        why: String,
+    },
 }
 
 impl From<IdentityError> for Failure {
     fn from(e: IdentityError) -> Self {
-        Self::Config(Cause::new(e, "For trying, \"tunnel pki issue\" makes a certificate and its key."))
+        let remedy = match &e {
+            IdentityError::Files(_) | IdentityError::Roots { .. } => {
+                "For trying, \"tunnel pki issue\" makes a certificate and its key."
+            }
+            IdentityError::Content { .. } => "",
+            IdentityError::Unavailable { .. } => {
+                return Self::Other(Cause::new(
+                    e,
+                    "Check that the provider runs, that its socket is where the configuration says, and that this process is \
+                     registered with it.",
+                ));
+            }
+            IdentityError::Withdrawn { .. } => "Register this process with the provider of its identity.",
+        };
+        Self::Config(Cause::new(e, remedy))
     }
 }

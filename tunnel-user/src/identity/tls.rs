@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! - A session is only ever resumed under the checks and the material that it was made under, because each has tickets of its
-//!   own.
+//!   own; and not once our certificate has expired.
 //! - No process-wide crypto provider is relied on.
 
 use std::{
@@ -11,26 +11,27 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite,
-    client::{Resumption, VerifierBuilderError, WebPkiServerVerifier, danger::ServerCertVerifier},
+    ClientConfig, NamedGroup, ServerConfig, SupportedCipherSuite,
+    client::{ClientSessionMemoryCache, ClientSessionStore, Resumption, danger::ServerCertVerifier},
     crypto::{
         CryptoProvider,
-        aws_lc_rs::{self, cipher_suite},
+        aws_lc_rs::{self, cipher_suite, kx_group},
     },
-    server::danger::ClientCertVerifier,
+    server::NoServerSessionStorage,
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
-use rustls_pki_types::UnixTime;
+use rustls_pki_types::{ServerName, UnixTime};
 
 use crate::{
-    config::Protocol,
+    config::{KeyExchange, Protocol},
     identity::{
-        constraints::{Constrained, constrained, unsupported},
         describe::Certificate,
         peer::peer_identity,
         provider::{IdentityError, IdentityProvider, Material},
-        verify::{ClientVerifier, PeerRejected, ServerVerifier, check_expiry, names_pass},
+        svid,
+        trust::Trust,
+        verify::{ClientVerifier, PeerRejected, ServerVerifier, check_expiry, names_pass, not_after},
     },
     model::{
         flow::Identity,
@@ -70,53 +71,69 @@ pub struct Wanted {
 }
 
 /// Configurations that were made already, by what makes them different.
-type Made<K, C> = Mutex<HashMap<K, Arc<C>>>;
+type Made<K, C> = Mutex<HashMap<K, C>>;
+
+/// How TLS is spoken as a client, and what is remembered for resumption.
+#[derive(Clone, Debug)]
+pub struct ClientSide {
+    /// The configuration.
+    pub config: Arc<ClientConfig>,
+    sessions: Arc<dyn ClientSessionStore>,
+}
+
+impl ClientSide {
+    /// Whether its ClientHello fills a TCP segment, or more.
+    pub fn has_long_hello(&self) -> bool {
+        // The first one is offered with a key share: 1,216 bytes of this one (RFC 8446 section 4.2.8).
+        let first = self.config.crypto_provider().kx_groups.first();
+        first.is_some_and(|group| group.name() == NamedGroup::X25519MLKEM768)
+    }
+
+    /// Forgets the sessions with a server, so that the next handshake is a full one: a resumed hello is longer, and what
+    /// drops that one would drop the next.
+    pub fn forget_sessions(&self, server: &ServerName<'static>) {
+        while self.sessions.take_tls13_ticket(server).is_some() {}
+    }
+}
 
 /// A certificate with its key and roots, and the configurations made from them.
 pub struct TlsIdentity {
     key: Arc<CertifiedKey>,
     identity: Option<Identity>,
     fingerprint: u64,
+    /// When our certificate expires, in seconds since 1970.
+    not_after: u64,
     /// Why a peer may refuse our certificate without being able to say so.
     hint: Option<Arc<str>>,
-    roots: Arc<RootCertStore>,
     /// Where it is from, and what its roots say, for operators.
     origin: String,
     trusted: Vec<Certificate>,
-    /// Those of the roots that constrain names.
-    constrained: Arc<[Constrained]>,
-    server_verifier: Arc<WebPkiServerVerifier>,
-    client_verifier: Arc<dyn ClientCertVerifier>,
-    // One entry per upstream's and listener's checks, which the configuration in force bounds (`keep`). Locked when a
-    // connection is made, never while bytes move.
-    clients: Made<(Vec<SanPattern>, Protocol), ClientConfig>,
-    servers: Made<(ClientCheck, Vec<Protocol>), ServerConfig>,
+    trust: Arc<Trust>,
+    provider: Arc<CryptoProvider>,
+    // One entry per upstream's and listener's checks, which the configuration in force bounds (`keep`), and whether our
+    // certificate is valid: expired, it resumes nothing. Locked when a connection is made, never while bytes move.
+    clients: Made<(Vec<SanPattern>, Protocol, bool), ClientSide>,
+    servers: Made<(ClientCheck, Vec<Protocol>, bool), Arc<ServerConfig>>,
 }
 
 impl TlsIdentity {
     /// From what a provider has now. A certificate that is not valid now is used all the same, with a warning: the peers will
     /// reject it, and say so.
     pub fn load(provider: &dyn IdentityProvider) -> Result<Self, IdentityError> {
-        Self::new(provider.fetch()?)
+        Self::new(provider.fetch()?, &[])
     }
 
-    /// From what a provider has returned.
-    pub(crate) fn new(material: Material) -> Result<Self, IdentityError> {
-        let Material { certificate: key, bundle, origin, fingerprint } = material;
-        let constrained: Arc<[Constrained]> = constrained(&bundle.certificates).into();
-        let trusted = bundle.certificates.iter().map(Certificate::read).collect();
-        let roots = Arc::new(bundle.store);
-        let unusable =
-            |e: VerifierBuilderError| IdentityError::Roots { origin: origin.clone(), why: e.to_string() };
-        let server_verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), provider())
-            .build()
-            .map_err(unusable)?;
-        let client_verifier = ClientVerifier::webpki(Arc::clone(&roots), provider()).map_err(unusable)?;
-
+    /// From what a provider has returned. `key_exchange`: what is offered and taken; empty: the default.
+    pub(crate) fn new(material: Material, key_exchange: &[KeyExchange]) -> Result<Self, IdentityError> {
+        let Material { certificate: key, bundles, origin, fingerprint } = material;
+        let bundles_of_all = bundles.general.iter().chain(bundles.domains.values());
+        let trusted = bundles_of_all.flat_map(|b| &b.certificates).map(Certificate::read).collect();
+        let trust = Arc::new(Trust::new(bundles, &origin)?);
         if let Err(why) = check_expiry(&key.cert, UnixTime::now()) {
             tracing::warn!(certificate = origin, reason = %why.detail, "peers will reject our certificate");
         }
-        let hint = key.cert.split_first().and_then(|(leaf, above)| unsupported(leaf, above, &constrained));
+        let no_svid = key.cert.first().and_then(|leaf| svid::trust_domain(leaf).err());
+        let hint = no_svid.or_else(|| trust.hint(&key.cert));
         if let Some(reason) = &hint {
             tracing::warn!(certificate = origin, reason, "peers may reject our certificate");
         }
@@ -124,17 +141,17 @@ impl TlsIdentity {
         if identity.is_none() {
             tracing::warn!(certificate = origin, "our certificate has no URI, DNS or IP name");
         }
+        let not_after = key.cert.first().and_then(not_after).unwrap_or(0);
         Ok(Self {
             key,
             identity,
             fingerprint,
+            not_after,
             hint: hint.map(Into::into),
-            roots,
             origin,
             trusted,
-            constrained,
-            server_verifier,
-            client_verifier,
+            trust,
+            provider: with_key_exchange(key_exchange),
             clients: Mutex::default(),
             servers: Mutex::default(),
         })
@@ -155,6 +172,16 @@ impl TlsIdentity {
         self.hint.clone()
     }
 
+    /// When our certificate expires, in seconds since 1970.
+    pub(crate) fn not_after(&self) -> u64 {
+        self.not_after
+    }
+
+    /// Whom we trust with it.
+    pub(crate) fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
     /// Who we would be to a listener of our own, if it let us in. Its chain is not asked for: it is ours.
     pub fn as_client(&self, check: &ClientCheck) -> Result<Option<Identity>, PeerRejected> {
         check_expiry(&self.key.cert, UnixTime::now())?;
@@ -169,22 +196,28 @@ impl TlsIdentity {
         self.fingerprint == material.fingerprint
     }
 
+    /// Whether our certificate is valid still, which is what sessions may be resumed by.
+    fn is_valid(&self) -> bool {
+        UnixTime::now().as_secs() <= self.not_after
+    }
+
     /// How to connect to servers that must pass `check`. Connect with [`ServerCheck::server_name`]. The
     /// same check and protocol give the same configuration, so that sessions resume.
     pub fn client_config(&self, check: &ServerCheck, protocol: Protocol) -> Arc<ClientConfig> {
+        self.client_side(check, protocol).config
+    }
+
+    /// The same, with what it remembers.
+    pub(crate) fn client_side(&self, check: &ServerCheck, protocol: Protocol) -> ClientSide {
         let mut made = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (check.san.clone(), protocol);
-        if let Some(config) = made.get(&key) {
-            return Arc::clone(config);
+        let resumes = self.is_valid();
+        let key = (check.san.clone(), protocol, resumes);
+        if let Some(side) = made.get(&key) {
+            return side.clone();
         }
-        let verifier: Arc<dyn ServerCertVerifier> = Arc::new(ServerVerifier::new(
-            Arc::clone(&self.server_verifier),
-            Arc::clone(&self.roots),
-            Arc::clone(&self.constrained),
-            provider(),
-            check.san.clone(),
-        ));
-        let mut config = ClientConfig::builder_with_provider(provider())
+        let verifier: Arc<dyn ServerCertVerifier> =
+            Arc::new(ServerVerifier::new(Arc::clone(&self.trust), check.san.clone()));
+        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])
             .expect("aws-lc-rs has cipher suites and key exchanges for TLS 1.3")
             .dangerous()
@@ -194,47 +227,72 @@ impl TlsIdentity {
         // For the record layer of this process (`record`); they go nowhere else.
         config.enable_secret_extraction = true;
         // Keyed by server name inside one config: a session never crosses over to other checks.
-        config.resumption = Resumption::in_memory_sessions(CLIENT_SESSIONS);
-        let config = Arc::new(config);
-        made.insert(key, Arc::clone(&config));
-        config
+        let sessions: Arc<dyn ClientSessionStore> =
+            Arc::new(ClientSessionMemoryCache::new(if resumes { CLIENT_SESSIONS } else { 0 }));
+        config.resumption = match resumes {
+            true => Resumption::store(Arc::clone(&sessions)),
+            false => Resumption::disabled(),
+        };
+        let side = ClientSide { config: Arc::new(config), sessions };
+        made.insert(key, side.clone());
+        side
     }
 
     /// Forgets the configurations, and with them the sessions, of checks that nothing is configured with any more.
     pub(crate) fn keep(&self, wanted: &Wanted) {
         let lock = PoisonError::into_inner;
-        self.clients.lock().unwrap_or_else(lock).retain(|key, _| wanted.clients.contains(key));
+        let is_client = |(san, protocol, _): &(Vec<SanPattern>, Protocol, bool)| {
+            wanted.clients.contains(&(san.clone(), *protocol))
+        };
+        self.clients.lock().unwrap_or_else(lock).retain(|key, _| is_client(key));
         let lock = PoisonError::into_inner;
-        self.servers.lock().unwrap_or_else(lock).retain(|key, _| wanted.servers.contains(key));
+        let is_server = |(check, protocols, _): &(ClientCheck, Vec<Protocol>, bool)| {
+            wanted.servers.contains(&(check.clone(), protocols.clone()))
+        };
+        self.servers.lock().unwrap_or_else(lock).retain(|key, _| is_server(key));
     }
 
     /// How to take connections from clients that must pass `check` and speak one of `protocols`, of which the
     /// first is taken that a client offers.
     pub fn server_config(&self, check: &ClientCheck, protocols: &[Protocol]) -> Arc<ServerConfig> {
         let mut made = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (check.clone(), protocols.to_vec());
+        let resumes = self.is_valid();
+        let key = (check.clone(), protocols.to_vec(), resumes);
         if let Some(config) = made.get(&key) {
             return Arc::clone(config);
         }
-        let verifier = Arc::new(ClientVerifier::new(
-            Arc::clone(&self.client_verifier),
-            Arc::clone(&self.constrained),
-            check.san.clone(),
-        ));
-        let mut config = ServerConfig::builder_with_provider(provider())
+        let verifier = Arc::new(ClientVerifier::new(Arc::clone(&self.trust), check.san.clone()));
+        let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])
             .expect("aws-lc-rs has cipher suites and key exchanges for TLS 1.3")
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
         config.alpn_protocols = protocols.iter().map(|p| p.alpn().to_vec()).collect();
         config.enable_secret_extraction = true;
-        // Tickets carry the client's chain, so a resumed session still has its identity, on any worker.
-        // Without randomness for ticket keys, rustls keeps the sessions itself.
-        if let Ok(ticketer) = aws_lc_rs::Ticketer::new() {
+        if !resumes {
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+        } else if let Ok(ticketer) = aws_lc_rs::Ticketer::new() {
+            // Tickets carry the client's chain, so a resumed session still has its identity, on any worker.
+            // Without randomness for ticket keys, rustls keeps the sessions itself.
             config.ticketer = ticketer;
         }
         let config = Arc::new(config);
         made.insert(key, Arc::clone(&config));
         config
     }
+}
+
+/// [`provider`] with these key exchanges.
+fn with_key_exchange(wanted: &[KeyExchange]) -> Arc<CryptoProvider> {
+    if wanted.is_empty() {
+        return provider();
+    }
+    let group = |wanted: &KeyExchange| match wanted {
+        KeyExchange::X25519MlKem768 => kx_group::X25519MLKEM768,
+        KeyExchange::X25519 => kx_group::X25519,
+        KeyExchange::Secp256r1 => kx_group::SECP256R1,
+        KeyExchange::Secp384r1 => kx_group::SECP384R1,
+    };
+    Arc::new(CryptoProvider { kx_groups: wanted.iter().map(group).collect(), ..(*provider()).clone() })
 }

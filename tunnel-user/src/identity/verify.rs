@@ -1,36 +1,23 @@
 //! The checks a peer's certificate has to pass, and what is said when one fails.
 //!
 //! # Invariants
-//! - The chain and its expiry are verified by webpki before a name is looked at, and no configuration turns that off.
+//! - The chain and its expiry are verified by webpki before a name is compared, and no configuration turns that off.
 
 use std::{error::Error, fmt, io, sync::Arc, time::Duration};
 
 use rustls::{
-    AlertDescription, CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore,
+    AlertDescription, CertificateError, DigitallySignedStruct, DistinguishedName, OtherError,
     SignatureScheme,
-    client::{
-        WebPkiServerVerifier,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
-    crypto::CryptoProvider,
-    server::{
-        ParsedCertificate, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use crate::{
-    identity::{
-        constraints::{self, Constrained},
-        peer::names_of,
-    },
+    identity::{constraints, peer::names_of, svid, tls::provider, trust::Trust},
     model::san::{San, SanPattern},
 };
-
-/// How webpki calls it, which is no dependency of ours by itself.
-const VIOLATION: &str = "NameConstraintViolation";
 
 /// One check on a peer's certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,35 +62,47 @@ impl PeerRejected {
         Self { check: Check::San, detail: format!("wanted {wanted}, presented {presented}") }
     }
 
-    /// What is said for an error of webpki's about a chain: by itself it does not name the CA.
-    fn name_constraints(
-        error: rustls::Error,
-        leaf: &CertificateDer<'_>,
-        above: &[CertificateDer<'_>],
-        roots: &[Constrained],
-    ) -> rustls::Error {
-        match &error {
-            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner)))
-                if inner.to_string() == VIOLATION =>
-            {
-                let detail = constraints::violated(leaf, above, roots);
-                Self { check: Check::Chain, detail }.into_rustls()
-            }
-            _ => error,
-        }
+    /// A server's certificate is not valid for the name that it was connected to by.
+    pub(super) fn name(name: &ServerName<'_>, leaf: &CertificateDer<'_>) -> Self {
+        Self::san(&name.to_str(), &names_of(leaf))
     }
 
-    fn into_rustls(self) -> rustls::Error {
+    /// It claims to be an SVID, and is none.
+    pub(super) fn no_svid(why: String) -> Self {
+        Self { check: Check::San, detail: why }
+    }
+
+    /// Nobody here vouches for its trust domain.
+    pub(super) fn no_bundle(domain: Option<&str>) -> Self {
+        let detail = match domain {
+            Some(domain) => {
+                format!("it is of the trust domain \"{domain}\", for which there are no CA certificates here")
+            }
+            None => "it is of no trust domain, and only members of trust domains are trusted here".to_owned(),
+        };
+        Self { check: Check::Chain, detail }
+    }
+
+    /// Our own is gone.
+    pub(super) fn withdrawn(why: &impl fmt::Display) -> Self {
+        Self { check: Check::Missing, detail: why.to_string() }
+    }
+
+    pub(super) fn constraints(detail: String) -> Self {
+        Self { check: Check::Chain, detail }
+    }
+
+    pub(super) fn algorithm(detail: String) -> Self {
+        Self { check: Check::Chain, detail }
+    }
+
+    pub(super) fn into_rustls(self) -> rustls::Error {
         CertificateError::Other(OtherError(Arc::new(self))).into()
     }
 }
 
 fn list<T: fmt::Display>(items: &[T]) -> String {
     items.iter().map(T::to_string).collect::<Vec<_>>().join(" or ")
-}
-
-fn check_names(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-    names_pass(san, leaf).map_err(PeerRejected::into_rustls)
 }
 
 /// Whether one of a certificate's names is among those that are taken.
@@ -124,24 +123,18 @@ pub(crate) fn names_pass(san: &[SanPattern], leaf: &CertificateDer<'_>) -> Resul
 /// Verifies servers: chain and expiry always, then [`ServerCheck`](crate::model::trust::ServerCheck).
 #[derive(Debug)]
 pub(crate) struct ServerVerifier {
-    webpki: Arc<WebPkiServerVerifier>,
-    roots: Arc<RootCertStore>,
-    constrained: Arc<[Constrained]>,
-    provider: Arc<CryptoProvider>,
+    trust: Arc<Trust>,
     san: Vec<SanPattern>,
 }
 
 impl ServerVerifier {
-    /// `constrained` are those of the roots that constrain names.
-    pub(crate) fn new(
-        webpki: Arc<WebPkiServerVerifier>,
-        roots: Arc<RootCertStore>,
-        constrained: Arc<[Constrained]>,
-        provider: Arc<CryptoProvider>,
-        san: Vec<SanPattern>,
-    ) -> Self {
-        Self { webpki, roots, constrained, provider, san }
+    pub(crate) fn new(trust: Arc<Trust>, san: Vec<SanPattern>) -> Self {
+        Self { trust, san }
     }
+}
+
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    provider().signature_verification_algorithms
 }
 
 impl ServerCertVerifier for ServerVerifier {
@@ -150,24 +143,10 @@ impl ServerCertVerifier for ServerVerifier {
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         name: &ServerName<'_>,
-        ocsp: &[u8],
+        _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        if self.san.is_empty() {
-            return self.webpki.verify_server_cert(leaf, intermediates, name, ocsp, now).map_err(
-                |e| match e {
-                    rustls::Error::InvalidCertificate(
-                        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-                    ) => PeerRejected::san(&name.to_str(), &names_of(leaf)).into_rustls(),
-                    other => PeerRejected::name_constraints(other, leaf, intermediates, &self.constrained),
-                },
-            );
-        }
-        let parsed = ParsedCertificate::try_from(leaf)?;
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)
-            .map_err(|e| PeerRejected::name_constraints(e, leaf, intermediates, &self.constrained))?;
-        check_names(&self.san, leaf)?;
+        self.trust.verify_server(leaf, intermediates, name, &self.san, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -177,7 +156,7 @@ impl ServerCertVerifier for ServerVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.webpki.verify_tls12_signature(message, cert, dss)
+        verify_tls12_signature(message, cert, dss, &algorithms())
     }
 
     fn verify_tls13_signature(
@@ -186,44 +165,30 @@ impl ServerCertVerifier for ServerVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.webpki.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, &algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.webpki.supported_verify_schemes()
+        algorithms().supported_schemes()
     }
 }
 
 /// Verifies clients: a certificate, its chain and expiry always, then [`ClientCheck`](crate::model::trust::ClientCheck).
 #[derive(Debug)]
 pub(crate) struct ClientVerifier {
-    webpki: Arc<dyn ClientCertVerifier>,
-    constrained: Arc<[Constrained]>,
+    trust: Arc<Trust>,
     san: Vec<SanPattern>,
 }
 
 impl ClientVerifier {
-    /// `constrained` are those of the roots that constrain names.
-    pub(crate) fn new(
-        webpki: Arc<dyn ClientCertVerifier>,
-        constrained: Arc<[Constrained]>,
-        san: Vec<SanPattern>,
-    ) -> Self {
-        Self { webpki, constrained, san }
-    }
-
-    /// What webpki checks before our names.
-    pub(crate) fn webpki(
-        roots: Arc<RootCertStore>,
-        provider: Arc<CryptoProvider>,
-    ) -> Result<Arc<dyn ClientCertVerifier>, rustls::client::VerifierBuilderError> {
-        WebPkiClientVerifier::builder_with_provider(roots, provider).build()
+    pub(crate) fn new(trust: Arc<Trust>, san: Vec<SanPattern>) -> Self {
+        Self { trust, san }
     }
 }
 
 impl ClientCertVerifier for ClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.webpki.root_hint_subjects()
+        self.trust.hints()
     }
 
     fn client_auth_mandatory(&self) -> bool {
@@ -236,12 +201,8 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self
-            .webpki
-            .verify_client_cert(leaf, intermediates, now)
-            .map_err(|e| PeerRejected::name_constraints(e, leaf, intermediates, &self.constrained))?;
-        check_names(&self.san, leaf)?;
-        Ok(verified)
+        self.trust.verify_client(leaf, intermediates, &self.san, now)?;
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -250,7 +211,7 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.webpki.verify_tls12_signature(message, cert, dss)
+        verify_tls12_signature(message, cert, dss, &algorithms())
     }
 
     fn verify_tls13_signature(
@@ -259,12 +220,33 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.webpki.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, &algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.webpki.supported_verify_schemes()
+        algorithms().supported_schemes()
     }
+}
+
+/// Checks what a chain claims beside what webpki verifies: its trust domain, and the names that its CAs permit.
+///
+/// # Errors
+/// What is wrong with it, in a sentence.
+pub fn claims(chain: &[CertificateDer<'_>]) -> Result<Option<Box<str>>, String> {
+    let Some((leaf, above)) = chain.split_first() else { return Ok(None) };
+    let domain = svid::trust_domain(leaf)?;
+    constraints::check(leaf, above, &[])?;
+    match svid::unsupported_algorithm(leaf, above) {
+        Some(why) => Err(why),
+        None => Ok(domain),
+    }
+}
+
+/// When a certificate expires, in seconds since 1970; `None`: it cannot be read.
+pub(super) fn not_after(leaf: &CertificateDer<'_>) -> Option<u64> {
+    use x509_parser::prelude::{FromDer as _, X509Certificate};
+    let (_, cert) = X509Certificate::from_der(leaf).ok()?;
+    Some(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0))
 }
 
 /// Whether the leaf is still valid. A resumed session verifies nothing again, so whoever accepts or

@@ -93,6 +93,9 @@ reasons! {
     DrainTimeout = "drain_timeout", Us, None, None;
     /// A policy or a route that came in force since does not allow it any more.
     PolicyChanged = "policy_changed", Us, None, None;
+    /// A certificate that its connection rests on has expired, is not trusted any more or was withdrawn, and the identity says
+    /// on_expiry = "end".
+    IdentityExpired = "identity_expired", Us, None, None;
     /// No byte has moved for as long as a flow may be idle.
     IdleTimeout = "idle_timeout", Us, None, None;
     /// It has lasted as long as a flow may.

@@ -14,6 +14,7 @@ use super::{
     refusal::Refusal,
 };
 use crate::{
+    identity::standing::EndOfStanding,
     model::{
         end::EndReason,
         flow::{ClientAddr, Head, Identity, Target},
@@ -94,15 +95,16 @@ async fn establish<P: PendingRequest>(
         }
     };
     let marks = Marks::default();
-    let mut progress = Progress { record, started, permit, marks: &marks };
-    let (context, name) = (client.context(&proxy), client.source().name());
+    let mut progress = Progress { record, started, permit, marks: &marks, end: client.end_of_flows() };
+    let (context, name, identity) =
+        (client.context(&proxy), client.source().name(), client.source().identity());
     let head = head.as_ref().map(|(version, headers)| Head { version: *version, headers });
     if let Some(tracer) = &context.setup().shared.tracer {
         let trace = tracer.begin(head.and_then(|head| received_trace(head.headers)));
         marks.trace.set(Some(trace));
         progress.record.trace = Some(Box::new(trace));
     }
-    let wanted = match client.request(&context, name.as_deref(), &target, head, &marks) {
+    let wanted = match client.request(&context, name.as_deref(), identity.as_ref(), &target, head, &marks) {
         Ok(wanted) => wanted,
         Err(refusal) => return proxy.refuse(request, &refusal, client.identity(), progress).await,
     };
@@ -119,6 +121,8 @@ struct Progress<'a> {
     started: Instant,
     permit: Permit,
     marks: &'a Marks,
+    /// When it is to end because its client's connection has lost its standing.
+    end: Option<EndOfStanding>,
 }
 
 impl Proxy {
@@ -183,7 +187,9 @@ impl Proxy {
                     if !behind.is_empty() {
                         early.sent = behind;
                     }
-                    let Progress { mut record, started, permit, marks } = progress;
+                    let Progress { mut record, started, permit, marks, end } = progress;
+                    let mut sink = sink;
+                    let ends = end.into_iter().chain(sink.end_of_flow()).collect();
                     self.trace(&mut record, started, marks, None);
                     self.counters.flows_opened.add(1);
                     self.counters.durations.connect.observe(started.elapsed());
@@ -192,7 +198,7 @@ impl Proxy {
                     }
                     let live = self.flows.open(record, started);
                     wanted.setup.shared.access_logs.started(&live);
-                    Some((leg, Box::new(EstablishedFlow { sink, early, live, permit })))
+                    Some((leg, Box::new(EstablishedFlow { sink, early, live, ends, permit })))
                 }
                 None => self.left(progress),
             },
@@ -228,7 +234,7 @@ impl Proxy {
         identity: Option<&Identity>,
         progress: Progress<'_>,
     ) -> Option<T> {
-        let Progress { mut record, started, permit, marks } = progress;
+        let Progress { mut record, started, permit, marks, .. } = progress;
         drop(permit);
         record.ended(refusal.reason(), Some(refusal.to_string()));
         self.trace(&mut record, started, marks, Some(refusal.reason()));

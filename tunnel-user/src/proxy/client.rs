@@ -7,7 +7,11 @@ use std::{cell::RefCell, net::IpAddr, rc::Rc};
 
 use super::{Proxy, Setup, reach::FlowRequest, refusal::Refusal};
 use crate::{
-    model::flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
+    identity::standing::{EndOfStanding, Standing},
+    model::{
+        flow::{ClientAddr, Direction, Head, Identity, SourceKind, Target, Transport},
+        names::IdentityName,
+    },
     observe::{marks::Marks, stats::Record},
     process::books::Books,
     routing::{
@@ -152,11 +156,20 @@ impl Client {
         }
     }
 
-    /// Policy's word on what it asks for. `name`: the one of its source.
+    /// When its flows are to end because its connection has lost its standing, where they are not to outlast that.
+    pub(super) fn end_of_flows(&self) -> Option<EndOfStanding> {
+        match self {
+            Self::Application { .. } => None,
+            Self::Peer(known) => known.peer.standing.as_ref().and_then(Standing::end_of_flows),
+        }
+    }
+
+    /// Policy's word on what it asks for. `name` and `identity`: those of its source.
     pub(super) fn request<'a>(
         &'a self,
         context: &'a Context,
         name: Option<&'a str>,
+        identity: Option<&'a IdentityName>,
         target: &'a Target,
         head: Option<Head<'a>>,
         marks: &'a Marks,
@@ -188,6 +201,6 @@ impl Client {
             sniffed: None,
         };
         let dial_timeout = self.source().dial_timeout().unwrap_or(setup.shared.dial_timeout);
-        Ok(FlowRequest { setup, flow, permit, dial_timeout, marks })
+        Ok(FlowRequest { setup, flow, permit, dial_timeout, identity, marks })
     }
 }

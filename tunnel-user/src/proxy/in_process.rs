@@ -45,7 +45,7 @@ impl DispatchInProcess for Hop<'_, '_> {
         }
         record.passed.push(to.name.clone());
         let target = ask.authority();
-        let identity = to.identity().map_err(|why| {
+        let identity = to.identity(ask.identity).map_err(|why| {
             Refusal::Denied(format!(
                 "{target} is refused: listener \"{}\" would reject our certificate: {why}",
                 to.listener
@@ -72,8 +72,7 @@ impl DispatchInProcess for Hop<'_, '_> {
             ..request.flow
         };
         let dial_timeout = ask.terms.timeout.unwrap_or(to.dial_timeout);
-        let (setup, marks, permit) = (request.setup, request.marks, Some(permit));
-        let request = FlowRequest { setup, flow, permit, dial_timeout, marks };
+        let request = FlowRequest { flow, permit: Some(permit), dial_timeout, ..*request };
         match proxy.route(&request) {
             // Its client would have to be answered first, and that is for the route before.
             Decision::NeedsSniff => Err(Refusal::Route(format!(

@@ -14,14 +14,17 @@ mod refusal;
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    future::poll_fn,
     rc::Rc,
     sync::Arc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
 use self::{client::Account, log::LimitedLog, reach::Sink};
 pub use self::{client::Client, refusal::Refusal};
 use crate::{
+    identity::standing::EndOfStanding,
     model::{end::EndReason, flow::Identity},
     observe::{
         access_log::Logs,
@@ -159,6 +162,8 @@ struct EstablishedFlow {
     early: Early,
     /// Its place among the live ones, with what is known of it.
     live: Open,
+    /// When it is to end because a connection that it is on has lost its standing.
+    ends: Vec<EndOfStanding>,
     permit: Permit,
 }
 
@@ -172,6 +177,14 @@ impl Drop for Permit {
     fn drop(&mut self) {
         self.proxy.active.set(self.proxy.active.get() - 1);
     }
+}
+
+/// Ready when one of them is; never where there is none.
+fn first_of(ends: &mut [EndOfStanding]) -> impl Future<Output = ()> {
+    poll_fn(|cx| match ends.iter_mut().any(|end| end.as_mut().poll(cx).is_ready()) {
+        true => Poll::Ready(()),
+        false => Poll::Pending,
+    })
 }
 
 impl Proxy {
@@ -295,7 +308,7 @@ impl Proxy {
     /// Relays to the end, and books it.
     async fn relay(&self, client: &mut impl Leg, mut flow: Box<EstablishedFlow>) {
         let path = self.setup.borrow().path.clone();
-        let EstablishedFlow { sink, early, live, .. } = &mut *flow;
+        let EstablishedFlow { sink, early, live, ends, .. } = &mut *flow;
         let meter = live.meter();
         let relayed = async {
             match sink {
@@ -312,6 +325,7 @@ impl Proxy {
             outcome = relayed => outcome,
             // Both legs are dropped before their ends: both are reset.
             reason = live.ended() => Outcome::Ended(reason),
+            () = first_of(ends) => Outcome::Ended(EndReason::IdentityExpired),
         };
         // Their resets, or their ends, go out before anything is written about them.
         let EstablishedFlow { sink, live, permit, .. } = *flow;

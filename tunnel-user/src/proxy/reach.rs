@@ -13,7 +13,11 @@ use bytes::Bytes;
 use super::{Proxy, Refusal, Setup, client::Account, in_process::Hop};
 use crate::{
     config::{Authority, ProxyProtocol},
-    model::flow::{PeerAddr, Sniffed, Target},
+    identity::standing::EndOfStanding,
+    model::{
+        flow::{PeerAddr, Sniffed, Target},
+        names::IdentityName,
+    },
     observe::{
         marks::Marks,
         stats::{Record, Via},
@@ -45,6 +49,16 @@ pub(super) enum Sink {
     Tunnel(upstream::Stream),
 }
 
+impl Sink {
+    /// When the flow is to end because the connection to the upstream has lost its standing.
+    pub(super) fn end_of_flow(&mut self) -> Option<EndOfStanding> {
+        match self {
+            Self::Direct(..) => None,
+            Self::Tunnel(stream) => stream.end.take(),
+        }
+    }
+}
+
 /// A flow that wants to go to its target.
 #[derive(Clone, Copy)]
 pub(super) struct FlowRequest<'a> {
@@ -55,6 +69,8 @@ pub(super) struct FlowRequest<'a> {
     pub(super) permit: Option<Permit<'a>>,
     /// How long a dial may take, unless its route says otherwise.
     pub(super) dial_timeout: Duration,
+    /// Who we are to upstreams for it, where its capture says so.
+    pub(super) identity: Option<&'a IdentityName>,
     /// How far it has got.
     pub(super) marks: &'a Marks,
 }
@@ -76,7 +92,7 @@ impl Proxy {
         record: &mut Record,
         ahead: Option<&Ahead<'_>>,
     ) -> Result<Sink, Refusal> {
-        let FlowRequest { setup, flow, permit, dial_timeout, marks } = *request;
+        let FlowRequest { setup, flow, permit, dial_timeout, identity, marks } = *request;
         let target = flow.target;
         match decision {
             Decision::Upstream { route, upstream, shares, terms } => {
@@ -99,7 +115,7 @@ impl Proxy {
                     if let Authority::Is(to) = &terms.authority { Some(to) } else { named.as_ref() };
                 let (client, received) = (Some(flow.client), flow.request);
                 let marks = Some(marks);
-                let ask = Ask { target, instead, client, received, pseudonym, terms, marks };
+                let ask = Ask { target, instead, client, identity, received, pseudonym, terms, marks };
                 let hop = Hop { proxy: self, request, record: &mut *record, ahead };
                 let another = |tried: &[_]| another(shares, tried, fastrand::u32(..));
                 match failover::open(&setup.upstreams, upstream, another, &ask, ahead, hop).await? {

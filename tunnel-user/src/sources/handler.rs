@@ -19,7 +19,11 @@ use super::{
     listener::{accept::ServeError, request::Malformed},
 };
 use crate::{
-    model::flow::{ClientAddr, Identity, PeerAddr, Target},
+    identity::standing::Standing,
+    model::{
+        flow::{ClientAddr, Identity, PeerAddr, Target},
+        names::IdentityName,
+    },
     process::{
         books::{Books, Connected},
         drain::Watch,
@@ -30,6 +34,7 @@ use crate::{
 /// One capture, or one listener, on one worker.
 pub struct SourceHandle {
     name: RefCell<Option<Arc<str>>>,
+    identity: RefCell<Option<IdentityName>>,
     dial_timeout: Option<Duration>,
     watch: Watch,
     books: Rc<Books>,
@@ -50,7 +55,18 @@ impl SourceHandle {
     /// `watch`: until when it accepts.
     pub fn new(name: Option<Arc<str>>, dial_timeout: Option<Duration>, watch: Watch) -> Self {
         SOURCES.set(SOURCES.get() + 1);
-        Self { name: RefCell::new(name), dial_timeout, watch, books: Rc::default() }
+        let (name, identity) = (RefCell::new(name), RefCell::default());
+        Self { name, identity, dial_timeout, watch, books: Rc::default() }
+    }
+
+    /// Who we are to upstreams for its flows, where the configuration says so.
+    pub fn identity(&self) -> Option<IdentityName> {
+        self.identity.borrow().clone()
+    }
+
+    /// Changes that.
+    pub fn set_identity(&self, identity: Option<IdentityName>) {
+        self.identity.replace(identity);
     }
 
     /// What its own flows use of this worker, where they are of no peer.
@@ -142,6 +158,8 @@ pub struct Peer {
     pub identity: Option<Identity>,
     /// The name that it asked for (SNI, RFC 6066 section 3).
     pub server_name: Option<Box<str>>,
+    /// What its identity rests on.
+    pub standing: Option<Rc<Standing>>,
 }
 
 /// A flow, as a source hands it over.

@@ -409,6 +409,40 @@ fn a_file_that_does_not_load_is_named_with_what_is_wrong() {
     assert!(load_after(|f| fs::write(&f.ca, cut).unwrap()).contains("does not end: the file is cut short"));
 }
 
+/// What has failed with a resumed hello may succeed with the shorter one of a full handshake.
+#[test]
+fn after_its_sessions_are_forgotten_a_client_shakes_hands_in_full() {
+    let ca = ca();
+    let client = identity_of(&ca, &request(CLIENT), &ca);
+    let server = identity_of(&ca, &request(SERVER), &ca);
+    let side = client.client_side(&servers(&[]), Protocol::H2);
+    let shake = || {
+        let taken = server.server_config(&clients(&[]), &[Protocol::H2]);
+        Shaken::new(Arc::clone(&side.config), taken, "10.9.0.1").server.handshake_kind()
+    };
+    assert_eq!(shake(), Some(HandshakeKind::Full));
+    assert_eq!(shake(), Some(HandshakeKind::Resumed));
+    side.forget_sessions(&ServerName::try_from("10.9.0.1").unwrap());
+    assert_eq!(shake(), Some(HandshakeKind::Full));
+}
+
+/// A bundle of corporate roots goes on with those that can be used; one without any is named.
+#[test]
+fn a_broken_root_is_left_out_of_a_bundle_with_others() {
+    let (ours, other, dir) = (ca(), ca(), tempfile::tempdir().unwrap());
+    let junk = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    let roots = other.cert_pem().repeat(100) + junk + ours.cert_pem() + &other.cert_pem().repeat(99);
+    let files = put(dir.path(), &ours.issue(&request(CLIENT)).unwrap(), &roots);
+    let client = TlsIdentity::load(&files).unwrap();
+    let server = identity_of(&ours, &request(SERVER), &ours);
+    let s = Shaken::new(
+        client.client_config(&servers(&[]), Protocol::H2),
+        server.server_config(&clients(&[]), &[Protocol::H2]),
+        "10.9.0.1",
+    );
+    assert!(s.client_error.is_none() && s.server_error.is_none());
+}
+
 struct Rotation {
     ca: Ca,
     dir: TempDir,
@@ -430,7 +464,7 @@ impl Rotation {
 
     fn shake(&self) -> (String, Option<HandshakeKind>) {
         let s = Shaken::new(
-            self.store.client_config(&servers(&[SERVER]), Protocol::H2),
+            self.store.client_config(&servers(&[SERVER]), Protocol::H2).unwrap(),
             self.peer.server_config(&clients(&[]), &[Protocol::H2]),
             "10.9.0.1",
         );

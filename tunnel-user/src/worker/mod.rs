@@ -26,7 +26,10 @@ use tokio::{
 use self::reconcile::{Sources, Worker};
 pub use crate::proxy::{Limits, Shared, Timeouts};
 use crate::{
-    model::{end::EndReason, names::SourceName},
+    model::{
+        end::EndReason,
+        names::{IdentityName, SourceName},
+    },
     observe::stats::{Counters, Record},
     process::{
         drain::{self, Phase, Tasks, Watch},
@@ -74,6 +77,8 @@ pub struct Source {
     pub netns: Option<u64>,
     /// What routes call it.
     pub called: Option<Arc<str>>,
+    /// Who we are to upstreams for its flows, where it is a capture that says so.
+    pub identity: Option<IdentityName>,
     /// Its sockets. One that is accepted from already by the same `Arc` goes on.
     pub sockets: Arc<Sockets>,
 }

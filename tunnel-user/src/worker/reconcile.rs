@@ -14,6 +14,7 @@ use tokio::{
 
 use super::{CaptureSocket, ConnectSocket, Listening, QuicSocket, STOP_PATIENCE, Sockets, Source, State};
 use crate::{
+    model::names::IdentityName,
     process::drain::{self, Phase, Tasks, Trigger},
     proxy::{Proxy, Setup},
     sinks::upstream::{Upstream, Upstreams},
@@ -76,6 +77,9 @@ impl Sources {
                     if open.handle.name() != source.called {
                         open.handle.rename(own_copy(source));
                     }
+                    if open.handle.identity() != source.identity {
+                        open.handle.set_identity(own_identity(source));
+                    }
                     open
                 }
                 None => Open::new(source, worker, flows),
@@ -118,6 +122,7 @@ impl Open {
         });
         let (trigger, watch) = drain::channel();
         let handle = Rc::new(SourceHandle::new(own_copy(source), dial_timeout, watch));
+        handle.set_identity(own_identity(source));
         let open =
             Self { _sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
         for listening in listening {
@@ -156,6 +161,11 @@ impl Open {
 /// What routes call a source, for this worker alone: every flow counts a use of it, and cores share no count.
 fn own_copy(source: &Source) -> Option<Arc<str>> {
     source.called.as_deref().map(Arc::from)
+}
+
+/// The same for the identity that it names.
+fn own_identity(source: &Source) -> Option<IdentityName> {
+    source.identity.as_deref().map(IdentityName::from)
 }
 
 /// Holds an upstream that is no longer configured until nobody uses it, and closes its connections as their streams

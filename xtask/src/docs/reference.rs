@@ -96,6 +96,8 @@ fn configuration(schema: &Json) -> String {
     for (name, section) in object(&schema["properties"]) {
         let (title, shape) = if section["items"].is_object() {
             (format!("[[{name}]]"), &section["items"])
+        } else if section["anyOf"][0]["properties"].is_object() {
+            (format!("[{name}], [[{name}]]"), &section["anyOf"][0])
         } else {
             (format!("[{name}]"), section)
         };

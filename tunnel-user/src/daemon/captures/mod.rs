@@ -108,11 +108,12 @@ impl ActiveCapture {
     /// What workers accept from: its listeners in each network namespace.
     pub(in crate::daemon) fn sources(&self) -> impl Iterator<Item = Source> {
         let called: Option<Arc<str>> = self.wanted.name.as_deref().map(Arc::from);
-        let name = self.name();
+        let (name, identity) = (self.name(), self.wanted.identity.clone());
         self.namespaces.entered().map(move |entered| Source {
             name: name.clone(),
             netns: Some(entered.cookie()),
             called: called.clone(),
+            identity: identity.clone(),
             sockets: entered.sockets(),
         })
     }

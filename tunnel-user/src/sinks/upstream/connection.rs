@@ -54,6 +54,10 @@ pub trait Connection: 'static {
     /// Ends once what its streams have handed over is on the wire. No stream is opened any more.
     fn close(&self);
 
+    /// Ready when it is to take no new streams, because a certificate of either side is not what new connections are made with
+    /// or is not valid any more. Never without TLS.
+    fn retired(&self) -> impl Future<Output = ()>;
+
     /// Runs a shared connection to its end, which includes waiting for the peer's. `grew` is called when it takes more
     /// streams than before. It is called once; dropped, it ends the connection at once.
     fn run(&self, grew: &dyn Fn()) -> impl Future<Output = ()>;

@@ -4,7 +4,7 @@
 //! - The key under which a connection is shared holds all that makes it what it is: endpoint, checks, certificate, and what
 //!   it goes through.
 
-use std::{cell::RefCell, rc::Rc, time::Duration};
+use std::{cell::RefCell, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
@@ -24,7 +24,10 @@ use super::{
 };
 use crate::{
     config::Protocol,
-    model::flow::{FarEnd, Identity},
+    model::{
+        flow::{FarEnd, Identity},
+        names::IdentityName,
+    },
     sinks::dial::DialError,
     transport::tcp::FirstSpeaker,
 };
@@ -92,6 +95,10 @@ impl Connection for HttpConnection {
 
     fn close(&self) {
         of_kind!(self, c => c.close());
+    }
+
+    async fn retired(&self) {
+        of_kind!(self, c => c.retired().await);
     }
 
     async fn run(&self, grew: &dyn Fn()) {
@@ -180,13 +187,20 @@ impl Connector {
         self.via.as_ref()
     }
 
-    fn key(&self, site: &Site) -> Key {
-        let tls = self.tls.as_ref().map(|UpstreamTls { store, check }| TlsKey {
-            config: store.client_config(check, self.protocol),
-            server_name: check.server_name(&site.named),
-            hint: store.hint(),
+    /// `identity`: the one that a flow's capture names.
+    fn key(&self, site: &Site, identity: Option<&IdentityName>) -> Result<Key, ConnectError> {
+        let tls = self.tls.as_ref().map(|tls| {
+            let (store, check) = (tls.store_for(identity), &tls.check);
+            let ours = store.current().map_err(|e| ConnectError::Identity(e.to_string()))?;
+            Ok(TlsKey {
+                side: ours.client_side(check, self.protocol),
+                server_name: check.server_name(&site.named),
+                check: check.clone(),
+                store: Arc::clone(store),
+                ours,
+            })
         });
-        Key { endpoint: site.at.clone(), tls, via: self.via.clone() }
+        Ok(Key { endpoint: site.at.clone(), tls: tls.transpose()?, via: self.via.clone() })
     }
 
     /// Connections opened since the start.
@@ -211,23 +225,27 @@ impl Connector {
     }
 
     /// Whether a flow would not have to wait.
-    pub fn has_room(&self, site: &Site) -> bool {
-        self.pool.has_room(&self.key(site))
+    pub fn has_room(&self, site: &Site, identity: Option<&IdentityName>) -> bool {
+        self.key(site, identity).is_ok_and(|key| self.pool.has_room(&key))
     }
 
     /// Whether what is up to an endpoint may be lost.
-    pub fn is_overdue(&self, site: &Site) -> bool {
-        self.pool.is_overdue(&self.key(site))
+    pub fn is_overdue(&self, site: &Site, identity: Option<&IdentityName>) -> bool {
+        self.key(site, identity).is_ok_and(|key| self.pool.is_overdue(&key))
     }
 
     /// A connection with a permit for one stream.
-    pub async fn checkout(&self, site: &Site) -> Result<Checkout, ConnectError> {
-        self.pool.checkout(&self.key(site)).await
+    pub async fn checkout(
+        &self,
+        site: &Site,
+        identity: Option<&IdentityName>,
+    ) -> Result<Checkout, ConnectError> {
+        self.pool.checkout(&self.key(site, identity)?).await
     }
 
     /// Whether a connection can be made there, as for an ejected endpoint; it stays in the pool, if there is one.
     pub async fn probe(&self, site: &Site) -> Result<(), ConnectError> {
-        self.pool.probe(&self.key(site)).await
+        self.pool.probe(&self.key(site, None)?).await
     }
 
     /// Whether TCP connects there: from here, or from the far end of the upstream that it goes through.
@@ -246,7 +264,7 @@ impl Connector {
 
     /// Whether a peer there answers a PING, on a connection as flows have it.
     pub async fn ping(&self, site: &Site) -> Result<(), CheckError> {
-        let checkout = self.checkout(site).await?;
+        let checkout = self.checkout(site, None).await?;
         checkout.connection().ping().await.map_err(CheckError::Failed)
     }
 }

@@ -15,6 +15,11 @@ use crate::{
     sinks::dial::DialError,
 };
 
+/// What may be the matter where TCP connects and TLS is not answered.
+const LONG_HELLO: &str = ": TCP connected, and the TLS ClientHello was not answered; with its post-quantum key exchange it takes \
+                          up to two segments, of which some networks drop one: key_exchange = [\"x25519\"] in [identity] keeps it \
+                          within one";
+
 /// Why there is no connection.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -43,12 +48,14 @@ pub enum ConnectError {
         why: String,
     },
     /// No answer in time.
-    #[error("{endpoint} did not complete the handshakes within {after:?}")]
+    #[error("{endpoint} did not complete the handshakes within {after:?}{}", if *long_hello { LONG_HELLO } else { "" })]
     Timeout {
         /// The peer.
         endpoint: Target,
         /// The time allowed.
         after: Duration,
+        /// Nothing has answered a ClientHello that takes two segments.
+        long_hello: bool,
     },
     /// Too many flows wait for this peer.
     #[error("{most} flows are waiting for a connection to {endpoint} already")]
@@ -74,6 +81,9 @@ pub enum ConnectError {
         /// How many.
         most: usize,
     },
+    /// There is nobody to be.
+    #[error("{0}")]
+    Identity(String),
     /// The pool is gone.
     #[error("shutting down")]
     Shutdown,
@@ -83,7 +93,7 @@ impl ConnectError {
     /// Whether nothing is known of the endpoint: the reason is on this side, or on the way there.
     pub fn is_ours(&self) -> bool {
         match self {
-            Self::Overflow { .. } | Self::Limit { .. } | Self::Shutdown => true,
+            Self::Overflow { .. } | Self::Limit { .. } | Self::Identity(_) | Self::Shutdown => true,
             Self::Waited { barred, .. } => !barred,
             Self::Outer(why) => matches!(
                 **why,

@@ -21,7 +21,7 @@ use super::{
     stream::{Stream, StreamLeg},
 };
 use crate::{
-    identity::verify::explain,
+    identity::{standing::Standing, verify::explain},
     model::flow::{FarEnd, Identity},
     relay::{IntoLeg, Queue},
     transport::{
@@ -125,8 +125,9 @@ impl Connection for H1Connection {
             Ok(Ok((leg, first))) => {
                 let mut early = Queue::default();
                 early.push(first);
-                let Far { peer, identity, .. } = self.far.clone();
-                Ok(Stream { leg, early, peer, identity, permits })
+                let Far { peer, identity, standing, .. } = self.far.clone();
+                let end = standing.as_ref().and_then(Standing::end_of_flows);
+                Ok(Stream { leg, early, peer, identity, end, permits })
             }
             Ok(Err(Closed::Refused(Answer { status, detail }))) => Err(OpenError::Refused { status, detail }),
             // What was sent may have been acted on.
@@ -150,6 +151,10 @@ impl Connection for H1Connection {
     }
 
     /// Nothing happens on it but its stream.
+    async fn retired(&self) {
+        std::future::pending::<()>().await;
+    }
+
     async fn run(&self, _grew: &dyn Fn()) {}
 
     fn lost(&self) -> Option<String> {

@@ -19,7 +19,10 @@ use http::{
 
 use crate::{
     config::Terms,
-    model::flow::{ClientAddr, Head, Target},
+    model::{
+        flow::{ClientAddr, Head, Target},
+        names::IdentityName,
+    },
     observe::{
         marks::Marks,
         traces::{Received, Trace},
@@ -40,6 +43,8 @@ pub struct Ask<'a> {
     pub target: &'a Target,
     /// Who opened it; nobody in particular where it is to carry a connection that many flows share.
     pub client: Option<ClientAddr>,
+    /// Who we are to be for it, where its capture says so.
+    pub identity: Option<&'a IdentityName>,
     /// The request that it came with, in a chain.
     pub received: Option<Head<'a>>,
     /// What is asked for in its place, because the route says so.
@@ -308,6 +313,7 @@ mod tests {
             target: &target,
             instead: None,
             client,
+            identity: None,
             received,
             pseudonym: PSEUDONYM,
             terms: &terms,
@@ -326,6 +332,7 @@ mod tests {
         let (target, terms) = ("10.0.0.1:80".parse().unwrap(), Terms::default());
         let client = Some(client("[2001:db8::7]:40000"));
         let ask = Ask {
+            identity: None,
             target: &target,
             instead: None,
             client,
@@ -349,6 +356,7 @@ mod tests {
     fn a_request_for_a_connection_of_many_names_no_client() {
         let (target, terms) = ("gw.internal:15008".parse().unwrap(), Terms::default());
         let ask = Ask {
+            identity: None,
             target: &target,
             instead: None,
             client: None,
@@ -493,6 +501,7 @@ mod tests {
                     target: &target,
                     instead,
                     client,
+                    identity: None,
                     received,
                     pseudonym: PSEUDONYM,
                     terms: &terms,

@@ -1,12 +1,12 @@
 //! An upstream that is this process: a flow goes to a listener of ours without a connection. The listener's own check on its
 //! clients holds.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use super::headers::Ask;
 use crate::{
     identity::{store::TlsStore, verify::PeerRejected},
-    model::{flow::Identity, trust::ClientCheck},
+    model::{flow::Identity, names::IdentityName, trust::ClientCheck},
 };
 
 /// An upstream that is this process.
@@ -15,10 +15,20 @@ pub struct InProcessUpstream {
     pub name: String,
     /// What routes call the listener.
     pub listener: String,
-    /// Our certificate, and what it must say there; `None`: that listener has no TLS, and nobody is known to it.
-    pub proof: Option<(Arc<TlsStore>, ClientCheck)>,
+    /// Our certificates, and what they must say there; `None`: that listener has no TLS, and nobody is known to it.
+    pub proof: Option<Proof>,
     /// How long a dial for what the listener takes may take.
     pub dial_timeout: Duration,
+}
+
+/// Who we are to a listener of our own.
+pub struct Proof {
+    /// Unless a capture says otherwise.
+    pub store: Arc<TlsStore>,
+    /// For flows of captures that name an identity of their own.
+    pub of_captures: Arc<BTreeMap<IdentityName, Arc<TlsStore>>>,
+    /// What the listener demands of its clients.
+    pub check: ClientCheck,
 }
 
 impl std::fmt::Debug for InProcessUpstream {
@@ -31,9 +41,10 @@ impl std::fmt::Debug for InProcessUpstream {
 }
 
 impl InProcessUpstream {
-    /// Who we are to the listener.
-    pub fn identity(&self) -> Result<Option<Identity>, PeerRejected> {
-        self.proof.as_ref().map_or(Ok(None), |(store, check)| store.as_client(check))
+    /// Who we are to the listener, for a flow whose capture says `identity`.
+    pub fn identity(&self, identity: Option<&IdentityName>) -> Result<Option<Identity>, PeerRejected> {
+        let Some(Proof { store, of_captures, check }) = &self.proof else { return Ok(None) };
+        identity.and_then(|name| of_captures.get(name)).unwrap_or(store).as_client(check)
     }
 }
 

@@ -33,7 +33,7 @@ pub mod underlay;
 pub mod upstreams;
 
 pub use error::{CheckError, ConnectError, TunnelError};
-pub use in_process::InProcessUpstream;
+pub use in_process::{InProcessUpstream, Proof};
 pub use open::Upstream;
 pub use settings::{PoolSettings, UpstreamSettings, UpstreamTls};
 pub use stream::Stream;

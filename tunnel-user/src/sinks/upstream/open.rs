@@ -34,7 +34,10 @@ use super::{
 };
 use crate::{
     config::Terms,
-    model::flow::{FarEnd, Target},
+    model::{
+        flow::{FarEnd, Target},
+        names::IdentityName,
+    },
     relay::{Ahead, nested::Nested},
 };
 
@@ -264,8 +267,9 @@ impl Upstream {
         // replaced: nothing was asked on it yet.
         let closed = |e: &Option<ConnectError>| matches!(e, Some(ConnectError::Http { .. }));
         // Those whose connections may be lost come last, if there are others.
-        let overdue =
-            |endpoint: &&Rc<Endpoint>| available.len() > 1 && self.connector.is_overdue(&endpoint.site);
+        let overdue = |endpoint: &&Rc<Endpoint>| {
+            available.len() > 1 && self.connector.is_overdue(&endpoint.site, ask.identity)
+        };
         let once = || in_order().filter(|e| !overdue(e)).chain(in_order().filter(overdue));
         for (i, endpoint) in once().chain(once()).enumerate() {
             if i >= available.len() && !closed(&failed) {
@@ -275,8 +279,8 @@ impl Upstream {
             if !endpoint.is_available() {
                 continue;
             }
-            let permit = self.pending_permit(endpoint)?;
-            let checkout = self.connector.checkout(&endpoint.site).await;
+            let permit = self.pending_permit(endpoint, ask.identity)?;
+            let checkout = self.connector.checkout(&endpoint.site, ask.identity).await;
             drop(permit);
             match checkout {
                 Ok(checkout) => {
@@ -314,9 +318,13 @@ impl Upstream {
     }
 
     /// A permit among the flows that wait for a connection, where they are limited and this one has to wait.
-    fn pending_permit(&self, endpoint: &Endpoint) -> Result<Option<Permit>, TunnelError> {
+    fn pending_permit(
+        &self,
+        endpoint: &Endpoint,
+        identity: Option<&IdentityName>,
+    ) -> Result<Option<Permit>, TunnelError> {
         let Some(most) = self.settings.limits.pending else { return Ok(None) };
-        if self.connector.has_room(&endpoint.site) {
+        if self.connector.has_room(&endpoint.site, identity) {
             return Ok(None);
         }
         self.pending.take(most).map(Some).ok_or_else(|| self.limit(Limited::Pending, most))
@@ -340,8 +348,9 @@ impl Underlay for Upstream {
         Box::pin(async move {
             // Nothing was received, so there is no `via` to stand in.
             let (terms, pseudonym) = (&Terms::default(), "");
-            let (client, received, marks) = (None, None, None);
-            let ask = Ask { target: endpoint, instead: None, client, received, pseudonym, terms, marks };
+            let (client, identity, received, marks) = (None, None, None, None);
+            let ask =
+                Ask { target: endpoint, instead: None, client, identity, received, pseudonym, terms, marks };
             let mut stream = self.connect(&ask, None).await?;
             let early = mem::take(&mut stream.early);
             Ok(Nested::new(stream, early))

@@ -136,10 +136,17 @@ impl<C: Connection> Entry<C> {
     /// Runs it to its end; closes it when it is idle.
     async fn run(&self, settings: &PoolSettings, grew: &dyn Fn()) {
         let mut run = pin!(self.connection.run(grew));
-        tokio::select! {
-            biased;
-            () = &mut run => return,
-            () = self.idle(settings) => {}
+        let mut retired = pin!(self.connection.retired());
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut run => return,
+                () = &mut retired, if !self.unwanted.get() => {
+                    self.connection.drain();
+                    self.unwanted.set(true);
+                }
+                () = self.idle(settings) => break,
+            }
         }
         self.connection.close();
         let _gave_up = timeout(settings.keepalive_timeout + LINGER, run).await;

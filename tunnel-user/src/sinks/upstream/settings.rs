@@ -1,6 +1,6 @@
 //! How an upstream is reached, as the configuration says it.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue};
 
@@ -8,7 +8,10 @@ use super::{discovery::EndpointSource, limit::Limits};
 use crate::{
     config::{Balance, Congestion, HealthCheck, OutlierDetection, Protocol},
     identity::store::TlsStore,
-    model::{names::UpstreamName, trust::ServerCheck},
+    model::{
+        names::{IdentityName, UpstreamName},
+        trust::ServerCheck,
+    },
     sinks::dial::Dialer,
 };
 
@@ -48,6 +51,8 @@ pub struct UpstreamSettings {
 pub struct UpstreamTls {
     /// Our certificate, and whom we trust.
     pub store: Arc<TlsStore>,
+    /// The same for flows of captures that name an identity of their own.
+    pub of_captures: Arc<BTreeMap<IdentityName, Arc<TlsStore>>>,
     /// What its certificate must say.
     pub check: ServerCheck,
 }
@@ -55,6 +60,13 @@ pub struct UpstreamTls {
 impl fmt::Debug for UpstreamTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("UpstreamTls").field("check", &self.check).finish_non_exhaustive()
+    }
+}
+
+impl UpstreamTls {
+    /// Who we are for a flow whose capture says `identity`.
+    pub fn store_for(&self, identity: Option<&IdentityName>) -> &Arc<TlsStore> {
+        identity.and_then(|name| self.of_captures.get(name)).unwrap_or(&self.store)
     }
 }
 

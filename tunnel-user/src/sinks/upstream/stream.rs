@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use super::permit::StreamPermits;
 use crate::{
+    identity::standing::EndOfStanding,
     model::flow::{FarEnd, Identity},
     relay::{
         self, Broken, Early, H2Leg, H3Leg, Leg, Meter, Outcome, Path, Queue, TcpLeg, TlsLeg, nested::Nested,
@@ -31,6 +32,8 @@ pub struct Stream {
     pub peer: FarEnd,
     /// Who the endpoint has proved to be.
     pub identity: Option<Identity>,
+    /// When it is to end because its connection has lost its standing, where flows are not to outlast that.
+    pub end: Option<EndOfStanding>,
     /// Held as long as the stream lives.
     pub(super) permits: StreamPermits,
 }

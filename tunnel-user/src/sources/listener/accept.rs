@@ -4,7 +4,7 @@
 //! - All of it completes within the handshake timeout.
 //! - With TLS no byte of HTTP is read before the peer's certificate was verified.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use rustls::AlertDescription;
 use rustls_pki_types::UnixTime;
@@ -19,6 +19,7 @@ use crate::{
     config::{Congestion, Protocol},
     identity::{
         peer::peer_identity,
+        standing::Standing,
         store::TlsStore,
         verify::{check_expiry, explain, explain_hinted},
     },
@@ -188,7 +189,7 @@ async fn plain(
         Protocol::H1 | Protocol::H3 => Link::H1Plain(Box::new(request(stream).await?)),
     };
     tracing::debug!(peer = %client, ?protocol, "accepted in plaintext");
-    Ok(Accepted { peer: Peer { client, identity: None, server_name: None }, link })
+    Ok(Accepted { peer: Peer { client, identity: None, server_name: None, standing: None }, link })
 }
 
 async fn secure(
@@ -198,12 +199,16 @@ async fn secure(
     client: ClientAddr,
     pace: &Pace,
 ) -> Result<Accepted, ServeError> {
-    let config = store.server_config(check, &settings.protocols);
+    let ours = match store.current() {
+        Ok(ours) => ours,
+        Err(e) => return Err(ServeError::Tls(e.to_string())),
+    };
+    let config = ours.server_config(check, &settings.protocols);
     let (tls, agreed) = match record::accept_at(&config, stream, pace).await {
         Ok(shaken) => shaken,
         Err((e, stream)) => {
             drain_and_close(stream).await;
-            return Err(ServeError::Tls(explain_hinted(&e, store.hint().as_deref())));
+            return Err(ServeError::Tls(explain_hinted(&e, ours.hint().as_deref())));
         }
     };
     let Agreed { alpn, certificates, suite, server_name } = agreed;
@@ -212,8 +217,9 @@ async fn secure(
         tls.refuse(AlertDescription::CertificateExpired).await;
         return Err(ServeError::Tls(why.to_string()));
     }
-    let tls = tls.hinted(store.hint());
+    let tls = tls.hinted(ours.hint());
     let identity = peer_identity(&certificates);
+    let standing = Standing::of_client(Arc::clone(store), ours, certificates, check);
     let protocol = match &alpn {
         Some(agreed) => settings.protocols.iter().find(|p| p.alpn() == agreed),
         // Clients of proxies are older than ALPN; HTTP/2 over TLS is not (RFC 9113 section 3.2).
@@ -233,7 +239,7 @@ async fn secure(
         ?protocol,
         "tunnel accepted"
     );
-    Ok(Accepted { peer: Peer { client, identity, server_name }, link })
+    Ok(Accepted { peer: Peer { client, identity, server_name, standing: Some(Rc::new(standing)) }, link })
 }
 
 /// Which protocol a client speaks in plaintext, by its first bytes, which stay where they are.

@@ -5,7 +5,8 @@
 //!   beyond ends its own connection.
 
 use std::{
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
+    pin::pin,
     rc::Rc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -24,7 +25,7 @@ use super::{
     request,
 };
 use crate::{
-    identity::verify::explain,
+    identity::{standing::Standing, verify::explain},
     process::{
         drain::{Tasks, Watch},
         memory::Account,
@@ -158,6 +159,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     tunnel: Tunnel<W>,
     account: &Rc<Account>,
     mut drain: Watch,
+    standing: Option<Rc<Standing>>,
     carry: impl Fn(Incoming) -> F,
 ) -> Result<(), ServeError> {
     let Tunnel { mut connection, last, traffic } = tunnel;
@@ -172,6 +174,13 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
     // Owned here: when the connection goes, so do its streams.
     let streams = Rc::new(Tasks::default());
     let mut draining = false;
+    let mut lapsed = pin!(async {
+        match &standing {
+            Some(standing) => standing.lapsed().await,
+            None => pending().await,
+        }
+    });
+    let mut has_lapsed = false;
     // Since when there is no stream, as far as was noticed.
     let mut idle = Some(Instant::now());
     let ended = loop {
@@ -180,6 +189,11 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
         tokio::select! {
             biased;
             event = poll_fn(|cx| pulse.poll(cx, &mut connection, Connection::poll_accept)) => match event {
+                // It is not acted on: its client may send it on another connection (RFC 9113 section 8.7).
+                Event::Of(Some(Ok((_, mut respond)))) if standing.as_ref().is_some_and(|s| s.lapse().is_some()) => {
+                    traffic.flood().took_request();
+                    respond.send_reset(Reason::REFUSED_STREAM);
+                }
                 Event::Of(Some(Ok((request, respond)))) => {
                     traffic.flood().took_request();
                     streams.spawn(carry(incoming(request, respond, traffic.share())));
@@ -214,6 +228,14 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
             () = drain.draining(), if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
+            }
+            lapse = &mut lapsed, if !has_lapsed => {
+                has_lapsed = true;
+                tracing::info!(reason = %lapse, "draining connection of a peer");
+                if !draining {
+                    draining = true;
+                    connection.graceful_shutdown();
+                }
             }
         }
     };

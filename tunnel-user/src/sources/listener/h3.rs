@@ -6,7 +6,7 @@
 //! - When many handshakes are under way, a peer first proves that its address is its own (RFC 9000 section 8.1.2).
 
 use std::{
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
     pin::pin,
     rc::Rc,
     sync::Arc,
@@ -31,7 +31,9 @@ use super::{
 };
 use crate::{
     config::Protocol,
-    identity::{peer::peer_identity, quic::explain, verify::check_expiry},
+    identity::{
+        peer::peer_identity, quic::explain, standing::Standing, tls::TlsIdentity, verify::check_expiry,
+    },
     model::flow::{ClientAddr, PeerAddr},
     process::drain::{Tasks, Watch},
     relay::{EarlySource, H3Leg, HeadFailure, Leg as _, Open, Queue},
@@ -71,10 +73,13 @@ pub async fn serve<H: FlowHandler>(
     tasks: Rc<Tasks>,
 ) {
     let Some(tls) = &settings.tls else { return };
-    let config =
-        || quic::server_config(tls.store.server_config(&tls.check, &[Protocol::H3]), &settings.tuning());
+    let config = || {
+        let ours = tls.store.current().map_err(|e| e.to_string())?;
+        let config = ours.server_config(&tls.check, &[Protocol::H3]);
+        Ok::<_, String>((quic::server_config(config, &settings.tuning())?, ours))
+    };
     let endpoint =
-        config().and_then(|config| quic::server(socket, worker, config).map_err(|e| e.to_string()));
+        config().and_then(|(config, _)| quic::server(socket, worker, config).map_err(|e| e.to_string()));
     let endpoint = match endpoint {
         Ok(endpoint) => endpoint,
         Err(error) => return tracing::error!(error, "failed to accept from a UDP socket"),
@@ -103,8 +108,8 @@ pub async fn serve<H: FlowHandler>(
             handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error });
         };
         // With the certificate of this time.
-        let config = match config() {
-            Ok(config) => config,
+        let (config, ours) = match config() {
+            Ok(made) => made,
             Err(why) => {
                 rejected(ServeError::Tls(why));
                 continue;
@@ -113,14 +118,14 @@ pub async fn serve<H: FlowHandler>(
         let connecting = match incoming.accept_with(Arc::new(config)) {
             Ok(connecting) => connecting,
             Err(e) => {
-                rejected(ServeError::Tls(explain(&e, tls.store.hint().as_deref())));
+                rejected(ServeError::Tls(explain(&e, ours.hint().as_deref())));
                 continue;
             }
         };
         let (handler, source, settings) = (Rc::clone(&handler), Rc::clone(&source), Arc::clone(&settings));
         let (place, counted) = (handshakes.place(addr.ip()), Rc::clone(&under_way));
         tasks.spawn(async move {
-            let shaken = handshake(&settings, connecting, place).await;
+            let shaken = handshake(&settings, connecting, place, ours).await;
             drop(counted);
             match shaken {
                 Ok((connection, peer)) => {
@@ -151,16 +156,16 @@ async fn handshake(
     settings: &Settings,
     connecting: quinn::Connecting,
     mut place: Place,
+    ours: Arc<TlsIdentity>,
 ) -> Result<(Connection, Peer), ServeError> {
     let after = settings.handshake_timeout;
-    let hint = || settings.tls.as_ref().and_then(|tls| tls.store.hint());
     let connection = tokio::select! {
         shaken = timeout(after, connecting) => shaken.map_err(|_| ServeError::HandshakeTimeout(after))?,
         () = place.needed() => return Err(ServeError::Crowded),
     };
     let connection = connection.map_err(|e| match e {
         ConnectionError::TimedOut => ServeError::HandshakeTimeout(after),
-        e => ServeError::Tls(explain(&e, hint().as_deref())),
+        e => ServeError::Tls(explain(&e, ours.hint().as_deref())),
     })?;
     let quic::Agreed { certificates, server_name } = quic::agreed(&connection);
     // A resumed session brings its certificate along, and nobody has looked at the date since.
@@ -176,7 +181,11 @@ async fn handshake(
         protocol = ?Protocol::H3,
         "tunnel accepted"
     );
-    Ok((connection, Peer { client, identity, server_name }))
+    let standing = settings
+        .tls
+        .as_ref()
+        .map(|tls| Rc::new(Standing::of_client(Arc::clone(&tls.store), ours, certificates, &tls.check)));
+    Ok((connection, Peer { client, identity, server_name, standing }))
 }
 
 /// Serves one connection to its end. `permit` is its place among them.
@@ -188,7 +197,7 @@ async fn serve_connection<H: FlowHandler>(
     source: Rc<SourceHandle>,
     permit: OwnedSemaphorePermit,
 ) {
-    let addr = PeerAddr(peer.client.0);
+    let (addr, standing) = (PeerAddr(peer.client.0), peer.standing.clone());
     // Its place among the peer's connections, as long as it lives.
     let (client, _connected) = match handler.peer(&source, peer) {
         Ok(client) => client,
@@ -198,7 +207,7 @@ async fn serve_connection<H: FlowHandler>(
         }
     };
     let carry = Rc::new(move |incoming| Rc::clone(&handler).carry(client.clone(), incoming));
-    if let Err(e) = requests(settings, &connection, source.watch(), carry).await {
+    if let Err(e) = requests(settings, &connection, source.watch(), standing, carry).await {
         tracing::debug!(peer = %addr, error = %e, "connection closed");
     }
     drop(permit);
@@ -209,6 +218,7 @@ async fn requests<F: Future<Output = ()> + 'static>(
     settings: &Settings,
     connection: &Connection,
     mut drain: Watch,
+    standing: Option<Rc<Standing>>,
     carry: Rc<impl Fn(Incoming) -> F + 'static>,
 ) -> Result<(), ServeError> {
     let h3_error = |e: &ConnectionError| ServeError::H3(quic::why_lost(e));
@@ -220,13 +230,20 @@ async fn requests<F: Future<Output = ()> + 'static>(
     let (mut next, mut draining, mut close_at) = (0_u64, false, None);
     // When it has been without a stream for too long.
     let mut idle_at = Instant::now() + settings.idle_timeout;
+    let mut lapsed = pin!(async {
+        match &standing {
+            Some(standing) => standing.lapsed().await,
+            None => pending().await,
+        }
+    });
+    let mut has_lapsed = false;
     let ended = loop {
         tokio::select! {
             ended = &mut watching => break ended,
             stream = connection.accept_bi() => match stream {
                 Ok(halves) => {
                     let leg = H3Leg::server(connection, halves, open.clone());
-                    if draining {
+                    if draining || standing.as_ref().is_some_and(|s| s.lapse().is_some()) {
                         leg.reject(Code::REQUEST_REJECTED);
                         continue;
                     }
@@ -239,6 +256,14 @@ async fn requests<F: Future<Output = ()> + 'static>(
             () = drain.draining(), if !draining => {
                 draining = true;
                 control.goaway(next).await;
+            }
+            lapse = &mut lapsed, if !has_lapsed => {
+                has_lapsed = true;
+                tracing::info!(reason = %lapse, "draining connection of a peer");
+                if !draining {
+                    draining = true;
+                    control.goaway(next).await;
+                }
             }
             () = sleep_until(idle_at), if !draining => {
                 idle_at = Instant::now() + settings.idle_timeout;

@@ -18,6 +18,7 @@ use super::{
     handshakes::{Handshakes, Place},
 };
 use crate::{
+    identity::standing::Standing,
     model::flow::PeerAddr,
     process::{
         books::Connected,
@@ -93,15 +94,15 @@ async fn serve_connection<H: FlowHandler>(
     };
     drop(place);
     handler.record(Event::PeerAccepted { took: started.elapsed() });
-    let addr = PeerAddr(peer.client.0);
+    let (addr, standing) = (PeerAddr(peer.client.0), peer.standing.clone());
     let (client, connected) = match handler.peer(&source, peer) {
         Ok(client) => client,
         Err(error) => return handler.record(Event::PeerRejected { peer: addr, error: &error }),
     };
-    let watch = source.watch();
+    let (watch, place) = (source.watch(), (addr, standing));
     match link {
-        Link::H2(link) => serve_h2(handler, settings, *link, watch, addr, client, &connected).await,
-        Link::H2Plain(link) => serve_h2(handler, settings, *link, watch, addr, client, &connected).await,
+        Link::H2(link) => serve_h2(handler, settings, *link, watch, place, client, &connected).await,
+        Link::H2Plain(link) => serve_h2(handler, settings, *link, watch, place, client, &connected).await,
         Link::H1(link) => serve_h1(handler, *link, client, (permit, connected)).await,
         Link::H1Plain(link) => serve_h1(handler, *link, client, (permit, connected)).await,
     }
@@ -112,12 +113,12 @@ async fn serve_h2<H: FlowHandler, W: Wire>(
     settings: &Settings,
     link: h2::Tunnel<W>,
     watch: Watch,
-    addr: PeerAddr,
+    (addr, standing): (PeerAddr, Option<Rc<Standing>>),
     client: H::Client,
     connected: &Connected,
 ) {
     let carry = |incoming| Rc::clone(&handler).carry(client.clone(), incoming);
-    match h2::serve(settings, link, connected.memory(), watch, carry).await {
+    match h2::serve(settings, link, connected.memory(), watch, standing, carry).await {
         Ok(()) => {}
         Err(error @ ServeError::Flood(_)) => handler.record(Event::Flooded { peer: addr, error: &error }),
         Err(e) => tracing::debug!(peer = %addr, error = %e, "connection closed"),

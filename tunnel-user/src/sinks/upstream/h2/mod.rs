@@ -39,6 +39,7 @@ use super::{
     stream::Stream,
 };
 use crate::{
+    identity::standing::Standing,
     model::flow::{FarEnd, Identity},
     relay::{H2Leg, Payload, Queue, Sender},
     transport::window::Traffic,
@@ -216,8 +217,9 @@ impl Connection for H2Connection {
             ahead.answered();
         }
         let leg = H2Leg::client(send, response.into_body(), self.traffic.share()).into();
-        let Far { peer, identity, .. } = self.far.clone();
-        Ok(Stream { leg, early: Queue::default(), peer, identity, permits })
+        let Far { peer, identity, standing, .. } = self.far.clone();
+        let end = standing.as_ref().and_then(Standing::end_of_flows);
+        Ok(Stream { leg, early: Queue::default(), peer, identity, end, permits })
     }
 
     async fn ping(&self) -> Result<(), String> {
@@ -240,6 +242,10 @@ impl Connection for H2Connection {
         self.draining.set(true);
         // Without a handle that could open a stream, the connection says GOAWAY behind its last stream, and ends.
         drop(self.send.take());
+    }
+
+    async fn retired(&self) {
+        self.far.retired().await;
     }
 
     async fn run(&self, grew: &dyn Fn()) {

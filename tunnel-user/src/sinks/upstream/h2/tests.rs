@@ -105,7 +105,8 @@ impl Peer {
             turn: Rc::default(),
             held: Rc::default(),
         };
-        let acceptor = TlsAcceptor::from(tls.server_config(&ClientCheck::default(), &[Protocol::H2]));
+        let acceptor =
+            TlsAcceptor::from(tls.server_config(&ClientCheck::default(), &[Protocol::H2]).unwrap());
         let (accepted, turn, held) =
             (Rc::clone(&peer.accepted), Rc::clone(&peer.turn), Rc::clone(&peer.held));
         spawn_local(async move {
@@ -155,9 +156,10 @@ impl Peer {
     }
 }
 
-fn tls_key(tls: &TlsStore, check: &ServerCheck, endpoint: &Target) -> TlsKey {
-    let (config, server_name) = (tls.client_config(check, Protocol::H2), check.server_name(endpoint));
-    TlsKey { config, server_name, hint: None }
+fn tls_key(tls: &Arc<TlsStore>, check: &ServerCheck, endpoint: &Target) -> TlsKey {
+    let ours = tls.current().unwrap();
+    let (side, server_name) = (ours.client_side(check, Protocol::H2), check.server_name(endpoint));
+    TlsKey { side, server_name, check: check.clone(), store: Arc::clone(tls), ours }
 }
 
 /// An empty pool.
@@ -509,7 +511,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = socket.local_addr().unwrap();
         let check = ServerCheck::default();
-        let connector = TlsConnector::from(tls.client_config(&check, Protocol::H2));
+        let connector = TlsConnector::from(tls.client_config(&check, Protocol::H2).unwrap());
         let client = spawn_local(async move {
             let stream = TcpStream::connect(addr).await.unwrap();
             let name = check.server_name(&Target::Addr(addr));
@@ -523,7 +525,8 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
         let Link::H2(tunnel) = accepted.link else { panic!("it spoke HTTP/2 over TLS") };
         let (_trigger, watch) = drain::channel();
         let served =
-            listener::serve(&settings, *tunnel, &Memory::of_this_worker().peer(), watch, |_| async {}).await;
+            listener::serve(&settings, *tunnel, &Memory::of_this_worker().peer(), watch, None, |_| async {})
+                .await;
         assert!(matches!(served, Err(ServeError::KeepaliveTimeout(_))), "{served:?}");
         client.abort();
     });

@@ -18,13 +18,13 @@ use tokio::{
 use super::{Draining, H3Connection};
 use crate::{
     config::{Congestion, Protocol},
-    identity::{peer::peer_identity, quic::explain, verify::check_expiry},
+    identity::{peer::peer_identity, quic::explain, standing::Standing, verify::check_expiry},
     model::flow::{FarEnd, PeerAddr, Target},
     sinks::{
         dial::DialError,
         upstream::{
             ConnectError,
-            connect::{Far, Key, TlsKey},
+            connect::{Far, ForgetSessions, Key, TlsKey},
             settings::PoolSettings,
         },
     },
@@ -73,15 +73,19 @@ impl Quic {
             return Err(wrong("no other upstream carries QUIC"));
         }
         let deadline = Instant::now() + after;
-        let late = || ConnectError::Timeout { endpoint: endpoint.clone(), after };
+        let late = || ConnectError::Timeout { endpoint: endpoint.clone(), after, long_hello: false };
         let connected = timeout_at(deadline, async {
             let failed = |e| ConnectError::Dial(Rc::new(e));
             let addrs = settings.connect.dialer.resolve(endpoint).await.map_err(failed)?;
             let mut last = None;
             for (i, addr) in addrs.iter().enumerate() {
                 let until = if i + 1 < addrs.len() { Instant::now() + NEXT_ADDRESS } else { deadline };
+                let mut forget = ForgetSessions::new(tls);
                 match timeout_at(until, self.attempt(*addr, endpoint, tls, settings)).await {
-                    Ok(Ok(connection)) => return Ok(connection),
+                    Ok(Ok(connection)) => {
+                        forget.succeeded();
+                        return Ok(connection);
+                    }
                     Ok(Err(e)) => last = Some(e),
                     Err(_) => {}
                 }
@@ -96,7 +100,7 @@ impl Quic {
         &self,
         addr: SocketAddr,
         endpoint: &Target,
-        TlsKey { config, server_name, hint }: &TlsKey,
+        TlsKey { side, server_name, check, store, ours }: &TlsKey,
         settings: &PoolSettings,
     ) -> Result<H3Connection, ConnectError> {
         let local = |source| ConnectError::Dial(Rc::new(DialError::Local { addr, source }));
@@ -110,7 +114,7 @@ impl Quic {
             keepalive_timeout: settings.keepalive_timeout,
             congestion: self.congestion,
         };
-        let config = quic::client_config(Arc::clone(config), &tuning).map_err(tls)?;
+        let config = quic::client_config(Arc::clone(&side.config), &tuning).map_err(tls)?;
         let name = match server_name {
             ServerName::IpAddress(ip) => std::net::IpAddr::from(*ip).to_string(),
             other => other.to_str().into_owned(),
@@ -121,10 +125,11 @@ impl Quic {
             .map_err(|e| http(format!("this node cannot connect: {e}")))?;
         let lost = |e: ConnectionError| match e {
             ConnectionError::TimedOut => {
-                ConnectError::Timeout { endpoint: endpoint.clone(), after: settings.connect.timeout }
+                let after = settings.connect.timeout;
+                ConnectError::Timeout { endpoint: endpoint.clone(), after, long_hello: false }
             }
             ConnectionError::TransportError(_) | ConnectionError::ConnectionClosed(_) => {
-                tls(explain(&e, hint.as_deref()))
+                tls(explain(&e, ours.hint().as_deref()))
             }
             e => http(quic::why_lost(&e)),
         };
@@ -175,7 +180,10 @@ impl Quic {
         }
         tracing::debug!(%endpoint, "QUIC handshake completed");
         let identity = peer_identity(&certificates);
-        let far = Far { peer: FarEnd::Socket(PeerAddr(addr)), identity, connected };
+        let (store, ours) = (Arc::clone(store), Arc::clone(ours));
+        let standing = Standing::of_server(store, ours, certificates, server_name.clone(), check);
+        let standing = Some(Rc::new(standing));
+        let far = Far { peer: FarEnd::Socket(PeerAddr(addr)), identity, standing, connected };
         Ok(H3Connection {
             connection,
             far,

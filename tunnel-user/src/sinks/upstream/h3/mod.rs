@@ -29,6 +29,7 @@ use super::{
     stream::{Stream, StreamLeg},
 };
 use crate::{
+    identity::standing::Standing,
     model::flow::{FarEnd, Identity},
     relay::{H3Leg, HeadFailure, Open, Queue},
     transport::{
@@ -248,9 +249,10 @@ impl Connection for H3Connection {
         if let Some(ahead) = ahead {
             ahead.answered();
         }
-        let Far { peer, identity, .. } = self.far.clone();
+        let Far { peer, identity, standing, .. } = self.far.clone();
+        let end = standing.as_ref().and_then(Standing::end_of_flows);
         let leg = StreamLeg::H3(Box::new(leg));
-        Ok(Stream { leg, early: Queue::default(), peer, identity, permits })
+        Ok(Stream { leg, early: Queue::default(), peer, identity, end, permits })
     }
 
     /// Not asked: what checks endpoints by it is not there for this protocol.
@@ -267,6 +269,10 @@ impl Connection for H3Connection {
 
     fn close(&self) {
         self.draining.begin();
+    }
+
+    async fn retired(&self) {
+        self.far.retired().await;
     }
 
     async fn run(&self, grew: &dyn Fn()) {

@@ -72,6 +72,10 @@ impl Connection for Fake {
         self.closed.set();
     }
 
+    async fn retired(&self) {
+        std::future::pending::<()>().await;
+    }
+
     async fn run(&self, _: &dyn Fn()) {
         self.closed.taken().await;
     }
