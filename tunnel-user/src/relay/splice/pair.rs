@@ -64,6 +64,8 @@ pub(super) struct Pair {
     halves: [Half; 2],
     /// The first error of each socket that was told other than by a read.
     failed: [Option<i32>; 2],
+    /// The sockets whose connections are gone: nothing comes from them, and nothing in front of them gets on.
+    gone: [bool; 2],
     /// It goes back to being copied,
     leaving: bool,
     /// and both gates are shut for it: the last time at which something was still to be sent.
@@ -130,8 +132,16 @@ impl Pair {
         };
         match (half(target, &meter.sent), half(client, &meter.received)) {
             (Ok(up), Ok(down)) => {
-                let (halves, failed) = ([up, down], [None; 2]);
-                Ok(Self { map: Rc::clone(map), slots, halves, failed, leaving: false, shut: None })
+                let (halves, map) = ([up, down], Rc::clone(map));
+                Ok(Self {
+                    map,
+                    slots,
+                    halves,
+                    failed: [None; 2],
+                    gone: [false; 2],
+                    leaving: false,
+                    shut: None,
+                })
             }
             _ => Err(slots),
         }
@@ -279,7 +289,7 @@ impl Pair {
         moved: &Cell<u64>,
         way: &mut Direction<&mut Queue>,
     ) -> Ends<Look> {
-        let Self { map, slots, halves, failed, leaving, shut } = self;
+        let Self { map, slots, halves, failed, gone, leaving, shut } = self;
         let (half, words) = (&mut halves[side], slots.words(side));
         let left = shut.is_some();
         let why = words.broken.load(Ordering::Acquire);
@@ -293,10 +303,12 @@ impl Pair {
             State::Open => match half.read(map, slots, side, src, way) {
                 // It is told as an end, once what came before it was read.
                 Read::Broken(errno, _) if !half.ledger.has_read(words.kept.load(Ordering::Acquire)) => {
+                    gone[side] = true;
                     failed[side].get_or_insert(errno);
                     (more, *leaving) = (true, true);
                 }
                 Read::Broken(_, why) => {
+                    gone[side] = true;
                     way.state = State::Failing(why);
                     (more, *leaving) = (true, true);
                 }
@@ -513,7 +525,8 @@ impl Pair {
                 continue;
             }
             let by = |e| (if side == 0 { Side::Client } else { Side::Target }, reset(e));
-            let empty = was_left_alone(&self.halves, &self.slots, side) || {
+            let gone = self.gone[side] || self.failed[side].is_some();
+            let empty = gone || was_left_alone(&self.halves, &self.slots, side) || {
                 let accepted = sockopt::accepted(socket).map_err(by)?;
                 let ledger = &self.halves[1 - side].ledger;
                 since.elapsed() >= GRACE
