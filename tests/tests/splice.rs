@@ -13,7 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -25,7 +25,13 @@ use tunnel_tests::{
     Exec, Finished, PATIENCE, TARGET4, TARGET6, Target, World,
     cgroup::Cgroup,
     dmesg::Mark,
-    leftovers, programs,
+    leftovers,
+    load::{
+        Workload,
+        driver::{Client, Server},
+    },
+    modes::{COPY, Mode, Stage},
+    programs,
     target::{self, Gate, Handler},
     wait_for,
     world::{NET4, NET6},
@@ -84,7 +90,11 @@ impl Node {
 
 /// A counter, as it is logged at the end.
 fn counter(done: &Finished, name: &str) -> u64 {
-    let found = done.stderr.split_once(&format!("(\"{name}\", "));
+    counter_of(&done.stderr, name)
+}
+
+fn counter_of(log: &str, name: &str) -> u64 {
+    let found = log.split_once(&format!("(\"{name}\", "));
     found.and_then(|(_, rest)| rest.split_once(')')?.0.parse().ok()).unwrap_or(0)
 }
 
@@ -363,4 +373,38 @@ fn hundreds_of_flows_are_served_at_once_and_their_places_are_given_again() -> Re
     assert_eq!(counter(&done, "splice_no_slot") + counter(&done, "splice_refused"), 0, "{done}");
     assert_eq!(counter(&done, "flows"), 2 * FLOWS, "{done}");
     node.assert_quiet()
+}
+
+/// No spliced socket is closed with a wrong account of memory, while both directions of many connections are busy.
+#[test]
+fn heavy_no_spliced_socket_is_closed_with_a_wrong_account_of_memory() -> Result<()> {
+    /// How long connections are opened, soaked and closed.
+    const LENGTH: Duration = Duration::from_secs(30);
+    /// How long each is, once it is warm.
+    const EACH: Duration = Duration::from_millis(400);
+    let (stage, mut kernel) = (Stage::new()?, Mark::now()?);
+    let mode = Mode { daemon: "relay = \"splice\"", proof: Some("flows_spliced"), ..COPY };
+    let server = Server::start(stage.world.net(), stage.world.folder(), TARGET4, None)?;
+    let mut daemon = stage.daemon(&mode, None)?;
+    let (began, mut crowds) = (Instant::now(), [16, 64].into_iter().cycle());
+    while began.elapsed() < LENGTH {
+        let Some(connections) = crowds.next() else { break };
+        let (soak, command) = (Workload::Soak { connections }, stage.program(programs::load()?, true)?);
+        let mut client = Client::start(command, stage.world.folder(), server.addr(), soak, EACH, EACH)?;
+        client.wait_ready()?;
+        client.measure()?;
+        client.end()?;
+    }
+    stage.end(&mut daemon, &mode)?;
+    let log = daemon.log();
+    let counter = |name| counter_of(&log, name);
+    let (looked_at, wrong) = (counter("splice_accounts"), counter("splice_accounts_wrong"));
+    println!("{looked_at} sockets looked at, {wrong} wrong; {} bytes by mailboxes", counter("splice_mailed"));
+    assert!(
+        looked_at >= counter("flows_spliced"),
+        "of two sockets each, so many were looked at: {looked_at}"
+    );
+    assert_eq!(wrong, 0, "of {looked_at}");
+    assert_eq!(kernel.warnings()?, Vec::<String>::new());
+    Ok(())
 }

@@ -1,22 +1,24 @@
 //! Joins two sockets of the daemon: each buffer that one receives, the other sends, as `fastpath::splice` decides.
 //!
 //! # Invariants
-//! - A buffer is counted by what became of it: redirected, or passed to the daemon where it cannot be redirected.
+//! - A buffer is counted by what became of it: redirected, or kept for the daemon, in its socket or its mailbox.
+//! - Nothing is passed to a socket in front of which something waits to be sent.
 //! - Bytes that were seen before are left out (`fastpath::splice::fresh`), and a buffer of a flow that is over or
 //!   broken is dropped.
 
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 #[path = "field.rs"]
 mod field;
 
-use core::ptr;
+use core::{arch::asm, ptr};
 
 use aya_ebpf::{
     EbpfContext as _, Global,
     bindings::{
-        BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_FORCE_WAKEUP,
+        BPF_F_INGRESS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_FORCE_WAKEUP,
         sk_action::{SK_DROP, SK_PASS},
     },
     btf_maps::{Array, HashMap, RingBuf, SockMap},
@@ -25,13 +27,22 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use tunnel_common::fastpath::splice::{
-    DIRECTIONS_MAX, Fresh, HOLE, KNOWN, Offsets, STUCK, TOLD_BYTES, UNREADABLE, Verdict, Words, cost, fresh,
-    tells, verdict,
+    DIRECTIONS_MAX, FLOOD, Fresh, HOLE, KNOWN, Kept, Offsets, STUCK, TOLD_BYTES, UNREADABLE, Words, cost,
+    fresh, is_empty, keep, may_redirect, tells,
 };
 
 /// Where the kernel keeps what is to be seen.
 #[unsafe(no_mangle)]
-static OFFSETS: Global<Offsets> = Global::new(Offsets { seq: 0, sk: 0, copied_seq: 0 });
+static OFFSETS: Global<Offsets> = Global::new(Offsets {
+    seq: 0,
+    sk: 0,
+    copied_seq: 0,
+    write_seq: 0,
+    snd_una: 0,
+    bytes_acked: 0,
+    user_data: 0,
+    waiting: 0,
+});
 
 #[btf_map]
 static DIRECTIONS: Array<Words, DIRECTIONS_MAX, { BPF_F_MMAPABLE as usize }> = Array::new();
@@ -39,6 +50,8 @@ static DIRECTIONS: Array<Words, DIRECTIONS_MAX, { BPF_F_MMAPABLE as usize }> = A
 static SLOTS: HashMap<u64, u32, DIRECTIONS_MAX, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 #[btf_map]
 static SOCKETS: SockMap<DIRECTIONS_MAX> = SockMap::new();
+#[btf_map]
+static MAILBOXES: SockMap<DIRECTIONS_MAX> = SockMap::new();
 #[btf_map]
 static TOLD: RingBuf<u64, TOLD_BYTES> = RingBuf::new();
 
@@ -61,29 +74,35 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
     if ctx.len() == 0 {
         return Some(SK_DROP);
     }
+    let other = DIRECTIONS.get_ptr_mut(slot ^ 1)?;
     // SAFETY: the entry is there for good. The program's words are written by it only, with the socket of this
     // direction locked; each of the daemon's is one aligned word, and volatile because the daemon writes it meanwhile.
-    let seen = unsafe { ptr::read_volatile(words) };
+    let mut seen = unsafe { ptr::read_volatile(words) };
     if seen.broken != 0 {
         return Some(SK_DROP);
     }
     let next = match leave_out(ctx, &seen) {
         Ok(next) => next,
-        Err(why) => {
-            // SAFETY: as above. The daemon resets the flow: some of its bytes are gone.
-            unsafe { ptr::write_volatile(&raw mut (*words).broken, why) };
-            let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
-            return Some(SK_DROP);
-        }
+        Err(why) => return Some(give_up(words, slot, why)),
     };
     // SAFETY: as above.
     unsafe { ptr::write_volatile(&raw mut (*words).next, next) };
     // The length as it is now.
     let len = u64::from(ctx.len());
-    match verdict(&seen, len) {
-        Verdict::Drop => return Some(SK_DROP),
+    if len == 0 {
+        return Some(SK_DROP);
+    }
+    if may_redirect(&seen, len) {
+        // Before it is asked what the other direction has kept: with a full barrier, as the kernel's atomic operations with a
+        // result are.
+        // SAFETY: as above.
+        unsafe { announce(&raw mut (*words).announced, seen.redirected + len) };
+        // SAFETY: words of another direction are read, each as a whole.
+        let open = unsafe {
+            ptr::read_volatile(&raw const (*other).kept) == ptr::read_volatile(&raw const (*other).gate)
+        };
         // A redirect that does not find the other socket says so before anything was done.
-        Verdict::Redirect if SOCKETS.redirect_skb(ctx, slot ^ 1, 0) == i64::from(SK_PASS) => {
+        if open && SOCKETS.redirect_skb(ctx, slot ^ 1, 0) == i64::from(SK_PASS) {
             // SAFETY: as above.
             unsafe {
                 ptr::write_volatile(&raw mut (*words).spent, seen.spent + cost(len));
@@ -91,17 +110,84 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
             }
             return Some(SK_PASS);
         }
-        Verdict::Redirect | Verdict::Pass => {}
+        // SAFETY: as above.
+        unsafe { ptr::write_volatile(&raw mut (*words).announced, seen.redirected) };
     }
+    // From here on the other direction sends nothing on, but for what it has announced.
     // SAFETY: as above.
-    unsafe { ptr::write_volatile(&raw mut (*words).passed, seen.passed + len) };
+    unsafe { announce(&raw mut (*words).kept, seen.kept + len) };
+    seen.kept += len;
+    let empty = seen.turned == 0 && nothing_waits(ctx, other).unwrap_or(false);
+    match keep(&seen, len, empty) {
+        Kept::Passed if seen.turned == 0 => {
+            // SAFETY: as above; the daemon clears it, and has the lock of the socket before it goes on.
+            unsafe { ptr::write_volatile(&raw mut (*words).turned, 1) };
+        }
+        Kept::Passed => {}
+        Kept::Mailed if MAILBOXES.redirect_skb(ctx, slot, u64::from(BPF_F_INGRESS)) == i64::from(SK_PASS) => {
+            // SAFETY: as above.
+            unsafe {
+                ptr::write_volatile(&raw mut (*words).mail_spent, seen.mail_spent + cost(len));
+                ptr::write_volatile(&raw mut (*words).mailed, seen.mailed + len);
+            }
+        }
+        Kept::Mailed | Kept::Flood => return Some(give_up(words, slot, FLOOD | len)),
+    }
     if tells(&seen) {
-        // SAFETY: as above; the daemon clears it before it reads what was passed.
+        // SAFETY: as above; the daemon clears it before it reads what was kept.
         unsafe { ptr::write_volatile(&raw mut (*words).told, 1) };
         // The ring has a place for each direction.
         let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
     }
     Some(SK_PASS)
+}
+
+/// Writes a word, and lets nothing that follows go ahead of it.
+///
+/// # Safety
+/// `word` is one of the program's words.
+#[inline(always)]
+unsafe fn announce(word: *mut u64, value: u64) {
+    // The target has no atomic exchange in `core`. The kernel's has a full barrier on every machine, as it returns what
+    // was there before (Documentation/bpf/standardization/instruction-set.rst, BPF_XCHG; atomic_t.txt).
+    // SAFETY: eight aligned bytes of a map's entry, which is there for good; whoever else writes them is the caller's matter.
+    unsafe {
+        asm!("{value} = xchg_64({word} + 0, {value})", word = in(reg) word, value = inout(reg) value => _)
+    };
+}
+
+/// The daemon resets the flow: some of its bytes are gone.
+#[inline(always)]
+fn give_up(words: *mut Words, slot: u32, why: u64) -> u32 {
+    // SAFETY: an entry of the map, which is there for good; the word is the program's.
+    unsafe { ptr::write_volatile(&raw mut (*words).broken, why) };
+    let _told = TOLD.output(u64::from(slot), u64::from(BPF_RB_FORCE_WAKEUP));
+    SK_DROP
+}
+
+/// Whether nothing waits in front of the buffer's socket, nor is about to. Its lock is held, so its TCP stands still.
+#[inline(always)]
+fn nothing_waits(ctx: &SkBuffContext, other: *mut Words) -> Option<bool> {
+    /// `SK_USER_DATA_PTRMASK`
+    const POINTER: u64 = !7;
+    let offsets = OFFSETS.load();
+    let sk: u64 = field::read(ctx.as_ptr() as u64, offsets.sk)?;
+    let written: u32 = field::read(sk, offsets.write_seq)?;
+    let acknowledged: u32 = field::read(sk, offsets.snd_una)?;
+    let bytes_acked: u64 = field::read(sk, offsets.bytes_acked)?;
+    let psock: u64 = field::read(sk, offsets.user_data)?;
+    let waiting: u32 = field::read(psock & POINTER, offsets.waiting)?;
+    // As `accepted` of the daemon's, which asks TCP for the same (TCP_INFO, SIOCOUTQ).
+    let accepted = bytes_acked.wrapping_add(u64::from(written.wrapping_sub(acknowledged)));
+    // SAFETY: words of another direction are read, each as a whole.
+    let other = unsafe {
+        Words {
+            due: ptr::read_volatile(&raw const (*other).due),
+            announced: ptr::read_volatile(&raw const (*other).announced),
+            ..Words::default()
+        }
+    };
+    Some(is_empty(accepted, &other, waiting))
 }
 
 /// Takes off a buffer's head what has come before: what comes next, or why that cannot be.

@@ -75,6 +75,11 @@ pub fn of_buffers() -> Result<splice::Offsets, OffsetsError> {
             seq: btf.field("sk_buff", "cb")? + btf.field("tcp_skb_cb", "seq")?,
             sk: btf.field("sk_buff", "sk")?,
             copied_seq: btf.field("tcp_sock", "copied_seq")?,
+            write_seq: btf.field("tcp_sock", "write_seq")?,
+            snd_una: btf.field("tcp_sock", "snd_una")?,
+            bytes_acked: btf.field("tcp_sock", "bytes_acked")?,
+            user_data: btf.field("sock", "sk_user_data")?,
+            waiting: btf.field("sk_psock", "ingress_skb.qlen")?,
         })
     })
 }
@@ -231,6 +236,13 @@ mod tests {
             buffers.seq > 0 && buffers.seq < 256 && buffers.copied_seq == found.copied_seq,
             "{buffers:?}"
         );
+        assert!(
+            buffers.write_seq == found.write_seq
+                && buffers.snd_una == found.snd_una
+                && buffers.bytes_acked > 0,
+            "{buffers:?}"
+        );
+        assert!(buffers.user_data > 0 && buffers.waiting > 0, "{buffers:?}");
     }
 
     #[test]

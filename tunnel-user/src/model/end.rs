@@ -104,6 +104,8 @@ reasons! {
     Killed = "killed", Us, None, None;
     /// This process could not carry it on.
     InternalError = "internal_error", Us, None, None;
+    /// It was spliced, and more bytes came at once than the kernel program may keep (16 MiB).
+    SpliceOverflow = "splice_overflow", Us, None, None;
 
     /// The request is malformed.
     BadRequest = "bad_request", Client, Some(S::BAD_REQUEST), Some("http_request_error");

@@ -91,6 +91,12 @@ counters! {
     splice_credit_renewed,
     /// Times that a flow went back to being copied: its messages had become large, or its receiver slow.
     splice_demotions,
+    /// Bytes that the program left to the daemon by way of a mailbox, because something waited in front of their socket.
+    splice_mailed,
+    /// Spliced sockets whose account of memory in the kernel was looked at just before they were closed.
+    splice_accounts,
+    /// Of those: the account was wrong. Anything but 0 is a defect, of which the kernel may warn (inet_sock_destruct).
+    splice_accounts_wrong,
     /// Flows that were copied because the program had no place for them.
     splice_no_slot,
     /// Flows that were copied because the kernel did not take their sockets.

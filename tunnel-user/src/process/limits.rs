@@ -15,12 +15,16 @@ const PER_FLOW_TUNNELLED: u64 = 1;
 /// The same where bytes go through pipes, of which there is one for every two flows: two sockets, half a pipe.
 const PER_FLOW_PIPED: u64 = 3;
 
+/// The same where a kernel program moves bytes: one flow in two can have a pair of mailboxes.
+const PER_FLOW_SPLICED: u64 = 3;
+
 /// The most descriptors that one flow takes with this configuration. On either side it has a socket of its own
 /// (captured, or HTTP/1; dialled, or HTTP/1), or a stream of HTTP/2.
 pub fn per_flow(config: &Config) -> u64 {
     match config.daemon.relay {
         _ if !has_two_sockets(config) => PER_FLOW_TUNNELLED,
-        Relay::Auto | Relay::Splice | Relay::Copy => PER_FLOW,
+        Relay::Copy => PER_FLOW,
+        Relay::Auto | Relay::Splice => PER_FLOW_SPLICED,
         Relay::Pipe => PER_FLOW_PIPED,
     }
 }
@@ -61,7 +65,7 @@ pub fn cut_to(configured: usize, nofile: u64, workers: usize, per_flow: u64) -> 
     (flows + workers <= configured).then_some(flows)
 }
 
-/// How many pipes a worker of so many flows may have.
+/// How many pipes, or pairs of mailboxes, a worker of so many flows may have.
 pub fn pipes_for(flows: usize) -> usize {
     flows.div_ceil(2)
 }
@@ -105,5 +109,7 @@ mod tests {
         assert_eq!(of(&[IDENTITY, &h1, DIRECT].concat()), 2);
         assert_eq!(of(&[IDENTITY, CAPTURE, TUNNEL, "protocol = \"h1\"\n"].concat()), 2);
         assert_eq!(of(&["[daemon]\nrelay = \"pipe\"\n", CAPTURE, DIRECT].concat()), 3);
+        assert_eq!(of(&["[daemon]\nrelay = \"splice\"\n", CAPTURE, DIRECT].concat()), 3);
+        assert_eq!(of(&["[daemon]\nrelay = \"copy\"\n", CAPTURE, DIRECT].concat()), 2);
     }
 }

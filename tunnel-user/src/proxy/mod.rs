@@ -381,13 +381,26 @@ impl Proxy {
                 self.counters.pipes_missed.add(missed);
             }
             Path::Splice(splices) => {
-                let Spliced { flows, bytes, promotions, credit, demotions, no_slot, refused } =
-                    splices.report();
+                let Spliced {
+                    flows,
+                    bytes,
+                    promotions,
+                    credit,
+                    demotions,
+                    mailed,
+                    no_slot,
+                    refused,
+                    accounts,
+                    accounts_wrong,
+                } = splices.report();
                 self.counters.flows_spliced.add(flows);
                 self.counters.bytes_spliced.add(bytes);
                 self.counters.splice_promotions.add(promotions);
                 self.counters.splice_credit_renewed.add(credit);
                 self.counters.splice_demotions.add(demotions);
+                self.counters.splice_mailed.add(mailed);
+                self.counters.splice_accounts.add(accounts);
+                self.counters.splice_accounts_wrong.add(accounts_wrong);
                 self.counters.splice_no_slot.add(no_slot);
                 self.counters.splice_refused.add(refused);
             }

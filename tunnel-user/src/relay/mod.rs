@@ -233,6 +233,8 @@ pub enum Cause {
     Flood(String),
     /// This process, or its kernel program, has lost bytes.
     Ours(String),
+    /// The mailbox of a spliced flow holds no more bytes.
+    Overflow,
 }
 
 impl fmt::Display for Broken {
@@ -244,6 +246,9 @@ impl fmt::Display for Broken {
             Self::Reset(Cause::Http3(code)) => write!(f, "stream reset: {code}"),
             Self::Reset(Cause::Connection(e) | Cause::Flood(e)) => write!(f, "tunnel connection lost: {e}"),
             Self::Reset(Cause::Ours(e)) => f.write_str(e),
+            Self::Reset(Cause::Overflow) => {
+                f.write_str("more bytes came than the mailbox of a spliced flow holds")
+            }
         }
     }
 }
@@ -280,6 +285,7 @@ impl Outcome {
         };
         match (side, cause) {
             (_, Cause::Ours(_)) => EndReason::InternalError,
+            (_, Cause::Overflow) => EndReason::SpliceOverflow,
             (Side::Client, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::ClientTimeout,
             (Side::Target, Cause::Tcp(e)) if e.kind() == io::ErrorKind::TimedOut => EndReason::TargetTimeout,
             (Side::Client, Cause::Tcp(_) | Cause::Stream(_) | Cause::Http3(_)) => EndReason::ClientReset,
@@ -330,14 +336,14 @@ pub enum Path {
 }
 
 impl Path {
-    /// What a worker has for it, or keeps: of pipes no more than so many.
+    /// What a worker has for it, or keeps: of pipes, or of pairs of mailboxes, no more than so many.
     pub fn new(kind: PathKind, before: Option<&Self>, pipes_max: usize) -> Self {
         match (kind, before) {
             (PathKind::Copy, _) => Self::Copy,
             (PathKind::Pipe, Some(Self::Pipe(pipes))) => Self::Pipe(Rc::clone(pipes)),
             (PathKind::Pipe, _) => Self::Pipe(Rc::new(Pipes::new(pipes_max))),
             (PathKind::Splice, Some(Self::Splice(splices))) => Self::Splice(Rc::clone(splices)),
-            (PathKind::Splice, _) => match Splices::load() {
+            (PathKind::Splice, _) => match Splices::load(pipes_max) {
                 Ok(splices) => Self::Splice(Rc::new(splices)),
                 // It was tried before the workers were told to.
                 Err(e) => {

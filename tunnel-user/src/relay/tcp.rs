@@ -30,7 +30,7 @@ use super::{
 use crate::{
     kernel::bypass::Candidate,
     transport::{
-        sockopt::{at_mark, progress, unacknowledged, unread},
+        sockopt::{self, at_mark, progress, unacknowledged, unread},
         tcp,
     },
 };
@@ -61,8 +61,8 @@ pub struct TcpLeg {
     failed: Option<i32>,
     /// Of a captured connection that may go past TCP.
     hot: Option<Box<Hot>>,
-    /// A kernel program may have passed bytes to it.
-    was_taken: bool,
+    /// A kernel program may have passed bytes to it, and what is wrong with its account of memory is counted here.
+    taken_by: Option<Rc<Accounts>>,
 }
 
 impl TcpLeg {
@@ -98,7 +98,7 @@ impl TcpLeg {
             error: ErrorWatch::default(),
             failed: None,
             hot: bypass.map(|candidate| Box::new(Hot::new(candidate))),
-            was_taken: false,
+            taken_by: None,
         }
     }
 
@@ -416,17 +416,22 @@ impl TcpLeg {
 
     /// Takes the socket away, out of the runtime's epoll: until it is [`put`](Self::put) back nothing may poll the leg.
     /// An error leaves nothing of the connection.
-    pub(super) fn take(&mut self) -> io::Result<Taken> {
+    pub(super) fn take(&mut self, by: &Rc<Accounts>) -> io::Result<Taken> {
         self.error = ErrorWatch::default();
         let stream = self.stream.take().and_then(|stream| Rc::try_unwrap(stream).ok());
-        stream.ok_or(io::ErrorKind::NotConnected)?.into_inner().into_std().map(|stream| Taken(Some(stream)))
+        stream
+            .ok_or(io::ErrorKind::NotConnected)?
+            .into_inner()
+            .into_std()
+            .map(|stream| Taken(Some(stream), Rc::clone(by)))
     }
 
     /// Puts the socket back.
     pub(super) fn put(&mut self, mut stream: Taken) -> io::Result<()> {
+        let stream_by = Rc::clone(&stream.1);
         if let Some(stream) = stream.0.take() {
             self.stream = Some(Socket::new(TcpStream::from_std(stream)?));
-            self.was_taken = true;
+            self.taken_by = Some(stream_by);
         }
         Ok(())
     }
@@ -440,16 +445,15 @@ impl TcpLeg {
 
 impl Drop for TcpLeg {
     fn drop(&mut self) {
-        if self.was_taken
-            && let Some(stream) = &self.stream
-        {
+        if let (Some(by), Some(stream)) = (&self.taken_by, &self.stream) {
             empty(&SockRef::from(&***stream));
+            by.look_at(&***stream);
         }
     }
 }
 
 /// A leg's socket that is polled by somebody else.
-pub(super) struct Taken(Option<std::net::TcpStream>);
+pub(super) struct Taken(Option<std::net::TcpStream>, Rc<Accounts>);
 
 impl Deref for Taken {
     type Target = std::net::TcpStream;
@@ -463,6 +467,27 @@ impl Drop for Taken {
     fn drop(&mut self) {
         if let Some(stream) = &self.0 {
             empty(&SockRef::from(stream));
+            self.1.look_at(stream);
+        }
+    }
+}
+
+/// What was found of sockets that a kernel program has had, just before they were closed: how many have an account of
+/// memory, and how many a wrong one (SO_MEMINFO). The kernel warns of those when it frees them (`inet_sock_destruct`).
+#[derive(Debug, Default)]
+pub(super) struct Accounts(Cell<(u64, u64)>);
+
+impl Accounts {
+    /// What was found since this was last called.
+    pub(super) fn take(&self) -> (u64, u64) {
+        self.0.take()
+    }
+
+    fn look_at(&self, socket: &impl AsFd) {
+        // One that is still being written to, or read, has no account yet.
+        if let Ok(Some(right)) = sockopt::is_account_right(socket) {
+            let (all, wrong) = self.0.get();
+            self.0.set((all + 1, wrong + u64::from(!right)));
         }
     }
 }

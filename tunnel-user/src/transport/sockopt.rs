@@ -13,9 +13,12 @@ use std::{
     time::Duration,
 };
 
-/// `SO_MEMINFO`, and of its numbers (`linux/sock_diag.h`) the bound of what waits to be sent, and what does.
+/// `SO_MEMINFO`, and of its numbers (`linux/sock_diag.h`) what was received and not read, the bound of what waits to be
+/// sent, what is set aside, and what waits to be sent.
 const SO_MEMINFO: libc::c_int = 55;
+const SK_MEMINFO_RMEM_ALLOC: usize = 0;
 const SK_MEMINFO_SNDBUF: usize = 3;
+const SK_MEMINFO_FWD_ALLOC: usize = 4;
 const SK_MEMINFO_WMEM_QUEUED: usize = 5;
 const SK_MEMINFO_VARS: usize = 9;
 
@@ -57,6 +60,44 @@ pub fn accepted(socket: &impl AsFd) -> io::Result<u64> {
     unsafe impl Plain for Info {}
     let info: Info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
     Ok(info.bytes_acked.wrapping_add(ioctl(socket, libc::TIOCOUTQ)?))
+}
+
+/// The same, exactly, of a socket on which nothing is being written: a little less would not do where it is what others
+/// are measured from.
+pub fn accepted_exactly(socket: &impl AsFd) -> io::Result<u64> {
+    /// An acknowledgement comes in between no more often than there is something to acknowledge.
+    const TRIES: u32 = 100;
+    let mut before = accepted(socket)?;
+    for _ in 0..TRIES {
+        let now = accepted(socket)?;
+        if now == before {
+            return Ok(now);
+        }
+        before = before.max(now);
+    }
+    Ok(before)
+}
+
+/// Whether the kernel's account of this socket's memory is right: pages were set aside for it, and whatever was not used
+/// of them is what was not. None while it changes.
+pub fn is_account_right(socket: &impl AsFd) -> io::Result<Option<bool>> {
+    /// `SK_MEM_QUANTUM`, which is a page.
+    const PAGE: u32 = 4096;
+    const TRIES: u32 = 3;
+    let mut seen = None;
+    for _ in 0..TRIES {
+        let memory: [u32; SK_MEMINFO_VARS] = option(socket, libc::SOL_SOCKET, SO_MEMINFO)?;
+        let used = [SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_WMEM_QUEUED, SK_MEMINFO_FWD_ALLOC];
+        let used = used.map(|which| memory[which]);
+        if used.iter().fold(0, |sum: u32, n| sum.wrapping_add(*n)) % PAGE == 0 {
+            return Ok(Some(true));
+        }
+        if seen == Some(used) {
+            return Ok(Some(false));
+        }
+        seen = Some(used);
+    }
+    Ok(None)
 }
 
 /// Bytes that were written and that the peer has not acknowledged, the end among them.

@@ -26,7 +26,10 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::unix::AsyncFd;
 use tunnel_common::fastpath::splice::{self as abi, BACKLOG_MAX, FLOWS_MAX, SHUT, Words};
 
-use super::overlap::repeats;
+use super::{
+    mailbox::{Mailboxes, NoMailbox},
+    overlap::repeats,
+};
 use crate::{
     kernel::{
         bpf::BpfError,
@@ -35,6 +38,7 @@ use crate::{
         privileges, ready,
     },
     process::drain::Tasks,
+    relay::tcp::Accounts,
     transport::sockopt,
 };
 
@@ -55,6 +59,8 @@ const NOEXIST: u64 = 1;
 /// What a worker's flows are spliced with. See the module.
 pub struct Splices {
     map: Rc<SpliceMap>,
+    /// Flows that it can have.
+    places: usize,
     /// Tells flows what the program has told; ends with this.
     _watch: Tasks,
 }
@@ -72,10 +78,16 @@ pub struct Spliced {
     pub credit: u64,
     /// Times that a flow went back to being copied: its messages had become large, or its receiver slow.
     pub demotions: u64,
+    /// Bytes that the program mailed to the daemon.
+    pub mailed: u64,
     /// Flows that were copied because no place was free.
     pub no_slot: u64,
     /// Flows that were copied because the kernel did not take their sockets.
     pub refused: u64,
+    /// Sockets whose account of memory was looked at just before they were closed.
+    pub accounts: u64,
+    /// Of these: those whose account was wrong.
+    pub accounts_wrong: u64,
 }
 
 pub(super) struct SpliceMap {
@@ -84,11 +96,13 @@ pub(super) struct SpliceMap {
     /// Wake-ups before a flow is promoted.
     pub(super) streak: u32,
     pub(super) done: Cell<Spliced>,
+    pub(super) accounts: Rc<Accounts>,
     /// One read of any flow.
     pub(super) scratch: RefCell<Vec<u8>>,
     words: MappedArray<[AtomicU64; WORDS]>,
     slots: RefCell<HashMap<MapData, u64, u32>>,
     sockets: RefCell<SockMap<MapData>>,
+    mailboxes: RefCell<SockMap<MapData>>,
     told: RefCell<RingBuf<MapData>>,
     events: Epoll,
     free: RefCell<VecDeque<u32>>,
@@ -105,9 +119,12 @@ struct Waiting {
 }
 
 impl Splices {
-    /// Loads the program. In a worker's runtime.
-    pub fn load() -> Result<Self, Unfit> {
-        Self::with(BACKLOG_MAX, super::INTERACTIVE_STREAK)
+    /// Loads the program, for so many flows at most, because each has a pair of mailboxes. In a worker's runtime.
+    pub fn load(most: usize) -> Result<Self, Unfit> {
+        let mut splices = Self::with(BACKLOG_MAX, super::INTERACTIVE_STREAK)?;
+        splices.places = most.clamp(1, FLOWS_MAX);
+        splices.map.free.borrow_mut().truncate(splices.places);
+        Ok(splices)
     }
 
     /// With less credit, or fewer wake-ups before a flow is promoted: to see many changes in little time.
@@ -117,17 +134,18 @@ impl Splices {
         // Without it the flows would sleep for ever: then nothing is spliced.
         let ready = map.notifier().map_err(Unfit::Unheard)?;
         watch.spawn(tell(Rc::downgrade(&map), ready));
-        Ok(Self { map, _watch: watch })
+        Ok(Self { map, places: FLOWS_MAX, _watch: watch })
     }
 
     /// What was done since this was last called.
     pub fn report(&self) -> Spliced {
-        self.map.done.take()
+        let (accounts, accounts_wrong) = self.map.accounts.take();
+        Spliced { accounts, accounts_wrong, ..self.map.done.take() }
     }
 
     /// Flows that have a pair of slots.
     pub fn slots_in_use(&self) -> usize {
-        FLOWS_MAX - self.map.free.borrow().len()
+        self.places - self.map.free.borrow().len()
     }
 
     pub(super) fn map(&self) -> &Rc<SpliceMap> {
@@ -208,6 +226,8 @@ impl SpliceMap {
         let words = MappedArray::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
         let slots = HashMap::try_from(take(&mut ebpf, abi::SLOTS)?).map_err(map_error(abi::SLOTS))?;
         let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map_error(abi::SOCKETS))?;
+        let mailboxes =
+            SockMap::try_from(take(&mut ebpf, abi::MAILBOXES)?).map_err(map_error(abi::MAILBOXES))?;
         let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map_error(abi::TOLD))?;
         let refused = |source| BpfError::Program { name: abi::PROGRAM, source: Box::new(source) };
         let Some(Program::SkSkb(program)) = ebpf.program_mut(abi::PROGRAM) else {
@@ -224,10 +244,12 @@ impl SpliceMap {
             credit,
             streak,
             done: Cell::default(),
+            accounts: Rc::default(),
             scratch: RefCell::new(vec![0; super::pair::READ_MAX]),
             words,
             slots: RefCell::new(slots),
             sockets: RefCell::new(sockets),
+            mailboxes: RefCell::new(mailboxes),
             told: RefCell::new(told),
             events,
             free: RefCell::new((0..flows).collect()),
@@ -299,6 +321,8 @@ async fn tell(map: Weak<SpliceMap>, ready: AsyncFd<OwnedFd>) {
 pub(super) enum NoSlotPair {
     /// None is free.
     Full,
+    /// It has no mailboxes.
+    Unmailed(NoMailbox),
     /// The kernel did not take its sockets. It may have taken one of them: as long as it has the slots, everything
     /// that this one receives is passed.
     Refused(String, Option<SlotPair>),
@@ -309,6 +333,7 @@ pub(super) struct SlotPair {
     map: Rc<SpliceMap>,
     number: u32,
     cookies: [u64; 2],
+    boxes: Mailboxes,
 }
 
 impl SlotPair {
@@ -324,7 +349,14 @@ impl SlotPair {
         };
         for _ in 0..TRIES {
             let Some(number) = map.free.borrow_mut().pop_front() else { break };
-            let slots = Self { map: Rc::clone(map), number, cookies: [own, theirs] };
+            let boxes = match Mailboxes::new(&mut map.mailboxes.borrow_mut(), [2 * number, 2 * number + 1]) {
+                Ok(boxes) => boxes,
+                Err(e) => {
+                    map.free.borrow_mut().push_back(number);
+                    return Err(NoSlotPair::Unmailed(e));
+                }
+            };
+            let slots = Self { map: Rc::clone(map), number, cookies: [own, theirs], boxes };
             for side in 0..2 {
                 slots.words(side).reset();
             }
@@ -367,6 +399,10 @@ impl SlotPair {
         for socket in sockets {
             self.map.events.add(socket, EpollEvent::new(ends, u64::from(self.number)))?;
         }
+        let mail = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        for side in 0..2 {
+            self.map.events.add(self.boxes.of(side), EpollEvent::new(mail, u64::from(self.number)))?;
+        }
         Ok(())
     }
 
@@ -376,6 +412,14 @@ impl SlotPair {
             // Fails where it was not watched.
             let _not_there = self.map.events.delete(socket);
         }
+        for side in 0..2 {
+            let _not_there = self.map.events.delete(self.boxes.of(side));
+        }
+    }
+
+    /// Their mailboxes.
+    pub(super) fn boxes(&self) -> &Mailboxes {
+        &self.boxes
     }
 
     /// Why bytes of either direction are gone, if they are; wakes who asks when that becomes so.
@@ -421,12 +465,18 @@ impl Drop for SlotPair {
 
 /// The words of one direction, as the daemon sees them.
 pub(super) struct Shared<'a> {
-    pub(super) passed: &'a AtomicU64,
+    pub(super) kept: &'a AtomicU64,
+    pub(super) mailed: &'a AtomicU64,
     pub(super) redirected: &'a AtomicU64,
+    pub(super) announced: &'a AtomicU64,
     pub(super) spent: &'a AtomicU64,
+    pub(super) mail_spent: &'a AtomicU64,
+    pub(super) turned: &'a AtomicU64,
     pub(super) told: &'a AtomicU64,
     pub(super) gate: &'a AtomicU64,
     pub(super) limit: &'a AtomicU64,
+    pub(super) mail_limit: &'a AtomicU64,
+    pub(super) due: &'a AtomicU64,
     pub(super) next: &'a AtomicU64,
     pub(super) broken: &'a AtomicU64,
 }
@@ -439,12 +489,18 @@ impl<'a> Shared<'a> {
             };
         }
         Self {
-            passed: word!(passed),
+            kept: word!(kept),
+            mailed: word!(mailed),
             redirected: word!(redirected),
+            announced: word!(announced),
             spent: word!(spent),
+            mail_spent: word!(mail_spent),
+            turned: word!(turned),
             told: word!(told),
             gate: word!(gate),
             limit: word!(limit),
+            mail_limit: word!(mail_limit),
+            due: word!(due),
             next: word!(next),
             broken: word!(broken),
         }
@@ -453,11 +509,25 @@ impl<'a> Shared<'a> {
     /// For a new flow: no program runs on this direction.
     fn reset(&self) {
         self.gate.store(SHUT, Ordering::Relaxed);
-        let others =
-            [self.passed, self.redirected, self.spent, self.told, self.limit, self.next, self.broken];
+        let others = [
+            self.kept,
+            self.mailed,
+            self.redirected,
+            self.announced,
+            self.spent,
+            self.mail_spent,
+            self.told,
+            self.limit,
+            self.mail_limit,
+            self.due,
+            self.next,
+            self.broken,
+        ];
         for word in others {
             word.store(0, Ordering::Relaxed);
         }
+        // Nothing waits in front of a socket that nothing was sent on to.
+        self.turned.store(1, Ordering::Relaxed);
     }
 }
 

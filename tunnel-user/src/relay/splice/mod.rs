@@ -4,16 +4,19 @@
 //! in the way. While the program moves the bytes this task sleeps: its sockets are out of the runtime's epoll, and a second
 //! one reports only ends, resets, and what the program passes to this process (`map.rs`).
 //!
+//! What arrives at a socket while something waits in front of it comes by its mailbox (`mailbox.rs`).
+//!
 //! # Invariants
 //! - No socket is ever taken out of the kernel's map: that drops what is queued in front of it. Closing it does.
 
+mod mailbox;
 mod map;
 mod overlap;
 mod pair;
 
 use std::{future::poll_fn, io, net::TcpStream, rc::Rc, task::Poll};
 
-use tunnel_common::fastpath::splice::{HOLE, STUCK};
+use tunnel_common::fastpath::splice::{FLOOD, HOLE, STUCK};
 
 pub use self::map::{Spliced, Splices, Unfit, probe};
 use self::{
@@ -54,7 +57,7 @@ pub(super) async fn relay(
         if let Some(ended) = ended {
             return conclude(client, target, ended);
         }
-        taken = match (client.take(), target.take()) {
+        taken = match (client.take(&map.accounts), target.take(&map.accounts)) {
             (Ok(client), Ok(target)) => Some([client, target]),
             // There is nothing left that could be copied.
             (Err(e), _) => return Outcome::Reset(Side::Client, ours(&e)),
@@ -137,7 +140,7 @@ async fn copy(
 /// What has become of a flow's sockets.
 enum Joined {
     Not,
-    Yes(Pair),
+    Yes(Box<Pair>),
     /// They are copied for good.
     Never {
         slots: Option<SlotPair>,
@@ -159,9 +162,12 @@ fn ours(e: &io::Error) -> Broken {
     Broken::Reset(Cause::Ours(e.to_string()))
 }
 
-/// Bytes are gone: the program could not leave out what had come before.
+/// Bytes are gone: the program could not leave out what had come before, or had no room for what came.
 fn broken(why: u64) -> Broken {
     let (why, bytes) = (why >> 32 << 32, why & u64::from(u32::MAX));
+    if why == FLOOD {
+        return Broken::Reset(Cause::Overflow);
+    }
     Broken::Reset(Cause::Ours(match why {
         HOLE => format!("{bytes} bytes are missing in front of a buffer that was to be spliced"),
         STUCK => {
@@ -179,6 +185,11 @@ fn join(map: &Rc<SpliceMap>, client: &TcpStream, target: &TcpStream, meter: &Met
             map.count(|done| done.no_slot += 1);
             return Joined::Never { slots: None };
         }
+        Err(NoSlotPair::Unmailed(why)) => {
+            tracing::debug!("a flow has no mailboxes: {why}");
+            map.count(|done| done.no_slot += 1);
+            return Joined::Never { slots: None };
+        }
         Err(NoSlotPair::Refused(why, slots)) => {
             tracing::debug!("a flow's sockets cannot be joined: {why}");
             map.count(|done| done.refused += 1);
@@ -188,7 +199,7 @@ fn join(map: &Rc<SpliceMap>, client: &TcpStream, target: &TcpStream, meter: &Met
     match Pair::new(map, slots, [client, target], meter) {
         Ok(pair) => {
             map.count(|done| done.flows += 1);
-            Joined::Yes(pair)
+            Joined::Yes(Box::new(pair))
         }
         Err(slots) => Joined::Never { slots: Some(slots) },
     }

@@ -42,6 +42,7 @@ pub(super) fn repeats(map: &Rc<SpliceMap>) -> io::Result<bool> {
         SlotPair::take(map, receiver, beside).map_err(|e| {
             io::Error::other(match e {
                 NoSlotPair::Full => "no place is free".to_owned(),
+                NoSlotPair::Unmailed(e) => e.to_string(),
                 NoSlotPair::Refused(why, _) => why,
             })
         })

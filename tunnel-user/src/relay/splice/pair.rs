@@ -19,7 +19,7 @@ use tokio::{
     task::yield_now,
     time::{Instant, sleep},
 };
-use tunnel_common::fastpath::splice::{Ledger, OVERHEAD, SHUT, grant};
+use tunnel_common::fastpath::splice::{Ledger, MAIL_MAX, OVERHEAD, SHUT, grant};
 
 use super::{
     broken,
@@ -48,6 +48,11 @@ pub(super) const READ_MAX: usize = 64 * 1024;
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// up to this.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// The kernel's worker takes a buffer off its list after it has sent it, by an instruction or so: after this time since
+/// nothing more is sent on, what was sent is off the list too.
+const GRACE: Duration = Duration::from_millis(20);
+/// Reads that are dropped before others have a turn.
+const DROPPED_MAX: u32 = 16;
 /// How often an end that does not fit what has arrived is looked at again before the flow is reset.
 const ENDS_MAX: u32 = 64;
 
@@ -59,8 +64,12 @@ pub(super) struct Pair {
     halves: [Half; 2],
     /// The first error of each socket that was told other than by a read.
     failed: [Option<i32>; 2],
-    /// Both are shut, to go back to being copied.
+    /// The sockets whose connections are gone: nothing comes from them, and nothing in front of them gets on.
+    gone: [bool; 2],
+    /// It goes back to being copied,
     leaving: bool,
+    /// and both gates are shut for it: the last time at which something was still to be sent.
+    shut: Option<Instant>,
 }
 
 /// What is known of one direction.
@@ -75,6 +84,14 @@ struct Half {
     granted: (u64, u64),
     /// Ends that did not fit.
     ends: u32,
+    /// Bytes that were read from the mailbox,
+    mail_read: u64,
+    /// and those that are in the counters.
+    mail_counted: u64,
+    /// What it had sent on when the gates were opened.
+    opened: u64,
+    /// Nothing waited in front of its source then.
+    was_clear: bool,
 }
 
 /// What one look at a direction has found.
@@ -82,6 +99,8 @@ struct Half {
 enum Look {
     /// It is the program's, or has ended.
     Settled,
+    /// It could be the program's.
+    Ready,
     /// There is more to do at once.
     More,
     /// The kernel has something to do first.
@@ -108,11 +127,21 @@ impl Pair {
         meter: &Meter,
     ) -> Result<Self, SlotPair> {
         let half = |dst, moved: &Cell<u64>| -> io::Result<Half> {
-            Ok(Half { ledger: Ledger::new(sockopt::accepted(dst)?), mark: moved.get(), ..Half::default() })
+            let ledger = Ledger::new(sockopt::accepted_exactly(dst)?);
+            Ok(Half { ledger, mark: moved.get(), was_clear: true, ..Half::default() })
         };
         match (half(target, &meter.sent), half(client, &meter.received)) {
             (Ok(up), Ok(down)) => {
-                Ok(Self { map: Rc::clone(map), slots, halves: [up, down], failed: [None; 2], leaving: false })
+                let (halves, map) = ([up, down], Rc::clone(map));
+                Ok(Self {
+                    map,
+                    slots,
+                    halves,
+                    failed: [None; 2],
+                    gone: [false; 2],
+                    leaving: false,
+                    shut: None,
+                })
             }
             _ => Err(slots),
         }
@@ -136,7 +165,7 @@ impl Pair {
         moved: [&Cell<u64>; 2],
         mut ways: [&mut Direction<&mut Queue>; 2],
     ) -> Result<bool, (Side, Broken)> {
-        self.leaving = false;
+        (self.leaving, self.shut) = (false, None);
         for (half, moved) in self.halves.iter_mut().zip(moved) {
             half.ledger.copied(moved.get() - half.mark);
         }
@@ -160,6 +189,10 @@ impl Pair {
                     ways[1 - side].stop(None);
                 }
             }
+            if self.leaving && self.shut.is_none() {
+                self.shut(sockets)?;
+            }
+            self.turn(sockets)?;
             let mut looks = [Look::Settled; 2];
             for side in 0..2 {
                 let look = self.look(side, sockets[side], sockets[1 - side], moved[side], &mut *ways[side]);
@@ -170,6 +203,12 @@ impl Pair {
             }
             if ways.iter().all(|way| matches!(way.state, State::Done)) {
                 return Ok(true);
+            }
+            if !looks.contains(&Look::More) && !looks.contains(&Look::Wait) && looks.contains(&Look::Ready) {
+                looks[0] = self.open(sockets, &ways)?;
+            }
+            if self.leaving && self.shut.is_none() {
+                continue;
             }
             if looks.contains(&Look::More) {
                 pause = PAUSE_MIN;
@@ -189,7 +228,7 @@ impl Pair {
                     () = self.slots.happened() => {}
                     () = sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
                 }
-            } else if self.leaving {
+            } else if self.shut.is_some() {
                 self.slots.unwatch(sockets);
                 for (half, moved) in self.halves.iter_mut().zip(moved) {
                     half.mark = moved.get();
@@ -250,34 +289,38 @@ impl Pair {
         moved: &Cell<u64>,
         way: &mut Direction<&mut Queue>,
     ) -> Ends<Look> {
-        let Self { map, slots, halves, failed, leaving } = self;
+        let Self { map, slots, halves, failed, gone, leaving, shut } = self;
         let (half, words) = (&mut halves[side], slots.words(side));
-        let left = *leaving;
-        if left {
-            words.gate.store(SHUT, Ordering::SeqCst);
-        }
+        let left = shut.is_some();
         let why = words.broken.load(Ordering::Acquire);
         if why != 0 {
             return Err((true, broken(why)));
         }
-        // Before it is read: what is passed from here on is told again.
+        // Before it is read: what is kept from here on is told again.
         words.told.store(0, Ordering::SeqCst);
         let mut more = false;
         match way.state {
-            State::Open => match half.read(map, src, way) {
-                Read::Broken(why) => {
+            State::Open => match half.read(map, slots, side, src, way) {
+                // It is told as an end, once what came before it was read.
+                Read::Broken(errno, _) if !half.ledger.has_read(words.kept.load(Ordering::Acquire)) => {
+                    gone[side] = true;
+                    failed[side].get_or_insert(errno);
+                    (more, *leaving) = (true, true);
+                }
+                Read::Broken(_, why) => {
+                    gone[side] = true;
                     way.state = State::Failing(why);
                     (more, *leaving) = (true, true);
                 }
                 Read::Some => more = true,
                 // Much has come at once.
                 Read::Full => (more, *leaving) = (true, true),
-                Read::Nothing if half.ledger.has_read(words.passed.load(Ordering::Acquire)) => {}
-                // It waits in the kernel behind what is to be sent.
+                Read::Nothing if half.ledger.has_read(words.kept.load(Ordering::Acquire)) => {}
+                // Its mailbox does not have it yet.
                 Read::Nothing => return Ok(Look::Wait),
                 Read::End => {
-                    let passed = words.passed.load(Ordering::Acquire);
-                    if !half.ledger.has_read(passed) || sockopt::unread(src).map_err(at_source)? > 0 {
+                    let kept = words.kept.load(Ordering::Acquire);
+                    if !half.ledger.has_read(kept) || sockopt::unread(src).map_err(at_source)? > 0 {
                         half.ends += 1;
                         if half.ends > ENDS_MAX {
                             return Err(at_source(io::ErrorKind::ConnectionAborted.into()));
@@ -292,22 +335,34 @@ impl Pair {
             },
             State::Draining | State::Done | State::Failing(_) | State::Refused { .. } => {}
         }
-        // In this order, and after a read, which has taken the lock under which the program runs.
-        let spent = words.spent.load(Ordering::Acquire);
+        // After this, which takes the lock under which the program runs.
+        sockopt::settle(src).map_err(at_source)?;
         let redirected = words.redirected.load(Ordering::Acquire);
         let new = redirected - half.metered;
         half.metered = redirected;
         moved.set(moved.get() + new);
-        map.count(|done| done.bytes += new);
+        let mail = half.mail_read - std::mem::replace(&mut half.mail_counted, half.mail_read);
+        map.count(|done| (done.bytes, done.mailed) = (done.bytes + new, done.mailed + mail));
         let level = way.queue.is_empty();
         let open = words.gate.load(Ordering::Relaxed) == half.ledger.gate().unwrap_or(SHUT);
         let settled = match way.state {
-            State::Done | State::Refused { .. } => true,
-            State::Open => level && open,
+            State::Done => true,
+            State::Refused { .. } => {
+                // Its source may read what is on its way to it only once it has written what it has.
+                half.forget(map, slots, side, src);
+                true
+            }
+            State::Open => level && open && !left,
             State::Draining | State::Failing(_) => false,
         };
         if settled {
-            return Ok(if more { Look::More } else { Look::Settled });
+            return Ok(match (more, left) {
+                (true, _) => Look::More,
+                (false, true) if !matches!(way.state, State::Done) && !has_turned(half, slots, side) => {
+                    Look::Wait
+                }
+                (false, _) => Look::Settled,
+            });
         }
         if !half.ledger.is_drained(redirected, sockopt::accepted(dst).map_err(at_sink)?) {
             return Ok(Look::Wait);
@@ -322,8 +377,12 @@ impl Pair {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     // Its room is waited for by copying, once the other direction is shut too.
-                    let was = std::mem::replace(leaving, true);
-                    return Ok(if was { Look::Settled } else { Look::More });
+                    *leaving = true;
+                    if !left {
+                        return Ok(Look::More);
+                    }
+                    half.take_mail(map, slots, side, way).map_err(at_source)?;
+                    return Ok(if has_turned(half, slots, side) { Look::Settled } else { Look::Wait });
                 }
                 Err(e) => {
                     failed[1 - side].get_or_insert(e.raw_os_error().unwrap_or(libc::ECONNRESET));
@@ -345,39 +404,140 @@ impl Pair {
             State::Failing(_) => return Ok(Look::Settled),
             State::Open | State::Done | State::Refused { .. } => {}
         }
+        // Most often it has read everything by then, and need not be asked again.
+        if more && (*leaving || !half.ledger.has_read(words.kept.load(Ordering::Acquire))) {
+            return Ok(Look::More);
+        }
         if left {
-            return Ok(Look::Settled);
-        }
-        if more {
-            return Ok(Look::More);
-        }
-        let (bytes, used) = (redirected - half.granted.0, spent - half.granted.1);
-        let messages = (used - bytes) / OVERHEAD;
-        let free = sockopt::room(dst).map_err(at_sink)?;
-        if free < ROOM_MIN || (bytes >= BULK_SEEN && bytes > messages * BULK_MEAN) {
-            *leaving = true;
-            half.granted = (redirected, spent);
-            return Ok(Look::More);
+            return Ok(if has_turned(half, slots, side) { Look::Settled } else { Look::Wait });
         }
         // What came before the program had the socket, and a read has not had handed to it, would wait for what comes next.
         if sockopt::unread(src).map_err(at_source)? > 0 {
             return Ok(Look::Wait);
         }
-        if let Some(gate) = half.ledger.gate() {
-            if used > 0 {
+        Ok(Look::Ready)
+    }
+
+    /// Opens both gates, now that everything that was kept is written, or leaves where that would not do.
+    fn open(
+        &mut self,
+        sockets: [&TcpStream; 2],
+        ways: &[&mut Direction<&mut Queue>; 2],
+    ) -> Result<Look, (Side, Broken)> {
+        let by = |side| move |e: io::Error| (if side == 0 { Side::Client } else { Side::Target }, reset(e));
+        let Self { map, slots, halves, leaving, .. } = self;
+        let words = [slots.words(0), slots.words(1)];
+        let mut grants = [0; 2];
+        for side in 0..2 {
+            let half = &mut halves[side];
+            let (spent, redirected) =
+                (words[side].spent.load(Ordering::Acquire), words[side].redirected.load(Ordering::Acquire));
+            let (bytes, used) = (redirected - half.granted.0, spent - half.granted.1);
+            let messages = (used - bytes) / OVERHEAD;
+            let ended = matches!(ways[side].state, State::Done);
+            let free = sockopt::room(sockets[1 - side]).map_err(by(1 - side))?;
+            if (free < ROOM_MIN && !ended) || (bytes >= BULK_SEEN && bytes > messages * BULK_MEAN) {
+                half.granted = (redirected, spent);
+                *leaving = true;
+            }
+            grants[side] = free;
+        }
+        if *leaving {
+            return Ok(Look::More);
+        }
+        // What a program decides from here on, it decides by what waits in front of its socket; what one has decided to pass
+        // before is where it belongs once the lock has been had.
+        let turned = [0, 1].map(|side| words[side].turned.swap(0, Ordering::SeqCst) != 0);
+        for (side, socket) in sockets.iter().enumerate() {
+            sockopt::settle(socket).map_err(by(side))?;
+        }
+        let mut look = Look::Settled;
+        for side in 0..2 {
+            let redirected = words[side].redirected.load(Ordering::Acquire);
+            let accepted = sockopt::accepted(sockets[1 - side]).map_err(by(1 - side))?;
+            if halves[side].ledger.gate() != Some(words[side].kept.load(Ordering::Acquire)) {
+                look = Look::More;
+            } else if !halves[side].ledger.is_drained(redirected, accepted) && look != Look::More {
+                look = Look::Wait;
+            }
+        }
+        if look != Look::Settled {
+            // Nothing was sent on meanwhile, so that nothing waits in front of them is as true as it was.
+            for side in 0..2 {
+                if turned[side] {
+                    words[side].turned.store(1, Ordering::SeqCst);
+                }
+            }
+            return Ok(look);
+        }
+        for side in 0..2 {
+            halves[side].was_clear = turned[side] || was_left_alone(halves, slots, side);
+        }
+        for side in 0..2 {
+            let redirected = words[side].redirected.load(Ordering::Acquire);
+            let spent = words[side].spent.load(Ordering::Acquire);
+            let half = &mut halves[side];
+            if spent > half.granted.1 {
                 map.count(|done| done.credit += 1);
             }
             half.granted = (redirected, spent);
-            words.limit.store(grant(spent, free, map.credit), Ordering::Release);
-            words.gate.store(gate, Ordering::SeqCst);
-            // What came since the read, and saw the gate shut for good, was told to nobody. Whoever has seen it so is through
-            // once the lock has been had, and what it has passed shows.
-            sockopt::settle(src).map_err(at_source)?;
-            if words.passed.load(Ordering::Acquire) != gate {
-                return Ok(Look::More);
+            half.opened = redirected;
+            words[side].due.store(half.ledger.due(), Ordering::Release);
+            words[side].limit.store(grant(spent, grants[side], map.credit), Ordering::Release);
+            let mail = words[side].mail_spent.load(Ordering::Acquire);
+            words[side].mail_limit.store(mail + MAIL_MAX, Ordering::Release);
+        }
+        for side in 0..2 {
+            let gate = halves[side].ledger.gate().unwrap_or(SHUT);
+            words[side].gate.store(gate, Ordering::SeqCst);
+        }
+        // What came meanwhile, and saw a gate shut for good, was told to nobody. Whoever has seen it so is through once the
+        // lock has been had, and what it has kept shows.
+        for (side, socket) in sockets.iter().enumerate() {
+            sockopt::settle(socket).map_err(by(side))?;
+            if Some(words[side].kept.load(Ordering::Acquire)) != halves[side].ledger.gate() {
+                look = Look::More;
             }
         }
-        Ok(Look::Settled)
+        Ok(look)
+    }
+
+    /// Shuts both gates: nothing more is sent on from here on.
+    fn shut(&mut self, sockets: [&TcpStream; 2]) -> Result<(), (Side, Broken)> {
+        for side in 0..2 {
+            self.slots.words(side).gate.store(SHUT, Ordering::SeqCst);
+        }
+        for (side, socket) in sockets.iter().enumerate() {
+            let by = if side == 0 { Side::Client } else { Side::Target };
+            sockopt::settle(socket).map_err(|e| (by, reset(e)))?;
+        }
+        self.shut = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Has everything passed to the sockets from here on, once both gates are shut: the program does it when it sees that
+    /// nothing waits, and here it is seen where nothing comes.
+    fn turn(&mut self, sockets: [&TcpStream; 2]) -> Result<(), (Side, Broken)> {
+        let Some(since) = self.shut else { return Ok(()) };
+        for (side, socket) in sockets.into_iter().enumerate() {
+            let (words, from) = (self.slots.words(side), self.slots.words(1 - side));
+            if words.turned.load(Ordering::SeqCst) != 0 {
+                continue;
+            }
+            let by = |e| (if side == 0 { Side::Client } else { Side::Target }, reset(e));
+            let gone = self.gone[side] || self.failed[side].is_some();
+            let empty = gone || was_left_alone(&self.halves, &self.slots, side) || {
+                let accepted = sockopt::accepted(socket).map_err(by)?;
+                let ledger = &self.halves[1 - side].ledger;
+                since.elapsed() >= GRACE
+                    && ledger.is_drained(from.redirected.load(Ordering::Acquire), accepted)
+            };
+            if empty {
+                words.turned.store(1, Ordering::SeqCst);
+                sockopt::settle(socket).map_err(by)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -387,28 +547,108 @@ enum Read {
     Full,
     Nothing,
     End,
-    Broken(Broken),
+    /// With the error's number.
+    Broken(i32, Broken),
+}
+
+/// Whether nothing waited in front of this side's socket when the gates were opened, and nothing was sent on to it since.
+fn was_left_alone(halves: &[Half; 2], slots: &SlotPair, side: usize) -> bool {
+    halves[side].was_clear
+        && halves[1 - side].opened == slots.words(1 - side).redirected.load(Ordering::Acquire)
+}
+
+/// Whether all that comes from here on is passed to this side's socket, and nothing is left in its mailbox.
+fn has_turned(half: &Half, slots: &SlotPair, side: usize) -> bool {
+    let words = slots.words(side);
+    words.turned.load(Ordering::SeqCst) != 0 && half.mail_read == words.mailed.load(Ordering::Acquire)
 }
 
 impl Half {
-    /// Reads what the program has passed, once what was read before is written.
-    fn read(&mut self, map: &SpliceMap, src: &TcpStream, way: &mut Direction<&mut Queue>) -> Read {
+    /// Reads what the program has kept, in its order, once what was read before is written.
+    fn read(
+        &mut self,
+        map: &SpliceMap,
+        slots: &SlotPair,
+        side: usize,
+        src: &TcpStream,
+        way: &mut Direction<&mut Queue>,
+    ) -> Read {
         if !way.queue.is_empty() {
             return Read::Some;
         }
+        let words = slots.words(side);
         let mut scratch = map.scratch.borrow_mut();
         loop {
-            match (&mut &*src).read(&mut scratch) {
+            // In this order: once it has turned nothing more is mailed, and what is passed comes behind all mail.
+            let turned = words.turned.load(Ordering::SeqCst) != 0;
+            let mail = words.mailed.load(Ordering::Acquire) - self.mail_read;
+            let read = if mail > 0 {
+                let most = usize::try_from(mail).unwrap_or(READ_MAX).min(READ_MAX);
+                slots.boxes().read(side, &mut scratch[..most])
+            } else if turned {
+                (&mut &*src).read(&mut scratch)
+            } else {
+                // Nothing was passed; but it may have ended, or turned since.
+                match src.peek(&mut scratch[..1]) {
+                    Ok(1..) => continue,
+                    other => other,
+                }
+            };
+            match read {
                 Ok(0) => return Read::End,
                 Ok(n) => {
                     self.ledger.took(n as u64);
+                    self.mail_read += if mail > 0 { n as u64 } else { 0 };
                     way.queue.push(Bytes::copy_from_slice(&scratch[..n]));
                     return if n < READ_MAX { Read::Some } else { Read::Full };
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Read::Nothing,
-                Err(e) => return Read::Broken(reset(e)),
+                Err(e) => return Read::Broken(e.raw_os_error().unwrap_or(libc::ECONNRESET), reset(e)),
             }
+        }
+    }
+
+    /// Takes what the mailbox has, for a sink that takes nothing now: whoever copies reads no mailbox.
+    fn take_mail(
+        &mut self,
+        map: &SpliceMap,
+        slots: &SlotPair,
+        side: usize,
+        way: &mut Direction<&mut Queue>,
+    ) -> io::Result<()> {
+        let mut scratch = map.scratch.borrow_mut();
+        while slots.words(side).mailed.load(Ordering::Acquire) > self.mail_read {
+            match slots.boxes().read(side, &mut scratch) {
+                Ok(n) => {
+                    self.ledger.took(n as u64);
+                    self.mail_read += n as u64;
+                    way.queue.push(Bytes::copy_from_slice(&scratch[..n]));
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops what the program has kept: nobody takes it. An end or an error is left to whoever copies.
+    fn forget(&mut self, map: &SpliceMap, slots: &SlotPair, side: usize, src: &TcpStream) {
+        let mut scratch = map.scratch.borrow_mut();
+        while let Ok(n) = slots.boxes().read(side, &mut scratch) {
+            self.mail_read += n as u64;
+        }
+        if !has_turned(self, slots, side) {
+            return;
+        }
+        for _ in 0..DROPPED_MAX {
+            match src.peek(&mut scratch[..1]) {
+                Ok(1..) => {}
+                Ok(0) | Err(_) => return,
+            }
+            // There is something, so this is neither an end nor an error.
+            let _dropped = (&mut &*src).read(&mut scratch);
         }
     }
 }
