@@ -1,7 +1,7 @@
 //! A client of the admin interface: which daemon, and what it answers.
 //!
 //! # Invariants
-//! - An answer that is longer than [`ANSWER_MAX`], or does not come, is an error and not a wait.
+//! - An answer that is longer than `ANSWER_MAX`, or does not come, is an error and not a wait.
 
 use std::{
     io,

@@ -1,7 +1,7 @@
 //! The lines that were logged last, for a report on what has happened.
 //!
 //! # Invariants
-//! - No more than [`BYTES_MAX`] are kept. A line that is written takes one lock more than that of standard error; one that the
+//! - No more than `BYTES_MAX` are kept. A line that is written takes one lock more than that of standard error; one that the
 //!   filter leaves out takes none.
 
 use std::{

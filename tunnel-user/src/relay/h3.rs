@@ -6,8 +6,8 @@
 //!
 //! # Invariants
 //! - What has come and the other side has not taken is [`HELD_MAX`] at most, beyond the window below
-//!   ([`WINDOW`](crate::transport::quic::WINDOW)).
-//! - What was sent and is not acknowledged is [`SEND_MAX`] at most, and a frame.
+//!   (`transport::quic::WINDOW`).
+//! - What was sent and is not acknowledged is `SEND_MAX` at most, and a frame.
 //! - A leg that is dropped before its end resets its stream, and never ends it in order.
 
 mod recv;

@@ -328,7 +328,7 @@ impl Capture {
         *self.before.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Removes what another version has pinned here and this one does not use ([`pins`]). The caller keeps other daemons away.
+    /// Removes what another version has pinned here and this one does not use (`pins`). The caller keeps other daemons away.
     pub fn forget_other_versions(&self) -> Result<(), BpfError> {
         match &self.lifetime {
             Lifetime::Pinned(dir) => pins::forget_other_versions(dir),
