@@ -59,6 +59,10 @@ impl Attachments {
     /// runtime.
     pub(super) fn new(socket: Option<&Path>, replacing: bool) -> Self {
         let file = socket.map(|socket| socket.with_extension("attached"));
+        // Of a daemon that was killed: its captures have ended with it. The admin socket is ours, so nobody else's are there.
+        if let Some(stale) = file.as_deref().filter(|_| !replacing) {
+            let _none = fs::remove_file(stale);
+        }
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let kept = file.as_deref().filter(|_| replacing).and_then(|file| fs::read(file).ok());

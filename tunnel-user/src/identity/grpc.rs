@@ -13,6 +13,7 @@ use h2::{
 };
 use http::{HeaderMap, Request, header::CONTENT_TYPE};
 use prost::Message;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
@@ -28,6 +29,8 @@ pub(super) const MESSAGE_MAX: usize = 4 << 20;
 const PREFIX: usize = 5;
 /// How long a provider may take to accept a connection. It is on this node.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A server that is silent for so long is asked whether it is there, and as often again: we only ever wait for it.
+const KEEPALIVE: Duration = Duration::from_secs(15);
 /// What a peer's description of an error may take up in a log.
 const DETAIL_MAX: usize = 512;
 
@@ -89,7 +92,13 @@ impl Channel {
         let connected = async {
             match to {
                 ProviderAddr::Unix(path) => Self::over(UnixStream::connect(path).await?).await,
-                ProviderAddr::Tcp(addr) => Self::over(TcpStream::connect(addr).await?).await,
+                ProviderAddr::Tcp(addr) => {
+                    let tcp = TcpStream::connect(addr).await?;
+                    let keepalive =
+                        TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE).with_retries(3);
+                    SockRef::from(&tcp).set_tcp_keepalive(&keepalive)?;
+                    Self::over(tcp).await
+                }
             }
         };
         timeout(CONNECT_TIMEOUT, connected).await.map_err(late)?

@@ -37,6 +37,8 @@ pub struct Standing {
     not_after: (u64, Whose),
     /// Under which roots the chain was verified last, and whether it passed.
     verified: Cell<(u64, bool)>,
+    /// When the next certificate above the peer's leaf expires, and the chain is verified again.
+    again_at: Cell<u64>,
 }
 
 /// How the peer was verified.
@@ -110,7 +112,9 @@ impl Standing {
         let theirs = chain.first().and_then(not_after).unwrap_or(0);
         let not_after = (ours.not_after(), Whose::Ours).min((theirs, Whose::Peers));
         let verified = Cell::new((ours.trust().fingerprint, true));
-        Self { store, ours, chain, peer, not_after, verified }
+        // One that has expired already counts: a resumed session was not verified now.
+        let again_at = Cell::new(next_expiry(&chain, 0));
+        Self { store, ours, chain, peer, not_after, verified, again_at }
     }
 
     /// Whether it has lapsed, and why.
@@ -121,7 +125,7 @@ impl Standing {
         }
         let Ok(current) = self.store.current() else { return Some(Lapse::Withdrawn) };
         let trust = current.trust();
-        if self.verified.get() == (trust.fingerprint, true) {
+        if self.verified.get() == (trust.fingerprint, true) && now.as_secs() <= self.again_at.get() {
             return None;
         }
         let verified = match (self.chain.split_first(), &self.peer) {
@@ -132,6 +136,7 @@ impl Standing {
             (Some((leaf, above)), Peer::Client { san }) => trust.verify_client(leaf, above, san, now),
         };
         self.verified.set((trust.fingerprint, verified.is_ok()));
+        self.again_at.set(next_expiry(&self.chain, now.as_secs()));
         verified.err().map(|e| Lapse::Untrusted(explain(&e)))
     }
 
@@ -181,6 +186,12 @@ impl Standing {
             OnExpiry::End => Some(Box::pin(async move { standing.lapsed().await })),
         }
     }
+}
+
+/// Of the certificates above the leaf, when the first expires that has not before `now`. One that nobody needs may expire:
+/// verification tells.
+fn next_expiry(chain: &[CertificateDer<'static>], now: u64) -> u64 {
+    chain.iter().skip(1).filter_map(not_after).filter(|at| *at >= now).min().unwrap_or(u64::MAX)
 }
 
 impl fmt::Debug for Standing {

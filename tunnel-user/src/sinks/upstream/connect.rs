@@ -25,7 +25,7 @@ use crate::{
     config::Protocol,
     identity::{
         peer::peer_identity,
-        standing::Standing,
+        standing::{Lapse, Standing},
         store::TlsStore,
         tls::{ClientSide, TlsIdentity},
         verify::{check_expiry, explain_hinted},
@@ -250,5 +250,17 @@ async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
     tracing::debug!(%endpoint, ?suite, "TLS handshake completed");
     let identity = peer_identity(&certificates);
     let (store, ours) = (Arc::clone(store), Arc::clone(ours));
-    Ok((stream, identity, Standing::of_server(store, ours, certificates, server_name.clone(), check)))
+    let standing = Standing::of_server(store, ours, certificates, server_name.clone(), check);
+    still_stands(&standing, endpoint)?;
+    Ok((stream, identity, standing))
+}
+
+/// A dial takes time, in which our identity may be withdrawn, or other roots come.
+pub(super) fn still_stands(standing: &Standing, endpoint: &Target) -> Result<(), ConnectError> {
+    match standing.lapse() {
+        Some(lapse @ Lapse::Withdrawn) => Err(ConnectError::Identity(lapse.to_string())),
+        Some(Lapse::Untrusted(why)) => Err(ConnectError::Tls { endpoint: endpoint.clone(), why }),
+        // An expired one of ours is for its peers to judge.
+        Some(Lapse::Expired(_)) | None => Ok(()),
+    }
 }

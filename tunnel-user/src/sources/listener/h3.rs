@@ -78,13 +78,23 @@ pub async fn serve<H: FlowHandler>(
         let config = ours.server_config(&tls.check, &[Protocol::H3]);
         Ok::<_, String>((quic::server_config(config, &settings.tuning())?, ours))
     };
-    let endpoint =
-        config().and_then(|(config, _)| quic::server(socket, worker, config).map_err(|e| e.to_string()));
-    let endpoint = match endpoint {
-        Ok(endpoint) => endpoint,
-        Err(error) => return tracing::error!(error, "failed to accept from a UDP socket"),
+    let (mut watch, mut news) = (source.watch(), tls.store.news());
+    let first = loop {
+        news.borrow_and_update();
+        match config() {
+            Ok((config, _)) => break config,
+            Err(error) => tracing::error!(error, "no connections over QUIC until there is an identity"),
+        }
+        tokio::select! {
+            // The settings hold the store, which has the other end.
+            _ = news.changed() => {}
+            () = watch.draining() => return,
+        }
     };
-    let mut watch = source.watch();
+    let endpoint = match quic::server(socket, worker, first) {
+        Ok(endpoint) => endpoint,
+        Err(error) => return tracing::error!(%error, "failed to accept from a UDP socket"),
+    };
     let (handshakes, under_way) = (Handshakes::default(), Rc::new(()));
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
@@ -222,7 +232,13 @@ async fn requests<F: Future<Output = ()> + 'static>(
     carry: Rc<impl Fn(Incoming) -> F + 'static>,
 ) -> Result<(), ServeError> {
     let h3_error = |e: &ConnectionError| ServeError::H3(quic::why_lost(e));
-    let mut control = Control::open(connection).await.map_err(|e| h3_error(&e))?;
+    // The peer has to give room for it (RFC 9114 section 6.2).
+    let after = settings.handshake_timeout;
+    let Ok(opened) = timeout(after, Control::open(connection)).await else {
+        connection.close(quic::wire_code(Code::GENERAL_PROTOCOL_ERROR), b"no room for a control stream");
+        return Err(ServeError::HandshakeTimeout(after));
+    };
+    let mut control = opened.map_err(|e| h3_error(&e))?;
     let mut watching = pin!(quic::watch(connection, Role::Server, Rc::new(|_| {})));
     // Owned here: when the connection goes, so do its streams.
     let (streams, open) = (Rc::new(Tasks::default()), Open::default());

@@ -12,17 +12,19 @@ use std::{cell::Cell, time::Duration};
 
 use tokio::time::Instant;
 
-use super::frames::{CONTINUATION, DATA, END_STREAM, Frame, HEADERS, PADDED, RST_STREAM, SETTINGS};
+use super::frames::{
+    CONTINUATION, DATA, END_STREAM, Frame, HEADERS, PADDED, RST_STREAM, SETTINGS, WINDOW_UPDATE,
+};
 
 /// What a connection begins with, and has at most. nghttp2 allows 1,000 frames (`stream_reset_burst`, `max_outbound_ack`), as
 /// does Envoy (`max_outbound_control_frames`).
 pub(super) const BALANCE_MAX: i64 = 2000;
 /// What a second adds. A peer that measures its round trip with a PING every 10 ms takes half of it.
 pub(super) const PER_SECOND_CREDIT: i64 = 200;
-/// What a request adds that was taken up: its HEADERS of 16 KiB.
+/// The most a request adds that was taken up, which is what its HEADERS took: those of 16 KiB.
 const REQUEST_CREDIT: i64 = 18;
-/// What its answer adds, and a reset takes: whoever waits for the answers may reset every stream, and who does not has as many
-/// resets as [`BALANCE_MAX`] allows (CVE-2023-44487).
+/// What its answer adds, and a reset takes of a stream that was no request: whoever waits for the answers may reset every
+/// stream, and who does not, as many as [`BALANCE_MAX`] allows, all at once too (CVE-2023-44487).
 const ANSWER_CREDIT: i64 = 20;
 /// What a DATA frame of ours adds: a WINDOW_UPDATE for the stream, one for the connection, a PING that measures.
 pub(super) const FRAME_CREDIT: i64 = 3;
@@ -32,11 +34,27 @@ const BYTES_PER_CREDIT: u32 = 1024;
 const HEADER_BYTES: u32 = 1024;
 /// SETTINGS may change the window of every stream: so many cost as much as a frame.
 const STREAMS_PER_COST: i64 = 8;
+/// WINDOW_UPDATEs that DATA of ours has paid for and that have not come, at most: a peer may read 256 MiB late.
+const RETURNS_MAX: i64 = 1 << 18;
+/// Answers whose streams were not reset yet, at most: all streams may be reset at once.
+const ANSWERS_MAX: i64 = 1 << 14;
+/// The most padding and the field of its length take (RFC 9113 section 6.1): a longer frame carries something.
+const PAD_MAX: u32 = 256;
+/// The flag of SETTINGS that acknowledges ours.
+const ACK: u8 = 1;
 
 /// See the module.
 #[derive(Debug)]
 pub struct FloodDetector {
     balance: Cell<i64>,
+    /// What is paid for and may come late: WINDOW_UPDATEs, and resets of answered streams. Not in the balance, whose bound
+    /// would forget it.
+    returns: Cell<i64>,
+    answers: Cell<i64>,
+    /// Requests that were taken up and not reset.
+    requests: Cell<i64>,
+    /// What HEADERS have taken since the last request.
+    heads: Cell<i64>,
     since: Cell<Option<Instant>>,
     /// The type of the frame that was one too many.
     detected: Cell<Option<u8>>,
@@ -44,7 +62,15 @@ pub struct FloodDetector {
 
 impl Default for FloodDetector {
     fn default() -> Self {
-        Self { balance: Cell::new(BALANCE_MAX), since: Cell::default(), detected: Cell::default() }
+        Self {
+            balance: Cell::new(BALANCE_MAX),
+            returns: Cell::default(),
+            answers: Cell::default(),
+            requests: Cell::default(),
+            heads: Cell::default(),
+            since: Cell::default(),
+            detected: Cell::default(),
+        }
     }
 }
 
@@ -67,11 +93,20 @@ impl FloodDetector {
     pub(super) fn received(&self, frame: Frame, streams: u32) {
         let cost = match frame.kind {
             DATA if frame.flags & END_STREAM != 0 || frame.length > 0 && frame.flags & PADDED == 0 => return,
+            DATA if frame.length > PAD_MAX => return,
             HEADERS | CONTINUATION => 1 + i64::from(frame.length / HEADER_BYTES),
+            RST_STREAM if paid(&self.answers) => return,
+            RST_STREAM if paid(&self.requests) => 1,
             RST_STREAM => ANSWER_CREDIT,
+            // h2 ends the connection for one that acknowledges nothing.
+            SETTINGS if frame.flags & ACK != 0 => return,
             SETTINGS => 1 + i64::from(streams) / STREAMS_PER_COST,
+            WINDOW_UPDATE if paid(&self.returns) => return,
             _ => 1,
         };
+        if matches!(frame.kind, HEADERS | CONTINUATION) {
+            self.heads.set(self.heads.get() + cost);
+        }
         let left = self.balance.get() - cost;
         self.balance.set(left);
         if left < 0 && self.detected.get().is_none() {
@@ -82,15 +117,23 @@ impl FloodDetector {
     /// A frame of ours leaves. Our HEADERS are an answer to the peer, or a request that it will answer, and may reset.
     pub(super) fn sent(&self, frame: Frame) {
         match frame.kind {
-            DATA => self.add(FRAME_CREDIT + i64::from(frame.length / BYTES_PER_CREDIT)),
-            HEADERS => self.add(ANSWER_CREDIT),
+            DATA => {
+                let credit = FRAME_CREDIT + i64::from(frame.length / BYTES_PER_CREDIT);
+                self.returns.set((self.returns.get() + credit).min(RETURNS_MAX));
+                self.add(credit);
+            }
+            HEADERS => {
+                self.answers.set((self.answers.get() + 1).min(ANSWERS_MAX));
+                self.add(ANSWER_CREDIT);
+            }
             _ => {}
         }
     }
 
     /// A request of the peer's was taken up.
     pub fn took_request(&self) {
-        self.add(REQUEST_CREDIT);
+        self.requests.set((self.requests.get() + 1).min(ANSWERS_MAX));
+        self.add(self.heads.take().min(REQUEST_CREDIT));
     }
 
     fn add(&self, credit: i64) {
@@ -115,11 +158,16 @@ impl FloodDetector {
     }
 }
 
+/// Takes one of what was paid for, if there is one.
+fn paid(left: &Cell<i64>) -> bool {
+    let before = left.get();
+    left.set((before - 1).max(0));
+    before > 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const WINDOW_UPDATE: u8 = 8;
 
     fn frame(kind: u8, length: u32, flags: u8) -> Frame {
         Frame { length, kind, flags }
@@ -150,6 +198,23 @@ mod tests {
     }
 
     #[test]
+    fn requests_that_nobody_waits_for_run_out_one_by_one_and_all_at_once() {
+        for at_once in [1, 500] {
+            let flood = FloodDetector::default();
+            let mut reset = 0;
+            while flood.detected().is_none() {
+                for _ in 0..at_once {
+                    flood.received(frame(HEADERS, 60, 0), at_once);
+                    flood.took_request();
+                }
+                (0..at_once).for_each(|_| flood.received(frame(RST_STREAM, 4, 0), at_once));
+                reset += i64::from(at_once);
+            }
+            assert!((BALANCE_MAX..=BALANCE_MAX + 500).contains(&reset), "{at_once} at once: {reset}");
+        }
+    }
+
+    #[test]
     fn what_goes_with_work_never_runs_out() {
         let flood = FloodDetector::default();
         for _ in 0..100_000 {
@@ -171,6 +236,12 @@ mod tests {
                 flood.received(frame(WINDOW_UPDATE, 4, 0), 1);
             }
         }
+        // All streams are answered, and reset together.
+        (0..1000).for_each(|_| flood.sent(frame(HEADERS, 10, 0)));
+        (0..1000).for_each(|_| flood.received(frame(RST_STREAM, 4, 0), 1000));
+        // 32 MiB are sent ahead, and read late, in pieces of 4 KiB.
+        (0..2048).for_each(|_| flood.sent(frame(DATA, 16 * 1024, 0)));
+        (0..16_384).for_each(|_| flood.received(frame(WINDOW_UPDATE, 4, 0), 8));
         // A PING every 10 ms, for an hour.
         let start = Instant::now();
         for i in 0..360_000 {

@@ -8,6 +8,8 @@ pub(super) const HEADERS: u8 = 1;
 pub(super) const RST_STREAM: u8 = 3;
 /// SETTINGS.
 pub(super) const SETTINGS: u8 = 4;
+/// WINDOW_UPDATE.
+pub(super) const WINDOW_UPDATE: u8 = 8;
 /// CONTINUATION.
 pub(super) const CONTINUATION: u8 = 9;
 /// The flag of DATA and HEADERS that ends a stream.

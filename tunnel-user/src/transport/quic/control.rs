@@ -37,6 +37,8 @@ pub enum Heard {
     Goaway(u64),
 }
 
+/// How long a peer may take to give room for GOAWAY.
+const GOAWAY_WAIT: std::time::Duration = std::time::Duration::from_secs(1);
 /// The kinds of streams of one direction.
 const CONTROL: u64 = 0x00;
 const PUSH: u64 = 0x01;
@@ -65,7 +67,8 @@ impl Control {
         varint::put(&mut payload, first_refused);
         frame::put_head(&mut out, Kind::GOAWAY, payload.len());
         out.extend_from_slice(&payload);
-        let _gone = self.0.write_chunk(out.freeze()).await;
+        // A peer that gives no room for it is not waited for: nothing follows on this stream.
+        let _late = tokio::time::timeout(GOAWAY_WAIT, self.0.write_chunk(out.freeze())).await;
     }
 }
 

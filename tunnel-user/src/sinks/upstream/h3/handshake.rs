@@ -24,7 +24,7 @@ use crate::{
         dial::DialError,
         upstream::{
             ConnectError,
-            connect::{Far, ForgetSessions, Key, TlsKey},
+            connect::{Far, ForgetSessions, Key, TlsKey, still_stands},
             settings::PoolSettings,
         },
     },
@@ -182,6 +182,7 @@ impl Quic {
         let identity = peer_identity(&certificates);
         let (store, ours) = (Arc::clone(store), Arc::clone(ours));
         let standing = Standing::of_server(store, ours, certificates, server_name.clone(), check);
+        still_stands(&standing, endpoint)?;
         let standing = Some(Rc::new(standing));
         let far = Far { peer: FarEnd::Socket(PeerAddr(addr)), identity, standing, connected };
         Ok(H3Connection {
