@@ -132,11 +132,11 @@ pub(super) async fn answer<B>(context: &std::rc::Rc<Context>, request: &Request<
         ("/logging", false) => json(StatusCode::OK, &json!({ "filter": context.log.filter() })),
         ("/logging", true) => set_log(context, &query),
         ("/captures", true) => match attachment(&query) {
-            Ok(wanted) => changed(context.sight.command(|tell| Command::Attach(wanted, tell)).await),
+            Ok(wanted) => changed(context.sight.change(|tell| Command::Attach(wanted, tell)).await),
             Err(why) => error(StatusCode::BAD_REQUEST, &why),
         },
         ("/captures/detach", true) => match query.get("which") {
-            Some(which) => changed(context.sight.command(|tell| Command::Detach(which, tell)).await),
+            Some(which) => changed(context.sight.change(|tell| Command::Detach(which, tell)).await),
             None => error(StatusCode::BAD_REQUEST, "say what to detach: ?which=GROUP"),
         },
         ("/drain", true) => match context.sight.command(Command::Drain).await {

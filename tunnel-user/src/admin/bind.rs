@@ -100,15 +100,17 @@ pub fn bind(admin: &config::Admin, file: &Path, replacing: bool) -> Result<Optio
     };
     let tcp = admin.listen.map(|address| {
         let listening = || {
-            // A daemon that is replaced has it too.
             let socket = socket2::Socket::new(
                 socket2::Domain::for_address(address),
                 socket2::Type::STREAM.cloexec(),
                 Some(socket2::Protocol::TCP),
             )?;
             socket.set_reuse_address(true)?;
-            socket.set_reuse_port(true)?;
+            // A daemon that is replaced has it too, and no other may: each would get requests that are the other's.
+            socket.set_reuse_port(replacing)?;
             socket.bind(&address.into())?;
+            // For the one that replaces this.
+            socket.set_reuse_port(true)?;
             socket.listen(BACKLOG)?;
             socket.set_nonblocking(true)?;
             Ok(TcpListener::from(socket))

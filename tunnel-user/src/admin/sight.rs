@@ -26,6 +26,8 @@ use crate::{
 
 /// How long a worker, or the control loop, may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the control loop may take for a change, which loads programs: less than `tunnel` waits for an answer (30 s).
+const CHANGE_PATIENCE: Duration = Duration::from_secs(25);
 
 /// See the module.
 pub(super) struct Sight {
@@ -130,11 +132,24 @@ impl Sight {
         (Arc::clone(overview), at.elapsed())
     }
 
-    /// Has the control loop do something; `false`: it does not answer.
+    /// Asks the control loop for something; none where it does not answer.
     pub(super) async fn command<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        self.within(PATIENCE, command).await
+    }
+
+    /// Has it change something. What it has not begun when this gives up is not done.
+    pub(super) async fn change<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        self.within(CHANGE_PATIENCE, command).await
+    }
+
+    async fn within<T>(
+        &self,
+        patience: Duration,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Option<T> {
         let (tell, told) = oneshot::channel();
         self.commands.try_send(command(tell)).ok()?;
-        timeout(PATIENCE, told).await.ok()?.ok()
+        timeout(patience, told).await.ok()?.ok()
     }
 
     /// What the workers have counted.

@@ -15,6 +15,9 @@ pub(super) fn of(text: &str) -> Json {
     let mut written: Json = toml::from_str(text).unwrap_or_default();
     fill(&mut written, &super::schema());
     hide(&mut written);
+    // Which of them is a key is the collector's to say.
+    let headers = written.pointer_mut("/traces/headers").and_then(Json::as_object_mut);
+    headers.into_iter().flat_map(|table| table.values_mut()).for_each(|value| *value = Json::from(HIDDEN));
     written
 }
 
@@ -43,13 +46,22 @@ fn fill(value: &mut Json, schema: &Json) {
     }
 }
 
+/// Keys of a condition on a header that hold its value.
+const VALUES: [&str; 3] = ["exact", "prefix", "regex"];
+
+fn is_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    SECRETS.iter().any(|secret| name.contains(secret))
+}
+
 fn hide(value: &mut Json) {
     match value {
         Json::Array(items) => items.iter_mut().for_each(hide),
         Json::Object(table) => {
+            // A condition on a header: the name stands beside the value.
+            let of_secret = table.get("name").and_then(Json::as_str).is_some_and(is_secret);
             for (key, inner) in table {
-                let key = key.to_ascii_lowercase();
-                if inner.is_string() && SECRETS.iter().any(|secret| key.contains(secret)) {
+                if inner.is_string() && (is_secret(key) || of_secret && VALUES.contains(&key.as_str())) {
                     *inner = Json::from(HIDDEN);
                 } else {
                     hide(inner);
@@ -60,7 +72,7 @@ fn hide(value: &mut Json) {
         Json::String(text) => {
             let parts = text.split_once([':', '=']);
             if let Some((name, _)) = parts
-                && SECRETS.iter().any(|secret| name.to_ascii_lowercase().contains(secret))
+                && is_secret(name)
             {
                 *text = format!("{name}: {HIDDEN}");
             }

@@ -173,9 +173,12 @@ impl<'p> Opener<'p> {
         if wanted.has_h3() {
             let failed = |e: io::Error| cannot_listen_for_quic(at, &e);
             let opened = quic::bind(at, workers, self.process.own.mark()).map_err(failed)?;
+            let group: io::Result<Arc<[Socket]>> = opened.iter().map(Socket::try_clone).collect();
+            let group = group.map_err(failed)?;
             at = bound(&opened, at);
             for (worker, (share, socket)) in shares.iter_mut().zip(opened).enumerate() {
-                let quic = Quic { socket, worker, settings: Arc::clone(&settings) };
+                let quic =
+                    Quic { socket, worker, group: Arc::clone(&group), settings: Arc::clone(&settings) };
                 share.push(Listening::Quic(QuicSocket { quic, dial_timeout }));
             }
         }

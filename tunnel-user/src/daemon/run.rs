@@ -52,13 +52,19 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         let mut reopen = Reopen::new().map_err(signal_failed)?;
         // Before it is used: a change in between is seen.
         let mut source = file.map(|file| ConfigFile::new(file, config.daemon.watch));
-        let bound = admin::bind(&config, file, take_over)?;
+        // From here on the old daemon only waits for this one: what is attached to it stays what it is.
+        let old = replaced(file.filter(|_| take_over))?;
+        let bound = admin::bind(&config, file, old.is_some())?;
         let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
-        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), take_over);
+        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), old.is_some());
         let options = Options { attached: attachments.layer()?, taken: passed, ..Options::default() };
-        let (mut running, took_over) = start(config, file.filter(|_| take_over), options)?;
+        let (mut running, took_over) = start(config, old, options)?;
         running.workers.in_force().await;
-        let mut admin = bound.map(|bound| running.serve_admin(bound, file)).transpose()?;
+        // The listeners are this daemon's by now: it does its work without.
+        let mut admin = bound.and_then(|bound| {
+            let served = running.serve_admin(bound, file);
+            served.inspect_err(|error| tracing::error!(%error, "there is no admin interface")).ok()
+        });
         lifecycle.ready(&running, took_over);
         let mut offer = None;
         let why = loop {
@@ -87,11 +93,11 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                     lifecycle.reloaded(&running, true);
                 }
                 (Event::ReopenLogs, _) => running.reopen_access_logs(),
-                (Event::Asked(Command::Attach(wanted, tell)), _) => {
-                    // Whoever has asked may have left.
+                // Whoever was told that nobody answers must not find it done later.
+                (Event::Asked(Command::Attach(wanted, tell)), _) if !tell.is_closed() => {
                     let _gone = tell.send(attachments.attach(&mut running, wanted).await);
                 }
-                (Event::Asked(Command::Detach(which, tell)), _) => {
+                (Event::Asked(Command::Detach(which, tell)), _) if !tell.is_closed() => {
                     let _gone = tell.send(attachments.detach(&mut running, &which).await);
                 }
                 (Event::Expired(group), _) => {
@@ -132,20 +138,23 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
     })
 }
 
-/// Starts, in place of the daemon of the file `replacing` if one runs; whether it has taken over from one. Of `options` the
-/// sockets are those of the service manager.
-fn start(
-    config: Config,
-    replacing: Option<&Path>,
-    mut options: Options<'_>,
-) -> Result<(Running, bool), Failure> {
-    let old = match replacing {
-        Some(file) => takeover::take(file).map_err(|e| other(&e.to_string()))?,
-        None => None,
-    };
-    if replacing.is_some() && old.is_none() {
+/// What a daemon of this file hands over, if one runs.
+fn replaced(file: Option<&Path>) -> Result<Option<takeover::Taken>, Failure> {
+    let Some(file) = file else { return Ok(None) };
+    let old = takeover::take(file).map_err(|e| other(&e.to_string()))?;
+    if old.is_none() {
         tracing::warn!("no daemon runs with this configuration file: nothing to take over");
     }
+    Ok(old)
+}
+
+/// Starts, in place of the daemon `old` if there is one; whether it has taken over from one. Of `options` the sockets are
+/// those of the service manager.
+fn start(
+    config: Config,
+    old: Option<takeover::Taken>,
+    mut options: Options<'_>,
+) -> Result<(Running, bool), Failure> {
     let (taken, old) = old.map(takeover::Taken::split).unzip();
     let mut taken = taken.unwrap_or_default();
     for (address, sockets) in options.taken {

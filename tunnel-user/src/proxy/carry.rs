@@ -215,7 +215,8 @@ impl Proxy {
                     {
                         live.end_because(EndReason::PolicyChanged, Some(cause));
                     }
-                    wanted.setup.shared.access_logs.started(&live);
+                    // The logs in force, as at its end: those that it began with may be closed.
+                    self.setup().shared.access_logs.started(&live);
                     Some((leg, Box::new(EstablishedFlow { sink, early, live, ends, permit })))
                 }
                 None => self.left(progress),

@@ -29,7 +29,7 @@ use crate::{
     model::{end::EndReason, flow::Identity},
     observe::{
         access_log::Logs,
-        flows::{FlowId, Open, Registry},
+        flows::{CurrentPath, FlowId, Open, Registry},
         marks::Marks,
         policies::PolicyHits,
         stats::{Counters, Record, Records},
@@ -41,7 +41,7 @@ use crate::{
         limits,
         memory::Memory,
     },
-    relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
+    relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay, silence_period},
     routing::{policy::Policies, router::Router},
     sinks::{
         dial::Dialer,
@@ -315,7 +315,12 @@ impl Proxy {
         }
         if let Some(idle) = idle {
             self.flows.end_where(EndReason::IdleTimeout, |flow| {
-                flow.meter().is_idle(flow.started().elapsed(), idle)
+                // What the kernel program moves is known so much later.
+                let late = match flow.meter().path.get() {
+                    CurrentPath::Splice => silence_period(),
+                    CurrentPath::Copy | CurrentPath::Pipe | CurrentPath::Bypass => Duration::ZERO,
+                };
+                flow.meter().is_idle(flow.started().elapsed(), idle + late)
             });
         }
         self.log.tell();

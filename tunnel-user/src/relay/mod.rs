@@ -47,7 +47,7 @@ pub use self::{
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     sender::{Payload, Sender},
-    silence::give_up_silent_peers,
+    silence::{give_up_silent_peers, period as silence_period},
     splice::{INTERACTIVE_BYTES, INTERACTIVE_STREAK, Spliced, Splices, Unfit, probe},
     tcp::TcpLeg,
     tls::TlsLeg,

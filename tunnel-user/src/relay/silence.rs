@@ -74,7 +74,7 @@ impl Deref for Socket {
 }
 
 /// How often sockets are looked at.
-pub(super) fn period() -> Duration {
+pub fn period() -> Duration {
     (keepalive().bound() / PARTS).max(PERIOD_MIN)
 }
 

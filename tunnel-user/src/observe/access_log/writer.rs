@@ -116,6 +116,9 @@ struct Losses {
     reported: Option<Instant>,
 }
 
+/// Entries that are taken before orders are looked at: a journal that does not read costs 100 ms for each.
+const TAKEN_MAX: usize = 64;
+
 struct State {
     target: Target,
     entries: Receiver<Message>,
@@ -138,6 +141,8 @@ impl State {
                 if last {
                     break;
                 }
+                self.report(false);
+                self.obey();
             }
             self.report(false);
             if self.is_stopping() {
@@ -160,20 +165,28 @@ impl State {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return true,
         }
-        if self.orders.reopen.swap(false, Ordering::AcqRel) {
-            match self.target.reopen() {
-                Ok(()) => tracing::info!(output = self.target.name(), "reopened access log"),
-                Err(error) => {
-                    tracing::error!(%error, "failed to reopen the access log: the open file stays in use");
-                }
+        self.obey();
+        false
+    }
+
+    /// Reopens the file, if it was told to.
+    fn obey(&mut self) {
+        if !self.orders.reopen.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        match self.target.reopen() {
+            Ok(()) => tracing::info!(output = self.target.name(), "reopened access log"),
+            Err(error) => {
+                tracing::error!(%error, "failed to reopen the access log: the open file stays in use");
             }
         }
-        false
     }
 
     /// Takes entries, until there are none or there is enough to write; whether it was the former.
     fn take(&mut self) -> bool {
-        while !self.target.is_full() {
+        let mut left = if matches!(self.target, Target::Journal { .. }) { TAKEN_MAX } else { usize::MAX };
+        while left > 0 && !self.target.is_full() {
+            left -= 1;
             match self.entries.try_recv() {
                 Ok(message) => self.handle(message),
                 Err(_) => return true,

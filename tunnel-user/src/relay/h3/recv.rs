@@ -2,8 +2,10 @@
 
 use std::{
     future::poll_fn,
+    mem,
     pin::pin,
-    task::{Context, Poll, ready},
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, Wake, Waker, ready},
 };
 
 use bytes::Bytes;
@@ -34,6 +36,25 @@ pub enum HeadFailure {
     Lost(String),
 }
 
+/// Wakes whoever waits for a reset. Where the stream's end has come already, quinn keeps the waker that `received_reset` was
+/// polled with as long as the connection, and a task's own would keep the task.
+#[derive(Default)]
+struct Waits(Mutex<Option<Waker>>);
+
+impl Waits {
+    fn set(&self, waker: Option<Waker>) -> Option<Waker> {
+        mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), waker)
+    }
+}
+
+impl Wake for Waits {
+    fn wake(self: Arc<Self>) {
+        if let Some(waker) = self.set(None) {
+            waker.wake();
+        }
+    }
+}
+
 /// One direction of a stream.
 pub struct Receiver {
     connection: Connection,
@@ -43,11 +64,21 @@ pub struct Receiver {
     held: usize,
     /// It has come to its end, in order or not.
     ended: bool,
+    /// The peer has reset it, with this code.
+    reset: Option<quinn::VarInt>,
+    waits: Arc<Waits>,
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        drop(self.waits.set(None));
+    }
 }
 
 impl Receiver {
     pub(super) fn new(connection: Connection, stream: RecvStream) -> Self {
-        Self { connection, stream, frames: Frames::new(On::Request), held: 0, ended: false }
+        let (frames, waits) = (Frames::new(On::Request), Arc::default());
+        Self { connection, stream, frames, held: 0, ended: false, reset: None, waits }
     }
 
     pub(super) fn id(&self) -> u64 {
@@ -69,6 +100,14 @@ impl Receiver {
                 }
                 Err(e) => {
                     self.ended = true;
+                    // quinn forgets a stream whose reset was told by `received_reset`.
+                    let e = match (e, self.reset) {
+                        (ReadError::ClosedStream, Some(code)) => ReadError::Reset(code),
+                        (e, _) => e,
+                    };
+                    if let ReadError::Reset(code) = e {
+                        self.reset = Some(code);
+                    }
                     return Poll::Ready(Err(ReadFailure::Read(e)));
                 }
             }
@@ -103,7 +142,7 @@ impl Receiver {
 
     pub(super) fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         if self.ended && !self.frames.has_input() {
-            return Poll::Ready(Ok(None));
+            return Poll::Ready(self.reset.map_or(Ok(None), |code| Err(reset_with(code.into_inner()))));
         }
         // Whoever takes some of it polls again.
         if self.held >= HELD_MAX {
@@ -134,8 +173,13 @@ impl Receiver {
         if self.ended {
             return Poll::Pending;
         }
-        match ready!(pin!(self.stream.received_reset()).poll(cx)) {
-            Ok(Some(code)) => Poll::Ready(reset_with(code.into_inner())),
+        drop(self.waits.set(Some(cx.waker().clone())));
+        let waker = Waker::from(Arc::clone(&self.waits));
+        match ready!(pin!(self.stream.received_reset()).poll(&mut Context::from_waker(&waker))) {
+            Ok(Some(code)) => {
+                self.reset = Some(code);
+                Poll::Ready(reset_with(code.into_inner()))
+            }
             // It has come to its end, which is still to be read.
             Ok(None) => Poll::Pending,
             Err(quinn::ResetError::ConnectionLost(e)) => Poll::Ready(lost(&e)),

@@ -58,6 +58,9 @@ pub struct Quic {
     pub socket: Socket,
     /// Which worker it is for.
     pub worker: usize,
+    /// All sockets of the address, held while there is a connection on any worker: the kernel moves the last one of a group to
+    /// the place of one that is closed (`reuseport_detach_sock`), and connection ids say places.
+    pub group: Arc<[Socket]>,
     /// How they are served.
     pub settings: Arc<Settings>,
 }
@@ -68,7 +71,7 @@ type Incoming = sources::Incoming<Pending>;
 /// Accepts until the source is told to stop.
 pub async fn serve<H: FlowHandler>(
     handler: Rc<H>,
-    Quic { socket, worker, settings }: Quic,
+    Quic { socket, worker, group, settings }: Quic,
     source: Rc<SourceHandle>,
     tasks: Rc<Tasks>,
 ) {
@@ -134,11 +137,14 @@ pub async fn serve<H: FlowHandler>(
         };
         let (handler, source, settings) = (Rc::clone(&handler), Rc::clone(&source), Arc::clone(&settings));
         let (place, counted) = (handshakes.place(addr.ip()), Rc::clone(&under_way));
+        let (group, started) = (Arc::clone(&group), std::time::Instant::now());
         tasks.spawn(async move {
+            let _places = group;
             let shaken = handshake(&settings, connecting, place, ours).await;
             drop(counted);
             match shaken {
                 Ok((connection, peer)) => {
+                    handler.record(Event::PeerAccepted { took: started.elapsed() });
                     serve_connection(handler, &settings, connection, peer, source, permit).await;
                 }
                 Err(error) => handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error }),

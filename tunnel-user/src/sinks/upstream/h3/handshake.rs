@@ -2,9 +2,11 @@
 
 use std::{
     cell::{Cell, RefCell},
+    future::{Future as _, poll_fn},
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -77,20 +79,36 @@ impl Quic {
         let connected = timeout_at(deadline, async {
             let failed = |e| ConnectError::Dial(Rc::new(e));
             let addrs = settings.connect.dialer.resolve(endpoint).await.map_err(failed)?;
-            let mut last = None;
-            for (i, addr) in addrs.iter().enumerate() {
-                let until = if i + 1 < addrs.len() { Instant::now() + NEXT_ADDRESS } else { deadline };
-                let mut forget = ForgetSessions::new(tls);
-                match timeout_at(until, self.attempt(*addr, endpoint, tls, settings)).await {
+            let (mut last, mut rest, mut attempts) = (None, addrs.iter(), Vec::new());
+            let mut forget = ForgetSessions::new(tls);
+            loop {
+                let next = rest.next();
+                match next {
+                    Some(addr) => attempts.push(Box::pin(self.attempt(*addr, endpoint, tls, settings))),
+                    None if attempts.is_empty() => return Err(last.unwrap_or_else(late)),
+                    None => {}
+                }
+                // Those before it go on.
+                let first = poll_fn(|cx| {
+                    for at in 0..attempts.len() {
+                        if let Poll::Ready(done) = attempts[at].as_mut().poll(cx) {
+                            drop(attempts.swap_remove(at));
+                            return Poll::Ready(done);
+                        }
+                    }
+                    Poll::Pending
+                });
+                let until = if next.is_some() { Instant::now() + NEXT_ADDRESS } else { deadline };
+                match timeout_at(until, first).await {
                     Ok(Ok(connection)) => {
                         forget.succeeded();
                         return Ok(connection);
                     }
                     Ok(Err(e)) => last = Some(e),
+                    Err(_) if next.is_none() => return Err(late()),
                     Err(_) => {}
                 }
             }
-            Err(last.unwrap_or_else(late))
         });
         connected.await.map_err(|_| late())?
     }

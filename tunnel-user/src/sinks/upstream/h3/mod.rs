@@ -219,7 +219,19 @@ impl Connection for H3Connection {
         };
         let answer = async {
             match ahead {
-                Some(ahead) => ahead.until(&mut &send, answer).await,
+                Some(ahead) => {
+                    let mut early = &send;
+                    let mut answered = pin!(ahead.until(&mut early, answer));
+                    // What has gone ahead in this poll leaves with it.
+                    poll_fn(|cx| {
+                        let answered = answered.as_mut().poll(cx);
+                        if answered.is_pending() {
+                            send.borrow_mut().poll_flush(cx);
+                        }
+                        answered
+                    })
+                    .await
+                }
                 None => answer.await,
             }
         };
