@@ -1,8 +1,9 @@
 //! Permits for connections whose handshake is not complete.
 //!
 //! # Invariants
-//! - Never more than [`HANDSHAKES_MAX`] at once. When all are taken one of them goes: of those that have come the least far, one of
-//!   the source that has the most, its oldest. So silent connections keep out nobody who speaks, and no source keeps out others.
+//! - Never more than [`HANDSHAKES_MAX`] at once. When all are taken one of them goes: of a source that has more than half, if there
+//!   is one; of those that have come the least far; of the source that has the most; the oldest. So silent connections keep out
+//!   nobody who speaks, and no source keeps out others, whatever it says.
 
 use std::{
     cell::{Cell, RefCell},
@@ -82,7 +83,7 @@ impl Places {
         let taken = self.taken.borrow();
         let rank = |taken: &Taken| {
             let others = sources.get(&taken.source).copied().unwrap_or_default();
-            (taken.pace.stage(), HANDSHAKES_MAX.saturating_sub(others))
+            (others <= HANDSHAKES_MAX / 2, taken.pace.stage(), HANDSHAKES_MAX.saturating_sub(others))
         };
         // Of equal ones the first, which is the oldest.
         let victim = taken.iter().enumerate().min_by_key(|(_, taken)| rank(taken)).map(|(at, _)| at);
@@ -179,5 +180,19 @@ mod tests {
         let v6 = |host: u16| IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, host));
         let _more: Vec<_> = (0..2000).map(|host| handshakes.place(v6(host))).collect();
         assert!(!few.iter_mut().any(told));
+    }
+
+    #[test]
+    fn a_source_whose_handshakes_stop_half_way_keeps_out_nobody_who_has_just_come() {
+        let handshakes = Handshakes::default();
+        let half_way = || {
+            let place = handshakes.place(NEAR);
+            place.pace().reached(Stage::Answered);
+            place
+        };
+        let mut many: Vec<_> = (0..HANDSHAKES_MAX).map(|_| half_way()).collect();
+        let mut new = handshakes.place(FAR);
+        many.extend((0..HANDSHAKES_MAX).map(|_| half_way()));
+        assert!(!told(&mut new));
     }
 }
