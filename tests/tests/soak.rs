@@ -21,7 +21,7 @@ use tunnel_tests::{
 };
 
 /// How long; each of several modes takes as long.
-const LENGTH: Duration = Duration::from_secs(10);
+const LENGTH: Duration = Duration::from_secs(5);
 /// More than there are workers, and as many as keep a two-core machine busy with a pause in them.
 const SOAK: Workload = Workload::Soak { connections: 8 };
 
