@@ -215,12 +215,12 @@ fn a_collector_that_is_away_costs_spans_and_no_flow() -> Result<()> {
     collector.wait(512)?;
     collector.process.tell("400")?;
     collector.process.wait_for_line("status=400")?;
-    let sent = collector.spans()?.len();
+    // The collector shows those, too, that it has refused.
     let mut log = String::new();
     let dropped = gateway.stop_and_count("spans_dropped")?;
     log.push_str(&gateway.log());
     let exported = log.split_once("(\"spans_exported\", ").and_then(|(_, n)| n.split_once(')'));
     let exported: u64 = exported.with_context(|| log.clone())?.0.parse()?;
-    assert!(exported >= sent as u64 && exported + dropped == 6000, "{exported} + {dropped}, {sent}: {log}");
+    assert!(exported >= 512 && exported + dropped == 6000, "{exported} + {dropped}: {log}");
     Ok(())
 }
