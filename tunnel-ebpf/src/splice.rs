@@ -152,7 +152,7 @@ unsafe fn announce(word: *mut u64, value: u64) {
     // was there before (Documentation/bpf/standardization/instruction-set.rst, BPF_XCHG; atomic_t.txt).
     // SAFETY: eight aligned bytes of a map's entry, which is there for good; whoever else writes them is the caller's matter.
     unsafe {
-        asm!("{value} = xchg_64({word} + 0, {value})", word = in(reg) word, value = inout(reg) value => _)
+        asm!("{value} = xchg_64({word} + 0, {value})", word = in(reg) word, value = inout(reg) value => _);
     };
 }
 
