@@ -202,6 +202,20 @@ fn sweep(folder: &Path) {
             let _gone = fs::remove_file(&path);
         }
     }
+    // What one was about to put in its place that ended before.
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(".new"));
+        let process = process.and_then(|name| name.rsplit_once('.')).map(|(_, process)| process);
+        let is_gone = |process| {
+            !Path::new("/proc").join(process).exists()
+                && UnixStream::connect(entry.path())
+                    .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+        };
+        if process.is_some_and(is_gone) {
+            let _gone = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// A folder that nobody but this user can put anything into.
@@ -261,5 +275,18 @@ mod tests {
         fs::write(&path, "").unwrap();
         let e = socket(&path, false).unwrap_err().to_string();
         assert!(e.contains("no socket"), "{e}");
+    }
+
+    #[test]
+    fn what_a_daemon_left_that_was_killed_is_swept_and_what_a_starting_one_has_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let starting = socket(&of_file(folder.path(), Path::new("agent.toml")), false).unwrap();
+        // Above the most that pid_max may be (linux/threads.h, PID_MAX_LIMIT).
+        for left in ["admin-agent.4194305.new", "admin-other.sock"] {
+            drop(UnixListener::bind(folder.path().join(left)).unwrap());
+        }
+        sweep(folder.path());
+        assert!(starting.beside.exists());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

@@ -11,11 +11,12 @@ use clap::Args;
 
 use super::{
     client::{Client, DaemonArgs, encoded},
-    table::{Table, amount, bytes, span},
+    table::{Table, amount, bytes},
 };
 use crate::{
     admin::FlowView,
     config::parse_duration,
+    model::span::span,
     observe::flows::FlowId,
     process::exit::{Cause, Failure},
 };

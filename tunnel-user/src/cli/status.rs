@@ -6,13 +6,14 @@ use clap::Args;
 
 use super::{
     client::{Client, DaemonArgs},
-    table::{Table, amount, printable, span},
+    table::{Table, amount, printable},
 };
 use crate::{
     admin::{
         Overview, Status,
         view::{Problem, Severity},
     },
+    model::span::span,
     process::exit::Failure,
 };
 

@@ -65,20 +65,6 @@ pub(crate) fn amount(n: f64) -> String {
     if unit == 0 { format!("{value:.0} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
-/// A time in its two largest units.
-pub(crate) fn span(seconds: u64) -> String {
-    const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3600, "h"), (60, "min"), (1, "s")];
-    let first = UNITS.iter().position(|(unit, _)| seconds >= *unit).unwrap_or(UNITS.len() - 1);
-    let (unit, name) = UNITS[first];
-    let mut text = format!("{} {name}", seconds / unit);
-    if let Some((smaller, name)) = UNITS.get(first + 1)
-        && seconds % unit / smaller > 0
-    {
-        text += &format!(" {} {name}", seconds % unit / smaller);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,8 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_have_three_digits_and_times_two_units() {
+    fn numbers_have_three_digits() {
         assert_eq!([0, 999, 1000, 1_048_576].map(bytes), ["0 B", "999 B", "1.0 KiB", "1.0 MiB"]);
-        assert_eq!([0, 61, 3600, 90_000].map(span), ["0 s", "1 min 1 s", "1 h", "1 d 1 h"]);
     }
 }

@@ -6,4 +6,5 @@ pub mod flow;
 pub mod mark;
 pub mod names;
 pub mod san;
+pub mod span;
 pub mod trust;
