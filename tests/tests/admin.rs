@@ -436,6 +436,8 @@ fn a_socket_of_another_daemon_is_not_taken() -> Result<()> {
 
 /// `tunnel` with words, about a daemon; its status and what it prints.
 fn tunnel(daemon: &Daemon, words: &[&str]) -> Result<(i32, String)> {
+    // The socket comes after what is captured, which is what starting a daemon waits for.
+    let _there = Admin::of(daemon);
     let mut command = Command::new(programs::tunnel()?);
     command.args(words).arg("--config").arg(daemon.config());
     let done = command.output()?;
