@@ -4,14 +4,14 @@
 //! - The sockets of one address are bound in the order of the workers, which is their order in the kernel's group
 //!   (`reuseport_add_sock`): what a connection id says is a place in it.
 
-use std::{io, net::SocketAddr, sync::Once};
+use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Once};
 
 use aws_lc_rs::rand;
-use nix::sys::socket::{setsockopt, sockopt};
 use quinn::{ConnectionId, ConnectionIdGenerator};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
+    kernel::helper,
     model::mark::Mark,
     transport::{
         sockopt::steer_by_connection_id,
@@ -64,10 +64,8 @@ fn udp(address: SocketAddr) -> io::Result<Socket> {
     let kind = Type::DGRAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::UDP))?;
     // With CAP_NET_ADMIN beyond the limit of the system.
-    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+    if helper::force_buffers(socket.as_fd(), BUFFER, Some(BUFFER)).is_err() {
         socket.set_recv_buffer_size(BUFFER)?;
-    }
-    if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
         socket.set_send_buffer_size(BUFFER)?;
     }
     // The kernel doubles what it is told, for its own books (socket(7)).
