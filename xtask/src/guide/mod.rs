@@ -47,6 +47,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("observing", "journalctl", "a journal; tests/tests/access_log.rs"),
     ("redirect", "iptables", "a slice of systemd's; tests/tests/redirect.rs"),
     ("upgrade", "sudo systemctl restart", "systemd as init; cargo xtask package --install-test"),
+    ("upgrade", "sudo sh -c", "systemd as init; cargo xtask package --install-test"),
     ("upgrade", "sudo tunnel detach", "a daemon that has ended; the page has one that runs"),
 ];
 

@@ -20,10 +20,8 @@ const SCRIPTS: [(&str, &str); 3] = [
 ];
 
 const OVERRIDES: &str = "\
-# Static, so that every package has the same program: https://reproducible-builds.org, docs/adr/0051-packages.md.
-tunnel: statically-linked-binary [usr/bin/tunnel]
-# No Debian bug stands for this package.
-tunnel: initial-upload-closes-no-bugs *
+# Static and position-independent, which lintian takes for a library. Every package has the same program: docs/adr/0051-packages.md.
+tunnel: shared-library-lacks-prerequisites [usr/bin/tunnel]
 ";
 
 pub(super) fn make(checkout: &Checkout, release: &Release, tree: &Tree) -> Result<PathBuf> {

@@ -32,6 +32,16 @@ answered() {
     say "$2"
 }
 
+answers() { tail -n 1 /run/legacy.log | grep -q ok; }
+# Another daemon of the unit takes the place of the one that runs.
+take_over() {
+    local before
+    before=$(systemctl show -P MainPID tunnel-agent)
+    sh -c 'echo $$ >/sys/fs/cgroup/system.slice/tunnel-agent.service/cgroup.procs
+        NOTIFY_SOCKET=/run/systemd/notify exec setsid tunnel run --config /etc/tunnel/agent.toml --takeover' </dev/null >/run/takeover.log 2>&1 &
+    until_ "systemd knows the daemon that has taken over" sh -c "[ \$(systemctl show -P MainPID tunnel-agent) != $before ]"
+}
+
 say "booted: Linux $(uname -r), systemd $(systemctl --version | head -n 1)"
 dpkg --install /now.deb >/dev/null || fail "dpkg --install"
 say "installed: $(tunnel --version)"
@@ -103,19 +113,23 @@ answered 3 "reloaded"
 
 dpkg --install /next.deb >/dev/null 2>&1 || fail "upgrade"
 answered 3 "the next version is installed: the daemons run on"
-before=$(systemctl show -P MainPID tunnel-agent)
-systemctl restart tunnel-agent || fail "restart of the agent after the upgrade"
-[ "$before" != "$(systemctl show -P MainPID tunnel-agent)" ] || fail "it is the same process"
-answered 5 "the agent is restarted under load: no request has failed"
+take_over
+answered 5 "the next version has taken over under load: no request has failed"
 systemctl restart tunnel-gateway || fail "restart of the gateway"
 answered 5 "the gateway is restarted under load: no request has failed"
 
 dpkg --install /now.deb >/dev/null 2>&1 || fail "downgrade"
-systemctl restart tunnel-agent || fail "restart of the agent after the downgrade"
-answered 5 "downgraded under load: no request has failed"
+take_over
+answered 5 "downgraded, taken over under load: no request has failed"
 
+# Captured connections are refused meanwhile, and nothing else.
+systemctl restart tunnel-agent || fail "restart of the agent"
+until_ "restarted: answered again" answers
+grep -v -e ok -e 'FAILED with 7$' /run/legacy.log && fail "a request failed in another way than refused"
 kill -KILL "$(systemctl show -P MainPID tunnel-agent)"
-answered 5 "the agent was killed, and systemd has started it again: no request has failed"
+sleep 5
+until_ "killed: systemd has started it again, and requests are answered" answers
+: >/run/legacy.log
 
 dpkg --remove tunnel >/dev/null 2>&1 || fail "removal"
 find /sys/fs/bpf -name 'tunnel*' | grep . && fail "a capture is left"
