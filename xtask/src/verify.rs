@@ -69,7 +69,7 @@ enum Part {
     Pressure,
     /// Every command of the guide, as it stands on its page.
     Guide,
-    /// The Debian package: built, installed, used under systemd, upgraded and downgraded under load, removed.
+    /// The Debian package: built, installed in a tree of Debian, replaced, removed, purged.
     Package,
 }
 

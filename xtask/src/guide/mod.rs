@@ -31,7 +31,7 @@ use crate::{
 /// A page, how a block of it begins, and why that block is not run.
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("cookbook", "kubectl apply", "a cluster; cargo xtask package validates the manifest"),
-    ("daemon", "sudo systemctl enable", "systemd as init; cargo xtask package --install-test"),
+    ("daemon", "sudo systemctl enable", "systemd as init"),
     ("daemon", "sudo tunnel attach", "a process and a container; tests/tests/admin.rs"),
     ("daemon", "sudo tunnel detach", "a daemon that has ended; the page goes on with one that runs"),
     ("envoy", "sudo tunnel exec", "Envoy; tests/tests/interop_envoy.rs"),
@@ -46,8 +46,8 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("observing", "curl --unix-socket", "tests/tests/admin.rs"),
     ("observing", "journalctl", "a journal; tests/tests/access_log.rs"),
     ("redirect", "iptables", "a slice of systemd's; tests/tests/redirect.rs"),
-    ("upgrade", "sudo systemctl restart", "systemd as init; cargo xtask package --install-test"),
-    ("upgrade", "sudo sh -c", "systemd as init; cargo xtask package --install-test"),
+    ("upgrade", "sudo systemctl restart", "systemd as init"),
+    ("upgrade", "sudo sh -c", "systemd as init"),
     ("upgrade", "sudo tunnel detach", "a daemon that has ended; the page has one that runs"),
 ];
 
