@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     dmesg::{self, Mark},
-    matrix,
+    guide, matrix, package,
     run::{self, Checkout, bold, catch_interrupts, foreground, green, red, took},
     test,
 };
@@ -67,11 +67,16 @@ enum Part {
     Rotations,
     /// Every known flood for ten seconds, and an honest peer beside it.
     Pressure,
+    /// Every command of the guide, as it stands on its page.
+    Guide,
+    /// The Debian package: built, installed in a tree of Debian, replaced, removed, purged.
+    Package,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
   cargo xtask verify                              two suites, two kernels, two soaks, an escape, floods, rotations
+  cargo xtask verify --only guide                 what the guide says, done
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -89,7 +94,8 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         for name in CONTROLS {
             heading(&format!("the suite, with {name} as the host's congestion control"));
             let _back = Choice::set(Path::new(CHOICE), name)?;
-            test::run(checkout, &test::Args::all()).with_context(|| format!("the suite under {name}"))?;
+            test::run(checkout, &test::Args::thorough())
+                .with_context(|| format!("the suite under {name}"))?;
         }
     }
     if wanted(Part::Matrix) {
@@ -113,6 +119,14 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if wanted(Part::Pressure) {
         heading(&format!("floods of {} s each", PRESSURE[1]));
         longer("binary(=pressure)", PRESSURE)?;
+    }
+    if wanted(Part::Guide) {
+        heading("the guide's commands");
+        guide::verify(checkout)?;
+    }
+    if wanted(Part::Package) {
+        heading("the Debian package");
+        package::run(checkout, &package::Args::install_test())?;
     }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())

@@ -143,6 +143,46 @@ impl Protocol {
     }
 }
 
+/// What an upstream is spoken to with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UpstreamProtocol {
+    /// HTTP/2.
+    #[default]
+    H2,
+    /// HTTP/1.
+    H1,
+    /// HTTP/3.
+    H3,
+    /// HTTP/2, and HTTP/3 where an endpoint offers it and it gets through.
+    Auto,
+}
+
+impl UpstreamProtocol {
+    /// The one that is spoken first, or always.
+    pub const fn first(self) -> Protocol {
+        match self {
+            Self::H2 | Self::Auto => Protocol::H2,
+            Self::H1 => Protocol::H1,
+            Self::H3 => Protocol::H3,
+        }
+    }
+
+    /// All that may be spoken.
+    pub fn all(self) -> impl Iterator<Item = Protocol> {
+        [Some(self.first()), (self == Self::Auto).then_some(Protocol::H3)].into_iter().flatten()
+    }
+
+    /// As the configuration has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::H2 => "h2",
+            Self::H1 => "h1",
+            Self::H3 => "h3",
+            Self::Auto => "auto",
+        }
+    }
+}
+
 /// Who decides how fast is sent over QUIC, which the kernel does for TCP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Congestion {

@@ -17,7 +17,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, OnExpiry, OnFailure, Peers,
-    PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay,
+    PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay, UpstreamProtocol,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
     identity::{ENDPOINT_VARIABLE, WorkloadApiAddr},
@@ -120,6 +120,7 @@ by_word!(
     OnFailure,
     Bypass,
     Protocol,
+    UpstreamProtocol,
     ClientAuth,
     Congestion,
     Balance,
@@ -158,6 +159,10 @@ impl Word for Bypass {
 }
 impl Word for Protocol {
     const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2), ("h1", Self::H1), ("h3", Self::H3)];
+}
+impl Word for UpstreamProtocol {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("h2", Self::H2), ("h1", Self::H1), ("h3", Self::H3), ("auto", Self::Auto)];
 }
 impl Word for Congestion {
     const WORDS: &'static [(&'static str, Self)] = &[("cubic", Self::Cubic), ("bbr", Self::Bbr)];

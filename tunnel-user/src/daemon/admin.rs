@@ -12,7 +12,7 @@ use serde_json::json;
 use super::{Running, captures::ActiveCapture, other};
 use crate::{
     admin::{self, Admin, AdminError, Bound, Command, Overview, view},
-    config::{Config, OnFailure, Protocol},
+    config::{Config, OnFailure},
     kernel::{
         confine::{self, Seen},
         version::Kernel,
@@ -126,13 +126,7 @@ impl Running {
         });
         let upstreams = config.upstreams.iter().map(|u| view::UpstreamOverview {
             name: u.name.to_string(),
-            protocol: match (&u.in_process, u.protocol) {
-                (Some(_), _) => "in-process",
-                (None, Protocol::H2) => "h2",
-                (None, Protocol::H1) => "h1",
-                (None, Protocol::H3) => "h3",
-            }
-            .to_owned(),
+            protocol: if u.in_process.is_some() { "in-process" } else { u.protocol.name() }.to_owned(),
             tls: u.tls,
         });
         let path = self.shared.as_ref().map(|shared| match shared.path {

@@ -161,8 +161,13 @@ fn start(
     old: Option<takeover::Taken>,
     mut options: Options<'_>,
 ) -> Result<(Running, bool), Failure> {
-    let (taken, old) = old.map(takeover::Taken::split).unzip();
-    let mut taken = taken.unwrap_or_default();
+    let (mut taken, old) = match old {
+        Some(takeover::Taken { listeners, groups, done }) => {
+            options.groups = groups;
+            (listeners, Some(done))
+        }
+        None => Default::default(),
+    };
     for (address, sockets) in options.taken {
         // The daemon before has them, too.
         taken.entry(address).or_insert(sockets);
