@@ -18,6 +18,11 @@ pub(super) fn names(set: u64) -> Vec<String> {
     known.chain((0..u64::BITS).filter(|bit| others & (1 << bit) != 0).map(|bit| bit.to_string())).collect()
 }
 
+/// Those that the calling thread may have.
+pub(super) fn permitted() -> io::Result<CapabilitySet> {
+    Ok(capabilities(None)?.permitted)
+}
+
 /// Leaves the calling thread those of `kept` that it has: effective and permitted; none inheritable or ambient, and no others
 /// in its bounding set, as far as it may take them from that.
 pub(super) fn keep(kept: CapabilitySet) -> io::Result<()> {
@@ -32,8 +37,13 @@ pub(super) fn keep(kept: CapabilitySet) -> io::Result<()> {
         }
     }
     clear_ambient_capability_set()?;
-    let permitted = capabilities(None)?.permitted & kept;
+    let before = capabilities(None)?;
+    let permitted = before.permitted & kept;
     let sets = CapabilitySets { effective: permitted, permitted, inheritable: CapabilitySet::empty() };
+    // Where there is nothing to drop, a service manager's filter may not permit the call.
+    if sets == before {
+        return Ok(());
+    }
     Ok(set_capabilities(None, sets)?)
 }
 

@@ -40,13 +40,15 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> ConfineError {
     move |source| ConfineError { what, source }
 }
 
-/// What a worker keeps: it marks its sockets, where `marking`, and its pipes are not counted against its user's.
-fn of_worker(marking: bool) -> CapabilitySet {
+/// What a worker keeps of those that it `has`: it marks its sockets, where `marking`, and its pipes are not counted against its
+/// user's.
+fn of_worker(marking: bool, has: CapabilitySet) -> CapabilitySet {
     let kernel = Kernel::running();
     let mut kept = CapabilitySet::SYS_RESOURCE;
     if marking {
-        // CAP_NET_RAW sets SO_MARK since Linux 5.17, and the filter below makes no raw sockets.
-        let raw = kernel.is_at_least((5, 17));
+        // CAP_NET_RAW sets SO_MARK since Linux 5.17, and the filter below makes no raw sockets. A service manager may have
+        // left this process the other one only.
+        let raw = kernel.is_at_least((5, 17)) && has.contains(CapabilitySet::NET_RAW);
         kept |= if raw { CapabilitySet::NET_RAW } else { CapabilitySet::NET_ADMIN };
     }
     // Until 5.19 every bpf(2) took it where unprivileged programs are off; the filter leaves it to what acts on maps.
@@ -87,7 +89,8 @@ pub fn control_thread() -> Result<(), ConfineError> {
 
 /// Confines the calling thread, which serves flows from then on. A kernel without Landlock confines it without.
 pub fn worker_thread(marking: bool) -> Result<Confined, ConfineError> {
-    capabilities::keep(of_worker(marking)).map_err(failed("capabilities"))?;
+    let has = capabilities::permitted().map_err(failed("capabilities"))?;
+    capabilities::keep(of_worker(marking, has)).map_err(failed("capabilities"))?;
     no_new_privileges()?;
     let landlock = landlock::forbid_files().map_err(failed("Landlock"))?;
     seccomp::install().map_err(failed("seccomp"))?;
@@ -154,6 +157,18 @@ pub fn is_dumpable() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_worker_marks_by_the_lesser_capability_where_it_has_that() {
+        let (raw, admin) = (CapabilitySet::NET_RAW, CapabilitySet::NET_ADMIN);
+        if Kernel::running().is_at_least((5, 17)) {
+            assert!(
+                of_worker(true, raw | admin).contains(raw) && !of_worker(true, raw | admin).contains(admin)
+            );
+        }
+        assert!(of_worker(true, admin).contains(admin));
+        assert!(!of_worker(false, raw | admin).intersects(raw | admin));
+    }
 
     #[test]
     fn what_the_kernel_says_of_a_thread_is_read() {
