@@ -212,6 +212,7 @@ mod tests {
             },
             access_logs: Default::default(),
             tracer: None,
+            istio: false,
         })
     }
 
