@@ -13,6 +13,7 @@ pub mod service;
 pub mod status;
 pub mod support;
 mod table;
+pub mod top;
 
 use std::{ffi::OsString, net::IpAddr, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
@@ -89,7 +90,8 @@ pub enum Command {
     Run(RunArgs),
     /// Capture one more cgroup, unit, process or container by a running daemon.
     ///
-    /// It lasts over reloads and take-overs, until it is detached, until its process ends (--until-exit), or until the daemon ends.
+    /// It lasts over reloads, take-overs and a daemon that is killed and started again, until it is detached, until its process
+    /// ends (--until-exit), or until the daemon ends in order, which releases it whatever --on-failure says.
     Attach(Box<attach::AttachArgs>),
     /// End a capture that was attached to a running daemon, or the captures of a configuration, whether or not a daemon is running.
     ///
@@ -108,6 +110,10 @@ pub enum Command {
     ///
     /// Asks the daemon's admin socket.
     Flows(Box<flows::FlowsArgs>),
+    /// Show the flows of a running daemon by their rate, its upstreams and its throughput, kept up to date.
+    ///
+    /// Asks the daemon's admin socket, and goes on when another daemon takes over. Without colours where NO_COLOR is set.
+    Top(Box<top::TopArgs>),
     /// Explain where a connection would go, and why: whether it is captured, what policy and each route say, and which upstream
     /// and endpoints it may take.
     ///
@@ -481,7 +487,7 @@ mod tests {
                 assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
             }
         }
-        assert_eq!(leaves, 16);
+        assert_eq!(leaves, 17);
     }
 
     #[test]

@@ -42,7 +42,7 @@ mod value;
 mod via;
 
 pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
-pub use admin::Admin;
+pub use admin::{Admin, MetricSet};
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
     BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, Keepalive, MARK, MAX_FLOWS, Relay, SNIFF_TIMEOUT,

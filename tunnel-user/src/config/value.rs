@@ -16,8 +16,8 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, OnExpiry, OnFailure, Peers,
-    PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay, UpstreamProtocol,
+    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, MetricSet, OnExpiry, OnFailure,
+    Peers, PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay, UpstreamProtocol,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
     identity::{ENDPOINT_VARIABLE, WorkloadApiAddr},
@@ -116,6 +116,7 @@ macro_rules! by_word {
     )*};
 }
 by_word!(
+    MetricSet,
     Mode,
     OnFailure,
     Bypass,
@@ -201,6 +202,9 @@ impl Word for KeyExchange {
         ("secp256r1", Self::Secp256r1),
         ("secp384r1", Self::Secp384r1),
     ];
+}
+impl Word for MetricSet {
+    const WORDS: &'static [(&'static str, Self)] = &[("istio", Self::Istio)];
 }
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] =

@@ -34,8 +34,8 @@ mod upstreams;
 mod workers;
 
 use std::{
-    future::poll_fn, io, mem, net::SocketAddr, os::unix::net::UnixStream, sync::Arc, task::Poll, thread,
-    time::Duration,
+    collections::HashSet, future::poll_fn, io, mem, net::SocketAddr, os::unix::net::UnixStream, sync::Arc,
+    task::Poll, thread, time::Duration,
 };
 
 use tokio::time::{Interval, MissedTickBehavior};
@@ -257,13 +257,26 @@ impl Running {
         self.observers.reopen();
     }
 
-    /// Gives the listeners to a daemon that replaces this one. Dropped, it is given up, and the listeners stay.
-    async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
+    /// Gives the listeners to a daemon that replaces this one. Dropped, what comes back is given up, and the listeners stay.
+    fn give(
+        &self,
+        stream: UnixStream,
+    ) -> Result<impl Future<Output = Result<(), TakeoverError>> + use<>, TakeoverError> {
         let (kept, groups) = (listen::copies(&self.kept)?, listen::copies_of(&self.groups)?);
-        let _hang_up = HangUp(stream.try_clone()?);
+        let hang_up = HangUp(stream.try_clone()?);
         // Waits until the other one runs; the workers go on meanwhile, and signals are heard.
         let given = tokio::task::spawn_blocking(move || takeover::give(&stream, &kept, &groups));
-        given.await.map_err(io::Error::other)?
+        Ok(async move {
+            let _hang_up = hang_up;
+            given.await.map_err(io::Error::other)?
+        })
+    }
+
+    /// The captures of these groups end with this daemon, whatever their applications get while no daemon runs.
+    fn release(&mut self, groups: &HashSet<String>) {
+        for active in &mut self.captures {
+            active.released = groups.contains(&active.wanted.cgroup.name().to_string());
+        }
     }
 
     /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator wants captured
@@ -292,6 +305,10 @@ impl Running {
                 (Owner::Another, _) => {
                     tracing::info!(cgroup = a.called, "another daemon has taken over");
                     Ok(())
+                }
+                (_, OnFailure::Closed) if a.released => {
+                    tracing::info!(cgroup = a.called, "detached: it was attached to this daemon, which ends");
+                    a.pins.as_deref().map_or(Ok(()), bpf::unpin)
                 }
                 (_, OnFailure::Open) => a.pins.as_deref().map_or(Ok(()), bpf::unpin),
                 (_, OnFailure::Closed) => {

@@ -3,7 +3,7 @@
 //! # Invariants
 //! - Whatever asks for another state (the file, SIGHUP, a daemon that takes over) is heard by one loop, one after the other.
 
-use std::{os::unix::net::UnixStream, path::Path, time::Duration};
+use std::{os::unix::net::UnixStream, path::Path, pin::pin, time::Duration};
 
 use super::{
     Options, Running, admin, attach::Attachments, begin, control_runtime, file::ConfigFile,
@@ -62,7 +62,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         let old = replaced(file.filter(|_| take_over))?;
         let bound = admin::bind(&config, file, old.is_some())?;
         let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
-        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), old.is_some());
+        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), &config);
         let options = Options { attached: attachments.layer()?, taken: passed, ..Options::default() };
         let (mut running, took_over) = start(config, old, options)?;
         running.workers.in_force().await;
@@ -120,21 +120,20 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                 (Event::TakeOver(Ok(stream)), _) => {
                     // The new daemon makes the same offer as soon as it runs.
                     offer = None;
-                    tokio::select! {
-                        // Dropped, it is over: the other side hears of it.
-                        why = signals.next() => break why,
-                        given = running.give(stream) => match given {
-                            Ok(()) => break TAKEN_OVER,
-                            Err(e) => tracing::warn!("{e}"),
-                        }
+                    if let Some(why) = give(&mut running, stream, &mut lifecycle, &mut signals).await {
+                        break why;
                     }
                 }
             }
         };
         drop((offer, source));
         tracing::info!("{why}: draining");
-        if why != TAKEN_OVER {
-            attachments.forget();
+        admin.iter_mut().for_each(Admin::close_commands);
+        if why == TAKEN_OVER {
+            // What asks there is for the other daemon, and may be far from this one.
+            admin.iter_mut().for_each(Admin::close_tcp);
+        } else {
+            running.release(&attachments.forget());
         }
         lifecycle.stopping(why, running.config.daemon.drain_timeout);
         // The admin interface is there until the last flow has ended.
@@ -142,6 +141,37 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         drop(admin);
         stopped
     })
+}
+
+/// Gives the listeners to a daemon that replaces this one, which takes its time; why this one ends, if it does.
+async fn give(
+    running: &mut Running,
+    stream: UnixStream,
+    lifecycle: &mut Lifecycle,
+    signals: &mut Terminate,
+) -> Option<&'static str> {
+    let given = match running.give(stream) {
+        Ok(given) => given,
+        Err(e) => {
+            tracing::warn!("{e}");
+            return None;
+        }
+    };
+    let mut given = pin!(given);
+    loop {
+        tokio::select! {
+            // Dropped, it is over: the other side hears of it.
+            why = signals.next() => return Some(why),
+            () = lifecycle.watchdog_due() => lifecycle.feed_watchdog(running),
+            given = given.as_mut() => match given {
+                Ok(()) => return Some(TAKEN_OVER),
+                Err(e) => {
+                    tracing::warn!("{e}");
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 /// What a daemon of this file hands over, if one runs.

@@ -254,6 +254,7 @@ mod tests {
             },
             access_logs: Default::default(),
             tracer: None,
+            istio: false,
         })
     }
 
