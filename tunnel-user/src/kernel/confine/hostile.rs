@@ -5,8 +5,14 @@
 
 use std::{io, ptr};
 
-/// Tries everything where this is set.
-pub const VARIABLE: &str = "TUNNEL_TEST_HOSTILE_WORKER";
+/// Everything is tried where this is set.
+const VARIABLE: &str = "TUNNEL_TEST_HOSTILE_WORKER";
+
+/// Whether whoever has started the process wants it.
+#[expect(clippy::disallowed_methods, reason = "what no release has is no part of the command line")]
+pub fn is_wanted() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
 
 /// What was tried, and the error; `None`: it succeeded.
 pub type Outcome = (&'static str, Option<i32>);
