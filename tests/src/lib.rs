@@ -17,6 +17,7 @@
 //! ```
 
 pub mod admin;
+pub mod amount;
 pub mod bench;
 pub mod bpf;
 pub mod bpffs;

@@ -8,6 +8,7 @@ use std::{
     fmt::Write as _,
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -47,10 +48,12 @@ const LATE: &str = "late-reader";
 
 /// Who reads late gets everything that was sent before an orderly end, whatever has become of the sender since.
 fn late(mode: &Mode) -> Result<()> {
-    for subject in [Subject::Application, Subject::Target] {
-        same_of(Stage::forgetful()?, mode, subject, |name| name == LATE)?;
-    }
-    Ok(())
+    let of = |subject| same_of(Stage::forgetful()?, mode, subject, |name| name == LATE);
+    thread::scope(|scope| {
+        let application = scope.spawn(|| of(Subject::Application));
+        of(Subject::Target)?;
+        application.join().expect("showing it does not panic")
+    })
 }
 
 /// What is not the same through any proxy that carries bytes, and why.
@@ -114,10 +117,15 @@ fn same_of(stage: Stage, mode: &Mode, subject: Subject, wanted: impl Fn(&str) ->
     let all = |captured| -> Result<Vec<Seen>> {
         behaviours.iter().map(|name| show(&stage, name, mode, subject, captured)).collect()
     };
-    let plain = all(false)?;
     let gateway = stage.gateway(mode)?;
     let mut daemon = stage.daemon(mode, gateway.as_ref())?;
-    let carried = all(true)?;
+    // Most of it is waiting.
+    let (plain, carried) = thread::scope(|scope| {
+        let plain = scope.spawn(|| all(false));
+        let carried = all(true);
+        (plain.join().expect("showing it over TCP does not panic"), carried)
+    });
+    let (plain, carried) = (plain?, carried?);
     stage.end(&mut daemon, mode)?;
     let mut wrong = String::new();
     for ((name, plain), carried) in behaviours.iter().zip(&plain).zip(&carried) {

@@ -2,7 +2,7 @@
 //! that does not: every byte is compared, and no call gives an error that plain TCP would not give.
 //!
 //! Ten minutes of the same are `cargo xtask bench --hold ours --workload soak:16 --seconds 600`, and with
-//! `--scenario relay --hold splice` those of a kernel program. What these 10 s a mode do not show, they do: bytes that came
+//! `--scenario relay --hold splice` those of a kernel program. What these seconds a mode do not show, they do: bytes that came
 //! twice did so once in some 10 GB.
 
 use std::time::Duration;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tunnel_tests::{
     TARGET4,
+    amount::amount,
     dmesg::Mark,
     each_mode,
     load::{
@@ -20,8 +21,8 @@ use tunnel_tests::{
     programs,
 };
 
-/// How long; each of several modes takes as long.
-const LENGTH: Duration = Duration::from_secs(5);
+/// How long, in seconds, and where tests are thorough; each of several modes takes as long.
+const LENGTH: [u64; 2] = [2, 10];
 /// More than there are workers, and as many as keep a two-core machine busy with a pause in them.
 const SOAK: Workload = Workload::Soak { connections: 8 };
 
@@ -36,8 +37,9 @@ fn soak(mode: &Mode) -> Result<()> {
     let gateway = stage.gateway(mode)?;
     let mut daemon = stage.daemon(mode, gateway.as_ref())?;
     let command = stage.program(programs::load()?, true)?;
+    let length = Duration::from_secs(amount(LENGTH[0], LENGTH[1]));
     let warm_up = Duration::from_secs(1);
-    let mut client = Client::start(command, stage.world.folder(), server.addr(), SOAK, LENGTH, warm_up)?;
+    let mut client = Client::start(command, stage.world.folder(), server.addr(), SOAK, length, warm_up)?;
     client.wait_ready()?;
     let outcome = client.measure()?;
     client.end()?;

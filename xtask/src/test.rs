@@ -13,6 +13,8 @@ use crate::{
 
 /// Says that benchmarks may be without their peers; otherwise a test that misses one fails.
 const WITHOUT_PEERS: &str = "TUNNEL_TEST_WITHOUT_PEERS";
+/// Has tests do more than every merge has time for.
+const THOROUGH: &str = "TUNNEL_TEST_THOROUGH";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -24,15 +26,24 @@ pub(crate) struct Args {
     #[arg(long)]
     e2e: bool,
 
+    /// More flows and longer soaks than every merge has time for.
+    #[arg(long)]
+    thorough: bool,
+
     /// Passed to `cargo nextest run`: filters, --no-capture, ...
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     nextest: Vec<String>,
 }
 
 impl Args {
+    /// Every test, thoroughly.
+    pub(crate) fn thorough() -> Self {
+        Self { thorough: true, ..Self::all() }
+    }
+
     /// Every test.
     pub(crate) fn all() -> Self {
-        Self { unit: false, e2e: false, nextest: Vec::new() }
+        Self { unit: false, e2e: false, thorough: false, nextest: Vec::new() }
     }
 }
 
@@ -116,6 +127,9 @@ fn tests(checkout: &Checkout, args: &Args, peers: bool, notes: &Path) -> Result<
         .env("TUNNEL_BIN", checkout.target.join("debug/tunnel"))
         .env(MARK, std::process::id().to_string())
         .env(dmesg::NOTES, notes);
+    if args.thorough {
+        nextest.env(THOROUGH, "1");
+    }
     if !peers {
         nextest.env(WITHOUT_PEERS, "1");
     }

@@ -93,7 +93,8 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         for name in CONTROLS {
             heading(&format!("the suite, with {name} as the host's congestion control"));
             let _back = Choice::set(Path::new(CHOICE), name)?;
-            test::run(checkout, &test::Args::all()).with_context(|| format!("the suite under {name}"))?;
+            test::run(checkout, &test::Args::thorough())
+                .with_context(|| format!("the suite under {name}"))?;
         }
     }
     if wanted(Part::Matrix) {
