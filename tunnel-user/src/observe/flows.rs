@@ -128,7 +128,7 @@ type Uncounted = Box<dyn Fn() -> [u64; 2]>;
 
 /// While a kernel program moves a flow's bytes. A copy of a meter has none, so that nothing is counted twice.
 #[derive(Default)]
-struct Kernel(Cell<Option<Uncounted>>);
+struct Kernel(Cell<Option<Box<Uncounted>>>);
 
 impl Clone for Kernel {
     fn clone(&self) -> Self {
@@ -165,7 +165,8 @@ impl Meter {
 
     /// From now on, and until the guard is dropped, the kernel moves bytes too.
     pub fn count_kernel(&self, uncounted: Uncounted) -> CountedKernel<'_> {
-        self.kernel.0.set(Some(uncounted));
+        // Boxed twice: most flows have none, and a pointer's room for it.
+        self.kernel.0.set(Some(Box::new(uncounted)));
         CountedKernel(self)
     }
 
@@ -637,7 +638,7 @@ mod tests {
     #[test]
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
         // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved; and
-        // two pointers, to what it was admitted with and to why it ends.
+        // three pointers, to what it was admitted with, to why it ends, and to what the kernel moves.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
         assert!(added <= 112, "{added}");
         // One for each listener that it passed in this process, beside the names and headers of its request.
