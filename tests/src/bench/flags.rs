@@ -64,8 +64,19 @@ pub struct Flags {
 }
 
 /// The scenarios, in the order in which they are run.
-pub const SCENARIOS: [&str; 9] =
-    ["capture-bare", "capture", "relay", "chain", "fairness", "paced", "memory", "link-20ms", "link-100mbit"];
+/// `footprint` is none: it has no arms, and is measured first.
+pub const SCENARIOS: [&str; 10] = [
+    "footprint",
+    "capture-bare",
+    "capture",
+    "relay",
+    "chain",
+    "fairness",
+    "paced",
+    "memory",
+    "link-20ms",
+    "link-100mbit",
+];
 
 /// What the help ends with.
 pub const EXAMPLES: &str = "\

@@ -9,6 +9,7 @@
 mod accounting;
 mod arms;
 pub mod flags;
+mod footprint;
 pub mod hold;
 mod machine;
 pub mod model;

@@ -32,6 +32,35 @@ pub struct Report {
     pub scenarios: Vec<Scenario>,
     /// Why this benchmark failed; empty when it did not.
     pub faults: Vec<String>,
+    /// What the program takes before it carries anything; `None` where that was not asked for.
+    #[serde(default)]
+    pub footprint: Option<Footprint>,
+}
+
+/// What the program takes before it carries anything.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Footprint {
+    /// Bytes of the program without symbols.
+    pub stripped: u64,
+    /// Milliseconds of each `tunnel exec -- true`, in order.
+    pub exec_ms: Vec<f64>,
+    /// Bytes of resident memory of a gateway that listens.
+    pub gateway: u64,
+}
+
+impl Footprint {
+    /// Its rows: what, and how much.
+    pub fn rows(&self) -> Vec<(&'static str, String)> {
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+        let quartile =
+            |quarter: usize| self.exec_ms.get(self.exec_ms.len() * quarter / 4).copied().unwrap_or(f64::NAN);
+        let time = format!("{:.0} ms ({:.0} to {:.0})", quartile(2), quartile(1), quartile(3));
+        vec![
+            ("size of the program, stripped", mib(self.stripped)),
+            ("exec -- true, median (quartiles)", time),
+            ("resident memory of a gateway that listens", mib(self.gateway)),
+        ]
+    }
 }
 
 /// How a benchmark was asked for.

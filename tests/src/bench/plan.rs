@@ -18,6 +18,9 @@ use crate::{
 /// What the name of an arm with the other build ends with.
 pub(super) const OTHER: &str = ", other build";
 
+/// What has no arms.
+const FOOTPRINT: &str = "footprint";
+
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
@@ -44,6 +47,8 @@ impl fmt::Display for Extent {
 pub struct Plan {
     /// How much that is.
     pub extent: Extent,
+    /// Whether what the program takes by itself is measured.
+    pub(super) footprint: bool,
     pub(super) scenarios: Vec<Scenario>,
 }
 
@@ -83,6 +88,7 @@ pub(super) struct Work {
 impl Plan {
     /// The scenarios of these names (of [`SCENARIOS`](super::flags::SCENARIOS)), or all.
     pub fn new(extent: Extent, only: &[String], rounds: Option<u32>) -> Self {
+        let footprint = only.is_empty() || only.iter().any(|name| name == FOOTPRINT);
         let mut scenarios = vec![capture(extent, true), capture(extent, false), relay(extent), chain(extent)];
         scenarios.extend([fairness(extent), paced(extent), memory(extent)]);
         scenarios.extend([link_20ms(extent), link_100mbit(extent)]);
@@ -90,11 +96,12 @@ impl Plan {
         if let Some(rounds) = rounds {
             scenarios.iter_mut().for_each(|scenario| scenario.rounds = rounds);
         }
-        Self { extent, scenarios }
+        Self { extent, footprint, scenarios }
     }
 
     /// Only what is ours, and each arm a second time with another build of `tunnel`, before the first of which it is put.
     pub fn beside(mut self) -> Self {
+        self.footprint = false;
         for scenario in &mut self.scenarios {
             let ours = scenario.arms.drain(..).filter_map(|arm| {
                 let build = arm.build.ok().filter(Build::has_ours)?;
@@ -474,7 +481,7 @@ mod tests {
     fn names_are_unique_and_every_scenario_can_be_asked_for() {
         for extent in [Extent::Full, Extent::Quick, Extent::Test] {
             let plan = Plan::new(extent, &[], None);
-            assert_eq!(plan.scenarios.iter().map(|s| s.name).collect::<Vec<_>>(), SCENARIOS);
+            assert_eq!(plan.scenarios.iter().map(|s| s.name).collect::<Vec<_>>(), SCENARIOS[1..]);
             for scenario in &plan.scenarios {
                 let arms: HashSet<_> = scenario.arms.iter().map(|arm| &arm.name).collect();
                 assert_eq!(arms.len(), scenario.arms.len(), "{}", scenario.name);

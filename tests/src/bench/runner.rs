@@ -11,7 +11,7 @@ use fastrand::Rng;
 
 use super::{
     arms::{Bed, SetUp},
-    machine,
+    footprint, machine,
     model::{self, Cell, Report, Run, SCHEMA, Settings, State, Task},
     peers::Peers,
     plan::{Arm, Plan, Scenario, Work},
@@ -41,6 +41,11 @@ pub fn run(plan: &Plan, options: &Options, progress: &Progress) -> Result<Report
     let (began, taken) = (Instant::now(), machine::now()?);
     let (machine, versions) = (machine::describe()?, options.peers.versions());
     let mut runner = Runner { options, progress, random: Rng::with_seed(options.seed), faults: Vec::new() };
+    let footprint = plan.footprint.then(footprint::measure).transpose();
+    let footprint = footprint.unwrap_or_else(|e| {
+        runner.fault(format!("footprint: {e:#}"));
+        None
+    });
     let scenarios = plan.scenarios.iter().map(|scenario| runner.scenario(scenario)).collect();
     progress.finish();
     Ok(Report {
@@ -58,6 +63,7 @@ pub fn run(plan: &Plan, options: &Options, progress: &Progress) -> Result<Report
         versions,
         scenarios,
         faults: runner.faults,
+        footprint,
     })
 }
 

@@ -21,7 +21,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    bpf_build,
+    bpf_build, guide,
     run::{Checkout, bold, foreground, green},
     setup::{self, Group},
 };
@@ -72,8 +72,13 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         println!("{} docs/{name}", bold("written:"));
     }
 
-    let mistakes =
-        [stale, check::mistakes(&checkout.root)?, words::mistakes(&checkout.root, &program)?].concat();
+    let mistakes = [
+        stale,
+        check::mistakes(&checkout.root)?,
+        guide::mistakes(&checkout.root)?,
+        words::mistakes(&checkout.root, &program)?,
+    ]
+    .concat();
     mistakes.iter().for_each(|mistake| println!("{mistake}"));
     match mistakes.len() {
         0 => println!("{} documents: pages, links, names", green("ok ")),

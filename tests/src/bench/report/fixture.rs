@@ -103,6 +103,7 @@ impl Made {
             .map(|(name, version)| (name.to_owned(), version.to_owned()))
             .into(),
             scenarios,
+            footprint: None,
             faults: vec![
                 "chain, ours, up:16, round 3: 1,048,576 bytes were sent and 1,048,000 arrived".to_owned(),
             ],

@@ -81,6 +81,12 @@ fn results(report: &Report, folder: &str) -> String {
     for fault in &report.faults {
         out.push_str(&format!("\n**Failed: {}**\n", escape(fault)));
     }
+    if let Some(footprint) = &report.footprint {
+        out.push_str("\n## Before it carries anything\n\n| | |\n|---|--:|\n");
+        for (what, much) in footprint.rows() {
+            out.push_str(&format!("| {what} | {much} |\n"));
+        }
+    }
     let drawn = drawn(report);
     for scenario in &report.scenarios {
         out.push_str(&format!("\n## {}\n{}\n\n", escape(&scenario.title), escape(&scenario.about)));

@@ -45,6 +45,13 @@ pub fn table(report: &Report, width: u16, colour: bool) -> String {
             page.wrap(&mut out, "  ! ", &plain(fault));
         }
     }
+    if let Some(footprint) = &report.footprint {
+        line(&mut out, "");
+        line(&mut out, &ink.bold("Before it carries anything"));
+        for (what, much) in footprint.rows() {
+            line(&mut out, &format!("    {what:<44}{much}"));
+        }
+    }
     for scenario in &report.scenarios {
         page.scenario(&mut out, scenario);
     }

@@ -12,8 +12,10 @@ use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -182,9 +184,7 @@ impl Capture {
             }
         }
         let mut ebpf = loader.load(OBJECT).map_err(|e| BpfError::Load(Box::new(e)))?;
-        for (name, _) in PROGRAMS {
-            load_program(&mut ebpf, name)?;
-        }
+        load_programs(&mut ebpf)?;
         fill(
             take(&mut ebpf, names::RULES_V4)?,
             names::RULES_V4,
@@ -439,8 +439,31 @@ fn fill<K: aya::Pod>(
     Ok(())
 }
 
+/// Loads every program. Those of connect(2) take the verifier nine tenths of the time, so one of them is loaded beside the others.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    let found: Vec<_> = ebpf.programs().map(|(name, _)| name.to_owned()).collect();
+    if let Some((name, _)) = PROGRAMS.iter().find(|(name, _)| !found.iter().any(|f| f == name)) {
+        return Err(BpfError::Missing(name));
+    }
+    let ours = ebpf.programs_mut().filter_map(|(name, program)| {
+        PROGRAMS.iter().find(|(ours, _)| *ours == name).map(|(name, _)| (*name, program))
+    });
+    let (beside, rest): (Vec<_>, Vec<_>) = ours.partition(|(name, _)| *name == names::CONNECT6);
+    let load = |programs: Vec<(&'static str, &mut Program)>| {
+        programs.into_iter().try_for_each(|(name, program)| load(program, name))
+    };
+    thread::scope(|scope| {
+        let beside = scope.spawn(move || load(beside));
+        let rest = load(rest);
+        rest.and(beside.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
+}
+
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), BpfError> {
-    let program = ebpf.program_mut(name).ok_or(BpfError::Missing(name))?;
+    load(ebpf.program_mut(name).ok_or(BpfError::Missing(name))?, name)
+}
+
+fn load(program: &mut Program, name: &'static str) -> Result<(), BpfError> {
     match program {
         Program::CgroupSockAddr(p) => p.load(),
         Program::CgroupSockopt(p) => p.load(),
