@@ -38,7 +38,8 @@ const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 const ROTATIONS: [&str; 2] = ["TUNNEL_ROTATIONS", "1000"];
 /// How long each flood lasts.
 const PRESSURE: [&str; 2] = ["TUNNEL_PRESSURE_SECONDS", "10"];
-/// How many spliced sockets have their account of memory looked at. Before bytes went by mailboxes 1 in 100 was wrong.
+/// How many spliced sockets have their account of memory looked at. Before bytes went by mailboxes 1 in 100 to
+/// 1,000 was wrong.
 const ACCOUNTS: [&str; 2] = ["TUNNEL_SPLICE_ACCOUNTS", "10000"];
 
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
