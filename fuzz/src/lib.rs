@@ -11,6 +11,7 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tunnel::{
+    admin,
     config::{CheckFiles, Config, Peers, Policy, TargetPattern},
     identity::{
         peer::{names_of, peer_identity},
@@ -49,7 +50,8 @@ use tunnel::{
 pub type Check = fn(&[u8]);
 
 /// Every check by the name of its corpus.
-pub const ALL: [(&str, Check); 11] = [
+pub const ALL: [(&str, Check); 12] = [
+    ("admin_request", admin_request),
     ("connect_request", connect_request),
     ("h1_head", h1_head),
     ("http3", http3),
@@ -62,6 +64,53 @@ pub const ALL: [(&str, Check); 11] = [
     ("sds", sds),
     ("certificate_names", certificate_names),
 ];
+
+/// A request to the admin interface: method and path with query on the first line, then fields.
+pub fn admin_request(input: &[u8]) {
+    let mut lines = input.split(|b| *b == b'\n');
+    let mut first = lines.next().unwrap_or_default().splitn(2, |b| *b == b' ');
+    let method = first.next().and_then(|m| Method::from_bytes(m).ok()).unwrap_or(Method::GET);
+    let Ok(uri) = Uri::try_from(first.next().unwrap_or(b"/")) else { return };
+    let mut asked = Request::new(());
+    (*asked.method_mut(), *asked.uri_mut()) = (method, uri);
+    for line in lines {
+        let mut parts = line.splitn(2, |b| *b == b':');
+        let name = parts.next().and_then(|n| HeaderName::from_bytes(n).ok());
+        let value = parts.next().and_then(|v| HeaderValue::from_bytes(v.trim_ascii()).ok());
+        if let (Some(name), Some(value)) = (name, value) {
+            asked.headers_mut().append(name, value);
+        }
+    }
+    let (read, written) = (admin::admits(&asked, true, false), admin::admits(&asked, true, true));
+    admin::admits(&asked, false, false);
+    if read {
+        // Over TCP nothing is changed, for no other site, and by no name that DNS could give to this machine.
+        assert!(written && matches!(*asked.method(), Method::GET | Method::HEAD));
+        let site = asked.headers().get("sec-fetch-site").map(|site| site.as_bytes());
+        assert!(matches!(site, None | Some(b"same-origin" | b"none")), "{asked:?}");
+        let hosts: Vec<_> = asked.headers().get_all("host").iter().collect();
+        let host = hosts[0].to_str().expect("a host that is admitted is text");
+        let name = host
+            .rsplit_once(':')
+            .filter(|(_, p)| p.bytes().all(|b| b.is_ascii_digit()))
+            .map_or(host, |(n, _)| n);
+        let name = name.trim_matches(['[', ']']);
+        let loopback = name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback());
+        assert!(
+            hosts.len() == 1 && (loopback || name.trim_end_matches('.').eq_ignore_ascii_case("localhost")),
+            "{host}"
+        );
+    }
+    // Whatever stands in a query, it is one capture and nothing else.
+    if let Ok(attach) = admin::capture_of(asked.uri().query().unwrap_or_default())
+        && let Ok(layer) = Config::parse_layer(&attach.text, Path::new("attach"))
+    {
+        assert_eq!(layer.captures.len(), 1, "{}", attach.text);
+        let others =
+            layer.listeners.len() + layer.routes.len() + layer.policies.len() + layer.upstreams.len();
+        assert_eq!(others + layer.identities.len() + layer.redirects.len(), 0, "{}", attach.text);
+    }
+}
 
 /// A CONNECT request over HTTP/2: lines of method, `:authority`, and fields.
 pub fn connect_request(input: &[u8]) {

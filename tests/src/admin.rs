@@ -5,14 +5,19 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value as Json;
 
 use crate::{
+    Gateway,
     daemon::Daemon,
     netns::NetNs,
+    node::Node,
+    process::code,
+    programs,
     wait::{PATIENCE, wait_for},
 };
 
@@ -52,6 +57,11 @@ impl Admin {
         let path = PathBuf::from(format!("/run/tunnel/admin-{name}.sock"));
         // Where it does not come, the first request says so.
         let _late = wait_for("the admin socket", PATIENCE, || path.exists().then_some(()));
+        Self(path)
+    }
+
+    /// That at a path.
+    pub fn at(path: PathBuf) -> Self {
         Self(path)
     }
 
@@ -148,4 +158,23 @@ impl Admin {
             Err(e) => Some(Err(e)),
         })?
     }
+}
+
+/// A configuration of a node that captures, with more in `[admin]`; the capture is called "apps".
+pub fn config(node: &Node<'_>, gateway: &Gateway<'_>, admin: &str) -> String {
+    format!("[admin]\n{admin}\n{}", node.config(gateway, "", "name = \"apps\""))
+}
+
+/// `tunnel` with words, about a daemon; its status and what it prints.
+pub fn tunnel(daemon: &Daemon, words: &[&str]) -> Result<(i32, String)> {
+    // The socket comes after what is captured, which is what starting a daemon waits for.
+    let _there = Admin::of(daemon);
+    run(&[words, &["--config", &daemon.config().display().to_string()]].concat())
+}
+
+/// `tunnel` with words; its status and what it prints.
+pub fn run(words: &[&str]) -> Result<(i32, String)> {
+    let done = Command::new(programs::tunnel()?).args(words).output()?;
+    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    Ok((code(done.status), said))
 }

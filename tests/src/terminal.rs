@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::Read as _,
+    io::{Read as _, Write as _},
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
@@ -13,10 +13,12 @@ use std::{
     process::{Child, Command, Stdio},
     sync::mpsc,
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 use nix::pty::openpty;
+use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::wait::PATIENCE;
 
@@ -56,6 +58,56 @@ impl Terminal {
         }
         Ok(())
     }
+
+    /// What it has shown within so long, or sooner if that holds `text`: words, with a space for each command to the terminal.
+    pub fn words_within(&mut self, length: Duration, text: &str) -> String {
+        let end = Instant::now() + length;
+        loop {
+            let words = words(&self.seen);
+            if words.contains(text) {
+                return words;
+            }
+            match self.screen.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(more) => self.seen.push_str(&String::from_utf8_lossy(&more)),
+                Err(_) => return words,
+            }
+        }
+    }
+}
+
+impl Terminal {
+    /// Types.
+    pub fn types(&mut self, keys: &str) -> Result<()> {
+        Ok(self.keys.write_all(keys.as_bytes())?)
+    }
+
+    /// Forgets what was shown and has another size: a program that fills the screen draws all of it again.
+    pub fn resize(&mut self, columns: u16, rows: u16) -> Result<()> {
+        while self.screen.try_recv().is_ok() {}
+        self.seen.clear();
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        Ok(tcsetwinsize(&self.keys, size)?)
+    }
+
+    /// What it has shown, with the commands to it.
+    pub fn seen(&self) -> &str {
+        &self.seen
+    }
+}
+
+/// Texts without control sequences (ECMA-48 section 5.4), which stand where a screen has other cells or none.
+fn words(seen: &str) -> String {
+    let mut out = String::new();
+    let mut parts = seen.split('\x1b');
+    out += parts.next().unwrap_or_default();
+    for part in parts {
+        let end = part
+            .strip_prefix('[')
+            .and_then(|part| part.find(|c: char| ('@'..='~').contains(&c)).map(|at| at + 2));
+        out.push(' ');
+        out += &part[end.unwrap_or_default()..];
+    }
+    out.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Starts a command with a terminal, of a session of its own.

@@ -1,9 +1,16 @@
 //! The daemon under a service manager, whose part the test plays: readiness, status, reloads, the watchdog, sockets.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::{fd::OwnedFd, unix::net::UnixDatagram},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::MetadataExt as _,
+            net::{UnixDatagram, UnixStream},
+        },
+    },
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -201,7 +208,8 @@ fn a_daemon_that_takes_over_is_the_service_from_then_on() -> Result<()> {
     Ok(())
 }
 
-/// The watchdog is notified twice within its time, and not while one worker does not run.
+/// The watchdog is notified twice within its time, also while another daemon takes over and takes its time, and not while one
+/// worker does not run.
 #[test]
 fn the_watchdog_is_notified_while_every_worker_answers() -> Result<()> {
     let world = World::new()?;
@@ -213,6 +221,22 @@ fn the_watchdog_is_notified_while_every_worker_answers() -> Result<()> {
         manager.hears("WATCHDOG=1")?;
     }
     assert!(started.elapsed() >= Duration::from_millis(800), "{:?}", started.elapsed());
+
+    // Another one begins to take over, and says nothing more. The listeners' namespace is in the name of the place.
+    let netns = world.net().run(|| fs::metadata("/proc/thread-self/ns/net"))?.ino();
+    let place = wait_for("the offer", PATIENCE, || {
+        let mut places = fs::read_dir("/run/tunnel").ok()?.flatten().map(|entry| entry.path());
+        places.find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(&format!("{netns:x}-")) && name.ends_with(".sock")
+        })
+    })?;
+    let mut silent = UnixStream::connect(place)?;
+    silent.read_exact(&mut [0; 1])?;
+    for _ in 0..5 {
+        manager.hears("WATCHDOG=1")?;
+    }
+    drop(silent);
 
     // One thread of the daemon stops, and its others go on.
     let worker = fs::read_dir(format!("/proc/{}/task", daemon.id()))?

@@ -18,12 +18,15 @@ use std::{
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use tunnel_tests::{
-    NetNs, PATIENCE, Process, TARGET4, Target, World, bpffs::BpfFs, cgroup::Cgroup, daemon::through,
-    dialogue::ask, gateway, node::Node, pki::GATEWAY_ID, programs, rules, target, wait_for, world::NET4,
+    NetNs, PATIENCE, Process, TARGET4, Target, World, amount::amount, bpffs::BpfFs, cgroup::Cgroup,
+    daemon::through, dialogue::ask, gateway, node::Node, pki::GATEWAY_ID, programs, rules, target, wait_for,
+    world::NET4,
 };
 
 /// How often one daemon replaces another.
 const TIMES: usize = 3;
+/// The same over HTTP/3, in the suite of every merge and where tests are thorough.
+const TIMES_OVER_HTTP_3: [usize; 2] = [2, 10];
 
 fn daemon(world: &World, host: &NetNs, config: &Path, flags: &[&str]) -> Result<Process> {
     let mut command = host.command_ended_by(programs::tunnel()?, Signal::SIGTERM);
@@ -50,6 +53,16 @@ fn replace(
     world: &World,
     host: &NetNs,
     config: &Path,
+    old: Process,
+    target: &Target,
+    hold: &mut Process,
+) -> Result<[Process; 2]> {
+    replace_times(TIMES, (world, host, config), old, target, hold)
+}
+
+fn replace_times(
+    times: usize,
+    (world, host, config): (&World, &NetNs, &Path),
     mut old: Process,
     target: &Target,
     hold: &mut Process,
@@ -73,7 +86,7 @@ fn replace(
             }
             Some(stays) => {
                 assert!(replaced.wait(PATIENCE)?.success());
-                if turns == TIMES {
+                if turns == times {
                     return Ok([stays, old]);
                 }
                 first = Some(stays);
@@ -87,10 +100,25 @@ fn replace(
 /// Failure: daemon-upgraded.
 #[test]
 fn no_connection_is_refused_while_one_gateway_replaces_another_again_and_again() -> Result<()> {
+    gateways_replace_each_other("h2", TIMES)
+}
+
+/// No stream over HTTP/3 is refused or lost while one gateway replaces another again and again: those of the first, those of
+/// connections that are told to go away, and those of clients that come meanwhile.
+///
+/// Failure: daemon-upgraded.
+#[test]
+fn no_stream_is_lost_while_one_http_3_gateway_replaces_another_again_and_again() -> Result<()> {
+    let [brief, thorough] = TIMES_OVER_HTTP_3;
+    gateways_replace_each_other("h3", amount(brief, thorough))
+}
+
+fn gateways_replace_each_other(protocol: &str, times: usize) -> Result<()> {
     let world = World::new()?;
     let addr = SocketAddr::new(NET4, gateway::PORT);
     let config = format!(
-        "[daemon]\ndrain_timeout = \"60s\"\n{}[[listener]]\naddress = \"{addr}\"\n[[route]]\nto = \"direct\"\n\
+        "[daemon]\ndrain_timeout = \"60s\"\nworkers = 2\n{}[[listener]]\naddress = \"{addr}\"\n\
+         protocols = [\"{protocol}\"]\n[[route]]\nto = \"direct\"\n\
          [[policy]]\nidentity = \"any\"\ntarget = [\"10.200.0.0/24\"]\n",
         world.pki().named("gateway").toml()
     );
@@ -98,13 +126,17 @@ fn no_connection_is_refused_while_one_gateway_replaces_another_again_and_again()
     let mut first = daemon(&world, world.net(), &config, &[])?;
     first.wait_for_line("listening")?;
     let target = world.serve(TARGET4, target::echo())?;
-    let agent = format!("{}{}", world.pki().named("node").toml(), through(addr, GATEWAY_ID));
+    let agent = format!(
+        "{}{}protocol = \"{protocol}\"\n",
+        world.pki().named("node").toml(),
+        through(addr, GATEWAY_ID)
+    );
     let agent = world.file("agent.toml", agent)?;
     let mut hold = world.exec_with(&agent).spawn_app(&["hold", &target.addr().to_string()])?;
     hold.says("held=1")?;
     let mut busy = world.exec_with(&agent).spawn_app(&["keep-connecting", &target.addr().to_string()])?;
     busy.says("started=1")?;
-    let _both = replace(&world, world.net(), &config, first, &target, hold.process())?;
+    let _both = replace_times(times, (&world, world.net(), &config), first, &target, hold.process())?;
     let done = busy.finish()?;
     assert!(done.success(), "{done}");
     Ok(())

@@ -187,7 +187,7 @@ fn policies(c: &mut Criterion) {
                     .collect()),
             ),
             (
-                "headers of the same target, one after the other",
+                "headers of the same target",
                 all((0..size)
                     .map(|i| {
                         let value = ValueMatch::Exact(format!("team-{i}"));

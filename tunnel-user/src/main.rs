@@ -13,7 +13,7 @@ use clap::{CommandFactory as _, Parser as _};
 use tunnel::{
     cli::{
         Cli, Command, CompletionsArgs, ConfigCommand, ManArgs, PkiCommand, attach, doctor, exec, explain,
-        flows, pki, service, status, support,
+        flows, pki, service, status, support, top,
     },
     config::{Config, schema},
     daemon::{self, Running},
@@ -35,10 +35,10 @@ fn main() -> ExitCode {
             return if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS };
         }
     };
-    telemetry::init(&cli.log_filter(), cli.log_format);
+    let logging = telemetry::init(&cli.log_filter(), cli.log_format);
     panics::install();
     dispatch(cli.command).unwrap_or_else(|failure| {
-        eprintln!("tunnel: {failure}");
+        logging.say(&format!("tunnel: {failure}\n"));
         ExitCode::from(&failure)
     })
 }
@@ -73,6 +73,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
             Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(EXIT_OTHER) })
         }
         Command::Flows(args) => flows::run(&args, io::stdout()).map(|()| ExitCode::SUCCESS),
+        Command::Top(args) => print(top::run(&args)?.as_bytes()),
         Command::Explain(args) => print(explain::run(&args)?.as_bytes()),
         Command::Support(args) => {
             let (folder, missing) = support::run(&args)?;

@@ -14,7 +14,8 @@ use crate::{
 };
 
 /// Every target, by the name of its corpus.
-const TARGETS: [&str; 8] = [
+const TARGETS: [&str; 9] = [
+    "admin_request",
     "connect_request",
     "h1_head",
     "http3",

@@ -65,6 +65,12 @@ impl Snapshot {
                 _ => {}
             }
         }
+        // Sockets, locks and lists of daemons that have ended.
+        for folder in ["/run/tunnel", "/tmp/tunnel-0"] {
+            for name in names_in(Path::new(folder)) {
+                found.insert(format!("runtime file {folder}/{name}"));
+            }
+        }
         programs(&mut found);
         processes(checkout, &mut found);
         Self(found)

@@ -56,11 +56,15 @@ pub(crate) enum Group {
     Docs,
     /// `cargo xtask package`.
     Package,
+    /// `cargo xtask verify --only containers`.
+    Containers,
+    /// `cargo xtask verify --only flows`.
+    Page,
 }
 
-use Group::{Build, Demo, Docs, Fuzz, Lint, Matrix, Package, Peers, Test};
+use Group::{Build, Containers, Demo, Docs, Fuzz, Lint, Matrix, Package, Page, Peers, Test};
 
-const ALL: [Group; 9] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix, Docs, Package];
+const ALL: [Group; 11] = [Build, Test, Demo, Lint, Peers, Fuzz, Matrix, Docs, Package, Containers, Page];
 
 /// A Debian package, how to see without asking dpkg that what we want of it is there, and what needs it.
 struct DebianPackage {
@@ -82,7 +86,9 @@ const PACKAGES: &[DebianPackage] = &[
     package("build-essential", &["cc", "make"], &ALL),
     package("bpftool", &["bpftool"], &[Test]),
     // Linked to nothing: what a kernel starts first, before it has found this machine's files.
-    package("busybox-static", &["busybox"], &[Matrix]),
+    package("busybox-static", &["busybox"], &[Matrix, Containers]),
+    // What the page of the admin interface is looked at with.
+    package("chromium", &["chromium"], &[Page]),
     package("curl", &["curl"], &[Test, Demo]),
     // For the trees that packages are tried in.
     package("debootstrap", &["debootstrap"], &[Package]),
@@ -98,6 +104,7 @@ const PACKAGES: &[DebianPackage] = &[
     // Also a client of HTTP/2 CONNECT that is neither ours nor Envoy's.
     package("nghttp2-proxy", &["nghttpx"], &[Test]),
     package("openssl", &["openssl"], &[Test]),
+    package("podman", &["podman"], &[Containers]),
     package("postgresql", &[], &[Test]),
     // With promtool.
     package("prometheus", &["prometheus", "promtool"], &[Test]),
@@ -110,6 +117,8 @@ const PACKAGES: &[DebianPackage] = &[
     package("redsocks", &["redsocks"], &[Test, Peers]),
     // rpmbuild.
     package("rpm", &["rpmbuild"], &[Package]),
+    // crun does not take cgroups of both versions at once.
+    package("runc", &["runc"], &[Containers]),
     package("squid", &["squid"], &[Test]),
     package("tinyproxy-bin", &["tinyproxy"], &[Test, Peers]),
     package("util-linux", &["nsenter", "setpriv", "unshare"], &[Test, Demo]),

@@ -20,6 +20,7 @@ use crate::{
     dmesg::Mark,
     guide, matrix, package,
     run::{self, Checkout, bold, catch_interrupts, foreground, green, red, took},
+    setup::{self, Group},
     test,
 };
 
@@ -72,6 +73,10 @@ enum Part {
     Pressure,
     /// The kernel's account of memory of ten thousand spliced sockets, just before they are closed.
     Splice,
+    /// Containers of podman and runc.
+    Containers,
+    /// The admin interface beside 18,000 flows, and its page in a browser beside 10,000.
+    Flows,
     /// Every command of the guide, as it stands on its page.
     Guide,
     /// The Debian package: built, installed in a tree of Debian, replaced, removed, purged.
@@ -80,7 +85,7 @@ enum Part {
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask verify                              two suites, two kernels, two soaks, an escape, floods, rotations
+  cargo xtask verify                              two suites, two kernels, two soaks, an escape, floods, rotations, containers, flows
   cargo xtask verify --only guide                 what the guide says, done
   cargo xtask verify --only suite                 every test under BBR and under CUBIC
   cargo xtask verify --only soak --soak 3600      two soaks of an hour each
@@ -129,6 +134,16 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         heading(&format!("the accounts of memory of {} spliced sockets", ACCOUNTS[1]));
         longer("binary(=splice) and test(wrong_account_of_memory)", ACCOUNTS)?;
     }
+    if wanted(Part::Containers) {
+        heading("containers");
+        setup::ensure(checkout, &[Group::Containers])?;
+        ignored("binary(=containers)")?;
+    }
+    if wanted(Part::Flows) {
+        heading("thousands of flows");
+        setup::ensure(checkout, &[Group::Page])?;
+        ignored("binary(=many_flows)")?;
+    }
     if wanted(Part::Guide) {
         heading("the guide's commands");
         guide::verify(checkout)?;
@@ -139,6 +154,25 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     }
     println!("\n{} all of it held, {}", green("ok "), took(started));
     Ok(())
+}
+
+/// Runs tests that the suite leaves out.
+fn ignored(tests: &str) -> Result<()> {
+    let mut test = Command::new(std::env::current_exe()?);
+    // One after the other: they measure, or fill the machine.
+    test.args([
+        "test",
+        "--e2e",
+        "--",
+        "--run-ignored",
+        "only",
+        "--test-threads",
+        "1",
+        "--no-capture",
+        "-E",
+        tests,
+    ]);
+    foreground("the test", &mut test)
 }
 
 /// Runs the test whose program tries to escape for longer than in the suite.

@@ -157,8 +157,8 @@ fn time(extent: Extent, full: f64, quick: f64) -> Duration {
     Duration::from_secs_f64(match extent {
         Extent::Full => full,
         Extent::Quick => quick,
-        // A dozen workloads: all in all a second or two for each arm.
-        Extent::Test => 0.25,
+        // A dozen workloads: all in all a second for each arm.
+        Extent::Test => 0.1,
     })
 }
 

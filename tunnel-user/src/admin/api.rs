@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     flows::{self, Wanted},
-    guard::Rejected,
+    guard::{self, Rejected},
     metrics::{Format, Scrape},
     problems,
     server::{Body, Context},
@@ -365,6 +365,29 @@ fn attachment(query: &Query<'_>) -> Result<Attach, String> {
     let line =
         |(key, value): (&str, serde_json::Value)| format!("{key} = {value}\n").replace('\u{7f}', "\\u007F");
     Ok(Attach { text: format!("[[capture]]\n{}", keys.into_iter().map(line).collect::<String>()), until })
+}
+
+/// What a request to attach says, by its query.
+pub fn capture_of(query: &str) -> Result<Attach, String> {
+    attachment(&Query(query))
+}
+
+/// Whether a request is answered at all, and what it asks for can be read. Nothing is done.
+pub fn admits<B>(request: &Request<B>, over_tcp: bool, writes_over_tcp: bool) -> bool {
+    let way = if over_tcp { guard::Way::Tcp } else { guard::Way::Unix };
+    if guard::check(request, way, writes_over_tcp).is_err() {
+        return false;
+    }
+    let query = Query(request.uri().query().unwrap_or_default());
+    match request.uri().path() {
+        "/flows" => Wanted::new(query.pairs()).is_ok(),
+        "/captures" => attachment(&query).is_ok(),
+        "/logging" => {
+            query.get("filter").is_none_or(|f| f.len() <= FILTER_MAX && f.parse::<LogFilter>().is_ok())
+        }
+        "/explain" => query.get("to").is_some_and(|to| to.parse::<Target>().is_ok()),
+        _ => true,
+    }
 }
 
 fn changed(result: Option<Result<String, String>>) -> Response<Body> {

@@ -26,6 +26,7 @@ use std::{io, path::PathBuf, thread};
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::{
+    api::{admits, capture_of},
     bind::{Bound, bind, default_socket, sockets},
     flows::FlowView,
     metrics::table::{Kind, METRICS, Metric},
@@ -81,6 +82,7 @@ pub struct Admin {
     /// What the control loop is to answer, or to do.
     commands: mpsc::Receiver<Command>,
     stop: Option<oneshot::Sender<()>>,
+    close_tcp: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -91,17 +93,31 @@ impl Admin {
         let (tell, commands) = mpsc::channel(COMMANDS_MAX);
         let Sources { workers, overview, drain, log } = sources;
         let (stop, stopped) = oneshot::channel();
+        let (close_tcp, tcp_closed) = oneshot::channel();
         let sight = Sight::new(workers, tell, overview, drain);
         let context = Context::new(sight, log, bound.writes_over_tcp());
         let thread = thread::Builder::new()
             .name("admin".to_owned())
             .spawn(move || {
-                if let Err(error) = server::run(bound, context, stopped) {
+                if let Err(error) = server::run(bound, context, stopped, tcp_closed) {
                     tracing::error!(%error, "the admin interface has failed");
                 }
             })
             .map_err(AdminError::Thread)?;
-        Ok(Self { commands, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { commands, stop: Some(stop), close_tcp: Some(close_tcp), thread: Some(thread) })
+    }
+
+    /// Nobody answers commands any more: what was known last is shown at once.
+    pub fn close_commands(&mut self) {
+        self.commands.close();
+        // Whoever waits for one of these hears of it.
+        while self.commands.try_recv().is_ok() {}
+    }
+
+    /// Stops listening for TCP: another daemon does at the same address. The Unix socket stays.
+    pub fn close_tcp(&mut self) {
+        // The thread may have failed, which it has said.
+        let _gone = self.close_tcp.take().map(|close| close.send(()));
     }
 
     /// What the control loop is asked next.

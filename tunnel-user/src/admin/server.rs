@@ -81,13 +81,19 @@ impl Context {
 }
 
 /// Serves until it is told to stop, and answers who has connected until then.
-pub(super) fn run(mut bound: Bound, context: Context, stopped: oneshot::Receiver<()>) -> io::Result<()> {
+pub(super) fn run(
+    mut bound: Bound,
+    context: Context,
+    stopped: oneshot::Receiver<()>,
+    tcp_closed: oneshot::Receiver<()>,
+) -> io::Result<()> {
     // The workers are worth more; where it cannot be had, it is served all the same.
     let _as_before = nice::lower_this_thread(NICENESS);
     let options = tokio::runtime::LocalOptions::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(options)?;
     runtime.block_on(async {
         let (trigger, stop) = drain::channel();
+        let (tcp_trigger, tcp_stop) = drain::channel();
         let context = Rc::new(context);
         let mut serving = JoinSet::new();
         // The socket's file goes when everything has ended.
@@ -97,14 +103,22 @@ pub(super) fn run(mut bound: Bound, context: Context, stopped: oneshot::Receiver
             serving.spawn_local(connections.accept(UnixListener::from_std(listener)?));
         }
         if let Some(listener) = bound.tcp.take() {
-            let connections = Connections::new(Rc::clone(&context), Way::Tcp, stop);
+            let connections = Connections::new(Rc::clone(&context), Way::Tcp, tcp_stop);
             serving.spawn_local(connections.accept(TcpListener::from_std(listener)?));
         }
         let mut history = JoinSet::new();
         history.spawn_local(keep_history(context));
         // An error says that whoever could tell it has gone.
-        let _stopped = stopped.await;
+        let mut stopped = pin!(stopped);
+        tokio::select! {
+            _ = stopped.as_mut() => {}
+            _ = tcp_closed => {
+                tcp_trigger.enter(Phase::Drain);
+                let _stopped = stopped.await;
+            }
+        }
         trigger.enter(Phase::Drain);
+        tcp_trigger.enter(Phase::Drain);
         let ended = async { while serving.join_next().await.is_some() {} };
         let _late = timeout(STOP_PATIENCE, ended).await;
         Ok(())
@@ -122,7 +136,15 @@ impl Accept for UnixListener {
     type Stream = UnixStream;
 
     async fn next(&self) -> io::Result<UnixStream> {
-        self.accept().await.map(|(stream, _)| stream)
+        loop {
+            let (stream, _) = self.accept().await?;
+            // Whatever has become of the file's mode.
+            let theirs = stream.peer_cred()?.uid();
+            if theirs == 0 || theirs == nix::unistd::geteuid().as_raw() {
+                return Ok(stream);
+            }
+            tracing::warn!(uid = theirs, "rejected an admin connection of another user");
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use crate::{
     observe::{
         flows::{CurrentPath, Totals},
         histogram::Buckets,
+        istio::Istio,
         stats::{Check, Counters},
     },
     process::drain::Watch,
@@ -44,6 +45,8 @@ pub(super) struct Sums {
     pub(super) counters: BTreeMap<&'static str, u64>,
     pub(super) ended: Vec<(EndReason, u64)>,
     pub(super) rejected: Vec<(Check, u64)>,
+    /// What policies have done, by their name and what it is.
+    pub(super) policies: BTreeMap<(Arc<str>, &'static str), u64>,
     pub(super) connect: Buckets,
     pub(super) first_byte: Buckets,
     pub(super) flow: Buckets,
@@ -60,6 +63,19 @@ pub(super) struct LiveTotals {
     pub(super) flows_max: usize,
     /// Workers that have answered.
     pub(super) answered: usize,
+    /// The memory that peers and their flows have.
+    pub(super) memory: Memory,
+    /// What is counted as Istio counts it.
+    pub(super) istio: Istio,
+}
+
+/// What peers and their flows have of memory, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Memory {
+    pub(super) held: u64,
+    pub(super) budget: u64,
+    /// How often a peer was given a smaller window.
+    pub(super) shrunk: u64,
 }
 
 /// Everything that is counted, for the history.
@@ -167,10 +183,17 @@ impl Sight {
 
     /// What the workers say of their flows.
     pub(super) async fn live(&self) -> LiveTotals {
-        let answers =
-            self.ask(|proxy| (proxy.flows().totals(), proxy.active(), proxy.setup().shared.flows_max));
+        let answers = self.ask(|proxy| {
+            let memory = proxy.memory();
+            let memory = Memory { held: memory.held(), budget: memory.most(), shrunk: memory.shrunk() };
+            (proxy.flows().totals(), proxy.active(), proxy.setup().shared.flows_max, memory, proxy.istio())
+        });
         let mut all = LiveTotals::default();
-        for (totals, active, flows_max) in answers.await.into_iter().flatten() {
+        for (totals, active, flows_max, memory, istio) in answers.await.into_iter().flatten() {
+            all.memory.held += memory.held;
+            all.memory.budget += memory.budget;
+            all.memory.shrunk += memory.shrunk;
+            all.istio.add(istio);
             all.totals.sent += totals.sent;
             all.totals.received += totals.received;
             for (sum, n) in all.totals.live.iter_mut().zip(totals.live) {
@@ -225,6 +248,11 @@ impl Sums {
         }
         for (check, n) in &mut self.rejected {
             *n += counters.rejected.by(*check).get();
+        }
+        for (policy, decisions) in counters.policies.all() {
+            for (decision, n) in decisions {
+                *self.policies.entry((Arc::clone(&policy), decision)).or_default() += n;
+            }
         }
         let durations = &counters.durations;
         self.connect.add(&durations.connect.read());

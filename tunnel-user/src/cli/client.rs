@@ -48,9 +48,15 @@ impl DaemonArgs {
             return Ok(socket.clone());
         }
         if let Some(file) = &self.config {
-            let config = Config::load_to_detach(file)?;
             let by_default = || admin::default_socket(file).map_err(|e| nobody(&e.to_string()));
-            return config.admin.socket.map_or_else(by_default, Ok);
+            return match Config::load_to_detach(file) {
+                Ok(config) => config.admin.socket.map_or_else(by_default, Ok),
+                // Of a daemon that goes on with what was there before, which is when it is asked.
+                Err(mistakes) => match by_default() {
+                    Ok(socket) if std::os::unix::net::UnixStream::connect(&socket).is_ok() => Ok(socket),
+                    _ => Err(mistakes.into()),
+                },
+            };
         }
         let mut found = admin::sockets();
         match found.len() {

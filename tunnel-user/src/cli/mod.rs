@@ -13,6 +13,7 @@ pub mod service;
 pub mod status;
 pub mod support;
 mod table;
+pub mod top;
 
 use std::{ffi::OsString, net::IpAddr, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
@@ -89,7 +90,8 @@ pub enum Command {
     Run(RunArgs),
     /// Capture one more cgroup, unit, process or container by a running daemon.
     ///
-    /// It lasts over reloads and take-overs, until it is detached, until its process ends (--until-exit), or until the daemon ends.
+    /// It lasts over reloads, take-overs and a daemon that is killed and started again, until it is detached, until its process
+    /// ends (--until-exit), or until the daemon ends in order, which releases it whatever --on-failure says.
     Attach(Box<attach::AttachArgs>),
     /// End a capture that was attached to a running daemon, or the captures of a configuration, whether or not a daemon is running.
     ///
@@ -108,6 +110,10 @@ pub enum Command {
     ///
     /// Asks the daemon's admin socket.
     Flows(Box<flows::FlowsArgs>),
+    /// Show the flows of a running daemon by their rate, its upstreams and its throughput, kept up to date.
+    ///
+    /// Asks the daemon's admin socket, and goes on when another daemon takes over. Without colours where NO_COLOR is set.
+    Top(Box<top::TopArgs>),
     /// Explain where a connection would go, and why: whether it is captured, what policy and each route say, and which upstream
     /// and endpoints it may take.
     ///
@@ -150,7 +156,7 @@ Examples:
   tunnel exec --config agent.toml --capture 127.0.0.1/32:8080 -- ./legacy-app")]
 pub struct ExecArgs {
     /// Configuration file; its identity, routes and upstreams are used.
-    #[arg(long, value_name = "FILE", required_unless_present = "gateway", conflicts_with_all = ["gateway", "ca", "cert", "key", "verify", "sni", "header", "workers"])]
+    #[arg(long, value_name = "FILE", required_unless_present = "gateway", conflicts_with_all = ["gateway", "ca", "cert", "key", "verify", "sni", "header", "workers", "insecure_key_permissions"])]
     pub config: Option<PathBuf>,
     /// Address of the gateway.
     #[arg(long, value_name = "HOST:PORT", requires_all = ["ca", "cert", "key"])]
@@ -164,6 +170,9 @@ pub struct ExecArgs {
     /// Private key of the client certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "gateway")]
     pub key: Option<PathBuf>,
+    /// Accept a private key whose file other users can read.
+    #[arg(long, requires = "gateway")]
+    pub insecure_key_permissions: bool,
     /// Name (SAN) that the gateway's certificate must have; may be repeated, and one has to match.
     ///
     /// A URI such as spiffe://example.org/gateway (* matches one path segment), a DNS name or an address. Default: the
@@ -224,7 +233,12 @@ impl ExecArgs {
         let file = |f: &Option<PathBuf>| f.clone().expect("--gateway requires it");
         Ok(Config::for_exec(ExecOptions {
             gateway: self.gateway.clone().expect("required where --config is not there"),
-            identity: IdentityFiles { cert: file(&self.cert), key: file(&self.key), ca: file(&self.ca) },
+            identity: IdentityFiles {
+                cert: file(&self.cert),
+                key: file(&self.key),
+                ca: file(&self.ca),
+                insecure_key_permissions: self.insecure_key_permissions,
+            },
             verify: self.verify.clone(),
             sni: self.sni.clone(),
             wanted,
@@ -289,6 +303,9 @@ pub struct GatewayArgs {
     /// Private key of the server certificate, PEM.
     #[arg(long, value_name = "FILE")]
     pub key: PathBuf,
+    /// Accept a private key whose file other users can read.
+    #[arg(long)]
+    pub insecure_key_permissions: bool,
     /// Name (SAN) that a client certificate must have; may be repeated, and one has to match. Default: any name.
     #[arg(long, value_name = "SAN")]
     pub verify: Vec<SanPattern>,
@@ -306,7 +323,12 @@ pub struct GatewayArgs {
 impl GatewayArgs {
     /// The configuration from the flags.
     pub fn to_config(&self) -> Config {
-        let identity = IdentityFiles { cert: self.cert.clone(), key: self.key.clone(), ca: self.ca.clone() };
+        let identity = IdentityFiles {
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            ca: self.ca.clone(),
+            insecure_key_permissions: self.insecure_key_permissions,
+        };
         Config::for_gateway(GatewayOptions {
             listen: self.listen.clone(),
             identity,
@@ -465,7 +487,7 @@ mod tests {
                 assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
             }
         }
-        assert_eq!(leaves, 16);
+        assert_eq!(leaves, 17);
     }
 
     #[test]

@@ -4,6 +4,13 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use super::{section::section, value::FuturePath};
 
+/// Metrics beside those of this program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricSet {
+    /// Those of Istio's proxies.
+    Istio,
+}
+
 section! {
     /// `[admin]`
     #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +27,8 @@ section! {
         listen: optional SocketAddr,
         /// Whether requests that change something are accepted over TCP too, from every local user.
         write_over_tcp: default bool = false,
+        /// More metrics: "istio" for those that Istio's dashboards ask of a proxy (istio_tcp_...), by identity and name.
+        metrics: default Vec<MetricSet> = Vec::new(),
     }
     check |r| {
         if listen.is_some_and(|address| !address.ip().is_loopback()) {

@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Value as Json, json};
 
 use super::{
-    Protocol,
+    UpstreamProtocol,
     reader::{Cell, Reader, Value},
     section::section,
 };
@@ -174,7 +174,8 @@ section! {
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub struct HealthCheck {
         /// How: "tcp", by a connection that is closed at once, from the far end of the upstream that it goes through if there is
-        /// one; "ping", by an HTTP/2 PING on a connection as flows have it, with TLS if they have that.
+        /// one; "ping", by an HTTP/2 PING, or over HTTP/3 by a stream of a
+        /// reserved type, on a connection as flows have it, with TLS if they have that.
         kind as "type": required CheckKind,
         /// Interval at which each worker checks each endpoint, plus or minus up to a tenth.
         interval: default Duration = CHECK_INTERVAL,
@@ -189,12 +190,14 @@ section! {
 }
 
 /// Reports a check that the upstream's protocol does not have.
-pub(super) fn check_health(r: &Reader<'_>, protocol: Protocol, check: Option<&HealthCheck>) {
-    if protocol == Protocol::H3 && check.is_some() {
-        let instead = "outlier_detection ejects endpoints where flows fail, and probes them";
-        r.wrong("health_check", format!("is not there for protocol = \"h3\" yet: {instead}"));
+pub(super) fn check_health(r: &Reader<'_>, protocol: UpstreamProtocol, check: Option<&HealthCheck>) {
+    if protocol == UpstreamProtocol::H3 && check.is_some_and(|c| c.kind == CheckKind::Tcp) {
+        r.wrong(
+            "health_check",
+            "is of type \"tcp\", which tells nothing of HTTP/3: \"ping\" checks a connection as flows have it",
+        );
     }
-    if protocol == Protocol::H1 && check.is_some_and(|c| c.kind == CheckKind::Ping) {
+    if protocol == UpstreamProtocol::H1 && check.is_some_and(|c| c.kind == CheckKind::Ping) {
         r.wrong(
             "health_check",
             "is of type \"ping\", which HTTP/1 does not have: \"tcp\" checks a connection",

@@ -42,7 +42,7 @@ mod value;
 mod via;
 
 pub use access_log::{AccessLog, JOURNAL, LineFormat, Only, Output};
-pub use admin::Admin;
+pub use admin::{Admin, MetricSet};
 pub use capture::{Bypass, Capture, CgroupRef, OnFailure, Redirect};
 pub use daemon::{
     BPFFS, Bootstrap, DRAIN_EXEC, DRAIN_RUN, Daemon, Keepalive, MARK, MAX_FLOWS, Relay, SNIFF_TIMEOUT,
@@ -139,6 +139,46 @@ impl Protocol {
             Self::H2 => "HTTP/2",
             Self::H1 => "HTTP/1",
             Self::H3 => "HTTP/3",
+        }
+    }
+}
+
+/// What an upstream is spoken to with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UpstreamProtocol {
+    /// HTTP/2.
+    #[default]
+    H2,
+    /// HTTP/1.
+    H1,
+    /// HTTP/3.
+    H3,
+    /// HTTP/2, and HTTP/3 where an endpoint offers it and it gets through.
+    Auto,
+}
+
+impl UpstreamProtocol {
+    /// The one that is spoken first, or always.
+    pub const fn first(self) -> Protocol {
+        match self {
+            Self::H2 | Self::Auto => Protocol::H2,
+            Self::H1 => Protocol::H1,
+            Self::H3 => Protocol::H3,
+        }
+    }
+
+    /// All that may be spoken.
+    pub fn all(self) -> impl Iterator<Item = Protocol> {
+        [Some(self.first()), (self == Self::Auto).then_some(Protocol::H3)].into_iter().flatten()
+    }
+
+    /// As the configuration has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::H2 => "h2",
+            Self::H1 => "h1",
+            Self::H3 => "h3",
+            Self::Auto => "auto",
         }
     }
 }

@@ -118,9 +118,15 @@ fn each_mistake_is_named() {
         (
             with("protocol = \"h3\"\nhealth_check = { type = \"tcp\" }", upstream),
             "upstream.health_check",
-            "is not there for protocol = \"h3\" yet",
+            "tells nothing of HTTP/3",
         ),
-        (with("protocol = \"auto\"", upstream), "upstream.protocol", "must be \"h2\" or \"h1\" or \"h3\""),
+        (with("protocol = \"auto\"\ntls = false", upstream), "upstream.protocol", "with TLS only"),
+        (with("protocol = \"auto\"\nvia = \"west\"", upstream), "upstream.via", "no other upstream carries"),
+        (
+            with("protocol = \"h4\"", upstream),
+            "upstream.protocol",
+            "must be \"h2\" or \"h1\" or \"h3\" or \"auto\"",
+        ),
         (with("congestion_control = \"bbr\"", upstream), "upstream.congestion_control", "the kernel's"),
         (
             with("balance = \"best\"", upstream),
@@ -247,7 +253,7 @@ fn without_tls_nothing_is_proved_and_what_would_need_it_is_a_mistake() {
     let config = parse(open).unwrap();
     assert_eq!(config.listeners[0].protocols, [Protocol::H2, Protocol::H1]);
     assert!(config.listeners[0].check().is_none() && config.upstreams[0].check().is_none());
-    assert_eq!(config.upstreams[0].protocol, Protocol::H1);
+    assert_eq!(config.upstreams[0].protocol, UpstreamProtocol::H1);
     let no_clients = "has no meaning with tls = false: clients show certificates in TLS only";
     let no_servers = "has no meaning with tls = false: servers show certificates in TLS only";
     let one_each = "has no meaning with protocol = \"h1\": over HTTP/1 each flow has a connection of its own";
@@ -492,7 +498,8 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         upstream.outlier_detection.base_ejection_time upstream.outlier_detection.consecutive_failures \
         upstream.outlier_detection.consecutive_gateway_failures upstream.outlier_detection.max_ejection_percent \
         upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.self \
-        upstream.sni upstream.tls upstream.verify upstream.via listener.congestion_control upstream.congestion_control";
+        upstream.sni upstream.tls upstream.verify upstream.via listener.congestion_control upstream.congestion_control \
+        daemon.core_dumps daemon.sandbox identity.insecure_key_permissions";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");

@@ -7,7 +7,7 @@ use rustls_pki_types::ServerName;
 
 use super::{
     Congestion, Discovery, HealthCheck, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Limits, OutlierDetection,
-    Protocol, endpoints, section::section,
+    Protocol, UpstreamProtocol, endpoints, section::section,
 };
 use crate::model::{
     flow::Target,
@@ -38,8 +38,9 @@ section! {
         /// Name, for routes.
         name: required UpstreamName,
         /// The HTTP version to speak: "h2", many flows on one connection; "h1", a connection for each flow;
-        /// "h3", many flows on one connection over QUIC, in which none waits for the lost packets of another.
-        protocol: default Protocol = Protocol::H2,
+        /// "h3", many flows on one connection over QUIC, in which none waits for the lost packets of another; "auto", "h2", and
+        /// "h3" where an endpoint offers it (RFC 7838) and UDP gets through.
+        protocol: default UpstreamProtocol = UpstreamProtocol::H2,
         /// Whether to use TLS. Without TLS there are no identities.
         tls: default bool = true,
         /// Who we are to it, where it is spoken to over TLS.
@@ -102,7 +103,7 @@ section! {
                 }
             }
         }
-        if protocol == Protocol::H1 {
+        if protocol == UpstreamProtocol::H1 {
             for key in H2_ONLY {
                 if r.has(key) {
                     let why = "over HTTP/1 each flow has a connection of its own";
@@ -110,17 +111,22 @@ section! {
                 }
             }
         }
-        if protocol == Protocol::H3 && !tls {
-            r.wrong("protocol", "is \"h3\", which there is with TLS only");
+        if protocol.all().any(|p| p == Protocol::H3) {
+            let name = protocol.name();
+            if !tls {
+                r.wrong("protocol", format!("is \"{name}\", which there is with TLS only"));
+            }
+            if r.has("via") {
+                let why = "QUIC goes over UDP, which no other upstream carries";
+                r.wrong("via", format!("has no meaning with protocol = \"{name}\": {why}"));
+            }
+        } else if r.has("congestion_control") {
+            r.wrong(
+                "congestion_control",
+                "has no meaning without protocol = \"h3\" or \"auto\": over TCP it is the kernel's",
+            );
         }
-        if protocol == Protocol::H3 && r.has("via") {
-            let why = "QUIC goes over UDP, which no other upstream carries";
-            r.wrong("via", format!("has no meaning with protocol = \"h3\": {why}"));
-        }
-        if protocol != Protocol::H3 && r.has("congestion_control") {
-            r.wrong("congestion_control", "has no meaning without protocol = \"h3\": over TCP it is the kernel's");
-        }
-        if protocol == Protocol::H1 && r.has("optimistic_data") {
+        if protocol == UpstreamProtocol::H1 && r.has("optimistic_data") {
             let why = "over HTTP/1 nothing is sent before the answer, which a proxy could take for its next request";
             r.wrong("optimistic_data", format!("has no meaning with protocol = \"h1\": {why}"));
         }

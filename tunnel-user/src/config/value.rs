@@ -16,8 +16,8 @@ use rustls_pki_types::ServerName;
 use serde_json::{Value as Json, json};
 
 use super::{
-    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, OnExpiry, OnFailure, Peers,
-    PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay,
+    Balance, Bypass, Bytes, CheckKind, ClientAuth, Congestion, KeyExchange, MetricSet, OnExpiry, OnFailure,
+    Peers, PolicyAction, PolicyMode, Protocol, ProviderAddr, Relay, UpstreamProtocol,
     access_log::{LineFormat, Only, Output},
     endpoints::Method,
     identity::{ENDPOINT_VARIABLE, WorkloadApiAddr},
@@ -116,10 +116,12 @@ macro_rules! by_word {
     )*};
 }
 by_word!(
+    MetricSet,
     Mode,
     OnFailure,
     Bypass,
     Protocol,
+    UpstreamProtocol,
     ClientAuth,
     Congestion,
     Balance,
@@ -159,6 +161,10 @@ impl Word for Bypass {
 impl Word for Protocol {
     const WORDS: &'static [(&'static str, Self)] = &[("h2", Self::H2), ("h1", Self::H1), ("h3", Self::H3)];
 }
+impl Word for UpstreamProtocol {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("h2", Self::H2), ("h1", Self::H1), ("h3", Self::H3), ("auto", Self::Auto)];
+}
 impl Word for Congestion {
     const WORDS: &'static [(&'static str, Self)] = &[("cubic", Self::Cubic), ("bbr", Self::Bbr)];
 }
@@ -196,6 +202,9 @@ impl Word for KeyExchange {
         ("secp256r1", Self::Secp256r1),
         ("secp384r1", Self::Secp384r1),
     ];
+}
+impl Word for MetricSet {
+    const WORDS: &'static [(&'static str, Self)] = &[("istio", Self::Istio)];
 }
 impl Word for Relay {
     const WORDS: &'static [(&'static str, Self)] =

@@ -12,8 +12,11 @@ use serde_json::json;
 use super::{Running, captures::ActiveCapture, other};
 use crate::{
     admin::{self, Admin, AdminError, Bound, Command, Overview, view},
-    config::{Config, OnFailure, Protocol},
-    kernel::version::Kernel,
+    config::{Config, OnFailure},
+    kernel::{
+        confine::{self, Seen},
+        version::Kernel,
+    },
     observe::telemetry::LogHandle,
     process::exit::{Cause, Failure},
     relay::PathKind,
@@ -123,13 +126,7 @@ impl Running {
         });
         let upstreams = config.upstreams.iter().map(|u| view::UpstreamOverview {
             name: u.name.to_string(),
-            protocol: match (&u.in_process, u.protocol) {
-                (Some(_), _) => "in-process",
-                (None, Protocol::H2) => "h2",
-                (None, Protocol::H1) => "h1",
-                (None, Protocol::H3) => "h3",
-            }
-            .to_owned(),
+            protocol: if u.in_process.is_some() { "in-process" } else { u.protocol.name() }.to_owned(),
             tls: u.tls,
         });
         let path = self.shared.as_ref().map(|shared| match shared.path {
@@ -151,6 +148,31 @@ impl Running {
             identities: self.identities.describe(),
             upstreams: upstreams.collect(),
             reloads: notes.reloads.clone(),
+            privileges: self.privileges(),
+        }
+    }
+
+    fn privileges(&self) -> view::Privileges {
+        let thread = |seen: &Seen, landlock| view::ThreadPrivileges {
+            capabilities: seen.capabilities.clone(),
+            no_new_privs: seen.no_new_privs,
+            seccomp: match seen.seccomp {
+                0 => "none",
+                1 => "strict",
+                _ => "filter",
+            }
+            .to_owned(),
+            landlock,
+        };
+        let process = Seen::of_process().unwrap_or_default();
+        let confined = self.workers.confined();
+        // One that is not confined is as the process.
+        let worker = confined.and_then(|c| Seen::of_thread(c.thread).ok());
+        view::Privileges {
+            user: process.user,
+            core_dumps: confine::is_dumpable(),
+            control: thread(&process, None),
+            workers: thread(worker.as_ref().unwrap_or(&process), confined.and_then(|c| c.landlock)),
         }
     }
 }

@@ -80,6 +80,7 @@ impl Identities {
                 clients: upstreams
                     .filter(|u| u.identity == *name || config.identities_of_captures().any(|own| own == name))
                     .filter_map(|u| u.check().map(|check| (check.san, u.protocol)))
+                    .flat_map(|(san, protocol)| protocol.all().map(move |spoken| (san.clone(), spoken)))
                     .collect(),
                 servers: listeners
                     .filter(|l| l.identity == *name)

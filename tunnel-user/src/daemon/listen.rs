@@ -4,14 +4,15 @@
 //! - A socket that listens at a wanted address already, here or in a daemon that is replaced, is used: what waits in it is
 //!   accepted.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{collections::hash_map::Entry, io, net::SocketAddr, sync::Arc};
 
+use http::HeaderValue;
 use socket2::{Domain, Socket, Type};
 
 use super::{bootstrap::Process, identities::Identities};
 use crate::{
     config::{self, Redirect},
-    daemon::takeover::Listeners,
+    daemon::takeover::{Groups, Listeners},
     kernel::own::OwnListeners,
     model::{
         mark::Mark,
@@ -23,7 +24,7 @@ use crate::{
         listener::{accept, h3::Quic},
     },
     transport::{
-        quic,
+        quic::Group,
         tcp::{self, OnClose},
     },
     worker::{CaptureSocket, ConnectSocket, Listening, QuicSocket, Sockets, Source},
@@ -92,10 +93,49 @@ pub(super) struct Opener<'p> {
     kept: Kept,
     /// What has listened already gets these options, once nothing can fail any more: see [`set_inherited_options`].
     retuned: Vec<(SocketAddr, OnClose)>,
+    /// UDP sockets, those that are no longer wanted among them.
+    groups: Groups,
+    /// Which places of them take new peers, once nothing can fail any more.
+    steered: Vec<Steered>,
+}
+
+/// What is kept of what was opened.
+#[derive(Default)]
+pub(super) struct Opened {
+    pub(super) kept: Kept,
+    /// See [`set_inherited_options`].
+    retuned: Vec<(SocketAddr, OnClose)>,
+    pub(super) groups: Groups,
+    steered: Vec<Steered>,
+}
+
+/// The places of a listener in the group of its address.
+struct Steered {
+    address: SocketAddr,
+    first: usize,
+    count: usize,
+}
+
+impl Opened {
+    /// Puts it in force.
+    pub(super) fn settle(&self) {
+        set_inherited_options(&self.kept, &self.retuned);
+        for Steered { address, first, count } in &self.steered {
+            let steered = self.groups.get(address).map(|group| group.steer(*first, *count));
+            if let Some(Err(error)) = steered {
+                tracing::error!(%address, %error, "failed to steer packets to workers; peers whose address changes are lost");
+            }
+        }
+    }
+}
+
+/// Copies of groups.
+pub(super) fn copies_of(groups: &Groups) -> io::Result<Groups> {
+    groups.iter().map(|(address, group)| Ok((*address, group.try_clone()?))).collect()
 }
 
 /// Gives sockets that listened for something else the options of what they listen for now.
-pub(super) fn set_inherited_options(kept: &Kept, retuned: &[(SocketAddr, OnClose)]) {
+fn set_inherited_options(kept: &Kept, retuned: &[(SocketAddr, OnClose)]) {
     for (address, on_close) in retuned {
         let sockets = kept.iter().filter(|(kept, _)| kept == address).flat_map(|(_, sockets)| sockets);
         for socket in sockets {
@@ -108,13 +148,14 @@ pub(super) fn set_inherited_options(kept: &Kept, retuned: &[(SocketAddr, OnClose
 
 impl<'p> Opener<'p> {
     /// `existing` is what listens already.
-    pub(super) fn new(process: &'p Process, existing: Listeners) -> Self {
-        Self { process, existing, kept: Kept::new(), retuned: Vec::new() }
+    pub(super) fn new(process: &'p Process, existing: Listeners, groups: Groups) -> Self {
+        Self { process, existing, kept: Kept::new(), retuned: Vec::new(), groups, steered: Vec::new() }
     }
 
-    /// What is kept, and what of it gets other options.
-    pub(super) fn finish(self) -> (Kept, Vec<(SocketAddr, OnClose)>) {
-        (self.kept, self.retuned)
+    /// What is kept.
+    pub(super) fn finish(self) -> Opened {
+        let Self { kept, retuned, groups, steered, .. } = self;
+        Opened { kept, retuned, groups, steered }
     }
 
     /// The sockets of one address: those that listen there already, and as many more as there are workers.
@@ -149,36 +190,38 @@ impl<'p> Opener<'p> {
         identities: &Identities,
     ) -> Result<ActiveListener, Failure> {
         let tls = |check| Ok::<_, Failure>(accept::Tls { store: identities.store(&wanted.identity)?, check });
+        let (dial_timeout, workers) = (wanted.dial_timeout, self.process.workers);
+        let (mut shares, mut at, protocols) = (self.shares(), wanted.address, wanted.over_tcp());
+        let over_tcp =
+            if protocols.is_empty() { Vec::new() } else { self.open(wanted.address, OnClose::Deliver)? };
+        at = bound(&over_tcp, at);
         let settings = Arc::new(accept::Settings {
             proxy_protocol: wanted.proxy_protocol,
             tls: wanted.check().map(tls).transpose()?,
-            protocols: wanted.over_tcp(),
+            protocols,
             handshake_timeout: wanted.handshake_timeout,
             max_streams: wanted.max_streams.get(),
             keepalive_interval: wanted.keepalive_interval,
             keepalive_timeout: wanted.keepalive_timeout,
             congestion: wanted.congestion_control,
             idle_timeout: wanted.idle_timeout,
+            alt_svc: wanted.has_h3().then(|| offer(at.port())).flatten(),
         });
-        let (dial_timeout, workers) = (wanted.dial_timeout, self.process.workers);
-        let (mut shares, mut at) = (self.shares(), wanted.address);
-        if !settings.protocols.is_empty() {
-            let opened = self.open(wanted.address, OnClose::Deliver)?;
-            at = bound(&opened, at);
-            for (i, socket) in opened.into_iter().enumerate() {
-                let socket = ConnectSocket { socket, settings: Arc::clone(&settings), dial_timeout };
-                shares[i % workers].push(Listening::Requests(socket));
-            }
+        for (i, socket) in over_tcp.into_iter().enumerate() {
+            let socket = ConnectSocket { socket, settings: Arc::clone(&settings), dial_timeout };
+            shares[i % workers].push(Listening::Requests(socket));
         }
         if wanted.has_h3() {
-            let failed = |e: io::Error| cannot_listen_for_quic(at, &e);
-            let opened = quic::bind(at, workers, self.process.own.mark()).map_err(failed)?;
-            let group: io::Result<Arc<[Socket]>> = opened.iter().map(Socket::try_clone).collect();
-            let group = group.map_err(failed)?;
-            at = bound(&opened, at);
-            for (worker, (share, socket)) in shares.iter_mut().zip(opened).enumerate() {
-                let quic =
-                    Quic { socket, worker, group: Arc::clone(&group), settings: Arc::clone(&settings) };
+            let (failed, mark) = (|e: io::Error| cannot_listen_for_quic(at, &e), self.process.own.mark());
+            let group = match self.groups.entry(wanted.address) {
+                Entry::Occupied(there) => there.into_mut(),
+                Entry::Vacant(free) => free.insert(Group::bind(at, mark).map_err(failed)?),
+            };
+            let places = group.take(workers, mark).map_err(failed)?;
+            at = group.address().map_err(failed)?;
+            self.steered.push(Steered { address: wanted.address, first: places.first, count: workers });
+            for (share, socket) in shares.iter_mut().zip(places.sockets) {
+                let quic = Quic { socket, settings: Arc::clone(&settings) };
                 share.push(Listening::Quic(QuicSocket { quic, dial_timeout }));
             }
         }
@@ -211,6 +254,11 @@ impl<'p> Opener<'p> {
     }
 }
 
+/// HTTP/3 on the same host, on this port, for a day, as where nothing is said (RFC 7838 section 3.1).
+fn offer(port: u16) -> Option<HeaderValue> {
+    HeaderValue::try_from(format!("h3=\":{port}\"; ma=86400")).ok()
+}
+
 fn bound(sockets: &[Socket], configured: SocketAddr) -> SocketAddr {
     sockets.first().and_then(|s| s.local_addr().ok()?.as_socket()).unwrap_or(configured)
 }
@@ -238,18 +286,13 @@ pub(super) fn require_mark(mark: Mark) -> Result<(), Failure> {
     })
 }
 
-/// The sockets of QUIC are not handed on: what a connection's packets go by is their place among them.
 fn cannot_listen_for_quic(address: SocketAddr, e: &io::Error) -> Failure {
     if e.kind() != io::ErrorKind::AddrInUse {
         return cannot_listen(address, e);
     }
     Failure::Other(Cause::new(
         format!("cannot listen on {address} for HTTP/3 (UDP): {e}"),
-        format!(
-            "Another process has the port (`ss -ulnp sport = :{}` names it), or this listener has it already: one with \"h3\" \
-             cannot be changed, nor taken over by another daemon, while it runs; restart the daemon instead.",
-            address.port()
-        ),
+        format!("Another process has the port: `ss -ulnp sport = :{}` names it.", address.port()),
     ))
 }
 

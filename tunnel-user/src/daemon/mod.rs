@@ -34,8 +34,8 @@ mod upstreams;
 mod workers;
 
 use std::{
-    future::poll_fn, io, mem, net::SocketAddr, os::unix::net::UnixStream, sync::Arc, task::Poll, thread,
-    time::Duration,
+    collections::HashSet, future::poll_fn, io, mem, net::SocketAddr, os::unix::net::UnixStream, sync::Arc,
+    task::Poll, thread, time::Duration,
 };
 
 use tokio::time::{Interval, MissedTickBehavior};
@@ -54,7 +54,7 @@ use self::{
 pub use self::{bootstrap::require_for_capture, following::nested, pins::detach, run::run};
 use crate::{
     config::{Config, OnFailure},
-    daemon::takeover::{Listeners, TakeoverError},
+    daemon::takeover::{Groups, Listeners, TakeoverError},
     kernel::cgroup::Fresh,
     observe::totals,
     process::{
@@ -87,6 +87,8 @@ pub struct Running {
     retired: Vec<Observers>,
     /// For a daemon that replaces this one, and for a configuration that says something else about them.
     kept: Kept,
+    /// The same of HTTP/3, and what connections of listeners that were removed still use.
+    groups: Groups,
     /// What all workers are told; nothing before the first configuration is in force.
     shared: Option<Arc<Shared>>,
     discover: Discover,
@@ -126,6 +128,8 @@ pub struct Options<'a> {
     pub attached: Option<Config>,
     /// Sockets of a daemon that this one replaces: used where their addresses are configured.
     pub taken: Listeners,
+    /// UDP sockets of that.
+    pub groups: Groups,
 }
 
 /// A daemon that has bound, loaded and attached everything, and accepts nothing yet: connections wait for it. Dropped, it
@@ -165,10 +169,14 @@ pub fn start(config: Config, options: Options<'_>) -> Result<Running, Failure> {
 }
 
 fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Starting, Failure> {
-    let Options { group, keep_records, attached, taken } = options;
+    let Options { group, keep_records, attached, taken, groups } = options;
     let process = Process::set_up(&config, keep_records)?;
     let mut running = Running {
-        workers: Workers::start(process.workers)?,
+        workers: Workers::start(
+            process.workers,
+            config.daemon.bootstrap.sandbox,
+            process.own.mark().is_some(),
+        )?,
         layers: attached
             .into_iter()
             .fold(Layers::default().with(LayerOwner::FILE, config.clone()), |layers, attached| {
@@ -183,6 +191,7 @@ fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Star
         observers: Observers::default(),
         retired: Vec::new(),
         kept: Kept::new(),
+        groups: Groups::new(),
         shared: None,
         discover: Discover::new(process.own.clone(), process.workers),
         process,
@@ -191,7 +200,7 @@ fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Star
         looking: None,
     };
     let config = running.layers.merged()?;
-    let mut next = running.prepare(config, taken, group, gate)?;
+    let mut next = running.prepare(config, (taken, groups), group, gate)?;
     running.attach(&mut next, gate)?;
     Ok(Starting { next, running })
 }
@@ -214,7 +223,7 @@ impl Running {
                 if ready > 0 { Poll::Ready(()) } else { Poll::Pending }
             });
             tokio::select! {
-                _ = self.duties.scan.tick() => {}
+                _ = self.duties.scan.tick() => self.forget_unused_groups(),
                 _ = self.duties.sweep.tick() => sweep = true,
                 () = written => {}
             }
@@ -248,13 +257,26 @@ impl Running {
         self.observers.reopen();
     }
 
-    /// Gives the listeners to a daemon that replaces this one. Dropped, it is given up, and the listeners stay.
-    async fn give(&mut self, stream: UnixStream) -> Result<(), TakeoverError> {
-        let kept = listen::copies(&self.kept)?;
-        let _hang_up = HangUp(stream.try_clone()?);
+    /// Gives the listeners to a daemon that replaces this one. Dropped, what comes back is given up, and the listeners stay.
+    fn give(
+        &self,
+        stream: UnixStream,
+    ) -> Result<impl Future<Output = Result<(), TakeoverError>> + use<>, TakeoverError> {
+        let (kept, groups) = (listen::copies(&self.kept)?, listen::copies_of(&self.groups)?);
+        let hang_up = HangUp(stream.try_clone()?);
         // Waits until the other one runs; the workers go on meanwhile, and signals are heard.
-        let given = tokio::task::spawn_blocking(move || takeover::give(&stream, &kept));
-        given.await.map_err(io::Error::other)?
+        let given = tokio::task::spawn_blocking(move || takeover::give(&stream, &kept, &groups));
+        Ok(async move {
+            let _hang_up = hang_up;
+            given.await.map_err(io::Error::other)?
+        })
+    }
+
+    /// The captures of these groups end with this daemon, whatever their applications get while no daemon runs.
+    fn release(&mut self, groups: &HashSet<String>) {
+        for active in &mut self.captures {
+            active.released = groups.contains(&active.wanted.cgroup.name().to_string());
+        }
     }
 
     /// Stops taking connections, lets flows finish, and ends. What is pinned stays where the operator wants captured
@@ -262,6 +284,7 @@ impl Running {
     pub fn stop(mut self) -> Report {
         // A copy would go on listening, with nobody to accept.
         self.kept.clear();
+        self.groups.clear();
         for active in self.captures.iter().filter(|a| a.wanted.on_failure == OnFailure::Open) {
             active.tidy(|a| match a.programs.capture.owner() {
                 Owner::Us => a.programs.capture.detach_connect(),
@@ -282,6 +305,10 @@ impl Running {
                 (Owner::Another, _) => {
                     tracing::info!(cgroup = a.called, "another daemon has taken over");
                     Ok(())
+                }
+                (_, OnFailure::Closed) if a.released => {
+                    tracing::info!(cgroup = a.called, "detached: it was attached to this daemon, which ends");
+                    a.pins.as_deref().map_or(Ok(()), bpf::unpin)
                 }
                 (_, OnFailure::Open) => a.pins.as_deref().map_or(Ok(()), bpf::unpin),
                 (_, OnFailure::Closed) => {

@@ -16,7 +16,7 @@ use super::{
     captures::{self, ActiveCapture, Loaded, Programs},
     following,
     identities::Identities,
-    listen::{self, ActiveListener, ActiveRedirect, Kept, Opener},
+    listen::{self, ActiveListener, ActiveRedirect, Opened, Opener},
     observers::Observers,
     other,
     pins::lock_if_pinned,
@@ -26,12 +26,11 @@ use super::{
 };
 use crate::{
     config::Config,
-    daemon::takeover::Listeners,
+    daemon::takeover::{Groups, Listeners},
     kernel::cgroup::Fresh,
     model::names::{GroupName, IdentityName, UpstreamName},
     process::exit::Failure,
     relay::PathKind,
-    transport::tcp::OnClose,
     worker::State,
 };
 
@@ -74,9 +73,7 @@ pub(super) struct Prepared {
     identities: Identities,
     listeners: Vec<ActiveListener>,
     redirects: Vec<ActiveRedirect>,
-    kept: Kept,
-    /// See [`listen::set_inherited_options`].
-    retuned: Vec<(SocketAddr, OnClose)>,
+    opened: Opened,
     upstreams: Vec<ActiveUpstream>,
     observers: Observers,
     /// New captures.
@@ -109,9 +106,10 @@ impl Running {
     /// The same, but for waiting until the workers have it in force.
     pub(super) fn change(&mut self, config: Config, gate: Gate<'_>) -> Result<Changed, Failure> {
         require_same(&self.config, &config)?;
-        let existing =
-            listen::copies(&self.kept).map_err(|e| other(&format!("copying a listening socket: {e}")))?;
-        let mut next = self.prepare(config, existing.into_iter().collect(), None, gate)?;
+        let failed = |e| other(&format!("copying a listening socket: {e}"));
+        let existing = listen::copies(&self.kept).map_err(failed)?.into_iter().collect();
+        let groups = listen::copies_of(&self.groups).map_err(failed)?;
+        let mut next = self.prepare(config, (existing, groups), None, gate)?;
         self.attach(&mut next, gate)?;
         Ok(self.commit(next))
     }
@@ -121,7 +119,7 @@ impl Running {
     pub(super) fn prepare(
         &mut self,
         config: Config,
-        existing: Listeners,
+        existing: (Listeners, Groups),
         fresh: Option<&Fresh>,
         gate: Gate<'_>,
     ) -> Result<Prepared, Failure> {
@@ -130,7 +128,7 @@ impl Running {
         let identities = self.identities.next(&config, gate)?;
         let same_identity = |name: &IdentityName| self.identities.is_same(&identities, name);
 
-        let mut opener = Opener::new(&self.process, existing);
+        let mut opener = Opener::new(&self.process, existing.0, existing.1);
         let mut listeners = Vec::new();
         for wanted in &config.listeners {
             let same =
@@ -151,7 +149,7 @@ impl Running {
             gate(&Step::ListenForRedirects)?;
             opener.redirects(&config.redirects)?
         };
-        let (kept, retuned) = opener.finish();
+        let opened = opener.finish();
         let observers = self.observers.next(&config, &self.process, gate)?;
 
         // Only from here on: what may block above, or fail more often, keeps no other daemon of this node waiting, and leaves
@@ -198,8 +196,7 @@ impl Running {
             identities,
             listeners,
             redirects,
-            kept,
-            retuned,
+            opened,
             upstreams,
             observers,
             captures,
@@ -260,25 +257,15 @@ impl Running {
 
     /// Puts in force what was attached. Nothing fails here.
     pub(super) fn commit(&mut self, next: Prepared) -> Changed {
-        let Prepared {
-            config,
-            path,
-            identities,
-            listeners,
-            redirects,
-            kept,
-            retuned,
-            upstreams,
-            observers,
-            ..
-        } = next;
+        let Prepared { config, path, identities, listeners, redirects, opened, upstreams, observers, .. } =
+            next;
         let new = next.captures.keep();
         for capture in &new {
             capture.announce();
             capture.forget_other_versions();
         }
         self.captures.iter().chain(&new).for_each(|capture| capture.programs.capture.settle());
-        listen::set_inherited_options(&kept, &retuned);
+        opened.settle();
         for mut capture in mem::take(&mut self.captures) {
             match config.captures.iter().find(|wanted| wanted.cgroup.name() == capture.wanted.cgroup.name()) {
                 Some(wanted) => {
@@ -295,7 +282,9 @@ impl Running {
             Some(shared(&config, &self.process, listeners.iter().map(|l| l.bound), path, logs, tracer));
         self.retired.push(mem::replace(&mut self.observers, observers));
         (self.config, self.identities) = (config, identities);
-        (self.listeners, self.redirects, self.upstreams, self.kept) = (listeners, redirects, upstreams, kept);
+        (self.listeners, self.redirects, self.upstreams) = (listeners, redirects, upstreams);
+        (self.kept, self.groups) = (opened.kept, opened.groups);
+        self.forget_unused_groups();
         self.publish();
         let nested = following::nested(&self.config);
         self.config.warnings.iter().chain(&nested).for_each(|warning| tracing::warn!("{warning}"));
@@ -314,6 +303,13 @@ impl Running {
             upstreams: self.upstreams.iter().map(|u| u.settings.clone()).collect(),
             sources: listeners.chain(redirects).chain(captures).collect(),
         });
+    }
+
+    /// Closes the UDP sockets of listeners that there are no longer, once the last connection there has ended.
+    pub(super) fn forget_unused_groups(&mut self) {
+        let listeners = &self.config.listeners;
+        let wanted = |at: &SocketAddr| listeners.iter().any(|l| l.has_h3() && l.address == *at);
+        self.groups.retain(|address, group| wanted(address) || group.is_used());
     }
 
     /// Has the sockets that we connect registered with every capture, those to come included.

@@ -3,7 +3,7 @@
 //! # Invariants
 //! - Whatever asks for another state (the file, SIGHUP, a daemon that takes over) is heard by one loop, one after the other.
 
-use std::{os::unix::net::UnixStream, path::Path, time::Duration};
+use std::{os::unix::net::UnixStream, path::Path, pin::pin, time::Duration};
 
 use super::{
     Options, Running, admin, attach::Attachments, begin, control_runtime, file::ConfigFile,
@@ -13,6 +13,7 @@ use crate::{
     admin::{Admin, Bound, Command},
     config::Config,
     daemon::takeover::{self, Offer, TakeoverError},
+    kernel::confine,
     process::{
         drain::Phase,
         exit::Failure,
@@ -44,6 +45,11 @@ enum Event {
 /// Until a signal ends it, or another daemon takes over. A second signal ends the draining. `file` names the daemon: the
 /// one that replaces it is started with the same.
 pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Service) -> Result<(), Failure> {
+    if config.daemon.bootstrap.sandbox {
+        // Every thread that is started from here on has no more.
+        confine::control_thread()
+            .map_err(|e| other(&format!("privileges that are not needed could not be dropped: {e}")))?;
+    }
     let runtime = control_runtime()?;
     runtime.block_on(async {
         let signal_failed = |e| other(&format!("signals: {e}"));
@@ -56,7 +62,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         let old = replaced(file.filter(|_| take_over))?;
         let bound = admin::bind(&config, file, old.is_some())?;
         let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
-        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), old.is_some());
+        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), &config);
         let options = Options { attached: attachments.layer()?, taken: passed, ..Options::default() };
         let (mut running, took_over) = start(config, old, options)?;
         running.workers.in_force().await;
@@ -114,21 +120,20 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                 (Event::TakeOver(Ok(stream)), _) => {
                     // The new daemon makes the same offer as soon as it runs.
                     offer = None;
-                    tokio::select! {
-                        // Dropped, it is over: the other side hears of it.
-                        why = signals.next() => break why,
-                        given = running.give(stream) => match given {
-                            Ok(()) => break TAKEN_OVER,
-                            Err(e) => tracing::warn!("{e}"),
-                        }
+                    if let Some(why) = give(&mut running, stream, &mut lifecycle, &mut signals).await {
+                        break why;
                     }
                 }
             }
         };
         drop((offer, source));
         tracing::info!("{why}: draining");
-        if why != TAKEN_OVER {
-            attachments.forget();
+        admin.iter_mut().for_each(Admin::close_commands);
+        if why == TAKEN_OVER {
+            // What asks there is for the other daemon, and may be far from this one.
+            admin.iter_mut().for_each(Admin::close_tcp);
+        } else {
+            running.release(&attachments.forget());
         }
         lifecycle.stopping(why, running.config.daemon.drain_timeout);
         // The admin interface is there until the last flow has ended.
@@ -136,6 +141,37 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         drop(admin);
         stopped
     })
+}
+
+/// Gives the listeners to a daemon that replaces this one, which takes its time; why this one ends, if it does.
+async fn give(
+    running: &mut Running,
+    stream: UnixStream,
+    lifecycle: &mut Lifecycle,
+    signals: &mut Terminate,
+) -> Option<&'static str> {
+    let given = match running.give(stream) {
+        Ok(given) => given,
+        Err(e) => {
+            tracing::warn!("{e}");
+            return None;
+        }
+    };
+    let mut given = pin!(given);
+    loop {
+        tokio::select! {
+            // Dropped, it is over: the other side hears of it.
+            why = signals.next() => return Some(why),
+            () = lifecycle.watchdog_due() => lifecycle.feed_watchdog(running),
+            given = given.as_mut() => match given {
+                Ok(()) => return Some(TAKEN_OVER),
+                Err(e) => {
+                    tracing::warn!("{e}");
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 /// What a daemon of this file hands over, if one runs.
@@ -155,8 +191,13 @@ fn start(
     old: Option<takeover::Taken>,
     mut options: Options<'_>,
 ) -> Result<(Running, bool), Failure> {
-    let (taken, old) = old.map(takeover::Taken::split).unzip();
-    let mut taken = taken.unwrap_or_default();
+    let (mut taken, old) = match old {
+        Some(takeover::Taken { listeners, groups, done }) => {
+            options.groups = groups;
+            (listeners, Some(done))
+        }
+        None => Default::default(),
+    };
     for (address, sockets) in options.taken {
         // The daemon before has them, too.
         taken.entry(address).or_insert(sockets);

@@ -52,6 +52,7 @@ pub(super) fn shared(
         limits: limits_of(config, process.workers),
         access_logs,
         tracer,
+        istio: config.admin.metrics.contains(&config::MetricSet::Istio),
     })
 }
 

@@ -3,7 +3,9 @@
 //! The two meet at a Unix socket in a folder that only their user can write to, so nobody else can stand in its place. Its
 //! name says the network namespace, to which the listeners belong, and the configuration file. A lock beside it tells a
 //! daemon that runs from one that was killed. One message per listening address holds the address and its descriptors
-//! (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says that it has taken over.
+//! (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says that it has taken over. UDP sockets, of
+//! HTTP/3, go the same way, each address with a descriptor for every daemon that has connections there: see
+//! [`Group`](crate::transport::quic::Group).
 //!
 //! # Invariants
 //! - A socket is given only to a process of the same user.
@@ -25,6 +27,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    str::FromStr,
     time::Duration,
 };
 
@@ -35,10 +38,16 @@ use rustix::{
 };
 use socket2::Socket;
 
+use crate::transport::quic::{Group, Parts};
+
 /// The most descriptors in one message (SCM_MAX_FD of `include/net/scm.h`).
 const DESCRIPTORS_MAX: usize = 253;
-/// Every message is this long: an address and zeros. `[v6]:port` has 47 characters at most.
+/// Every message is this long: what it is about, and zeros. `[v6]:port` has 47 characters at most, and places 11.
 const MESSAGE: usize = 64;
+/// In front of the address of UDP sockets,
+const UDP: &str = "u ";
+/// and of that of what says how long some of their places are in use.
+const IN_USE: &str = "p ";
 /// The new daemon loads its programs and attaches them in this time.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What the new daemon says when it has taken over.
@@ -78,6 +87,9 @@ pub enum TakeoverError {
 
 /// Listening sockets by the address that they share.
 pub type Listeners = HashMap<SocketAddr, Vec<Socket>>;
+
+/// UDP sockets of HTTP/3, by the address that is configured for them.
+pub type Groups = HashMap<SocketAddr, Group>;
 
 /// Where the daemon of a configuration file is found, without `.sock` or `.lock`.
 fn meeting_point(config: &Path) -> Result<PathBuf, TakeoverError> {
@@ -205,13 +217,28 @@ fn lock(path: &Path) -> Result<fs::File, TakeoverError> {
 }
 
 /// Gives the sockets away; ready when the other side has taken over. Blocks for half a minute at most.
-pub fn give(stream: &UnixStream, listeners: &[(SocketAddr, Vec<Socket>)]) -> Result<(), TakeoverError> {
+pub fn give(
+    stream: &UnixStream,
+    listeners: &[(SocketAddr, Vec<Socket>)],
+    groups: &Groups,
+) -> Result<(), TakeoverError> {
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     for (address, sockets) in listeners {
         for part in sockets.chunks(DESCRIPTORS_MAX) {
             let descriptors: Vec<RawFd> = part.iter().map(AsRawFd::as_raw_fd).collect();
             send(stream, &address.to_string(), &descriptors)?;
+        }
+    }
+    for (address, group) in groups {
+        let parts = group.parts();
+        for part in parts.sockets.chunks(DESCRIPTORS_MAX) {
+            let descriptors: Vec<RawFd> = part.iter().map(AsRawFd::as_raw_fd).collect();
+            send(stream, &format!("{UDP}{address}"), &descriptors)?;
+        }
+        for (places, ended) in parts.uses {
+            let what = format!("{IN_USE}{address} {} {}", places.start, places.end);
+            send(stream, &what, &[ended.as_raw_fd()])?;
         }
     }
     send(stream, "", &[])?;
@@ -222,19 +249,16 @@ pub fn give(stream: &UnixStream, listeners: &[(SocketAddr, Vec<Socket>)]) -> Res
 
 /// What was taken from a running daemon.
 pub struct Taken {
-    listeners: Listeners,
-    stream: UnixStream,
+    /// Listening sockets.
+    pub listeners: Listeners,
+    /// UDP sockets.
+    pub groups: Groups,
+    /// The way to tell the old daemon that they are in use.
+    pub done: Done,
 }
 
 /// The way to tell the old daemon.
 pub struct Done(UnixStream);
-
-impl Taken {
-    /// The sockets, and the way to tell the old daemon that they are in use.
-    pub fn split(self) -> (Listeners, Done) {
-        (self.listeners, Done(self.stream))
-    }
-}
 
 impl Done {
     /// Tells the old daemon that it can stop.
@@ -258,15 +282,30 @@ pub fn take(config: &Path) -> Result<Option<Taken>, TakeoverError> {
     };
     trusted(&stream)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    let mut listeners = Listeners::new();
+    let (mut listeners, mut groups) = (Listeners::new(), HashMap::<SocketAddr, Parts<OwnedFd>>::new());
     loop {
-        let (address, descriptors) = receive(&stream)?;
-        if address.is_empty() {
-            return Ok(Some(Taken { listeners, stream }));
+        let (what, mut descriptors) = receive(&stream)?;
+        if what.is_empty() {
+            let groups = groups.into_iter().map(|(address, parts)| (address, Group::of(parts))).collect();
+            return Ok(Some(Taken { listeners, groups, done: Done(stream) }));
         }
-        let address: SocketAddr = address.parse().map_err(|_| TakeoverError::Protocol)?;
-        listeners.entry(address).or_default().extend(descriptors.into_iter().map(Socket::from));
+        if let Some(address) = what.strip_prefix(UDP) {
+            groups.entry(parsed(address)?).or_default().sockets.append(&mut descriptors);
+        } else if let Some(places) = what.strip_prefix(IN_USE) {
+            let mut words = places.split(' ');
+            let mut word = || words.next().ok_or(TakeoverError::Protocol);
+            let (address, places) = (parsed(word()?)?, parsed(word()?)?..parsed(word()?)?);
+            let ended = descriptors.pop().ok_or(TakeoverError::Protocol)?;
+            groups.entry(address).or_default().uses.push((places, ended));
+        } else {
+            let sockets = descriptors.into_iter().map(Socket::from);
+            listeners.entry(parsed(&what)?).or_default().extend(sockets);
+        }
     }
+}
+
+fn parsed<T: FromStr>(text: &str) -> Result<T, TakeoverError> {
+    text.parse().map_err(|_| TakeoverError::Protocol)
 }
 
 /// Only our own user's processes are talked to, whatever the permissions of files say.
@@ -333,13 +372,17 @@ mod tests {
         let at = "127.0.0.1:0".parse().unwrap();
         let sockets = tcp::listen(at, 3, None, tcp::OnClose::Deliver).unwrap();
         let address = sockets[0].local_addr().unwrap().as_socket().unwrap();
+        let mut group = Group::bind(at, None).unwrap();
+        let _places = group.take(3, None).unwrap();
+        let groups = Groups::from([(address, group)]);
         let waiting: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
         let new = {
             let _inside = runtime.enter();
             let offer = Offer::open(&config).unwrap();
             assert!(Offer::open(&config).is_err(), "one daemon per file");
             let new = thread::spawn(move || {
-                let (sockets, old) = take(&config).unwrap().expect("the old daemon is there").split();
+                let Taken { listeners: sockets, groups, done: old } =
+                    take(&config).unwrap().expect("the old daemon is there");
                 let listeners = sockets.iter().map(|(a, s)| (*a, s.len())).collect::<Vec<_>>();
                 let mut accepted = 0;
                 for socket in sockets.values().flatten() {
@@ -349,14 +392,16 @@ mod tests {
                     }
                 }
                 old.done().unwrap();
-                (listeners, accepted)
+                let group = groups.into_iter().map(|(_, mut group)| group.take(2, None).unwrap().first);
+                (listeners, accepted, group.collect::<Vec<_>>())
             });
             runtime.block_on(async {
                 let stream = offer.requested().await.unwrap();
-                give(&stream, &[(address, sockets)]).unwrap();
+                give(&stream, &[(address, sockets)], &groups).unwrap();
             });
             new
         };
-        assert_eq!(new.join().unwrap(), (vec![(address, 3)], waiting.len()));
+        // Three places are in use.
+        assert_eq!(new.join().unwrap(), (vec![(address, 3)], waiting.len(), vec![3]));
     }
 }

@@ -61,6 +61,11 @@ impl HeldHead {
         Self { version, lines: lines.into() }
     }
 
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
+        self.lines.len()
+    }
+
     /// The version of HTTP that it came by.
     pub fn version(&self) -> Version {
         self.version

@@ -3,11 +3,13 @@
 pub mod access_log;
 pub mod flows;
 pub mod histogram;
+pub mod istio;
 pub mod marks;
 pub mod policies;
 pub mod recent;
 pub mod repeats;
 pub mod stats;
+mod stderr;
 pub mod telemetry;
 pub mod totals;
 pub mod traces;

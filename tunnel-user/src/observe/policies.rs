@@ -60,11 +60,10 @@ impl PolicyCounters {
         Arc::clone(by_name.entry(name.into()).or_default())
     }
 
-    /// Every policy that has counted something, with its counters.
+    /// Every policy with its counters.
     pub fn all(&self) -> Vec<Counted> {
         let by_name = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = by_name.iter().map(|(name, hits)| (Arc::clone(name), hits.all()));
-        all.filter(|(_, counters)| counters.iter().any(|(_, n)| *n > 0)).collect()
+        by_name.iter().map(|(name, hits)| (Arc::clone(name), hits.all())).collect()
     }
 }
 

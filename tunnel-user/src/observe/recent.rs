@@ -1,7 +1,7 @@
 //! The lines that were logged last, for a report on what has happened.
 //!
 //! # Invariants
-//! - No more than `BYTES_MAX` are kept. A line that is written takes one lock more than that of standard error; one that the
+//! - No more than `BYTES_MAX` are kept. A line that is written takes two locks for as long as it is copied; one that the
 //!   filter leaves out takes none.
 
 use std::{
@@ -11,6 +11,8 @@ use std::{
 };
 
 use tracing_subscriber::fmt::MakeWriter;
+
+use super::stderr;
 
 /// Of lines that are kept: a few thousand.
 const BYTES_MAX: usize = 512 * 1024;
@@ -39,7 +41,7 @@ pub fn lines() -> Vec<u8> {
     recent.lines.iter().flat_map(|line| line.iter().copied()).collect()
 }
 
-/// Writes to standard error, and keeps what it writes.
+/// Has lines written to standard error, without waiting for that, and keeps them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tee;
 
@@ -55,12 +57,12 @@ impl Write for Tee {
     // A line comes whole.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         RECENT.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-        // It fails where standard error is closed; nobody can be told.
-        io::stderr().write_all(line).map(|()| line.len())
+        stderr::write(line);
+        Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
     }
 }
 

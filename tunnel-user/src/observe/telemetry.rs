@@ -17,7 +17,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-use super::recent;
+use super::{recent, stderr};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -57,8 +57,31 @@ struct Filters {
 
 static FILTERS: OnceLock<Arc<Filters>> = OnceLock::new();
 
+/// Dropped, it waits until what was logged is written, a second at most.
+#[derive(Debug)]
+#[must_use = "what was logged last is lost without it"]
+pub struct Logging(());
+
+impl Logging {
+    /// Writes a text behind what was logged, for a person.
+    pub fn say(&self, text: &str) {
+        stderr::write(text.as_bytes());
+    }
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        stderr::flush();
+    }
+}
+
+/// Log lines that were lost: standard error was not read as fast as lines came.
+pub fn lost() -> u64 {
+    stderr::lost()
+}
+
 /// Starts logging, in the whole process. A second call changes nothing.
-pub fn init(filter: &LogFilter, format: LogFormat) {
+pub fn init(filter: &LogFilter, format: LogFormat) -> Logging {
     // Colours would be rubbish in a file or a journal.
     let colours = std::io::stderr().is_terminal();
     let layer = fmt::layer().with_writer(recent::Tee).with_ansi(colours).with_target(true);
@@ -73,6 +96,7 @@ pub fn init(filter: &LogFilter, format: LogFormat) {
         let (first, now) = (filter.0.clone(), Mutex::new(filter.0.clone()));
         let _set = FILTERS.set(Arc::new(Filters { handle, first, now }));
     }
+    Logging(())
 }
 
 /// By which the filter is changed while the process runs.

@@ -64,7 +64,19 @@ pub struct Connected(Rc<Books>);
 
 /// A flow among those of its peer.
 #[derive(Debug)]
-pub struct Flowing(Rc<Books>);
+pub struct Flowing {
+    books: Rc<Books>,
+    /// What is kept of its request.
+    kept: u64,
+}
+
+impl Flowing {
+    /// So much is kept of its request, as long as it lasts.
+    pub fn keep(&mut self, n: u64) {
+        self.kept += n;
+        self.books.memory.queue(n);
+    }
+}
 
 impl Books {
     /// How many connections there are.
@@ -104,7 +116,7 @@ impl Books {
     /// A flow more.
     pub fn flow(self: &Rc<Self>) -> Flowing {
         self.flows.set(self.flows.get() + 1);
-        Flowing(Rc::clone(self))
+        Flowing { books: Rc::clone(self), kept: 0 }
     }
 }
 
@@ -123,7 +135,10 @@ impl Drop for Connected {
 
 impl Drop for Flowing {
     fn drop(&mut self) {
-        self.0.flows.set(self.0.flows.get() - 1);
+        self.books.flows.set(self.books.flows.get() - 1);
+        if self.kept > 0 {
+            self.books.memory.sent(self.kept);
+        }
     }
 }
 
@@ -149,7 +164,12 @@ mod tests {
         assert!(books.connect(1).is_none());
         let flow = books.flow();
         assert_eq!((books.connections(), books.flows(), books.is_unused()), (1, 1, false));
+        let mut flow = flow;
+        let held = Memory::of_this_worker().held();
+        flow.keep(16_000);
+        assert_eq!((books.memory().taken(), Memory::of_this_worker().held() - held), (16_000, 16_000));
         drop((one, flow));
+        assert_eq!((books.memory().taken(), Memory::of_this_worker().held()), (0, held));
         assert!(books.is_unused());
     }
 }

@@ -34,7 +34,7 @@ pub fn has_two_sockets(config: &Config) -> bool {
     let captures = !config.captures.is_empty() || !config.redirects.is_empty();
     let enters = captures || config.listeners.iter().any(|l| l.protocols.contains(&Protocol::H1));
     let dials = config.routes.iter().any(|route| matches!(route.to, Action::Direct | Action::Dial(_)));
-    let leaves = dials || config.upstreams.iter().any(|u| u.protocol == Protocol::H1);
+    let leaves = dials || config.upstreams.iter().any(|u| u.protocol.first() == Protocol::H1);
     enters && leaves
 }
 

@@ -38,6 +38,7 @@ pub struct Memory {
     most: Cell<u64>,
     peer_most: Cell<u64>,
     held: Cell<u64>,
+    shrunk: Cell<u64>,
 }
 
 /// One peer's, or our own for what is not a peer's.
@@ -56,6 +57,7 @@ thread_local! {
         most: Cell::new(MEMORY_UNKNOWN),
         peer_most: Cell::new(MEMORY_UNKNOWN),
         held: Cell::default(),
+        shrunk: Cell::default(),
     });
 }
 
@@ -79,6 +81,16 @@ impl Memory {
     /// What may be.
     pub fn most(&self) -> u64 {
         self.most.get()
+    }
+
+    /// A peer was given a smaller window, for want of memory.
+    pub fn shrank(&self) {
+        self.shrunk.set(self.shrunk.get() + 1);
+    }
+
+    /// How often one was.
+    pub fn shrunk(&self) -> u64 {
+        self.shrunk.get()
     }
 
     /// Whether windows are to shrink: half of it is in use.

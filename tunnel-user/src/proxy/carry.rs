@@ -16,6 +16,7 @@ use super::{
 use crate::{
     identity::standing::EndOfStanding,
     model::{
+        admission::HeldHead,
         end::EndReason,
         flow::{ClientAddr, Head, Identity, Target},
     },
@@ -128,6 +129,11 @@ struct Progress<'a> {
     end: Option<EndOfStanding>,
 }
 
+/// Bytes that are kept of a request for policies that come later.
+fn size_of_head(head: &HeldHead) -> u64 {
+    head.size() as u64
+}
+
 impl Proxy {
     /// Accepts a request whose route depends on what its client sends, and routes it again when that has come: a client sends
     /// nothing before it is accepted.
@@ -199,7 +205,7 @@ impl Proxy {
                     if !behind.is_empty() {
                         early.sent = behind;
                     }
-                    let Progress { mut record, started, permit, marks, end } = progress;
+                    let Progress { mut record, started, mut permit, marks, end } = progress;
                     let mut sink = sink;
                     let ends = end.into_iter().chain(sink.end_of_flow()).collect();
                     self.trace(&mut record, started, marks, None);
@@ -208,7 +214,12 @@ impl Proxy {
                     if matches!(record.via, Via::Direct(_)) {
                         self.counters.flows_dialled.add(1);
                     }
-                    let live = self.flows.open(record, started, wanted.admissions.take().into());
+                    self.count_for_istio(|istio| istio.opened(&record));
+                    let admissions: Box<[_]> = wanted.admissions.take().into();
+                    permit
+                        .flowing
+                        .keep(admissions.iter().filter_map(|a| a.head.as_ref()).map(size_of_head).sum());
+                    let live = self.flows.open(record, started, admissions);
                     // And while it was answered.
                     if !std::ptr::eq(wanted.setup, &*self.setup())
                         && let Some(cause) = self.ends(&self.setup(), &live)

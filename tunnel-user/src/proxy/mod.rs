@@ -30,6 +30,7 @@ use crate::{
     observe::{
         access_log::Logs,
         flows::{FlowId, Open, Registry},
+        istio::Istio,
         marks::Marks,
         policies::PolicyHits,
         stats::{Counters, Record, Records},
@@ -82,6 +83,8 @@ pub struct Shared {
     pub access_logs: Logs,
     /// What makes spans of flows.
     pub tracer: Option<Arc<Tracer>>,
+    /// Whether flows are counted as Istio counts them, too.
+    pub istio: bool,
 }
 
 /// What one worker gives peers and flows.
@@ -160,6 +163,7 @@ pub struct Proxy {
     peers: RefCell<HashMap<Account, Rc<Books>>>,
     /// What peers and their flows make this worker hold.
     memory: Rc<Memory>,
+    istio: RefCell<Istio>,
     /// Told when the flows that are left are to end.
     stop: Watch,
 }
@@ -180,7 +184,7 @@ struct EstablishedFlow {
 /// A place among the flows of a worker, and among those of its peer; given back when dropped.
 struct Permit {
     proxy: Rc<Proxy>,
-    _flowing: Flowing,
+    flowing: Flowing,
 }
 
 impl Drop for Permit {
@@ -211,6 +215,7 @@ impl Proxy {
             active: Cell::default(),
             peers: RefCell::default(),
             memory: Memory::of_this_worker(),
+            istio: RefCell::default(),
             stop,
         })
     }
@@ -283,7 +288,30 @@ impl Proxy {
             return Err(Refusal::Memory);
         }
         self.active.set(self.active.get() + 1);
-        Ok(Permit { proxy: Rc::clone(self), _flowing: books.flow() })
+        Ok(Permit { proxy: Rc::clone(self), flowing: books.flow() })
+    }
+
+    /// The memory that peers and their flows have.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// What flows count as Istio counts them, those that go on included. Empty where nobody wants it.
+    pub fn istio(&self) -> Istio {
+        let mut all = self.istio.borrow().clone();
+        if self.setup.borrow().shared.istio {
+            self.flows.for_each(|flow| {
+                all.live(flow.record(), flow.meter().sent.get(), flow.meter().received.get());
+            });
+        }
+        all
+    }
+
+    /// Counts as Istio does, where that is wanted.
+    fn count_for_istio(&self, count: impl FnOnce(&mut Istio)) {
+        if self.setup.borrow().shared.istio {
+            count(&mut self.istio.borrow_mut());
+        }
     }
 
     /// What a peer uses of this worker.
@@ -440,6 +468,10 @@ impl Proxy {
             ms = record.duration_ms,
             "flow ended"
         );
+        match flow {
+            Some(_) => self.count_for_istio(|istio| istio.closed(&record)),
+            None => self.count_for_istio(|istio| istio.failed(&record)),
+        }
         self.tell_of_end(flow, &record, started);
         self.records.push(record);
     }
@@ -489,6 +521,7 @@ impl Proxy {
         record.rule = refusal.rule().cloned();
         record.lasted(started.elapsed());
         self.counters.ended.of(record.reason).add(1);
+        self.count_for_istio(|istio| istio.failed(&record));
         self.tell_of_end(None, &record, started);
         if self.log.of(refusal).admit() {
             tracing::warn!(

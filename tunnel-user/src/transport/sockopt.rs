@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use super::quic::{ID_LEN, ID_TAG};
+
 /// `SO_MEMINFO`, and of its numbers (`linux/sock_diag.h`) what was received and not read, the bound of what waits to be
 /// sent, what is set aside, and what waits to be sent.
 const SO_MEMINFO: libc::c_int = 55;
@@ -182,22 +184,54 @@ pub fn set<T: Plain>(socket: &impl AsFd, name: libc::c_int, value: T) -> io::Res
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Steers the packets of QUIC among the UDP sockets that share an address with this one: after the handshake to the socket
-/// whose number in their group is the first byte of the connection id; others, which have an id that the peer has made up
-/// (RFC 9000 section 7.2), by their addresses, as without this.
-pub fn steer_by_connection_id(socket: &impl AsFd) -> io::Result<()> {
-    /// A header of the long form, of the handshake (RFC 9000 section 17.2).
+/// Steers the packets of QUIC among the UDP sockets that share an address with this one. A packet whose connection id is one of
+/// ours goes to the socket whose number in their group that begins with; a packet with an id that a client has made up, which
+/// is the first of its handshake (RFC 9000 section 7.2), to one of `count` sockets from `first` on, by the client's address.
+pub fn steer_by_connection_id(socket: &impl AsFd, first: u16, count: u16) -> io::Result<()> {
+    /// A header of the long form, of the handshake (RFC 9000 section 17.2): its version, the length of the id, the id.
     const LONG: u32 = 0x80;
-    let load = |at| instruction(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, at);
+    const LENGTH: u32 = 5;
+    const ID: u32 = 6;
+    /// Where offsets are from the network's header (linux/filter.h), `SKF_NET_OFF`.
+    const NET: u32 = 0x_fff0_0000;
+    let load = |size, at| instruction(libc::BPF_LD | size | libc::BPF_ABS, 0, 0, at);
+    let (byte, half, word) = (libc::BPF_B, libc::BPF_H, libc::BPF_W);
+    let compute = |what, with| instruction(libc::BPF_ALU | what | libc::BPF_K, 0, 0, with);
+    let jump = |what, k, jt, jf| instruction(libc::BPF_JMP | what | libc::BPF_K, jt, jf, k);
+    let answer = instruction(libc::BPF_RET | BPF_A, 0, 0, 0);
+    let keep = instruction(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0);
     let mut program = [
-        load(0),
-        instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, LONG),
-        // Beyond every group: the kernel goes by the addresses (`reuseport_select_sock`, net/core/sock_reuseport.c).
-        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
-        load(1),
-        instruction(libc::BPF_RET | BPF_A, 0, 0, 0),
+        load(byte, 0),
+        jump(libc::BPF_JSET, LONG, 2, 0),
+        load(half, 1),
+        answer,
+        load(byte, LENGTH),
+        jump(libc::BPF_JEQ, ID_LEN.into(), 0, 4),
+        load(byte, ID + 2),
+        jump(libc::BPF_JEQ, ID_TAG.into(), 0, 2),
+        load(half, ID),
+        answer,
+        // A new one. The client's address and port, of IPv4 (without options) or of IPv6: four bytes and two.
+        load(byte, NET),
+        compute(libc::BPF_AND, 0xf0),
+        jump(libc::BPF_JEQ, 0x40, 0, 4),
+        load(word, NET.wrapping_add(12)),
+        keep,
+        load(half, NET.wrapping_add(20)),
+        jump(libc::BPF_JA, 3, 0, 0),
+        load(word, NET.wrapping_add(20)),
+        keep,
+        load(half, NET.wrapping_add(40)),
+        instruction(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_X, 0, 0, 0),
+        // Knuth's multiplicative hash, whose upper bits depend on all.
+        compute(libc::BPF_MUL, 0x9e37_79b1),
+        compute(libc::BPF_RSH, 16),
+        compute(libc::BPF_MOD, count.max(1).into()),
+        compute(libc::BPF_ADD, first.into()),
+        answer,
     ];
-    let of = libc::sock_fprog { len: 5, filter: program.as_mut_ptr() };
+    let instructions = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let of = libc::sock_fprog { len: instructions, filter: program.as_mut_ptr() };
     let len = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).map_err(io::Error::other)?;
     let (fd, name) = (socket.as_fd().as_raw_fd(), libc::SO_ATTACH_REUSEPORT_CBPF);
     // SAFETY: `of` is valid for reads of `len` bytes, and points to as many instructions as it says, all of which live for the

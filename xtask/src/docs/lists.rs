@@ -97,7 +97,11 @@ pub(super) fn metrics(root: &Path) -> Result<String> {
         let (_, rest) = line.split_once("\", ").with_context(|| format!("no metric: {line}"))?;
         let (kind, labels) = rest.split_once(", ").with_context(|| format!("no metric: {line}"))?;
         let name = if kind == "Counter" { format!("{name}_total") } else { name.to_owned() };
-        let labels = labels.trim_start_matches('[').trim_end_matches("];").replace('"', "`");
+        let labels = match labels.trim_start_matches('[').trim_end_matches("];") {
+            // Of 23 labels some are always "unknown".
+            "@istio" => "those of ztunnel's TCP metrics".to_owned(),
+            labels => labels.replace('"', "`"),
+        };
         let _ = writeln!(page, "| `{name}` | {} | {labels} | {meaning} |", kind.to_ascii_lowercase());
     }
     Ok(page)

@@ -47,7 +47,6 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("observing", "journalctl", "a journal; tests/tests/access_log.rs"),
     ("redirect", "iptables", "a slice of systemd's; tests/tests/redirect.rs"),
     ("upgrade", "sudo systemctl restart", "systemd as init"),
-    ("upgrade", "sudo sh -c", "systemd as init"),
     ("upgrade", "sudo tunnel detach", "a daemon that has ended; the page has one that runs"),
 ];
 

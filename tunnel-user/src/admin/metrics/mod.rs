@@ -5,6 +5,7 @@
 //! - An answer is bounded: labels are words of this program and names of the configuration, and of those at most
 //!   [`NAMES_MAX`] of a kind.
 
+mod istio;
 mod process;
 pub(super) mod table;
 
@@ -24,7 +25,7 @@ use super::{
     view::Overview,
 };
 use crate::{
-    model::end::Fault,
+    model::end::{EndReason, Fault},
     observe::{
         histogram::{BOUNDS_US, Buckets},
         totals,
@@ -123,7 +124,13 @@ impl Collector for Scrape {
         self.flows(&mut out)?;
         self.sources(&mut out)?;
         self.upstreams(&mut out)?;
-        self.identities(&mut out)
+        self.identities(&mut out)?;
+        // With more than one, which of them a flow was carried by is not known here.
+        let own = match self.overview.identities.as_slice() {
+            [only] => only.identity.as_deref(),
+            _ => None,
+        };
+        istio::write(&mut out, &self.live.istio, own)
     }
 }
 
@@ -147,6 +154,7 @@ impl Scrape {
         let of = |name| totals.get(name).copied().unwrap_or_default();
         let lines = [(["written"], of("access_log_lines")), (["lost"], of("access_log_lost"))];
         out.counter(&m::ACCESS_LOG_LINES, lines)?;
+        out.counter(&m::LOG_LINES_LOST, [([], of("log_lines_lost"))])?;
         out.counter(&m::SPANS, [(["exported"], of("spans_exported")), (["dropped"], of("spans_dropped"))])?;
         let requests = self.requests.by_code();
         out.counter(&m::ADMIN_REQUESTS, requests.iter().map(|(code, n)| ([code.as_str()], *n)))
@@ -197,6 +205,21 @@ impl Scrape {
         out.counter(&m::LISTENER_CONNECTIONS, [([], sums.of("tunnels_accepted"))])?;
         out.counter(&m::LISTENER_REJECTED, sums.rejected.iter().map(|(check, n)| ([check.word()], *n)))?;
         out.histogram(&m::HANDSHAKE_SECONDS, [([], &sums.handshake)])?;
+        let decisions = sums.policies.iter().map(|((policy, decision), n)| ([&**policy, *decision], *n));
+        out.counter(&m::POLICY_DECISIONS, decisions)?;
+        let memory = self.live.memory;
+        out.gauge(&m::MEMORY_BUDGET, [([], memory.budget)])?;
+        out.gauge(&m::MEMORY_HELD, [([], memory.held)])?;
+        out.counter(&m::WINDOWS_SHRUNK, [([], memory.shrunk)])?;
+        let ended = |of: EndReason| -> u64 {
+            sums.ended.iter().filter(|(reason, _)| *reason == of).map(|(_, n)| n).sum()
+        };
+        let refused = [
+            (["process"], ended(EndReason::MemoryLimit)),
+            (["peer"], ended(EndReason::PeerMemory)),
+            (["connection"], sums.of("connections_without_memory")),
+        ];
+        out.counter(&m::MEMORY_REFUSED, refused)?;
         let captures = &self.overview.captures[..self.overview.captures.len().min(NAMES_MAX)];
         let each = |of: fn(&super::view::Capture) -> u64| captures.iter().map(move |c| ([c.label()], of(c)));
         out.gauge(&m::CAPTURE_ATTACHED, each(|c| c.attached.into()))?;
@@ -363,7 +386,7 @@ mod tests {
     fn scrape() -> Scrape {
         let upstreams = (0..NAMES_MAX + 20).map(|i| (format!("u{i:04}"), UpstreamReport::default()));
         Scrape {
-            sums: Sums { ended: vec![(crate::model::end::EndReason::Closed, 3)], ..Sums::default() },
+            sums: Sums { ended: vec![(EndReason::Closed, 3)], ..Sums::default() },
             live: LiveTotals::default(),
             upstreams: upstreams.collect(),
             overview: std::sync::Arc::new(Overview {

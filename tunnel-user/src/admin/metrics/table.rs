@@ -27,14 +27,19 @@ pub struct Metric {
     pub help: &'static str,
 }
 
+macro_rules! labels {
+    ([@istio]) => { ISTIO_LABELS };
+    ([$($label:literal),*]) => { &[$($label),*] };
+}
+
 macro_rules! metrics {
-    ($($(#[doc = $doc:literal])+ $id:ident = $name:literal, $kind:ident, [$($label:literal),*];)+) => {
+    ($($(#[doc = $doc:literal])+ $id:ident = $name:literal, $kind:ident, $labels:tt;)+) => {
         $(
             $(#[doc = $doc])+
             pub(crate) const $id: Metric = Metric {
                 name: $name,
                 kind: Kind::$kind,
-                labels: &[$($label),*],
+                labels: labels!($labels),
                 help: concat!($($doc),+).trim_ascii_start(),
             };
         )+
@@ -107,6 +112,19 @@ metrics! {
     /// From the arrival of a connection at a listener until its handshake was complete.
     HANDSHAKE_SECONDS = "tunnel_listener_handshake_duration_seconds", Histogram, [];
 
+    /// What each policy has decided, by its name ("other" for those beyond 256): requests that it allowed, denied, or, in report
+    /// mode, would have decided otherwise (reported), and live flows that it ended.
+    POLICY_DECISIONS = "tunnel_policy_decisions", Counter, ["policy", "decision"];
+    /// Bytes that peers and their flows may make the process hold (limits.memory).
+    MEMORY_BUDGET = "tunnel_memory_budget_bytes", Gauge, [];
+    /// Of these: bytes that are held now.
+    MEMORY_HELD = "tunnel_memory_held_bytes", Gauge, [];
+    /// Times that a peer was given a smaller window because half of the budget, or of the peer's part of it, was in use.
+    WINDOWS_SHRUNK = "tunnel_memory_windows_shrunk", Counter, [];
+    /// Flows and connections that were refused because a budget was used up: of the process, of one peer, or, before a first
+    /// request, of either (connection).
+    MEMORY_REFUSED = "tunnel_memory_refused", Counter, ["budget"];
+
     /// Whether the programs of a capture are attached.
     CAPTURE_ATTACHED = "tunnel_capture_attached", Gauge, ["capture"];
     /// Whether the cgroup of a capture exists.
@@ -144,11 +162,53 @@ metrics! {
 
     /// Lines of access logs, by result: written or lost.
     ACCESS_LOG_LINES = "tunnel_access_log_lines", Counter, ["result"];
+    /// Log lines that were lost because standard error was not read as fast as they came.
+    LOG_LINES_LOST = "tunnel_log_lines_lost", Counter, [];
     /// Spans of traces, by result: exported or dropped.
     SPANS = "tunnel_spans", Counter, ["result"];
     /// Requests to the admin interface, by the status that they were answered with.
     ADMIN_REQUESTS = "tunnel_admin_requests", Counter, ["code"];
+
+    /// With admin.metrics = ["istio"]: flows that have reached their target. At most 500 pairs of identity and name have series
+    /// of their own; the others are together in "other".
+    ISTIO_OPENED = "istio_tcp_connections_opened", Counter, [@istio];
+    /// With admin.metrics = ["istio"]: of these, those that have ended.
+    ISTIO_CLOSED = "istio_tcp_connections_closed", Counter, [@istio];
+    /// With admin.metrics = ["istio"]: flows that did not reach their target.
+    ISTIO_FAILED = "istio_tcp_connections_failed", Counter, [@istio];
+    /// With admin.metrics = ["istio"]: bytes from targets to clients, counted while flows run. Istio's names are the target's:
+    /// this is received_bytes in tunnel's own metrics and logs, for both reporters.
+    ISTIO_SENT = "istio_tcp_sent_bytes", Counter, [@istio];
+    /// With admin.metrics = ["istio"]: bytes from clients to targets.
+    ISTIO_RECEIVED = "istio_tcp_received_bytes", Counter, [@istio];
 }
+
+/// The labels that ztunnel gives to every series of TCP.
+const ISTIO_LABELS: &[&str] = &[
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+];
 
 #[cfg(test)]
 mod tests {

@@ -46,6 +46,7 @@ pub(in crate::daemon) fn load(
         called: name,
         leavers: Leavers::default(),
         pins: pin_dir(config, wanted),
+        released: false,
         bypass,
         namespaces: Namespaces::default(),
     });

@@ -48,6 +48,8 @@ pub(in crate::daemon) struct ActiveCapture {
     pub(in crate::daemon) called: String,
     pub(in crate::daemon) leavers: Leavers,
     pub(in crate::daemon) pins: Option<PathBuf>,
+    /// Whether it ends with this daemon, although it is closed on failure.
+    pub(in crate::daemon) released: bool,
     /// Takes busy connections past TCP.
     bypass: Option<Promotions>,
     namespaces: Namespaces,

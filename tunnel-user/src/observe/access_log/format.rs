@@ -4,11 +4,9 @@
 //! - The three have the same fields, in the same order. A field that a flow has not is left out.
 //! - What a peer or a client chose (names, details) cannot end a line or a field.
 
-use std::{
-    fmt,
-    io::Write as _,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{fmt, io::Write as _, time::SystemTime};
+
+use time::UtcDateTime;
 
 use super::{Entry, Event};
 use crate::{
@@ -93,6 +91,9 @@ fn fields(entry: &Entry, mut field: impl FnMut(&'static str, Value<'_>)) {
     if *event == Event::End {
         field("reason", Value::Text(&record.reason));
         field("fault", Value::Text(&fault(record.reason.fault())));
+        if let Some(rule) = &record.rule {
+            field("rule", Value::Text(rule));
+        }
         let words = record.detail.as_deref().unwrap_or_else(|| record.reason.meaning());
         field("detail", Value::Text(&words));
     }
@@ -222,35 +223,18 @@ pub(super) struct Rfc3339(pub(super) SystemTime);
 
 impl fmt::Display for Rfc3339 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A clock before 1970 is not set.
-        let since = self.0.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-        let (year, month, day) = civil(days);
-        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-        write!(
-            f,
-            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:06}Z",
-            since.subsec_micros()
-        )
+        let at = UtcDateTime::from(self.0);
+        let (year, month, day) = at.to_calendar_date();
+        let (hour, minute, second, micros) = at.as_hms_micro();
+        let month = u8::from(month);
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
     }
-}
-
-/// Year, month and day, from 1, of a day since 1970 in the Gregorian calendar: years begin in March, so that the day that
-/// some of them have more is their last.
-fn civil(days: u64) -> (u64, u64, u64) {
-    const CENTURIES: u64 = 146_097; // days in 400 years
-    let days = days + 719_468; // since 0000-03-01
-    let (era, day) = (days / CENTURIES, days % CENTURIES);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let of_month = day - (153 * month + 2) / 5 + 1;
-    let (month, later) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
-    (era * 400 + year + later, month, of_month)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use super::*;
     use crate::{
         model::{
@@ -318,16 +302,14 @@ mod tests {
     }
 
     #[test]
-    fn days_are_those_of_the_calendar() {
-        for (days, date) in [
-            (0, (1970, 1, 1)),
-            (59, (1970, 3, 1)),
-            (789, (1972, 2, 29)),
-            (11_016, (2000, 2, 29)),
-            (20_422, (2025, 11, 30)),
-            (47_541, (2100, 3, 1)),
+    fn moments_are_written_as_rfc_3339_wants_them() {
+        for (seconds, micros, text) in [
+            (0, 0, "1970-01-01T00:00:00.000000Z"),
+            (951_782_400, 5, "2000-02-29T00:00:00.000005Z"),
+            (4_107_542_399, 999_999, "2100-02-28T23:59:59.999999Z"),
         ] {
-            assert_eq!(civil(days), date);
+            let at = UNIX_EPOCH + Duration::new(seconds, micros * 1000);
+            assert_eq!(Rfc3339(at).to_string(), text);
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! - The answer is the first policy of the kind, in the order of the configuration, of which every condition holds.
-//! - Headers, and the ports of policies for the same targets, peers and clients, are compared one policy after the other.
+//! - The ports of policies for the same targets, peers, clients and values of headers are compared one policy after the other, and
+//!   so are conditions on headers that state no whole value.
 
 use std::net::SocketAddr;
 
@@ -11,7 +12,7 @@ use http::HeaderMap;
 use crate::{
     config::{HeaderMatch, Peers, Policy, Ports, TargetPattern},
     model::flow::{ClientAddr, Identity},
-    routing::index::{Entry, Node, PeerIndex, PeerSet, RuleId, Takers, TargetIndex},
+    routing::index::{Entry, HeaderIndex, HeaderSet, Node, PeerIndex, PeerSet, RuleId, Takers, TargetIndex},
 };
 
 /// Who asks, as one kind of policies knows it, and with which headers.
@@ -27,8 +28,8 @@ pub(super) struct Asker<'a> {
 pub(super) struct RuleSet {
     /// Place of each among all policies.
     places: Vec<RuleId>,
-    /// What each asks of the headers; empty where none asks for any.
-    headers: Vec<Vec<HeaderMatch>>,
+    /// What they ask of the headers; none where no policy asks for any.
+    headers: Option<Headers>,
     targets: TargetIndex,
     peers: PeerIndex,
     /// By client; none where no policy asks for it.
@@ -37,6 +38,27 @@ pub(super) struct RuleSet {
     resolvable: Node,
     /// For each list of rules in `peers`: the same ports together.
     resolvable_by_peer: Vec<Option<Ports>>,
+}
+
+/// What policies ask of the headers.
+#[derive(Clone, Debug)]
+struct Headers {
+    conditions: Vec<Vec<HeaderMatch>>,
+    index: HeaderIndex,
+}
+
+impl Headers {
+    /// Of these policies; none where none of them asks for any.
+    fn new(rules: &[(RuleId, &Policy)]) -> Option<Self> {
+        let conditions: Vec<_> = rules.iter().map(|(_, rule)| rule.headers.clone()).collect();
+        let some = conditions.iter().any(|conditions| !conditions.is_empty());
+        some.then(|| Self { index: HeaderIndex::new(conditions.iter().map(Vec::as_slice)), conditions })
+    }
+
+    fn takes(&self, rule: RuleId, headers: Option<&HeaderMap>) -> bool {
+        let conditions = self.conditions.get(rule);
+        conditions.is_none_or(|conditions| conditions.iter().all(|wanted| wanted.matches(headers)))
+    }
 }
 
 impl RuleSet {
@@ -62,14 +84,9 @@ impl RuleSet {
         let clients = |(_, rule): &(RuleId, &Policy)| {
             rule.client.iter().cloned().map(TargetPattern::Addr).collect::<Vec<_>>()
         };
-        let by_header = rules.iter().any(|(_, rule)| !rule.headers.is_empty());
         Self {
             places: rules.iter().map(|(place, _)| *place).collect(),
-            headers: if by_header {
-                rules.iter().map(|(_, rule)| rule.headers.clone()).collect()
-            } else {
-                Vec::new()
-            },
+            headers: Headers::new(rules),
             targets: TargetIndex::new(rules.iter().map(|(_, rule)| rule.targets().to_vec())),
             peers,
             clients: by_client.then(|| TargetIndex::new(rules.iter().map(clients))),
@@ -84,7 +101,7 @@ impl RuleSet {
 
     /// Whether one of them asks for headers.
     pub(super) fn needs_headers(&self) -> bool {
-        !self.headers.is_empty()
+        self.headers.is_some()
     }
 
     /// Which of them speak of a peer: found out once for a connection.
@@ -112,9 +129,9 @@ impl RuleSet {
         if self.is_empty() {
             return None;
         }
-        let mut first = None;
+        let (mut first, headers) = (None, self.header_set(who));
         for node in takers.nodes().filter(|node| of_node(node)) {
-            first = self.earlier(who, node, takers.port(), first, &of_entry);
+            first = self.earlier(who, &headers, node, takers.port(), first, &of_entry);
         }
         first.and_then(|rule| self.places.get(rule).copied())
     }
@@ -124,13 +141,15 @@ impl RuleSet {
         let ports = |list: usize| self.resolvable_by_peer.get(list)?.as_ref();
         let some = who.peer.nodes().filter_map(ports).any(|ports| ports.contains(port));
         let conditional = self.clients.is_some() || self.needs_headers();
-        some && (!conditional || self.earlier(who, &self.resolvable, port, None, &|_| true).is_some())
+        let first = || self.earlier(who, &self.header_set(who), &self.resolvable, port, None, &|_| true);
+        some && (!conditional || first().is_some())
     }
 
     /// The first of the node's rules, if it comes before `first`; else `first`.
     fn earlier(
         &self,
         who: Asker<'_>,
+        headers: &HeaderSet<'_>,
         node: &Node,
         port: u16,
         first: Option<RuleId>,
@@ -155,7 +174,15 @@ impl RuleSet {
                     continue;
                 }
             }
-            if entry.ports.contains(port) && wanted(entry) && self.takes_headers(entry.rule, who.headers) {
+            if let Some(conditions) = &self.headers {
+                let Some(next) = conditions.index.next(headers, entry.rule) else { break };
+                if next != entry.rule {
+                    rest = node.entries_from(next);
+                    continue;
+                }
+            }
+            let takes = || self.headers.as_ref().is_none_or(|h| h.takes(entry.rule, who.headers));
+            if entry.ports.contains(port) && wanted(entry) && takes() {
                 return Some(entry.rule);
             }
             rest = behind;
@@ -163,8 +190,9 @@ impl RuleSet {
         first
     }
 
-    fn takes_headers(&self, rule: RuleId, headers: Option<&HeaderMap>) -> bool {
-        self.headers.get(rule).is_none_or(|wanted| wanted.iter().all(|wanted| wanted.matches(headers)))
+    /// What may hold for the headers of who asks.
+    fn header_set(&self, who: Asker<'_>) -> HeaderSet<'_> {
+        self.headers.as_ref().map_or_else(HeaderSet::default, |headers| headers.index.set(who.headers))
     }
 }
 

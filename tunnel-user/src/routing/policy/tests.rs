@@ -1,13 +1,13 @@
 //! Who gets where: by example, and for any policies as [`explain`] asks them, one after the other. That is the specification.
 
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 use proptest::prelude::*;
 
 use super::{
     explain::{Mismatch, Question, Verdict},
     *,
 };
-use crate::config::{Config, Peers, Targets};
+use crate::config::{Config, HeaderMatch, Peers, Targets, ValueMatch};
 
 const WEB: &str = "spiffe://example.org/ns/a/sa/web";
 
@@ -432,7 +432,14 @@ fn any_rule() -> impl Strategy<Value = Policy> {
         3 => Just(vec![]),
         1 => prop::collection::vec(prop_oneof![Just("10.77.0.0/24"), Just("10.77.0.1"), Just("10.0.0.0/8"), Just("::/0")], 1..3),
     ];
-    let headers = prop_oneof![3 => Just(None), 1 => Just(Some(true)), 1 => Just(Some(false))];
+    let value = prop::sample::select(vec![
+        ValueMatch::Present(true),
+        ValueMatch::Present(false),
+        ValueMatch::Exact("1".to_owned()),
+        ValueMatch::Exact("2".to_owned()),
+        ValueMatch::Prefix("1".to_owned()),
+    ]);
+    let headers = prop_oneof![3 => Just(Vec::new()), 2 => prop::collection::vec(value, 1..3)];
     let kind = prop::sample::select(vec![
         (PolicyAction::Allow, PolicyMode::Enforce),
         (PolicyAction::Allow, PolicyMode::Enforce),
@@ -442,19 +449,16 @@ fn any_rule() -> impl Strategy<Value = Policy> {
         (PolicyAction::Deny, PolicyMode::Report),
     ]);
     (kind, peers, targets, any::<prop::sample::Index>(), clients, headers).prop_map(
-        |((action, mode), identity, target, any, client, present)| Policy {
+        |((action, mode), identity, target, any, client, values)| Policy {
             name: String::new(),
             action,
             mode,
             identity,
             client: client.into_iter().map(|net| net.parse().unwrap()).collect(),
             target: if action == PolicyAction::Deny && any.index(4) == 0 { Targets::Any } else { target },
-            headers: present
-                .map(|present| crate::config::HeaderMatch {
-                    name: http::HeaderName::from_static("x-a"),
-                    value: crate::config::ValueMatch::Present(present),
-                })
+            headers: values
                 .into_iter()
+                .map(|value| HeaderMatch { name: HeaderName::from_static("x-a"), value })
                 .collect(),
         },
     )
@@ -468,7 +472,7 @@ proptest! {
         rules in prop::collection::vec(any_rule(), 0..8),
         name in prop::sample::select(vec![None, Some("s://a/x"), Some("s://a/z/y"), Some("s://b/x"), Some("s://b/x/y")]),
         from in prop::sample::select(vec!["10.77.0.1:1", "10.77.1.1:1", "[::ffff:10.77.0.1]:1", "[fd00::1]:1"]),
-        header: bool,
+        header in prop::sample::select(vec![None, Some("1"), Some("2"), Some("3")]),
         host in prop::sample::select(vec![
             "10.1.0.1", "10.2.0.1", "11.0.0.1", "169.254.169.254", "[::ffff:10.1.0.1]", "[64:ff9b::a01:1]",
             "[fe80::1]", "[2001:db8::1]", "10.9.0.1", "web.internal", "db.internal", "web.example",
@@ -483,8 +487,8 @@ proptest! {
         p.own = OwnListeners::with_local(&listeners, |ip| Some(ip.to_string() == "10.9.0.1"));
         let (identity, client) = (name.and_then(who), ClientAddr(from.parse().unwrap()));
         let mut headers = HeaderMap::new();
-        if header {
-            headers.insert("x-a", HeaderValue::from_static("1"));
+        if let Some(value) = header {
+            headers.insert("x-a", HeaderValue::from_static(value));
         }
         let peer = p.peer(identity.clone(), client);
         let target: Target = format!("{host}:{port}").parse().unwrap();

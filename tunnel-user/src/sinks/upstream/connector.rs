@@ -1,15 +1,23 @@
 //! An upstream's connections, by endpoint: which key each has, and which protocol is spoken there.
 //!
+//! Where both HTTP/2 and HTTP/3 may be spoken there is a pool of each. A flow takes a connection of HTTP/3 where there is one,
+//! else one of HTTP/2; where there is neither, HTTP/3 is tried first, if the endpoint has offered it, and then both.
+//!
 //! # Invariants
 //! - The key under which a connection is shared holds all that makes it what it is: endpoint, checks, certificate, and what
 //!   it goes through.
 
-use std::{cell::RefCell, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::RefCell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     CheckError, ConnectError,
+    alternative::{Alternatives, Chance},
     connect::{Key, TlsKey, connect},
     connection::{Connect, Connection, OpenError, OpenRequest},
     discovery::Site,
@@ -23,9 +31,9 @@ use super::{
     underlay::Via,
 };
 use crate::{
-    config::Protocol,
+    config::{Protocol, UpstreamProtocol},
     model::{
-        flow::{FarEnd, Identity},
+        flow::{FarEnd, Identity, Target},
         names::IdentityName,
     },
     sinks::dial::DialError,
@@ -115,6 +123,8 @@ pub struct HttpDialer {
     protocol: Protocol,
     settings: PoolSettings,
     abandoned: mpsc::UnboundedSender<Abandoned>,
+    /// Hears what peers offer over HTTP/2, where that is of use.
+    alternatives: Option<Rc<Alternatives>>,
     quic: Quic,
 }
 
@@ -124,9 +134,10 @@ impl HttpDialer {
         protocol: Protocol,
         settings: PoolSettings,
         abandoned: mpsc::UnboundedSender<Abandoned>,
+        alternatives: Option<Rc<Alternatives>>,
     ) -> Self {
         let quic = Quic::new(settings.congestion);
-        Self { protocol, settings, abandoned, quic }
+        Self { protocol, settings, abandoned, alternatives, quic }
     }
 }
 
@@ -138,13 +149,13 @@ impl Connect for HttpDialer {
     }
 
     async fn connect(&self, key: &Key) -> Result<HttpConnection, ConnectError> {
-        let Self { protocol, settings, abandoned, quic } = self;
+        let Self { protocol, settings, abandoned, alternatives, quic } = self;
         match protocol {
             Protocol::H1 => {
                 connect(key, *protocol, &settings.connect, H1Handshake).await.map(HttpConnection::H1)
             }
             Protocol::H2 => {
-                let handshake = H2Handshake { endpoint: &key.endpoint, settings, abandoned };
+                let handshake = H2Handshake { endpoint: &key.endpoint, settings, abandoned, alternatives };
                 let connection = connect(key, *protocol, &settings.connect, handshake).await?;
                 Ok(HttpConnection::H2(Box::new(connection)))
             }
@@ -155,13 +166,29 @@ impl Connect for HttpDialer {
 
 /// See the module.
 pub struct Connector {
+    /// The one that the pool speaks.
     protocol: Protocol,
     tls: Option<UpstreamTls>,
     via: Option<Via>,
     settings: PoolSettings,
     pool: Pool<HttpDialer>,
-    /// Waits for the answers of streams whose clients have left.
+    /// Where HTTP/3 may be spoken instead.
+    auto: Option<Auto>,
+    /// Waits for the answers of streams whose clients have left, and for connections that no flow waits for.
     tasks: RefCell<JoinSet<()>>,
+}
+
+/// The connections of HTTP/3 beside those of HTTP/2.
+struct Auto {
+    pool: Rc<Pool<HttpDialer>>,
+    alternatives: Rc<Alternatives>,
+}
+
+impl Auto {
+    /// Whether there is a connection that takes one more stream, and that its peer answers on.
+    fn has_room(&self, key: &Key) -> bool {
+        self.pool.has_room(key) && !self.pool.is_overdue(key)
+    }
 }
 
 impl Connector {
@@ -171,13 +198,21 @@ impl Connector {
         let (abandoned, left) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
         tasks.spawn_local(outlive(left));
-        let dialer = HttpDialer::new(*protocol, settings.clone(), abandoned);
+        let dialer = |protocol, alternatives: Option<&Rc<Alternatives>>| {
+            HttpDialer::new(protocol, settings.clone(), abandoned.clone(), alternatives.cloned())
+        };
+        let auto = (*protocol == UpstreamProtocol::Auto).then(|| Auto {
+            pool: Rc::new(Pool::new(dialer(Protocol::H3, None), settings.clone())),
+            alternatives: Rc::default(),
+        });
+        let first = dialer(protocol.first(), auto.as_ref().map(|auto| &auto.alternatives));
         Self {
-            protocol: *protocol,
+            protocol: protocol.first(),
             tls: tls.clone(),
             via,
             settings: settings.clone(),
-            pool: Pool::new(dialer, settings.clone()),
+            pool: Pool::new(first, settings.clone()),
+            auto,
             tasks: RefCell::new(tasks),
         }
     }
@@ -189,44 +224,69 @@ impl Connector {
 
     /// `identity`: the one that a flow's capture names.
     fn key(&self, site: &Site, identity: Option<&IdentityName>) -> Result<Key, ConnectError> {
+        self.key_of(self.protocol, &site.at, &site.named, identity)
+    }
+
+    /// The same for HTTP/3, where that may be spoken and the endpoint offers it.
+    fn alternative(&self, site: &Site, identity: Option<&IdentityName>) -> Option<(&Auto, Key)> {
+        let auto = self.auto.as_ref()?;
+        let at = auto.alternatives.at(&site.at)?;
+        Some((auto, self.key_of(Protocol::H3, &at, &site.named, identity).ok()?))
+    }
+
+    fn key_of(
+        &self,
+        protocol: Protocol,
+        at: &Target,
+        named: &Target,
+        identity: Option<&IdentityName>,
+    ) -> Result<Key, ConnectError> {
         let tls = self.tls.as_ref().map(|tls| {
             let (store, check) = (tls.store_for(identity), &tls.check);
             let ours = store.current().map_err(|e| ConnectError::Identity(e.to_string()))?;
             Ok(TlsKey {
-                side: ours.client_side(check, self.protocol),
-                server_name: check.server_name(&site.named),
+                side: ours.client_side(check, protocol),
+                server_name: check.server_name(named),
                 check: check.clone(),
                 store: Arc::clone(store),
                 ours,
             })
         });
-        Ok(Key { endpoint: site.at.clone(), tls: tls.transpose()?, via: self.via.clone() })
+        Ok(Key { endpoint: at.clone(), tls: tls.transpose()?, via: self.via.clone() })
     }
 
     /// Connections opened since the start.
     pub fn opened(&self) -> u64 {
-        self.pool.opened()
+        self.pools().map(Pool::opened).sum()
     }
 
-    /// Its connections.
-    pub fn pool(&self) -> &Pool<HttpDialer> {
-        &self.pool
+    /// Its connections, by what they speak.
+    pub fn pools(&self) -> impl Iterator<Item = &Pool<HttpDialer>> {
+        [Some(&self.pool), self.auto.as_ref().map(|auto| &*auto.pool)].into_iter().flatten()
     }
 
     /// Closes those that are shared; see [`Pool::close`]. Streams that nobody waits for are reset.
     pub async fn close(&self) {
         self.tasks.borrow_mut().abort_all();
-        self.pool.close().await;
+        for pool in self.pools() {
+            pool.close().await;
+        }
     }
 
     /// Those to an endpoint that is gone get no new flows.
     pub fn forget(&self, site: &Site) {
         self.pool.forget(&site.at);
+        if let Some(Auto { pool, alternatives }) = &self.auto
+            && let Some(at) = alternatives.forget(&site.at)
+        {
+            pool.forget(&at);
+        }
     }
 
     /// Whether a flow would not have to wait.
     pub fn has_room(&self, site: &Site, identity: Option<&IdentityName>) -> bool {
-        self.key(site, identity).is_ok_and(|key| self.pool.has_room(&key))
+        self.alternative(site, identity).is_some_and(|(auto, key)| auto.has_room(&key))
+            || self.key(site, identity).is_ok_and(|key| self.pool.has_room(&key))
     }
 
     /// Whether what is up to an endpoint may be lost.
@@ -240,7 +300,72 @@ impl Connector {
         site: &Site,
         identity: Option<&IdentityName>,
     ) -> Result<Checkout, ConnectError> {
-        self.pool.checkout(&self.key(site, identity)?).await
+        let key = self.key(site, identity)?;
+        let Some((auto, quic)) = self.alternative(site, identity) else {
+            return self.pool.checkout(&key).await;
+        };
+        if auto.has_room(&quic) {
+            auto.alternatives.tried(&site.at, true);
+            return auto.pool.checkout(&quic).await;
+        }
+        // One that may be lost makes way when it is.
+        let chance = match auto.pool.is_overdue(&quic) {
+            true => Chance::None,
+            false => auto.alternatives.chance(&site.at, self.pool.has_room(&key)),
+        };
+        match chance {
+            Chance::None => self.pool.checkout(&key).await,
+            Chance::Beside => {
+                let (pool, alternatives) = (Rc::clone(&auto.pool), Rc::clone(&auto.alternatives));
+                let endpoint = site.at.clone();
+                self.tasks.borrow_mut().spawn_local(async move {
+                    let worked = pool.checkout(&quic).await.is_ok();
+                    alternatives.tried(&endpoint, worked);
+                });
+                self.pool.checkout(&key).await
+            }
+            Chance::First(until) => self.race(auto, &quic, &key, site, until).await,
+        }
+    }
+
+    /// HTTP/3 first, and from `until` on, or when it fails, HTTP/2 too.
+    async fn race(
+        &self,
+        auto: &Auto,
+        quic: &Key,
+        key: &Key,
+        site: &Site,
+        until: Instant,
+    ) -> Result<Checkout, ConnectError> {
+        tracing::debug!(endpoint = %site.at, "trying HTTP/3 first");
+        let tried = |worked| auto.alternatives.tried(&site.at, worked);
+        let mut over_udp = pin!(auto.pool.checkout(quic));
+        let first = timeout_at(until, &mut over_udp).await;
+        if let Ok(done) = first {
+            tried(done.is_ok());
+            return match done {
+                Ok(checkout) => Ok(checkout),
+                Err(_) => self.pool.checkout(key).await,
+            };
+        }
+        let mut over_tcp = pin!(self.pool.checkout(key));
+        let (done, both) = tokio::select! {
+            biased;
+            done = &mut over_udp => {
+                tried(done.is_ok());
+                (done, false)
+            }
+            done = &mut over_tcp => {
+                // It is not done yet: what it comes to is used, if it comes to something.
+                tried(false);
+                (done, true)
+            }
+        };
+        match done {
+            Ok(checkout) => Ok(checkout),
+            Err(_) if !both => over_tcp.await,
+            Err(e) => over_udp.await.map_err(|_| e),
+        }
     }
 
     /// Whether a connection can be made there, as for an ejected endpoint; it stays in the pool, if there is one.

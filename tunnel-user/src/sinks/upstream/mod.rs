@@ -7,6 +7,7 @@
 //! # Invariants
 //! - No stream is handed out before its 2xx; a refusal says who refused and why.
 
+pub mod alternative;
 pub mod connect;
 pub mod connection;
 pub mod connector;

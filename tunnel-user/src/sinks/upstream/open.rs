@@ -120,13 +120,9 @@ impl Upstream {
 
     /// What it does at this moment.
     pub fn report(&self) -> UpstreamReport {
-        let pool = self.connector.pool();
         let mut report = UpstreamReport {
             path: self.path.clone(),
-            connect: pool.took(),
             totals: UpstreamTotals {
-                connections_opened: pool.opened(),
-                connect_failures: pool.failed(),
                 streams_opened: self.opened.get(),
                 streams_failed: self.failed.get(),
                 ejections: self.endpoints.ejections(),
@@ -150,16 +146,21 @@ impl Upstream {
         if let (true, Unavailable::Empty(why)) = (report.endpoints.is_empty(), self.endpoints.unavailable()) {
             report.unavailable = Some(why);
         }
-        pool.each(|at, connections, dialing, waiting| {
-            let totals = &mut report.totals;
-            totals.connections += connections;
-            totals.dialing += dialing;
-            totals.waiting += waiting;
-            let at = at.to_string();
-            if let Some(endpoint) = report.endpoints.iter_mut().find(|e| e.address == at) {
-                endpoint.connections += connections;
-            }
-        });
+        for pool in self.connector.pools() {
+            report.connect.add(&pool.took());
+            report.totals.connections_opened += pool.opened();
+            report.totals.connect_failures += pool.failed();
+            pool.each(|at, connections, dialing, waiting| {
+                let totals = &mut report.totals;
+                totals.connections += connections;
+                totals.dialing += dialing;
+                totals.waiting += waiting;
+                let at = at.to_string();
+                if let Some(endpoint) = report.endpoints.iter_mut().find(|e| e.address == at) {
+                    endpoint.connections += connections;
+                }
+            });
+        }
         report
     }
 

@@ -6,7 +6,7 @@ use http::{HeaderName, HeaderValue};
 
 use super::{discovery::EndpointSource, limit::Limits};
 use crate::{
-    config::{Balance, Congestion, HealthCheck, OutlierDetection, Protocol},
+    config::{Balance, Congestion, HealthCheck, OutlierDetection, UpstreamProtocol},
     identity::store::TlsStore,
     model::{
         names::{IdentityName, UpstreamName},
@@ -27,7 +27,7 @@ pub struct UpstreamSettings {
     /// Which endpoint is next.
     pub balance: Balance,
     /// What it speaks.
-    pub protocol: Protocol,
+    pub protocol: UpstreamProtocol,
     /// TLS; `None`: plaintext.
     pub tls: Option<UpstreamTls>,
     /// Headers for every CONNECT request.

@@ -6,6 +6,7 @@
 
 use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
+use http::HeaderValue;
 use rustls::AlertDescription;
 use rustls_pki_types::UnixTime;
 use tokio::{
@@ -61,6 +62,8 @@ pub struct Settings {
     pub congestion: Congestion,
     /// A connection without a stream for this long is closed.
     pub idle_timeout: Duration,
+    /// What answers over HTTP/2 offer beside it (RFC 7838 section 3).
+    pub alt_svc: Option<HeaderValue>,
 }
 
 /// How a listener speaks TLS.

@@ -17,7 +17,7 @@ use h2::{
     Reason, RecvStream,
     server::{Connection, SendResponse},
 };
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, header::ALT_SVC};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
@@ -54,11 +54,16 @@ const REFUSED_LINGER: Duration = Duration::from_secs(1);
 /// One request, on its stream.
 pub type Incoming = sources::Incoming<Pending>;
 
-fn incoming(request: Request<RecvStream>, respond: SendResponse<Payload>, share: Share) -> Incoming {
+fn incoming(
+    request: Request<RecvStream>,
+    respond: SendResponse<Payload>,
+    share: Share,
+    alt_svc: Option<HeaderValue>,
+) -> Incoming {
     let target = request::target(&request);
     let (parts, body) = request.into_parts();
     let head = Some((parts.version, parts.headers));
-    Incoming { target, head, request: Pending { body: Body { recv: body, share }, respond } }
+    Incoming { target, head, request: Pending { body: Body { recv: body, share }, respond, alt_svc } }
 }
 
 /// A stream whose request waits for its answer.
@@ -68,6 +73,7 @@ fn incoming(request: Request<RecvStream>, respond: SendResponse<Payload>, share:
 pub struct Pending {
     body: Body,
     respond: SendResponse<Payload>,
+    alt_svc: Option<HeaderValue>,
 }
 
 impl PendingRequest for Pending {
@@ -78,8 +84,12 @@ impl PendingRequest for Pending {
     }
 
     async fn accept(mut self) -> Option<(H2Leg, Queue)> {
+        let mut answer = Response::new(());
+        if let Some(offered) = self.alt_svc {
+            answer.headers_mut().insert(ALT_SVC, offered);
+        }
         // Fails only when the peer has reset the stream.
-        let send = self.respond.send_response(Response::new(()), false).ok()?;
+        let send = self.respond.send_response(answer, false).ok()?;
         Some((H2Leg::server(Sender::new(send, self.body.share.account()), self.body), Queue::default()))
     }
 
@@ -196,7 +206,7 @@ pub async fn serve<W: Wire, F: Future<Output = ()> + 'static>(
                 }
                 Event::Of(Some(Ok((request, respond)))) => {
                     traffic.flood().took_request();
-                    streams.spawn(carry(incoming(request, respond, traffic.share())));
+                    streams.spawn(carry(incoming(request, respond, traffic.share(), settings.alt_svc.clone())));
                     idle = None;
                 }
                 Event::Of(Some(Err(e))) => break Err(h2_error(e)),

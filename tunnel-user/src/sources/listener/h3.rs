@@ -17,7 +17,6 @@ use std::{
 use http::{HeaderMap, StatusCode, Version};
 use quinn::{Connection, ConnectionError};
 use rustls_pki_types::UnixTime;
-use socket2::Socket;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep_until, timeout},
@@ -44,7 +43,7 @@ use crate::{
             Code,
             message::{self, HeadError, RequestHead},
         },
-        quic::{self, Control, Ended, Role, Tuning},
+        quic::{self, Control, Ended, PlacedSocket, Role, Tuning},
     },
 };
 
@@ -52,15 +51,19 @@ use crate::{
 /// attacker who does not have the address everything.
 const RETRY_ABOVE: usize = 64;
 
+/// How long a listener that drains still takes new connections: what came before others were to take its place waits in its
+/// socket, and the rest of a ClientHello that has two packets may be on its way.
+const LATE: Duration = Duration::from_millis(200);
+/// GOAWAY of a connection that drains, at first: it refuses nothing (RFC 9114 section 5.2), so that a request that the peer sent
+/// before it heard is carried. The largest number that a request can have.
+const NOTHING_REFUSED: u64 = (1 << 62) - 4;
+/// What is waited for such requests beyond two round trips.
+const CROSSING: Duration = Duration::from_millis(50);
+
 /// A UDP socket, and how its connections are served.
 pub struct Quic {
-    /// The socket, bound.
-    pub socket: Socket,
-    /// Which worker it is for.
-    pub worker: usize,
-    /// All sockets of the address, held while there is a connection on any worker: the kernel moves the last one of a group to
-    /// the place of one that is closed (`reuseport_detach_sock`), and connection ids say places.
-    pub group: Arc<[Socket]>,
+    /// The socket, which has its place among those of its address until the last connection has ended.
+    pub socket: PlacedSocket,
     /// How they are served.
     pub settings: Arc<Settings>,
 }
@@ -71,7 +74,7 @@ type Incoming = sources::Incoming<Pending>;
 /// Accepts until the source is told to stop.
 pub async fn serve<H: FlowHandler>(
     handler: Rc<H>,
-    Quic { socket, worker, group, settings }: Quic,
+    Quic { socket, settings }: Quic,
     source: Rc<SourceHandle>,
     tasks: Rc<Tasks>,
 ) {
@@ -94,16 +97,21 @@ pub async fn serve<H: FlowHandler>(
             () = watch.draining() => return,
         }
     };
-    let endpoint = match quic::server(socket, worker, first) {
+    let endpoint = match quic::server(socket, first) {
         Ok(endpoint) => endpoint,
         Err(error) => return tracing::error!(%error, "failed to accept from a UDP socket"),
     };
     let (handshakes, under_way) = (Handshakes::default(), Rc::new(()));
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut until = None;
     loop {
         let incoming = tokio::select! {
             incoming = endpoint.accept() => incoming,
-            () = watch.draining() => break,
+            () = watch.draining(), if until.is_none() => {
+                until = Some(Instant::now() + LATE);
+                continue;
+            }
+            () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => break,
         };
         let Some(incoming) = incoming else { break };
         let addr = incoming.remote_address();
@@ -137,9 +145,8 @@ pub async fn serve<H: FlowHandler>(
         };
         let (handler, source, settings) = (Rc::clone(&handler), Rc::clone(&source), Arc::clone(&settings));
         let (place, counted) = (handshakes.place(addr.ip()), Rc::clone(&under_way));
-        let (group, started) = (Arc::clone(&group), std::time::Instant::now());
+        let started = std::time::Instant::now();
         tasks.spawn(async move {
-            let _places = group;
             let shaken = handshake(&settings, connecting, place, ours).await;
             drop(counted);
             match shaken {
@@ -249,7 +256,10 @@ async fn requests<F: Future<Output = ()> + 'static>(
     // Owned here: when the connection goes, so do its streams.
     let (streams, open) = (Rc::new(Tasks::default()), Open::default());
     // The number that the next request has.
-    let (mut next, mut draining, mut close_at) = (0_u64, false, None);
+    let (mut next, mut draining, mut refuse_at, mut close_at) = (0_u64, false, None, None);
+    let crossed = || Instant::now() + connection.rtt() * 2 + CROSSING;
+    // The rest is refused from then on.
+    let mut is_final = false;
     // When it has been without a stream for too long.
     let mut idle_at = Instant::now() + settings.idle_timeout;
     let mut lapsed = pin!(async {
@@ -265,7 +275,7 @@ async fn requests<F: Future<Output = ()> + 'static>(
             stream = connection.accept_bi() => match stream {
                 Ok(halves) => {
                     let leg = H3Leg::server(connection, halves, open.clone());
-                    if draining || standing.as_ref().is_some_and(|s| s.lapse().is_some()) {
+                    if is_final || standing.as_ref().is_some_and(|s| s.lapse().is_some()) {
                         leg.reject(Code::REQUEST_REJECTED);
                         continue;
                     }
@@ -277,13 +287,18 @@ async fn requests<F: Future<Output = ()> + 'static>(
             },
             () = drain.draining(), if !draining => {
                 draining = true;
+                control.goaway(NOTHING_REFUSED).await;
+                refuse_at = Some(crossed());
+            }
+            () = sleep_until(refuse_at.unwrap_or_else(Instant::now)), if refuse_at.is_some() => {
+                (is_final, refuse_at) = (true, None);
                 control.goaway(next).await;
             }
             lapse = &mut lapsed, if !has_lapsed => {
                 has_lapsed = true;
                 tracing::info!(reason = %lapse, "draining connection of a peer");
-                if !draining {
-                    draining = true;
+                if !is_final {
+                    (draining, is_final, refuse_at) = (true, true, None);
                     control.goaway(next).await;
                 }
             }
@@ -291,11 +306,12 @@ async fn requests<F: Future<Output = ()> + 'static>(
                 idle_at = Instant::now() + settings.idle_timeout;
                 if open.count() == 0 {
                     draining = true;
-                    control.goaway(next).await;
+                    control.goaway(NOTHING_REFUSED).await;
+                    refuse_at = Some(crossed());
                 }
             }
             // Everything has ended and was acknowledged. What the peer has sent before it heard is refused as such.
-            () = open.none(), if draining && close_at.is_none() => close_at = Some(Instant::now() + LINGER),
+            () = open.none(), if is_final && close_at.is_none() => close_at = Some(Instant::now() + LINGER),
             () = sleep_until(close_at.unwrap_or_else(Instant::now)), if close_at.is_some() => {
                 quic::close_clean(connection).await;
                 break Ended::Lost(ConnectionError::LocallyClosed);

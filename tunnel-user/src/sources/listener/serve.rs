@@ -239,6 +239,7 @@ mod tests {
                 tls: None,
                 protocols: vec![Protocol::H2, Protocol::H1],
                 congestion: Default::default(),
+                alt_svc: None,
                 handshake_timeout: PATIENCE,
                 max_streams: 10,
                 keepalive_interval: PATIENCE,

@@ -149,6 +149,9 @@ impl Pulse {
         if let Some(window) = self.windows.change(self.traffic.held(), short)
             && connection.resize(window)
         {
+            if short {
+                self.traffic.account().memory().shrank();
+            }
             tracing::debug!(window, received, held = self.traffic.held(), "stream window changed");
             self.windows.told(window);
             new = true;

@@ -6,6 +6,7 @@
 //!   open.
 
 mod control;
+mod group;
 mod socket;
 
 use std::{sync::Arc, time::Duration};
@@ -19,10 +20,11 @@ use quinn::{
 use rustls_pki_types::CertificateDer;
 use socket2::Socket;
 
-use self::socket::WorkerIds;
+use self::socket::PlaceIds;
 pub use self::{
     control::{Control, Ended, Heard, Role, close, watch},
-    socket::{BUFFER, bind, client_socket},
+    group::{Group, Parts, PlacedSocket, Places},
+    socket::{BUFFER, ID_LEN, ID_TAG, client_socket},
 };
 use super::http3::Code;
 use crate::config::Congestion;
@@ -76,11 +78,12 @@ fn transport(tuning: &Tuning) -> Arc<TransportConfig> {
     Arc::new(config)
 }
 
-/// An endpoint that takes connections on a socket of [`bind`], in the runtime of the worker that it is for.
-pub fn server(socket: Socket, worker: usize, config: ServerConfig) -> std::io::Result<Endpoint> {
-    let mut endpoint = EndpointConfig::default();
-    endpoint.cid_generator(move || Box::new(WorkerIds::new(worker)));
-    Endpoint::new(endpoint, Some(config), socket.into(), Arc::new(TokioRuntime))
+/// An endpoint that takes connections on a socket of a [`Group`], in the runtime of the worker that it is for.
+pub fn server(socket: PlacedSocket, config: ServerConfig) -> std::io::Result<Endpoint> {
+    let (mut endpoint, place) = (EndpointConfig::default(), socket.place());
+    PlaceIds::new(place)?;
+    endpoint.cid_generator(move || Box::new(PlaceIds::new(place).expect("it was one")));
+    Endpoint::new_with_abstract_socket(endpoint, Some(config), socket.placed()?, Arc::new(TokioRuntime))
 }
 
 /// An endpoint that makes connections, in the runtime of a worker.

@@ -23,6 +23,7 @@ use crate::{
     relay::{IntoLeg, Payload},
     sinks::upstream::{
         ConnectError,
+        alternative::Alternatives,
         connect::{Far, Handshake},
         settings::PoolSettings,
         signal::Signal,
@@ -42,6 +43,8 @@ pub(in crate::sinks::upstream) struct H2Handshake<'a> {
     pub(in crate::sinks::upstream) settings: &'a PoolSettings,
     /// Takes streams whose clients have left.
     pub(in crate::sinks::upstream) abandoned: &'a mpsc::UnboundedSender<Abandoned>,
+    /// Hears what the peer offers beside this.
+    pub(in crate::sinks::upstream) alternatives: &'a Option<Rc<Alternatives>>,
 }
 
 impl Handshake for H2Handshake<'_> {
@@ -53,7 +56,7 @@ impl Handshake for H2Handshake<'_> {
     where
         StreamLeg: From<W::Leg>,
     {
-        let Self { endpoint, settings, abandoned } = self;
+        let Self { endpoint, settings, abandoned, alternatives } = self;
         let failed = |why| ConnectError::Http { protocol: Protocol::H2, endpoint: endpoint.clone(), why };
         let last = wire.share().map_err(|e| failed(format!("this node cannot wait for its end: {e}")))?;
         let traffic = Rc::new(Traffic::default());
@@ -82,6 +85,7 @@ impl Handshake for H2Handshake<'_> {
             lost: RefCell::default(),
             traffic,
             abandoned: abandoned.clone(),
+            alternatives: alternatives.clone().map(|all| (endpoint.clone(), all)),
             driver: RefCell::new(Some(Box::new(driver))),
         })
     }

@@ -21,6 +21,7 @@ use ::h2::{
     Reason,
     client::{ResponseFuture, SendRequest},
 };
+use http::header::ALT_SVC;
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     time::{Instant, timeout},
@@ -32,6 +33,7 @@ pub(super) use self::{
     handshake::H2Handshake,
 };
 use super::{
+    alternative::Alternatives,
     connect::Far,
     connection::{Connection, OpenError, OpenRequest},
     permit::StreamPermits,
@@ -40,7 +42,7 @@ use super::{
 };
 use crate::{
     identity::standing::Standing,
-    model::flow::{FarEnd, Identity},
+    model::flow::{FarEnd, Identity, Target},
     relay::{H2Leg, Payload, Queue, Sender},
     transport::window::Traffic,
 };
@@ -79,6 +81,8 @@ pub struct H2Connection {
     traffic: Rc<Traffic>,
     /// Streams whose clients have left before they were answered.
     abandoned: mpsc::UnboundedSender<Abandoned>,
+    /// Where it hears what the peer offers beside this, and of which endpoint.
+    alternatives: Option<(Target, Rc<Alternatives>)>,
     /// Until it is run.
     driver: RefCell<Option<Box<dyn Drive>>>,
 }
@@ -207,6 +211,11 @@ impl Connection for H2Connection {
             None => return Err(OpenError::Dropped("its answer to PING is overdue".to_owned())),
         };
         self.heard();
+        if let Some((endpoint, alternatives)) = &self.alternatives
+            && let Some(offered) = response.headers().get(ALT_SVC)
+        {
+            alternatives.heard(endpoint, offered);
+        }
         // Any 2xx (RFC 9110 section 9.3.6).
         if !response.status().is_success() {
             let detail = response.headers().get("proxy-status").and_then(|v| v.to_str().ok());

@@ -66,12 +66,14 @@ fn identity() -> Arc<TlsStore> {
     let file = |name: &str, text: &str| {
         let path = dir.path().join(name);
         fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         path
     };
     let files = IdentityFiles {
         cert: file("cert.pem", &issued.cert_pem),
         key: file("key.pem", &issued.key_pem),
         ca: file("ca.pem", ca.cert_pem()),
+        insecure_key_permissions: false,
     };
     TlsStore::load(files).unwrap()
 }
@@ -165,7 +167,7 @@ fn tls_key(tls: &Arc<TlsStore>, check: &ServerCheck, endpoint: &Target) -> TlsKe
 /// An empty pool.
 fn pool(settings: PoolSettings) -> TestPool {
     let (abandoned, _) = mpsc::unbounded_channel();
-    Pool::new(HttpDialer::new(Protocol::H2, settings.clone(), abandoned), settings)
+    Pool::new(HttpDialer::new(Protocol::H2, settings.clone(), abandoned, None), settings)
 }
 
 type TestPool = Pool<HttpDialer>;
@@ -498,6 +500,7 @@ fn a_listener_gives_up_a_peer_that_answers_no_ping() {
     run(async {
         let tls = identity();
         let settings = accept::Settings {
+            alt_svc: None,
             proxy_protocol: false,
             tls: Some(accept::Tls { store: Arc::clone(&tls), check: ClientCheck::default() }),
             protocols: vec![Protocol::H2],

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::BytesMut;
 use http::{HeaderMap, Request};
 use quinn::{ConnectionError, RecvStream, SendStream};
 use tokio::{
@@ -36,6 +37,7 @@ use crate::{
         http3::{
             Code,
             message::{self, HeadError, ResponseHead},
+            varint,
         },
         quic::{self, Control, Ended},
     },
@@ -50,6 +52,8 @@ const CREDIT: Duration = Duration::from_secs(1);
 /// How long it is believed that a peer allows no more than it did: it says only how many there may ever be, not how many at
 /// once.
 const BELIEVED: Duration = Duration::from_secs(10);
+/// A type of streams that is there to be ignored (RFC 9114 section 6.2.3).
+const RESERVED: u64 = 0x21;
 /// Informational responses in front of the one that counts; more are an attack.
 const INFORMATIONAL_MAX: usize = 16;
 
@@ -267,12 +271,17 @@ impl Connection for H3Connection {
         Ok(Stream { leg, early: Queue::default(), peer, identity, end, permits })
     }
 
-    /// Not asked: what checks endpoints by it is not there for this protocol.
+    /// By a stream of a reserved type, which the peer reads or refuses, either of which it says (RFC 9114 section 6.2.3): quinn
+    /// has no PING that can be waited for.
     async fn ping(&self) -> Result<(), String> {
-        match self.connection.close_reason() {
-            None => Ok(()),
-            Some(e) => Err(quic::why_lost(&e)),
-        }
+        let lost = |e: ConnectionError| quic::why_lost(&e);
+        let mut stream = self.connection.open_uni().await.map_err(lost)?;
+        let mut kind = BytesMut::new();
+        varint::put(&mut kind, RESERVED);
+        // Of a stream that has failed before its end nothing more is heard.
+        let _gone = stream.write_chunk(kind.freeze()).await;
+        let _gone = stream.finish();
+        stream.stopped().await.map(drop).map_err(|e| e.to_string())
     }
 
     fn drain(&self) {
