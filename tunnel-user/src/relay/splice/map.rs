@@ -34,6 +34,7 @@ use crate::{
     kernel::{
         bpf::BpfError,
         btf::{self, OffsetsError},
+        helper::{self, Loaded},
         mapped::MappedArray,
         privileges, ready,
     },
@@ -108,7 +109,7 @@ pub(super) struct SpliceMap {
     free: RefCell<VecDeque<u32>>,
     waiting: RefCell<Vec<Waiting>>,
     /// The program; detached when dropped.
-    _ebpf: Ebpf,
+    _ebpf: Loaded<Ebpf>,
 }
 
 /// Whether something has happened to a pair of slots, and who wants to know.
@@ -212,29 +213,35 @@ impl Unfit {
     }
 }
 
+/// Makes the maps, loads the program and attaches it to the map of sockets, which takes privileges.
+fn load_program() -> Result<(Ebpf, SockMap<MapData>), Unfit> {
+    let offsets = btf::of_buffers()?;
+    let mut ebpf = EbpfLoader::new()
+        .override_global(abi::OFFSETS, &offsets, true)
+        .load(OBJECT)
+        .map_err(|e| BpfError::Load(Box::new(e)))?;
+    let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map_error(abi::SOCKETS))?;
+    let refused = |source| BpfError::Program { name: abi::PROGRAM, source: Box::new(source) };
+    let Some(Program::SkSkb(program)) = ebpf.program_mut(abi::PROGRAM) else {
+        return Err(BpfError::Missing(abi::PROGRAM).into());
+    };
+    program.load().map_err(refused)?;
+    program.attach(sockets.fd()).map_err(refused)?;
+    Ok((ebpf, sockets))
+}
+
 impl SpliceMap {
     pub(super) fn load(credit: u64, streak: u32) -> Result<Self, Unfit> {
-        let offsets = btf::of_buffers()?;
-        let mut ebpf = EbpfLoader::new()
-            .override_global(abi::OFFSETS, &offsets, true)
-            .load(OBJECT)
-            .map_err(|e| BpfError::Load(Box::new(e)))?;
+        let (mut ebpf, sockets) = helper::load(load_program).map_err(Unfit::Untried)??;
         let Some(Map::Array(words)) = ebpf.take_map(abi::DIRECTIONS) else {
             return Err(BpfError::Missing(abi::DIRECTIONS).into());
         };
         let io = |name| move |source| BpfError::MapIo { name, source };
         let words = MappedArray::new(words.fd().as_fd()).map_err(io(abi::DIRECTIONS))?;
         let slots = HashMap::try_from(take(&mut ebpf, abi::SLOTS)?).map_err(map_error(abi::SLOTS))?;
-        let sockets = SockMap::try_from(take(&mut ebpf, abi::SOCKETS)?).map_err(map_error(abi::SOCKETS))?;
         let mailboxes =
             SockMap::try_from(take(&mut ebpf, abi::MAILBOXES)?).map_err(map_error(abi::MAILBOXES))?;
         let told = RingBuf::try_from(take(&mut ebpf, abi::TOLD)?).map_err(map_error(abi::TOLD))?;
-        let refused = |source| BpfError::Program { name: abi::PROGRAM, source: Box::new(source) };
-        let Some(Program::SkSkb(program)) = ebpf.program_mut(abi::PROGRAM) else {
-            return Err(BpfError::Missing(abi::PROGRAM).into());
-        };
-        program.load().map_err(refused)?;
-        program.attach(sockets.fd()).map_err(refused)?;
         let os = |e: nix::Error| io::Error::from(e);
         let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(os).map_err(io(abi::TOLD))?;
         let ring = EpollEvent::new(EpollFlags::EPOLLIN, RING);
@@ -254,7 +261,7 @@ impl SpliceMap {
             events,
             free: RefCell::new((0..flows).collect()),
             waiting: RefCell::new((0..flows).map(|_| Waiting::default()).collect()),
-            _ebpf: ebpf,
+            _ebpf: Loaded::new(ebpf),
         })
     }
 
