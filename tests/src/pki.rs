@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, SystemTime},
@@ -82,6 +83,7 @@ impl Pki {
         let made = self.named(name);
         fs::write(&made.cert, params.signed_by(&key, &issuer)?.pem())?;
         fs::write(&made.key, key.serialize_pem())?;
+        fs::set_permissions(&made.key, fs::Permissions::from_mode(0o600))?;
         Ok(made)
     }
 

@@ -21,7 +21,8 @@ const fn odd(file: &'static str, script: &'static str, said: [&'static str; 2]) 
 /// Runs a script in `folder`.
 fn sh(folder: &Path, script: &str) -> Result<String> {
     let mut command = Command::new(programs::system("sh")?);
-    command.args(["-euc", script]).current_dir(folder);
+    // As a careful person's shell: what tools write is not for others.
+    command.args(["-euc", &format!("umask 077; {script}")]).current_dir(folder);
     process::output(&mut command).with_context(|| script.to_owned())
 }
 
@@ -309,4 +310,22 @@ fn files_with_something_beside_their_certificate_or_key_work() -> Result<()> {
         assert!(gateway.stop()?.success(), "{what}");
     }
     Ok(())
+}
+
+/// A private key that every user can read, or a group that is not the daemon's, is refused with who can and what helps.
+#[test]
+fn a_key_that_others_can_read_is_refused_with_the_remedy() -> Result<()> {
+    const KEY: &str = "gateway-key";
+    let remedy = "chmod 600 gateway-key.pem";
+    assert_said(
+        &World::new()?,
+        &[
+            odd(KEY, "chmod 644 gateway-key.pem", ["can be read by every user", remedy]),
+            odd(
+                KEY,
+                "chown :65534 gateway-key.pem; chmod 640 gateway-key.pem",
+                ["read by group 65534", remedy],
+            ),
+        ],
+    )
 }

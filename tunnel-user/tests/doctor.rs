@@ -31,7 +31,8 @@ impl Identity {
             let made = Command::new(TUNNEL).args(args).output().expect("tunnel starts");
             assert!(made.status.success(), "{made:?}");
         }
-        fs::set_permissions(me.path("node-key.pem"), fs::Permissions::from_mode(0o644)).expect("its mode");
+        let nobody = Some(65534);
+        std::os::unix::fs::chown(me.path("node-key.pem"), nobody, nobody).expect("its owner");
         me
     }
 

@@ -136,7 +136,15 @@ impl Accept for UnixListener {
     type Stream = UnixStream;
 
     async fn next(&self) -> io::Result<UnixStream> {
-        self.accept().await.map(|(stream, _)| stream)
+        loop {
+            let (stream, _) = self.accept().await?;
+            // Whatever has become of the file's mode.
+            let theirs = stream.peer_cred()?.uid();
+            if theirs == 0 || theirs == nix::unistd::geteuid().as_raw() {
+                return Ok(stream);
+            }
+            tracing::warn!(uid = theirs, "rejected an admin connection of another user");
+        }
     }
 }
 

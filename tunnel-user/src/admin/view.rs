@@ -72,6 +72,36 @@ pub struct Overview {
     pub upstreams: Vec<UpstreamOverview>,
     /// Changes of the configuration.
     pub reloads: Reloads,
+    /// What the process may do.
+    pub privileges: Privileges,
+}
+
+/// What the process may do.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Privileges {
+    /// Its user.
+    pub user: u32,
+    /// Whether it may leave a core dump.
+    pub core_dumps: bool,
+    /// What the control thread may do.
+    pub control: ThreadPrivileges,
+    /// What a worker may do.
+    pub workers: ThreadPrivileges,
+}
+
+/// What a thread may do.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ThreadPrivileges {
+    /// Its capabilities, as capabilities(7) names them.
+    pub capabilities: Vec<String>,
+    /// Whether executing a program gives it no more.
+    pub no_new_privs: bool,
+    /// Its filter of system calls: "none", "strict" or "filter".
+    pub seccomp: String,
+    /// The version of Landlock that keeps files from it; `None` where nothing does.
+    pub landlock: Option<u32>,
 }
 
 /// A capture.

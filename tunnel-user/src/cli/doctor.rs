@@ -24,7 +24,7 @@ use crate::{
         bpf::BpfError,
         bypass::{Bypass, BypassError},
         cgroup::{self, CgroupError, Hierarchy},
-        privileges, sys,
+        confine, privileges, sys,
         version::{Feature, Kernel},
     },
     process::{
@@ -127,6 +127,7 @@ pub fn examine() -> Vec<Finding> {
         steering(),
         new_namespaces(),
         socket_mark(),
+        sandbox(),
         conntrack(),
         netns_cookie(),
         loopback(),
@@ -377,6 +378,23 @@ fn socket_mark() -> Finding {
         ),
         Err(e) => Finding::fail(CHECK, Lacks::Kernel, e.to_string(), ""),
     }
+}
+
+/// What keeps worker threads from what they do not need; capture does not depend on it, and a daemon starts without Landlock.
+fn sandbox() -> Finding {
+    const CHECK: &str = "sandbox of workers";
+    if !confine::has_seccomp() {
+        let remedy = "A daemon starts with daemon.sandbox = false only, and its workers keep its privileges. Requires                       CONFIG_SECCOMP_FILTER.";
+        return Finding::warn(CHECK, "the kernel has no filters of system calls (seccomp)", remedy);
+    }
+    let landlock = match confine::landlock_abi() {
+        Some(version) => format!("Landlock {version}"),
+        None => "no Landlock, which daemons do without".to_owned(),
+    };
+    Finding::ok(
+        CHECK,
+        format!("seccomp filters, {landlock}; `tunnel status` shows what a daemon has dropped"),
+    )
 }
 
 /// What capture by rules takes; nothing else depends on it.

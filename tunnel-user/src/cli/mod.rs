@@ -156,7 +156,7 @@ Examples:
   tunnel exec --config agent.toml --capture 127.0.0.1/32:8080 -- ./legacy-app")]
 pub struct ExecArgs {
     /// Configuration file; its identity, routes and upstreams are used.
-    #[arg(long, value_name = "FILE", required_unless_present = "gateway", conflicts_with_all = ["gateway", "ca", "cert", "key", "verify", "sni", "header", "workers"])]
+    #[arg(long, value_name = "FILE", required_unless_present = "gateway", conflicts_with_all = ["gateway", "ca", "cert", "key", "verify", "sni", "header", "workers", "insecure_key_permissions"])]
     pub config: Option<PathBuf>,
     /// Address of the gateway.
     #[arg(long, value_name = "HOST:PORT", requires_all = ["ca", "cert", "key"])]
@@ -170,6 +170,9 @@ pub struct ExecArgs {
     /// Private key of the client certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "gateway")]
     pub key: Option<PathBuf>,
+    /// Accept a private key whose file other users can read.
+    #[arg(long, requires = "gateway")]
+    pub insecure_key_permissions: bool,
     /// Name (SAN) that the gateway's certificate must have; may be repeated, and one has to match.
     ///
     /// A URI such as spiffe://example.org/gateway (* matches one path segment), a DNS name or an address. Default: the
@@ -230,7 +233,12 @@ impl ExecArgs {
         let file = |f: &Option<PathBuf>| f.clone().expect("--gateway requires it");
         Ok(Config::for_exec(ExecOptions {
             gateway: self.gateway.clone().expect("required where --config is not there"),
-            identity: IdentityFiles { cert: file(&self.cert), key: file(&self.key), ca: file(&self.ca) },
+            identity: IdentityFiles {
+                cert: file(&self.cert),
+                key: file(&self.key),
+                ca: file(&self.ca),
+                insecure_key_permissions: self.insecure_key_permissions,
+            },
             verify: self.verify.clone(),
             sni: self.sni.clone(),
             wanted,
@@ -295,6 +303,9 @@ pub struct GatewayArgs {
     /// Private key of the server certificate, PEM.
     #[arg(long, value_name = "FILE")]
     pub key: PathBuf,
+    /// Accept a private key whose file other users can read.
+    #[arg(long)]
+    pub insecure_key_permissions: bool,
     /// Name (SAN) that a client certificate must have; may be repeated, and one has to match. Default: any name.
     #[arg(long, value_name = "SAN")]
     pub verify: Vec<SanPattern>,
@@ -312,7 +323,12 @@ pub struct GatewayArgs {
 impl GatewayArgs {
     /// The configuration from the flags.
     pub fn to_config(&self) -> Config {
-        let identity = IdentityFiles { cert: self.cert.clone(), key: self.key.clone(), ca: self.ca.clone() };
+        let identity = IdentityFiles {
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            ca: self.ca.clone(),
+            insecure_key_permissions: self.insecure_key_permissions,
+        };
         Config::for_gateway(GatewayOptions {
             listen: self.listen.clone(),
             identity,

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     admin::{
         Overview, Status,
-        view::{Problem, Severity},
+        view::{Privileges, Problem, Severity, ThreadPrivileges},
     },
     model::span::span,
     process::exit::Failure,
@@ -71,6 +71,7 @@ fn text(status: &Status, now: u64) -> String {
             file.display()
         );
     }
+    out += &privileges(&overview.privileges);
     out += &format!(
         "flows {} of {} live, {} connecting, {} since the start; {:.1}/s, {}/s sent, {}/s received in the last {:.0} s\n",
         flows.live,
@@ -108,6 +109,29 @@ fn text(status: &Status, now: u64) -> String {
         }
     }
     out
+}
+
+fn privileges(all: &Privileges) -> String {
+    let of = |thread: &ThreadPrivileges| {
+        let mut parts = vec![match &thread.capabilities[..] {
+            [] => "no capabilities".to_owned(),
+            names => names.join(" "),
+        }];
+        parts.extend(thread.no_new_privs.then(|| "no_new_privs".to_owned()));
+        parts.extend((thread.seccomp != "none").then(|| format!("seccomp {}", thread.seccomp)));
+        parts.extend(thread.landlock.map(|version| format!("landlock {version}")));
+        parts.join(", ")
+    };
+    let dumps = if all.core_dumps { "core dumps" } else { "no core dumps" };
+    format!(
+        "user {}, {dumps}
+  workers: {}
+  control: {}
+",
+        all.user,
+        of(&all.workers),
+        of(&all.control)
+    )
 }
 
 fn captures(overview: &Overview) -> Table {

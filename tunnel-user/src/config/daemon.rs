@@ -86,6 +86,12 @@ section! {
         mark: default Mark = MARK,
         /// The bpffs mount.
         bpffs: default PathBuf = PathBuf::from(BPFFS),
+        /// Whether the worker threads, which handle what peers send, run without privileges: no capabilities but those to mark
+        /// sockets and to have large pipes, no system calls but those that they need, no files. `tunnel status` shows it.
+        sandbox: default bool = true,
+        /// Whether a crash may leave a core dump, which holds private keys and what flows carry. It also lets processes of
+        /// the same user look into the daemon's memory (prctl(2), PR_SET_DUMPABLE).
+        core_dumps: default bool = false,
         /// When a silent TCP peer is given up: after time + probes * interval (135 s), whether the connection is idle or
         /// has unacknowledged bytes. A peer that answers with a closed window is not silent.
         tcp_keepalive: section Keepalive,
@@ -97,11 +103,13 @@ section! {
 impl Bootstrap {
     /// The first key that another configuration says something else about.
     pub fn differs_in(&self, other: &Self) -> Option<&'static str> {
-        let Self { workers, mark, bpffs, tcp_keepalive } = self;
+        let Self { workers, mark, bpffs, sandbox, core_dumps, tcp_keepalive } = self;
         let keys = [
             ("workers", *workers != other.workers),
             ("mark", *mark != other.mark),
             ("bpffs", *bpffs != other.bpffs),
+            ("sandbox", *sandbox != other.sandbox),
+            ("core_dumps", *core_dumps != other.core_dumps),
             ("tcp_keepalive", *tcp_keepalive != other.tcp_keepalive),
         ];
         keys.into_iter().find_map(|(key, differs)| differs.then_some(key))

@@ -152,7 +152,7 @@ pub(super) struct Named {
 }
 
 /// Keys of each source.
-const FILES: [&str; 3] = ["cert", "key", "ca"];
+const FILES: [&str; 4] = ["cert", "key", "ca", "insecure_key_permissions"];
 
 impl Section for At<Named> {
     fn read(r: &mut Reader<'_>) -> Option<Self> {
@@ -166,6 +166,11 @@ impl Section for At<Named> {
         );
         let key: Option<PathBuf> = r.optional("key", "Private key of the certificate, PEM.");
         let ca: Option<PathBuf> = r.optional("ca", "CA certificates that peers are verified with, PEM.");
+        let insecure_key_permissions = r.default(
+            "insecure_key_permissions",
+            "Whether the file of the private key may be readable by others: by every user, or by a group that is neither root's nor one of the daemon's. Without it such a key is refused.",
+            false,
+        );
         let workload_api: Option<WorkloadApiAddr> = r.optional(
             "workload_api",
             "Instead of files: the socket of the SPIFFE Workload API, such as \"unix:///run/spire/agent.sock\"; \"env\": the one that SPIFFE_ENDPOINT_SOCKET names.",
@@ -216,12 +221,12 @@ impl Section for At<Named> {
         };
         let source = match sources.first() {
             Some(&"workload_api") => {
-                only(&["key", "ca"], "cert");
+                only(&FILES[1..], "cert");
                 only(&["secret", "validation_context"], "sds");
                 IdentitySource::WorkloadApi { endpoint: workload_api?.0, spiffe_id }
             }
             Some(&"sds") => {
-                only(&["key", "ca"], "cert");
+                only(&FILES[1..], "cert");
                 only(&["spiffe_id"], "workload_api");
                 let secret = secret.or_else(|| name.clone());
                 if secret.is_none() {
@@ -233,8 +238,13 @@ impl Section for At<Named> {
             _ => {
                 only(&["spiffe_id"], "workload_api");
                 only(&["secret", "validation_context"], "sds");
-                FILES.iter().for_each(|key| r.demand(key));
-                IdentitySource::Files(IdentityFiles { cert: cert?, key: key?, ca: ca? })
+                FILES[..3].iter().for_each(|key| r.demand(key));
+                IdentitySource::Files(IdentityFiles {
+                    cert: cert?,
+                    key: key?,
+                    ca: ca?,
+                    insecure_key_permissions,
+                })
             }
         };
         for (i, domain) in trust_domains.iter().enumerate() {

@@ -498,7 +498,8 @@ fn the_schema_lists_every_key_that_the_parser_takes() {
         upstream.outlier_detection.base_ejection_time upstream.outlier_detection.consecutive_failures \
         upstream.outlier_detection.consecutive_gateway_failures upstream.outlier_detection.max_ejection_percent \
         upstream.outlier_detection.max_ejection_time upstream.protocol upstream.response_timeout upstream.self \
-        upstream.sni upstream.tls upstream.verify upstream.via listener.congestion_control upstream.congestion_control";
+        upstream.sni upstream.tls upstream.verify upstream.via listener.congestion_control upstream.congestion_control \
+        daemon.core_dumps daemon.sandbox identity.insecure_key_permissions";
     assert_eq!(listed, taken.split_whitespace().map(str::to_owned).collect());
     let all = schema();
     assert_eq!(all["properties"]["daemon"]["properties"]["drain_timeout"]["default"], "30s");

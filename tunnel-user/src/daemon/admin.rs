@@ -13,7 +13,10 @@ use super::{Running, captures::ActiveCapture, other};
 use crate::{
     admin::{self, Admin, AdminError, Bound, Command, Overview, view},
     config::{Config, OnFailure},
-    kernel::version::Kernel,
+    kernel::{
+        confine::{self, Seen},
+        version::Kernel,
+    },
     observe::telemetry::LogHandle,
     process::exit::{Cause, Failure},
     relay::PathKind,
@@ -145,6 +148,31 @@ impl Running {
             identities: self.identities.describe(),
             upstreams: upstreams.collect(),
             reloads: notes.reloads.clone(),
+            privileges: self.privileges(),
+        }
+    }
+
+    fn privileges(&self) -> view::Privileges {
+        let thread = |seen: &Seen, landlock| view::ThreadPrivileges {
+            capabilities: seen.capabilities.clone(),
+            no_new_privs: seen.no_new_privs,
+            seccomp: match seen.seccomp {
+                0 => "none",
+                1 => "strict",
+                _ => "filter",
+            }
+            .to_owned(),
+            landlock,
+        };
+        let process = Seen::of_process().unwrap_or_default();
+        let confined = self.workers.confined();
+        // One that is not confined is as the process.
+        let worker = confined.and_then(|c| Seen::of_thread(c.thread).ok());
+        view::Privileges {
+            user: process.user,
+            core_dumps: confine::is_dumpable(),
+            control: thread(&process, None),
+            workers: thread(worker.as_ref().unwrap_or(&process), confined.and_then(|c| c.landlock)),
         }
     }
 }

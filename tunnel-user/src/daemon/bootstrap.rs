@@ -32,6 +32,11 @@ impl Process {
     pub(super) fn set_up(config: &Config, keep_records: bool) -> Result<Self, Failure> {
         require_privileges(config)?;
         let bootstrap = &config.daemon.bootstrap;
+        // Before a key is read.
+        if !bootstrap.core_dumps {
+            privileges::forbid_core_dumps()
+                .map_err(|e| super::other(&format!("core dumps cannot be prevented: {e}")))?;
+        }
         memory::keep_freed();
         tcp::set_keepalive(bootstrap.tcp_keepalive);
         // Unprivileged gateways cannot set it, and have nothing that could capture them.

@@ -172,7 +172,11 @@ fn begin_by(config: Config, options: Options<'_>, gate: Gate<'_>) -> Result<Star
     let Options { group, keep_records, attached, taken, groups } = options;
     let process = Process::set_up(&config, keep_records)?;
     let mut running = Running {
-        workers: Workers::start(process.workers)?,
+        workers: Workers::start(
+            process.workers,
+            config.daemon.bootstrap.sandbox,
+            process.own.mark().is_some(),
+        )?,
         layers: attached
             .into_iter()
             .fold(Layers::default().with(LayerOwner::FILE, config.clone()), |layers, attached| {

@@ -13,6 +13,7 @@ use crate::{
     admin::{Admin, Bound, Command},
     config::Config,
     daemon::takeover::{self, Offer, TakeoverError},
+    kernel::confine,
     process::{
         drain::Phase,
         exit::Failure,
@@ -44,6 +45,11 @@ enum Event {
 /// Until a signal ends it, or another daemon takes over. A second signal ends the draining. `file` names the daemon: the
 /// one that replaces it is started with the same.
 pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Service) -> Result<(), Failure> {
+    if config.daemon.bootstrap.sandbox {
+        // Every thread that is started from here on has no more.
+        confine::control_thread()
+            .map_err(|e| other(&format!("privileges that are not needed could not be dropped: {e}")))?;
+    }
     let runtime = control_runtime()?;
     runtime.block_on(async {
         let signal_failed = |e| other(&format!("signals: {e}"));

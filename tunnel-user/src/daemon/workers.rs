@@ -5,19 +5,28 @@
 //!   piles up.
 //! - No thread outlives this.
 
-use std::{collections::BTreeMap, io, mem, sync::Arc, thread};
+use std::{
+    collections::BTreeMap,
+    io, mem,
+    sync::{Arc, mpsc},
+    thread,
+};
 
 use tokio::sync::watch;
 
 use super::other;
 use crate::{
+    kernel::{
+        confine::{ConfineError, Confined},
+        helper::Helper,
+    },
     observe::stats::Counters,
     process::{
         drain::{self, Phase, Trigger},
-        exit::Failure,
+        exit::{Cause, Failure},
     },
     proxy::questions::{self, Asked},
-    worker::{self, Report, Start, State},
+    worker::{self, Confinement, Report, Start, State},
 };
 
 /// See the module.
@@ -28,6 +37,10 @@ pub(super) struct Workers {
     question: watch::Sender<u64>,
     threads: Vec<Thread>,
     asked: Vec<Asked>,
+    /// What the first one was left with, where they are confined.
+    confined: Option<Confined>,
+    /// Ends after them.
+    helper: Option<Helper>,
 }
 
 struct Thread {
@@ -37,8 +50,12 @@ struct Thread {
 }
 
 impl Workers {
-    /// Starts so many, which do nothing yet.
-    pub(super) fn start(number: usize) -> Result<Self, Failure> {
+    /// Starts so many, which do nothing yet, and have no privileges where `confine` is so; `marking`: but for marking their
+    /// sockets.
+    pub(super) fn start(number: usize, confine: bool, marking: bool) -> Result<Self, Failure> {
+        let helper = confine.then(Helper::start).transpose();
+        let helper = helper.map_err(|e| other(&format!("a thread could not start: {e}")))?;
+        let (tell_confined, confined) = mpsc::sync_channel(number);
         let (trigger, phase) = drain::channel();
         let mut workers = Self {
             trigger,
@@ -46,6 +63,8 @@ impl Workers {
             question: watch::Sender::new(0),
             threads: Vec::new(),
             asked: Vec::new(),
+            confined: None,
+            helper,
         };
         for index in 0..number {
             let counters = Arc::new(Counters::default());
@@ -62,12 +81,28 @@ impl Workers {
                 watch: phase.clone(),
                 questions,
             };
-            let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(|| worker::run(start));
+            let confinement = Confinement {
+                helper: workers.helper.as_ref().and_then(Helper::asking),
+                marking,
+                confined: tell_confined.clone(),
+            };
+            let thread = thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn(|| worker::run(start, confinement));
             let handle = thread.map_err(|e| other(&format!("a worker thread could not start: {e}")))?;
             workers.threads.push(Thread { handle, in_force, answer });
             workers.asked.push(asked);
         }
+        drop(tell_confined);
+        for one in confined {
+            workers.confined = one.map_err(not_confined)?;
+        }
         Ok(workers)
+    }
+
+    /// What they were left with; `None` where they are not confined.
+    pub(super) fn confined(&self) -> Option<Confined> {
+        self.confined
     }
 
     /// The version of the latest state.
@@ -159,6 +194,13 @@ impl Workers {
     }
 }
 
+fn not_confined(e: ConfineError) -> Failure {
+    Failure::Kernel(Cause::new(
+        format!("the privileges of a worker thread could not be dropped: {e}"),
+        "The kernel requires CONFIG_SECCOMP_FILTER, and a container's runtime has to permit seccomp(2) and prctl(2). With          daemon.sandbox = false workers keep the privileges of the daemon.",
+    ))
+}
+
 impl Drop for Workers {
     fn drop(&mut self) {
         self.trigger.enter(Phase::Stop);
@@ -243,7 +285,7 @@ mod tests {
     #[tokio::test]
     async fn workers_that_are_behind_end_up_in_the_latest_state() {
         const SOURCES: usize = 100;
-        let mut workers = Workers::start(2).unwrap();
+        let mut workers = Workers::start(2, false, false).unwrap();
         let shared = shared();
         let (addresses, sources): (Vec<_>, Vec<_>) = (0..SOURCES).map(|_| source(2)).unzip();
         let state = |version, sources: &[Source]| State {
@@ -273,7 +315,7 @@ mod tests {
     /// on.
     #[tokio::test]
     async fn sockets_of_a_worker_that_has_ended_are_closed() {
-        let mut workers = Workers::start(1).unwrap();
+        let mut workers = Workers::start(1, false, false).unwrap();
         let ((_, in_force), (_, answer)) = (watch::channel(0), watch::channel(0));
         let handle = thread::spawn(|| Ok(Report::default()));
         workers.threads.push(Thread { handle, in_force, answer });

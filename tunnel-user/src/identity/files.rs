@@ -5,19 +5,22 @@
 //! - What is wrong with the files is found when they are read: material that was returned can be used.
 
 use std::{
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use rustls::{CertificateError, InconsistentKeys, OtherError, sign::CertifiedKey};
 use rustls_pki_types::PrivateKeyDer;
+use zeroize::Zeroizing;
 
 use crate::{
     identity::{
         pem,
         provider::{IdentityError, IdentityProvider, Material, Subscription, TrustBundle, fingerprint},
-        tls::provider,
+        tls::signing_key,
     },
     model::trust::IdentityFiles,
     process::files,
@@ -25,9 +28,21 @@ use crate::{
 
 impl IdentityProvider for IdentityFiles {
     fn fetch(&self) -> Result<Material, IdentityError> {
-        let (cert_pem, key_pem, ca_pem) = (read(&self.cert)?, read(&self.key)?, read(&self.ca)?);
+        let (cert_pem, ca_pem) = (read(&self.cert)?, read(&self.ca)?);
+        let KeyFile { pem: key_pem, exposed } = read_key(&self.key)?;
         let chain = pem::certificates(&cert_pem).map_err(|e| FilesError::content(&self.cert, e))?;
         let key = pem::key(&key_pem).map_err(|e| FilesError::content(&self.key, e))?;
+        // What holds no key has its own error, above.
+        match exposed {
+            Some(to) if !self.insecure_key_permissions => {
+                return Err(FilesError::Exposed { path: self.key.clone(), to }.into());
+            }
+            Some(to) => tracing::warn!(
+                file = %self.key.display(),
+                "private key can be read by {to} (insecure_key_permissions)"
+            ),
+            None => {}
+        }
         let certificate = Arc::new(certified(self, &chain, key)?);
         let bundles = bundle_of(&self.ca, &ca_pem)?.into();
         let origin = self.cert.display().to_string();
@@ -35,7 +50,7 @@ impl IdentityProvider for IdentityFiles {
             certificate,
             bundles,
             origin,
-            fingerprint: fingerprint([&cert_pem, &key_pem, &ca_pem]),
+            fingerprint: fingerprint([&cert_pem, &*key_pem, &ca_pem]),
         })
     }
 
@@ -90,6 +105,17 @@ pub enum FilesError {
         what: String,
         /// What helps; `{file}` stands for the file.
         remedy: String,
+    },
+    /// Others can read the key.
+    #[error(
+        "{0}: the private key can be read by {to}: chmod 600 {0} (a Kubernetes secret: defaultMode: 0400), or set \
+         insecure_key_permissions = true", .path.display()
+    )]
+    Exposed {
+        /// The key's file.
+        path: PathBuf,
+        /// Who they are.
+        to: Readers,
     },
     /// The key is of another certificate.
     #[error(
@@ -147,6 +173,58 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
     fs::read(path).map_err(|source| FilesError::Read { path: path.to_owned(), source })
 }
 
+/// The file of a key.
+struct KeyFile {
+    pem: Zeroizing<Vec<u8>>,
+    /// Who else can read it.
+    exposed: Option<Readers>,
+}
+
+/// Who can read a file besides its owner and root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readers {
+    /// Everybody.
+    Everyone,
+    /// The members of a group that this process is not in.
+    Group(u32),
+}
+
+impl fmt::Display for Readers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Everyone => f.write_str("every user"),
+            Self::Group(id) => write!(f, "group {id}, in which the daemon is not"),
+        }
+    }
+}
+
+/// Who can read a file of this mode and group besides its owner and root. Membership of root's group is given by root only,
+/// and a daemon's own group may have been made for what it shares (fsGroup of Kubernetes).
+fn readers(mode: u32, group: u32, own: &[u32]) -> Option<Readers> {
+    match mode {
+        _ if mode & 0o007 != 0 => Some(Readers::Everyone),
+        _ if mode & 0o070 != 0 && group != 0 && !own.contains(&group) => Some(Readers::Group(group)),
+        _ => None,
+    }
+}
+
+/// Reads the file of a key into memory that is overwritten when it is given back.
+fn read_key(path: &Path) -> Result<KeyFile, FilesError> {
+    let failed = |source| FilesError::Read { path: path.to_owned(), source };
+    let mut file = fs::File::open(path).map_err(failed)?;
+    let meta = file.metadata().map_err(failed)?;
+    // Room for all of it, and for finding out that this is all: nothing is left where a smaller one was.
+    let size = usize::try_from(meta.len()).unwrap_or_default();
+    let mut pem = Zeroizing::new(Vec::with_capacity(size.saturating_add(1)));
+    file.read_to_end(&mut pem).map_err(failed)?;
+    let mut own: Vec<u32> =
+        nix::unistd::getgroups().unwrap_or_default().into_iter().map(nix::unistd::Gid::as_raw).collect();
+    own.push(nix::unistd::getegid().as_raw());
+    // A pipe (`--key <(..)`) is read by who has it open.
+    let exposed = if meta.is_file() { readers(meta.mode(), meta.gid(), &own) } else { None };
+    Ok(KeyFile { pem, exposed })
+}
+
 /// The key together with its certificates, of which the first is the key's own.
 fn certified(
     files: &IdentityFiles,
@@ -154,10 +232,7 @@ fn certified(
     key: PrivateKeyDer<'static>,
 ) -> Result<CertifiedKey, FilesError> {
     let problem = pem::unsupported(&key);
-    let key = provider()
-        .key_provider
-        .load_private_key(key)
-        .map_err(|_says_less| FilesError::content(&files.key, problem))?;
+    let key = signing_key(key).map_err(|_says_less| FilesError::content(&files.key, problem))?;
     let certs = chain.iter().map(|placed| placed.der.clone()).collect();
     let certified = CertifiedKey::new(certs, Arc::clone(&key));
     match certified.keys_match() {
@@ -180,5 +255,23 @@ fn certified(
             Some(leaf) => FilesError::certificate(&files.cert, leaf, &e),
             None => FilesError::KeyMismatch { key: files.key.clone(), cert: files.cert.clone() },
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_for_its_owner_root_and_a_group_of_the_daemons() {
+        let own = [7, 8];
+        assert_eq!(readers(0o100_600, 5, &own), None);
+        assert_eq!(readers(0o100_400, 5, &own), None);
+        // Of systemd's credentials with an access list, and of files for a group that root has made.
+        assert_eq!(readers(0o100_440, 0, &own), None);
+        assert_eq!(readers(0o100_640, 8, &own), None);
+        assert_eq!(readers(0o100_640, 5, &own), Some(Readers::Group(5)));
+        assert_eq!(readers(0o100_644, 8, &own), Some(Readers::Everyone));
+        assert_eq!(readers(0o100_602, 0, &own), Some(Readers::Everyone));
     }
 }

@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use prost::Message;
 use rustls::sign::CertifiedKey;
+use zeroize::Zeroizing;
 
 use super::{
     files::bundle_of,
@@ -342,8 +343,8 @@ fn certificate(from: TlsCertificate, files: Files) -> Result<Content, String> {
         source.bytes(files).map_err(|e| format!("its {what}: {e}"))
     };
     let chain = part(from.certificate_chain, "certificate_chain")?;
-    let key = part(from.private_key, "private_key")?;
-    let of = fingerprint((&chain, &key));
+    let key = Zeroizing::new(part(from.private_key, "private_key")?);
+    let of = fingerprint((&chain, &*key));
     let chain = pem::certificates(&chain).map_err(|e| format!("its certificate_chain: {}", e.what))?;
     let key = pem::key(&key).map_err(|e| format!("its private_key: {}", e.what))?;
     let certified = certified(chain.into_iter().map(|placed| placed.der).collect(), key)?;

@@ -18,10 +18,11 @@ use rustls::{
         aws_lc_rs::{self, cipher_suite, kx_group},
     },
     server::NoServerSessionStorage,
-    sign::{CertifiedKey, SingleCertAndKey},
+    sign::{CertifiedKey, SigningKey, SingleCertAndKey},
     version::TLS13,
 };
-use rustls_pki_types::{ServerName, UnixTime};
+use rustls_pki_types::{PrivateKeyDer, ServerName, UnixTime};
+use zeroize::Zeroize as _;
 
 use crate::{
     config::{KeyExchange, Protocol},
@@ -52,6 +53,13 @@ const CIPHER_SUITES: [SupportedCipherSuite; 3] = [
     cipher_suite::TLS13_AES_256_GCM_SHA384,
     cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
 ];
+
+/// A key to sign with. What it was read from is overwritten.
+pub(super) fn signing_key(mut key: PrivateKeyDer<'static>) -> Result<Arc<dyn SigningKey>, rustls::Error> {
+    let made = aws_lc_rs::sign::any_supported_type(&key);
+    key.zeroize();
+    made
+}
 
 /// The only crypto in use.
 pub fn provider() -> Arc<CryptoProvider> {

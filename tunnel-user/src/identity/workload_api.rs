@@ -17,7 +17,7 @@ use super::{
     provider::{Material, TrustBundle, TrustBundles, fingerprint},
     pushed::{Broken, Sink, Source},
     svid,
-    tls::provider,
+    tls::signing_key,
 };
 use crate::config::ProviderAddr;
 
@@ -145,7 +145,7 @@ pub(super) fn certified(
     key: PrivateKeyDer<'static>,
 ) -> Result<CertifiedKey, String> {
     let problem = super::pem::unsupported(&key);
-    let key = provider().key_provider.load_private_key(key).map_err(|_says_less| problem.what)?;
+    let key = signing_key(key).map_err(|_says_less| problem.what)?;
     let certified = CertifiedKey::new(chain, key);
     match certified.keys_match() {
         Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => Ok(certified),

@@ -2,7 +2,7 @@
 //!
 //! They are checked before anything is changed.
 
-use std::fs;
+use std::{fs, io};
 
 /// A capability that capturing takes, by its number in `linux/capability.h`, and what for.
 const FOR_CAPTURE: [(u32, &str, &str); 3] = [
@@ -47,6 +47,12 @@ fn missing_of(mut effective: u64) -> Vec<&'static str> {
         effective |= 1 << 38 | 1 << 39;
     }
     FOR_SPLICE.into_iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| name).collect()
+}
+
+/// From now on this process leaves no core dump, and nobody without CAP_SYS_PTRACE looks into its memory. A program that it
+/// executes is as dumpable as any other (execve(2)).
+pub fn forbid_core_dumps() -> io::Result<()> {
+    nix::sys::prctl::set_dumpable(false).map_err(io::Error::from)
 }
 
 /// The capabilities that capturing takes.

@@ -94,6 +94,11 @@ impl Kernel {
         }
     }
 
+    /// Whether it is of this line of upstream, or a later one. One of which nothing is known is not.
+    pub fn is_at_least(&self, line: (u32, u32)) -> bool {
+        self.version.is_some_and(|(major, minor, _)| (major, minor) >= line)
+    }
+
     /// Whether it is known to be good for it; else the reason.
     pub fn allows(&self, feature: Feature) -> Result<(), String> {
         let fixes = match feature {

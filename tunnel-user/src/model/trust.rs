@@ -15,6 +15,8 @@ pub struct IdentityFiles {
     pub key: PathBuf,
     /// The CA certificates that peers are verified against, PEM.
     pub ca: PathBuf,
+    /// Whether the key's file may be readable by others.
+    pub insecure_key_permissions: bool,
 }
 
 /// What the certificate of a server that we connect to must say.

@@ -196,11 +196,12 @@ mod tests {
         let file = |name: &str, text: &str| {
             let path = dir.path().join(name);
             fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
             path
         };
         let cert = file("cert.pem", &issued.cert_pem);
         let (key, ca) = (file("key.pem", &issued.key_pem), file("ca.pem", ca.cert_pem()));
-        TlsIdentity::load(&IdentityFiles { cert, key, ca }).unwrap()
+        TlsIdentity::load(&IdentityFiles { cert, key, ca, insecure_key_permissions: false }).unwrap()
     }
 
     /// An application that speaks TLS, a target that does not, and a flow between them.

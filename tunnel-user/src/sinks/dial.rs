@@ -14,14 +14,14 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
-use socket2::Socket;
+use socket2::{Domain, Socket};
 use tokio::{
-    task::{JoinSet, spawn_blocking},
+    task::JoinSet,
     time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
-    kernel::netns,
+    kernel::helper,
     model::{end::EndReason, flow::Target},
     transport::{
         quic,
@@ -209,11 +209,7 @@ impl Dialer {
         let socket = match &self.netns {
             None => tcp::socket_for(addr)?,
             // A socket belongs to the namespace of the thread that makes it, and a worker does not leave its own.
-            Some(netns) => {
-                let netns = netns.try_clone()?;
-                let made = spawn_blocking(move || netns::within(netns, move || tcp::socket_for(addr)));
-                made.await.map_err(io::Error::other)??
-            }
+            Some(netns) => helper::socket_in(netns.try_clone()?, Domain::for_address(addr)).await?,
         };
         if let Some(address) = self.bind {
             // The port is picked when it connects, so that one may serve several targets (ip(7)).

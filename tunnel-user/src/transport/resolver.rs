@@ -45,7 +45,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::transport::tcp::{self, FirstSpeaker, Own};
+use crate::{
+    kernel::helper::{self, SystemFile},
+    transport::tcp::{self, FirstSpeaker, Own},
+};
 
 /// How long one name may take, with every server and search domain: twice resolv.conf's timeout for one server.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -60,8 +63,8 @@ const FLOWS_PER_LOOKUP: usize = 4;
 /// with names that take 100 ms it still has 640 a second.
 const PEER_SHARE: usize = 16;
 
-const HOSTS: &str = "/etc/hosts";
-const RESOLV_CONF: &str = "/etc/resolv.conf";
+const HOSTS: SystemFile = SystemFile::Hosts;
+const RESOLV_CONF: SystemFile = SystemFile::ResolvConf;
 
 /// Why a question was not answered.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -164,8 +167,8 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(path: &str) -> Option<Self> {
-        let meta = fs::metadata(path).ok()?;
+    fn of(file: SystemFile) -> Option<Self> {
+        let meta = fs::metadata(file.path()).ok()?;
         Some(Self {
             file: (meta.dev(), meta.ino()),
             size: meta.size(),
@@ -190,9 +193,12 @@ impl System {
     }
 
     fn read(stamps: [Option<Stamp>; 2]) -> Self {
-        let read = fs::read(RESOLV_CONF).unwrap_or_default();
+        let read = helper::read(RESOLV_CONF).unwrap_or_default();
         let (config, mut options) = system_conf::parse_resolv_conf(&read).unwrap_or_else(|e| {
-            tracing::debug!(file = RESOLV_CONF, "no usable name server; using the one on this host: {e}");
+            tracing::debug!(
+                file = RESOLV_CONF.path(),
+                "no usable name server; using the one on this host: {e}"
+            );
             // resolv.conf(5).
             let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
             (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())
@@ -204,7 +210,12 @@ impl System {
         options.num_concurrent_reqs = 1;
         // Looked into by whoever asks: hickory looks for the first name of the search list only.
         options.use_hosts_file = ResolveHosts::Never;
-        Self { stamps, config, options, hosts: Arc::new(Hosts::from_system().unwrap_or_default()) }
+        let mut hosts = Hosts::default();
+        if let Ok(read) = helper::read(HOSTS) {
+            // What cannot be read of it is left out.
+            let _partly = hosts.read_hosts_conf(&read[..]);
+        }
+        Self { stamps, config, options, hosts: Arc::new(hosts) }
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     sync::{Arc, Mutex, mpsc},
     time::Duration,
@@ -46,11 +47,21 @@ fn request(id: &str) -> IssueRequest {
     request
 }
 
+fn files_in(dir: &Path) -> IdentityFiles {
+    let file = |name| dir.join(name);
+    IdentityFiles {
+        cert: file("cert.pem"),
+        key: file("key.pem"),
+        ca: file("ca.pem"),
+        insecure_key_permissions: false,
+    }
+}
+
 fn put(dir: &Path, issued: &Issued, ca_pem: &str) -> IdentityFiles {
-    let files =
-        IdentityFiles { cert: dir.join("cert.pem"), key: dir.join("key.pem"), ca: dir.join("ca.pem") };
+    let files = files_in(dir);
     fs::write(&files.cert, &issued.cert_pem).unwrap();
     fs::write(&files.key, &issued.key_pem).unwrap();
+    fs::set_permissions(&files.key, fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(&files.ca, ca_pem).unwrap();
     files
 }
@@ -389,6 +400,24 @@ fn load_after(spoil: impl Fn(&IdentityFiles)) -> String {
 }
 
 #[test]
+fn a_key_that_others_can_read_is_refused_unless_that_is_accepted() {
+    let mode = |f: &IdentityFiles, mode| {
+        fs::set_permissions(&f.key, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let refused = load_after(|f| mode(f, 0o644));
+    assert!(
+        refused.starts_with("key.pem: the private key can be read by every user: chmod 600"),
+        "{refused}"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ca();
+    let mut files = put(dir.path(), &ca.issue(&request(CLIENT)).unwrap(), ca.cert_pem());
+    mode(&files, 0o644);
+    files.insecure_key_permissions = true;
+    TlsIdentity::load(&files).unwrap();
+}
+
+#[test]
 fn a_file_that_does_not_load_is_named_with_what_is_wrong() {
     assert!(load_after(|f| fs::remove_file(&f.ca).unwrap()).starts_with("ca.pem: No such file"));
     assert!(load_after(|f| fs::write(&f.cert, "").unwrap()).starts_with("cert.pem: the file is empty"));
@@ -580,9 +609,7 @@ fn a_watched_store_follows_a_symlink_swap() {
     for name in ["cert.pem", "key.pem", "ca.pem"] {
         std::os::unix::fs::symlink(format!("..data/{name}"), dir.path().join(name)).unwrap();
     }
-    let file = |name: &str| dir.path().join(name);
-    let files = IdentityFiles { cert: file("cert.pem"), key: file("key.pem"), ca: file("ca.pem") };
-    let store = TlsStore::load(files).unwrap();
+    let store = TlsStore::load(files_in(dir.path())).unwrap();
     let (tell, told) = mpsc::channel();
     let watch = watch(&store, move || tell.send(()).unwrap()).unwrap();
 

@@ -12,7 +12,7 @@ use std::{
     future::pending,
     io,
     rc::Rc,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     time::Duration,
 };
 
@@ -24,8 +24,14 @@ use tokio::{
 };
 
 use self::reconcile::{Sources, Worker};
+#[cfg(debug_assertions)]
+use crate::kernel::confine::hostile;
 pub use crate::proxy::{Limits, Shared, Timeouts};
 use crate::{
+    kernel::{
+        confine::{self, ConfineError, Confined},
+        helper::Asking,
+    },
     model::{
         end::EndReason,
         names::{IdentityName, SourceName},
@@ -147,6 +153,42 @@ impl fmt::Debug for Sockets {
     }
 }
 
+/// How the thread of a worker is confined.
+pub struct Confinement {
+    /// What does for it what takes privileges; `None`: the thread keeps them.
+    pub helper: Option<Asking>,
+    /// Whether it marks its sockets.
+    pub marking: bool,
+    /// Told how it went, before the worker does anything else.
+    pub confined: mpsc::SyncSender<Result<Option<Confined>, ConfineError>>,
+}
+
+impl Confinement {
+    /// Confines the calling thread; whether it may go on.
+    fn enter(self) -> bool {
+        let Self { helper, marking, confined } = self;
+        // Its source of random numbers looks into files once, and cannot later. Without numbers TLS fails, and says so.
+        let _primed = aws_lc_rs::rand::fill(&mut [0]);
+        let entered = helper.map(|helper| {
+            helper.adopt();
+            confine::worker_thread(marking)
+        });
+        let entered = entered.transpose();
+        #[cfg(debug_assertions)]
+        if let Ok(done) = &entered
+            && std::env::var_os(hostile::VARIABLE).is_some()
+        {
+            for (attempt, error) in hostile::outcomes(done.is_some()) {
+                tracing::info!(attempt, error, "tried what a hostile worker would");
+            }
+        }
+        let may_go_on = entered.is_ok();
+        // Whoever has started it waits.
+        let _gone = confined.send(entered);
+        may_go_on
+    }
+}
+
 /// What one worker starts with.
 pub struct Start {
     /// Which worker it is, from 0.
@@ -179,13 +221,16 @@ pub struct Report {
 }
 
 /// Runs a worker on this thread until it is told to stop and its flows have ended.
-pub fn run(start: Start) -> io::Result<Report> {
+pub fn run(start: Start, confinement: Confinement) -> io::Result<Report> {
     random::seed();
     // Not a LocalSet in a runtime: that has a queue of its own, and wakes its runtime for every task that it wakes.
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .event_interval(TASKS_PER_POLL)
         .build_local(LocalOptions::default())?;
+    if !confinement.enter() {
+        return Ok(Report::default());
+    }
     runtime.block_on(work(start))
 }
 

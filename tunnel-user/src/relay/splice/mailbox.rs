@@ -7,12 +7,13 @@
 
 use std::{
     io::{self, Read as _},
-    os::unix::net::UnixStream,
+    os::{fd::AsFd as _, unix::net::UnixStream},
 };
 
 use aya::maps::{MapData, MapError, SockMap};
-use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use tunnel_common::fastpath::splice::MAIL_MAX;
+
+use crate::kernel::helper;
 
 /// The mailboxes of one flow.
 pub(super) struct Mailboxes([UnixStream; 2]);
@@ -35,7 +36,7 @@ impl Mailboxes {
             end.set_nonblocking(true)?;
             // Beyond it the kernel's worker makes mail readable by the clock only.
             let room = usize::try_from(MAIL_MAX).unwrap_or(usize::MAX);
-            setsockopt(end, RcvBufForce, &room).map_err(io::Error::from)?;
+            helper::force_buffers(end.as_fd(), room, None)?;
             map.set(slot, end, 0)?;
         }
         Ok(Self(both))

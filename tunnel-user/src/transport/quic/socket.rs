@@ -1,13 +1,12 @@
 //! A UDP socket of QUIC, and the connection ids by which packets find the socket of their worker.
 
-use std::{io, net::SocketAddr, sync::Once};
+use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Once};
 
 use aws_lc_rs::rand;
-use nix::sys::socket::{setsockopt, sockopt};
 use quinn::{ConnectionId, ConnectionIdGenerator};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::transport::tcp::Own;
+use crate::{kernel::helper, transport::tcp::Own};
 
 /// What waits in a UDP socket, each way: 4 MiB are what 1.6 Gbit/s bring in 20 ms, in which a busy worker may be elsewhere.
 /// The kernel's default, 208 KiB, loses packets well below that.
@@ -21,7 +20,7 @@ pub const ID_TAG: u8 = 0x74;
 /// A socket for connections to peers of the family of `to`, known to our captures.
 pub fn client_socket(to: SocketAddr, own: &Own) -> io::Result<Socket> {
     let socket = udp(to)?;
-    own.claim(std::os::fd::AsFd::as_fd(&socket))?;
+    own.claim(socket.as_fd())?;
     let any: SocketAddr = if to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0_u16; 8], 0).into() };
     socket.bind(&any.into())?;
     Ok(socket)
@@ -32,10 +31,8 @@ pub(super) fn udp(address: SocketAddr) -> io::Result<Socket> {
     let kind = Type::DGRAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::UDP))?;
     // With CAP_NET_ADMIN beyond the limit of the system.
-    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+    if helper::force_buffers(socket.as_fd(), BUFFER, Some(BUFFER)).is_err() {
         socket.set_recv_buffer_size(BUFFER)?;
-    }
-    if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
         socket.set_send_buffer_size(BUFFER)?;
     }
     // The kernel doubles what it is told, for its own books (socket(7)).

@@ -66,12 +66,14 @@ fn identity() -> Arc<TlsStore> {
     let file = |name: &str, text: &str| {
         let path = dir.path().join(name);
         fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         path
     };
     let files = IdentityFiles {
         cert: file("cert.pem", &issued.cert_pem),
         key: file("key.pem", &issued.key_pem),
         ca: file("ca.pem", ca.cert_pem()),
+        insecure_key_permissions: false,
     };
     TlsStore::load(files).unwrap()
 }

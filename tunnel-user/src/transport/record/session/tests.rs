@@ -40,11 +40,17 @@ fn files() -> Files {
     let file = |name: &str, text: &str| {
         let path = dir.path().join(name);
         fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         path
     };
     let (cert, key) = (file("cert.pem", &issued.cert_pem), file("key.pem", &issued.key_pem));
-    let identity =
-        TlsIdentity::load(&IdentityFiles { cert, key, ca: file("ca.pem", ca.cert_pem()) }).unwrap();
+    let identity = TlsIdentity::load(&IdentityFiles {
+        cert,
+        key,
+        ca: file("ca.pem", ca.cert_pem()),
+        insecure_key_permissions: false,
+    })
+    .unwrap();
     Files { identity, cert: issued.cert_pem.clone(), key: issued.key_pem, ca: ca.cert_pem().to_owned() }
 }
 
