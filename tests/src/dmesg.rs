@@ -8,7 +8,6 @@
 //!   not permit that and has warned already, the check is blind, and [`NOTES`] records for which test.
 
 use std::{
-    collections::BTreeMap,
     env,
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
@@ -49,38 +48,6 @@ const RECORD_MAX: usize = 16 * 1024;
 /// Names the folder in which a test notes what whoever runs the tests is to report at the end: see [`Notes`].
 pub const NOTES: &str = "TUNNEL_TEST_NOTES";
 
-/// The warning that is counted and reported and does not fail a test: sockets that a sockmap moves bytes between may be
-/// freed with a wrong account of memory. Whoever removes the cause, as the issue on splice does, deletes this constant and
-/// what uses it: `is_known`, [`Heard::known`] and [`Notes::known`].
-pub const KNOWN: &str = "inet_sock_destruct";
-
-/// Whether a line is the beginning of the [`KNOWN`] warning, as `__warn` says it (kernel/panic.c) up to Linux 6.18:
-/// `WARNING: CPU: 0 PID: 7 at FILE:LINE FUNCTION+OFFSET`, and since: `WARNING: FILE:LINE at FUNCTION+OFFSET, CPU#0: ...`.
-fn is_known(line: &str) -> bool {
-    let function = |word: &str| word.strip_prefix(KNOWN).is_some_and(|rest| rest.starts_with('+'));
-    let file = |word: &str| word.starts_with("net/ipv4/af_inet.c:");
-    line.starts_with("WARNING: ") && line.split(' ').any(file) && line.split(' ').any(function)
-}
-
-/// What the kernel has complained of.
-#[derive(Debug, Default)]
-pub struct Heard {
-    /// Each with the lines behind it.
-    pub warnings: Vec<String>,
-    /// How often it was the [`KNOWN`] one, which is not among them.
-    pub known: usize,
-}
-
-impl Heard {
-    fn of(lines: &[String]) -> Self {
-        // One with another in the middle of it, as two processors may log them, is not known.
-        let (known, warnings): (Vec<_>, _) = complaints(lines)
-            .into_iter()
-            .partition(|text| text.lines().filter(|line| has_sign(line)).all(is_known));
-        Self { warnings, known: known.len() }
-    }
-}
-
 /// A moment in the kernel's log.
 #[derive(Debug)]
 pub struct Mark {
@@ -111,22 +78,19 @@ impl Mark {
         self.blind
     }
 
-    /// What the kernel has complained of since, or since this was last asked. Notes for the end of the run how often it was
-    /// [`KNOWN`], and whether nothing could be heard.
+    /// What the kernel has complained of since, or since this was last asked, each with the lines behind it. Notes for the
+    /// end of the run where nothing could be heard.
     pub fn warnings(&mut self) -> Result<Vec<String>> {
         let heard = self.heard()?;
-        if let Some(folder) = Notes::folder() {
-            let whose = whose();
-            for (kind, times) in [(BLIND, usize::from(self.blind)), (KNOWN, heard.known)] {
-                (0..times).try_for_each(|_| Notes::note(&folder, kind, &whose))?;
-            }
+        if let Some(folder) = Notes::folder().filter(|_| self.blind) {
+            Notes::note(&folder, BLIND, &whose())?;
         }
-        Ok(heard.warnings)
+        Ok(heard)
     }
 
     /// The same, and nothing is noted.
-    pub fn heard(&mut self) -> Result<Heard> {
-        self.lines().map(|lines| Heard::of(&lines))
+    pub fn heard(&mut self) -> Result<Vec<String>> {
+        self.lines().map(|lines| complaints(&lines))
     }
 
     fn lines(&mut self) -> Result<Vec<String>> {
@@ -193,8 +157,6 @@ const BLIND: &str = "blind";
 pub struct Notes {
     /// The tests whose checks of the kernel's log could see nothing.
     pub blind: Vec<String>,
-    /// How often each test has heard the [`KNOWN`] warning.
-    pub known: BTreeMap<String, usize>,
 }
 
 impl Notes {
@@ -217,12 +179,9 @@ impl Notes {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(String::new()),
             read => read.with_context(|| format!("{}", folder.display())),
         };
-        let mut notes = Self { blind: lines(BLIND)?.lines().map(str::to_owned).collect(), ..Self::default() };
+        let mut notes = Self { blind: lines(BLIND)?.lines().map(str::to_owned).collect() };
         notes.blind.sort_unstable();
         notes.blind.dedup();
-        for whose in lines(KNOWN)?.lines() {
-            *notes.known.entry(whose.to_owned()).or_default() += 1;
-        }
         Ok(notes)
     }
 }
@@ -253,50 +212,19 @@ pub fn complaints(lines: &[String]) -> Vec<String> {
 mod tests {
     use super::*;
 
-    /// What 6.18 says when a spliced socket is freed.
-    const SPLICED: &str = "------------[ cut here ]------------\n\
-        WARNING: CPU: 1 PID: 0 at net/ipv4/af_inet.c:156 inet_sock_destruct+0x190/0x1c0\n\
-        Modules linked in:\n\
-        RIP: 0010:inet_sock_destruct+0x190/0x1c0\n\
-        Call Trace:\n <IRQ>\n __sk_destruct+0x2e/0x1b0\n rcu_core+0x1a4/0x5e0\n\
-        ---[ end trace 0000000000000000 ]---\n";
-
-    fn heard(log: &str) -> Heard {
-        Heard::of(&log.lines().map(str::to_owned).collect::<Vec<_>>())
-    }
-
-    #[test]
-    fn the_known_warning_is_counted_and_every_other_one_is_told() {
-        let twice = heard(&format!("eth0: link up\n{SPLICED}{SPLICED}"));
-        assert_eq!((twice.known, twice.warnings.len()), (2, 0), "{twice:?}");
-        let since = SPLICED.replace("CPU: 1 PID: 0 at net/ipv4/af_inet.c:156", "net/ipv4/af_inet.c:156 at");
-        assert_eq!(heard(&since).known, 1, "{since}");
-        for (other, why) in [
-            (SPLICED.replace("inet_sock_destruct+", "inet_sock_destructive+"), "another function"),
-            (SPLICED.replace("af_inet.c", "tcp.c"), "another file"),
-            (SPLICED.replace("WARNING:", "BUG:"), "more than a warning"),
-            (SPLICED.replace("inet_sock_destruct+", "x+") + "RIP: inet_sock_destruct+0x1", "only below"),
-            (SPLICED.replace("Call Trace:", "WARNING: CPU: 0 PID: 1 at net/core/x.c:1 x+0x1"), "two at once"),
-        ] {
-            let heard = heard(&other);
-            assert_eq!((heard.known, heard.warnings.len()), (0, 1), "{why}: {heard:?}");
-        }
-    }
-
-    /// Whoever runs the tests can say at the end which checks saw nothing, and who heard the known warning how often.
+    /// Whoever runs the tests can say at the end which checks saw nothing.
     #[test]
     fn what_tests_note_is_read_at_the_end_by_their_names() -> Result<()> {
         let folder = env::temp_dir().join(format!("tunnel-tests-notes-{}", std::process::id()));
         assert_eq!(Notes::read(&folder)?, Notes::default());
         fs::create_dir(&folder)?;
-        for (kind, whose) in [(BLIND, "b::x"), (BLIND, "a::y"), (BLIND, "a::y"), (KNOWN, "k"), (KNOWN, "k")] {
-            Notes::note(&folder, kind, whose)?;
+        for whose in ["b::x", "a::y", "a::y"] {
+            Notes::note(&folder, BLIND, whose)?;
         }
         let notes = Notes::read(&folder);
         fs::remove_dir_all(&folder)?;
         let notes = notes?;
         assert_eq!(notes.blind, ["a::y", "b::x"]);
-        assert_eq!(notes.known, BTreeMap::from([("k".to_owned(), 2)]));
         assert!(
             whose().ends_with("::dmesg::tests::what_tests_note_is_read_at_the_end_by_their_names"),
             "{}",

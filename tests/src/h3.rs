@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use quinn::{
-    ClientConfig, Connection, ConnectionError, Endpoint, ReadError, RecvStream, SendStream,
+    ClientConfig, Connecting, Connection, ConnectionError, Endpoint, ReadError, RecvStream, SendStream,
     crypto::rustls::QuicClientConfig,
 };
 use tokio::time::timeout;
@@ -41,14 +41,20 @@ pub enum Comes {
 }
 
 impl Peer {
-    /// Connects, and says nothing. In the network namespace of the listener's clients.
-    pub async fn silent(to: SocketAddr, who: &Credentials) -> Result<Self> {
+    /// Begins a handshake, of which the first flight leaves soon. Dropped, it is given up.
+    pub fn begin(to: SocketAddr, who: &Credentials) -> Result<(Endpoint, Connecting)> {
         let mut tls = (*peer::tls(who)?).clone();
         tls.alpn_protocols = vec![b"h3".to_vec()];
         let config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
         let endpoint = Endpoint::client(SocketAddr::from(([0, 0, 0, 0], 0)))?;
-        let name = to.ip().to_string();
-        let connection = timeout(PATIENCE, endpoint.connect_with(config, to, &name)?).await??;
+        let connecting = endpoint.connect_with(config, to, &to.ip().to_string())?;
+        Ok((endpoint, connecting))
+    }
+
+    /// Connects, and says nothing. In the network namespace of the listener's clients.
+    pub async fn silent(to: SocketAddr, who: &Credentials) -> Result<Self> {
+        let (endpoint, connecting) = Self::begin(to, who)?;
+        let connection = timeout(PATIENCE, connecting).await??;
         Ok(Self { connection, endpoint, control: None })
     }
 

@@ -52,6 +52,9 @@ const TAKEN: usize = 64;
 /// Buffers that are kept for the next packets: what is under way at 1 Gbit/s and 20 ms.
 const POOL: usize = 2048;
 
+/// By which it is chosen what is lost.
+const SEED: u64 = 20;
+
 /// What a link is like; the same in both directions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Profile {
@@ -61,12 +64,14 @@ pub struct Profile {
     pub rate: Option<u64>,
     /// Bytes that may wait for their turn at the rate. One more packet, and it is dropped.
     pub queue: usize,
+    /// Packets of a million that are lost, each by chance.
+    pub loss: u32,
 }
 
 impl Profile {
     /// A link with a delay, and no rate that anything would have to wait for.
     pub fn delay(delay: Duration) -> Self {
-        Self { delay, rate: None, queue: QUEUE }
+        Self { delay, rate: None, queue: QUEUE, loss: 0 }
     }
 
     /// A rate in bits per second, and with it a queue of one product of rate and round trip, which is what a single
@@ -76,6 +81,12 @@ impl Profile {
         let product = u128::from(rate) * (2 * self.delay).as_nanos() / 8 / NANOS;
         let queue = usize::try_from(product).unwrap_or(usize::MAX).max(QUEUE);
         Self { rate: Some(rate), queue, ..self }
+    }
+
+    /// Loses so many packets of a million. Which ones is the same for every link.
+    #[must_use]
+    pub const fn loss(self, loss: u32) -> Self {
+        Self { loss, ..self }
     }
 
     /// Another queue, in bytes.
@@ -95,7 +106,7 @@ pub struct Counts {
     pub packets: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Packets that did not fit the queue, or that the other end would not take.
+    /// Packets that were lost, that did not fit the queue, or that the other end would not take.
     pub dropped: u64,
 }
 
@@ -300,6 +311,7 @@ struct Lane {
     free: Instant,
     under_way: VecDeque<Parcel>,
     counters: Arc<Counters>,
+    chance: fastrand::Rng,
 }
 
 struct Parcel {
@@ -310,13 +322,15 @@ struct Parcel {
 
 impl Lane {
     fn new(profile: Profile, counters: Arc<Counters>) -> Self {
-        Self { profile, free: Instant::now(), under_way: VecDeque::new(), counters }
+        let (free, chance) = (Instant::now(), fastrand::Rng::with_seed(SEED));
+        Self { profile, free, under_way: VecDeque::new(), counters, chance }
     }
 
     /// Sends a packet on its way; gives it back when it is dropped.
     fn send(&mut self, now: Instant, packet: Packet, length: usize) -> Option<Packet> {
+        let lost = self.profile.loss > 0 && self.chance.u32(..1_000_000) < self.profile.loss;
         let departs = self.departs(now, length).filter(|_| self.under_way.len() < UNDER_WAY);
-        let Some(departs) = departs else {
+        let Some(departs) = departs.filter(|_| !lost) else {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
             return Some(packet);
         };

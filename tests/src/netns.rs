@@ -253,6 +253,14 @@ impl NetNs {
         Ok(self.sockets()?.iter().any(|s| s.listens() && s.local.port() == port))
     }
 
+    /// Whether somebody has this port for UDP.
+    pub fn takes_udp(&self, port: u16) -> Result<bool> {
+        let read = |which| fs::read_to_string(format!("/proc/thread-self/net/{which}"));
+        let text = self.run(|| Ok::<_, io::Error>(read("udp")? + &read("udp6").unwrap_or_default()))?;
+        let port = format!(":{port:04X}");
+        Ok(text.lines().filter_map(|line| line.split_whitespace().nth(1)).any(|local| local.ends_with(&port)))
+    }
+
     /// The processes that are in it.
     pub fn processes(&self) -> Result<Vec<leftovers::Found>> {
         leftovers::in_namespace(&self.file)

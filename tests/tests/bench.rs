@@ -97,6 +97,13 @@ fn heavy_every_chain_over_a_link_moves_the_bytes_it_claims() -> Result<()> {
     Ok(())
 }
 
+/// Every arm of the HTTP/3 benchmarks moves the bytes that it reports.
+#[test]
+fn heavy_every_chain_over_http_3_moves_the_bytes_it_claims() -> Result<()> {
+    every_arm_moved_its_bytes(&run(&["h3", "lossy"])?);
+    Ok(())
+}
+
 /// An arm that is held for profiling prints its processes first, and their processor time at the end.
 #[test]
 fn an_arm_that_is_kept_up_names_its_processes_before_it_goes_on_and_what_they_did_after() -> Result<()> {

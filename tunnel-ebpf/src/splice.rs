@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! - A buffer is counted by what became of it: redirected, or kept for the daemon, in its socket or its mailbox.
-//! - Nothing is passed to a socket in front of which something waits to be sent.
+//! - Nothing is passed to a socket in front of which something waits to be sent, unless its mailbox is full.
 //! - Bytes that were seen before are left out (`fastpath::splice::fresh`), and a buffer of a flow that is over or
 //!   broken is dropped.
 
@@ -27,8 +27,8 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use tunnel_common::fastpath::splice::{
-    DIRECTIONS_MAX, FLOOD, Fresh, HOLE, KNOWN, Kept, Offsets, STUCK, TOLD_BYTES, UNREADABLE, Words, cost,
-    fresh, is_empty, keep, may_redirect, tells,
+    DIRECTIONS_MAX, FLOOD, FORCED, Fresh, HOLE, KNOWN, Kept, Offsets, PASSING, STUCK, TOLD_BYTES, UNREADABLE,
+    Words, asks_if_empty, cost, fresh, is_empty, keep, may_redirect, tells,
 };
 
 /// Where the kernel keeps what is to be seen.
@@ -117,13 +117,22 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
     // SAFETY: as above.
     unsafe { announce(&raw mut (*words).kept, seen.kept + len) };
     seen.kept += len;
-    let empty = seen.turned == 0 && nothing_waits(ctx, other).unwrap_or(false);
-    match keep(&seen, len, empty) {
-        Kept::Passed if seen.turned == 0 => {
+    let empty = asks_if_empty(&seen) && nothing_waits(ctx, other).unwrap_or(false);
+    let kept = keep(&seen, len, empty);
+    match kept {
+        Kept::Passed | Kept::Forced if seen.turned == 0 => {
+            if kept == Kept::Forced {
+                // SAFETY: as above; whoever sees that it has turned sees why.
+                unsafe { ptr::write_volatile(&raw mut (*words).forced, FORCED) };
+            }
             // SAFETY: as above; the daemon clears it, and has the lock of the socket before it goes on.
             unsafe { ptr::write_volatile(&raw mut (*words).turned, 1) };
         }
-        Kept::Passed => {}
+        Kept::Passed | Kept::Forced if empty => {
+            // SAFETY: as above; the daemon writes nothing else there.
+            unsafe { ptr::write_volatile(&raw mut (*words).forced, PASSING) };
+        }
+        Kept::Passed | Kept::Forced => {}
         Kept::Mailed if MAILBOXES.redirect_skb(ctx, slot, u64::from(BPF_F_INGRESS)) == i64::from(SK_PASS) => {
             // SAFETY: as above.
             unsafe {
@@ -131,7 +140,7 @@ fn try_splice(ctx: &SkBuffContext) -> Option<u32> {
                 ptr::write_volatile(&raw mut (*words).mailed, seen.mailed + len);
             }
         }
-        Kept::Mailed | Kept::Flood => return Some(give_up(words, slot, FLOOD | len)),
+        Kept::Mailed => return Some(give_up(words, slot, FLOOD | len)),
     }
     if tells(&seen) {
         // SAFETY: as above; the daemon clears it before it reads what was kept.

@@ -97,12 +97,7 @@ fn require_machine() -> Result<()> {
 }
 
 /// Says what tests have noted of the kernel's log.
-fn report(Notes { blind, known }: &Notes) {
-    let times: usize = known.values().sum();
-    if times > 0 {
-        println!("{} the kernel gave its known warning in {}, {times} times:", red("but"), dmesg::KNOWN);
-        known.iter().for_each(|(test, times)| println!("      {times} in {test}"));
-    }
+fn report(Notes { blind }: &Notes) {
     if !blind.is_empty() {
         println!(
             "{} this kernel has warned since it booted and cannot be made to warn again (clear_warn_once in debugfs), so \

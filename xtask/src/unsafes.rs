@@ -19,7 +19,7 @@ const CEILINGS: &[(&str, usize)] = &[
     ("tunnel-ebpf/src/main.rs", 2),
     ("tunnel-ebpf/src/maps.rs", 16),
     ("tunnel-ebpf/src/original_dst.rs", 15),
-    ("tunnel-ebpf/src/splice.rs", 19),
+    ("tunnel-ebpf/src/splice.rs", 21),
     ("tunnel-ebpf/src/steer.rs", 6),
     ("tunnel-ebpf/src/tcp_events.rs", 12),
     ("tunnel-user/src/kernel/bypass/slot.rs", 1),

@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    dmesg::{self, Mark},
+    dmesg::Mark,
     guide, matrix, package,
     run::{self, Checkout, bold, catch_interrupts, foreground, green, red, took},
     setup::{self, Group},
@@ -39,6 +39,9 @@ const ESCAPE: [&str; 2] = ["TUNNEL_ESCAPE_SECONDS", "600"];
 const ROTATIONS: [&str; 2] = ["TUNNEL_ROTATIONS", "1000"];
 /// How long each flood lasts.
 const PRESSURE: [&str; 2] = ["TUNNEL_PRESSURE_SECONDS", "10"];
+/// How many spliced sockets have their account of memory looked at. Before bytes went by mailboxes 1 in 100 to
+/// 1,000 was wrong.
+const ACCOUNTS: [&str; 2] = ["TUNNEL_SPLICE_ACCOUNTS", "10000"];
 
 /// The arms that are kept busy: tunnels, and what a kernel program moves.
 const SOAKS: [&[&str]; 2] = [&["--hold", "ours"], &["--scenario", "relay", "--hold", "splice"]];
@@ -68,6 +71,8 @@ enum Part {
     Rotations,
     /// Every known flood for ten seconds, and an honest peer beside it.
     Pressure,
+    /// The kernel's account of memory of ten thousand spliced sockets, just before they are closed.
+    Splice,
     /// Containers of podman and runc.
     Containers,
     /// The admin interface beside 18,000 flows, and its page in a browser beside 10,000.
@@ -124,6 +129,10 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     if wanted(Part::Pressure) {
         heading(&format!("floods of {} s each", PRESSURE[1]));
         longer("binary(=pressure)", PRESSURE)?;
+    }
+    if wanted(Part::Splice) {
+        heading(&format!("the accounts of memory of {} spliced sockets", ACCOUNTS[1]));
+        longer("binary(=splice) and test(wrong_account_of_memory)", ACCOUNTS)?;
     }
     if wanted(Part::Containers) {
         heading("containers");
@@ -185,18 +194,10 @@ fn soak(arm: &[&str], seconds: u64) -> Result<()> {
     bench.arg("bench").args(arm).args(["--workload", "soak:16", "--seconds", &seconds.to_string()]);
     foreground("the soak", &mut bench)?;
     let heard = kernel.heard()?;
-    if heard.known > 0 {
-        println!(
-            "{} the kernel gave its known warning in {}, {} times",
-            red("but"),
-            dmesg::KNOWN,
-            heard.known
-        );
-    }
     if kernel.is_blind() {
         println!("{} this kernel has warned before: one more would NOT have been noticed", red("but"));
     }
-    ensure!(heard.warnings.is_empty(), "the kernel complained:\n{}", heard.warnings.join("\n"));
+    ensure!(heard.is_empty(), "the kernel complained:\n{}", heard.join("\n"));
     Ok(())
 }
 

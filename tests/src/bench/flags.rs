@@ -65,7 +65,7 @@ pub struct Flags {
 
 /// The scenarios, in the order in which they are run.
 /// `footprint` is none: it has no arms, and is measured first.
-pub const SCENARIOS: [&str; 10] = [
+pub const SCENARIOS: [&str; 12] = [
     "footprint",
     "capture-bare",
     "capture",
@@ -76,6 +76,8 @@ pub const SCENARIOS: [&str; 10] = [
     "memory",
     "link-20ms",
     "link-100mbit",
+    "h3",
+    "lossy",
 ];
 
 /// What the help ends with.

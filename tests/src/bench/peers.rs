@@ -55,7 +55,8 @@ impl Peers {
     /// What an arm lacks.
     pub(super) fn missing(&self, build: &Build) -> Option<String> {
         let lacks = |name: &str| programs::system(name).is_err().then(|| name.to_owned());
-        let envoy = build.near == Some(Near::Envoy) || build.far == Some(Far::Envoy);
+        let envoy = matches!(build.near, Some(Near::Envoy | Near::EnvoyH3))
+            || matches!(build.far, Some(Far::Envoy | Far::EnvoyH3));
         let missing: Vec<String> = [
             (envoy && self.envoy.is_none()).then(|| "Envoy".to_owned()),
             (build.near == Some(Near::Redsocks)).then(|| lacks("redsocks")).flatten(),

@@ -4,6 +4,8 @@
 //! - The first arm of a scenario is what the others are ratios to, and every other arm differs from another in one thing that
 //!   its title names.
 
+mod quic;
+
 use std::{fmt, time::Duration};
 
 use super::{
@@ -91,7 +93,7 @@ impl Plan {
         let footprint = only.is_empty() || only.iter().any(|name| name == FOOTPRINT);
         let mut scenarios = vec![capture(extent, true), capture(extent, false), relay(extent), chain(extent)];
         scenarios.extend([fairness(extent), paced(extent), memory(extent)]);
-        scenarios.extend([link_20ms(extent), link_100mbit(extent)]);
+        scenarios.extend([link_20ms(extent), link_100mbit(extent), quic::h3(extent), quic::lossy(extent)]);
         scenarios.retain(|scenario| only.is_empty() || only.iter().any(|name| name == scenario.name));
         if let Some(rounds) = rounds {
             scenarios.iter_mut().for_each(|scenario| scenario.rounds = rounds);
@@ -395,6 +397,12 @@ fn paced(extent: Extent) -> Scenario {
     }
 }
 
+fn memory_arms() -> Vec<Arm> {
+    let mut arms = chain_arms();
+    arms.extend(quic::arms().into_iter().filter(|arm| arm.name == "ours-h3"));
+    arms
+}
+
 fn memory(extent: Extent) -> Scenario {
     let steps: &[u32] = match extent {
         Extent::Full => &[1_000, 2_500, 5_000, 10_000],
@@ -411,7 +419,7 @@ fn memory(extent: Extent) -> Scenario {
                 process, TCP buffers and slabs of the kernel, above what was held before they came. redsocks stops at \
                 2,500: it takes six descriptors for each, and 20,000 is what many systems have.",
         network: Network::CABLE,
-        arms: chain_arms(),
+        arms: memory_arms(),
         tasks: steps.iter().map(idle).collect(),
         // Each takes new proxies, because memory that was used once is kept.
         rounds: if extent == Extent::Full { 3 } else { 1 },

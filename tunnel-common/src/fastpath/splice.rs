@@ -8,7 +8,9 @@
 //! # Invariants
 //! - The program forwards only while the daemon has written all that was kept for it, in *both* directions of the flow, and
 //!   no more than it has granted.
-//! - Nothing is passed to a socket while anything waits in front of it, or is about to: it is mailed, within a bound.
+//! - Nothing is passed to a socket while anything waits in front of it, or is about to: it is mailed, within a bound. Beyond
+//!   that, where the kernel's worker that sends what waits gets no processor, it is passed all the same, and the flow is
+//!   copied from then on: no byte is lost for want of a processor.
 //! - Since the gate was last opened, what was mailed comes before what was passed.
 //! - The daemon writes only when all that was forwarded has left the kernel's list.
 //! - Neither side waits for the other, nor makes a system call for it.
@@ -39,7 +41,7 @@ pub const TOLD_BYTES: usize = 2 * 16 * DIRECTIONS_MAX;
 
 /// What one direction may have in its mailbox, in [`cost`]. TCP opens its window for mailed bytes, so nothing slows their
 /// sender down; they are mailed only until what waits in front of the socket has been sent, which is at most what the
-/// other socket had room for. A flow that gets beyond it all the same is reset.
+/// other socket had room for. What comes beyond it is passed.
 pub const MAIL_MAX: u64 = 16 << 20;
 
 /// Where the fields lie that the program reads of the kernel's own structures: from its BTF.
@@ -114,8 +116,11 @@ pub struct Words {
     /// Not 0: bytes are gone, and the flow has to be reset. One of [`UNREADABLE`], [`HOLE`], [`STUCK`] and [`FLOOD`], and
     /// beside it how many bytes. The program's.
     pub broken: u64,
+    /// [`FORCED`]: its mailbox was full, and it passes bytes behind what waits; [`PASSING`]: it has, and nothing waits any
+    /// more. Set by the program, and to [`PASSING`] by the daemon too.
+    pub forced: u64,
     /// So that there are as many as two cache lines have.
-    pub unused: [u64; 2],
+    pub unused: u64,
 }
 
 /// Beside a sequence number: it is one.
@@ -136,13 +141,18 @@ impl Words {
     }
 }
 
+/// See [`Words::forced`]. What is passed may not be readable yet, so that an end would seem to come before it.
+pub const FORCED: u64 = 1;
+/// See [`Words::forced`].
+pub const PASSING: u64 = 2;
+
 /// A field of the kernel's could not be read.
 pub const UNREADABLE: u64 = 1 << 60;
 /// So many bytes are missing in front of a buffer.
 pub const HOLE: u64 = 2 << 60;
 /// So many bytes could not be taken off a buffer.
 pub const STUCK: u64 = 3 << 60;
-/// So many bytes had no place in the mailbox.
+/// So many bytes could not be put into the mailbox.
 pub const FLOOD: u64 = 4 << 60;
 
 /// What of a buffer has not come before.
@@ -192,8 +202,8 @@ pub enum Kept {
     Passed,
     /// To its mailbox.
     Mailed,
-    /// The mailbox is full.
-    Flood,
+    /// To the socket, although something waits in front of it: the mailbox is full. [`Words::forced`] says so.
+    Forced,
 }
 
 /// Where `len` bytes go, once they are counted in [`Words::kept`]; `is_empty`: nothing waits in front of the socket.
@@ -204,8 +214,14 @@ pub const fn keep(words: &Words, len: u64, is_empty: bool) -> Kept {
     } else if words.mail_spent + cost(len) <= words.mail_limit {
         Kept::Mailed
     } else {
-        Kept::Flood
+        Kept::Forced
     }
+}
+
+/// Whether it matters if anything waits in front of the socket.
+#[inline(always)]
+pub const fn asks_if_empty(words: &Words) -> bool {
+    words.turned == 0 || words.forced == FORCED
 }
 
 /// Whether nothing waits in front of a socket, nor is about to: its TCP has `accepted` all that the `other` direction, which

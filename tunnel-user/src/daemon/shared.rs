@@ -28,7 +28,12 @@ pub(super) fn shared(
     tracer: Option<Arc<Tracer>>,
 ) -> Arc<Shared> {
     let own: Vec<_> = bound.chain(config.redirects.iter().flat_map(|r| &r.listen).copied()).collect();
-    let per_flow = limits::per_flow(config);
+    let moved_by = match path {
+        PathKind::Copy => Relay::Copy,
+        PathKind::Pipe => Relay::Pipe,
+        PathKind::Splice => Relay::Splice,
+    };
+    let per_flow = limits::per_flow(config, moved_by);
     let max_flows = config.daemon.max_flows.get();
     if let Some(flows) = limits::cut_to(max_flows, process.nofile, process.workers, per_flow) {
         warn_of_cut(config, flows, process.nofile, per_flow);

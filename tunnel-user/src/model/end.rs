@@ -104,7 +104,7 @@ reasons! {
     Killed = "killed", Us, None, None;
     /// This process could not carry it on.
     InternalError = "internal_error", Us, None, None;
-    /// It was spliced, and more bytes came at once than the kernel program may keep (16 MiB).
+    /// It was spliced, and the kernel program could not put bytes into its mailbox.
     SpliceOverflow = "splice_overflow", Us, None, None;
 
     /// The request is malformed.

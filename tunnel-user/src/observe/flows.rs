@@ -103,8 +103,8 @@ impl CurrentPath {
     }
 }
 
-/// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part comes late: when the program
-/// needs us, or when [`Registry`]'s owner asks.
+/// What a flow has moved, readable while it runs. Of one that is spliced the kernel's part is added when the program needs
+/// this process, and by [`Meter::catch_up`], which whoever reads it through [`Registry`] has done.
 #[derive(Clone, Debug)]
 pub struct Meter {
     /// When the flow was accepted.
@@ -119,6 +119,27 @@ pub struct Meter {
     pub first_byte: Cell<Option<Micros>>,
     /// What had moved when that was last asked, and at what age of the flow, in seconds, it first was as much.
     quiet: Cell<(u64, u32)>,
+    /// What else is moved, by the kernel.
+    kernel: Kernel,
+}
+
+/// Says how many bytes the kernel has moved since it last said so: from the client, and from the target.
+type Uncounted = Box<dyn Fn() -> [u64; 2]>;
+
+/// While a kernel program moves a flow's bytes. A copy of a meter has none, so that nothing is counted twice.
+#[derive(Default)]
+struct Kernel(Cell<Option<Box<Uncounted>>>);
+
+impl Clone for Kernel {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel").finish_non_exhaustive()
+    }
 }
 
 impl Default for Meter {
@@ -138,7 +159,24 @@ impl Meter {
             path: Cell::default(),
             first_byte: Cell::default(),
             quiet: Cell::default(),
+            kernel: Kernel::default(),
         }
+    }
+
+    /// From now on, and until the guard is dropped, the kernel moves bytes too.
+    pub fn count_kernel(&self, uncounted: Uncounted) -> CountedKernel<'_> {
+        // Boxed twice: most flows have none, and a pointer's room for it.
+        self.kernel.0.set(Some(Box::new(uncounted)));
+        CountedKernel(self)
+    }
+
+    /// Adds what the kernel has moved.
+    pub fn catch_up(&self) {
+        let Some(uncounted) = self.kernel.0.take() else { return };
+        let [sent, received] = uncounted();
+        self.kernel.0.set(Some(uncounted));
+        self.sent.set(self.sent.get() + sent);
+        self.received.set(self.received.get() + received);
     }
 
     /// To be told after bytes may have been passed on.
@@ -150,6 +188,7 @@ impl Meter {
 
     /// Whether nothing has moved for so long on a flow of this age, as far as is known to who asks every second.
     pub fn is_idle(&self, age: Duration, idle: Duration) -> bool {
+        self.catch_up();
         let moved = self.sent.get() + self.received.get();
         let (before, since) = self.quiet.get();
         if before == moved {
@@ -157,6 +196,17 @@ impl Meter {
         }
         self.quiet.set((moved, u32::try_from(age.as_secs()).unwrap_or(u32::MAX)));
         false
+    }
+}
+
+/// A meter's, while the kernel moves bytes of its flow; the last ones are added when it is dropped.
+#[must_use]
+pub struct CountedKernel<'m>(&'m Meter);
+
+impl Drop for CountedKernel<'_> {
+    fn drop(&mut self) {
+        self.0.catch_up();
+        self.0.kernel.0.take();
     }
 }
 
@@ -259,6 +309,7 @@ impl LiveFlow {
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
+        self.meter.catch_up();
         let mut record = self.record.clone();
         record.has_moved(&self.meter);
         record.lasted(self.meter.started.elapsed());
@@ -352,6 +403,7 @@ impl Registry {
         let [sent, received] = self.gone.get();
         let mut totals = Totals { sent, received, ..Totals::default() };
         for flow in self.slots.borrow().flows.iter().flatten() {
+            flow.meter.catch_up();
             totals.sent += flow.meter.sent.get();
             totals.received += flow.meter.received.get();
             totals.live[flow.meter.path.get() as usize] += 1;
@@ -373,6 +425,7 @@ impl Registry {
     /// Bytes from clients and from targets that all flows have moved: those that are gone, and those that are here.
     pub fn moved(&self) -> [u64; 2] {
         self.slots.borrow().flows.iter().flatten().fold(self.gone.get(), |[sent, received], flow| {
+            flow.meter.catch_up();
             [sent + flow.meter.sent.get(), received + flow.meter.received.get()]
         })
     }
@@ -392,8 +445,11 @@ impl Registry {
     }
 
     /// Calls `look` for each of them. It may not open or close any.
-    pub fn for_each(&self, look: impl FnMut(&LiveFlow)) {
-        self.slots.borrow().flows.iter().flatten().map(Rc::as_ref).for_each(look);
+    pub fn for_each(&self, mut look: impl FnMut(&LiveFlow)) {
+        for flow in self.slots.borrow().flows.iter().flatten() {
+            flow.meter.catch_up();
+            look(flow);
+        }
     }
 
     /// Has those flows end of which `which` says so; how many. It may not open or close any.
@@ -503,6 +559,28 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_moves_is_counted_once_whoever_asks_and_when_it_stops() {
+        let registry = Rc::new(Registry::default());
+        let flow = open(&registry, 1);
+        let new = Rc::new(Cell::new([3, 4]));
+        let uncounted = Rc::clone(&new);
+        let counted = flow.meter().count_kernel(Box::new(move || uncounted.take()));
+        assert_eq!(registry.moved(), [3, 4]);
+        assert_eq!((registry.moved(), flow.meter().clone().sent.get()), ([3, 4], 3));
+        new.set([10, 0]);
+        assert_eq!(registry.page(0, 1).0[0].record.sent, 13);
+        // At an age at which it would be idle but for what has moved meanwhile.
+        let (age, idle) = (Duration::from_secs(9), Duration::from_secs(5));
+        assert!(!flow.meter().is_idle(age, idle));
+        new.set([1, 0]);
+        assert!(!flow.meter().is_idle(age * 2, idle) && flow.meter().is_idle(age * 3, idle));
+        new.set([0, 100]);
+        drop(counted);
+        new.set([1000, 1000]);
+        assert_eq!(registry.moved(), [14, 104]);
+    }
+
+    #[test]
     fn pages_hold_every_flow_that_is_there_all_the_time_once() {
         let registry = Rc::new(Registry::default());
         let mut flows: Vec<_> = (1..=10).map(|port| open(&registry, port)).collect();
@@ -560,7 +638,7 @@ mod tests {
     #[test]
     fn what_the_registry_adds_to_an_idle_flow_is_bounded() {
         // A pointer to it, and its place; two counters of the `Rc`; what a record does not hold; since when nothing has moved; and
-        // two pointers, to what it was admitted with and to why it ends.
+        // three pointers, to what it was admitted with, to why it ends, and to what the kernel moves.
         let added = size_of::<LiveFlow>() - size_of::<Record>() - size_of::<Instant>();
         assert!(added <= 112, "{added}");
         // One for each listener that it passed in this process, beside the names and headers of its request.

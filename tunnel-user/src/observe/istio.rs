@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //! - Each worker counts for itself, when a flow is opened and when it has ended; what is moved between is read from the registry.
-//! - No more than [`SERIES_MAX`] keys have counters of their own, whatever peers call themselves and ask for; those beyond are
-//!   counted together.
+//! - No more than [`SERIES_MAX`] keys of a worker have counters of their own, whatever peers call themselves and ask for; those
+//!   beyond are counted together. What has a series keeps it.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::model::{
     flow::{Identity, SourceKind, Target},
 };
 
-/// Keys of one worker, and of one answer: each is a series of four counters and more.
+/// Keys of one worker: each is a series of four counters and more.
 pub const SERIES_MAX: usize = 500;
 /// What stands for the parts of a key beyond.
 const OTHER: &str = "other";
@@ -166,7 +166,8 @@ impl Istio {
     /// Takes in those of another worker.
     pub fn add(&mut self, other: Self) {
         for (key, counts) in other.0 {
-            self.of(key).add(&counts);
+            // Each worker's own are bounded. Another bound here would have a key's numbers go to and fro.
+            self.0.entry(key).or_default().add(&counts);
         }
     }
 

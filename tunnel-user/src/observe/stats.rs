@@ -93,6 +93,9 @@ counters! {
     splice_demotions,
     /// Bytes that the program left to the daemon by way of a mailbox, because something waited in front of their socket.
     splice_mailed,
+    /// Flows that went back to being copied for good because their mailbox was full (16 MiB), as it gets where the kernel's
+    /// worker waits for a processor. The account of memory of their sockets may be wrong.
+    splice_forced,
     /// Spliced sockets whose account of memory in the kernel was looked at just before they were closed.
     splice_accounts,
     /// Of those: the account was wrong. Anything but 0 is a defect, of which the kernel may warn (inet_sock_destruct).

@@ -18,10 +18,10 @@ const PER_FLOW_PIPED: u64 = 3;
 /// The same where a kernel program moves bytes: one flow in two can have a pair of mailboxes.
 const PER_FLOW_SPLICED: u64 = 3;
 
-/// The most descriptors that one flow takes with this configuration. On either side it has a socket of its own
-/// (captured, or HTTP/1; dialled, or HTTP/1), or a stream of HTTP/2.
-pub fn per_flow(config: &Config) -> u64 {
-    match config.daemon.relay {
+/// The most descriptors that one flow takes with this configuration, where bytes are moved by `relay`. On either side it has
+/// a socket of its own (captured, or HTTP/1; dialled, or HTTP/1), or a stream of HTTP/2.
+pub fn per_flow(config: &Config, relay: Relay) -> u64 {
+    match relay {
         _ if !has_two_sockets(config) => PER_FLOW_TUNNELLED,
         Relay::Copy => PER_FLOW,
         Relay::Auto | Relay::Splice => PER_FLOW_SPLICED,
@@ -94,7 +94,10 @@ mod tests {
     fn a_flow_that_rides_on_a_shared_connection_takes_one_descriptor() {
         let of = |text: &str| {
             let config = Config::parse(text, Path::new("test.toml"), CheckFiles::No);
-            per_flow(&config.unwrap_or_else(|e| panic!("{e}")))
+            let config = config.unwrap_or_else(|e| panic!("{e}"));
+            // Where "auto" finds that the kernel does not splice.
+            let relay = Some(config.daemon.relay).filter(|relay| *relay != Relay::Auto);
+            per_flow(&config, relay.unwrap_or(Relay::Copy))
         };
         const CAPTURE: &str = "[[capture]]\ncgroup = \"/sys/fs/cgroup/app\"\n";
         const IDENTITY: &str = "[identity]\ncert = \"c\"\nkey = \"k\"\nca = \"ca\"\n";

@@ -29,7 +29,7 @@ use crate::{
     model::{end::EndReason, flow::Identity},
     observe::{
         access_log::Logs,
-        flows::{CurrentPath, FlowId, Open, Registry},
+        flows::{FlowId, Open, Registry},
         istio::Istio,
         marks::Marks,
         policies::PolicyHits,
@@ -42,7 +42,7 @@ use crate::{
         limits,
         memory::Memory,
     },
-    relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay, silence_period},
+    relay::{Early, Leg, Outcome, Path, PathKind, Piped, Spliced, relay},
     routing::{policy::Policies, router::Router},
     sinks::{
         dial::Dialer,
@@ -343,12 +343,7 @@ impl Proxy {
         }
         if let Some(idle) = idle {
             self.flows.end_where(EndReason::IdleTimeout, |flow| {
-                // What the kernel program moves is known so much later.
-                let late = match flow.meter().path.get() {
-                    CurrentPath::Splice => silence_period(),
-                    CurrentPath::Copy | CurrentPath::Pipe | CurrentPath::Bypass => Duration::ZERO,
-                };
-                flow.meter().is_idle(flow.started().elapsed(), idle + late)
+                flow.meter().is_idle(flow.started().elapsed(), idle)
             });
         }
         self.log.tell();
@@ -421,6 +416,7 @@ impl Proxy {
                     credit,
                     demotions,
                     mailed,
+                    forced,
                     no_slot,
                     refused,
                     accounts,
@@ -432,6 +428,7 @@ impl Proxy {
                 self.counters.splice_credit_renewed.add(credit);
                 self.counters.splice_demotions.add(demotions);
                 self.counters.splice_mailed.add(mailed);
+                self.counters.splice_forced.add(forced);
                 self.counters.splice_accounts.add(accounts);
                 self.counters.splice_accounts_wrong.add(accounts_wrong);
                 self.counters.splice_no_slot.add(no_slot);

@@ -6,14 +6,18 @@
 //!
 //! # Invariants
 //! - What has come and the other side has not taken is [`HELD_MAX`] at most, beyond the window below
-//!   (`transport::quic::WINDOW`).
+//!   (`transport::quic::WINDOW`), and [`HELD_SHORT`] while memory is short.
+//! - All of it is counted in the account of the peer.
 //! - What was sent and is not acknowledged is `SEND_MAX` at most, and a frame.
 //! - A leg that is dropped before its end resets its stream, and never ends it in order.
 
 mod recv;
 mod send;
 
-use std::task::{Context, Poll};
+use std::{
+    rc::Rc,
+    task::{Context, Poll},
+};
 
 use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream};
@@ -24,13 +28,19 @@ pub use self::{
     send::Open,
 };
 use super::{Broken, Cause, Leg, Queue};
-use crate::transport::{
-    http3::Code,
-    quic::{WINDOW, why_lost, wire_code},
+use crate::{
+    process::memory::{Account, Memory},
+    transport::{
+        http3::Code,
+        quic::{WINDOW, why_lost, wire_code},
+    },
 };
 
 /// What has come and the other side has not taken. It is read before anybody wants it, because a reset would drop it.
 pub const HELD_MAX: usize = WINDOW as usize;
+
+/// The same while memory is short, or the peer has taken half of its part. What is beyond it is lost when the peer resets.
+const HELD_SHORT: usize = 64 * 1024;
 
 /// See the module.
 pub struct H3Leg {
@@ -47,12 +57,17 @@ pub struct H3Leg {
 impl H3Leg {
     /// A stream that we have opened: the other leg is the application, and a reset says that it has gone.
     pub fn client(connection: &Connection, streams: (SendStream, RecvStream), open: Open) -> Self {
-        Self::new(connection, streams, open, Code::REQUEST_CANCELLED)
+        Self::new(connection, streams, open, Code::REQUEST_CANCELLED, &Memory::of_this_worker().own())
     }
 
-    /// A stream that we serve: a TCP error of the target's is H3_CONNECT_ERROR (RFC 9114 section 4.4).
-    pub fn server(connection: &Connection, streams: (SendStream, RecvStream), open: Open) -> Self {
-        Self::new(connection, streams, open, Code::CONNECT_ERROR)
+    /// A stream that we serve, in the memory of its peer: a TCP error of the target's is H3_CONNECT_ERROR (RFC 9114 section 4.4).
+    pub fn server(
+        connection: &Connection,
+        streams: (SendStream, RecvStream),
+        open: Open,
+        account: &Rc<Account>,
+    ) -> Self {
+        Self::new(connection, streams, open, Code::CONNECT_ERROR, account)
     }
 
     fn new(
@@ -60,8 +75,10 @@ impl H3Leg {
         (send, recv): (SendStream, RecvStream),
         open: Open,
         on_abort: Code,
+        account: &Rc<Account>,
     ) -> Self {
-        let (send, recv) = (Sender::new(send, open), Receiver::new(connection.clone(), recv));
+        let recv = Receiver::new(connection.clone(), recv, Rc::clone(account));
+        let send = Sender::new(send, open, Rc::clone(account));
         Self { send, recv, on_abort, is_closed: false }
     }
 

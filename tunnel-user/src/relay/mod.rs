@@ -47,7 +47,7 @@ pub use self::{
     pipe::{PIPE_CAPACITY, PIPES_MAX, Piped, Pipes},
     queue::Queue,
     sender::{Payload, Sender},
-    silence::{give_up_silent_peers, period as silence_period},
+    silence::give_up_silent_peers,
     splice::{INTERACTIVE_BYTES, INTERACTIVE_STREAK, Spliced, Splices, Unfit, probe},
     tcp::TcpLeg,
     tls::TlsLeg,
@@ -233,7 +233,7 @@ pub enum Cause {
     Flood(String),
     /// This process, or its kernel program, has lost bytes.
     Ours(String),
-    /// The mailbox of a spliced flow holds no more bytes.
+    /// Bytes could not be put into the mailbox of a spliced flow.
     Overflow,
 }
 
@@ -247,7 +247,7 @@ impl fmt::Display for Broken {
             Self::Reset(Cause::Connection(e) | Cause::Flood(e)) => write!(f, "tunnel connection lost: {e}"),
             Self::Reset(Cause::Ours(e)) => f.write_str(e),
             Self::Reset(Cause::Overflow) => {
-                f.write_str("more bytes came than the mailbox of a spliced flow holds")
+                f.write_str("bytes could not be put into the mailbox of a spliced flow")
             }
         }
     }

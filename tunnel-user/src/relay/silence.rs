@@ -74,7 +74,7 @@ impl Deref for Socket {
 }
 
 /// How often sockets are looked at.
-pub fn period() -> Duration {
+pub(super) fn period() -> Duration {
     (keepalive().bound() / PARTS).max(PERIOD_MIN)
 }
 

@@ -19,6 +19,10 @@ pub(super) struct Plan {
     pub(super) tests: Vec<Test>,
     /// How long one of them may take.
     pub(super) limit_seconds: u64,
+    /// Variables of theirs.
+    pub(super) env: Vec<(String, String)>,
+    /// Whether a warning ends the kernel.
+    pub(super) panic_on_warn: bool,
 }
 
 /// One test.
@@ -75,11 +79,9 @@ pub(super) struct Trial {
     pub(super) seconds: f64,
     /// What the kernel complained of meanwhile.
     pub(super) warnings: Vec<String>,
-    /// How often it gave the known warning, which is not among them.
-    pub(super) known_warnings: usize,
     /// Whether it could not have complained.
     pub(super) blind: bool,
-    /// The end of what it said each time that it failed.
+    /// The end of what it said each time.
     pub(super) output: String,
 }
 

@@ -54,7 +54,7 @@ pub(super) struct Machine {
 
 impl Machine {
     /// Boots a kernel, and has `xtask matrix-guest` run in it; `folder` is what both sides see.
-    pub(super) fn boot(checkout: &Checkout, kernel: &Kernel, folder: &Path) -> Result<Self> {
+    pub(super) fn boot(checkout: &Checkout, kernel: &Kernel, cpus: u8, folder: &Path) -> Result<Self> {
         let virtme = setup::virtme_bin(checkout);
         let program = Shared(folder).programs().join(INSIDE);
         let inside = [program.as_path(), Path::new("matrix-guest"), folder].map(quoted).join(" ");
@@ -67,7 +67,7 @@ impl Machine {
             "--force-9p",
             "--verbose",
             "--cpus",
-            "1",
+            &cpus.to_string(),
             "--memory",
             MEMORY,
             "--user",

@@ -65,8 +65,8 @@ const TESTS: &[&str] = &[
 const TOO_MUCH: &str = "heavy";
 /// A heartbeat where nothing else is said.
 const HEARTBEAT: Duration = Duration::from_secs(20);
-/// A kernel that runs no program by then does not boot; without KVM, in half a minute.
-const BOOT: Duration = Duration::from_secs(180);
+/// A kernel that runs no program by then does not boot. Without KVM it takes half a minute, and ten times that on a busy machine.
+const BOOT: Duration = Duration::from_secs(600);
 
 /// Minutes that a kernel may take with the default tests.
 const TIMEOUT: u64 = 30;
@@ -93,6 +93,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = TEST_TIMEOUT, value_parser = clap::value_parser!(u64).range(1..=36_000))]
     test_timeout: u64,
 
+    /// How many processors a kernel has: mistakes that take two at once cannot show with one.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    cpus: u8,
+
+    /// Sets kernel.panic_on_warn once a kernel has booted: its first warning ends it. Daemons splice there all the same.
+    #[arg(long)]
+    panic_on_warn: bool,
+
+    /// A variable of the tests, such as TUNNEL_SPLICE_ACCOUNTS=1000; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    env: Vec<(String, String)>,
+
+    /// Another build of `tunnel` that is tested in place of this checkout's: to see a test fail with it.
+    #[arg(long, value_name = "FILE")]
+    tunnel: Option<PathBuf>,
+
     /// Only says which tests would be run.
     #[arg(long)]
     list: bool,
@@ -110,10 +126,20 @@ impl Default for Args {
             kernel: Vec::new(),
             timeout: TIMEOUT,
             test_timeout: TEST_TIMEOUT,
+            cpus: 1,
+            panic_on_warn: false,
+            env: Vec::new(),
+            tunnel: None,
             list: false,
             json: false,
         }
     }
+}
+
+/// `NAME=VALUE`
+fn variable(text: &str) -> Result<(String, String)> {
+    let (name, value) = text.split_once('=').context("is not NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 pub(crate) const EXAMPLES: &str = "\
@@ -122,6 +148,7 @@ Examples:
   cargo xtask matrix --kernel 6.1 pipe            one kernel, one file of tests
   cargo xtask matrix pipe::a_reset streams        tests by a part of their name
   cargo xtask matrix --kernel linux-image-6.6.13_amd64.deb --timeout 30 pipe::heavy_64_mib
+  cargo xtask matrix --panic-on-warn --cpus 2 splice killed::spliced
   cargo xtask matrix --json >matrix.json
 Ends with 1 when a test failed, a kernel complained, or one did not come up.";
 
@@ -138,7 +165,12 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         tests.iter().for_each(|test| println!("{}", test.full_name()));
         return Ok(());
     }
-    let plan = Plan { tests, limit_seconds: args.test_timeout };
+    let plan = Plan {
+        tests,
+        limit_seconds: args.test_timeout,
+        env: args.env.clone(),
+        panic_on_warn: args.panic_on_warn,
+    };
 
     let verdicts = verdicts(checkout, args, &plan);
     let clean = before.compare(checkout);
@@ -250,8 +282,8 @@ fn try_kernel(
     let folder = cache.join(format!("run-{}", std::process::id()));
     fs::create_dir_all(&folder)?;
     Shared(&folder).write_plan(plan)?;
-    bring_programs(checkout, plan, &Shared(&folder).programs())?;
-    let mut machine = Machine::boot(checkout, kernel, &folder)?;
+    bring_programs(checkout, plan, args.tunnel.as_deref(), &Shared(&folder).programs())?;
+    let mut machine = Machine::boot(checkout, kernel, args.cpus, &folder)?;
     let mut verdict = Verdict {
         kernel: kernel.line.clone(),
         release: kernel.release.clone(),
@@ -282,7 +314,7 @@ fn try_kernel(
 
 /// Puts what tests start where the machine finds it: without the tables for debuggers, which are most of it, because
 /// every page of a program comes through 9p.
-fn bring_programs(checkout: &Checkout, plan: &Plan, folder: &Path) -> Result<()> {
+fn bring_programs(checkout: &Checkout, plan: &Plan, tunnel: Option<&Path>, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     // What tests start: the program itself, and what is called tt-*.
     let built = fs::read_dir(checkout.target.join("debug"))?.flatten().map(|entry| entry.path());
@@ -298,6 +330,9 @@ fn bring_programs(checkout: &Checkout, plan: &Plan, folder: &Path) -> Result<()>
     };
     for program in started.iter().map(PathBuf::as_path).chain(tests) {
         bring(program, program.file_name().context("a program has a name")?.as_ref())?;
+    }
+    if let Some(tunnel) = tunnel {
+        bring(tunnel, "tunnel".as_ref())?;
     }
     // This program, even when another has taken its place since it was started.
     bring(format!("/proc/{}/exe", std::process::id()).as_ref(), machine::INSIDE.as_ref())

@@ -9,10 +9,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::events::{Finding, Outcome, Trial};
-use crate::{
-    dmesg::KNOWN,
-    run::{bold, dim, green, red},
-};
+use crate::run::{bold, dim, green, red};
 
 /// What one kernel has shown.
 #[derive(Debug, Serialize)]
@@ -153,13 +150,6 @@ fn details(verdict: &Verdict, out: &mut String) {
     for trial in verdict.tests.iter().filter(passed_later) {
         let _ = writeln!(out, "{release}: {} failed once:\n{}", trial.name, trial.output.trim_end());
     }
-    for trial in verdict.tests.iter().filter(|trial| trial.known_warnings > 0) {
-        let _ = writeln!(
-            out,
-            "{release}: known warning in {KNOWN}, {} times: {}",
-            trial.known_warnings, trial.name
-        );
-    }
     for trial in verdict.tests.iter().filter(|trial| trial.blind) {
         let _ = writeln!(
             out,
@@ -235,17 +225,16 @@ mod tests {
         let mut faulty = verdict(Outcome::Passed, 1);
         faulty.faults.push("it did not boot".into());
         assert!(!faulty.good());
-        let mut known = verdict(Outcome::Passed, 1);
-        (known.tests[0].known_warnings, known.tests[0].blind) = (3, true);
-        assert!(known.good());
-        let shown = text(&[verdict(Outcome::Failed, 2), warned, known]);
+        let mut blind = verdict(Outcome::Passed, 1);
+        blind.tests[0].blind = true;
+        assert!(blind.good());
+        let shown = text(&[verdict(Outcome::Failed, 2), warned, blind]);
         for part in [
             "a::b failed",
             "said",
             "1 tests were not begun",
             "WARNING: CPU: 0",
             "ok: 6.1",
-            "inet_sock_destruct, 3 times: a::b",
             "NOT checked, it has warned before: a::b",
         ] {
             assert!(shown.contains(part), "{part}: {shown}");

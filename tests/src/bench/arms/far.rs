@@ -3,10 +3,10 @@
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
-use super::{Bed, FAR, Far, MAX_FLOWS, near::LOG};
+use super::{Bed, FAR, Far, MAX_FLOWS, Near, near::LOG};
 use crate::{
     bench::{model::Role, peers::Peers},
-    pki::NODE_ID,
+    pki::{GATEWAY_ID, NODE_ID},
     programs,
     world::{NODE4, TARGET4},
 };
@@ -20,8 +20,9 @@ impl Bed {
                 let mut config = format!("[daemon]\nworkers = {workers}\nmax_flows = {MAX_FLOWS}\n");
                 config.push_str(&self.world.pki().named("gateway").toml());
                 config.push_str(&format!(
-                    "[[listener]]\naddress = \"{FAR}\"\n[[route]]\nto = \"direct\"\n\
-                     [[policy]]\nidentity = [\"{NODE_ID}\"]\ntarget = [\"{TARGET4}/32\"]\n"
+                    "[[listener]]\naddress = \"{FAR}\"\nprotocols = [{}]\n[[route]]\nto = \"direct\"\n\
+                     [[policy]]\nidentity = [\"{NODE_ID}\"]\ntarget = [\"{TARGET4}/32\"]\n",
+                    if self.build.near == Some(Near::OursH3) { "\"h3\", \"h2\"" } else { "\"h2\"" }
                 ));
                 let config = self.world.file("far.toml", config)?;
                 let mut command =
@@ -32,6 +33,12 @@ impl Bed {
             Some(Far::Envoy) => {
                 let template = include_str!("envoy-far.yaml");
                 self.envoy(Role::Far, template, ["gateway", NODE_ID], FAR.port(), workers, peers)
+            }
+            Some(Far::EnvoyH3) => {
+                let template = include_str!("envoy-far-h3.yaml");
+                // Over QUIC its clients check that name too.
+                self.world.pki().issue("gateway-h3", GATEWAY_ID, &["--dns", "gateway.example.org"])?;
+                self.envoy(Role::Far, template, ["gateway-h3", NODE_ID], FAR.port(), workers, peers)
             }
             Some(Far::Tinyproxy) => {
                 let config = format!(

@@ -73,10 +73,16 @@ pub(super) struct Build {
 }
 
 impl Build {
+    /// Whether the two proxies speak TLS over TCP, whose handshake can be read off the wire; in QUIC it is encrypted.
+    fn shows_tls(&self) -> bool {
+        matches!(self.near, Some(Near::Ours | Near::Envoy))
+            && matches!(self.far, Some(Far::Ours | Far::Envoy))
+    }
+
     /// Whether any part of it is ours.
     pub(super) fn has_ours(&self) -> bool {
         self.capture == Some(Capture::Ebpf)
-            || matches!(self.near, Some(Near::Ours | Near::Dialling(_)))
+            || matches!(self.near, Some(Near::Ours | Near::OursH3 | Near::Dialling(_)))
             || self.far == Some(Far::Ours)
     }
 }
@@ -119,8 +125,12 @@ pub(super) enum Near {
     Dialling(&'static str),
     /// Ours, through the far proxy.
     Ours,
+    /// The same over HTTP/3.
+    OursH3,
     /// Envoy.
     Envoy,
+    /// Envoy, over HTTP/3.
+    EnvoyH3,
     /// redsocks.
     Redsocks,
 }
@@ -128,10 +138,12 @@ pub(super) enum Near {
 /// The proxy at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Far {
-    /// Ours.
+    /// Ours, over HTTP/2 and HTTP/3.
     Ours,
     /// Envoy.
     Envoy,
+    /// Envoy, over HTTP/3.
+    EnvoyH3,
     /// tinyproxy.
     Tinyproxy,
 }
@@ -226,16 +238,14 @@ impl Bed {
             world,
         };
         bed.far(workers, peers)?;
-        let witness = matches!(build.far, Some(Far::Ours | Far::Envoy))
-            .then(|| Witness::start(bed.world.node(), FAR))
-            .transpose()?;
+        let witness = build.shows_tls().then(|| Witness::start(bed.world.node(), FAR)).transpose()?;
         bed.near(workers, peers)?;
         bed.capture()?;
         const PROBE: Workload = Workload::Connect { at_once: 1 };
         bed.run(PROBE, Whose::Captured, Duration::from_millis(50)).context("the first bytes")?;
         bed.tls = witness.and_then(Witness::finish);
         ensure!(
-            bed.tls.is_some() || !matches!(build.far, Some(Far::Ours | Far::Envoy)),
+            bed.tls.is_some() || !build.shows_tls(),
             "bytes passed, but no TLS handshake was seen on the wire"
         );
         Ok(SetUp::Ready(Box::new(bed)))
@@ -396,6 +406,7 @@ impl Bed {
     /// The same, and waits until it listens.
     fn spawn_listening(&mut self, role: Role, name: &str, command: Command, port: u16) -> Result<()> {
         self.describe(role, &command);
+        let udp = role == Role::Far && self.build.far == Some(Far::EnvoyH3);
         let mut ended = false;
         let process = self.spawn(role, name, command)?;
         let id = process.id();
@@ -403,7 +414,10 @@ impl Bed {
         let process = self.processes.iter_mut().find(|p| p.id() == id).context("it was just started")?;
         wait_for(&format!("{name} to listen"), PATIENCE, || {
             ended = process.ended().is_ok_and(|status| status.is_some());
-            (ended || host.listens(port).is_ok_and(|listens| listens)).then_some(())
+            (ended
+                || host.listens(port).is_ok_and(|listens| listens)
+                || udp && host.takes_udp(port).is_ok_and(|takes| takes))
+            .then_some(())
         })
         .with_context(|| format!("{process}"))?;
         ensure!(!ended, "it ended at once\n{process}");

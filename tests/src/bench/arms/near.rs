@@ -23,9 +23,13 @@ impl Bed {
             None if self.build.capture == Some(Capture::Ebpf) => self.ours("", workers, peers),
             None => Ok(()),
             Some(Near::Dialling(relay)) => self.ours(&format!("relay = \"{relay}\"\n"), workers, peers),
-            Some(Near::Ours) => self.ours("", workers, peers),
+            Some(Near::Ours | Near::OursH3) => self.ours("", workers, peers),
             Some(Near::Envoy) => {
                 let template = include_str!("envoy-near.yaml");
+                self.envoy(Role::Near, template, ["node", GATEWAY_ID], NEAR_PORT, workers, peers)
+            }
+            Some(Near::EnvoyH3) => {
+                let template = include_str!("envoy-near-h3.yaml");
                 self.envoy(Role::Near, template, ["node", GATEWAY_ID], NEAR_PORT, workers, peers)
             }
             Some(Near::Redsocks) => {
@@ -92,7 +96,12 @@ impl Bed {
             // The hooks lead straight to the server.
             (None, _) => {}
             (_, None) => config.push_str("[[route]]\nto = \"direct\"\n"),
-            (_, Some(_)) => config.push_str(&crate::daemon::through(FAR, GATEWAY_ID)),
+            (near, Some(_)) => {
+                config.push_str(&crate::daemon::through(FAR, GATEWAY_ID));
+                if near == Some(Near::OursH3) {
+                    config.push_str("protocol = \"h3\"\n");
+                }
+            }
         }
         let config = self.world.file("near.toml", config)?;
         let mut command = self.world.node().command_ended_by(peers.tunnel(&self.build)?, Signal::SIGTERM);

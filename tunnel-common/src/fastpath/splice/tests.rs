@@ -64,6 +64,15 @@ enum Doing {
     Leaving(u8),
 }
 
+/// A buffer in front of a socket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Waiting {
+    /// To be sent by it.
+    Out(Vec<u64>),
+    /// Passed to it behind what is to be sent.
+    Own(Vec<u64>),
+}
+
 /// A socket, and the direction that begins there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Side {
@@ -79,7 +88,7 @@ struct Side {
     mail_read: u64,
     held: VecDeque<u64>,
     /// In front of it; the first one may have been sent.
-    list: VecDeque<Vec<u64>>,
+    list: VecDeque<Waiting>,
     first_sent: bool,
     /// What it has sent: the other side's bytes.
     out: Vec<u64>,
@@ -95,11 +104,17 @@ struct World {
     sides: [Side; 2],
     doing: Doing,
     granted: u64,
+    /// What mail may cost from one opening of the gates to the next.
+    mail_max: u64,
 }
 
 impl World {
     fn new() -> Self {
-        let mut world = Self::default();
+        Self::with(MAIL_MAX)
+    }
+
+    fn with(mail_max: u64) -> Self {
+        let mut world = Self { mail_max, ..Self::default() };
         for side in &mut world.sides {
             side.words = Words { gate: SHUT, turned: 1, ..Words::default() };
             side.was_clear = true;
@@ -181,9 +196,12 @@ impl World {
             }
             Flight::Counted => {
                 let waiting = u32::try_from(side.list.len()).unwrap();
-                let empty = is_empty(side.out.len() as u64, &other, waiting);
+                let empty = asks_if_empty(&side.words) && is_empty(side.out.len() as u64, &other, waiting);
                 side.flight = Some(match keep(&side.words, len, empty) {
                     Kept::Passed => {
+                        if side.words.turned != 0 && empty {
+                            side.words.forced = PASSING;
+                        }
                         side.words.turned = 1;
                         (Flight::Pass, len)
                     }
@@ -192,18 +210,22 @@ impl World {
                         side.words.mailed += len;
                         (Flight::Mail, len)
                     }
-                    Kept::Flood => panic!("more mail than there is room for"),
+                    Kept::Forced => {
+                        (side.words.forced, side.words.turned) = (FORCED, 1);
+                        (Flight::Pass, len)
+                    }
                 });
                 if tells(&side.words) {
                     side.words.told = 1;
                 }
             }
+            Flight::Pass if side.list.is_empty() => side.own.extend(bytes),
             Flight::Pass => {
-                assert!(side.list.is_empty(), "passed behind something that waits");
-                side.own.extend(bytes);
+                assert!(side.words.forced == FORCED, "passed behind something that waits");
+                side.list.push_back(Waiting::Own(bytes.collect()));
             }
             Flight::Mail => side.mail.extend(bytes),
-            Flight::Redirect => self.sides[1 - at].list.push_back(bytes.collect()),
+            Flight::Redirect => self.sides[1 - at].list.push_back(Waiting::Out(bytes.collect())),
         }
         true
     }
@@ -215,7 +237,10 @@ impl World {
             return false;
         }
         side.first_sent = true;
-        side.out.extend(side.list[0].iter().copied());
+        match &side.list[0] {
+            Waiting::Out(bytes) => side.out.extend(bytes),
+            Waiting::Own(bytes) => side.own.extend(bytes),
+        }
         true
     }
 
@@ -256,7 +281,9 @@ impl World {
     fn open(&mut self, room: u64) -> bool {
         let levels = self.sides.clone().map(|side| side.ledger.gate() == Some(side.words.kept));
         let closed = self.sides.iter().any(|side| !side.words.is_open());
-        let ready = levels == [true; 2] && (0..2).all(|at| self.is_drained(at) && self.is_free(at));
+        let forced = self.sides.iter().any(|side| side.words.forced != 0);
+        let ready =
+            !forced && levels == [true; 2] && (0..2).all(|at| self.is_drained(at) && self.is_free(at));
         self.doing = match self.doing {
             Doing::Copying | Doing::Open if closed && ready => {
                 let was = [0, 1].map(|at| std::mem::take(&mut self.sides[at].words.turned) != 0);
@@ -271,7 +298,7 @@ impl World {
                     let side = &mut self.sides[at];
                     side.words.due = side.ledger.due();
                     side.words.limit = grant(side.words.spent, room, BACKLOG_MAX);
-                    side.words.mail_limit = side.words.mail_spent + MAIL_MAX;
+                    side.words.mail_limit = side.words.mail_spent + self.mail_max;
                     self.sides[1 - at].at_open = self.sides[at].words.redirected;
                 }
                 self.granted = self.granted.max(room.min(BACKLOG_MAX));
@@ -315,7 +342,11 @@ impl World {
                         self.sides[at].words.turned = 1;
                     }
                 }
-                let all = |side: &Side| side.words.turned != 0 && side.mail_read == side.words.mailed;
+                let all = |side: &Side| {
+                    side.words.turned != 0
+                        && side.words.forced != FORCED
+                        && side.mail_read == side.words.mailed
+                };
                 if self.sides.iter().all(all) { Doing::Copying } else { return false }
             }
             _ => return false,
@@ -335,15 +366,17 @@ impl World {
         for at in 0..2 {
             let side = &self.sides[at];
             assert!(side.out.iter().copied().eq(0..side.out.len() as u64), "order: {:?}", side.out);
-            let waiting: u64 = side.list.iter().map(|b| cost(b.len() as u64)).sum();
-            assert!(
-                waiting <= self.granted + cost(side.list.front().map_or(0, |b| b.len() as u64)),
-                "{waiting}"
-            );
+            let costs = side.list.iter().map(|waiting| match waiting {
+                Waiting::Out(bytes) => cost(bytes.len() as u64),
+                Waiting::Own(_) => 0,
+            });
+            let (waiting, first): (u64, _) = (costs.clone().sum(), costs.clone().next().unwrap_or(0));
+            assert!(waiting <= self.granted + first, "{waiting}");
             if self.sides[at].words.gate == self.sides[at].words.kept {
                 let kept = [&side.held, &side.own, &side.mail, &side.mailbox];
+                let passed = side.list.iter().any(|waiting| matches!(waiting, Waiting::Own(_)));
                 assert!(
-                    kept.iter().all(|kept| kept.is_empty()),
+                    kept.iter().all(|kept| kept.is_empty()) && (side.first_sent || !passed),
                     "the gate is open ahead of bytes that were kept"
                 );
             }
@@ -402,9 +435,10 @@ proptest! {
 
     #[test]
     fn bytes_arrive_once_in_order_and_nothing_is_passed_behind_what_waits_in_every_order_of_steps(
-        steps in prop::collection::vec(step(), 0..200)
+        steps in prop::collection::vec(step(), 0..200),
+        mail_max in prop_oneof![Just(MAIL_MAX), 0..cost(1) * 4],
     ) {
-        let mut world = World::new();
+        let mut world = World::with(mail_max);
         for (at, step) in steps {
             world.step(at, step);
         }
@@ -412,9 +446,29 @@ proptest! {
     }
 }
 
-/// All that can become of a flow with so many buffers from each side.
+/// All that can become of a flow with so many buffers from each side, with room for all mail or for none.
 #[test]
 fn every_order_of_all_steps_with_two_buffers_from_each_side_holds() {
+    let met = |seen: &HashSet<World>, what: fn(&Side) -> bool| {
+        seen.iter().any(|world| world.sides.iter().any(what))
+    };
+    let seen = all_orders(MAIL_MAX);
+    // What it is about has been met.
+    assert!(met(&seen, |side| side.words.mailed > 0
+        && side.words.turned != 0
+        && side.words.kept > side.words.mailed));
+    assert!(met(&seen, |side| side.words.mailed > 0 && !side.list.is_empty()));
+    assert!(met(&seen, |side| side.words.redirected > 1));
+    assert!(!met(&seen, |side| side.words.forced != 0));
+    let seen = all_orders(0);
+    let behind = |side: &Side| side.list.iter().any(|waiting| matches!(waiting, Waiting::Own(_)));
+    assert!(met(&seen, |side| side.words.forced == FORCED));
+    assert!(seen.iter().any(|world| world.doing == Doing::Copying && world.sides[0].words.forced == PASSING));
+    assert!(seen.iter().any(|world| world.sides.iter().any(behind)));
+}
+
+/// Every state that can be reached.
+fn all_orders(mail_max: u64) -> HashSet<World> {
     const BUFFERS: u64 = 2;
     const ROOM: u64 = cost(1) + 1;
     let steps = [
@@ -429,7 +483,7 @@ fn every_order_of_all_steps_with_two_buffers_from_each_side_holds() {
         Step::Leave,
     ];
     let mut seen = HashSet::new();
-    let mut open = vec![World::new()];
+    let mut open = vec![World::with(mail_max)];
     while let Some(world) = open.pop() {
         world.clone().settle();
         for at in 0..2 {
@@ -447,13 +501,7 @@ fn every_order_of_all_steps_with_two_buffers_from_each_side_holds() {
         }
     }
     println!("{} states", seen.len());
-    // What it is about has been met.
-    let met = |what: fn(&Side) -> bool| seen.iter().any(|world| world.sides.iter().any(what));
-    assert!(met(|side| side.words.mailed > 0
-        && side.words.turned != 0
-        && side.words.kept > side.words.mailed));
-    assert!(met(|side| side.words.mailed > 0 && !side.list.is_empty()));
-    assert!(met(|side| side.words.redirected > 1));
+    seen
 }
 
 #[test]
@@ -479,7 +527,7 @@ fn mail_has_a_bound() {
     assert_eq!(keep(&words, 1, false), Kept::Mailed);
     assert_eq!(keep(&words, 1, true), Kept::Passed);
     let full = Words { mail_spent: MAIL_MAX - cost(1) + 1, ..words };
-    assert_eq!(keep(&full, 1, false), Kept::Flood);
+    assert_eq!(keep(&full, 1, false), Kept::Forced);
     assert_eq!(keep(&Words { turned: 1, ..full }, 1, false), Kept::Passed);
 }
 

@@ -169,8 +169,8 @@ metrics! {
     /// Requests to the admin interface, by the status that they were answered with.
     ADMIN_REQUESTS = "tunnel_admin_requests", Counter, ["code"];
 
-    /// With admin.metrics = ["istio"]: flows that have reached their target. At most 500 pairs of identity and name have series
-    /// of their own; the others are together in "other".
+    /// With admin.metrics = ["istio"]: flows that have reached their target. At most 500 pairs of identity and name of a worker have
+    /// series of their own; the others are together in "other".
     ISTIO_OPENED = "istio_tcp_connections_opened", Counter, [@istio];
     /// With admin.metrics = ["istio"]: of these, those that have ended.
     ISTIO_CLOSED = "istio_tcp_connections_closed", Counter, [@istio];

@@ -4,6 +4,7 @@ use std::{
     future::poll_fn,
     mem,
     pin::pin,
+    rc::Rc,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Wake, Waker, ready},
 };
@@ -11,13 +12,16 @@ use std::{
 use bytes::Bytes;
 use quinn::{Connection, ReadError, RecvStream};
 
-use super::{Broken, Cause, HELD_MAX, lost, reset_with, wire_code};
-use crate::transport::{
-    http3::{
-        Code, ProtocolError,
-        frame::{Frames, Item, Kind, On},
+use super::{Broken, Cause, HELD_MAX, HELD_SHORT, lost, reset_with, wire_code};
+use crate::{
+    process::memory::Account,
+    transport::{
+        http3::{
+            Code, ProtocolError,
+            frame::{Frames, Item, Kind, On},
+        },
+        quic,
     },
-    quic,
 };
 
 /// What is taken from quinn at once.
@@ -60,8 +64,9 @@ pub struct Receiver {
     connection: Connection,
     stream: RecvStream,
     frames: Frames,
-    /// Handed out, and not taken by the other side.
+    /// Handed out, and not taken by the other side; counted in the account.
     held: usize,
+    account: Rc<Account>,
     /// It has come to its end, in order or not.
     ended: bool,
     /// The peer has reset it, with this code.
@@ -72,13 +77,14 @@ pub struct Receiver {
 impl Drop for Receiver {
     fn drop(&mut self) {
         drop(self.waits.set(None));
+        self.account.sent(self.held as u64);
     }
 }
 
 impl Receiver {
-    pub(super) fn new(connection: Connection, stream: RecvStream) -> Self {
+    pub(super) fn new(connection: Connection, stream: RecvStream, account: Rc<Account>) -> Self {
         let (frames, waits) = (Frames::new(On::Request), Arc::default());
-        Self { connection, stream, frames, held: 0, ended: false, reset: None, waits }
+        Self { connection, stream, frames, held: 0, account, ended: false, reset: None, waits }
     }
 
     pub(super) fn id(&self) -> u64 {
@@ -145,12 +151,13 @@ impl Receiver {
             return Poll::Ready(self.reset.map_or(Ok(None), |code| Err(reset_with(code.into_inner()))));
         }
         // Whoever takes some of it polls again.
-        if self.held >= HELD_MAX {
+        if self.held >= if self.account.is_short() { HELD_SHORT } else { HELD_MAX } {
             return Poll::Pending;
         }
         match ready!(self.poll_item(cx)) {
             Ok(Some(Item::Data(bytes))) => {
                 self.held += bytes.len();
+                self.account.queue(bytes.len() as u64);
                 Poll::Ready(Ok(Some(bytes)))
             }
             Ok(None) => Poll::Ready(Ok(None)),
@@ -165,7 +172,9 @@ impl Receiver {
     }
 
     pub(super) fn accepted(&mut self, n: usize) {
-        self.held = self.held.saturating_sub(n);
+        let n = n.min(self.held);
+        self.held -= n;
+        self.account.sent(n as u64);
     }
 
     /// Ready when the peer has reset it, or the connection is lost, while it is not read.

@@ -21,6 +21,7 @@ use tokio::{sync::Notify, task::JoinSet};
 
 use super::{Broken, Queue, lost, reset_with, wire_code};
 use crate::{
+    process::memory::Account,
     relay::EarlyStream,
     transport::{
         http3::{
@@ -104,6 +105,9 @@ type Stopped = Pin<Box<dyn Future<Output = Result<Option<VarInt>, StoppedError>>
 pub struct Sender {
     stream: SendStream,
     unacknowledged: Arc<Unacknowledged>,
+    /// What of it the account knows: as much as there was when that was last looked at.
+    counted: usize,
+    account: Rc<Account>,
     /// What quinn has not taken yet: a frame, or what stands in front of the first.
     out: VecDeque<Bytes>,
     /// It is to end behind that.
@@ -120,10 +124,12 @@ pub struct Sender {
 }
 
 impl Sender {
-    pub(super) fn new(stream: SendStream, open: Open) -> Self {
+    pub(super) fn new(stream: SendStream, open: Open, account: Rc<Account>) -> Self {
         Self {
             stream,
             unacknowledged: Arc::default(),
+            counted: 0,
+            account,
             out: VecDeque::new(),
             ends: false,
             has_ended: false,
@@ -138,6 +144,17 @@ impl Sender {
         self.unacknowledged.count.fetch_add(bytes.len(), Relaxed);
         let among = Arc::clone(&self.unacknowledged);
         self.out.push_back(Bytes::from_owner(Counted { bytes, among }));
+    }
+
+    /// Tells the account; what is on its way.
+    fn count(&mut self) -> usize {
+        let now = self.unacknowledged.count.load(Relaxed);
+        match now.checked_sub(self.counted) {
+            Some(more) => self.account.queue(more as u64),
+            None => self.account.sent((self.counted - now) as u64),
+        }
+        self.counted = now;
+        now
     }
 
     fn put_frame(&mut self, kind: Kind, payload: Bytes) {
@@ -215,8 +232,9 @@ impl Sender {
     }
 
     /// Ready when less is on its way than may be.
-    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.unacknowledged.count.load(Relaxed) < SEND_MAX {
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let now = self.count();
+        if now < SEND_MAX && self.account.may_queue(now, cx.waker()) {
             return Poll::Ready(());
         }
         let mut waits = self.unacknowledged.waits.lock().unwrap_or_else(PoisonError::into_inner);
@@ -294,6 +312,7 @@ fn stopped_with(code: u64) -> Broken {
 /// What is on its way still arrives, and counts among the streams that are open until then.
 impl Drop for Sender {
     fn drop(&mut self) {
+        self.account.sent(self.counted as u64);
         let Some(open) = self.open.take() else { return };
         if self.end_is_on_its_way() {
             let stopped = self.stream.stopped();

@@ -50,6 +50,8 @@ pub(super) async fn relay(
     // and then it is emptied and closed.
     let mut taken: Option<[Taken; 2]>;
     let mut joined = Joined::Not;
+    // Dropped first: what the program has moved by then is counted, whoever ends the flow.
+    let mut counted = None;
     loop {
         let is_interactive = !matches!(joined, Joined::Never { .. });
         let streak = is_interactive.then_some(map.streak);
@@ -69,6 +71,7 @@ pub(super) async fn relay(
             other => other,
         };
         if let Joined::Yes(pair) = &mut joined {
+            counted.get_or_insert_with(|| meter.count_kernel(pair.slots().uncounted_by_others()));
             map.count(|done| done.promotions += 1);
             meter.path.set(CurrentPath::Splice);
             let moved = [&meter.sent, &meter.received];
@@ -87,10 +90,16 @@ pub(super) async fn relay(
             }
         }
         let Some([own, theirs]) = taken.take() else { continue };
-        if let Joined::Yes(pair) = &joined {
+        if let Joined::Yes(pair) = joined {
             let [own, theirs] = pair.failed();
             client.has_failed(own);
             target.has_failed(theirs);
+            joined = if pair.slots().was_forced() {
+                map.count(|done| done.forced += 1);
+                Joined::Never { slots: Some(pair.into_slots()) }
+            } else {
+                Joined::Yes(pair)
+            };
         }
         if let Err(e) = client.put(own) {
             return Outcome::Reset(Side::Client, ours(&e));
@@ -128,8 +137,10 @@ async fn copy(
             _ => interactive = 0,
         }
         before = moved();
-        // Sockets are taken only while both directions are open (sock_map_sk_state_allowed).
-        if interactive >= streak && up.is_idle() && down.is_idle() {
+        // Sockets are taken only while both directions are open (sock_map_sk_state_allowed). When the first byte of the
+        // target came is known only of what is copied.
+        let has_answered = meter.received.get() > 0;
+        if interactive >= streak && has_answered && up.is_idle() && down.is_idle() {
             return Poll::Ready(None);
         }
         Poll::Pending

@@ -105,11 +105,13 @@ fn sequence(socket: &Socket, queue: libc::c_int) -> io::Result<u32> {
 
 #[cfg(test)]
 mod tests {
+    use tunnel_common::fastpath::splice::MAIL_MAX;
+
     use super::*;
 
     #[test]
     fn what_is_sent_again_with_new_bytes_comes_once_with_the_program_and_without() {
-        let map = Rc::new(SpliceMap::load(0, 0).unwrap());
+        let map = Rc::new(SpliceMap::load(0, 0, MAIL_MAX).unwrap());
         for _ in 0..20 {
             assert!(!repeats_between(|_, _| Ok(())).unwrap(), "TCP itself");
             assert!(!repeats(&map).unwrap(), "the program");
@@ -118,7 +120,7 @@ mod tests {
 
     #[test]
     fn of_what_was_read_in_part_the_rest_comes_once() {
-        let map = Rc::new(SpliceMap::load(0, 0).unwrap());
+        let map = Rc::new(SpliceMap::load(0, 0, MAIL_MAX).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let connect = || {
             let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

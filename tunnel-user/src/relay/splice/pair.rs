@@ -5,22 +5,26 @@
 //!   sent on.
 //! - What it may have under way is what the other socket has room for.
 
+mod gates;
+mod half;
+
 use std::{
     cell::Cell,
-    io::{self, Read as _, Write as _},
+    io::{self, Write as _},
     net::TcpStream,
     rc::Rc,
     sync::atomic::Ordering,
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::{
     task::yield_now,
     time::{Instant, sleep},
 };
-use tunnel_common::fastpath::splice::{Ledger, MAIL_MAX, OVERHEAD, SHUT, grant};
+use tunnel_common::fastpath::splice::{Ledger, SHUT};
 
+pub(super) use self::half::READ_MAX;
+use self::half::{Half, Read, has_turned};
 use super::{
     broken,
     map::{SlotPair, SpliceMap},
@@ -35,24 +39,10 @@ use crate::{
     transport::sockopt,
 };
 
-/// A flow whose messages have become larger than that on average goes back to being copied,
-const BULK_MEAN: u64 = 8 * 1024;
-/// once so many bytes have shown it.
-const BULK_SEEN: u64 = 64 * 1024;
-/// The least room of a socket for which the program is let go on; with less the flow is copied, and waits for its
-/// socket like any other. A small message takes 2 KiB.
-const ROOM_MIN: u64 = 16 * 1024;
-/// One read of what the program has passed, and all that is held of it at a time.
-pub(super) const READ_MAX: usize = 64 * 1024;
 /// What the kernel's worker has to do is looked at again after this time, and then after twice as much each time,
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// up to this.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// The kernel's worker takes a buffer off its list after it has sent it, by an instruction or so: after this time since
-/// nothing more is sent on, what was sent is off the list too.
-const GRACE: Duration = Duration::from_millis(20);
-/// Reads that are dropped before others have a turn.
-const DROPPED_MAX: u32 = 16;
 /// How often an end that does not fit what has arrived is looked at again before the flow is reset.
 const ENDS_MAX: u32 = 64;
 
@@ -70,28 +60,6 @@ pub(super) struct Pair {
     leaving: bool,
     /// and both gates are shut for it: the last time at which something was still to be sent.
     shut: Option<Instant>,
-}
-
-/// What is known of one direction.
-#[derive(Default)]
-struct Half {
-    ledger: Ledger,
-    /// What the meter said when copying began, or went on.
-    mark: u64,
-    /// Bytes of the program that the meter has.
-    metered: u64,
-    /// At the last grant: bytes sent on, and credit used.
-    granted: (u64, u64),
-    /// Ends that did not fit.
-    ends: u32,
-    /// Bytes that were read from the mailbox,
-    mail_read: u64,
-    /// and those that are in the counters.
-    mail_counted: u64,
-    /// What it had sent on when the gates were opened.
-    opened: u64,
-    /// Nothing waited in front of its source then.
-    was_clear: bool,
 }
 
 /// What one look at a direction has found.
@@ -147,6 +115,11 @@ impl Pair {
         }
     }
 
+    /// Its slots, for a flow that is copied from now on.
+    pub(super) fn into_slots(self) -> SlotPair {
+        self.slots
+    }
+
     /// Its slots.
     pub(super) fn slots(&self) -> &SlotPair {
         &self.slots
@@ -189,6 +162,7 @@ impl Pair {
                     ways[1 - side].stop(None);
                 }
             }
+            self.leaving |= self.slots.was_forced();
             if self.leaving && self.shut.is_none() {
                 self.shut(sockets)?;
             }
@@ -338,11 +312,9 @@ impl Pair {
         // After this, which takes the lock under which the program runs.
         sockopt::settle(src).map_err(at_source)?;
         let redirected = words.redirected.load(Ordering::Acquire);
-        let new = redirected - half.metered;
-        half.metered = redirected;
-        moved.set(moved.get() + new);
+        moved.set(moved.get() + slots.uncounted(side));
         let mail = half.mail_read - std::mem::replace(&mut half.mail_counted, half.mail_read);
-        map.count(|done| (done.bytes, done.mailed) = (done.bytes + new, done.mailed + mail));
+        map.count(|done| done.mailed += mail);
         let level = way.queue.is_empty();
         let open = words.gate.load(Ordering::Relaxed) == half.ledger.gate().unwrap_or(SHUT);
         let settled = match way.state {
@@ -416,239 +388,5 @@ impl Pair {
             return Ok(Look::Wait);
         }
         Ok(Look::Ready)
-    }
-
-    /// Opens both gates, now that everything that was kept is written, or leaves where that would not do.
-    fn open(
-        &mut self,
-        sockets: [&TcpStream; 2],
-        ways: &[&mut Direction<&mut Queue>; 2],
-    ) -> Result<Look, (Side, Broken)> {
-        let by = |side| move |e: io::Error| (if side == 0 { Side::Client } else { Side::Target }, reset(e));
-        let Self { map, slots, halves, leaving, .. } = self;
-        let words = [slots.words(0), slots.words(1)];
-        let mut grants = [0; 2];
-        for side in 0..2 {
-            let half = &mut halves[side];
-            let (spent, redirected) =
-                (words[side].spent.load(Ordering::Acquire), words[side].redirected.load(Ordering::Acquire));
-            let (bytes, used) = (redirected - half.granted.0, spent - half.granted.1);
-            let messages = (used - bytes) / OVERHEAD;
-            let ended = matches!(ways[side].state, State::Done);
-            let free = sockopt::room(sockets[1 - side]).map_err(by(1 - side))?;
-            if (free < ROOM_MIN && !ended) || (bytes >= BULK_SEEN && bytes > messages * BULK_MEAN) {
-                half.granted = (redirected, spent);
-                *leaving = true;
-            }
-            grants[side] = free;
-        }
-        if *leaving {
-            return Ok(Look::More);
-        }
-        // What a program decides from here on, it decides by what waits in front of its socket; what one has decided to pass
-        // before is where it belongs once the lock has been had.
-        let turned = [0, 1].map(|side| words[side].turned.swap(0, Ordering::SeqCst) != 0);
-        for (side, socket) in sockets.iter().enumerate() {
-            sockopt::settle(socket).map_err(by(side))?;
-        }
-        let mut look = Look::Settled;
-        for side in 0..2 {
-            let redirected = words[side].redirected.load(Ordering::Acquire);
-            let accepted = sockopt::accepted(sockets[1 - side]).map_err(by(1 - side))?;
-            if halves[side].ledger.gate() != Some(words[side].kept.load(Ordering::Acquire)) {
-                look = Look::More;
-            } else if !halves[side].ledger.is_drained(redirected, accepted) && look != Look::More {
-                look = Look::Wait;
-            }
-        }
-        if look != Look::Settled {
-            // Nothing was sent on meanwhile, so that nothing waits in front of them is as true as it was.
-            for side in 0..2 {
-                if turned[side] {
-                    words[side].turned.store(1, Ordering::SeqCst);
-                }
-            }
-            return Ok(look);
-        }
-        for side in 0..2 {
-            halves[side].was_clear = turned[side] || was_left_alone(halves, slots, side);
-        }
-        for side in 0..2 {
-            let redirected = words[side].redirected.load(Ordering::Acquire);
-            let spent = words[side].spent.load(Ordering::Acquire);
-            let half = &mut halves[side];
-            if spent > half.granted.1 {
-                map.count(|done| done.credit += 1);
-            }
-            half.granted = (redirected, spent);
-            half.opened = redirected;
-            words[side].due.store(half.ledger.due(), Ordering::Release);
-            words[side].limit.store(grant(spent, grants[side], map.credit), Ordering::Release);
-            let mail = words[side].mail_spent.load(Ordering::Acquire);
-            words[side].mail_limit.store(mail + MAIL_MAX, Ordering::Release);
-        }
-        for side in 0..2 {
-            let gate = halves[side].ledger.gate().unwrap_or(SHUT);
-            words[side].gate.store(gate, Ordering::SeqCst);
-        }
-        // What came meanwhile, and saw a gate shut for good, was told to nobody. Whoever has seen it so is through once the
-        // lock has been had, and what it has kept shows.
-        for (side, socket) in sockets.iter().enumerate() {
-            sockopt::settle(socket).map_err(by(side))?;
-            if Some(words[side].kept.load(Ordering::Acquire)) != halves[side].ledger.gate() {
-                look = Look::More;
-            }
-        }
-        Ok(look)
-    }
-
-    /// Shuts both gates: nothing more is sent on from here on.
-    fn shut(&mut self, sockets: [&TcpStream; 2]) -> Result<(), (Side, Broken)> {
-        for side in 0..2 {
-            self.slots.words(side).gate.store(SHUT, Ordering::SeqCst);
-        }
-        for (side, socket) in sockets.iter().enumerate() {
-            let by = if side == 0 { Side::Client } else { Side::Target };
-            sockopt::settle(socket).map_err(|e| (by, reset(e)))?;
-        }
-        self.shut = Some(Instant::now());
-        Ok(())
-    }
-
-    /// Has everything passed to the sockets from here on, once both gates are shut: the program does it when it sees that
-    /// nothing waits, and here it is seen where nothing comes.
-    fn turn(&mut self, sockets: [&TcpStream; 2]) -> Result<(), (Side, Broken)> {
-        let Some(since) = self.shut else { return Ok(()) };
-        for (side, socket) in sockets.into_iter().enumerate() {
-            let (words, from) = (self.slots.words(side), self.slots.words(1 - side));
-            if words.turned.load(Ordering::SeqCst) != 0 {
-                continue;
-            }
-            let by = |e| (if side == 0 { Side::Client } else { Side::Target }, reset(e));
-            let gone = self.gone[side] || self.failed[side].is_some();
-            let empty = gone || was_left_alone(&self.halves, &self.slots, side) || {
-                let accepted = sockopt::accepted(socket).map_err(by)?;
-                let ledger = &self.halves[1 - side].ledger;
-                since.elapsed() >= GRACE
-                    && ledger.is_drained(from.redirected.load(Ordering::Acquire), accepted)
-            };
-            if empty {
-                words.turned.store(1, Ordering::SeqCst);
-                sockopt::settle(socket).map_err(by)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What a read has found.
-enum Read {
-    Some,
-    Full,
-    Nothing,
-    End,
-    /// With the error's number.
-    Broken(i32, Broken),
-}
-
-/// Whether nothing waited in front of this side's socket when the gates were opened, and nothing was sent on to it since.
-fn was_left_alone(halves: &[Half; 2], slots: &SlotPair, side: usize) -> bool {
-    halves[side].was_clear
-        && halves[1 - side].opened == slots.words(1 - side).redirected.load(Ordering::Acquire)
-}
-
-/// Whether all that comes from here on is passed to this side's socket, and nothing is left in its mailbox.
-fn has_turned(half: &Half, slots: &SlotPair, side: usize) -> bool {
-    let words = slots.words(side);
-    words.turned.load(Ordering::SeqCst) != 0 && half.mail_read == words.mailed.load(Ordering::Acquire)
-}
-
-impl Half {
-    /// Reads what the program has kept, in its order, once what was read before is written.
-    fn read(
-        &mut self,
-        map: &SpliceMap,
-        slots: &SlotPair,
-        side: usize,
-        src: &TcpStream,
-        way: &mut Direction<&mut Queue>,
-    ) -> Read {
-        if !way.queue.is_empty() {
-            return Read::Some;
-        }
-        let words = slots.words(side);
-        let mut scratch = map.scratch.borrow_mut();
-        loop {
-            // In this order: once it has turned nothing more is mailed, and what is passed comes behind all mail.
-            let turned = words.turned.load(Ordering::SeqCst) != 0;
-            let mail = words.mailed.load(Ordering::Acquire) - self.mail_read;
-            let read = if mail > 0 {
-                let most = usize::try_from(mail).unwrap_or(READ_MAX).min(READ_MAX);
-                slots.boxes().read(side, &mut scratch[..most])
-            } else if turned {
-                (&mut &*src).read(&mut scratch)
-            } else {
-                // Nothing was passed; but it may have ended, or turned since.
-                match src.peek(&mut scratch[..1]) {
-                    Ok(1..) => continue,
-                    other => other,
-                }
-            };
-            match read {
-                Ok(0) => return Read::End,
-                Ok(n) => {
-                    self.ledger.took(n as u64);
-                    self.mail_read += if mail > 0 { n as u64 } else { 0 };
-                    way.queue.push(Bytes::copy_from_slice(&scratch[..n]));
-                    return if n < READ_MAX { Read::Some } else { Read::Full };
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Read::Nothing,
-                Err(e) => return Read::Broken(e.raw_os_error().unwrap_or(libc::ECONNRESET), reset(e)),
-            }
-        }
-    }
-
-    /// Takes what the mailbox has, for a sink that takes nothing now: whoever copies reads no mailbox.
-    fn take_mail(
-        &mut self,
-        map: &SpliceMap,
-        slots: &SlotPair,
-        side: usize,
-        way: &mut Direction<&mut Queue>,
-    ) -> io::Result<()> {
-        let mut scratch = map.scratch.borrow_mut();
-        while slots.words(side).mailed.load(Ordering::Acquire) > self.mail_read {
-            match slots.boxes().read(side, &mut scratch) {
-                Ok(n) => {
-                    self.ledger.took(n as u64);
-                    self.mail_read += n as u64;
-                    way.queue.push(Bytes::copy_from_slice(&scratch[..n]));
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-
-    /// Drops what the program has kept: nobody takes it. An end or an error is left to whoever copies.
-    fn forget(&mut self, map: &SpliceMap, slots: &SlotPair, side: usize, src: &TcpStream) {
-        let mut scratch = map.scratch.borrow_mut();
-        while let Ok(n) = slots.boxes().read(side, &mut scratch) {
-            self.mail_read += n as u64;
-        }
-        if !has_turned(self, slots, side) {
-            return;
-        }
-        for _ in 0..DROPPED_MAX {
-            match src.peek(&mut scratch[..1]) {
-                Ok(1..) => {}
-                Ok(0) | Err(_) => return,
-            }
-            // There is something, so this is neither an end nor an error.
-            let _dropped = (&mut &*src).read(&mut scratch);
-        }
     }
 }

@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use tunnel_common::fastpath::splice::BACKLOG_MAX;
+use tunnel_common::fastpath::splice::{BACKLOG_MAX, MAIL_MAX};
 
 use super::*;
 
@@ -28,11 +28,13 @@ enum By {
     Pipes(usize),
     /// By the kernel program, with so much credit, after so many wake-ups.
     Splice(u64, u32),
+    /// The same, with mailboxes that are always full.
+    NoMail,
 }
 
 /// Copied; through pipes; through pipes of which there are none; through one pipe for all; by the program as a daemon
-/// has it; from the first byte on; and with so little credit that it has to be renewed all the time.
-const WAYS: [By; 7] = [
+/// has it; from the first byte on; with so little credit that it has to be renewed all the time; and without room for mail.
+const WAYS: [By; 8] = [
     By::Copy,
     By::Pipes(PIPES_MAX),
     By::Pipes(0),
@@ -40,17 +42,18 @@ const WAYS: [By; 7] = [
     By::Splice(BACKLOG_MAX, INTERACTIVE_STREAK),
     By::Splice(BACKLOG_MAX, 1),
     By::Splice(6_000, 1),
+    By::NoMail,
 ];
 
 impl By {
     fn path(self) -> Path {
-        match self {
-            Self::Copy => Path::Copy,
-            Self::Pipes(most) => Path::Pipe(Rc::new(Pipes::new(most))),
-            Self::Splice(credit, streak) => {
-                Path::Splice(Rc::new(Splices::with(credit, streak).expect("this kernel takes the program")))
-            }
-        }
+        let (credit, streak, mail) = match self {
+            Self::Copy => return Path::Copy,
+            Self::Pipes(most) => return Path::Pipe(Rc::new(Pipes::new(most))),
+            Self::Splice(credit, streak) => (credit, streak, MAIL_MAX),
+            Self::NoMail => (6_000, 1, 0),
+        };
+        Path::Splice(Rc::new(Splices::with(credit, streak, mail).expect("this kernel takes the program")))
     }
 }
 
@@ -190,6 +193,8 @@ fn bytes_arrive_once_in_order_unchanged_both_ways_at_once() {
             (_, Path::Splice(splices)) => {
                 let report = splices.report();
                 assert!(report.bytes <= total && report.refused + report.no_slot == 0, "{report:?}");
+                assert!(report.forced == 0 || way == By::NoMail, "{report:?}");
+                assert!(report.mailed == 0 || way != By::NoMail, "{report:?}");
                 assert_eq!(splices.slots_in_use(), 0);
             }
             _ => {}

@@ -6,6 +6,7 @@
 //! - When many handshakes are under way, a peer first proves that its address is its own (RFC 9000 section 8.1.2).
 
 use std::{
+    cell::Cell,
     future::{Future, pending, poll_fn},
     pin::pin,
     rc::Rc,
@@ -34,7 +35,10 @@ use crate::{
         peer::peer_identity, quic::explain, standing::Standing, tls::TlsIdentity, verify::check_expiry,
     },
     model::flow::{ClientAddr, PeerAddr},
-    process::drain::{Tasks, Watch},
+    process::{
+        drain::{Tasks, Watch},
+        memory::Account,
+    },
     relay::{EarlySource, H3Leg, HeadFailure, Leg as _, Open, Queue},
     sources::{self, Answer, Event, FlowHandler, Peer, PendingRequest, SourceHandle},
     transport::{
@@ -43,7 +47,7 @@ use crate::{
             Code,
             message::{self, HeadError, RequestHead},
         },
-        quic::{self, Control, Ended, PlacedSocket, Role, Tuning},
+        quic::{self, Control, Ended, FloodDetector, PlacedSocket, ReceiveWindow, Role, Tuning},
     },
 };
 
@@ -51,6 +55,8 @@ use crate::{
 /// attacker who does not have the address everything.
 const RETRY_ABOVE: usize = 64;
 
+/// After so many requests a connection is looked at for what else its peer sends, however little time has passed.
+const LOOK_AFTER: u32 = 64;
 /// How long a listener that drains still takes new connections: what came before others were to take its place waits in its
 /// socket, and the rest of a ClientHello that has two packets may be on its way.
 const LATE: Duration = Duration::from_millis(200);
@@ -157,6 +163,8 @@ pub async fn serve<H: FlowHandler>(
                 Err(error) => handler.record(Event::PeerRejected { peer: PeerAddr(addr), error: &error }),
             }
         });
+        // A ClientHello is answered at once, which takes longer than most turns: every flow has one in between.
+        tokio::task::yield_now().await;
     }
     // New connections are refused; those that there are go on, with the endpoint, to their ends.
     endpoint.set_server_config(None);
@@ -222,24 +230,28 @@ async fn serve_connection<H: FlowHandler>(
 ) {
     let (addr, standing) = (PeerAddr(peer.client.0), peer.standing.clone());
     // Its place among the peer's connections, as long as it lives.
-    let (client, _connected) = match handler.peer(&source, peer) {
+    let (client, connected) = match handler.peer(&source, peer) {
         Ok(client) => client,
         Err(error) => {
             connection.close(quic::wire_code(Code::EXCESSIVE_LOAD), &[]);
             return handler.record(Event::PeerRejected { peer: addr, error: &error });
         }
     };
-    let carry = Rc::new(move |incoming| Rc::clone(&handler).carry(client.clone(), incoming));
-    if let Err(e) = requests(settings, &connection, source.watch(), standing, carry).await {
-        tracing::debug!(peer = %addr, error = %e, "connection closed");
+    let carrier = Rc::clone(&handler);
+    let carry = Rc::new(move |incoming| Rc::clone(&carrier).carry(client.clone(), incoming));
+    match requests(settings, &connection, connected.memory(), source.watch(), standing, carry).await {
+        Ok(()) => {}
+        Err(error @ ServeError::Flood(_)) => handler.record(Event::Flooded { peer: addr, error: &error }),
+        Err(e) => tracing::debug!(peer = %addr, error = %e, "connection closed"),
     }
     drop(permit);
 }
 
-/// Takes requests until the connection ends. `carry` makes the task of each; they end with the connection.
+/// Takes requests until the connection ends, in the memory of its peer. `carry` makes the task of each; they end with the connection.
 async fn requests<F: Future<Output = ()> + 'static>(
     settings: &Settings,
     connection: &Connection,
+    account: &Rc<Account>,
     mut drain: Watch,
     standing: Option<Rc<Standing>>,
     carry: Rc<impl Fn(Incoming) -> F + 'static>,
@@ -269,19 +281,33 @@ async fn requests<F: Future<Output = ()> + 'static>(
         }
     });
     let mut has_lapsed = false;
+    let mut window = ReceiveWindow::new(connection, account);
+    let (mut flood, mut since_look) = (FloodDetector::new(&connection.stats()), 0_u32);
+    let (mut flooded, wasted) = (None, Rc::new(Cell::new(0)));
     let ended = loop {
+        if since_look >= LOOK_AFTER || flood.next() <= Instant::now() {
+            since_look = 0;
+            window.fit(open.count() + 1);
+            flooded = flood.look(&connection.stats(), wasted.get());
+            if flooded.is_some() {
+                connection.close(quic::wire_code(Code::EXCESSIVE_LOAD), b"");
+                break Ended::Lost(ConnectionError::LocallyClosed);
+            }
+        }
         tokio::select! {
             ended = &mut watching => break ended,
             stream = connection.accept_bi() => match stream {
                 Ok(halves) => {
-                    let leg = H3Leg::server(connection, halves, open.clone());
+                    since_look += 1;
+                    let leg = H3Leg::server(connection, halves, open.clone(), account);
+                    window.fit(open.count() + 1);
                     if is_final || standing.as_ref().is_some_and(|s| s.lapse().is_some()) {
                         leg.reject(Code::REQUEST_REJECTED);
                         continue;
                     }
                     next = next.max(leg.id() + 4);
                     idle_at = Instant::now() + settings.idle_timeout;
-                    streams.spawn(serve_stream(leg, settings.handshake_timeout, Rc::clone(&carry)));
+                    streams.spawn(serve_stream(leg, settings.handshake_timeout, Rc::clone(&carry), Rc::clone(&wasted)));
                 }
                 Err(why) => break Ended::Lost(why),
             },
@@ -302,6 +328,8 @@ async fn requests<F: Future<Output = ()> + 'static>(
                     control.goaway(next).await;
                 }
             }
+            // Looked at above.
+            () = sleep_until(flood.next()) => {}
             () = sleep_until(idle_at), if !draining => {
                 idle_at = Instant::now() + settings.idle_timeout;
                 if open.count() == 0 {
@@ -320,6 +348,9 @@ async fn requests<F: Future<Output = ()> + 'static>(
     };
     // Its flows end with it, each by itself: what they had received still goes to their targets, and each is recorded.
     streams.ended().await;
+    if let Some(kind) = flooded {
+        return Err(ServeError::Flood(format!("{kind} frames")));
+    }
     match ended {
         Ended::Wrong(e) => Err(ServeError::H3(e.to_string())),
         Ended::Lost(e) if quic::is_clean(&e) => Ok(()),
@@ -327,13 +358,15 @@ async fn requests<F: Future<Output = ()> + 'static>(
     }
 }
 
-/// Reads a request, and has it carried.
+/// Reads a request, and has it carried; one that cannot be answered is among the `wasted`, and so is one that is being read.
 async fn serve_stream<F: Future<Output = ()>>(
     mut leg: H3Leg,
     patience: Duration,
     carry: Rc<impl Fn(Incoming) -> F>,
+    wasted: Rc<Cell<u64>>,
 ) {
     let id = leg.id();
+    wasted.set(wasted.get() + 1);
     let head = match timeout(patience, leg.recv.head()).await {
         Ok(Ok(section)) => message::decode_request(&section),
         Ok(Err(HeadFailure::TooLong)) => Err(HeadError::TooLong),
@@ -359,6 +392,7 @@ async fn serve_stream<F: Future<Output = ()>>(
             return;
         }
     };
+    wasted.set(wasted.get() - 1);
     carry(sources::Incoming { target, head: Some((Version::HTTP_3, headers)), request: Pending(leg) }).await;
 }
 

@@ -2,12 +2,14 @@
 //!
 //! # Invariants
 //! - No request is sent or read in 0-RTT: it could be somebody else's, sent again.
-//! - What a peer may send that nobody has taken is bounded: [`WINDOW`] on each stream, and that for each stream that it may
-//!   open.
+//! - What a peer may send that nobody has taken is bounded: [`WINDOW`] on each stream, and on all together what its account
+//!   has for it.
 
 mod control;
+mod flood;
 mod group;
 mod socket;
+mod window;
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,8 +25,10 @@ use socket2::Socket;
 use self::socket::PlaceIds;
 pub use self::{
     control::{Control, Ended, Heard, Role, close, watch},
+    flood::FloodDetector,
     group::{Group, Parts, PlacedSocket, Places},
     socket::{BUFFER, ID_LEN, ID_TAG, client_socket},
+    window::ReceiveWindow,
 };
 use super::http3::Code;
 use crate::config::Congestion;
@@ -37,6 +41,11 @@ pub const SEND_MAX: usize = 1 << 20;
 /// Streams of one direction that a peer may have open at once: HTTP/3 has three (RFC 9114 section 6.2), and kinds that are
 /// there to be ignored.
 pub const ONE_WAY_STREAMS: u32 = 8;
+
+/// New connections that wait to be looked at, which takes a turn each; beyond that they are refused.
+const INCOMING_MAX: usize = 256;
+/// What each may have sent by then: a ClientHello of several packets.
+const INCOMING_BYTES: u64 = 16 * 1024;
 
 /// How connections are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +65,8 @@ pub struct Tuning {
 fn transport(tuning: &Tuning) -> Arc<TransportConfig> {
     let Tuning { peer_streams, streams, keepalive_interval, keepalive_timeout, congestion } = *tuning;
     let mut config = TransportConfig::default();
-    let all = u64::from(WINDOW) * u64::from(streams);
+    // A server gives more as streams come: [`ReceiveWindow`].
+    let all = u64::from(WINDOW) * if peer_streams == 0 { u64::from(streams) } else { 1 };
     // As over HTTP/2 a peer is lost when it has been silent for both. The idle timer starts anew with the first packet that asks
     // it whether it is there (RFC 9000 section 10.1), and has to be longer than what that packet waits.
     let silent = keepalive_interval + keepalive_timeout;
@@ -95,7 +105,11 @@ pub fn client(socket: Socket) -> std::io::Result<Endpoint> {
 pub fn server_config(tls: Arc<rustls::ServerConfig>, tuning: &Tuning) -> Result<ServerConfig, String> {
     let crypto = QuicServerConfig::try_from(tls).map_err(|e| e.to_string())?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
-    config.transport_config(transport(tuning));
+    config
+        .transport_config(transport(tuning))
+        .max_incoming(INCOMING_MAX)
+        .incoming_buffer_size(INCOMING_BYTES)
+        .incoming_buffer_size_total(INCOMING_BYTES * INCOMING_MAX as u64);
     Ok(config)
 }
 
