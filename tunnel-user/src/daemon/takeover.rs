@@ -392,7 +392,7 @@ mod tests {
                     }
                 }
                 old.done().unwrap();
-                let group = groups.into_iter().map(|(_, mut group)| group.take(2, None).unwrap().first);
+                let group = groups.into_values().map(|mut group| group.take(2, None).unwrap().first);
                 (listeners, accepted, group.collect::<Vec<_>>())
             });
             runtime.block_on(async {

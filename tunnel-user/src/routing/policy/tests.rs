@@ -290,7 +290,7 @@ fn clients_and_headers_are_conditions() {
         headers = [{ name = "x-blocked", present = true }]
     "#);
     let headers = |name: &'static str, value: &'static str| {
-        HeaderMap::from_iter([(http::HeaderName::from_static(name), HeaderValue::from_static(value))])
+        HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))])
     };
     let of = |target: &str, headers: &HeaderMap| decide(&p, WEB, target, target, headers);
     let none = HeaderMap::new();
