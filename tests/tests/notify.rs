@@ -220,7 +220,8 @@ fn the_watchdog_is_notified_while_every_worker_answers() -> Result<()> {
     for _ in 0..5 {
         manager.hears("WATCHDOG=1")?;
     }
-    assert!(started.elapsed() >= Duration::from_millis(800), "{:?}", started.elapsed());
+    // Every half of what systemd waits; the first may have been on their way when the clock was started.
+    assert!(started.elapsed() >= Duration::from_millis(500), "{:?}", started.elapsed());
 
     // Another one begins to take over, and says nothing more. The listeners' namespace is in the name of the place.
     let netns = world.net().run(|| fs::metadata("/proc/thread-self/ns/net"))?.ino();
@@ -248,8 +249,8 @@ fn the_watchdog_is_notified_while_every_worker_answers() -> Result<()> {
     ptrace::interrupt(worker)?;
     waitpid(worker, Some(WaitPidFlag::__WALL))?;
     daemon.wait_for_line("workers do not answer")?;
-    // One that was on its way.
-    let _late = manager.is_without("WATCHDOG=1", Duration::from_millis(100))?;
+    // Those that were on their way.
+    while !manager.is_without("WATCHDOG=1", Duration::from_millis(100))? {}
     assert!(manager.is_without("WATCHDOG=1", Duration::from_secs(1))?, "a worker does not run");
     ptrace::detach(worker, None)?;
     manager.hears("WATCHDOG=1")?;
@@ -295,7 +296,7 @@ fn a_socket_that_does_not_fit_is_named() -> Result<()> {
     let other: OwnedFd = world.net().run(|| TcpListener::bind((NET4, 0)))?.into();
     let mut daemon = manager.start(&world, &file, &[], &[other])?;
     manager.hears("READY=1")?;
-    assert!(daemon.stderr().contains("nothing is configured to listen there"), "{daemon}");
+    daemon.wait_for_line("nothing is configured to listen there")?;
     daemon.stop()?;
     let udp: OwnedFd = std::net::UdpSocket::bind("127.0.0.1:0")?.into();
     let mut daemon = manager.start(&world, &file, &[], &[udp])?;

@@ -135,7 +135,11 @@ fn a_gateways_refusals_rejected_peers_and_a_wrong_reload_are_named() -> Result<(
         let counted =
             admin.metric(&format!("tunnel_flows_ended_total{{reason=\"{reason}\",fault=\"{fault}\"}}"))?;
         assert_eq!(counted, 1.0, "{reason}");
-        let logged = lines_with(&daemon.log(), &["flow refused", &format!("reason={reason}")]);
+        let line = ["flow refused", &format!("reason={reason}")];
+        let logged = wait_for("the log", PATIENCE, || {
+            let logged = lines_with(&daemon.log(), &line);
+            (!logged.is_empty()).then_some(logged)
+        })?;
         assert_eq!(logged.len(), 1, "{}", daemon.log());
     }
     let (_, text_of) =

@@ -164,6 +164,8 @@ fn ignored(tests: &str) -> Result<()> {
         "test",
         "--e2e",
         "--",
+        "--profile",
+        "verify",
         "--run-ignored",
         "only",
         "--test-threads",
