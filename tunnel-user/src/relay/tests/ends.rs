@@ -27,9 +27,10 @@ fn reset_of(stream: TcpStream) {
 #[test]
 fn a_reset_of_either_side_resets_the_other_and_says_whose_it_was() {
     run_each(|way| async move {
+        let of_way = way.path();
         for by_app in [true, false] {
             for idle in [true, false] {
-                let mut flow = Flow::start(way).await;
+                let mut flow = Flow::start_with(of_way.clone()).await;
                 if !idle {
                     flow.app.write_all(b"x").await.unwrap();
                     flow.target.read_exact(&mut [0]).await.unwrap();
@@ -50,8 +51,9 @@ fn a_reset_of_either_side_resets_the_other_and_says_whose_it_was() {
 #[test]
 fn a_reset_behind_a_stuck_direction_is_heard() {
     run_each(|way| async move {
+        let of_way = way.path();
         for after_end in [false, true] {
-            let flow = Flow::start(way).await;
+            let flow = Flow::start_with(of_way.clone()).await;
             fill(&flow.app).await;
             if after_end {
                 SockRef::from(&flow.app).shutdown(std::net::Shutdown::Write).unwrap();
@@ -167,9 +169,10 @@ async fn read_all(from: &mut TcpStream) -> (usize, Result<(), io::ErrorKind>) {
 #[test]
 fn what_was_acknowledged_before_a_reset_arrives_in_front_of_it() {
     run_each(|way| async move {
+        let of_way = way.path();
         for by_app in [true, false] {
             for len in [1, 5_000, 1_000_000] {
-                let flow = Flow::start(way).await;
+                let flow = Flow::start_with(of_way.clone()).await;
                 let Flow { app, target, path, relayed } = flow;
                 let (mut sender, mut reader) = if by_app { (app, target) } else { (target, app) };
                 let sent = async {
@@ -196,9 +199,10 @@ fn what_was_acknowledged_before_a_reset_arrives_in_front_of_it() {
 fn an_answer_in_front_of_a_close_with_bytes_unread_is_read() {
     const ANSWER: &[u8] = b"HTTP/1.1 413 x\r\nContent-Length: 3\r\n\r\nno\n";
     run_each(|way| async move {
+        let of_way = way.path();
         for by_app in [true, false] {
             for _ in 0..10 {
-                let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+                let Flow { app, target, path: _path, relayed } = Flow::start_with(of_way.clone()).await;
                 let (mut closes, mut sends) = if by_app { (app, target) } else { (target, app) };
                 let answered = async {
                     closes.read_exact(&mut [0]).await.unwrap();
@@ -237,8 +241,9 @@ fn an_answer_in_front_of_a_close_with_bytes_unread_is_read() {
 #[test]
 fn an_error_behind_an_end_discards_nothing_in_front_of_it() {
     run_each(|way| async move {
+        let of_way = way.path();
         for by_app in [true, false] {
-            let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+            let Flow { app, target, path: _path, relayed } = Flow::start_with(of_way.clone()).await;
             let (mut first, mut late) = if by_app { (app, target) } else { (target, app) };
             // More than the reader's socket holds, and a close behind it.
             let len = 1_500_000;
@@ -268,9 +273,10 @@ fn lose_what_arrives(stream: &TcpStream) {
 fn an_end_that_crosses_a_reset_does_not_keep_a_flow() {
     const MOMENT: Duration = Duration::from_millis(50);
     run_each(|way| async move {
+        let of_way = way.path();
         for by_app in [true, false] {
             for bytes in [&b""[..], b"more"] {
-                let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+                let Flow { app, target, path: _path, relayed } = Flow::start_with(of_way.clone()).await;
                 let (mut first, mut other) = if by_app { (app, target) } else { (target, app) };
                 first.write_all(b"x").await.unwrap();
                 other.read_exact(&mut [0]).await.unwrap();
@@ -353,8 +359,9 @@ fn nothing_is_waited_for_from_a_target_that_is_gone() {
 #[test]
 fn a_side_that_writes_before_it_reads_hears_of_a_reset() {
     run_each(|way| async move {
+        let of_way = way.path();
         for by_app in [true, false] {
-            let Flow { app, target, path: _path, relayed } = Flow::start(way).await;
+            let Flow { app, target, path: _path, relayed } = Flow::start_with(of_way.clone()).await;
             let (gone, mut left) = if by_app { (app, target) } else { (target, app) };
             fill(&gone).await;
             fill(&left).await;
