@@ -251,6 +251,9 @@ fn for_nobody(world: &World, config: &str) -> Result<tempfile::TempDir> {
         std::fs::copy(from, open.path().join(to))?;
         process::output(Command::new("chmod").arg("644").arg(open.path().join(to)))?;
     }
+    let key = open.path().join("node-key.pem");
+    process::output(Command::new("chown").arg("nobody").arg(&key))?;
+    process::output(Command::new("chmod").arg("600").arg(&key))?;
     process::output(Command::new("chmod").arg("755").arg(open.path()))?;
     let (_, rest) = config.split_once("[[capture]]").context("it has a capture")?;
     let identity = "[identity]\ncert = \"node.pem\"\nkey = \"node-key.pem\"\nca = \"ca.pem\"\n";
