@@ -61,12 +61,10 @@ pub(super) struct LiveTotals {
     pub(super) active: usize,
     /// Flows that they take.
     pub(super) flows_max: usize,
-    /// Workers that have answered.
-    pub(super) answered: usize,
+    /// Whether every worker has answered. Sums of fewer are less than before, which a counter never is.
+    pub(super) is_complete: bool,
     /// The memory that peers and their flows have.
     pub(super) memory: Memory,
-    /// What is counted as Istio counts it.
-    pub(super) istio: Istio,
 }
 
 /// What peers and their flows have of memory, in bytes.
@@ -183,17 +181,18 @@ impl Sight {
 
     /// What the workers say of their flows.
     pub(super) async fn live(&self) -> LiveTotals {
-        let answers = self.ask(|proxy| {
+        let asked = self.ask(|proxy| {
             let memory = proxy.memory();
             let memory = Memory { held: memory.held(), budget: memory.most(), shrunk: memory.shrunk() };
-            (proxy.flows().totals(), proxy.active(), proxy.setup().shared.flows_max, memory, proxy.istio())
+            (proxy.flows().totals(), proxy.active(), proxy.setup().shared.flows_max, memory)
         });
-        let mut all = LiveTotals::default();
-        for (totals, active, flows_max, memory, istio) in answers.await.into_iter().flatten() {
+        let answers = asked.await;
+        let mut all =
+            LiveTotals { is_complete: answers.iter().all(Option::is_some), ..LiveTotals::default() };
+        for (totals, active, flows_max, memory) in answers.into_iter().flatten() {
             all.memory.held += memory.held;
             all.memory.budget += memory.budget;
             all.memory.shrunk += memory.shrunk;
-            all.istio.add(istio);
             all.totals.sent += totals.sent;
             all.totals.received += totals.received;
             for (sum, n) in all.totals.live.iter_mut().zip(totals.live) {
@@ -201,9 +200,17 @@ impl Sight {
             }
             all.active += active;
             all.flows_max += flows_max;
-            all.answered += 1;
         }
         all
+    }
+
+    /// What is counted as Istio counts it; none where not every worker answers. Each looks at all its flows for it.
+    pub(super) async fn istio(&self) -> Option<Istio> {
+        let mut all = Istio::default();
+        for istio in self.ask(|proxy| proxy.istio()).await {
+            all.add(istio?);
+        }
+        Some(all)
     }
 
     /// Both.
@@ -213,16 +220,23 @@ impl Sight {
 
     /// What the upstreams of all workers are doing together, by name.
     pub(super) async fn upstreams(&self) -> BTreeMap<String, UpstreamReport> {
+        self.complete_upstreams().await.0
+    }
+
+    /// The same, and whether every worker has answered.
+    pub(super) async fn complete_upstreams(&self) -> (BTreeMap<String, UpstreamReport>, bool) {
         let answers = self.ask(|proxy| {
             let setup = proxy.setup();
             let all = setup.upstreams.tunnels();
             all.map(|upstream| (upstream.name().to_string(), upstream.report())).collect::<Vec<_>>()
         });
+        let answers = answers.await;
+        let is_complete = answers.iter().all(Option::is_some);
         let mut all = BTreeMap::<String, UpstreamReport>::new();
-        for (name, report) in answers.await.into_iter().flatten().flatten() {
+        for (name, report) in answers.into_iter().flatten().flatten() {
             all.entry(name).or_default().add(report);
         }
-        all
+        (all, is_complete)
     }
 }
 

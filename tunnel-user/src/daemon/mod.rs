@@ -285,7 +285,7 @@ impl Running {
         // A copy would go on listening, with nobody to accept.
         self.kept.clear();
         self.groups.clear();
-        for active in self.captures.iter().filter(|a| a.wanted.on_failure == OnFailure::Open) {
+        for active in self.captures.iter().filter(|a| a.released || a.wanted.on_failure == OnFailure::Open) {
             active.tidy(|a| match a.programs.capture.owner() {
                 Owner::Us => a.programs.capture.detach_connect(),
                 Owner::Another | Owner::Nobody => Ok(()),

@@ -31,18 +31,19 @@ pub fn detach(config: &Config) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Where a capture is pinned: a folder named after the group, so that the next daemon finds it.
+/// Where a capture is pinned.
 pub(super) fn pin_dir(config: &Config, capture: &config::Capture) -> Option<PathBuf> {
-    if capture.cgroup == CgroupRef::Fresh {
-        return None;
-    }
-    let name = capture.cgroup.name();
+    (capture.cgroup != CgroupRef::Fresh).then(|| pin_dir_of(config, &capture.cgroup.name()))
+}
+
+/// Where the capture of a group is pinned: a folder named after it, so that the next daemon finds it.
+pub(super) fn pin_dir_of(config: &Config, name: &str) -> PathBuf {
     // bpffs allows no dots in names; every other byte that is not a letter or digit goes the same way,
     // and the hash keeps names apart that would become one.
     let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     let plain = plain.trim_matches('_');
     let tail = &plain[plain.len().saturating_sub(PIN_NAME_MAX)..];
-    Some(config.daemon.bootstrap.bpffs.join("tunnel").join(format!("{tail}_{:016x}", fnv1a(name.as_bytes()))))
+    config.daemon.bootstrap.bpffs.join("tunnel").join(format!("{tail}_{:016x}", fnv1a(name.as_bytes())))
 }
 
 /// The most of a group's name that its folder shows.

@@ -62,7 +62,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
         let old = replaced(file.filter(|_| take_over))?;
         let bound = admin::bind(&config, file, old.is_some())?;
         let (mut lifecycle, passed) = Lifecycle::new(service, &config)?;
-        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), &config);
+        let mut attachments = Attachments::new(bound.as_ref().and_then(Bound::socket), file, &config);
         let options = Options { attached: attachments.layer()?, taken: passed, ..Options::default() };
         let (mut running, took_over) = start(config, old, options)?;
         running.workers.in_force().await;
@@ -106,11 +106,7 @@ pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Servic
                 (Event::Asked(Command::Detach(which, tell)), _) if !tell.is_closed() => {
                     let _gone = tell.send(attachments.detach(&mut running, &which).await);
                 }
-                (Event::Expired(group), _) => {
-                    if let Err(error) = attachments.detach(&mut running, &group).await {
-                        tracing::error!(cgroup = group, error, "failed to detach");
-                    }
-                }
+                (Event::Expired(group), _) => attachments.expire(&mut running, &group).await,
                 (Event::Asked(command), _) => {
                     if let Some(why) = running.answer(command) {
                         break why;

@@ -6,7 +6,7 @@ use super::bootstrap::Process;
 use crate::{
     config::{self, Config, Relay},
     kernel::version::{Feature, Kernel},
-    observe::{access_log::Logs, traces::Tracer},
+    observe::{access_log::Logs, istio, traces::Tracer},
     process::{
         books::PeerLimits,
         exit::{Cause, Failure},
@@ -52,7 +52,11 @@ pub(super) fn shared(
         limits: limits_of(config, process.workers),
         access_logs,
         tracer,
-        istio: config.admin.metrics.contains(&config::MetricSet::Istio),
+        istio: config
+            .admin
+            .metrics
+            .contains(&config::MetricSet::Istio)
+            .then(|| istio::SERIES_MAX.div_ceil(process.workers)),
     })
 }
 

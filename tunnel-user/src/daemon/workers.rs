@@ -254,7 +254,7 @@ mod tests {
             },
             access_logs: Default::default(),
             tracer: None,
-            istio: false,
+            istio: None,
         })
     }
 

@@ -2,8 +2,9 @@
 //!
 //! # Invariants
 //! - Each worker counts for itself, when a flow is opened and when it has ended; what is moved between is read from the registry.
-//! - No more than [`SERIES_MAX`] keys of a worker have counters of their own, whatever peers call themselves and ask for; those
-//!   beyond are counted together. What has a series keeps it.
+//! - No more than [`SERIES_MAX`] keys have counters of their own, whatever peers call themselves and ask for; those beyond are
+//!   counted together. What has a series keeps it.
+//! - A name that nobody was let reach has no series.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,8 +14,8 @@ use crate::model::{
     flow::{Identity, SourceKind, Target},
 };
 
-/// Keys of one worker: each is a series of four counters and more.
-pub const SERIES_MAX: usize = 500;
+/// Keys of all workers together, of which each has its share: each is a series of four counters and more.
+pub const SERIES_MAX: usize = 2_000;
 /// What stands for the parts of a key beyond.
 const OTHER: &str = "other";
 
@@ -97,6 +98,11 @@ impl Key {
     fn other(reporter: SourceKind) -> Self {
         Self { reporter, peer: Some(OTHER.into()), service: Some(OTHER.into()) }
     }
+
+    /// Whether it stands for those beyond.
+    pub fn is_other(&self) -> bool {
+        *self == Self::other(self.reporter)
+    }
 }
 
 /// What is counted of one key.
@@ -126,13 +132,21 @@ impl Counts {
 
 /// Counters by key, of one worker or of all.
 #[derive(Clone, Debug, Default)]
-pub struct Istio(HashMap<Key, Counts>);
+pub struct Istio {
+    counts: HashMap<Key, Counts>,
+    most: usize,
+}
 
 impl Istio {
+    /// With counters for so many keys.
+    pub fn new(most: usize) -> Self {
+        Self { counts: HashMap::new(), most }
+    }
+
     fn of(&mut self, key: Key) -> &mut Counts {
-        let known = self.0.len() < SERIES_MAX || self.0.contains_key(&key);
+        let known = self.counts.len() < self.most || self.counts.contains_key(&key);
         let key = if known { key } else { Key::other(key.reporter) };
-        self.0.entry(key).or_default()
+        self.counts.entry(key).or_default()
     }
 
     /// A flow has reached its target.
@@ -152,7 +166,10 @@ impl Istio {
     pub fn failed(&mut self, record: &Record) {
         // What its client gave up is no failure.
         if record.reason.fault() != Fault::Nobody && record.reason != EndReason::ClientLeft {
-            self.of(Key::of(record)).failed[Flag::of(record.reason) as usize] += 1;
+            let key = Key::of(record);
+            // Who is refused whatever it asks for takes no series from the others.
+            let key = if self.counts.contains_key(&key) { key } else { Key { service: None, ..key } };
+            self.of(key).failed[Flag::of(record.reason) as usize] += 1;
         }
     }
 
@@ -165,15 +182,15 @@ impl Istio {
 
     /// Takes in those of another worker.
     pub fn add(&mut self, other: Self) {
-        for (key, counts) in other.0 {
+        for (key, counts) in other.counts {
             // Each worker's own are bounded. Another bound here would have a key's numbers go to and fro.
-            self.0.entry(key).or_default().add(&counts);
+            self.counts.entry(key).or_default().add(&counts);
         }
     }
 
     /// Every key with its counts, in the same order each time.
     pub fn all(&self) -> Vec<(&Key, &Counts)> {
-        let mut all: Vec<_> = self.0.iter().collect();
+        let mut all: Vec<_> = self.counts.iter().collect();
         all.sort_by_key(|(key, _)| (key.reporter == SourceKind::Listener, &key.peer, &key.service));
         all
     }
@@ -194,22 +211,37 @@ mod tests {
     /// A peer that asks for ever new names gets one series for all that are too many.
     #[test]
     fn keys_are_bounded_and_nothing_is_lost() {
-        let mut istio = Istio::default();
-        for i in 0..SERIES_MAX + 50 {
+        let mut istio = Istio::new(500);
+        for i in 0..550 {
             istio.opened(&record(&format!("host-{i}.example:80")));
         }
         let mut all = Istio::default();
         all.add(istio.clone());
         all.add(istio);
-        assert_eq!(all.all().len(), SERIES_MAX + 1);
-        let other = all.all().into_iter().find(|(key, _)| key.service.as_deref() == Some(OTHER)).unwrap();
+        assert_eq!(all.all().len(), 501);
+        let other = all.all().into_iter().find(|(key, _)| key.is_other()).unwrap();
         assert_eq!(other.1.opened, 100);
-        assert_eq!(all.all().iter().map(|(_, c)| c.opened).sum::<u64>(), 2 * (SERIES_MAX as u64 + 50));
+        assert_eq!(all.all().iter().map(|(_, c)| c.opened).sum::<u64>(), 1100);
+    }
+
+    /// A peer that is refused whatever it asks for gets one series.
+    #[test]
+    fn names_that_nobody_was_let_reach_have_no_series() {
+        let mut istio = Istio::new(500);
+        istio.opened(&record("a.example:80"));
+        for to in ["a.example:80", "b.example:80", "c.example:80"] {
+            let mut refused = record(to);
+            refused.ended(EndReason::PolicyDenied, None);
+            istio.failed(&refused);
+        }
+        let failed: Vec<_> =
+            istio.all().iter().map(|(key, counts)| (key.service.as_deref(), counts.failed)).collect();
+        assert_eq!(failed, [(None, [0, 2, 0, 0]), (Some("a.example"), [0, 1, 0, 0])]);
     }
 
     #[test]
     fn ends_have_the_flags_of_ztunnel() {
-        let mut istio = Istio::default();
+        let mut istio = Istio::new(500);
         let mut ended = record("a.example:80");
         istio.opened(&ended);
         istio.live(&ended, 3, 4);

@@ -93,6 +93,9 @@ pub fn init(filter: &LogFilter, format: LogFormat) -> Logging {
         LogFormat::Json => registry.with(layer.json()).try_init(),
     };
     if started.is_ok() {
+        if matches!(format, LogFormat::Json) {
+            stderr::as_json();
+        }
         let (first, now) = (filter.0.clone(), Mutex::new(filter.0.clone()));
         let _set = FILTERS.set(Arc::new(Filters { handle, first, now }));
     }

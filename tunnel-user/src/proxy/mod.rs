@@ -83,8 +83,8 @@ pub struct Shared {
     pub access_logs: Logs,
     /// What makes spans of flows.
     pub tracer: Option<Arc<Tracer>>,
-    /// Whether flows are counted as Istio counts them, too.
-    pub istio: bool,
+    /// For how many keys one worker counts flows as Istio counts them, too; none where nobody wants it.
+    pub istio: Option<usize>,
 }
 
 /// What one worker gives peers and flows.
@@ -163,7 +163,8 @@ pub struct Proxy {
     peers: RefCell<HashMap<Account, Rc<Books>>>,
     /// What peers and their flows make this worker hold.
     memory: Rc<Memory>,
-    istio: RefCell<Istio>,
+    /// What is counted as Istio counts it, while that is wanted.
+    istio: RefCell<Option<Istio>>,
     /// Told when the flows that are left are to end.
     stop: Watch,
 }
@@ -209,13 +210,13 @@ impl Proxy {
             flows: Rc::default(),
             records: Records::new(shared.keep_records),
             lookups: Lookups::new(shared.flows_max),
+            istio: RefCell::new(shared.istio.map(Istio::new)),
             setup: RefCell::new(Rc::new(setup)),
             counters,
             log: LimitedLog::default(),
             active: Cell::default(),
             peers: RefCell::default(),
             memory: Memory::of_this_worker(),
-            istio: RefCell::default(),
             stop,
         })
     }
@@ -227,8 +228,23 @@ impl Proxy {
 
     /// From now on new flows are carried by this, and those end that its policies and routes no longer allow.
     pub fn replace_setup(&self, setup: Rc<Setup>) {
+        self.switch_istio(setup.shared.istio);
         self.setup.replace(setup);
         self.review();
+    }
+
+    /// Begins to count as Istio counts, or forgets what it has counted so.
+    fn switch_istio(&self, most: Option<usize>) {
+        let mut istio = self.istio.borrow_mut();
+        match most {
+            None => *istio = None,
+            Some(most) if istio.is_none() => {
+                let istio = istio.insert(Istio::new(most));
+                // What is closed was opened.
+                self.flows.for_each(|flow| istio.opened(flow.record()));
+            }
+            Some(_) => {}
+        }
     }
 
     /// Its counters.
@@ -298,19 +314,17 @@ impl Proxy {
 
     /// What flows count as Istio counts them, those that go on included. Empty where nobody wants it.
     pub fn istio(&self) -> Istio {
-        let mut all = self.istio.borrow().clone();
-        if self.setup.borrow().shared.istio {
-            self.flows.for_each(|flow| {
-                all.live(flow.record(), flow.meter().sent.get(), flow.meter().received.get());
-            });
-        }
+        let Some(mut all) = self.istio.borrow().clone() else { return Istio::default() };
+        self.flows.for_each(|flow| {
+            all.live(flow.record(), flow.meter().sent.get(), flow.meter().received.get());
+        });
         all
     }
 
     /// Counts as Istio does, where that is wanted.
     fn count_for_istio(&self, count: impl FnOnce(&mut Istio)) {
-        if self.setup.borrow().shared.istio {
-            count(&mut self.istio.borrow_mut());
+        if let Some(istio) = &mut *self.istio.borrow_mut() {
+            count(istio);
         }
     }
 

@@ -40,7 +40,8 @@ impl<'k> Labels<'k> {
             SourceKind::Listener => ("destination", peer, self.own),
         };
         let service = self.key.service.as_deref().unwrap_or(UNKNOWN);
-        let security = if self.key.peer.is_some() { "mutual_tls" } else { UNKNOWN };
+        let proven = self.key.peer.is_some() && !self.key.is_other();
+        let security = if proven { "mutual_tls" } else { UNKNOWN };
         m::ISTIO_OPENED.labels.iter().map(|label| match *label {
             "reporter" => reporter,
             "source_principal" => source,
@@ -101,5 +102,14 @@ mod tests {
         assert_eq!(of("destination_principal"), "spiffe://example.org/gateway");
         assert_eq!((of("destination_workload_namespace"), of("destination_service")), (UNKNOWN, UNKNOWN));
         assert_eq!((of("response_flags"), of("connection_security_policy")), ("DENY", "mutual_tls"));
+    }
+
+    /// What stands for many may be of peers that have proved nothing.
+    #[test]
+    fn what_is_counted_together_is_said_to_have_no_security() {
+        let key =
+            Key { reporter: SourceKind::Listener, peer: Some("other".into()), service: Some("other".into()) };
+        let labels = Labels { key: &key, own: UNKNOWN }.with(Flag::None);
+        assert!(labels.contains(&"other") && !labels.contains(&"mutual_tls"), "{labels:?}");
     }
 }

@@ -3,7 +3,8 @@
 //! # Invariants
 //! - Nothing is kept between two scrapes: what is counted is counted by the workers.
 //! - An answer is bounded: labels are words of this program and names of the configuration, and of those at most
-//!   [`NAMES_MAX`] of a kind.
+//!   [`NAMES_MAX`] of a kind. Istio's metrics alone, which are off by default and bounded too, have names that peers choose.
+//! - A counter never falls while the daemon runs: one that not all workers have answered for is left out.
 
 mod istio;
 mod process;
@@ -28,6 +29,7 @@ use crate::{
     model::end::{EndReason, Fault},
     observe::{
         histogram::{BOUNDS_US, Buckets},
+        istio::Istio,
         totals,
     },
     process::panics,
@@ -77,7 +79,11 @@ impl Format {
 pub(super) struct Scrape {
     sums: Sums,
     live: LiveTotals,
+    /// None where not all workers have answered.
+    istio: Option<Istio>,
     upstreams: BTreeMap<String, UpstreamReport>,
+    /// Whether they are those of all workers.
+    has_upstreams: bool,
     overview: std::sync::Arc<Overview>,
     ready: bool,
     draining: bool,
@@ -89,13 +95,15 @@ impl Scrape {
     /// Asks everybody.
     pub(super) async fn take(sight: &Sight, requests: Requests) -> Self {
         let (overview, _) = sight.overview().await;
-        let upstreams = sight.upstreams().await;
+        let (upstreams, has_upstreams) = sight.complete_upstreams().await;
         Self {
             ready: !sight.is_draining()
                 && super::problems::of(&overview, &upstreams).iter().all(|p| !p.blocks_ready),
             upstreams,
+            has_upstreams,
             overview,
             live: sight.live().await,
+            istio: sight.istio().await,
             // After what has been waited for: it is at least as new.
             sums: sight.sums(),
             draining: sight.is_draining(),
@@ -123,14 +131,17 @@ impl Collector for Scrape {
         self.process(&mut out)?;
         self.flows(&mut out)?;
         self.sources(&mut out)?;
-        self.upstreams(&mut out)?;
+        if self.has_upstreams {
+            self.upstreams(&mut out)?;
+        }
         self.identities(&mut out)?;
+        let Some(counted) = &self.istio else { return Ok(()) };
         // With more than one, which of them a flow was carried by is not known here.
         let own = match self.overview.identities.as_slice() {
             [only] => only.identity.as_deref(),
             _ => None,
         };
-        istio::write(&mut out, &self.live.istio, own)
+        istio::write(&mut out, counted, own)
     }
 }
 
@@ -163,10 +174,12 @@ impl Scrape {
     fn flows(&self, out: &mut Out<'_>) -> fmt::Result {
         let Self { sums, live, .. } = self;
         out.counter(&m::FLOWS_OPENED, [([], sums.of("flows_opened"))])?;
-        let mut routed = Named::default();
-        self.upstreams.iter().for_each(|(name, report)| routed.add(name, report.totals.streams_opened));
-        let routed = routed.0.iter().map(|(name, n)| ([*name], *n));
-        out.counter(&m::FLOWS_ROUTED, routed.chain([(["direct"], sums.of("flows_dialled"))]))?;
+        if self.has_upstreams {
+            let mut routed = Named::default();
+            self.upstreams.iter().for_each(|(name, report)| routed.add(name, report.totals.streams_opened));
+            let routed = routed.0.iter().map(|(name, n)| ([*name], *n));
+            out.counter(&m::FLOWS_ROUTED, routed.chain([(["direct"], sums.of("flows_dialled"))]))?;
+        }
         let ended = sums.ended.iter().map(|(reason, n)| {
             let fault = match reason.fault() {
                 Fault::Nobody => "nobody",
@@ -180,8 +193,10 @@ impl Scrape {
         out.gauge(&m::FLOWS_LIVE, live.by_path().map(|(path, n)| ([path.word()], n as u64)))?;
         out.gauge(&m::FLOWS_PENDING, [([], live.active.saturating_sub(live.flows()) as u64)])?;
         out.gauge(&m::FLOWS_LIMIT, [([], live.flows_max as u64)])?;
-        let bytes = [(["sent"], live.totals.sent), (["received"], live.totals.received)];
-        out.counter(&m::FLOW_BYTES, bytes)?;
+        if live.is_complete {
+            let bytes = [(["sent"], live.totals.sent), (["received"], live.totals.received)];
+            out.counter(&m::FLOW_BYTES, bytes)?;
+        }
         let kernel = [(["pipe"], sums.of("bytes_piped")), (["splice"], sums.of("bytes_spliced"))];
         out.counter(&m::KERNEL_BYTES, kernel)?;
         let events = [
@@ -207,10 +222,12 @@ impl Scrape {
         out.histogram(&m::HANDSHAKE_SECONDS, [([], &sums.handshake)])?;
         let decisions = sums.policies.iter().map(|((policy, decision), n)| ([&**policy, *decision], *n));
         out.counter(&m::POLICY_DECISIONS, decisions)?;
-        let memory = self.live.memory;
-        out.gauge(&m::MEMORY_BUDGET, [([], memory.budget)])?;
-        out.gauge(&m::MEMORY_HELD, [([], memory.held)])?;
-        out.counter(&m::WINDOWS_SHRUNK, [([], memory.shrunk)])?;
+        if self.live.is_complete {
+            let memory = self.live.memory;
+            out.gauge(&m::MEMORY_BUDGET, [([], memory.budget)])?;
+            out.gauge(&m::MEMORY_HELD, [([], memory.held)])?;
+            out.counter(&m::WINDOWS_SHRUNK, [([], memory.shrunk)])?;
+        }
         let ended = |of: EndReason| -> u64 {
             sums.ended.iter().filter(|(reason, _)| *reason == of).map(|(_, n)| n).sum()
         };
@@ -387,8 +404,10 @@ mod tests {
         let upstreams = (0..NAMES_MAX + 20).map(|i| (format!("u{i:04}"), UpstreamReport::default()));
         Scrape {
             sums: Sums { ended: vec![(EndReason::Closed, 3)], ..Sums::default() },
-            live: LiveTotals::default(),
+            live: LiveTotals { is_complete: true, ..LiveTotals::default() },
+            istio: Some(Istio::default()),
             upstreams: upstreams.collect(),
+            has_upstreams: true,
             overview: std::sync::Arc::new(Overview {
                 version: "a\"b\\c\nd".to_owned(),
                 ..Overview::default()
@@ -406,6 +425,26 @@ mod tests {
         let series = text.lines().filter(|l| l.starts_with("tunnel_upstream_streams{")).count();
         assert_eq!(series, NAMES_MAX + 1);
         assert!(text.contains("tunnel_upstream_streams{upstream=\"other\"} 0"));
+    }
+
+    /// Less than before would be taken for a restart of the daemon.
+    #[test]
+    fn counters_that_not_all_workers_have_answered_for_are_left_out() {
+        let families = [
+            "tunnel_flow_bytes_total",
+            "tunnel_flows_routed_total",
+            "tunnel_memory_held_bytes",
+            "tunnel_memory_windows_shrunk_total",
+            "tunnel_upstream_connects_total",
+        ];
+        let all = scrape().text(Format::Prometheus).unwrap();
+        let mut scrape = scrape();
+        (scrape.live.is_complete, scrape.has_upstreams, scrape.istio) = (false, false, None);
+        let some = scrape.text(Format::Prometheus).unwrap();
+        for family in families {
+            assert!(all.contains(family) && !some.contains(family), "{family} in {some}");
+        }
+        assert!(some.contains("tunnel_flows_ended_total"), "what is read and not asked is there");
     }
 
     #[test]

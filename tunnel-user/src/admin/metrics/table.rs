@@ -1,7 +1,8 @@
 //! Every metric: its name, its kind, its labels and what it counts. The reference is generated from this list.
 //!
 //! # Invariants
-//! - No label takes a value that a peer chooses: they are words of this program, and names of the configuration.
+//! - No label takes a value that a peer chooses: they are words of this program, and names of the configuration. Except those of
+//!   Istio's metrics, which are off by default and bounded (`observe/istio.rs`).
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,19 +163,20 @@ metrics! {
 
     /// Lines of access logs, by result: written or lost.
     ACCESS_LOG_LINES = "tunnel_access_log_lines", Counter, ["result"];
-    /// Log lines that were lost because standard error was not read as fast as they came.
+    /// Log lines that were lost: standard error was not read as fast as they came, or could not be written to.
     LOG_LINES_LOST = "tunnel_log_lines_lost", Counter, [];
     /// Spans of traces, by result: exported or dropped.
     SPANS = "tunnel_spans", Counter, ["result"];
     /// Requests to the admin interface, by the status that they were answered with.
     ADMIN_REQUESTS = "tunnel_admin_requests", Counter, ["code"];
 
-    /// With admin.metrics = ["istio"]: flows that have reached their target. At most 500 pairs of identity and name of a worker have
-    /// series of their own; the others are together in "other".
+    /// With admin.metrics = ["istio"]: flows that have reached their target. At most 2,000 pairs of identity and name have series of
+    /// their own, of which each worker counts its share; the others are together in "other".
     ISTIO_OPENED = "istio_tcp_connections_opened", Counter, [@istio];
     /// With admin.metrics = ["istio"]: of these, those that have ended.
     ISTIO_CLOSED = "istio_tcp_connections_closed", Counter, [@istio];
-    /// With admin.metrics = ["istio"]: flows that did not reach their target.
+    /// With admin.metrics = ["istio"]: flows that did not reach their target. Names that no flow has reached are together in
+    /// "unknown".
     ISTIO_FAILED = "istio_tcp_connections_failed", Counter, [@istio];
     /// With admin.metrics = ["istio"]: bytes from targets to clients, counted while flows run. Istio's names are the target's:
     /// this is received_bytes in tunnel's own metrics and logs, for both reporters.

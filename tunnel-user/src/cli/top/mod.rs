@@ -1,7 +1,7 @@
 //! `tunnel top`: the flows of a running daemon by their rate, its upstreams, and its throughput over time, kept up to date.
 //!
 //! # Invariants
-//! - Whatever ends it, the terminal is as it was: not raw, its own screen, the cursor visible.
+//! - Whatever ends it, but SIGKILL, the terminal is as it was: not raw, its own screen, the cursor visible.
 //! - A daemon is asked again only when it has answered, and is left alone for at least [`REST`] times as long as it took.
 
 mod model;
@@ -69,7 +69,7 @@ pub struct TopArgs {
 /// What the loop waits for.
 enum News {
     Sample(Result<Box<Sample>, String>),
-    Typed(Typed),
+    Typed(io::Result<Typed>),
     /// What became of a flow that was to end.
     Ended(Result<String, String>),
 }
@@ -117,14 +117,19 @@ async fn show(client: &Client, mut model: Model, interval: Duration) -> io::Resu
     let (tell, mut told) = mpsc::channel(WAITING_MAX);
     let mut end = signal(SignalKind::terminate())?;
     let mut hang_up = signal(SignalKind::hangup())?;
+    // Keys make none of a raw terminal; somebody else may send them.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut quit = signal(SignalKind::quit())?;
     let mut screen = Screen::open()?;
     // Both threads end with the process, which has nothing to do after this.
     let (asking, asked) = (client.clone(), tell.clone());
     thread::Builder::new().name("daemon".to_owned()).spawn(move || keep_asking(&asking, interval, &asked))?;
     let typing = tell.clone();
     thread::Builder::new().name("keys".to_owned()).spawn(move || {
-        while let Some(typed) = terminal::typed() {
-            if typing.blocking_send(News::Typed(typed)).is_err() {
+        loop {
+            let typed = terminal::typed();
+            let ends = typed.is_err();
+            if typing.blocking_send(News::Typed(typed)).is_err() || ends {
                 return;
             }
         }
@@ -135,6 +140,8 @@ async fn show(client: &Client, mut model: Model, interval: Duration) -> io::Resu
             news = told.recv() => news,
             _ = end.recv() => return Ok(()),
             _ = hang_up.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = quit.recv() => return Ok(()),
         };
         let doing = match news {
             // Somebody holds the other end: we do.
@@ -151,8 +158,11 @@ async fn show(client: &Client, mut model: Model, interval: Duration) -> io::Resu
                 model.say(what);
                 Doing::Showing
             }
-            Some(News::Typed(Typed::Resized)) => Doing::Showing,
-            Some(News::Typed(Typed::Key(key))) => model.key(key),
+            // Without keys, nobody could end it.
+            Some(News::Typed(typed)) => match typed? {
+                Typed::Resized => Doing::Showing,
+                Typed::Key(key) => model.key(key),
+            },
         };
         match doing {
             Doing::Showing => {}

@@ -1,7 +1,8 @@
 //! What `tunnel top` shows: the daemon's latest answer, rates since the one before, and what the operator has typed.
 //!
 //! # Invariants
-//! - The selection is a flow and not a line: it moves with its flow when the order changes.
+//! - The selection is a flow and not a line: it moves with its flow when the order changes, and ends with the daemon whose flow
+//!   it is.
 //! - No more than [`HISTORY_MAX`] throughputs are kept.
 
 use std::{
@@ -146,12 +147,21 @@ impl Model {
     /// Takes in an answer. While it is paused it is let go.
     pub(super) fn take(&mut self, sample: Sample) {
         self.lost = None;
+        // Of another process, which has taken over, all numbers begin again, and a flow with the same ID is another flow.
+        let process = |sample: &Sample| (sample.status.overview.pid, sample.status.overview.started_at);
+        let same = self.latest.as_ref().is_none_or(|before| process(before) == process(&sample));
+        if !same {
+            self.selected = None;
+            self.paused = false;
+            if matches!(self.mode, Mode::Confirm { .. }) {
+                self.mode = Mode::Normal;
+                self.said = Some("nothing was ended: this is another daemon".to_owned());
+            }
+        }
         if self.paused {
             return;
         }
-        // Of another process, which has taken over, all numbers begin again.
-        let pid = sample.status.overview.pid;
-        let before = self.latest.take().filter(|before| before.status.overview.pid == pid);
+        let before = self.latest.take().filter(|_| same);
         let over = before.as_ref().map(|b| sample.at.duration_since(b.at).as_secs_f64().max(0.001));
         let flows = before.as_ref().map(|before| {
             before.flows.iter().map(|f| (f.id.as_str(), (f.sent, f.received))).collect::<HashMap<_, _>>()
@@ -468,6 +478,28 @@ pub(super) mod tests {
         model.take(sample(2, Instant::now() + Duration::from_secs(10), vec![flow("0-1", "z:9", 100, 0.1)]));
         assert!(model.lost.is_none());
         assert!((model.rows[0].sent_per_second - 100.0).abs() < 1e-9, "{:?}", model.rows);
+    }
+
+    /// IDs begin again with each daemon.
+    #[test]
+    fn a_flow_of_another_daemon_is_not_ended_in_place_of_the_selected_one() {
+        for restarted in [false, true] {
+            let mut model = three();
+            press(&mut model, "↓k");
+            let mut next = sample(1, Instant::now(), vec![flow("0-1", "z:9", 100, 0.1)]);
+            if restarted {
+                // The same pid, given again.
+                next.status.overview.started_at = 7;
+            } else {
+                next.status.overview.pid = 2;
+            }
+            press(&mut model, "n k");
+            assert!(model.paused && matches!(model.mode, Mode::Confirm { .. }));
+            model.take(next);
+            assert_eq!((ids(&model), model.selected(), model.paused), (vec!["0-1"], None, false));
+            assert_eq!(press(&mut model, "y"), Doing::Showing);
+            assert_eq!(press(&mut model, "ky"), Doing::Showing);
+        }
     }
 
     #[test]
