@@ -14,7 +14,8 @@ use rustix::{
 pub(super) fn names(set: u64) -> Vec<String> {
     let set = CapabilitySet::from_bits_retain(set);
     let known = set.iter_names().map(|(name, _)| format!("CAP_{name}"));
-    let others = set.difference(CapabilitySet::all()).bits();
+    // Not what is in no name of `CapabilitySet::all()`, which has every bit.
+    let others = set.iter_names().fold(set.bits(), |others, (_, one)| others & !one.bits());
     known.chain((0..u64::BITS).filter(|bit| others & (1 << bit) != 0).map(|bit| bit.to_string())).collect()
 }
 
