@@ -329,3 +329,33 @@ fn a_key_that_others_can_read_is_refused_with_the_remedy() -> Result<()> {
         ],
     )
 }
+
+/// `tunnel config check` is run by root, and the daemon as its user: a key for a group is a warning that names the group, and one
+/// for everybody is refused.
+#[test]
+fn config_check_warns_of_a_key_for_a_group_and_refuses_one_for_everybody() -> Result<()> {
+    let world = World::new()?;
+    let files = world.pki().named("gateway");
+    let identity = files.toml();
+    let config =
+        format!("{identity}[[listener]]\naddress = \"127.0.0.1:15008\"\n[[route]]\nto = \"direct\"\n");
+    let config = world.file("check.toml", config)?;
+    let folder = files.key.parent().context("a folder")?;
+    for (script, code, said) in [
+        (
+            "chown :65534 gateway-key.pem; chmod 640 gateway-key.pem",
+            0,
+            "group 65534 can read the private key: the daemon has to be in that group",
+        ),
+        ("chmod 644 gateway-key.pem", 64, "the private key can be read by every user: chmod 600"),
+        ("chmod 600 gateway-key.pem", 0, ""),
+    ] {
+        sh(folder, script)?;
+        let done = Command::new(programs::tunnel()?).args(["config", "check"]).arg(&config).output()?;
+        let err = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(code), "{script}: {err}");
+        assert!(err.contains(said), "{script}\n  wanted {said:?}\n  said {err}");
+        assert_eq!(err.contains("private key"), !said.is_empty(), "{script}: {err}");
+    }
+    Ok(())
+}

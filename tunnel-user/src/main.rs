@@ -133,11 +133,9 @@ fn config(command: ConfigCommand) -> Result<ExitCode, Failure> {
     match command {
         ConfigCommand::Check { file } => {
             let config = Config::load(&file)?;
-            for identity in config.identities.values() {
-                check(identity)?;
-            }
+            let keys: Vec<_> = config.identities.values().map(check).collect::<Result<_, _>>()?;
             config.warnings.iter().for_each(|warning| eprintln!("{warning} (warning)"));
-            for warning in daemon::nested(&config) {
+            for warning in keys.into_iter().flatten().chain(daemon::nested(&config)) {
                 eprintln!("{}: warning: {warning}", file.display());
             }
             print(format!("{}: no mistakes\n", file.display()).as_bytes())

@@ -86,8 +86,8 @@ pub struct Privileges {
     pub core_dumps: bool,
     /// What the control thread may do.
     pub control: ThreadPrivileges,
-    /// What a worker may do.
-    pub workers: ThreadPrivileges,
+    /// What a worker may do; `None` where the one that was looked at has ended.
+    pub workers: Option<ThreadPrivileges>,
 }
 
 /// What a thread may do.

@@ -384,7 +384,8 @@ fn socket_mark() -> Finding {
 fn sandbox() -> Finding {
     const CHECK: &str = "sandbox of workers";
     if !confine::has_seccomp() {
-        let remedy = "A daemon starts with daemon.sandbox = false only, and its workers keep its privileges. Requires                       CONFIG_SECCOMP_FILTER.";
+        let remedy = "A daemon starts with daemon.sandbox = false in its configuration file only, and its workers keep its \
+                      privileges. Requires CONFIG_SECCOMP_FILTER.";
         return Finding::warn(CHECK, "the kernel has no filters of system calls (seccomp)", remedy);
     }
     let landlock = match confine::landlock_abi() {

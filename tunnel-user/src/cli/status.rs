@@ -129,7 +129,7 @@ fn privileges(all: &Privileges) -> String {
   control: {}
 ",
         all.user,
-        of(&all.workers),
+        all.workers.as_ref().map_or_else(|| "unknown: the one that was looked at has ended".to_owned(), of),
         of(&all.control)
     )
 }

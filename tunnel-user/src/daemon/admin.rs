@@ -165,14 +165,17 @@ impl Running {
             landlock,
         };
         let process = Seen::of_process().unwrap_or_default();
-        let confined = self.workers.confined();
-        // One that is not confined is as the process.
-        let worker = confined.and_then(|c| Seen::of_thread(c.thread).ok());
+        let workers = match self.workers.confined() {
+            // Nothing is known of one that has ended.
+            Some(one) => Seen::of_thread(one.thread).ok().map(|seen| thread(&seen, one.landlock)),
+            // One that is not confined is as the process.
+            None => Some(thread(&process, None)),
+        };
         view::Privileges {
             user: process.user,
             core_dumps: confine::is_dumpable(),
             control: thread(&process, None),
-            workers: thread(worker.as_ref().unwrap_or(&process), confined.and_then(|c| c.landlock)),
+            workers,
         }
     }
 }

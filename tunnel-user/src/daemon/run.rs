@@ -7,7 +7,7 @@ use std::{os::unix::net::UnixStream, path::Path, pin::pin, time::Duration};
 
 use super::{
     Options, Running, admin, attach::Attachments, begin, control_runtime, file::ConfigFile,
-    lifecycle::Lifecycle, other,
+    lifecycle::Lifecycle, other, workers::not_confined,
 };
 use crate::{
     admin::{Admin, Bound, Command},
@@ -47,8 +47,7 @@ enum Event {
 pub fn run(config: Config, file: Option<&Path>, take_over: bool, service: Service) -> Result<(), Failure> {
     if config.daemon.bootstrap.sandbox {
         // Every thread that is started from here on has no more.
-        confine::control_thread()
-            .map_err(|e| other(&format!("privileges that are not needed could not be dropped: {e}")))?;
+        confine::control_thread().map_err(|e| not_confined("the control thread", &e))?;
     }
     let runtime = control_runtime()?;
     runtime.block_on(async {

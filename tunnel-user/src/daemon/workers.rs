@@ -37,7 +37,7 @@ pub(super) struct Workers {
     question: watch::Sender<u64>,
     threads: Vec<Thread>,
     asked: Vec<Asked>,
-    /// What the first one was left with, where they are confined.
+    /// What the first one to say so was left with, where they are confined.
     confined: Option<Confined>,
     /// Ends after them.
     helper: Option<Helper>,
@@ -95,12 +95,13 @@ impl Workers {
         }
         drop(tell_confined);
         for one in confined {
-            workers.confined = one.map_err(not_confined)?;
+            let one = one.map_err(|e| not_confined("a worker thread", &e))?;
+            workers.confined = workers.confined.or(one);
         }
         Ok(workers)
     }
 
-    /// What they were left with; `None` where they are not confined.
+    /// What one of them was left with; `None` where they are not confined.
     pub(super) fn confined(&self) -> Option<Confined> {
         self.confined
     }
@@ -194,10 +195,12 @@ impl Workers {
     }
 }
 
-fn not_confined(e: ConfineError) -> Failure {
+/// `whose`: of which thread.
+pub(super) fn not_confined(whose: &str, e: &ConfineError) -> Failure {
     Failure::Kernel(Cause::new(
-        format!("the privileges of a worker thread could not be dropped: {e}"),
-        "The kernel requires CONFIG_SECCOMP_FILTER, and a container's runtime has to permit seccomp(2) and prctl(2). With          daemon.sandbox = false workers keep the privileges of the daemon.",
+        format!("the privileges of {whose} could not be dropped: {e}"),
+        "The kernel requires CONFIG_SECCOMP_FILTER, and a container's runtime has to permit seccomp(2), prctl(2) and capset(2). \
+         With daemon.sandbox = false in a configuration file (tunnel run --config, tunnel exec --config) no thread drops any.",
     ))
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    files::{FilesError, bundle_of, read},
+    files::{FilesError, Readers, accept, bundle_of, material, read},
     pem,
     provider::{IdentityError, IdentityProvider, Material, Subscription, TrustBundles, fingerprint},
     pushed::{Pushed, Source},
@@ -53,13 +53,24 @@ fn start(endpoint: &ProviderAddr, source: impl Source) -> Result<Pushed, Identit
     Pushed::start(origin.clone(), source).map_err(failed)
 }
 
-/// Checks what is configured as far as files say it: no provider is asked, which is perhaps on another machine.
-pub fn check(settings: &IdentitySettings) -> Result<(), IdentityError> {
-    let bundles = match &settings.source {
-        IdentitySource::Files(_) => return TlsIdentity::load(&Configured::new(settings)?).map(drop),
-        IdentitySource::WorkloadApi { .. } | IdentitySource::Sds { .. } => &mut TrustBundles::default(),
+/// Checks what is configured as far as files say it: no provider is asked, which is perhaps on another machine. Returns what
+/// depends on who the daemon is: whoever checks may be in other groups.
+pub fn check(settings: &IdentitySettings) -> Result<Option<String>, IdentityError> {
+    let IdentitySettings { source, trust_domains, crls, .. } = settings;
+    let IdentitySource::Files(files) = source else {
+        return add(&mut TrustBundles::default(), trust_domains, crls).map(|_| None);
     };
-    add(bundles, &settings.trust_domains, &settings.crls).map(drop)
+    let (mut material, exposed) = material(files)?;
+    let warning = match exposed {
+        Some(Readers::Group(group)) if !files.insecure_key_permissions => Some(format!(
+            "{}: group {group} can read the private key: the daemon has to be in that group",
+            files.key.display()
+        )),
+        exposed => accept(files, exposed).map(|()| None)?,
+    };
+    add(&mut material.bundles, trust_domains, crls)?;
+    TlsIdentity::new(material, &[])?;
+    Ok(warning)
 }
 
 /// Adds what is in files; the contents of those.

@@ -28,34 +28,43 @@ use crate::{
 
 impl IdentityProvider for IdentityFiles {
     fn fetch(&self) -> Result<Material, IdentityError> {
-        let (cert_pem, ca_pem) = (read(&self.cert)?, read(&self.ca)?);
-        let KeyFile { pem: key_pem, exposed } = read_key(&self.key)?;
-        let chain = pem::certificates(&cert_pem).map_err(|e| FilesError::content(&self.cert, e))?;
-        let key = pem::key(&key_pem).map_err(|e| FilesError::content(&self.key, e))?;
-        // What holds no key has its own error, above.
-        match exposed {
-            Some(to) if !self.insecure_key_permissions => {
-                return Err(FilesError::Exposed { path: self.key.clone(), to }.into());
-            }
-            Some(to) => tracing::warn!(
-                file = %self.key.display(),
-                "private key can be read by {to} (insecure_key_permissions)"
-            ),
-            None => {}
-        }
-        let certificate = Arc::new(certified(self, &chain, key)?);
-        let bundles = bundle_of(&self.ca, &ca_pem)?.into();
-        let origin = self.cert.display().to_string();
-        Ok(Material {
-            certificate,
-            bundles,
-            origin,
-            fingerprint: fingerprint([&cert_pem, &*key_pem, &ca_pem]),
-        })
+        let (material, exposed) = material(self)?;
+        accept(self, exposed)?;
+        Ok(material)
     }
 
     fn subscribe(&self, changed: Box<dyn FnMut() + Send>) -> io::Result<Subscription> {
         files::watch([&*self.cert, &*self.key, &*self.ca], "identity-watch", changed).map(Subscription::new)
+    }
+}
+
+/// What the files hold, and who else can read the key.
+pub(super) fn material(files: &IdentityFiles) -> Result<(Material, Option<Readers>), FilesError> {
+    let (cert_pem, ca_pem) = (read(&files.cert)?, read(&files.ca)?);
+    let KeyFile { pem: key_pem, exposed } = read_key(&files.key)?;
+    let chain = pem::certificates(&cert_pem).map_err(|e| FilesError::content(&files.cert, e))?;
+    let key = pem::key(&key_pem).map_err(|e| FilesError::content(&files.key, e))?;
+    let certificate = Arc::new(certified(files, &chain, key)?);
+    let bundles = bundle_of(&files.ca, &ca_pem)?.into();
+    let origin = files.cert.display().to_string();
+    let fingerprint = fingerprint([&cert_pem, &*key_pem, &ca_pem]);
+    Ok((Material { certificate, bundles, origin, fingerprint }, exposed))
+}
+
+/// Whether a key may be used that these can read.
+pub(super) fn accept(files: &IdentityFiles, exposed: Option<Readers>) -> Result<(), FilesError> {
+    match exposed {
+        Some(to) if !files.insecure_key_permissions => {
+            Err(FilesError::Exposed { path: files.key.clone(), to })
+        }
+        Some(to) => {
+            tracing::warn!(
+                file = %files.key.display(),
+                "private key can be read by {to} (insecure_key_permissions)"
+            );
+            Ok(())
+        }
+        None => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What needs privileges while workers run, which have none: a thread beside them that does it.
 //!
-//! The requests are a closed list. It shares the process's memory, so that this keeps a worker from *calling* what it should
-//! not, and not one that has taken over the process: docs/adr/0050.
+//! There are three requests; the code of the third is the relay's own. It shares the process's memory, so that this keeps a
+//! worker from *calling* what it should not, and not one that has taken over the process: docs/adr/0050.
 //!
 //! # Invariants
 //! - Nothing that a peer has sent is parsed here.
@@ -11,6 +11,7 @@ use std::{
     cell::RefCell,
     fs, io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::mpsc,
     thread,
 };
@@ -19,13 +20,8 @@ use nix::sys::socket::{
     setsockopt,
     sockopt::{RcvBufForce, SndBufForce},
 };
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::oneshot;
 
-use super::netns;
-
-/// Requests that wait. A worker has at most one that it blocks for, and one for each flow that dials from another network
-/// namespace; more of those wait in the worker.
+/// Requests that wait. A worker has at most one that it blocks for, and what it hands back to be dropped.
 const WAITING_MAX: usize = 256;
 
 /// A file that says how names are resolved.
@@ -49,8 +45,6 @@ impl SystemFile {
 
 /// Everything that can be asked for.
 enum Request {
-    /// A TCP socket in a network namespace, not blocking.
-    Socket { netns: OwnedFd, domain: Domain, made: oneshot::Sender<io::Result<Socket>> },
     /// Buffers beyond the limits of the system, of a socket that is the worker's.
     Buffers { socket: OwnedFd, receive: usize, send: Option<usize>, done: mpsc::SyncSender<io::Result<()>> },
     /// What a file says.
@@ -84,7 +78,12 @@ impl Helper {
     /// Starts it, with the privileges of the calling thread.
     pub fn start() -> io::Result<Self> {
         let (requests, asked) = mpsc::sync_channel(WAITING_MAX);
-        let serve = move || asked.into_iter().for_each(perform);
+        let serve = move || {
+            for request in asked {
+                // Of one that panics the hook says so, and whoever has asked hears of it: the next ones are served.
+                let _panicked = catch_unwind(AssertUnwindSafe(|| perform(request)));
+            }
+        };
         let thread = thread::Builder::new().name("privileged".to_owned()).spawn(serve)?;
         Ok(Self { requests: Some(Asking(requests)), thread: Some(thread) })
     }
@@ -107,9 +106,6 @@ impl Drop for Helper {
 fn perform(request: Request) {
     // Whoever has asked may have ended.
     match request {
-        Request::Socket { netns, domain, made } => {
-            let _gone = made.send(netns::within(netns, move || tcp_socket(domain)));
-        }
         Request::Buffers { socket, receive, send, done } => {
             let _gone = done.send(set_buffers(socket.as_fd(), receive, send));
         }
@@ -120,8 +116,8 @@ fn perform(request: Request) {
     }
 }
 
-fn ended() -> io::Error {
-    io::Error::other("the thread for what needs privileges has ended")
+fn unanswered() -> io::Error {
+    io::Error::other("the thread for what needs privileges has not answered")
 }
 
 /// Asks the helper of this thread, if it has one, and waits.
@@ -131,29 +127,13 @@ fn ask<T>(
 ) -> io::Result<T> {
     let Some(Asking(requests)) = HELPER.with_borrow(Clone::clone) else { return otherwise() };
     let (answer, answered) = mpsc::sync_channel(1);
-    requests.send(request(answer)).map_err(|_| ended())?;
-    answered.recv().map_err(|_| ended())?
-}
-
-fn tcp_socket(domain: Domain) -> io::Result<Socket> {
-    Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+    requests.send(request(answer)).map_err(|_| unanswered())?;
+    answered.recv().map_err(|_| unanswered())?
 }
 
 fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: Option<usize>) -> io::Result<()> {
     setsockopt(&socket, RcvBufForce, &receive)?;
     send.map_or(Ok(()), |send| Ok(setsockopt(&socket, SndBufForce, &send)?))
-}
-
-/// A TCP socket in a network namespace, not blocking (CAP_SYS_ADMIN).
-pub async fn socket_in(netns: OwnedFd, domain: Domain) -> io::Result<Socket> {
-    let helper = HELPER.with_borrow(Clone::clone);
-    let Some(Asking(requests)) = helper else { return netns::within(netns, move || tcp_socket(domain)) };
-    let (made, answer) = oneshot::channel();
-    requests.try_send(Request::Socket { netns, domain, made }).map_err(|e| match e {
-        mpsc::TrySendError::Full(_) => io::Error::from(io::ErrorKind::QuotaExceeded),
-        mpsc::TrySendError::Disconnected(_) => ended(),
-    })?;
-    answer.await.map_err(|_| ended())?
 }
 
 /// Buffers of so many bytes for a socket, beyond the limits of the system (CAP_NET_ADMIN). Waits.
@@ -217,6 +197,8 @@ mod tests {
             let hosts = read(SystemFile::Hosts);
             let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
             force_buffers(one.as_fd(), 1 << 20, None).unwrap();
+            // A request that panics has no answer, and the next one has.
+            assert!(load::<()>(|| panic!("a test")).is_err());
             (load(name).unwrap(), hosts.is_ok())
         });
         let by = fs::exists("/etc/hosts").unwrap();

@@ -8,20 +8,17 @@ use std::{
     collections::VecDeque,
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::OwnedFd,
-    sync::Arc,
     time::Duration,
 };
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
-use socket2::{Domain, Socket};
+use socket2::Socket;
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
-    kernel::helper,
     model::{end::EndReason, flow::Target},
     transport::{
         quic,
@@ -104,25 +101,17 @@ impl DialError {
     }
 }
 
-/// Makes connections: by which mark they are known, from which network namespace, and from which address.
+/// Makes connections: by which mark they are known, and from which address.
 #[derive(Clone, Debug, Default)]
 pub struct Dialer {
     own: Own,
-    netns: Option<Arc<OwnedFd>>,
     bind: Option<IpAddr>,
 }
 
 impl Dialer {
-    /// From this process's network namespace, and from the address that the kernel picks. `own`: the mark, and how captures
-    /// know our sockets.
+    /// From the address that the kernel picks. `own`: the mark, and how captures know our sockets.
     pub fn new(own: Own) -> Self {
-        Self { own, netns: None, bind: None }
-    }
-
-    /// The same from another network namespace. Names are resolved in this one.
-    #[must_use]
-    pub fn in_netns(self, netns: Arc<OwnedFd>) -> Self {
-        Self { netns: Some(netns), ..self }
+        Self { own, bind: None }
     }
 
     /// The same from an address, for targets of its family; others fail.
@@ -203,19 +192,11 @@ impl Dialer {
     }
 
     async fn attempt(&self, addr: SocketAddr, first: FirstSpeaker) -> io::Result<Connected> {
-        if self.netns.is_none() && self.bind.is_none() {
-            return tcp::connect(addr, &self.own, first).await;
-        }
-        let socket = match &self.netns {
-            None => tcp::socket_for(addr)?,
-            // A socket belongs to the namespace of the thread that makes it, and a worker does not leave its own.
-            Some(netns) => helper::socket_in(netns.try_clone()?, Domain::for_address(addr)).await?,
-        };
-        if let Some(address) = self.bind {
-            // The port is picked when it connects, so that one may serve several targets (ip(7)).
-            setsockopt(&socket, IpBindAddressNoPort, &true)?;
-            socket.bind(&SocketAddr::new(address, 0).into())?;
-        }
+        let Some(address) = self.bind else { return tcp::connect(addr, &self.own, first).await };
+        let socket = tcp::socket_for(addr)?;
+        // The port is picked when it connects, so that one may serve several targets (ip(7)).
+        setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(address, 0).into())?;
         tcp::connect_from(socket, addr, &self.own, first).await
     }
 }

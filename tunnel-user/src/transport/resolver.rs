@@ -63,6 +63,9 @@ const FLOWS_PER_LOOKUP: usize = 4;
 /// with names that take 100 ms it still has 640 a second.
 const PEER_SHARE: usize = 16;
 
+/// How long after a file could not be read it is tried again, if it does not change before.
+const REREAD: Duration = Duration::from_secs(10);
+
 const HOSTS: SystemFile = SystemFile::Hosts;
 const RESOLV_CONF: SystemFile = SystemFile::ResolvConf;
 
@@ -153,6 +156,8 @@ fn addresses(lookup: &Lookup) -> Vec<IpAddr> {
 /// What the system's files said when they were last read.
 struct System {
     stamps: [Option<Stamp>; 2],
+    /// When a file is read again that could not be.
+    again: Option<Instant>,
     config: ResolverConfig,
     options: ResolverOpts,
     hosts: Arc<Hosts>,
@@ -187,36 +192,69 @@ impl System {
     fn current() -> Rc<Self> {
         let stamps = [Stamp::of(HOSTS), Stamp::of(RESOLV_CONF)];
         SYSTEM.with_borrow_mut(|known| match known {
-            Some(system) if system.stamps == stamps => Rc::clone(system),
-            _ => Rc::clone(known.insert(Rc::new(Self::read(stamps)))),
+            Some(system)
+                if system.stamps == stamps && system.again.is_none_or(|again| Instant::now() < again) =>
+            {
+                Rc::clone(system)
+            }
+            _ => {
+                let read = [HOSTS, RESOLV_CONF].map(helper::read);
+                let system = Self::of(stamps, read, known.as_deref());
+                Rc::clone(known.insert(Rc::new(system)))
+            }
         })
     }
 
-    fn read(stamps: [Option<Stamp>; 2]) -> Self {
-        let read = helper::read(RESOLV_CONF).unwrap_or_default();
-        let (config, mut options) = system_conf::parse_resolv_conf(&read).unwrap_or_else(|e| {
-            tracing::debug!(
-                file = RESOLV_CONF.path(),
-                "no usable name server; using the one on this host: {e}"
-            );
-            // resolv.conf(5).
-            let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
-            (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())
-        });
-        // Nothing is kept from one question to the next.
-        options.cache_size = 0;
-        options.server_ordering_strategy = ServerOrderingStrategy::UserProvidedOrder;
-        // One server after the other, as resolv.conf(5) says.
-        options.num_concurrent_reqs = 1;
-        // Looked into by whoever asks: hickory looks for the first name of the search list only.
-        options.use_hosts_file = ResolveHosts::Never;
-        let mut hosts = Hosts::default();
-        if let Ok(read) = helper::read(HOSTS) {
-            // What cannot be read of it is left out.
-            let _partly = hosts.read_hosts_conf(&read[..]);
-        }
-        Self { stamps, config, options, hosts: Arc::new(hosts) }
+    /// From what was read of both. A file that is not there says nothing; of one that cannot be read, what it said `before` holds.
+    fn of(stamps: [Option<Stamp>; 2], read: [io::Result<Vec<u8>>; 2], before: Option<&Self>) -> Self {
+        let mut again = None;
+        let mut said = |file: SystemFile, read: io::Result<Vec<u8>>| match read {
+            Ok(said) => Some(said),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Vec::new()),
+            Err(error) => {
+                // Once, until all is read.
+                if before.is_none_or(|before| before.again.is_none()) {
+                    tracing::warn!(file = file.path(), %error, "failed to read; using what it said before");
+                }
+                again = Some(Instant::now() + REREAD);
+                None
+            }
+        };
+        let [hosts, resolv_conf] = read;
+        let (hosts, resolv_conf) = (said(HOSTS, hosts), said(RESOLV_CONF, resolv_conf));
+        let (config, options) = match (resolv_conf, before) {
+            (None, Some(before)) => (before.config.clone(), before.options.clone()),
+            (said, _) => servers(&said.unwrap_or_default()),
+        };
+        let hosts = match (hosts, before) {
+            (None, Some(before)) => Arc::clone(&before.hosts),
+            (said, _) => {
+                let mut hosts = Hosts::default();
+                // What cannot be read of it is left out.
+                let _partly = hosts.read_hosts_conf(&said.unwrap_or_default()[..]);
+                Arc::new(hosts)
+            }
+        };
+        Self { stamps, again, config, options, hosts }
     }
+}
+
+/// The name servers that resolv.conf says, and how they are asked.
+fn servers(resolv_conf: &[u8]) -> (ResolverConfig, ResolverOpts) {
+    let (config, mut options) = system_conf::parse_resolv_conf(resolv_conf).unwrap_or_else(|e| {
+        tracing::debug!(file = RESOLV_CONF.path(), "no usable name server; using the one on this host: {e}");
+        // resolv.conf(5).
+        let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
+        (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())
+    });
+    // Nothing is kept from one question to the next.
+    options.cache_size = 0;
+    options.server_ordering_strategy = ServerOrderingStrategy::UserProvidedOrder;
+    // One server after the other, as resolv.conf(5) says.
+    options.num_concurrent_reqs = 1;
+    // Looked into by whoever asks: hickory looks for the first name of the search list only.
+    options.use_hosts_file = ResolveHosts::Never;
+    (config, options)
 }
 
 /// One look-up. Dropped, it takes its tasks and sockets along.
@@ -365,6 +403,31 @@ mod tests {
             assert!(!found.is_empty() && found.iter().all(IpAddr::is_loopback), "{name}: {found:?}");
         }
         assert_eq!(of_this_host("localhost.invalid"), None);
+    }
+
+    /// Only a file that is not there is an empty one.
+    #[test]
+    fn what_a_file_said_holds_while_it_cannot_be_read() {
+        let failed = |kind: io::ErrorKind| Err(io::Error::from(kind));
+        let server = |system: &System| system.config.name_servers()[0].ip;
+        let is_known = |system: &System| {
+            let query = Query::query(Name::from_ascii("a.test").unwrap(), RecordType::A);
+            system.hosts.lookup_static_host(&query).is_some()
+        };
+        let read = || [Ok(b"192.0.2.7 a.test\n".to_vec()), Ok(b"nameserver 192.0.2.1\n".to_vec())];
+        let before = System::of([None; 2], read(), None);
+        assert_eq!((server(&before), is_known(&before)), (IpAddr::from([192, 0, 2, 1]), true));
+        assert!(before.again.is_none());
+
+        let other = [failed(io::ErrorKind::PermissionDenied), failed(io::ErrorKind::Other)];
+        let kept = System::of([None; 2], other, Some(&before));
+        assert_eq!((server(&kept), is_known(&kept)), (server(&before), true));
+        assert!(kept.again.is_some());
+
+        let gone = [failed(io::ErrorKind::NotFound), failed(io::ErrorKind::NotFound)];
+        let empty = System::of([None; 2], gone, Some(&kept));
+        assert_eq!((server(&empty), is_known(&empty)), (Ipv4Addr::LOCALHOST.into(), false));
+        assert!(empty.again.is_none());
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub fn outcomes(confined: bool) -> Vec<Outcome> {
     if confined {
         let flags = libc::O_CREAT | libc::O_WRONLY;
         outcomes.extend([
+            error("open a Unix socket", call!(SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM, none)),
             error("load a program", call!(SYS_bpf, 5, null, none)),
             error("make a map", call!(SYS_bpf, none, null, none)),
             error("open a map by its number", call!(SYS_bpf, 14, null, none)),

@@ -2,7 +2,7 @@
 //! the kernel's audit log.
 //!
 //! The list is what workers were seen to call in the end-to-end tests, and what the C library calls for memory, threads and
-//! time. Where arguments decide, they are looked at: a socket is no raw one, a command of bpf(2) acts on a map that is there, a
+//! time. Where arguments decide, they are looked at: a socket is no raw one and no Unix one, a command of bpf(2) acts on a map that is there, a
 //! page is not made executable. clone3(2), of which a filter cannot see the flags, does not exist (ENOSYS), and the C library
 //! falls back to clone(2).
 
@@ -25,6 +25,9 @@ const ERRNO: u32 = 0x0005_0000;
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const ARGUMENTS: u32 = 16;
+/// Where the halves of an argument are.
+const LOWER_HALF: u32 = if cfg!(target_endian = "big") { 4 } else { 0 };
+const UPPER_HALF: u32 = 4 - LOWER_HALF;
 
 /// `AUDIT_ARCH_*` of `linux/audit.h`; `None` where no list was made.
 const NATIVE: Option<u32> = if cfg!(target_arch = "x86_64") {
@@ -40,20 +43,28 @@ const X32: u32 = 0x4000_0000;
 /// The filter is written to the log where it refuses, and does not slow what the kernel does about speculation.
 const FLAGS: libc::c_ulong = libc::SECCOMP_FILTER_FLAG_LOG | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
 
-/// One argument, of which the bits of `mask` are to be `value`. Of a 64-bit one the lower half.
+/// One half of an argument, of which the bits of `mask` are to be `value`.
 #[derive(Clone, Copy)]
 struct Argument {
-    index: u32,
+    /// Where in `struct seccomp_data` it is.
+    offset: u32,
     mask: u32,
     value: u32,
 }
 
+/// The kernel looks at the lower half only, where the argument is an `int`.
 const fn is(index: u32, value: libc::c_int) -> Argument {
-    Argument { index, mask: u32::MAX, value: value.cast_unsigned() }
+    has(index, -1, value)
 }
 
 const fn has(index: u32, mask: libc::c_int, value: libc::c_int) -> Argument {
-    Argument { index, mask: mask.cast_unsigned(), value: value.cast_unsigned() }
+    let offset = ARGUMENTS + 8 * index + LOWER_HALF;
+    Argument { offset, mask: mask.cast_unsigned(), value: value.cast_unsigned() }
+}
+
+/// Of a pointer, whose lower half alone says nothing.
+const fn upper_half_is_null(index: u32) -> Argument {
+    Argument { offset: ARGUMENTS + 8 * index + UPPER_HALF, mask: u32::MAX, value: 0 }
 }
 
 /// Called whatever the arguments.
@@ -165,20 +176,23 @@ const FCNTL: [libc::c_int; 8] = [
     libc::F_GETPIPE_SZ,
     libc::F_SETPIPE_SZ,
 ];
-/// Requests of ioctl(2): `TIOCOUTQ`, `FIONREAD`, `FIONBIO` (asm-generic/ioctls.h), `SIOCOUTQNSD` (linux/sockios.h).
-const IOCTL: [libc::c_int; 4] = [0x5411, 0x541b, 0x5421, 0x894b];
+/// Requests of ioctl(2): `TIOCOUTQ`, `FIONREAD`, `FIONBIO` (asm-generic/ioctls.h), `SIOCATMARK` (asm-generic/sockios.h),
+/// `SIOCOUTQNSD` (linux/sockios.h).
+const IOCTL: [libc::c_int; 5] = [0x5411, 0x541b, 0x5421, 0x8905, 0x894b];
 
 /// Those of which arguments decide, each with one way in which it is allowed; `own` is this process.
 fn conditional(own: libc::c_int) -> Vec<(libc::c_long, Vec<Argument>)> {
     let mut rules = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6, libc::AF_UNIX] {
+    // No Unix socket, by which a worker would be at those of container runtimes, of the system's manager, of this daemon.
+    for family in [libc::AF_INET, libc::AF_INET6] {
         for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM] {
             rules.push((libc::SYS_socket, vec![is(0, family), has(1, TYPE, kind)]));
         }
     }
     // Asked whether an address is this host's; without CAP_NET_ADMIN it changes nothing.
     rules.push((libc::SYS_socket, vec![is(0, libc::AF_NETLINK), is(2, NETLINK_ROUTE)]));
-    rules.push((libc::SYS_socketpair, vec![is(0, libc::AF_UNIX)]));
+    // A pair of streams stays one; a datagram socket of a pair could be connected to another.
+    rules.push((libc::SYS_socketpair, vec![is(0, libc::AF_UNIX), has(1, TYPE, libc::SOCK_STREAM)]));
     rules.extend(BPF.map(|command| (libc::SYS_bpf, vec![is(0, command)])));
     rules.extend(FCNTL.map(|command| (libc::SYS_fcntl, vec![is(1, command)])));
     rules.extend(IOCTL.map(|request| (libc::SYS_ioctl, vec![is(1, request)])));
@@ -191,7 +205,7 @@ fn conditional(own: libc::c_int) -> Vec<(libc::c_long, Vec<Argument>)> {
     // abort(3)
     rules.push((libc::SYS_tgkill, vec![is(0, own)]));
     // Its own limits, read.
-    rules.push((libc::SYS_prlimit64, vec![is(0, 0), is(2, 0)]));
+    rules.push((libc::SYS_prlimit64, vec![is(0, 0), is(2, 0), upper_half_is_null(2)]));
     rules
 }
 
@@ -223,10 +237,10 @@ fn program(native: u32, own: libc::c_int) -> Vec<libc::sock_filter> {
         // Three instructions for each argument, the answer, and the number again, to which a mismatch jumps.
         let length = u8::try_from(3 * arguments.len() + 2).unwrap_or(u8::MAX);
         program.push(instruction(JUMP_IF_EQUAL, 0, length, number(call)));
-        for (at, Argument { index, mask, value }) in arguments.iter().enumerate() {
+        for (at, Argument { offset, mask, value }) in arguments.iter().enumerate() {
             let rest = u8::try_from(3 * (arguments.len() - 1 - at) + 1).unwrap_or(u8::MAX);
             program.extend([
-                instruction(LOAD, 0, 0, ARGUMENTS + 8 * index + LOWER_HALF),
+                instruction(LOAD, 0, 0, *offset),
                 instruction(AND, 0, 0, *mask),
                 instruction(JUMP_IF_EQUAL, 0, rest, *value),
             ]);
@@ -236,9 +250,6 @@ fn program(native: u32, own: libc::c_int) -> Vec<libc::sock_filter> {
     program.push(refuse(libc::EPERM));
     program
 }
-
-/// Where the lower half of an argument is.
-const LOWER_HALF: u32 = if cfg!(target_endian = "big") { 4 } else { 0 };
 
 /// From now on the calling thread, and those that it starts, call nothing else. It has no_new_privs.
 pub(super) fn install() -> io::Result<()> {
@@ -260,7 +271,7 @@ mod tests {
     use super::*;
 
     /// What the program answers to a call, as the kernel's interpreter would.
-    fn answer(program: &[libc::sock_filter], native: u32, call: libc::c_long, arguments: [u32; 6]) -> u32 {
+    fn answer(program: &[libc::sock_filter], native: u32, call: libc::c_long, arguments: [u64; 6]) -> u32 {
         let (mut at, mut a) = (0, 0u32);
         loop {
             let libc::sock_filter { code, jt, jf, k } = program[at];
@@ -268,7 +279,11 @@ mod tests {
             match code {
                 LOAD if k == NUMBER => a = number(call),
                 LOAD if k == ARCHITECTURE => a = native,
-                LOAD => a = arguments[usize::try_from((k - ARGUMENTS) / 8).unwrap()],
+                LOAD => {
+                    let argument = arguments[usize::try_from((k - ARGUMENTS) / 8).unwrap()];
+                    let upper = (k - ARGUMENTS) % 8 == UPPER_HALF;
+                    a = u32::try_from(if upper { argument >> 32 } else { argument & 0xffff_ffff }).unwrap();
+                }
                 AND => a &= k,
                 JUMP_IF_EQUAL => at += usize::from(if a == k { jt } else { jf }),
                 JUMP_IF_AT_LEAST => at += usize::from(if a >= k { jt } else { jf }),
@@ -285,7 +300,7 @@ mod tests {
         let ask = |call, arguments: &[libc::c_int]| {
             let mut all = [0; 6];
             for (to, from) in all.iter_mut().zip(arguments) {
-                *to = from.cast_unsigned();
+                *to = from.cast_unsigned().into();
             }
             match answer(&program, 1, call, all) {
                 ALLOW => 0,
@@ -303,6 +318,11 @@ mod tests {
             (libc::SYS_socket, &[libc::AF_INET6, stream, libc::IPPROTO_TCP], 0),
             (libc::SYS_socket, &[libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP], libc::EPERM),
             (libc::SYS_socket, &[libc::AF_PACKET, libc::SOCK_DGRAM], libc::EPERM),
+            (libc::SYS_socket, &[libc::AF_UNIX, stream], libc::EPERM),
+            (libc::SYS_socket, &[libc::AF_UNIX, libc::SOCK_DGRAM], libc::EPERM),
+            (libc::SYS_socketpair, &[libc::AF_UNIX, stream], 0),
+            (libc::SYS_socketpair, &[libc::AF_UNIX, libc::SOCK_DGRAM], libc::EPERM),
+            (libc::SYS_socketpair, &[libc::AF_UNIX, libc::SOCK_SEQPACKET], libc::EPERM),
             (libc::SYS_socket, &[libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_ROUTE], 0),
             (libc::SYS_socket, &[libc::AF_NETLINK, libc::SOCK_RAW, 4], libc::EPERM),
             (libc::SYS_bpf, &[2], 0),
@@ -320,6 +340,9 @@ mod tests {
         ] {
             assert_eq!(ask(call, arguments), expected, "{call} {arguments:?}");
         }
-        assert_eq!(answer(&program, 2, libc::SYS_read, [0; 6]), ERRNO | libc::EPERM.cast_unsigned());
+        let refused = ERRNO | libc::EPERM.cast_unsigned();
+        assert_eq!(answer(&program, 2, libc::SYS_read, [0; 6]), refused);
+        // New limits, at an address of which the lower half is 0.
+        assert_eq!(answer(&program, 1, libc::SYS_prlimit64, [0, 7, 1 << 32, 0, 0, 0]), refused);
     }
 }
