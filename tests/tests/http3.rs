@@ -341,6 +341,49 @@ fn a_gateway_that_drains_says_goaway_and_carries_on_what_it_has() -> Result<()> 
     Ok(())
 }
 
+/// Workers of a gateway that stops end one after the other, each with its socket, and the connections of the others still reach
+/// theirs.
+#[test]
+fn a_worker_that_has_ended_takes_no_connection_of_another_along() -> Result<()> {
+    /// Fewer than there are workers, most of which end before them.
+    const PEERS: usize = 5;
+    let world = World::new()?;
+    let config = gateway_config(&world.pki().named("gateway"), "\"h3\"", "");
+    let config = config.replace("workers = 2", "workers = 12\ndrain_timeout = \"60s\"");
+    let mut ours = Daemon::start(&world, world.net(), &config)?;
+    let target = world.serve(TARGET4, target::echo())?;
+    let (to, who) = (target.addr().to_string(), world.pki().named("node"));
+    let pid = ours.process().id();
+    world.node().block_on(|| async move {
+        let mut flows = Vec::new();
+        for _ in 0..PEERS {
+            let peer = Peer::connect(HBONE, &who).await?;
+            let (send, mut recv) = peer.request(&h3::connect(&to), false).await?;
+            ensure!(peer.comes(&mut recv).await? == Comes::Status(200));
+            flows.push((peer, send, recv));
+        }
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid.try_into()?),
+            nix::sys::signal::Signal::SIGTERM,
+        )?;
+        // Workers without a connection end when nothing new has come for a while.
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        for (_, send, recv) in &mut flows {
+            send.write_all(&frame(DATA, b"hello")).await?;
+            let mut echo = [0; 7];
+            let echoed = timeout(PATIENCE, recv.read_exact(&mut echo)).await;
+            echoed.context("it has lost its flow")??;
+            ensure!(echo == *b"\x00\x05hello", "{echo:x?}");
+        }
+        for (peer, ..) in flows {
+            peer.leaves().await;
+        }
+        Ok(())
+    })?;
+    ours.process().wait(PATIENCE)?;
+    Ok(())
+}
+
 /// A reload changes a listener that speaks HTTP/3, removes it, and adds it again, while its flows go on: new ones are served as
 /// the configuration says by then.
 #[test]

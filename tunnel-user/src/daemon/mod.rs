@@ -284,7 +284,6 @@ impl Running {
     pub fn stop(mut self) -> Report {
         // A copy would go on listening, with nobody to accept.
         self.kept.clear();
-        self.groups.clear();
         for active in self.captures.iter().filter(|a| a.released || a.wanted.on_failure == OnFailure::Open) {
             active.tidy(|a| match a.programs.capture.owner() {
                 Owner::Us => a.programs.capture.detach_connect(),
@@ -292,6 +291,8 @@ impl Running {
             });
         }
         let report = self.workers.drain();
+        // Not before the last connection has ended: workers end one after the other, and each would take a socket along.
+        self.groups.clear();
         if let Some(looking) = self.looking.take().filter(thread::JoinHandle::is_finished) {
             let _panicked = looking.join();
         }

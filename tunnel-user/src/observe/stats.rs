@@ -98,7 +98,8 @@ counters! {
     splice_forced,
     /// Spliced sockets whose account of memory in the kernel was looked at just before they were closed.
     splice_accounts,
-    /// Of those: the account was wrong. Anything but 0 is a defect, of which the kernel may warn (inet_sock_destruct).
+    /// Of those: the account was wrong. More than `splice_forced` explains (two sockets a flow) is a defect. The kernel may warn
+    /// of either (inet_sock_destruct).
     splice_accounts_wrong,
     /// Flows that were copied because the program had no place for them.
     splice_no_slot,

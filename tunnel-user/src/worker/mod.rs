@@ -277,7 +277,10 @@ async fn work(start: Start) -> io::Result<Report> {
         }
     }
     // The kernel programs see at once that a listener is closed.
-    sources.end().await;
+    tokio::select! {
+        () = sources.end() => {}
+        () = watch.stopping() => {}
+    }
     let setup = worker.proxy.setup();
     // For the flows, and for the connections that they were on.
     let deadline = tokio::time::Instant::now() + setup.shared.drain_timeout;

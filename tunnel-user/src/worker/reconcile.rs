@@ -116,6 +116,8 @@ struct Open {
     trigger: Trigger,
     handle: Rc<SourceHandle>,
     accepting: Tasks,
+    /// The same over UDP.
+    quic: Tasks,
 }
 
 impl Open {
@@ -129,8 +131,13 @@ impl Open {
         let (trigger, watch) = drain::channel();
         let handle = Rc::new(SourceHandle::new(own_copy(source), dial_timeout, watch));
         handle.set_identity(own_identity(source));
-        let open =
-            Self { _sockets: Arc::clone(&source.sockets), trigger, handle, accepting: Tasks::default() };
+        let open = Self {
+            _sockets: Arc::clone(&source.sockets),
+            trigger,
+            handle,
+            accepting: Tasks::default(),
+            quic: Tasks::default(),
+        };
         for listening in listening {
             if let Err(error) = open.accept(listening, &worker.proxy, flows) {
                 tracing::error!(source = %source.name, %error, "failed to accept from a listener");
@@ -151,7 +158,7 @@ impl Open {
                 self.accepting.spawn(listener::serve(proxy, socket, settings, handle, flows));
             }
             Listening::Quic(QuicSocket { quic, .. }) => {
-                self.accepting.spawn(listener::h3::serve(proxy, quic, handle, flows));
+                self.quic.spawn(listener::h3::serve(proxy, quic, handle, flows));
             }
         }
         Ok(())
@@ -160,7 +167,14 @@ impl Open {
     /// Stops accepting, once what is waiting has been taken.
     async fn end(self) {
         self.trigger.enter(Phase::Drain);
-        let _late = timeout(STOP_PATIENCE, self.accepting.ended()).await;
+        let Self { accepting, quic, .. } = self;
+        let over_tcp = async move {
+            let _late = timeout(STOP_PATIENCE, accepting.ended()).await;
+        };
+        let over_udp = async move {
+            let _late = timeout(listener::h3::LATE_MAX + STOP_PATIENCE, quic.ended()).await;
+        };
+        tokio::join!(over_tcp, over_udp);
     }
 }
 

@@ -65,6 +65,15 @@ impl Drop for Counted {
     }
 }
 
+/// Bytes that an account knows of, and is told that they are gone as this is dropped.
+struct Returned(Rc<Account>, u64);
+
+impl Drop for Returned {
+    fn drop(&mut self) {
+        self.0.sent(self.1);
+    }
+}
+
 /// The streams of one connection that are open, or whose last bytes are not acknowledged: closed before that, the connection
 /// would take them along.
 #[derive(Clone, Default)]
@@ -309,10 +318,11 @@ fn stopped_with(code: u64) -> Broken {
     if Code(code) == Code::NO_ERROR { Broken::Done } else { reset_with(code) }
 }
 
-/// What is on its way still arrives, and counts among the streams that are open until then.
+/// What is on its way still arrives: it counts among the streams that are open, and in the account, until then.
 impl Drop for Sender {
     fn drop(&mut self) {
-        self.account.sent(self.counted as u64);
+        self.count();
+        let returned = Returned(Rc::clone(&self.account), self.counted as u64);
         let Some(open) = self.open.take() else { return };
         if self.end_is_on_its_way() {
             let stopped = self.stream.stopped();
@@ -320,7 +330,7 @@ impl Drop for Sender {
             let mut ending = streams.ending.borrow_mut();
             while ending.try_join_next().is_some() {}
             ending.spawn_local(async move {
-                let _open = open;
+                let (_open, _returned) = (open, returned);
                 let _acknowledged = stopped.await;
             });
         }

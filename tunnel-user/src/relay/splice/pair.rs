@@ -21,7 +21,7 @@ use tokio::{
     task::yield_now,
     time::{Instant, sleep},
 };
-use tunnel_common::fastpath::splice::{Ledger, SHUT};
+use tunnel_common::fastpath::splice::{FORCED, Ledger, SHUT};
 
 pub(super) use self::half::READ_MAX;
 use self::half::{Half, Read, has_turned};
@@ -43,7 +43,8 @@ use crate::{
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// up to this.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// How often an end that does not fit what has arrived is looked at again before the flow is reset.
+/// How often an end that does not fit what has arrived is looked at again before the flow is reset; one that the kernel's worker
+/// keeps waiting, for want of a processor, as long as a reset would be.
 const ENDS_MAX: u32 = 64;
 
 /// Both directions of a flow whose sockets the program has.
@@ -58,8 +59,10 @@ pub(super) struct Pair {
     gone: [bool; 2],
     /// It goes back to being copied,
     leaving: bool,
-    /// and both gates are shut for it: the last time at which something was still to be sent.
-    shut: Option<Instant>,
+    /// and both gates are shut for it.
+    shut: bool,
+    /// Since when all that was sent on to each socket is known to be accepted, once they are shut.
+    drained: [Option<Instant>; 2],
 }
 
 /// What one look at a direction has found.
@@ -108,7 +111,8 @@ impl Pair {
                     failed: [None; 2],
                     gone: [false; 2],
                     leaving: false,
-                    shut: None,
+                    shut: false,
+                    drained: [None; 2],
                 })
             }
             _ => Err(slots),
@@ -138,7 +142,7 @@ impl Pair {
         moved: [&Cell<u64>; 2],
         mut ways: [&mut Direction<&mut Queue>; 2],
     ) -> Result<bool, (Side, Broken)> {
-        (self.leaving, self.shut) = (false, None);
+        (self.leaving, self.shut, self.drained) = (false, false, [None; 2]);
         for (half, moved) in self.halves.iter_mut().zip(moved) {
             half.ledger.copied(moved.get() - half.mark);
         }
@@ -163,7 +167,7 @@ impl Pair {
                 }
             }
             self.leaving |= self.slots.was_forced();
-            if self.leaving && self.shut.is_none() {
+            if self.leaving && !self.shut {
                 self.shut(sockets)?;
             }
             self.turn(sockets)?;
@@ -181,7 +185,7 @@ impl Pair {
             if !looks.contains(&Look::More) && !looks.contains(&Look::Wait) && looks.contains(&Look::Ready) {
                 looks[0] = self.open(sockets, &ways)?;
             }
-            if self.leaving && self.shut.is_none() {
+            if self.leaving && !self.shut {
                 continue;
             }
             if looks.contains(&Look::More) {
@@ -202,7 +206,7 @@ impl Pair {
                     () = self.slots.happened() => {}
                     () = sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
                 }
-            } else if self.shut.is_some() {
+            } else if self.shut {
                 self.slots.unwatch(sockets);
                 for (half, moved) in self.halves.iter_mut().zip(moved) {
                     half.mark = moved.get();
@@ -263,9 +267,9 @@ impl Pair {
         moved: &Cell<u64>,
         way: &mut Direction<&mut Queue>,
     ) -> Ends<Look> {
-        let Self { map, slots, halves, failed, gone, leaving, shut } = self;
+        let Self { map, slots, halves, failed, gone, leaving, shut, .. } = self;
         let (half, words) = (&mut halves[side], slots.words(side));
-        let left = shut.is_some();
+        let left = *shut;
         let why = words.broken.load(Ordering::Acquire);
         if why != 0 {
             return Err((true, broken(why)));
@@ -286,17 +290,17 @@ impl Pair {
                     way.state = State::Failing(why);
                     (more, *leaving) = (true, true);
                 }
-                Read::Some => more = true,
+                Read::Some => (more, half.ends) = (true, None),
                 // Much has come at once.
-                Read::Full => (more, *leaving) = (true, true),
+                Read::Full => (more, *leaving, half.ends) = (true, true, None),
                 Read::Nothing if half.ledger.has_read(words.kept.load(Ordering::Acquire)) => {}
                 // Its mailbox does not have it yet.
                 Read::Nothing => return Ok(Look::Wait),
                 Read::End => {
                     let kept = words.kept.load(Ordering::Acquire);
                     if !half.ledger.has_read(kept) || sockopt::unread(src).map_err(at_source)? > 0 {
-                        half.ends += 1;
-                        if half.ends > ENDS_MAX {
+                        let forced = words.forced.load(Ordering::SeqCst) == FORCED;
+                        if half.waits_too_long_for_its_end(forced) {
                             return Err(at_source(io::ErrorKind::ConnectionAborted.into()));
                         }
                         return Ok(Look::Wait);

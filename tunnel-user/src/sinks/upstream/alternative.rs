@@ -4,11 +4,12 @@
 //! - An alternative is on the same host, and has to prove the same name (section 2.1): a peer cannot send flows elsewhere.
 //! - While HTTP/3 fails, no flow waits for it: it is tried beside the flows of HTTP/2, ever more rarely.
 
-use std::{cell::RefCell, collections::HashMap, time::Duration};
+use std::{cell::RefCell, collections::HashMap, rc::Rc, time::Duration};
 
 use http::HeaderValue;
 use tokio::time::Instant;
 
+use super::ConnectError;
 use crate::model::flow::Target;
 
 /// How much longer the first flow may take where UDP is dropped: HTTP/3 gets so much of a start. What RFC 8305 section 5 has
@@ -59,7 +60,10 @@ impl Alternatives {
             (Some((at, age)), Some(known)) if known.at == at => known.until = Instant::now() + age,
             (Some((at, age)), _) => {
                 tracing::debug!(%endpoint, alternative = %at, "endpoint offers HTTP/3");
-                let until = Instant::now() + age;
+                let now = Instant::now();
+                // A new one is rare: the time to forget those that are too old.
+                all.retain(|_, known| now < known.until);
+                let until = now + age;
                 let new = Alternative { at, until, failures: 0, retry_at: None, trying: None };
                 all.insert(endpoint.clone(), new);
             }
@@ -70,6 +74,12 @@ impl Alternatives {
     pub fn at(&self, endpoint: &Target) -> Option<Target> {
         let all = self.0.borrow();
         all.get(endpoint).filter(|known| Instant::now() < known.until).map(|known| known.at.clone())
+    }
+
+    /// An endpoint that speaks HTTP/3 there, as it said last, and may have said long ago.
+    pub fn endpoint_of(&self, at: &Target) -> Option<Target> {
+        let all = self.0.borrow();
+        all.iter().find(|(_, known)| known.at == *at).map(|(endpoint, _)| endpoint.clone())
     }
 
     /// An endpoint is gone; where it spoke HTTP/3.
@@ -93,6 +103,13 @@ impl Alternatives {
         Chance::Beside
     }
 
+    /// Nothing came of it that would say anything of HTTP/3.
+    fn gave_up(&self, endpoint: &Target) {
+        if let Some(known) = self.0.borrow_mut().get_mut(endpoint) {
+            known.trying = None;
+        }
+    }
+
     /// A connection was made, or was not.
     pub fn tried(&self, endpoint: &Target, worked: bool) {
         let (mut all, now) = (self.0.borrow_mut(), Instant::now());
@@ -106,6 +123,40 @@ impl Alternatives {
             known.retry_at = Some(now + wait);
             tracing::info!(%endpoint, retry_after = ?wait, "HTTP/3 does not get through: using HTTP/2");
         }
+    }
+}
+
+/// HTTP/3 is being tried. Dropped before it is known what came of it, as with the flow that it was for, it can be tried again.
+#[derive(Debug)]
+pub struct Trial {
+    alternatives: Rc<Alternatives>,
+    endpoint: Target,
+}
+
+impl Trial {
+    /// Where there was a [`Chance`].
+    pub fn new(alternatives: &Rc<Alternatives>, endpoint: &Target) -> Self {
+        Self { alternatives: Rc::clone(alternatives), endpoint: endpoint.clone() }
+    }
+
+    /// That came of it. A limit of ours says nothing of UDP.
+    pub fn ended<T>(self, done: &Result<T, ConnectError>) {
+        match done {
+            Ok(_) => self.alternatives.tried(&self.endpoint, true),
+            Err(e) if e.is_ours() => {}
+            Err(_) => self.failed(),
+        }
+    }
+
+    /// It takes too long.
+    pub fn failed(self) {
+        self.alternatives.tried(&self.endpoint, false);
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        self.alternatives.gave_up(&self.endpoint);
     }
 }
 
@@ -212,6 +263,43 @@ mod tests {
         }
         alternatives.tried(&endpoint, true);
         assert_eq!(alternatives.chance(&endpoint, false), Chance::First(Instant::now() + HEAD_START));
+    }
+
+    /// A flow that leaves while it waits, and a limit of ours, say nothing of HTTP/3: it can be tried again at once.
+    #[tokio::test(start_paused = true)]
+    async fn a_try_that_says_nothing_of_http_3_keeps_nobody_from_the_next() {
+        let (alternatives, endpoint) = (Rc::<Alternatives>::default(), "10.9.0.1:1".parse().unwrap());
+        alternatives.heard(&endpoint, &HeaderValue::from_static("h3=\":1\""));
+        let chance = |beside| alternatives.chance(&endpoint, beside);
+        let trial = || Trial::new(&alternatives, &endpoint);
+        for done in [None, Some(ConnectError::Limit { most: 1 }), Some(ConnectError::Shutdown)] {
+            assert_eq!(chance(true), Chance::Beside);
+            assert_eq!(chance(true), Chance::None, "it is being tried");
+            let trial = trial();
+            if let Some(e) = done {
+                trial.ended::<()>(&Err(e));
+            }
+        }
+        assert_eq!(chance(true), Chance::Beside);
+        let (endpoint, after) = (endpoint.clone(), HEAD_START);
+        trial().ended::<()>(&Err(ConnectError::Timeout { endpoint, after, long_hello: false }));
+        assert_eq!(chance(true), Chance::None, "it has failed");
+        trial().ended(&Ok(()));
+        assert_eq!(chance(true), Chance::Beside);
+    }
+
+    /// Those that are too old are forgotten when another endpoint offers HTTP/3.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_known_of_endpoints_is_bounded_by_those_that_are_believed() {
+        let alternatives = Alternatives::default();
+        for port in 1..10 {
+            let endpoint = Target::Addr(([10, 9, 0, 1], port).into());
+            alternatives.heard(&endpoint, &HeaderValue::from_static("h3=\":99\"; ma=5"));
+            let at = alternatives.at(&endpoint).unwrap();
+            assert_eq!(alternatives.endpoint_of(&at), Some(endpoint));
+            tokio::time::advance(Duration::from_secs(5)).await;
+            assert_eq!(alternatives.0.borrow().len(), 1);
+        }
     }
 
     /// An alternative is believed as long as it is said to be there.

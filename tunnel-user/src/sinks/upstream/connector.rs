@@ -7,17 +7,17 @@
 //! - The key under which a connection is shared holds all that makes it what it is: endpoint, checks, certificate, and what
 //!   it goes through.
 
-use std::{cell::RefCell, pin::pin, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::RefCell, pin::pin, ptr, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::mpsc,
     task::JoinSet,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
     CheckError, ConnectError,
-    alternative::{Alternatives, Chance},
+    alternative::{Alternatives, Chance, HEAD_START, Trial},
     connect::{Key, TlsKey, connect},
     connection::{Connect, Connection, OpenError, OpenRequest},
     discovery::Site,
@@ -265,6 +265,12 @@ impl Connector {
         [Some(&self.pool), self.auto.as_ref().map(|auto| &*auto.pool)].into_iter().flatten()
     }
 
+    /// Of which endpoint one of its pools has connections there: an alternative may be at another port.
+    pub fn endpoint_of(&self, pool: &Pool<HttpDialer>, at: &Target) -> Option<Target> {
+        let auto = self.auto.as_ref().filter(|auto| ptr::eq(pool, &*auto.pool))?;
+        auto.alternatives.endpoint_of(at)
+    }
+
     /// Closes those that are shared; see [`Pool::close`]. Streams that nobody waits for are reset.
     pub async fn close(&self) {
         self.tasks.borrow_mut().abort_all();
@@ -291,7 +297,15 @@ impl Connector {
 
     /// Whether what is up to an endpoint may be lost.
     pub fn is_overdue(&self, site: &Site, identity: Option<&IdentityName>) -> bool {
-        self.key(site, identity).is_ok_and(|key| self.pool.is_overdue(&key))
+        let Ok(key) = self.key(site, identity) else { return false };
+        match self.alternative(site, identity) {
+            Some((auto, quic)) if auto.has_room(&quic) => false,
+            // A flow would have to wait.
+            Some((auto, quic)) if auto.pool.is_overdue(&quic) => {
+                self.pool.is_overdue(&key) || !self.pool.has_room(&key)
+            }
+            _ => self.pool.is_overdue(&key),
+        }
     }
 
     /// A connection with a permit for one stream.
@@ -313,18 +327,19 @@ impl Connector {
             true => Chance::None,
             false => auto.alternatives.chance(&site.at, self.pool.has_room(&key)),
         };
+        let trial = || Trial::new(&auto.alternatives, &site.at);
         match chance {
             Chance::None => self.pool.checkout(&key).await,
             Chance::Beside => {
-                let (pool, alternatives) = (Rc::clone(&auto.pool), Rc::clone(&auto.alternatives));
-                let endpoint = site.at.clone();
-                self.tasks.borrow_mut().spawn_local(async move {
-                    let worked = pool.checkout(&quic).await.is_ok();
-                    alternatives.tried(&endpoint, worked);
-                });
+                let (pool, trial) = (Rc::clone(&auto.pool), trial());
+                {
+                    let mut tasks = self.tasks.borrow_mut();
+                    while tasks.try_join_next().is_some() {}
+                    tasks.spawn_local(async move { trial.ended(&pool.checkout(&quic).await) });
+                }
                 self.pool.checkout(&key).await
             }
-            Chance::First(until) => self.race(auto, &quic, &key, site, until).await,
+            Chance::First(until) => self.race(auto, trial(), [&quic, &key], until).await,
         }
     }
 
@@ -332,39 +347,49 @@ impl Connector {
     async fn race(
         &self,
         auto: &Auto,
-        quic: &Key,
-        key: &Key,
-        site: &Site,
+        trial: Trial,
+        [quic, key]: [&Key; 2],
         until: Instant,
     ) -> Result<Checkout, ConnectError> {
-        tracing::debug!(endpoint = %site.at, "trying HTTP/3 first");
-        let tried = |worked| auto.alternatives.tried(&site.at, worked);
+        tracing::debug!(endpoint = %key.endpoint, "trying HTTP/3 first");
         let mut over_udp = pin!(auto.pool.checkout(quic));
         let first = timeout_at(until, &mut over_udp).await;
         if let Ok(done) = first {
-            tried(done.is_ok());
+            trial.ended(&done);
             return match done {
                 Ok(checkout) => Ok(checkout),
                 Err(_) => self.pool.checkout(key).await,
             };
         }
         let mut over_tcp = pin!(self.pool.checkout(key));
-        let (done, both) = tokio::select! {
+        let why = tokio::select! {
             biased;
             done = &mut over_udp => {
-                tried(done.is_ok());
-                (done, false)
+                trial.ended(&done);
+                return match done {
+                    Ok(checkout) => Ok(checkout),
+                    Err(_) => over_tcp.await,
+                };
             }
-            done = &mut over_tcp => {
-                // It is not done yet: what it comes to is used, if it comes to something.
-                tried(false);
-                (done, true)
-            }
+            done = &mut over_tcp => match done {
+                Ok(checkout) => {
+                    // It is not done yet: what it comes to is used, if it comes to something.
+                    trial.failed();
+                    return Ok(checkout);
+                }
+                Err(why) => why,
+            },
         };
-        match done {
-            Ok(checkout) => Ok(checkout),
-            Err(_) if !both => over_tcp.await,
-            Err(e) => over_udp.await.map_err(|_| e),
+        // Where UDP is dropped too, it would be waited for as long as a connection may take.
+        match timeout(HEAD_START, over_udp).await {
+            Ok(done) => {
+                trial.ended(&done);
+                done.map_err(|_| why)
+            }
+            Err(_) => {
+                trial.failed();
+                Err(why)
+            }
         }
     }
 

@@ -155,7 +155,7 @@ impl Upstream {
                 totals.connections += connections;
                 totals.dialing += dialing;
                 totals.waiting += waiting;
-                let at = at.to_string();
+                let at = self.connector.endpoint_of(pool, at).as_ref().unwrap_or(at).to_string();
                 if let Some(endpoint) = report.endpoints.iter_mut().find(|e| e.address == at) {
                     endpoint.connections += connections;
                 }

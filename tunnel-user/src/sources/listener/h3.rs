@@ -57,9 +57,11 @@ const RETRY_ABOVE: usize = 64;
 
 /// After so many requests a connection is looked at for what else its peer sends, however little time has passed.
 const LOOK_AFTER: u32 = 64;
-/// How long a listener that drains still takes new connections: what came before others were to take its place waits in its
-/// socket, and the rest of a ClientHello that has two packets may be on its way.
-const LATE: Duration = Duration::from_millis(200);
+/// How long a listener that drains still takes new connections, from the last one that has come: what came before others were to
+/// take its place waits in its socket, and the rest of a ClientHello that has two packets may be on its way.
+const LATE: Duration = Duration::from_millis(500);
+/// How long it does at most, whatever comes.
+pub const LATE_MAX: Duration = Duration::from_secs(5);
 /// GOAWAY of a connection that drains, at first: it refuses nothing (RFC 9114 section 5.2), so that a request that the peer sent
 /// before it heard is carried. The largest number that a request can have.
 const NOTHING_REFUSED: u64 = (1 << 62) - 4;
@@ -109,17 +111,22 @@ pub async fn serve<H: FlowHandler>(
     };
     let (handshakes, under_way) = (Handshakes::default(), Rc::new(()));
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let mut until = None;
+    // Until when it takes what comes, and at most.
+    let mut late: Option<[Instant; 2]> = None;
     loop {
         let incoming = tokio::select! {
             incoming = endpoint.accept() => incoming,
-            () = watch.draining(), if until.is_none() => {
-                until = Some(Instant::now() + LATE);
+            () = watch.draining(), if late.is_none() => {
+                let now = Instant::now();
+                late = Some([now + LATE, now + LATE_MAX]);
                 continue;
             }
-            () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => break,
+            () = sleep_until(late.map_or_else(Instant::now, |[until, _]| until)), if late.is_some() => break,
         };
         let Some(incoming) = incoming else { break };
+        if let Some([until, most]) = &mut late {
+            *until = (Instant::now() + LATE).min(*most);
+        }
         let addr = incoming.remote_address();
         let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
             handler.record(Event::ConnectionLimit(CONNECTIONS_MAX));

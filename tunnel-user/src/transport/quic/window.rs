@@ -1,7 +1,9 @@
 //! What a peer may send on all streams of its connection before it is read, taken from its part of the memory.
 //!
 //! # Invariants
-//! - It is [`WINDOW`] at least, so that every stream goes on; and more only while the account has it.
+//! - It is [`WINDOW`] at least, so that every stream goes on; and more only if the account has it then.
+//! - It grows, and does not shrink while the connection lives: what was announced stays announced (RFC 9000 section 4.1), and
+//!   quinn, told to shrink and to grow again, announces the difference once more. So what was taken is held to the end.
 
 use std::rc::Rc;
 
@@ -26,29 +28,18 @@ impl ReceiveWindow {
         Self { connection: connection.clone(), account: Rc::clone(account), taken }
     }
 
-    /// There are so many streams, or about to be: each gets its own window, while there is room for that. What was announced is
-    /// not taken back (RFC 9000 section 4.1): with fewer streams the peer is given nothing until it has used that.
+    /// There are so many streams, or about to be: each gets its own window, while there is room for that.
     pub fn fit(&mut self, streams: usize) {
         let one = u64::from(WINDOW);
         let wanted = one * streams.max(1) as u64;
-        if wanted > self.taken {
-            if self.account.memory().is_short() {
-                return;
-            }
-            let more = wanted - self.taken;
-            // From half of it on it is short: the rest is for what is received and queued.
-            if self.account.try_take(more, self.account.most() / 4) {
-                self.set(wanted);
-            }
-        } else if wanted <= self.taken / 2 {
-            self.account.give_back(self.taken - wanted);
-            self.set(wanted);
+        if wanted <= self.taken || self.account.memory().is_short() {
+            return;
         }
-    }
-
-    fn set(&mut self, wanted: u64) {
-        self.taken = wanted;
-        self.connection.set_receive_window(VarInt::from_u64(wanted).unwrap_or(VarInt::MAX));
+        // From half of it on it is short: the rest is for what is received and queued.
+        if self.account.try_take(wanted - self.taken, self.account.most() / 4) {
+            self.taken = wanted;
+            self.connection.set_receive_window(VarInt::from_u64(wanted).unwrap_or(VarInt::MAX));
+        }
     }
 }
 

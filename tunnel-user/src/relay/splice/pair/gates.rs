@@ -124,14 +124,16 @@ impl Pair {
             let by = if side == 0 { Side::Client } else { Side::Target };
             sockopt::settle(socket).map_err(|e| (by, reset(e)))?;
         }
-        self.shut = Some(Instant::now());
+        (self.shut, self.drained) = (true, [None; 2]);
         Ok(())
     }
 
     /// Has everything passed to the sockets from here on, once both gates are shut: the program does it when it sees that
     /// nothing waits, and here it is seen where nothing comes.
     pub(super) fn turn(&mut self, sockets: [&TcpStream; 2]) -> Result<(), (Side, Broken)> {
-        let Some(since) = self.shut else { return Ok(()) };
+        if !self.shut {
+            return Ok(());
+        }
         for (side, socket) in sockets.into_iter().enumerate() {
             let (words, from) = (self.slots.words(side), self.slots.words(1 - side));
             if words.turned.load(Ordering::SeqCst) != 0 {
@@ -148,8 +150,9 @@ impl Pair {
             let empty = gone || was_left_alone(&self.halves, &self.slots, side) || {
                 let accepted = sockopt::accepted(socket).map_err(by)?;
                 let ledger = &self.halves[1 - side].ledger;
-                since.elapsed() >= GRACE
-                    && ledger.is_drained(from.redirected.load(Ordering::Acquire), accepted)
+                // Once it is, it stays so.
+                ledger.is_drained(from.redirected.load(Ordering::Acquire), accepted)
+                    && self.drained[side].get_or_insert_with(Instant::now).elapsed() >= GRACE
             };
             if empty {
                 words.turned.store(1, Ordering::SeqCst);

@@ -13,8 +13,8 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tunnel_common::fastpath::splice::{FORCED, Ledger, PASSING};
 
-use super::{SlotPair, SpliceMap, gates::GRACE};
-use crate::relay::{Broken, Direction, Queue, tcp::reset};
+use super::{ENDS_MAX, SlotPair, SpliceMap, gates::GRACE};
+use crate::relay::{Broken, Direction, Queue, RESET_LINGER, tcp::reset};
 
 /// One read of what the program has passed, and all that is held of it at a time.
 pub(in crate::relay::splice) const READ_MAX: usize = 64 * 1024;
@@ -29,8 +29,8 @@ pub(super) struct Half {
     pub(super) mark: u64,
     /// At the last grant: bytes sent on, and credit used.
     pub(super) granted: (u64, u64),
-    /// Ends that did not fit.
-    pub(super) ends: u32,
+    /// Ends that did not fit, since something was read, and when the first came.
+    pub(super) ends: Option<(u32, Instant)>,
     /// Bytes that were read from the mailbox,
     pub(super) mail_read: u64,
     /// and those that are in the counters.
@@ -69,6 +69,16 @@ pub(super) fn has_turned(half: &Half, slots: &SlotPair, side: usize) -> bool {
 }
 
 impl Half {
+    /// An end does not fit what has arrived: whether it is given up. `forced`: what is in front of it waits for the kernel's worker.
+    pub(super) fn waits_too_long_for_its_end(&mut self, forced: bool) -> bool {
+        let (looks, since) = self.ends.get_or_insert_with(|| (0, Instant::now()));
+        if forced {
+            return since.elapsed() >= RESET_LINGER;
+        }
+        *looks += 1;
+        *looks > ENDS_MAX
+    }
+
     /// Whether so much was kept, and all of it read, for as long as the kernel's worker takes to take the last buffer off its
     /// list.
     pub(super) fn was_level(&mut self, kept: u64) -> bool {

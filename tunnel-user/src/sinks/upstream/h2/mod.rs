@@ -211,7 +211,9 @@ impl Connection for H2Connection {
             None => return Err(OpenError::Dropped("its answer to PING is overdue".to_owned())),
         };
         self.heard();
+        // The endpoint of a connection that drains may be gone.
         if let Some((endpoint, alternatives)) = &self.alternatives
+            && !self.draining.get()
             && let Some(offered) = response.headers().get(ALT_SVC)
         {
             alternatives.heard(endpoint, offered);
