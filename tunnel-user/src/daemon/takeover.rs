@@ -5,7 +5,7 @@
 //! daemon that runs from one that was killed. One message per listening address holds the address and its descriptors
 //! (SCM_RIGHTS), an empty address ends the list, and one byte from the new daemon says that it has taken over. UDP sockets, of
 //! HTTP/3, go the same way, each address with a descriptor for every daemon that has connections there: see
-//! [`Group`](crate::transport::quic::Group).
+//! [`Group`].
 //!
 //! # Invariants
 //! - A socket is given only to a process of the same user.

@@ -231,7 +231,7 @@ fn version(checkout: &Checkout) -> Result<String> {
     Ok(version.as_str().context("Cargo.toml: workspace.package.version is no text")?.to_owned())
 }
 
-/// SOURCE_DATE_EPOCH: as it is set, or the commit's (https://reproducible-builds.org/specs/source-date-epoch/).
+/// SOURCE_DATE_EPOCH: as it is set, or the commit's (<https://reproducible-builds.org/specs/source-date-epoch/>).
 fn epoch(checkout: &Checkout) -> Result<u64> {
     if let Ok(set) = env::var("SOURCE_DATE_EPOCH") {
         return set.trim().parse().with_context(|| format!("SOURCE_DATE_EPOCH is {set:?}"));

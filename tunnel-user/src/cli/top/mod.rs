@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! - Whatever ends it, but SIGKILL, the terminal is as it was: not raw, its own screen, the cursor visible.
-//! - A daemon is asked again only when it has answered, and is left alone for at least [`REST`] times as long as it took.
+//! - A daemon is asked again only when it has answered, and is left alone for at least `REST` times as long as it took.
 
 mod model;
 mod screen;

@@ -11,7 +11,7 @@ use crate::{kernel::helper, transport::tcp::Own};
 /// What waits in a UDP socket, each way: 4 MiB are what 1.6 Gbit/s bring in 20 ms, in which a busy worker may be elsewhere.
 /// The kernel's default, 208 KiB, loses packets well below that.
 pub const BUFFER: usize = 4 << 20;
-/// The length of our connection ids: a place, [`TAG`], and 64 bits that nobody guesses. Clients that make up the first id of a
+/// The length of our connection ids: a place, `TAG`, and 64 bits that nobody guesses. Clients that make up the first id of a
 /// connection make it of another length, mostly of 8 bytes (RFC 9000 section 7.2 asks for 8 at least).
 pub const ID_LEN: u8 = 11;
 /// By which an id of ours is told from one of this length that a client has made up.
